@@ -1,0 +1,38 @@
+"""fa4-backend: paged FlashAttention-4 forward for LLM servers.
+
+The names below are the public API. Importing this package imports neither torch nor a compiler; the operator and the
+device metadata load torch on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
+from fa4_backend.problem import AttentionProblem, UnsupportedProblem
+
+if TYPE_CHECKING:
+    from fa4_backend.metadata import AttentionMetadata
+    from fa4_backend.ops import paged_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionMetadata",
+    "AttentionPlan",
+    "AttentionProblem",
+    "BatchLimits",
+    "UnsupportedProblem",
+    "paged_attention",
+    "plan_attention",
+]
+
+_NEEDS_TORCH = {"AttentionMetadata": "fa4_backend.metadata", "paged_attention": "fa4_backend.ops"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        import importlib
+
+        return getattr(importlib.import_module(_NEEDS_TORCH[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,27 @@
+"""The tensors and values of one attention call, checked once and handed down unchanged to the kernel that runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AttentionArguments(NamedTuple):
+    """One call of `fa4_backend.ops.paged_attention` after its checks; optional values are resolved."""
+
+    q: torch.Tensor  # (total_q, num_q_heads, head_dim)
+    k_cache: torch.Tensor  # (num_pages, page_size, num_kv_heads, head_dim)
+    v_cache: torch.Tensor  # (num_pages, page_size, num_kv_heads, head_dim_v)
+    page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
+    cu_seqlens_q: torch.Tensor  # (batch + 1,) int32
+    seqused_k: torch.Tensor  # (batch,) int32
+    out: torch.Tensor  # (total_q, num_q_heads, head_dim_v)
+    lse: torch.Tensor | None  # (num_q_heads, total_q) float32, natural log
+    softmax_scale: float  # multiplies raw logits
+    window_left: int | None  # keys visible before the diagonal key; None: all
+    window_right: int | None  # keys visible after the diagonal key; None: all (0 for causal)
+    softcap: float  # logits become softcap * tanh(logits / softcap); 0: off
+    sinks: torch.Tensor | None  # (num_q_heads,) logit of the row's sink, scaled already
+    alibi_slopes: torch.Tensor | None  # (num_q_heads,) float32; adds -slope * distance to the diagonal key
