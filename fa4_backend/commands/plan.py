@@ -1,0 +1,58 @@
+"""`fa4 plan`: the kernels that a model needs, before it is served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fa4_backend.arch import REFERENCE_ARCH
+from fa4_backend.model_config import LayerGroup, ModelConfigError, layer_groups
+from fa4_backend.plan import BatchLimits, plan_attention
+from fa4_backend.problem import UnsupportedProblem
+
+
+def plan(
+    model: Annotated[Path, typer.Option(help="the model's config.json, or the folder that holds it")],
+    arch: Annotated[str, typer.Option(help="cpu, sm_90a, sm_100a or sm_103a")] = REFERENCE_ARCH,
+    page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the config's")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
+    max_num_tokens: Annotated[int, typer.Option(help="query tokens of a step")] = 8192,
+    max_seqlen_k: Annotated[int, typer.Option(help="KV tokens of a sequence")] = 32768,
+    speculative_tokens: Annotated[int, typer.Option(help="draft tokens a decode row may carry")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show the kernel of each group of layers. Exits 1 when a group is not served, 2 when the config cannot be read."""
+    try:
+        limits = BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens)
+        groups = layer_groups(model, arch=arch, page_size=page_size, dtype=dtype)
+    except (ModelConfigError, ValueError) as error:
+        typer.echo(f"fa4 plan: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
+    rows = [_row(group, limits) for group in groups]
+    if json_output:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            window = "" if row["window"] is None else f", window {row['window']}"
+            print(f"{row['num_layers']} layers{window}: {row['plan'] or 'not served: ' + row['refusal']}")
+    raise typer.Exit(1 if any(row["refusal"] for row in rows) else 0)
+
+
+def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "num_layers": group.num_layers,
+        "window": group.window,
+        "problem": asdict(group.problem),
+        "plan": None,
+        "refusal": None,
+    }
+    try:
+        row["plan"] = plan_attention(group.problem, limits).describe()
+    except UnsupportedProblem as error:
+        row["refusal"] = str(error)
+    return row
