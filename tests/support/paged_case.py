@@ -1,0 +1,197 @@
+"""Ragged paged batches with everything unused poisoned, and the error budget that judges a kernel on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend.arguments import AttentionArguments
+from fa4_backend.reference import attention_oracle
+
+NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
+
+
+@dataclass(frozen=True)
+class PagedCase:
+    """One batch, described without tensors; `build` makes them."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    dtype: str = "bfloat16"
+    page_size: int = 16
+    arch: str = "cpu"
+    is_causal: bool = True
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    batch_invariant: bool = False
+    decode_query_len: int = 1
+    layout: str = "separate"  # "separate": two pools (NHD); "nhd": K and V adjacent, token-major; "hnd": adjacent, head-major
+    padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1]
+    seed: int = 0
+    peaked: float = 1.0  # factor on queries: large values give rows whose softmax is one key
+
+    def problem(self) -> AttentionProblem:
+        """The case's compile-time facts."""
+        return AttentionProblem(
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v or self.head_dim,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            arch=self.arch,
+            is_causal=self.is_causal,
+            has_window_left=self.window_left is not None,
+            has_window_right=self.window_right is not None,
+            has_softcap=self.softcap > 0,
+            has_sinks=self.sinks,
+            has_alibi=self.alibi,
+            has_lse=True,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def plan(self, num_sms: int | None = None) -> AttentionPlan:
+        """A plan whose limits just hold the case."""
+        limits = BatchLimits(
+            max_num_seqs=len(self.query_lens),
+            max_num_tokens=max(sum(self.query_lens) + self.padding_rows, self.decode_query_len),
+            max_seqlen_k=max(*self.kv_lens, 1),
+            decode_query_len=self.decode_query_len,
+        )
+        return plan_attention(self.problem(), limits, num_sms=num_sms)
+
+    def build(self, device: torch.device | str = "cpu") -> BuiltCase:
+        """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN; unused table entries `NO_PAGE`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        dtype = getattr(torch, self.dtype)
+        pages_of = [-(-n // self.page_size) for n in self.kv_lens]
+        num_pages = sum(pages_of) + 2
+        k_cache, v_cache = self._empty_caches(num_pages, dtype)
+        page_table = torch.full((len(self.kv_lens), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
+        free = torch.randperm(num_pages, generator=generator).tolist()
+        for seq_idx, kv_len in enumerate(self.kv_lens):
+            for logical in range(pages_of[seq_idx]):
+                page = free.pop()
+                page_table[seq_idx, logical] = page
+                rows = min(self.page_size, kv_len - logical * self.page_size)
+                for cache in (k_cache, v_cache):
+                    shape = (rows, self.num_kv_heads, cache.shape[-1])
+                    cache[page, :rows] = torch.randn(shape, generator=generator).to(dtype)
+        cu_seqlens_q = torch.tensor([0, *self.query_lens]).cumsum(0).int()
+        total_q = int(cu_seqlens_q[-1])
+        q = torch.full((total_q + self.padding_rows, self.num_q_heads, self.head_dim), math.nan, dtype=dtype)
+        q[:total_q] = (torch.randn(total_q, self.num_q_heads, self.head_dim, generator=generator) * self.peaked).to(dtype)
+        out = torch.full((q.shape[0], self.num_q_heads, v_cache.shape[-1]), math.nan, dtype=dtype)
+        lse = torch.full((self.num_q_heads, q.shape[0]), math.nan)
+        sinks = torch.randn(self.num_q_heads, generator=generator) if self.sinks else None
+        slopes = torch.rand(self.num_q_heads, generator=generator) if self.alibi else None
+        arguments = AttentionArguments(
+            q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
+            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes,
+        )  # fmt: skip
+        moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
+        return BuiltCase(self, AttentionArguments(*moved), total_q)
+
+    def _empty_caches(self, num_pages: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        d, dv = self.head_dim, self.head_dim_v or self.head_dim
+        if self.layout == "separate":
+            return tuple(torch.full((num_pages, self.page_size, self.num_kv_heads, n), math.nan, dtype=dtype) for n in (d, dv))  # type: ignore[return-value]
+        if self.layout == "nhd":
+            pool = torch.full((num_pages, self.page_size, self.num_kv_heads, d + dv), math.nan, dtype=dtype)
+        else:
+            pool = torch.full((num_pages, self.num_kv_heads, self.page_size, d + dv), math.nan, dtype=dtype).transpose(1, 2)
+        return pool.split([d, dv], dim=-1)  # type: ignore[return-value]
+
+
+def move_strided(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A copy on `device` with the same strides (K and V of one pool become two pools with gaps)."""
+    if torch.device(device).type == "cpu":
+        return tensor
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return copy.copy_(tensor)
+
+
+@dataclass
+class BuiltCase:
+    """A case's tensors, its run and its judgement."""
+
+    case: PagedCase
+    arguments: AttentionArguments
+    total_q: int
+    oracle: tuple[torch.Tensor, torch.Tensor] | None = field(default=None)
+
+    def run(self, plan: AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the operator as a user would; returns out and lse, padding rows included."""
+        a = self.arguments
+        plan = plan or self.case.plan()
+        metadata = AttentionMetadata.allocate(plan, a.q.device)
+        metadata.refresh(
+            cu_seqlens_q=a.cu_seqlens_q,
+            seqused_k=a.seqused_k,
+            max_seqlen_q=max(*self.case.query_lens, 1),
+            max_seqlen_k=max(*self.case.kv_lens, 1),
+        )
+        out, lse = paged_attention(
+            *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
+            softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, out=a.out, lse=a.lse,
+        )  # fmt: skip
+        assert lse is not None
+        return out, lse
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
+        """Judge a result against the float32 oracle.
+
+        Raises:
+            AssertionError: padding was written, NaN or infinity stands where the oracle has none, or an error is over budget.
+        """
+        assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
+        assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
+        errors = self.errors(out, lse)
+        assert errors.out <= errors.out_budget, f"out: {errors}"
+        assert errors.lse <= errors.lse_budget, f"lse: {errors}"
+        return errors
+
+    def errors(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
+        """Largest errors and their budgets; NaN and infinity positions must match the oracle's first."""
+        if self.oracle is None:
+            self.oracle = attention_oracle(self.arguments, is_causal=self.case.is_causal)
+        dtype = getattr(torch, self.case.dtype)
+        rounded, _ = attention_oracle(self.arguments, is_causal=self.case.is_causal, dtype=dtype)
+        rows = slice(0, self.total_q)
+        want, want_lse = self.oracle[0][rows], self.oracle[1][:, rows]
+        got, got_lse, yardstick = out[rows].float(), lse[:, rows], rounded[rows]
+        assert got.isfinite().all(), f"out: {int((~got.isfinite()).sum())} values are not finite"
+        assert torch.equal(got_lse.isneginf(), want_lse.isneginf()), "lse: -inf where the oracle has none, or the reverse"
+        assert not got_lse.isnan().any(), f"lse: {int(got_lse.isnan().sum())} values are NaN"
+        if self.total_q == 0:
+            return Errors(0.0, 0.0, 0.0, 0.0)
+        empty = want_lse.isneginf().transpose(0, 1)
+        assert (got[empty] == 0).all(), "rows without a key: expected 0"
+        # In float32 the oracle itself carries the sum's rounding, so the yardstick is 0 and a few units are its own.
+        units = 8 if dtype == torch.float32 else 1
+        rounding = units * torch.finfo(dtype).eps * want.abs().max().item()
+        budget = 2 * (yardstick - want).abs().max().item() + rounding
+        finite = ~want_lse.isneginf()
+        lse_error = (got_lse - want_lse)[finite].abs().max().item() if finite.any() else 0.0
+        lse_budget = 2e-5 * max(1.0, want_lse[finite].abs().max().item()) if finite.any() else 0.0
+        return Errors((got - want).abs().max().item(), budget, lse_error, lse_budget)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest absolute errors of a result, with what is allowed."""
+
+    out: float
+    out_budget: float
+    lse: float
+    lse_budget: float
