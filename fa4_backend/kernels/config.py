@@ -1,0 +1,107 @@
+"""What is compiled into an attention kernel. Frozen and complete before tracing; everything else is an argument of each launch.
+
+Runtime values, never part of a key: lengths, window sizes, scales, the soft cap, strides, page size, number of pages and of heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from fa4_backend.arch import ARCHS
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+
+BUILDERS = {"sm_90a": "fa4_backend.kernels.sm90.kernel:build", "sm_100a": "fa4_backend.kernels.sm100.kernel:build"}
+BUILDERS["sm_103a"] = BUILDERS["sm_100a"]
+SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The tuned part of a config; `fa4_backend.kernels.tuning` chooses it."""
+
+    tile_m: int  # packed query rows a CTA works on
+    tile_n: int  # KV tokens a step
+    kv_stage: int  # shared-memory buffers for K and V tiles, together
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Compile key of a prefill kernel."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    q_per_kv: int
+    tile: TileShape
+    box_rows: int  # tokens one TMA box of K or V fetches; divides page_size and tile_n
+    is_causal: bool
+    has_window_left: bool
+    has_window_right: bool
+    has_softcap: bool
+    has_sinks: bool
+    has_alibi: bool
+    has_lse: bool
+
+    def __post_init__(self) -> None:
+        assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
+        assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return BUILDERS[self.arch]
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file names."""
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
+        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse")
+        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
+        tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}"
+        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of q, k, v and out."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Query tokens of a tile; rows past `tokens_per_tile * q_per_kv` are idle."""
+        return self.tile.tile_m // self.q_per_kv
+
+    def part_elems(self, head_dim: int) -> int:
+        """Elements of a head that lie in one swizzled row of shared memory: a TMA box is that wide."""
+        for width in SWIZZLE_BYTES:
+            if head_dim * self.element_bytes % width == 0:
+                return width // self.element_bytes
+        raise AssertionError(f"head_dim: expected a multiple of {SWIZZLE_BYTES[-1] // self.element_bytes}, got {head_dim}")
+
+
+def box_rows_of(page_size: int, tile_n: int) -> int:
+    """Largest power of two that divides page size and tile: the tokens one TMA box may fetch from one page."""
+    common = gcd(page_size, tile_n)
+    return common & -common
+
+
+def prefill_config(problem: AttentionProblem, tile: TileShape) -> KernelConfig:
+    """The compile key of `problem`'s prefill kernel with the given tile."""
+    assert problem.target_arch in ARCHS, problem.target_arch
+    return KernelConfig(
+        arch=problem.target_arch,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        q_per_kv=problem.q_per_kv,
+        tile=tile,
+        box_rows=box_rows_of(problem.page_size, tile.tile_n),
+        is_causal=problem.is_causal,
+        has_window_left=problem.has_window_left,
+        has_window_right=problem.has_window_right,
+        has_softcap=problem.has_softcap,
+        has_sinks=problem.has_sinks,
+        has_alibi=problem.has_alibi,
+        has_lse=problem.has_lse,
+    )
