@@ -85,7 +85,7 @@ def _mask(
     if a.window_left is not None:
         bias = bias.masked_fill(distance < -a.window_left, -math.inf)
     if a.alibi_slopes is not None:
-        return bias.flatten(1, 2).to(dtype)
+        return bias.flatten(1, 2)  # stays float32: rounding slope * distance to 16 bits would shift far keys by whole units
     return bias.repeat(problem.q_per_kv, 1)[None]
 
 

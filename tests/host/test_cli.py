@@ -1,0 +1,84 @@
+"""`fa4` as a user types it: exit codes, JSON, and a matrix that the refusing code made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fa4_backend.arch import ARCHS
+from fa4_backend.cli import main
+from fa4_backend.commands import features
+from fa4_backend.validation import SUPPORT
+
+GEMMA_2 = {
+    "model_type": "gemma2", "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2304, "head_dim": 256,
+    "num_hidden_layers": 26, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_doctor_finds_torch_and_the_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    by_subject = {f["subject"]: f for f in report["findings"]}
+    assert by_subject["torch"]["status"] == "ok"
+    assert by_subject["vllm.general_plugins"]["detail"] == "fa4 = fa4_integration.vllm_backend.plugin:register"
+    assert code == (0 if report["healthy"] else 1)
+
+
+def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", "/proc/nowhere")
+    monkeypatch.setenv("FA4_BACKEND_SPEED", "11")
+    code, out, _ = run(capsys, "doctor", "--json")
+    broken = {f["subject"] for f in json.loads(out)["findings"] if f["status"] == "broken"}
+    assert code == 1 and {"cache", "FA4_BACKEND_SPEED"} <= broken
+
+
+def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking a feature away from the table that validates takes its 'yes' away from the matrix."""
+    import dataclasses
+
+    assert features.support_matrix()["attention sinks"]["cpu"] is None
+    poorer = dataclasses.replace(SUPPORT["cpu"], features=SUPPORT["cpu"].features - {"has_sinks"})
+    monkeypatch.setitem(SUPPORT, "cpu", poorer)
+    code, out, _ = run(capsys, "features", "--json")
+    matrix = json.loads(out)
+    assert code == 0 and "has_sinks" in matrix["attention sinks"]["cpu"]
+    assert set(matrix["causal"]) == {"cpu", *ARCHS}
+
+
+def test_plan_of_gemma_2_has_two_groups(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_2))
+    code, out, _ = run(capsys, "plan", "--model", str(tmp_path), "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [(r["num_layers"], r["window"]) for r in rows] == [(13, 4096), (13, None)]
+    assert all(r["problem"]["has_softcap"] and "torch reference on cpu" in r["plan"] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "expected JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "expected an integer num_attention_heads"),
+        (json.dumps({**GEMMA_2, "torch_dtype": "int4"}), "dtype: expected one of"),
+    ],
+)
+def test_plan_of_a_bad_config(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    code, _, err = run(capsys, "plan", "--model", str(tmp_path))
+    assert code == 2 and words in err
+
+
+def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "dance")
+    assert code == 2 and "expected a verb of doctor" in err

@@ -1,0 +1,115 @@
+"""The work lists made on the host, step by step and readable: the oracle of the device's schedule, and lists for kernels' own tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkShape
+
+
+@dataclass(frozen=True)
+class HostLists:
+    """Both lists as arrays: tiles (n, TILE_INTS) and begin (ctas + 1,), int32."""
+
+    prefill_tiles: np.ndarray
+    prefill_begin: np.ndarray
+    decode_tiles: np.ndarray
+    decode_begin: np.ndarray
+
+
+def make_lists(
+    shape: WorkShape,
+    query_lens: list[int],
+    kv_lens: list[int],
+    *,
+    window_left: int = NO_WINDOW,
+    window_right: int = 0,
+) -> HostLists:
+    """Lists for one step; `window_right` is 0 for causal attention and NO_WINDOW for full attention."""
+    rows = list(zip(range(len(kv_lens)), query_lens, kv_lens, strict=True))
+    decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
+    prefill = [row for row in rows if row[1] > shape.decode_query_len]
+    return HostLists(*_prefill(shape, prefill, window_left, window_right), *_decode(shape, decode, window_left))
+
+
+def _prefill(shape: WorkShape, rows: list, window_left: int, window_right: int) -> tuple[np.ndarray, np.ndarray]:
+    order = sorted(rows, key=lambda row: -row[2])  # stable: longest KV first
+    tiles = []
+    for seq_idx, query_len, kv_len in order:
+        m_blocks = -(-query_len // shape.tokens_per_tile)
+        group = min(max(shape.l2_tokens // max(kv_len, 1), 1), shape.num_kv_heads)
+        for head_begin in range(0, shape.num_kv_heads, group):
+            heads = range(head_begin, min(head_begin + group, shape.num_kv_heads))
+            for m_block in reversed(range(m_blocks)):
+                first = kv_len - query_len + m_block * shape.tokens_per_tile  # diagonal key of the tile's first token
+                end = min(kv_len, first + shape.tokens_per_tile + window_right)
+                begin = max(first - window_left, 0) // shape.prefill_tile_n
+                end = max(-(-end // shape.prefill_tile_n), begin)
+                tiles += [(seq_idx, head, m_block, begin, end, -1, 0, 1) for head in heads]
+    ctas: list[list] = [[] for _ in range(shape.num_ctas)]
+    for rank, tile in enumerate(tiles):  # dealt out back and forth, so that no CTA gets the longer tile of every round
+        turn, place = divmod(rank, shape.num_ctas)
+        ctas[place if turn % 2 == 0 else shape.num_ctas - 1 - place].append(tile)
+    return _flatten(ctas)
+
+
+def _decode(shape: WorkShape, rows: list, window_left: int) -> tuple[np.ndarray, np.ndarray]:
+    groups = []  # (seq_idx, head, first n_block, end n_block)
+    for seq_idx, query_len, kv_len in rows:
+        begin = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
+        end = -(-kv_len // shape.decode_tile_n)
+        groups += [(seq_idx, head, begin, end) for head in range(shape.num_kv_heads)]
+    cost = [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
+    starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
+    total, ctas = int(starts[-1]), shape.decode_num_ctas
+    cuts = []
+    for c in range(ctas + 1):
+        position = c * (total // ctas) + c * (total % ctas) // ctas
+        item = int(np.searchsorted(starts, position, side="right")) - 1
+        if item >= len(groups):
+            cuts.append((len(groups), 0))
+            continue
+        _, _, begin, end = groups[item]
+        block = position - int(starts[item]) - shape.item_overhead  # blocks of the item before the cut
+        if shape.split_blocks:
+            block = (begin + block + shape.split_blocks // 2) // shape.split_blocks * shape.split_blocks - begin
+        if block <= 0:
+            cuts.append((item, 0))
+        elif block >= end - begin:
+            cuts.append((item + 1, 0))
+        else:
+            cuts.append((item, block))
+    bounds: dict[int, list[int]] = {}  # item -> its blocks where an entry begins or ends
+    for item, block in cuts:
+        if block:
+            known = bounds.setdefault(item, [0])
+            if known[-1] != block:
+                known.append(block)
+    slot, first_slots, pieces = 0, {}, {}
+    for item in sorted(bounds):
+        _, _, begin, end = groups[item]
+        split = shape.split_blocks
+        pieces[item] = -(-end // split) - begin // split if split else len(bounds[item])
+        first_slots[item] = slot
+        slot += pieces[item]
+    lists: list[list] = [[] for _ in range(ctas)]
+    for c in range(ctas):
+        item, block = cuts[c]
+        while (item, block) < cuts[c + 1]:
+            seq_idx, head, begin, end = groups[item]
+            stop = cuts[c + 1][1] if item == cuts[c + 1][0] else end - begin
+            where = (-1, 0, 1)
+            if item in bounds:
+                split = shape.split_blocks
+                piece = (begin + block) // split - begin // split if split else bounds[item].index(block)
+                where = (first_slots[item] + piece, first_slots[item], pieces[item])
+            lists[c].append((seq_idx, head, 0, begin + block, begin + stop, *where))
+            item, block = item + 1, 0
+    return _flatten(lists)
+
+
+def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:
+    tiles = np.array([tile for cta in ctas for tile in cta], dtype=np.int32).reshape(-1, TILE_INTS)
+    return tiles, np.cumsum([0] + [len(cta) for cta in ctas]).astype(np.int32)
