@@ -1,0 +1,141 @@
+"""What is compiled into the decode kernel, and which problems it serves.
+
+Page size, lengths, strides, window sizes, scales and the number of heads are arguments of each launch: one compiled
+kernel serves every page size, with the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa4_backend.plan import BatchLimits
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+
+BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
+BOXES = 4  # boxes of a KV tile, one a key warp
+TILE_N = BOX_KEYS * BOXES
+MMA_ROWS = 16  # packed query rows of one mma.sync
+MAX_ROWS = 64  # packed query rows: four row groups of four key warps
+SMEM_BYTES = 227 * 1024
+RESERVED_BYTES = 1024  # barriers, the alignment of the first tile, flags
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Compile key of a decode kernel."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    q_per_kv: int
+    query_len: int  # longest query of a decode row
+    ctas_per_sm: int
+    is_causal: bool
+    has_window_left: bool
+    has_window_right: bool
+    has_softcap: bool
+    has_sinks: bool
+    has_alibi: bool
+    has_lse: bool
+    has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+
+    def __post_init__(self) -> None:
+        assert self.rows <= MAX_ROWS, f"{self.query_len=} {self.q_per_kv=}"
+        assert self.kv_stage >= 2, f"{self.kv_stage=} {self.kv_stage_bytes=} {self.merge_bytes=}"
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return "fa4_backend.kernels.decode.kernel:build"
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file names."""
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
+        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse", "has_pieces")
+        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
+        return f"decode-{self.dtype}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of q, k, v and out."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Packed query rows of a row group: `row = token * q_per_kv + head`."""
+        return self.query_len * self.q_per_kv
+
+    @property
+    def row_groups(self) -> int:
+        """Warps that share a KV tile's 16 keys, each with 16 packed rows."""
+        return -(-self.rows // MMA_ROWS)
+
+    @property
+    def num_consumer_warps(self) -> int:
+        """Key warps times row groups."""
+        return BOXES * self.row_groups
+
+    @property
+    def num_threads(self) -> int:
+        """Consumer warps and the load warp."""
+        return 32 * (self.num_consumer_warps + 1)
+
+    def part_elems(self, head_dim: int) -> int:
+        """Elements of a head that lie in one swizzled row of shared memory."""
+        for width in (128, 64, 32):
+            if head_dim * self.element_bytes % width == 0:
+                return width // self.element_bytes
+        raise AssertionError(f"head_dim: expected a multiple of {32 // self.element_bytes}, got {head_dim}")
+
+    @property
+    def kv_stage_bytes(self) -> int:
+        """One KV tile, K and V."""
+        return TILE_N * (self.head_dim + self.head_dim_v) * self.element_bytes
+
+    @property
+    def merge_bytes(self) -> int:
+        """Where the key warps of each row group meet: O of each in float32, its maximum and its denominator."""
+        return self.num_consumer_warps * MMA_ROWS * (self.head_dim_v + 2) * 4
+
+    @property
+    def kv_stage(self) -> int:
+        """KV tiles in flight: as many as fit. A tile of d128 is 32 KB; the H200 needs about 45 KB in flight an SM (4.8 TB/s, 1.2 us)."""
+        return min(8, (SMEM_BYTES // self.ctas_per_sm - RESERVED_BYTES - self.merge_bytes) // self.kv_stage_bytes)
+
+
+def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
+    """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
+
+    That is: float32, more packed rows than `MAX_ROWS`, or heads so wide that two KV tiles do not fit.
+    """
+    if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
+        return None
+    if problem.head_dim % 16 or problem.head_dim_v % 16 or max(problem.head_dim, problem.head_dim_v) > 256:
+        return None
+    return DecodeConfig(
+        arch=problem.target_arch,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        q_per_kv=problem.q_per_kv,
+        query_len=limits.decode_query_len,
+        ctas_per_sm=1,
+        is_causal=problem.is_causal,
+        has_window_left=problem.has_window_left,
+        has_window_right=problem.has_window_right,
+        has_softcap=problem.has_softcap,
+        has_sinks=problem.has_sinks,
+        has_alibi=problem.has_alibi,
+        has_lse=problem.has_lse,
+        has_pieces=problem.batch_invariant,
+    )
+
+
+def split_tiles(limits: BatchLimits) -> int:
+    """KV tiles of a piece in batch-invariant mode: a constant of the plan, so that a row's bits know nothing of its batch.
+
+    512 keys; more where a row may be so long that its pieces would outgrow the workspace (128 pieces a row).
+    """
+    return max(512 // TILE_N, -(-limits.max_seqlen_k // (128 * TILE_N)))

@@ -1,0 +1,422 @@
+"""The kernel that makes a step's work lists on the device: one launch, from the lengths alone.
+
+Every CTA scans all rows of the batch redundantly (a few microseconds even for a thousand rows, and no CTA waits for
+another); then each warp writes the decode entries of one consumer CTA, and the threads share the prefill entries.
+
+Decode: the row groups stand in a line, KV tile after KV tile; CTA c gets the c-th of equal parts of that line. A cut
+strictly inside a row group splits its KV between CTAs (`work_list`). Where a cut may fall follows from the row group's
+own length in batch-invariant mode, from balance alone otherwise.
+
+Prefill: longest sequences first and late query blocks first (they see most keys), heads in groups whose KV fits L2,
+dealt out back and forth over the CTAs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+
+from fa4_backend.kernels.work_list import TILE_INTS
+
+NUM_THREADS = 512
+NUM_WARPS = NUM_THREADS // 32
+MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
+
+
+class ScheduleParams(NamedTuple):
+    """`WorkShape` and the step's mask as runtime values (int32); see there for units."""
+
+    num_kv_heads: Int32
+    tokens_per_tile: Int32
+    prefill_tile_n: Int32
+    decode_query_len: Int32  # 0: no decode list
+    decode_tile_n: Int32
+    split_blocks: Int32
+    item_overhead: Int32
+    l2_tokens: Int32
+    window_left: Int32  # NO_WINDOW: none
+    window_right: Int32  # 0 for causal attention, NO_WINDOW: none
+
+
+class RowTables(NamedTuple):
+    """Shared memory: the batch's rows, compacted by kind; `max_num_seqs` entries each unless stated."""
+
+    decode_seq: cute.Tensor  # sequence of the i-th decode row
+    decode_begin: cute.Tensor  # first n_block it sees
+    decode_blocks: cute.Tensor  # n_blocks it sees
+    decode_cost: cute.Tensor  # (max_num_seqs + 1,) cost of one head of all earlier decode rows
+    prefill_seq: cute.Tensor  # sequence of the i-th prefill row
+    prefill_order: cute.Tensor  # the same, longest KV first
+    prefill_tiles: cute.Tensor  # (max_num_seqs + 1,) query blocks of all earlier rows of `prefill_order`
+
+
+class CutTables(NamedTuple):
+    """Shared memory: where the line of decode row groups is cut; (NUM_THREADS,) each, one entry a consumer CTA and the end."""
+
+    item: cute.Tensor  # row group the cut is in
+    block: cute.Tensor  # n_blocks of it before the cut; 0: the cut is at its start
+    inner: cute.Tensor  # distinct cuts inside a row group up to this one
+    slot: cute.Tensor  # slots of all row groups whose cuts come before this one
+
+
+class ScheduleKernel:
+    """One compiled schedule serves every problem of an arch with at most `max_num_seqs` sequences."""
+
+    def __init__(self, max_num_seqs: int):
+        self.max_num_seqs = max_num_seqs
+
+    @cute.jit
+    def __call__(
+        self,
+        cu_seqlens_q: cute.Tensor,  # (batch + 1,) int32
+        seqused_k: cute.Tensor,  # (batch,) int32
+        prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
+        prefill_begin: cute.Tensor,  # (num_ctas + 1,) int32
+        decode_tiles: cute.Tensor,  # (max_decode_tiles, TILE_INTS) int32
+        decode_begin: cute.Tensor,  # (decode_num_ctas + 1,) int32
+        num_kv_heads: Int32,
+        tokens_per_tile: Int32,
+        prefill_tile_n: Int32,
+        decode_query_len: Int32,
+        decode_tile_n: Int32,
+        split_blocks: Int32,
+        item_overhead: Int32,
+        l2_tokens: Int32,
+        window_left: Int32,
+        window_right: Int32,
+        stream,
+    ):
+        """Launch; the scalars are the fields of `ScheduleParams`."""
+        params = ScheduleParams(
+            num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
+            split_blocks, item_overhead, l2_tokens, window_left, window_right,
+        )  # fmt: skip
+        num_ctas = cute.ceil_div(cute.size(decode_begin), NUM_WARPS)
+        self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_begin, params).launch(
+            grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        cu_seqlens_q: cute.Tensor,
+        seqused_k: cute.Tensor,
+        prefill_tiles: cute.Tensor,
+        prefill_begin: cute.Tensor,
+        decode_tiles: cute.Tensor,
+        decode_begin: cute.Tensor,
+        params: ScheduleParams,
+    ):
+        smem = cutlass.utils.SmemAllocator()
+        size = self.max_num_seqs
+
+        def ints(n: int) -> cute.Tensor:
+            return smem.allocate_tensor(Int32, cute.make_layout(n), byte_alignment=16)
+
+        rows = RowTables(ints(size), ints(size), ints(size), ints(size + 1), ints(size), ints(size), ints(size + 1))
+        cuts = CutTables(ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS))
+        sums = ints(NUM_WARPS)
+
+        num_decode, num_prefill = self.scan_rows(cu_seqlens_q, seqused_k, rows, sums, params)
+        self.cut_decode(rows, cuts, sums, num_decode, cute.size(decode_begin) - 1, params)
+        self.write_decode(rows, cuts, decode_tiles, decode_begin, params)
+        if num_prefill > 0:
+            self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
+        self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, params)
+
+    @cute.jit
+    def scan_rows(self, cu_seqlens_q: cute.Tensor, seqused_k: cute.Tensor, rows: RowTables, sums: cute.Tensor, params: ScheduleParams):
+        """Compact the rows into `rows`; returns how many decode and prefill rows there are. Ends with a barrier."""
+        tidx, _, _ = cute.arch.thread_idx()
+        num_seqs = cute.size(seqused_k)
+        decode_done, prefill_done, cost_done = Int32(0), Int32(0), Int32(0)
+        for base in range(0, num_seqs, NUM_THREADS):
+            seq_idx = base + tidx
+            query_len, kv_len = Int32(0), Int32(0)
+            if seq_idx < num_seqs:
+                query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
+                kv_len = seqused_k[seq_idx]
+            is_decode = Int32(0)
+            if query_len > 0 and query_len <= params.decode_query_len:
+                is_decode = Int32(1)
+            is_prefill = Int32(0)
+            if query_len > params.decode_query_len:
+                is_prefill = Int32(1)
+            begin = cutlass.max(kv_len - query_len - params.window_left, 0) // params.decode_tile_n
+            blocks = (kv_len + params.decode_tile_n - 1) // params.decode_tile_n - begin
+            cost = is_decode * (cutlass.max(blocks, 1) + params.item_overhead)
+
+            decode_at, num_decode = block_scan(is_decode, sums)
+            prefill_at, num_prefill = block_scan(is_prefill, sums)
+            cost_at, cost_all = block_scan(cost, sums)
+            if is_decode == 1:
+                at = decode_done + decode_at
+                rows.decode_seq[at] = seq_idx
+                rows.decode_begin[at] = begin
+                rows.decode_blocks[at] = blocks
+                rows.decode_cost[at] = cost_done + cost_at
+            if is_prefill == 1:
+                rows.prefill_seq[prefill_done + prefill_at] = seq_idx
+            decode_done += num_decode
+            prefill_done += num_prefill
+            cost_done += cost_all
+        if tidx == 0:
+            rows.decode_cost[decode_done] = cost_done
+        cute.arch.sync_threads()
+        return decode_done, prefill_done
+
+    @cute.jit
+    def cut_decode(self, rows: RowTables, cuts: CutTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams):
+        """Thread c places the cut before consumer CTA c; ends with a barrier."""
+        cta, _, _ = cute.arch.thread_idx()
+        heads = params.num_kv_heads
+        total = rows.decode_cost[num_decode] * heads
+        item, block, pieces = num_decode * heads, Int32(0), Int32(0)
+        if cta < num_ctas:
+            # cta * total / num_ctas without the product, which may pass 2^31.
+            position = cta * (total // num_ctas) + cta * (total % num_ctas) // num_ctas
+            if position < total:
+                row = upper_bound(rows.decode_cost, num_decode + 1, position // heads) - 1
+                # A row's heads stand one behind the other, so the row is found by its first head's start.
+                offset = position - rows.decode_cost[row] * heads
+                cost = rows.decode_cost[row + 1] - rows.decode_cost[row]
+                head = offset // cost
+                item = row * heads + head
+                block = offset - head * cost - params.item_overhead
+                blocks = rows.decode_blocks[row]
+                begin = rows.decode_begin[row]
+                if params.split_blocks > 0:
+                    split = params.split_blocks
+                    block = (begin + block + split // 2) // split * split - begin
+                    pieces = (begin + blocks + split - 1) // split - begin // split
+                if block <= 0:
+                    block = Int32(0)
+                elif block >= blocks:
+                    item += 1
+                    block = Int32(0)
+        cuts.item[cta] = item
+        cuts.block[cta] = block
+        cute.arch.sync_threads()
+
+        is_inner, is_first = Int32(0), Int32(0)
+        if block > 0:
+            is_inner, is_first = Int32(1), Int32(1)
+            if cta > 0:
+                if cuts.item[cta - 1] == item and cuts.block[cta - 1] > 0:
+                    is_first = Int32(0)
+                    if cuts.block[cta - 1] == block:
+                        is_inner = Int32(0)
+        inner_before, _ = block_scan(is_inner, sums)
+        slots = is_inner + is_first
+        if params.split_blocks > 0:
+            slots = is_first * pieces
+        slots_before, _ = block_scan(slots, sums)
+        cuts.inner[cta] = inner_before + is_inner
+        cuts.slot[cta] = slots_before
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def write_decode(self, rows: RowTables, cuts: CutTables, decode_tiles: cute.Tensor, decode_begin: cute.Tensor, params: ScheduleParams):
+        """Each warp writes the entries of one consumer CTA, a lane an entry."""
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        lane = tidx % 32
+        cta = bidx * NUM_WARPS + tidx // 32
+        num_ctas = cute.size(decode_begin) - 1
+        if cta <= num_ctas:
+            first_item, first_block = cuts.item[cta], cuts.block[cta]
+            begin = first_item + cuts.inner[cta]
+            if lane == 0:
+                decode_begin[cta] = begin
+            if cta < num_ctas:
+                last_item, last_block = cuts.item[cta + 1], cuts.block[cta + 1]
+                count = last_item + cuts.inner[cta + 1] - begin
+                for entry in range(lane, count, 32):
+                    item = first_item + entry
+                    row = item // params.num_kv_heads
+                    begin_block = rows.decode_begin[row]
+                    block = Int32(0)
+                    if entry == 0:
+                        block = first_block
+                    stop = rows.decode_blocks[row]
+                    if item == last_item:
+                        stop = last_block
+                    slot, first_slot, pieces = Int32(-1), Int32(0), Int32(1)
+                    if block > 0 or item == last_item:
+                        first_cut = lower_bound_cut(cuts, num_ctas + 1, item, Int32(1))
+                        next_cut = lower_bound_cut(cuts, num_ctas + 1, item + 1, Int32(0))
+                        first_slot = cuts.slot[first_cut]
+                        pieces = cuts.slot[next_cut] - first_slot
+                        piece = Int32(0)
+                        if params.split_blocks > 0:
+                            split = params.split_blocks
+                            piece = (begin_block + block) // split - begin_block // split
+                        elif block > 0:
+                            piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
+                        slot = first_slot + piece
+                    head = item - row * params.num_kv_heads
+                    values = (rows.decode_seq[row], head, Int32(0), begin_block + block, begin_block + stop, slot, first_slot, pieces)
+                    store_tile(decode_tiles, begin + entry, values)
+
+    @cute.jit
+    def order_prefill(
+        self,
+        cu_seqlens_q: cute.Tensor,
+        seqused_k: cute.Tensor,
+        rows: RowTables,
+        sums: cute.Tensor,
+        num_prefill: Int32,
+        params: ScheduleParams,
+    ):
+        """Order the prefill rows, longest KV first (ties by sequence), and sum up their query blocks; ends with a barrier."""
+        tidx, _, _ = cute.arch.thread_idx()
+        # Rank by counting: a step holds few prefill rows, each of at least two tokens.
+        for mine in range(tidx, num_prefill, NUM_THREADS):
+            seq_idx = rows.prefill_seq[mine]
+            kv_len = seqused_k[seq_idx]
+            rank = Int32(0)
+            for other in range(num_prefill):
+                other_len = seqused_k[rows.prefill_seq[other]]
+                if other_len > kv_len or (other_len == kv_len and other < mine):
+                    rank += 1
+            rows.prefill_order[rank] = seq_idx
+        cute.arch.sync_threads()
+        done = Int32(0)
+        for base in range(0, num_prefill, NUM_THREADS):
+            at = base + tidx
+            m_blocks = Int32(0)
+            if at < num_prefill:
+                seq_idx = rows.prefill_order[at]
+                query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
+                m_blocks = (query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
+            before, all_blocks = block_scan(m_blocks, sums)
+            if at < num_prefill:
+                rows.prefill_tiles[at] = done + before
+            done += all_blocks
+        if tidx == 0:
+            rows.prefill_tiles[num_prefill] = done
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def write_prefill(
+        self,
+        cu_seqlens_q: cute.Tensor,
+        seqused_k: cute.Tensor,
+        rows: RowTables,
+        prefill_tiles: cute.Tensor,
+        prefill_begin: cute.Tensor,
+        num_prefill: Int32,
+        params: ScheduleParams,
+    ):
+        """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone."""
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        thread = bidx * NUM_THREADS + tidx
+        num_ctas = cute.size(prefill_begin) - 1
+        heads = params.num_kv_heads
+        total = Int32(0)
+        if num_prefill > 0:
+            total = rows.prefill_tiles[num_prefill] * heads
+        if thread <= num_ctas:
+            prefill_begin[thread] = deal_begin(thread, total, num_ctas)
+        for rank in range(thread, total, grid * NUM_THREADS):
+            row = upper_bound(rows.prefill_tiles, num_prefill + 1, rank // heads) - 1
+            seq_idx = rows.prefill_order[row]
+            m_blocks = rows.prefill_tiles[row + 1] - rows.prefill_tiles[row]
+            query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
+            kv_len = seqused_k[seq_idx]
+            within = rank - rows.prefill_tiles[row] * heads
+            group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(kv_len, 1), 1), heads)
+            head_begin = within // (group * m_blocks) * group
+            group = cutlass.min(group, heads - head_begin)
+            within -= head_begin * m_blocks
+            m_block = m_blocks - 1 - within // group
+            head = head_begin + within % group
+            first = kv_len - query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
+            begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
+            end = cutlass.max(cutlass.min(kv_len, first + params.tokens_per_tile + params.window_right), 0)
+            end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
+            turn = rank // num_ctas
+            cta = rank % num_ctas
+            if turn % 2 == 1:
+                cta = num_ctas - 1 - cta
+            values = (seq_idx, head, m_block, begin, end, Int32(-1), Int32(0), Int32(1))
+            store_tile(prefill_tiles, deal_begin(cta, total, num_ctas) + turn, values)
+
+
+@cute.jit
+def deal_begin(cta: Int32, total: Int32, num_ctas: Int32) -> Int32:
+    """First entry of a CTA when `total` entries are dealt out back and forth: whole rounds, then one each from either end."""
+    rounds = total // num_ctas
+    left = total % num_ctas
+    extra = cutlass.min(cta, left)
+    if rounds % 2 == 1:
+        extra = cutlass.max(cta - (num_ctas - left), 0)
+    return cta * rounds + extra
+
+
+@cute.jit
+def block_scan(value: Int32, sums: cute.Tensor):  # sums: (NUM_WARPS,) int32 of shared memory
+    """Sum of `value` over the threads before this one, and over all threads; every thread of the CTA must call."""
+    tidx, _, _ = cute.arch.thread_idx()
+    lane, warp = tidx % 32, tidx // 32
+    inclusive = value
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(inclusive, 1 << step, mask_and_clamp=0)
+        if lane >= 1 << step:
+            inclusive += below
+    if lane == 31:
+        sums[warp] = inclusive
+    cute.arch.sync_threads()
+    before, total = Int32(0), Int32(0)
+    for other in cutlass.range_constexpr(NUM_WARPS):
+        part = sums[other]
+        if other < warp:
+            before += part
+        total += part
+    cute.arch.sync_threads()  # the next scan reuses `sums`
+    return before + inclusive - value, total
+
+
+@cute.jit
+def upper_bound(table: cute.Tensor, length: Int32, value: Int32) -> Int32:
+    """Number of entries of the ascending `table[0 .. length]` that are at most `value`."""
+    low, high = Int32(0), length
+    while low < high:
+        middle = (low + high) // 2
+        if table[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -> Int32:
+    """First cut at or behind (item, block)."""
+    low, high = Int32(0), length
+    while low < high:
+        middle = (low + high) // 2
+        is_before = Boolean(cuts.item[middle] < item)
+        if cuts.item[middle] == item and cuts.block[middle] < block:
+            is_before = Boolean(True)
+        if is_before:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def store_tile(tiles: cute.Tensor, index: Int32, values: tuple):
+    """Write one entry with two 16-byte stores."""
+    entry = cute.make_rmem_tensor(TILE_INTS, Int32)
+    for i in cutlass.range_constexpr(TILE_INTS):
+        entry[i] = values[i]
+    target = cute.make_tensor(tiles.iterator + cutlass.Int64(index) * TILE_INTS, cute.make_layout(TILE_INTS))
+    target = cute.make_tensor(target.iterator.align(16), target.layout)
+    cute.autovec_copy(entry, target)

@@ -1,0 +1,133 @@
+"""Work lists: which CTA does which tile. Made on the device once a step (`schedule.py`), read by every layer's kernels.
+
+A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry is eight int32 (the names below
+index it):
+
+    seq_idx, kv_head_idx     whose queries and keys
+    m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
+    n_block_begin, n_block_end   KV range in units of the kernel's tile_n; the kernel intersects it with what its mask needs
+    partial_slot             -1: the entry holds its whole row group and writes `out`; else the first slot of the
+                             split-KV workspace that it fills
+    first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which whoever arrives
+                             last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1
+
+A *row group* is one (sequence, KV head, query block). With `split_blocks` > 0 (batch invariance) a row group's KV is
+cut at multiples of `split_blocks` tiles whatever the batch is, and each such piece has a slot of its own; else an
+entry is one piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fa4_backend.problem import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from fa4_backend.plan import AttentionPlan
+
+TILE_INTS = 8
+SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(TILE_INTS)
+
+NO_WINDOW = 1 << 30  # a window wider than any sequence
+ITEM_OVERHEAD = 0  # KV tiles; beginning and ending a row group hides behind the next one's loads
+L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
+
+
+@dataclass(frozen=True)
+class WorkShape:
+    """What the schedule must know of the kernels that read its lists, and of the batch's limits."""
+
+    num_kv_heads: int
+    num_ctas: int  # CTAs of the prefill kernel
+    decode_num_ctas: int  # CTAs of the decode kernel
+    tokens_per_tile: int  # query tokens of a prefill tile, `tile_m // q_per_kv`
+    prefill_tile_n: int  # keys of a prefill n_block
+    decode_query_len: int  # longest query of a decode row; 0: every row goes to the prefill list
+    decode_tile_n: int  # keys of a decode n_block
+    decode_rows: int  # packed rows of a split-KV slot: `decode_query_len * q_per_kv`
+    split_blocks: int  # decode n_blocks of a piece in batch-invariant mode; 0: cut where it balances best
+    item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
+    l2_tokens: int  # KV tokens of one head that fit the share of L2 that prefill tiles running together may use
+
+    def max_prefill_tiles(self, max_num_tokens: int, max_num_seqs: int) -> int:
+        """Entries of the longest prefill list within the limits."""
+        m_blocks = max_num_tokens // self.tokens_per_tile + min(max_num_seqs, max_num_tokens)
+        return m_blocks * self.num_kv_heads
+
+    def max_decode_tiles(self, max_num_seqs: int) -> int:
+        """Entries of the longest decode list: a row group each, and one more for each cut between two CTAs."""
+        return max_num_seqs * self.num_kv_heads + self.decode_num_ctas
+
+    def max_slots(self, max_seqlen_k: int) -> int:
+        """Slots of the split-KV workspace; depends on the CTAs, not on the batch.
+
+        Only row groups that a cut between two CTAs divides have slots: at most one a cut.
+        """
+        cuts = self.decode_num_ctas - 1
+        if self.split_blocks == 0:
+            return max(1, 2 * cuts)
+        blocks = -(-max_seqlen_k // self.decode_tile_n)
+        return max(1, cuts * -(-blocks // self.split_blocks))
+
+
+@dataclass
+class WorkLists:
+    """Device buffers of one plan: lists and split-KV workspace. Fixed addresses; sizes follow from limits and CTA count."""
+
+    shape: WorkShape
+    prefill_tiles: torch.Tensor  # (max_prefill_tiles, TILE_INTS) int32
+    prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
+    decode_tiles: torch.Tensor  # (max_decode_tiles, TILE_INTS) int32
+    decode_begin: torch.Tensor  # (decode_num_ctas + 1,) int32
+    o_partial: torch.Tensor  # (max_slots, decode_rows, head_dim_v) float32, divided by its own denominator
+    lse_partial: torch.Tensor  # (max_slots, decode_rows) float32, log2 of the denominator
+    arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
+
+    @classmethod
+    def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> WorkLists:
+        """Make the buffers for every batch within `plan.limits`; the lists are empty until the first schedule."""
+        import torch
+
+        shape, limits = work_shape(plan), plan.limits
+
+        def ints(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        slots = shape.max_slots(limits.max_seqlen_k)
+        return cls(
+            shape,
+            prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_tokens, limits.max_num_seqs), TILE_INTS),
+            prefill_begin=ints(shape.num_ctas + 1),
+            decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), TILE_INTS),
+            decode_begin=ints(shape.decode_num_ctas + 1),
+            o_partial=torch.empty(slots, max(1, shape.decode_rows), plan.problem.head_dim_v, dtype=torch.float32, device=device),
+            lse_partial=torch.empty(slots, max(1, shape.decode_rows), dtype=torch.float32, device=device),
+            arrivals=ints(slots),
+        )
+
+
+def work_shape(plan: AttentionPlan) -> WorkShape:
+    """What the plan's kernels ask of their lists."""
+    from fa4_backend.kernels.decode.config import TILE_N, decode_config, split_tiles
+    from fa4_backend.kernels.tuning import prefill_tile
+
+    problem, limits = plan.problem, plan.limits
+    tile = prefill_tile(problem)
+    decode = decode_config(problem, limits)
+    bytes_per_token = (problem.head_dim + problem.head_dim_v) * DTYPE_BYTES[problem.dtype]
+    return WorkShape(
+        num_kv_heads=problem.num_kv_heads,
+        num_ctas=plan.num_ctas,
+        decode_num_ctas=plan.num_ctas * (decode.ctas_per_sm if decode else 1),
+        tokens_per_tile=tile.tile_m // problem.q_per_kv,
+        prefill_tile_n=tile.tile_n,
+        decode_query_len=limits.decode_query_len if decode else 0,
+        decode_tile_n=TILE_N,
+        decode_rows=decode.rows if decode else 0,
+        split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
+        item_overhead=ITEM_OVERHEAD,
+        l2_tokens=L2_SHARE_BYTES // bytes_per_token,
+    )
