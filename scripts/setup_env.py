@@ -94,9 +94,7 @@ def explain(output: str) -> str:
         )
     network = ("ConnectionError", "Failed to establish", "Temporary failure in name resolution", "Read timed out", "ProxyError", "SSLError")
     if any(sign in output for sign in network):
-        return (
-            "\nA download failed. Look at the connection and pip's proxy settings, then run the same command again."
-        )
+        return "\nA download failed. Look at the connection and pip's proxy settings, then run the same command again."
     return ""
 
 

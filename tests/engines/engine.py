@@ -1,0 +1,105 @@
+"""A vLLM engine in this process, and a watch on the operator calls it makes."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa4_backend.ops import paged_attention
+
+MAX_BATCHED_TOKENS = 256  # below the longest prompts: their prefill comes in chunks
+
+
+@dataclass
+class OperatorCalls:
+    """What the watched engine asked of `paged_attention`."""
+
+    count: int = 0
+    query_lens: set[int] = field(default_factory=set)  # longest query of each call's step
+    kernels: set[str] = field(default_factory=set)
+    page_sizes: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def watch_operator(scale_error: float = 1.0) -> Iterator[OperatorCalls]:
+    """Record the calls of vLLM's adapter; `scale_error` multiplies the softmax scale, a planted fault."""
+    calls = OperatorCalls()
+
+    def watched(*args: Any, plan: Any, metadata: Any, softmax_scale: float, **kwargs: Any) -> Any:
+        calls.count += 1
+        calls.query_lens.add(metadata.bounds.max_seqlen_q)
+        calls.kernels.add(plan.kernel_name)
+        calls.page_sizes.add(plan.problem.page_size)
+        return paged_attention(*args, plan=plan, metadata=metadata, softmax_scale=softmax_scale * scale_error, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fa4_integration.vllm_backend.impl.paged_attention", watched)
+        yield calls
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens of one prompt."""
+
+    token_ids: tuple[int, ...]
+    num_cached_tokens: int  # prompt tokens taken from the prefix cache
+
+
+def generate(model: Path, backend: str, prompts: list[Any], max_tokens: int = 32, **engine_args: Any) -> list[Answer]:
+    """Start an engine, answer `prompts` greedily, stop it.
+
+    Args:
+        prompts: token id lists or texts.
+        engine_args: of vLLM's `LLM`, above the defaults below.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    arguments = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "seed": 0,
+        **engine_args,
+    }
+    with llvmlite_out_of_sight():
+        llm = LLM(str(model), attention_backend=backend, **arguments)
+    inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
+    try:
+        outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
+        return [Answer(tuple(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@contextmanager
+def llvmlite_out_of_sight() -> Iterator[None]:
+    """vLLM 0.32 scans all loaded modules for kernels, and stops at llvmlite's library object once numba has compiled anything here."""
+    from vllm.triton_utils import dispatcher
+
+    scan = dispatcher._rebind_kernels
+
+    def scan_without_llvmlite(overrides: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [name for name in sys.modules if name.startswith("llvmlite")]:
+                patch.delitem(sys.modules, name)
+            scan(overrides)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "_rebind_kernels", scan_without_llvmlite)
+        yield
+
+
+def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in answers]

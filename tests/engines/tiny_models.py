@@ -1,0 +1,110 @@
+"""Small models with random weights, written to disk the way vLLM reads them.
+
+Their outputs must vary, or equal tokens would prove nothing: see `_write` for what keeps them from repeating a token and makes attention
+matter. `test_tokens.py` checks both, with a planted error as the control.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+VOCAB = 512
+HIDDEN, INTERMEDIATE, HEAD_DIM = 256, 512, 64
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def write_llama(folder: Path) -> Path:
+    """Two layers, 4 query and 2 KV heads of 64: the plain causal decoder."""
+    config = _config(
+        "LlamaForCausalLM", "llama", num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", tie_word_embeddings=False
+    )
+    return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0)
+
+
+def write_gemma2(folder: Path) -> Path:
+    """Gemma-2's shape: soft cap on the logits, a window of 64 tokens in every other layer, so two KV cache groups."""
+    config = _config(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=HEAD_DIM,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=30.0,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    return _write(folder, config, norms=norms, embedding_std=0.06, norm_offset=-1.0)
+
+
+def _config(architecture: str, model_type: str, **more: Any) -> dict[str, Any]:
+    common = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": 2,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    }
+    return common | more
+
+
+def _write(folder: Path, config: dict[str, Any], norms: tuple[str, ...], embedding_std: float, norm_offset: float = 0.0) -> Path:
+    """Weights, config and tokenizer. `norm_offset`: Gemma's norms multiply by 1 + weight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(1234)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+
+    def linear(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
+
+    weights = {"model.embed_tokens.weight": torch.randn(VOCAB, HIDDEN, generator=generator) * embedding_std}
+    if not config.get("tie_word_embeddings", True):
+        weights["lm_head.weight"] = linear(VOCAB, HIDDEN)
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        weights |= {
+            # Peaked but not one-hot: logits with a standard deviation of about 2.
+            f"{layer}.self_attn.q_proj.weight": linear(heads * HEAD_DIM, HIDDEN, gain=2.0),
+            f"{layer}.self_attn.k_proj.weight": linear(kv_heads * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": linear(kv_heads * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": linear(HIDDEN, heads * HEAD_DIM, gain=4.0),
+            f"{layer}.mlp.gate_proj.weight": linear(INTERMEDIATE, HIDDEN),
+            f"{layer}.mlp.up_proj.weight": linear(INTERMEDIATE, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": linear(HIDDEN, INTERMEDIATE),
+        }
+        weights |= {f"{layer}.{norm}.weight": torch.full((HIDDEN,), 1.0 + norm_offset) for norm in norms}
+    # Random signs: with tied embeddings (Gemma-2's always are) a plain norm would let the last token predict itself.
+    signs = torch.randint(0, 2, (HIDDEN,), generator=generator) * 2.0 - 1.0
+    weights["model.norm.weight"] = signs + norm_offset
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One word a token id; the tests talk in ids and need a tokenizer only because a server wants one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(SPECIAL.values())}
+    words |= {f"w{index}": index for index in range(len(words), VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["bos_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}))
