@@ -68,10 +68,15 @@ class SetupError(Exception):
 
 
 def fingerprint() -> str:
-    digest = hashlib.sha256(sys.version.encode())
+    """Changes when an input of the environment does."""
+    digest = hashlib.sha256()
     for name in INPUTS:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
+
+
+def supported(version: tuple[int, int]) -> bool:
+    return (3, 11) <= version <= (3, 12)
 
 
 def run(*command: str | Path) -> str:
@@ -104,12 +109,13 @@ def pip_install(*what: str) -> None:
 
 def install() -> None:
     if not PYTHON.exists():
+        if not supported(sys.version_info[:2]):
+            raise SetupError(f"Python: expected 3.11 or 3.12, got {sys.version.split()[0]}. Try: make PYTHON=python3.12 ...")
         step("a new virtual environment in .venv")
         run(sys.executable, "-m", "venv", VENV)
-    print_version = "import sys; print('{}.{}'.format(*sys.version_info))"
-    have, wanted = run(PYTHON, "-c", print_version).strip(), "{}.{}".format(*sys.version_info)
-    if have != wanted:
-        raise SetupError(f".venv: expected Python {wanted} (this one), got {have}. Remove .venv, or call with that Python.")
+    version = run(PYTHON, "-c", "import sys; print(*sys.version_info[:2])").split()
+    if not supported((int(version[0]), int(version[1]))):
+        raise SetupError(f".venv: expected Python 3.11 or 3.12, got {'.'.join(version)}. Remove .venv and run the same command again.")
 
     step(TORCH)
     pip_install("--upgrade", "pip", "packaging")
@@ -136,9 +142,6 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="install again even if .venv is up to date")
     force = parser.parse_args().force
 
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        print(f"set-up: Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}. Try: make PYTHON=python3.12 ...", file=sys.stderr)
-        return 1
     wanted = fingerprint()
     if not force and PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
         return 0

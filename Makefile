@@ -1,0 +1,47 @@
+# Everything below makes its own environment in .venv first (a second time: nothing to do).
+# The first Python that vLLM's CPU build has wheels for; only used to make .venv.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done || echo python3)
+PY := .venv/bin/python
+PORT ?= 8471
+export PROMPT
+
+.PHONY: help setup demo model test test-host test-engines test-slow lint clean
+
+help:
+	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
+	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make lint        ruff and mypy"
+	@echo "make setup       only the environment; PYTHON=python3.12 chooses the interpreter"
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup
+	@$(PY) -m examples.serve_smollm2 --port $(PORT) $${PROMPT:+--prompt "$$PROMPT"}
+
+model: setup
+	@$(PY) -m examples.smollm2
+
+test: lint test-host test-engines
+
+# Kernels, host code and the emulator: one test process a core.
+test-host: setup
+	$(PY) -m pytest -q -m "not slow and not gpu" -n $(shell nproc) --dist worksteal --ignore tests/engines
+
+# An engine takes all cores and binds its threads to them, so these run one after the other.
+test-engines: setup
+	$(PY) -m pytest -q -m "not slow and not gpu" tests/engines
+
+test-slow: setup
+	$(PY) -m pytest -q -m "slow and not gpu"
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@# mypy looks for packages by folder name; `integration/` is installed as `fa4_integration`.
+	@mkdir -p build/typing && ln -sfn ../../integration build/typing/fa4_integration
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
