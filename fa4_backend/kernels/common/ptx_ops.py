@@ -1,0 +1,288 @@
+"""Thin names for the PTX instructions that kernels issue directly: TMA, mbarriers, packed float32 pairs, TMEM and tcgen05.
+
+Shared-memory addresses are Int32 in the shared window; TMEM addresses are Int32 with the lane in bits 16-31 and the column in
+bits 0-15 (PTX ISA, "Tensor Memory Addressing"). Vectors are MLIR values `vector<n x f32>`. These are plain functions that emit
+operations: they may be called from `@cute.jit` code with constant Python arguments, and hold no control flow of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import arith, llvm, nvvm, scf, vector
+from cutlass._mlir.dialects import cute as cute_ir
+from cutlass._mlir.dialects import cute_nvgpu as cute_nvgpu_ir
+from cutlass._mlir.dialects import math as math_ir
+from cutlass.cutlass_dsl import T
+
+SMEM_SPACE, TMEM_SPACE = 3, 6  # LLVM address spaces of the NVPTX target
+FULL_WARP = 0xFFFFFFFF
+WAIT_TICKS = 10_000_000  # ns a try_wait may suspend before it looks again; any value is correct
+
+
+def _asm(text: str, operands: Sequence[Int32], result: ir.Type | None = None, result_constraint: str = "", *, pure: bool = False):
+    """Inline PTX; `text` names its operands $0, $1, ... (the result, if any, is $0). All operands are 32-bit registers."""
+    constraints = ",".join([result_constraint] * bool(result_constraint) + ["r"] * len(operands) + ["~{memory}"] * (not pure))
+    values = [Int32(x).ir_value() for x in operands]
+    return llvm.inline_asm(
+        result, values, text, constraints, has_side_effects=not pure, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
+    )
+
+
+# ---- shared memory, mbarriers, TMA -------------------------------------------------------------------------------------------
+
+
+def smem_pointer(address: Int32) -> ir.Value:
+    """LLVM pointer to a shared-memory address."""
+    return llvm.inttoptr(llvm.PointerType.get(SMEM_SPACE), Int32(address).ir_value())
+
+
+def mbarrier_init(address: Int32, arrivals: int) -> None:
+    """PTX ISA, "mbarrier.init"."""
+    nvvm.mbarrier_init(smem_pointer(address), Int32(arrivals).ir_value())
+
+
+def mbarrier_wait(address: Int32, parity: Int32) -> None:
+    """Wait until the phase with this parity has completed (acquire, CTA scope)."""
+    nvvm.mbarrier_try_wait_parity(smem_pointer(address), Int32(parity).ir_value(), Int32(WAIT_TICKS).ir_value())
+
+
+def mbarrier_arrive_expect_tx(address: Int32, tx_bytes: int) -> None:
+    """One arrival that also announces `tx_bytes` of TMA."""
+    nvvm.mbarrier_arrive_expect_tx(smem_pointer(address), Int32(tx_bytes).ir_value(), scope=nvvm.MemScopeKind.CTA, relaxed=False)
+
+
+def mbarrier_arrive(address: Int32) -> None:
+    """One arrival (release, CTA scope) by each thread that gets here."""
+    nvvm.mbarrier_arrive(smem_pointer(address), scope=nvvm.MemScopeKind.CTA, relaxed=False)
+
+
+def warp_arrive(address: Int32, lane_idx: Int32) -> None:
+    """One arrival on behalf of the whole warp: the lanes' earlier accesses happen before it."""
+    cute.arch.sync_warp()
+    _asm(
+        "{ .reg .pred leader; setp.eq.b32 leader, $1, 0; @leader mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+        [address, lane_idx],
+    )
+
+
+def tma_descriptor(atom: cute.CopyAtom) -> ir.Value:
+    """Generic pointer to the tensor map of a TMA atom, which is a kernel parameter."""
+    executable = cute_nvgpu_ir.atom_make_exec_tma(atom._trait.value)
+    pointer_type = cute_ir.PtrType.get(cute_nvgpu_ir.TmaDescriptorTiledType.get(), cute_ir.AddressSpace.generic, 64)
+    return cute_nvgpu_ir.get_tma_desc_addr(pointer_type, executable).to_llvm_ptr()
+
+
+def tma_load(descriptor: ir.Value, smem_address: Int32, barrier: Int32, coords: Sequence[Int32]) -> None:
+    """Fetch one box of a tensor map to shared memory; completes its bytes on `barrier`. Issued by each thread that gets here."""
+    nvvm.cp_async_bulk_tensor_shared_cluster_global(
+        smem_pointer(smem_address), descriptor, [Int32(c).ir_value() for c in coords], smem_pointer(barrier), [], is_cta_only=True
+    )
+
+
+def store_shared_v4(address: Int32, words: Sequence[ir.Value]) -> None:
+    """Store four 32-bit words at a 16-byte aligned shared address."""
+    value = vector.from_elements(ir.VectorType.get([4], T.i32()), list(words))
+    llvm.store(value, smem_pointer(address), alignment=16)
+
+
+def load_shared_v4(address: Int32) -> ir.Value:
+    """vector<4 x i32> from a 16-byte aligned shared address."""
+    return llvm.load(ir.VectorType.get([4], T.i32()), smem_pointer(address), alignment=16)
+
+
+def store_shared_f32(address: Int32, value: Float32) -> None:
+    """Store one float32 to shared memory."""
+    llvm.store(Float32(value).ir_value(), smem_pointer(address), alignment=4)
+
+
+def load_shared_f32(address: Int32) -> Float32:
+    """Load one float32 from shared memory."""
+    return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))
+
+
+def load_shared_i32(address: Int32) -> Int32:
+    """Load one int32 from shared memory."""
+    return Int32(llvm.load(T.i32(), smem_pointer(address), alignment=4))
+
+
+def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
+    """Store a vector<4 x i32> at a 16-byte aligned global address."""
+    llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
+
+
+def fence_proxy_async_shared() -> None:
+    """Order this thread's generic shared-memory accesses before later async-proxy ones (TMA, tcgen05)."""
+    cute.arch.fence_proxy("async.shared", space="cta")
+
+
+# ---- TMEM and tcgen05 --------------------------------------------------------------------------------------------------------
+
+
+def _tmem_pointer(address: Int32) -> ir.Value:
+    return llvm.inttoptr(llvm.PointerType.get(TMEM_SPACE), Int32(address).ir_value())
+
+
+def tmem_load(address: Int32, columns: int) -> ir.Value:
+    """Start loading `columns` float32 of this thread's TMEM lane (shape 32x32b); valid after `tmem_wait_load`."""
+    words = nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
+    return vector.bitcast(ir.VectorType.get([columns], T.f32()), words)
+
+
+def tmem_store(address: Int32, words: ir.Value) -> None:
+    """Start storing a vector<n x i32> to this thread's TMEM lane; complete after `tmem_wait_store`."""
+    nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
+
+
+def tmem_wait_load() -> None:
+    """Wait for this thread's TMEM loads."""
+    nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
+
+
+def tmem_wait_store() -> None:
+    """Wait for this thread's TMEM stores."""
+    nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.STORE)
+
+
+def tmem_alloc(smem_address: Int32, columns: int) -> None:
+    """Allocate TMEM columns and give up the right to allocate more; the whole warp calls. The address goes to shared memory."""
+    nvvm.tcgen05_alloc(smem_pointer(smem_address), Int32(columns).ir_value())
+    nvvm.tcgen05_relinquish_alloc_permit()
+
+
+def tmem_dealloc(address: Int32, columns: int) -> None:
+    """Free what `tmem_alloc` allocated; the same warp calls."""
+    nvvm.tcgen05_dealloc(_tmem_pointer(address), Int32(columns).ir_value())
+
+
+def tcgen05_fence_before_sync() -> None:
+    """Order earlier tcgen05 operations before a following thread synchronisation (PTX ISA, "tcgen05.fence")."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
+
+
+def tcgen05_fence_after_sync() -> None:
+    """Order later tcgen05 operations behind a preceding thread synchronisation."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC)
+
+
+def tcgen05_commit(barrier: Int32) -> None:
+    """One arrival on `barrier` when all MMAs issued so far have completed; the warp elects the issuer."""
+    _asm(
+        "{ .reg .pred issue; elect.sync _|issue, 0xffffffff; "
+        "@issue tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [$0]; }",
+        [barrier],
+    )
+
+
+# ---- float32 pairs and vectors -----------------------------------------------------------------------------------------------
+
+
+def vec(n: int) -> ir.Type:
+    """vector<n x f32>."""
+    return ir.VectorType.get([n], T.f32())
+
+
+def broadcast(value: Float32, n: int) -> ir.Value:
+    """A vector whose elements all are `value`."""
+    return vector.broadcast(vec(n), Float32(value).ir_value())
+
+
+def element(v: ir.Value, i: int) -> ir.Value:
+    """Element i of a vector."""
+    return vector.extract(v, [], [i])
+
+
+def pair(v: ir.Value, i: int) -> ir.Value:
+    """Elements i, i + 1 as a vector<2 x f32>."""
+    return vector.from_elements(vec(2), [element(v, i), element(v, i + 1)])
+
+
+def from_pairs(pairs: Sequence[ir.Value]) -> ir.Value:
+    """The vector that consists of these pairs."""
+    return vector.from_elements(vec(2 * len(pairs)), [element(p, i) for p in pairs for i in (0, 1)])
+
+
+def fma2(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c on a pair, one instruction (fma.rn.f32x2)."""
+    return nvvm.fma_packed_f32x2(a, b, c, rnd=nvvm.FPRoundingMode.RN)
+
+
+def add2(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a + b on a pair."""
+    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
+
+
+def add2_down(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a + b on a pair, rounded towards minus infinity."""
+    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RM)
+
+
+def mul2(a: ir.Value, b: ir.Value) -> ir.Value:
+    """a * b on a pair."""
+    return nvvm.mul_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
+
+
+def max_of(vectors: Sequence[ir.Value], start: Float32) -> Float32:
+    """Largest of `start` and all elements; NaN elements lose."""
+    largest = Float32(start).ir_value()
+    for v in vectors:
+        largest = vector.reduction(T.f32(), vector.CombiningKind.MAXNUMF, v, acc=largest)
+    return Float32(largest)
+
+
+def exp2_approx(v: ir.Value) -> ir.Value:
+    """2^x of a float32 or a vector on the MUFU unit (ex2.approx.ftz)."""
+    return math_ir.exp2(v, fastmath=arith.FastMathFlags.fast)
+
+
+def pack_16bit(v: ir.Value, dtype: str) -> ir.Value:
+    """vector<n x f32> rounded to a 16-bit type, two elements to a 32-bit word: vector<n/2 x i32>."""
+    n = ir.VectorType(v.type).shape[0]
+    element_type = {"bfloat16": T.bf16, "float16": T.f16}[dtype]()
+    halves = arith.truncf(ir.VectorType.get([n], element_type), v)
+    return vector.bitcast(ir.VectorType.get([n // 2], T.i32()), halves)
+
+
+def as_words(v: ir.Value) -> ir.Value:
+    """The same bits as vector<n x i32>."""
+    return vector.bitcast(ir.VectorType.get([ir.VectorType(v.type).shape[0]], T.i32()), v)
+
+
+def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
+    """A vector of zeros where `condition` holds, else v."""
+    n = ir.VectorType(v.type).shape[0]
+    return arith.select(Boolean(condition).ir_value(), broadcast(Float32(0.0), n), v)
+
+
+def shift_left(value: Int32, count: Int32) -> Int32:
+    """value << count with counts above 31 giving 0 (PTX ISA, "shl")."""
+    return Int32(_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
+
+
+def shift_right(value: Int32, count: Int32) -> Int32:
+    """value >> count, unsigned, with counts above 31 giving 0 (PTX ISA, "shr")."""
+    return Int32(_asm("shr.u32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
+
+
+def select_by_bits(bits: Int32, v: ir.Value, otherwise: float) -> ir.Value:
+    """Elements of v (at most 32) whose bit is set, the others replaced by a constant."""
+    n = ir.VectorType(v.type).shape[0]
+    other, word, zero = Float32(otherwise).ir_value(), Int32(bits).ir_value(), Int32(0).ir_value()
+    kept = []
+    for i in range(n):
+        one = arith.andi(word, Int32(1 << i if i < 31 else -(1 << 31)).ir_value())
+        kept.append(arith.select(arith.cmpi(arith.CmpIPredicate.ne, one, zero), element(v, i), other))
+    return vector.from_elements(v.type, kept)
+
+
+def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Value]:
+    """`change(values)` where `condition` holds, else `values`: a branch, not selects. `change` maps a list to a list of its types."""
+    branch = scf.IfOp(Boolean(condition).ir_value(), [v.type for v in values], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(change(list(values)))
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_(list(values))
+    return list(branch.results)

@@ -1,0 +1,56 @@
+"""Epilogue warp: finished tiles from shared memory to `out`, 16 bytes a lane, coalesced along the head; writes valid rows only."""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.tile_scheduler import tile_range
+from fa4_backend.kernels.sm100.correction_warps import CHUNK_BYTES
+from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
+
+
+@dataclass(frozen=True)
+class EpilogueWarp:
+    """One warp; a tile of 128 rows takes it as many stores as the rows have 512-byte pieces."""
+
+    geometry: Geometry
+    o_stage: int
+
+    @cute.jit
+    def run(self, place: Place, work: WorkTensors, mO: cute.Tensor):
+        """Walk the work list; owns the consumer side of `o_correction_to_epilogue`."""
+        g = self.geometry
+        begin, end = tile_range(work.mBegin)
+        stage, phase = Int32(0), Int32(0)
+        for index in range(begin, end, unroll=1):
+            item = g.read_item(work, index)
+            for q_idx in cutlass.range_constexpr(Q_STAGE):
+                ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", stage), phase)
+                source = place.smem_base + g.storage.o + stage * g.storage.sizes.o
+                self.store_tile(place, mO, item, item.tile.m_block * Q_STAGE + q_idx, source)
+                ptx.warp_arrive(g.empty(place, "o_correction_to_epilogue", stage), place.lane_idx)
+                stage += 1
+                if stage == self.o_stage:
+                    stage = Int32(0)
+                    phase ^= 1
+
+    @cute.jit
+    def store_tile(self, place: Place, mO: cute.Tensor, item: WorkItem, m_block: Int32, source: Int32):
+        """Rows of query tile `m_block`. mO: (total_q, num_q_heads, head_dim_v)."""
+        config, seqlen = self.geometry.config.kernel, item.tile.seqlen
+        chunks = config.head_dim_v * 2 // CHUNK_BYTES
+        elems = CHUNK_BYTES // 2
+        tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
+        num_chunks = tokens * config.q_per_kv * chunks
+        for chunk in range(place.lane_idx, num_chunks, 32, unroll=4):
+            row, column = chunk // chunks, chunk % chunks
+            offset = (column // 8) * self.geometry.storage.sizes.part + row * 128 + (((column % 8) ^ (row % 8)) * CHUNK_BYTES)
+            words = ptx.load_shared_v4(source + offset)
+            packed = self.geometry.pack.row(row, m_block, seqlen)
+            head = item.tile.kv_head_idx * config.q_per_kv + packed.head
+            index = Int64(seqlen.q_begin + packed.token) * mO.stride[0] + Int64(head) * mO.stride[1] + column * elems
+            ptx.store_global_v4(mO.iterator + index, words)

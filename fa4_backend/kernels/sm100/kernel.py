@@ -1,0 +1,160 @@
+"""Blackwell prefill kernel (sm_100a, sm_103a): FlashAttention-4 forward over paged K and V, ragged, packed query heads.
+
+One persistent CTA an SM walks its part of the work list: 16 warps in six roles (`warp_roles`), tied by mbarriers (`common.edges`).
+The host function has the arguments of `fa4_backend.kernels.sm90.kernel`.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float16, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
+from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
+from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
+from fa4_backend.kernels.sm100.mma_warp import MmaWarp
+from fa4_backend.kernels.sm100.softmax_warps import Scores, SoftmaxWarps
+from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS
+from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
+from fa4_backend.kernels.sm100.warp_roles import ROLES
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+
+O_STAGE = 1  # buffers of finished tiles; the shared memory that a second one would take holds a KV stage
+DTYPES = {"bfloat16": BFloat16, "float16": Float16}
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """The kernel of one config; `__call__` is the host side."""
+
+    config: Sm100Config
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
+        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
+        mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
+        mSeqUsedK: cute.Tensor,  # (batch,) int32
+        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.work_list
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+        mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
+        mSinks: cute.Tensor | None,  # (num_q_heads,) float32
+        mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        stream,
+    ):
+        """Launch one CTA for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        kernel = self.config.kernel
+        operands = Operands(
+            make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
+            make_kv_atom(mK, kernel.box_rows),
+            make_kv_atom(mV, kernel.box_rows),
+            mPageTable,
+            Int32(cute.size(mK, mode=[1])),
+            Int32(cute.size(mK, mode=[0])),
+        )
+        right = Int32(0) if const_expr(kernel.is_causal) else window_right
+        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, mSeqUsedK, window_left, right)
+        scores = Scores(softmax_scale, softcap, mLse, mSinks, mSlopes)
+        self.kernel(operands, work, scores, mO).launch(
+            grid=[cute.size(mBegin, mode=[0]) - 1, 1, 1],
+            block=[ROLES.num_threads, 1, 1],
+            smem=Geometry.of(self.config, O_STAGE).storage.num_bytes,
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, operands: Operands, work: WorkTensors, scores: Scores, mO: cute.Tensor):
+        """Set up barriers and TMEM, then send each warp to its role."""
+        g, tuning = Geometry.of(self.config, O_STAGE), self.config.tuning
+        smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=1024).toint())
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane_idx = cute.arch.lane_idx()
+        if warp_idx == ROLES.load:
+            for atom in (operands.q_atom, operands.k_atom, operands.v_atom):
+                cpasync.prefetch_descriptor(atom)
+            if lane_idx == 0:
+                for offset, count in g.storage.barriers.initial_counts():
+                    ptx.mbarrier_init(smem_base + offset, count)
+                cute.arch.mbarrier_init_fence()
+        if warp_idx == ROLES.mma:
+            ptx.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
+        ptx.tcgen05_fence_before_sync()
+        cute.arch.sync_threads()
+        ptx.tcgen05_fence_after_sync()
+        place = Place(smem_base, ptx.load_shared_i32(smem_base + g.storage.tmem_pointer), warp_idx, lane_idx)
+        if warp_idx < ROLES.correction_first:
+            cute.arch.setmaxregister_increase(tuning.softmax_registers)
+            SoftmaxWarps(g).run(place, work, scores)
+        elif warp_idx < ROLES.mma:
+            cute.arch.setmaxregister_decrease(tuning.correction_registers)
+            CorrectionWarps(g, O_STAGE).run(place, work)
+        else:
+            cute.arch.setmaxregister_decrease(tuning.other_registers)
+            if warp_idx == ROLES.mma:
+                MmaWarp(g).run(place, work)
+            elif warp_idx == ROLES.load:
+                LoadWarp(g).run(place, work, operands)
+            elif warp_idx == ROLES.epilogue:
+                EpilogueWarp(g, O_STAGE).run(place, work, mO)
+            else:
+                ValueTailWarp(g).run(place, work)
+        ptx.tcgen05_fence_before_sync()
+        cute.arch.sync_threads()
+        if warp_idx == ROLES.mma:
+            ptx.tcgen05_fence_after_sync()
+            ptx.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
+
+
+def build(config: KernelConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:
+    """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
+    if isinstance(config, KernelConfig):
+        config = Sm100Config.of(config)
+    kernel = config.kernel
+    dtype = DTYPES[kernel.dtype]
+    total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    pages, page_size, kv_heads = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+
+    def rows(*shape):
+        """A tensor with any strides of 16 bytes but the last."""
+        strides = tuple(cute.sym_int64(divisibility=16 // kernel.element_bytes) for _ in shape[:-1])
+        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+    def plain(element_type, *shape):
+        strides = tuple(cute.sym_int64() for _ in shape[:-1])
+        return make_fake_tensor(element_type, shape, (*strides, 1), assumed_align=4)
+
+    arguments = (
+        rows(total_q, heads, kernel.head_dim),
+        rows(pages, page_size, kv_heads, kernel.head_dim),
+        rows(pages, page_size, kv_heads, kernel.head_dim_v),
+        plain(Int32, batch, cute.sym_int32()),
+        plain(Int32, cute.sym_int32()),
+        plain(Int32, batch),
+        make_fake_tensor(Int32, (cute.sym_int32(), 8), (8, 1), assumed_align=16),
+        plain(Int32, cute.sym_int32()),
+        rows(total_q, heads, kernel.head_dim_v),
+        plain(Float32, heads, total_q) if kernel.has_lse else None,
+        plain(Float32, heads) if kernel.has_sinks else None,
+        plain(Float32, heads) if kernel.has_alibi else None,
+        Float32(1.0),
+        Float32(0.0),
+        Int32(0),
+        Int32(0),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return PrefillKernel(config), arguments

@@ -1,0 +1,146 @@
+"""Load warp: Q, K and V to shared memory by TMA. Lane i issues box i of a tile."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.tile_scheduler import tile_range
+from fa4_backend.kernels.sm100.storage import PART_ELEMS, ROW_BYTES, num_parts
+from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+
+
+class Operands(NamedTuple):
+    """TMA atoms and what is needed to address pages."""
+
+    q_atom: cute.CopyAtom
+    k_atom: cute.CopyAtom
+    v_atom: cute.CopyAtom
+    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
+    page_size: Int32
+    num_pages: Int32
+
+
+class PageBox(NamedTuple):
+    """The box of a KV tile that a lane fetches."""
+
+    page: Int32  # physical page; num_pages (out of bounds: zeros, no memory read) for a box without tokens
+    row: Int32  # first row within the page
+    row_box: Int32  # index of the box along the tile's rows
+    part: Int32  # index along the head dimension
+
+
+def swizzled_box(shape: tuple[int, ...]) -> cute.ComposedLayout:
+    """Shared-memory layout of a box whose first mode is a 128-byte row."""
+    strides, stride = [], 1
+    for extent in shape:
+        strides.append(stride)
+        stride *= extent
+    return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
+
+
+def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.CopyAtom:
+    """Boxes (part of a head, heads of a KV head, tokens) of q (total_q, num_q_heads, head_dim): their rows are the packed rows."""
+    q = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=[2, 1, 0]))
+    shape = (PART_ELEMS, q_per_kv, tokens_per_tile)
+    return checked_atom(cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom, 3)
+
+
+def make_kv_atom(cache: cute.Tensor, box_rows: int) -> cute.CopyAtom:
+    """Boxes (part of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
+    kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
+    shape = (PART_ELEMS, box_rows, 1, 1)
+    return checked_atom(cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, swizzled_box(shape), shape).atom, 4)
+
+
+def checked_atom(atom: cute.CopyAtom, rank: int) -> cute.CopyAtom:
+    """The atom, when its tensor map's dimensions are the tensor's modes in order: the load warp gives raw coordinates."""
+    basis = ",".join(f"1@{i}" for i in range(rank))
+    described = str(atom._trait.value.type)
+    assert f":({basis})" in described, f"expected a tensor map of modes ({basis}), got {described}"
+    return atom
+
+
+@dataclass(frozen=True)
+class LoadWarp:
+    """Order: Q 0, K, Q 1, V, then K and V of each further block."""
+
+    geometry: Geometry
+
+    @cute.jit
+    def run(self, place: Place, work: WorkTensors, operands: Operands):
+        """Walk the work list; owns the producer side of `q_load_to_mma` and `kv_load_to_mma`."""
+        g, storage = self.geometry, self.geometry.storage
+        sizes, config = storage.sizes, g.config.kernel
+        begin, end = tile_range(work.mBegin)
+        stage, phase, q_phase = Int32(0), Int32(0), Int32(0)
+        for index in range(begin, end, unroll=1):
+            item = g.read_item(work, index)
+            tile, seqlen = item.tile, item.tile.seqlen
+            for i in range(item.num_blocks, unroll=1):
+                box = self.find_box(place, operands, tile.seq_idx, item.blocks.end - 1 - i, seqlen.seqlen_k)
+                for is_v in cutlass.range_constexpr(2):
+                    if i == 0:
+                        ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
+                        barrier = g.full(place, "q_load_to_mma", is_v)
+                        token = seqlen.q_begin + (tile.m_block * Q_STAGE + is_v) * config.tokens_per_tile
+                        self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
+                    ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
+                    barrier = g.full(place, "kv_load_to_mma", stage)
+                    atom, tx_bytes, head_dim = (
+                        (operands.v_atom, sizes.v_tx_bytes, config.head_dim_v)
+                        if is_v
+                        else (operands.k_atom, sizes.k_tx_bytes, config.head_dim)
+                    )
+                    slot = place.smem_base + storage.kv + stage * storage.kv_stride
+                    self.load_kv(place, atom, barrier, slot, tx_bytes, num_parts(head_dim), tile.kv_head_idx, box)
+                    stage += 1
+                    if stage == config.tile.kv_stage:
+                        stage = Int32(0)
+                        phase ^= 1
+            q_phase ^= 1
+
+    @cute.jit
+    def load_q(self, place: Place, operands: Operands, barrier: Int32, q_idx: int, kv_head_idx: Int32, token: Int32):
+        """One query tile; boxes past the end of q bring zeros. token: row of q of the tile's first token."""
+        config, storage = self.geometry.config.kernel, self.geometry.storage
+        if place.lane_idx == 0:
+            ptx.mbarrier_arrive_expect_tx(barrier, storage.sizes.q_tx_bytes)
+        cute.arch.sync_warp()
+        if place.lane_idx < num_parts(config.head_dim):
+            slot = place.smem_base + storage.q + q_idx * storage.sizes.q + place.lane_idx * storage.sizes.part
+            coords = (place.lane_idx * PART_ELEMS, kv_head_idx * config.q_per_kv, token)
+            ptx.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, coords)
+
+    @cute.jit
+    def load_kv(
+        self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, tx_bytes: int, parts: int, kv_head_idx: Int32, box: PageBox
+    ):
+        """One K or V tile into `slot`."""
+        config = self.geometry.config.kernel
+        if place.lane_idx == 0:
+            ptx.mbarrier_arrive_expect_tx(barrier, tx_bytes)
+        cute.arch.sync_warp()
+        if box.part < parts:
+            target = slot + box.part * self.geometry.storage.sizes.part + box.row_box * (config.box_rows * ROW_BYTES)
+            coords = (box.part * PART_ELEMS, box.row, kv_head_idx, box.page)
+            ptx.tma_load(ptx.tma_descriptor(atom), target, barrier, coords)
+
+    @cute.jit
+    def find_box(self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, seqlen_k: Int32):
+        """This lane's box of KV block `n_block`; the page table is read only for pages that hold tokens."""
+        config = self.geometry.config.kernel
+        row_boxes = config.tile.tile_n // config.box_rows
+        row_box = place.lane_idx % row_boxes
+        token = n_block * config.tile.tile_n + row_box * config.box_rows
+        page, row = operands.num_pages, Int32(0)
+        if token < seqlen_k:
+            page_idx = token // operands.page_size
+            row = token - page_idx * operands.page_size
+            page = operands.mPageTable[seq_idx, page_idx]
+        return PageBox(page, row, row_box, place.lane_idx // row_boxes)

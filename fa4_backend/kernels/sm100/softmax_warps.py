@@ -1,0 +1,195 @@
+"""Softmax warps: two groups of four, a query tile each, a row a thread. S from TMEM, P back over it, statistics to the correction group."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass._mlir.dialects import arith, vector
+from cutlass._mlir.dialects import math as math_ir
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.exp2 import exp2_pair
+from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row, update_max
+from fa4_backend.kernels.common.tile_scheduler import tile_range
+from fa4_backend.kernels.sm100.storage import STATS_BYTES
+from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
+
+CHUNK = 32  # columns a TMEM instruction moves
+LANE_SHIFT = 16  # lane field of a TMEM address
+
+
+class Scores(NamedTuple):
+    """What turns raw products into exponents; the optional tensors are compile-time presence."""
+
+    softmax_scale: Float32
+    softcap: Float32
+    mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
+    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+
+
+class RowMask(NamedTuple):
+    """What this thread's row sees."""
+
+    col_begin: Int32
+    col_end: Int32
+    diagonal: Int32  # KV column of the row's own token
+    slope: Float32  # ALiBi slope in units of a score; 0 without ALiBi
+
+
+@dataclass(frozen=True)
+class SoftmaxWarps:
+    """One body for both groups; the group is a runtime value."""
+
+    geometry: Geometry
+
+    @cute.jit
+    def run(self, place: Place, work: WorkTensors, scores: Scores):
+        """Walk the work list; owns the consumer side of S and the producer sides of P and of the statistics."""
+        g, config = self.geometry, self.geometry.config.kernel
+        q_idx = place.warp_idx // WARPGROUP
+        warp = place.warp_idx % WARPGROUP
+        row = warp * 32 + place.lane_idx
+        s_tmem = place.tmem_base + (warp * 32 << LANE_SHIFT) + q_idx * config.tile.tile_n
+        stats = place.smem_base + g.storage.stats + (q_idx * config.tile.tile_m + row) * STATS_BYTES
+        scale_log2 = scores.softmax_scale * LOG2_E
+        if const_expr(config.has_softcap):
+            scale_log2 = scores.softcap * LOG2_E
+        begin, end = tile_range(work.mBegin)
+        s_phase, stats_phase = Int32(0), Int32(0)
+        for index in range(begin, end, unroll=1):
+            item = g.read_item(work, index)
+            packed = g.pack.row(row, item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            head = item.tile.kv_head_idx * config.q_per_kv + packed.head
+            mask = self.row_mask(work, scores, item, packed.token, head, packed.is_valid, scale_log2)
+            row_max, row_sum = -Float32.inf, Float32(0.0)
+            for i in range(item.num_blocks, unroll=1):
+                n_block = item.blocks.end - 1 - i
+                ptx.mbarrier_wait(g.full(place, "s_mma_to_softmax", q_idx), s_phase)
+                ptx.tcgen05_fence_after_sync()
+                s = self.load_scores(s_tmem, scores, mask, item, n_block)
+                update = update_max(
+                    ptx.max_of(s, -Float32.inf), row_max, scale_log2,
+                    may_be_empty=True, is_first=False, threshold=g.config.tuning.rescale_threshold,
+                )  # fmt: skip
+                warp_edge = q_idx * WARPGROUP + warp
+                ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
+                ptx.store_shared_f32(stats, update.factor)
+                ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
+                row_max = update.row_max
+                row_sum = row_sum * update.factor + self.store_weights(place, q_idx, s_tmem, s, scale_log2, update.offset)
+                s_phase ^= 1
+                stats_phase ^= 1
+            sink = self.sink_of(scores, head, packed.is_valid)
+            result = finalize_row(row_max, row_sum, scale_log2, sink)
+            warp_edge = q_idx * WARPGROUP + warp
+            ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
+            ptx.store_shared_f32(stats, result.o_scale)
+            ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
+            stats_phase ^= 1
+            if const_expr(config.has_lse):
+                if packed.is_valid:
+                    scores.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
+
+    @cute.jit
+    def row_mask(
+        self, work: WorkTensors, scores: Scores, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32
+    ):
+        """Columns that this thread's row sees; idle rows are treated as their token would be."""
+        seqlen = item.tile.seqlen
+        columns = self.geometry.block_info.mask.columns(token, seqlen, work.window_left, work.window_right)
+        slope = Float32(0.0)
+        if const_expr(self.geometry.config.kernel.has_alibi):
+            if is_valid:
+                slope = scores.mSlopes[head] * LOG2_E / scale_log2
+        return RowMask(columns.begin, columns.end, seqlen.diagonal + token, slope)
+
+    @cute.jit
+    def sink_of(self, scores: Scores, head: Int32, is_valid: Boolean):
+        """The row's sink logit; None without sinks."""
+        sink = None
+        if const_expr(self.geometry.config.kernel.has_sinks):
+            sink = Float32(0.0)
+            if is_valid:
+                sink = Float32(scores.mSinks[head])
+        return sink
+
+    def load_scores(self, s_tmem: Int32, scores: Scores, mask: RowMask, item: WorkItem, n_block: Int32) -> list:
+        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf)."""
+        config = self.geometry.config.kernel
+        tile_n = config.tile.tile_n
+        s = [ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
+        ptx.tmem_wait_load()
+        if config.has_softcap:
+            s = [soft_cap(v, scores.softmax_scale * (2 * LOG2_E) / scores.softcap) for v in s]
+        first_col = n_block * tile_n
+        if config.has_alibi:
+            s = [add_alibi(v, mask.diagonal - first_col - base, mask.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
+
+        def masked(values: list) -> list:
+            out = []
+            for base, v in zip(range(0, tile_n, CHUNK), values, strict=True):
+                bits = interval_bits(mask.col_begin - first_col - base, mask.col_end - first_col - base)
+                out.append(ptx.select_by_bits(bits, v, float("-inf")))
+            return out
+
+        # Only blocks that some row does not see whole take the branch.
+        needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
+        return ptx.when(needs_mask, s, masked)
+
+    def store_weights(self, place: Place, q_idx: Int32, s_tmem: Int32, s: list, scale_log2: Float32, offset: Float32) -> Float32:
+        """P = exp2(s * scale_log2 - offset) to TMEM in two parts; returns the row's sum.
+
+        The sum is of the float32 weights before they are rounded for PV: with rounded ones the lse of a row of few keys would be off
+        by up to 2^-9.
+        """
+        g, tuning = self.geometry, self.geometry.config.tuning
+        config = g.config.kernel
+        p_tmem = s_tmem + (g.tmem.p[0] - g.tmem.s[0])
+        scale, shift = ptx.broadcast(scale_log2, 2), ptx.broadcast(-offset, 2)
+        sums = [None, None]
+        for chunk, v in enumerate(s):
+            pairs = []
+            for j in range(0, CHUNK, 2):
+                col = chunk * CHUNK + j
+                x = ptx.fma2(ptx.pair(v, j), scale, shift)
+                p = exp2_pair(x, col, tuning.polynomial_every, tuning.polynomial_degree)
+                which = (j // 2) % 2
+                sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
+                pairs.append(p)
+            ptx.tmem_store(p_tmem + chunk * CHUNK // 2, ptx.pack_16bit(ptx.from_pairs(pairs), config.dtype))
+            columns_done = (chunk + 1) * CHUNK
+            if columns_done in (tuning.p_first_columns, config.tile.tile_n):
+                edge = "p_softmax_to_mma" if columns_done == tuning.p_first_columns else "p_rest_softmax_to_mma"
+                ptx.tmem_wait_store()
+                ptx.tcgen05_fence_before_sync()
+                ptx.warp_arrive(g.full(place, edge, q_idx), place.lane_idx)
+        total = ptx.add2(sums[0], sums[1])
+        return Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
+
+
+def interval_bits(begin: Int32, end: Int32) -> Int32:
+    """Word whose bits begin .. end (within 0 .. 32) are set."""
+    low = cutlass.max(begin, 0)
+    high = 32 - cutlass.min(cutlass.max(end, 0), 32)
+    return ptx.shift_left(Int32(-1), low) & ptx.shift_right(Int32(-1), high)
+
+
+def soft_cap(v, factor: Float32):
+    """tanh of scores: 1 - 2 / (1 + exp2(s * factor)), factor = 2 log2(e) softmax_scale / softcap. tanh.approx would cost 11 bits."""
+    n = CHUNK
+    x = arith.mulf(v, ptx.broadcast(factor, n))
+    denominator = arith.addf(ptx.exp2_approx(x), ptx.broadcast(Float32(1.0), n))
+    inverse = [Float32(cute.arch.rcp_approx(Float32(ptx.element(denominator, i)))).ir_value() for i in range(n)]
+    return math_ir.fma(vector.from_elements(ptx.vec(n), inverse), ptx.broadcast(Float32(-2.0), n), ptx.broadcast(Float32(1.0), n))
+
+
+def add_alibi(v, distance: Int32, slope: Float32):
+    """Scores minus slope * |distance - column| for the columns of a chunk; distance: of the chunk's first column to the diagonal."""
+    base = Float32(distance)
+    columns = vector.from_elements(ptx.vec(CHUNK), [Float32(float(-j)).ir_value() for j in range(CHUNK)])
+    apart = math_ir.absf(arith.addf(columns, ptx.broadcast(base, CHUNK)))
+    return math_ir.fma(apart, ptx.broadcast(-slope, CHUNK), v)

@@ -1,0 +1,94 @@
+"""Shared memory of a CTA: what lies where, in bytes from a 1024-byte aligned base.
+
+An operand tile consists of parts of 64 elements of the head dimension; a part is 128 rows of 128 bytes, swizzled in 16-byte units by the
+row's low three bits (TMA's and tcgen05's 128-byte swizzle, PTX ISA "Shared memory matrix layout"). A head_dim of 96 fills its second part
+to one half; TMA fills the rest with zeros, and no MMA reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.common.edges import EdgeBarriers
+from fa4_backend.kernels.config import KernelConfig
+
+PART_ELEMS = 64  # 16-bit elements of a 128-byte row
+ROW_BYTES = 128
+ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
+STATS_BYTES = 4  # one float32 a row
+TMEM_POINTER_BYTES = 8
+
+
+def num_parts(head_dim: int) -> int:
+    """Parts of 64 elements that a head takes."""
+    return -(-head_dim // PART_ELEMS)
+
+
+@dataclass(frozen=True)
+class TileBytes:
+    """Bytes of one buffer of each payload, and what TMA delivers to it."""
+
+    part: int  # one part of an operand tile
+    q: int
+    k: int
+    v: int
+    o: int
+    q_tx_bytes: int
+    k_tx_bytes: int
+    v_tx_bytes: int
+
+    @staticmethod
+    def of(config: KernelConfig) -> TileBytes:
+        """Sizes for a config; K and V tiles are fetched whole, Q tiles without their idle rows."""
+        part = config.tile.tile_n * ROW_BYTES
+        assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
+        qk_parts, v_parts = num_parts(config.head_dim), num_parts(config.head_dim_v)
+        rows = config.tokens_per_tile * config.q_per_kv
+        return TileBytes(
+            part=part,
+            q=qk_parts * part,
+            k=qk_parts * part,
+            v=v_parts * part,
+            o=v_parts * part,
+            q_tx_bytes=qk_parts * rows * ROW_BYTES,
+            k_tx_bytes=qk_parts * part,
+            v_tx_bytes=v_parts * part,
+        )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Byte offsets of every buffer."""
+
+    sizes: TileBytes
+    barriers: EdgeBarriers
+    q: int
+    kv: int
+    kv_stride: int
+    o: int
+    stats: int
+    tmem_pointer: int
+    num_bytes: int
+
+    @staticmethod
+    def of(config: KernelConfig, q_stage: int, o_stage: int) -> Storage:
+        """Lay out the buffers.
+
+        Raises:
+            ValueError: they do not fit the arch's shared memory.
+        """
+        from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
+
+        sizes = TileBytes.of(config)
+        kv_stage = config.tile.kv_stage
+        kv = q_stage * sizes.q
+        kv_stride = max(sizes.k, sizes.v)
+        o = kv + kv_stage * kv_stride
+        stats = o + o_stage * sizes.o
+        tmem_pointer = stats + q_stage * config.tile.tile_m * STATS_BYTES
+        barriers = EdgeBarriers(pipeline_edges(sizes, kv_stage, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
+        limit = ARCHS[config.arch].smem_bytes
+        if barriers.end_bytes > limit:
+            raise ValueError(f"shared memory of {config.name}: expected at most {limit} bytes, got {barriers.end_bytes}")
+        return Storage(sizes, barriers, 0, kv, kv_stride, o, stats, tmem_pointer, barriers.end_bytes)

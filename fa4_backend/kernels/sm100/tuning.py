@@ -1,0 +1,80 @@
+"""What depends on a Blackwell chip's ratios: one row an arch. No Blackwell GPU was at hand: the reasons are counts and models, not timings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fa4_backend.kernels.config import KernelConfig
+
+NUM_WARPS = 16
+REGISTER_STEP = 8  # setmaxnreg takes multiples of 8 (PTX ISA, "setmaxnreg")
+REGISTER_FILE = 65536
+
+
+@dataclass(frozen=True)
+class Sm100Tuning:
+    """Tuned numbers of the prefill kernel.
+
+    Raises:
+        ValueError: the register budgets do not fit the register file, or a number is out of its domain.
+    """
+
+    # Every how many pairs of columns one pair's exp2 runs on the FMA units (0: none, 1: all). 4, a quarter: per 256 x 128 tile MUFU then
+    # needs 1536 of the tensor core's 2048 cycles instead of all 2048 (16 a clock and SM, modelled); sm_103a has twice the MUFU rate.
+    polynomial_every: int
+    polynomial_degree: int = 3  # error 8.6e-5, far below bfloat16's 3.9e-3: docs/numerics.md
+    # log2 units a row maximum may grow before O is rescaled; P reaches 2^8 at most, exact in 16-bit formats' range (FlashAttention-4).
+    rescale_threshold: float = 8.0
+    p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
+    # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 32 columns of O.
+    softmax_registers: int = 192
+    correction_registers: int = 80
+    other_registers: int = 48
+
+    def __post_init__(self) -> None:
+        total = 32 * (8 * self.softmax_registers + 4 * self.correction_registers + 4 * self.other_registers)
+        if total > REGISTER_FILE:
+            raise ValueError(f"registers of all roles: expected at most {REGISTER_FILE}, got {total}")
+        if any(r % REGISTER_STEP for r in (self.softmax_registers, self.correction_registers, self.other_registers)):
+            raise ValueError(f"registers: expected multiples of {REGISTER_STEP}, got {self}")
+        if self.p_first_columns % 32 or not 0 < self.p_first_columns < 128:
+            raise ValueError(f"p_first_columns: expected 32, 64 or 96, got {self.p_first_columns}")
+
+
+ROWS: dict[str, Sm100Tuning] = {
+    "sm_100a": Sm100Tuning(polynomial_every=4),
+    "sm_103a": Sm100Tuning(polynomial_every=0),
+}
+
+
+@dataclass(frozen=True)
+class Sm100Config:
+    """Compile key of a Blackwell prefill kernel whose tuning differs from its arch's row, for ablations; `exact` turns the polynomial off."""
+
+    kernel: KernelConfig
+    tuning: Sm100Tuning
+
+    @staticmethod
+    def of(kernel: KernelConfig) -> Sm100Config:
+        """The config of a kernel with its arch's tuning."""
+        return Sm100Config(kernel, ROWS[kernel.arch])
+
+    def with_tuning(self, **changes: float) -> Sm100Config:
+        """The same kernel with some tuned numbers replaced."""
+        return replace(self, tuning=replace(self.tuning, **changes))
+
+    @property
+    def arch(self) -> str:
+        """Target arch."""
+        return self.kernel.arch
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return "fa4_backend.kernels.sm100.kernel:build"
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file names."""
+        tuning = self.tuning
+        return f"{self.kernel.name}-poly{tuning.polynomial_every}d{tuning.polynomial_degree}-rescale{tuning.rescale_threshold:g}"

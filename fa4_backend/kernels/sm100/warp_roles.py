@@ -1,0 +1,66 @@
+"""Which warp of the CTA does what, and the pipelines between them.
+
+    load --q--> mma                      softmax 0, 1 --p, p_rest--> mma
+    load --kv-> mma --s--> softmax 0, 1  softmax 0, 1 --stats--> correction --p--> mma
+    load --kv-> value_tail --v_tail--> mma --o--> correction --o--> epilogue
+
+Each softmax group owns one query tile of 128 rows, one row a thread. `p` completes when the softmax group has written the first part
+of P *and* the correction group has brought O to the same scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
+from fa4_backend.kernels.sm100.storage import TileBytes
+
+WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
+Q_STAGE = 2  # query tiles in ping-pong
+
+
+@dataclass(frozen=True)
+class WarpRoles:
+    """Warp indices within the CTA."""
+
+    softmax_first: int = 0  # 8 warps: group 0, then group 1
+    correction_first: int = 8  # 4 warps
+    mma: int = 12
+    load: int = 13
+    epilogue: int = 14
+    value_tail: int = 15
+    num_warps: int = 16
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of the CTA."""
+        return self.num_warps * 32
+
+
+ROLES = WarpRoles()
+
+
+def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int) -> tuple[PipelineEdge, ...]:
+    """Every pipeline of the kernel; `docs/sm100.md` draws them."""
+    softmax = Party("softmax", Signal.WARPS, WARPGROUP)
+    softmax_warp = Party("softmax", Signal.WARPS, 1)
+    correction = Party("correction", Signal.WARPS, WARPGROUP)
+    correction_warp = Party("correction", Signal.WARPS, 1)
+    mma = Party("mma", Signal.COMMIT)
+    load = Party("load", Signal.TMA)
+    return (
+        PipelineEdge("q_load_to_mma", Q_STAGE, (load,), (mma,), sizes.q_tx_bytes),
+        # K and V tiles share the ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes.
+        PipelineEdge("kv_load_to_mma", kv_stage, (load,), (mma,), max(sizes.k_tx_bytes, sizes.v_tx_bytes)),
+        PipelineEdge("v_tail_to_mma", 1, (Party("value_tail", Signal.WARPS, 1),), (Party("mma", Signal.WARPS, 1),)),
+        # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
+        PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
+        # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.
+        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax, correction), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_rest_softmax_to_mma", Q_STAGE, (softmax,), drained_by="s_mma_to_softmax"),
+        # One buffer a warp: lane i of a correction warp reads what lane i of its softmax warp wrote.
+        PipelineEdge("stats_softmax_to_correction", Q_STAGE * WARPGROUP, (softmax_warp,), (correction_warp,)),
+        # The next item's first PV waits for the correction group's arrival on `p`, which comes after it has read this O.
+        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
+        PipelineEdge("o_correction_to_epilogue", o_stage, (correction,), (Party("epilogue", Signal.WARPS, 1),)),
+    )

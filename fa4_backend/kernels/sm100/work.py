@@ -1,0 +1,93 @@
+"""What every role of the CTA knows: its part of the work list, and where shared memory and TMEM begin."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
+from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile
+from fa4_backend.kernels.sm100.storage import Storage
+from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
+from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+
+
+class WorkTensors(NamedTuple):
+    """The work list and the lengths it refers to; read by every role, written by none."""
+
+    mTiles: cute.Tensor  # (max_tiles, 8) int32
+    mBegin: cute.Tensor  # (num_ctas + 1,) int32
+    mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
+    mSeqUsedK: cute.Tensor  # (batch,) int32
+    window_left: Int32
+    window_right: Int32  # 0 for causal
+
+
+class Place(NamedTuple):
+    """Who and where a thread is."""
+
+    smem_base: Int32  # shared address of Storage's offset 0
+    tmem_base: Int32  # TMEM address of column 0
+    warp_idx: Int32  # warp-uniform
+    lane_idx: Int32
+
+
+class WorkItem(NamedTuple):
+    """One entry of the work list: Q_STAGE query tiles of one KV head against `blocks`, from the last block to the first."""
+
+    tile: WorkTile
+    blocks: BlockRange
+
+    @property
+    def num_blocks(self) -> Int32:
+        """KV blocks; at least one."""
+        return self.blocks.end - self.blocks.begin
+
+    @property
+    def has_v_tail(self) -> "cutlass.Boolean":  # noqa: F821
+        """Whether the first (rightmost) block has rows past the sequence's last token."""
+        return self.blocks.end * 128 > self.tile.seqlen.seqlen_k
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The compile-time side of a kernel, resolved once."""
+
+    config: Sm100Config
+    storage: Storage
+    tmem: TmemLayout
+    pack: PackGqa
+    block_info: BlockInfo
+
+    @staticmethod
+    def of(config: Sm100Config, o_stage: int) -> "Geometry":
+        """Resolve a config."""
+        kernel = config.kernel
+        pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
+        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, tokens_per_item(kernel))
+        return Geometry(config, Storage.of(kernel, Q_STAGE, o_stage), TmemLayout.of(kernel), pack, blocks)
+
+    def full(self, place: Place, edge: str, index=0) -> Int32:
+        """Shared address of an edge's full barrier."""
+        return place.smem_base + self.storage.barriers.full_offset(edge) + index * 8
+
+    def empty(self, place: Place, edge: str, index=0) -> Int32:
+        """Shared address of an edge's empty barrier."""
+        return place.smem_base + self.storage.barriers.empty_offset(edge) + index * 8
+
+    def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
+        """Entry `index` of the work list."""
+        tile = read_tile(work.mTiles, work.mCuSeqlensQ, work.mSeqUsedK, index)
+        blocks = self.block_info.blocks(
+            tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
+        )
+        return WorkItem(tile, blocks)
+
+
+def tokens_per_item(kernel) -> int:
+    """Query tokens of a work item: what `m_block` counts in."""
+    return Q_STAGE * kernel.tokens_per_tile
