@@ -1,0 +1,195 @@
+"""One step as vLLM's runner would hand it to the backend, without an engine: batch description, KV cache in a layout, one layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from fa4_backend.arguments import AttentionArguments
+from fa4_backend.reference import attention_oracle
+from fa4_integration.vllm_backend.backend import FA4Backend
+
+LAYER = "model.layers.0.self_attn.attn"
+
+
+class OneLayer(torch.nn.Module, AttentionLayerBase):
+    """Stands for vLLM's Attention module: what builder and implementation read of it."""
+
+    def __init__(self, impl: Any) -> None:
+        super().__init__()
+        self.impl, self.layer_name = impl, LAYER
+        self._q_scale = self._k_scale = self._v_scale = torch.ones(())
+
+    def get_attn_backend(self) -> Any:
+        return FA4Backend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class VllmStep:
+    """A batch and the layer it meets. `build` draws the tensors."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_q_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int = 16
+    layout: KVCacheLayout = KVCacheLayout.LBNHC
+    padding_rows: int = 0  # empty sequences at the end, as in a captured graph
+    padding_tokens: int = 0  # NaN rows past the last query
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    num_speculative_tokens: int = 0
+
+    def config(self) -> Any:
+        """The parts of a VllmConfig that the builder reads."""
+        speculative = SimpleNamespace(num_speculative_tokens=self.num_speculative_tokens, parallel_drafting=False)
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=512),
+            compilation_config=SimpleNamespace(max_cudagraph_capture_size=None, static_forward_context={}),
+            model_config=SimpleNamespace(max_model_len=1024),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            speculative_config=speculative if self.num_speculative_tokens else None,
+            use_v2_model_runner=True,
+        )
+
+    def impl(self, generator: torch.Generator) -> Any:
+        slopes = torch.rand(self.num_q_heads, generator=generator).tolist() if self.alibi else None
+        extra = {"sinks": torch.randn(self.num_q_heads, generator=generator).to(self.dtype)} if self.sinks else {}
+        arguments = (
+            self.num_q_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            self.num_kv_heads,
+            slopes,
+            self.sliding_window,
+            "auto",
+            self.softcap,
+        )
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)  # as vLLM does while it makes a model's layers
+        try:
+            return FA4Backend.get_impl_cls()(*arguments, "decoder", None, **extra)
+        finally:
+            torch.set_default_dtype(default)
+
+    def build(self, seed: int = 0) -> BuiltStep:
+        generator = torch.Generator().manual_seed(seed)
+        impl = self.impl(generator)
+        layer = OneLayer(impl)
+        config = self.config()
+        config.compilation_config.static_forward_context[LAYER] = layer
+        shape = {"block_size": self.page_size, "num_kv_heads": self.num_kv_heads, "head_size": self.head_dim, "dtype": self.dtype}
+        spec = SlidingWindowSpec(**shape, sliding_window=self.sliding_window) if self.sliding_window else FullAttentionSpec(**shape)
+        builder = FA4Backend.get_builder_cls()(spec, [LAYER], config, torch.device("cpu"))
+        return BuiltStep(self, layer, builder, *self._tensors(generator))
+
+    def _tensors(
+        self, generator: torch.Generator
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        pages_of = [-(-n // self.page_size) for n in self.kv_lens]
+        num_pages = 1 + sum(pages_of) + 3  # page 0 is vLLM's null block
+        cache = self._empty_cache(num_pages)
+        batch, total_q = len(self.query_lens) + self.padding_rows, sum(self.query_lens)
+        page_table = torch.zeros(batch, max(pages_of) + 2, dtype=torch.int32)
+        slots = torch.full((total_q + self.padding_tokens,), -1, dtype=torch.int64)
+        free = (1 + torch.randperm(num_pages - 1, generator=generator)).tolist()
+        token = 0
+        for seq_idx, (query_len, kv_len) in enumerate(zip(self.query_lens, self.kv_lens, strict=True)):
+            pages = [free.pop() for _ in range(pages_of[seq_idx])]
+            page_table[seq_idx, : len(pages)] = torch.tensor(pages)
+            slot = torch.tensor([pages[n // self.page_size] * self.page_size + n % self.page_size for n in range(kv_len)])
+            context = slot[: kv_len - query_len]
+            cache[context // self.page_size, :, context % self.page_size] = self._draw(
+                (len(context), self.num_kv_heads, 2 * self.head_dim), generator
+            )
+            slots[token : token + query_len] = slot[kv_len - query_len :]
+            token += query_len
+        # One projection makes q, k and v: each is a view with the whole row's stride.
+        rows = self.num_q_heads + 2 * self.num_kv_heads
+        qkv = torch.full((total_q + self.padding_tokens, rows, self.head_dim), math.nan, dtype=self.dtype)
+        qkv[:total_q] = self._draw((total_q, rows, self.head_dim), generator)
+        q, k, v = qkv.split([self.num_q_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        starts = torch.tensor([0, *self.query_lens, *[0] * self.padding_rows]).cumsum(0).int()
+        lens = torch.tensor([*self.kv_lens, *[0] * self.padding_rows], dtype=torch.int32)
+        description = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts.clone(),
+            seq_lens=lens,
+            num_reqs=batch,
+            num_actual_tokens=total_q + self.padding_tokens,
+            max_query_len=max(self.query_lens),
+            max_seq_len=max(self.kv_lens),
+            block_table_tensor=page_table,
+            slot_mapping=slots,
+        )
+        return description, cache, q, k, v
+
+    def _empty_cache(self, num_pages: int) -> torch.Tensor:
+        """(num_pages, num_kv_heads, page_size, 2 * head_dim) of NaN, physically in the layout's order."""
+        logical = (num_pages, self.num_kv_heads, self.page_size, 2 * self.head_dim)
+        order = self.layout.layer_view_order
+        physical = torch.full([logical[axis] for axis in order], math.nan, dtype=self.dtype)
+        return physical.permute([order.index(axis) for axis in range(4)])
+
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(self.dtype)
+
+
+@dataclass
+class BuiltStep:
+    """A step's tensors, its run through the backend and its judgement."""
+
+    step: VllmStep
+    layer: OneLayer
+    builder: Any
+    description: CommonAttentionMetadata
+    cache: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def run(self) -> torch.Tensor:
+        """Builder, cache write and forward, in vLLM's order."""
+        impl = self.layer.impl
+        metadata = self.builder.build(0, self.description)
+        impl.do_kv_cache_update(self.layer, self.key, self.value, self.cache, metadata.slot_mapping)
+        output = torch.full_like(self.query, math.nan)
+        result = impl.forward(self.layer, self.query, self.key, self.value, self.cache, metadata, output)
+        assert result is output
+        return output
+
+    def check(self, output: torch.Tensor) -> None:
+        """Judge against the float32 oracle; at most twice the error of the same mathematics rounded to the dtype."""
+        step, impl = self.step, self.layer.impl
+        total_q, rows = sum(step.query_lens), slice(0, len(step.query_lens))
+        pages = self.cache.transpose(1, 2)
+        window = None if step.sliding_window is None else step.sliding_window - 1
+        d, starts, lens = self.description, self.description.query_start_loc[: rows.stop + 1], self.description.seq_lens[rows]
+        arguments = AttentionArguments(
+            self.query, pages[..., : step.head_dim], pages[..., step.head_dim :], d.block_table_tensor[rows], starts, lens, output, None,
+            step.head_dim**-0.5, window, None, step.softcap or 0.0, impl.sinks, impl.alibi_slopes,
+        )  # fmt: skip
+        # The oracle of a float32 kernel has to be better than float32.
+        exact = torch.float64 if step.dtype == torch.float32 else torch.float32
+        want, _ = attention_oracle(arguments, is_causal=True, dtype=exact, accumulate=exact)
+        rounded, _ = attention_oracle(arguments, is_causal=True, dtype=step.dtype)
+        got, want, rounded = output[:total_q].double(), want[:total_q].double(), rounded[:total_q].double()
+        assert got.isfinite().all(), f"{int((~got.isfinite()).sum())} values are not finite"
+        error = (got - want).abs().max().item()
+        budget = 2 * (rounded - want).abs().max().item() + torch.finfo(step.dtype).eps * want.abs().max().item()
+        assert error <= budget, f"expected an error of at most {budget:.3g}, got {error:.3g}"
