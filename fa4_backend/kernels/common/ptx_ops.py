@@ -127,9 +127,8 @@ def _tmem_pointer(address: Int32) -> ir.Value:
 
 
 def tmem_load(address: Int32, columns: int) -> ir.Value:
-    """Start loading `columns` float32 of this thread's TMEM lane (shape 32x32b); valid after `tmem_wait_load`."""
-    words = nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
-    return vector.bitcast(ir.VectorType.get([columns], T.f32()), words)
+    """Start loading `columns` words of this thread's TMEM lane (shape 32x32b): vector<n x i32>, to be used after `tmem_wait_load`."""
+    return nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
 
 
 def tmem_store(address: Int32, words: ir.Value) -> None:
@@ -137,9 +136,17 @@ def tmem_store(address: Int32, words: ir.Value) -> None:
     nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
 
 
-def tmem_wait_load() -> None:
-    """Wait for this thread's TMEM loads."""
+def tmem_wait_load(words: Sequence[ir.Value]) -> list[ir.Value]:
+    """Wait for this thread's TMEM loads; returns what they brought as vector<n x f32>.
+
+    The words are taken apart behind the wait: a bitcast of the whole vector would become register moves in front of it.
+    """
     nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.LOAD)
+    loaded = []
+    for v in words:
+        n = ir.VectorType(v.type).shape[0]
+        loaded.append(vector.from_elements(vec(n), [arith.bitcast(T.f32(), vector.extract(v, [], [i])) for i in range(n)]))
+    return loaded
 
 
 def tmem_wait_store() -> None:

@@ -80,8 +80,7 @@ class CorrectionWarps:
     def rescale(self, o_tmem: Int32, factor: Float32) -> None:
         """O *= factor, this thread's row."""
         for base in range(0, self.geometry.config.kernel.head_dim_v, self.columns):
-            o = ptx.tmem_load(o_tmem + base, self.columns)
-            ptx.tmem_wait_load()
+            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, self.columns)])
             ptx.tmem_store(o_tmem + base, ptx.as_words(self.scaled(o, factor)))
         ptx.tmem_wait_store()
 
@@ -90,8 +89,7 @@ class CorrectionWarps:
         config = self.geometry.config.kernel
         is_empty = scale == 0.0
         for base in range(0, config.head_dim_v, self.columns):
-            o = ptx.tmem_load(o_tmem + base, self.columns)
-            ptx.tmem_wait_load()
+            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, self.columns)])
             # A row without keys gives 0 even where O is not finite.
             words = ptx.pack_16bit(ptx.select_zero(is_empty, self.scaled(o, scale)), config.dtype)
             for j in range(self.columns // 8):

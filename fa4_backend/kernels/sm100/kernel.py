@@ -19,7 +19,7 @@ from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
 from fa4_backend.kernels.sm100.softmax_warps import Scores, SoftmaxWarps
-from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS
+from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
 from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES
@@ -96,7 +96,7 @@ class PrefillKernel:
         ptx.tcgen05_fence_before_sync()
         cute.arch.sync_threads()
         ptx.tcgen05_fence_after_sync()
-        place = Place(smem_base, ptx.load_shared_i32(smem_base + g.storage.tmem_pointer), warp_idx, lane_idx)
+        place = Place(smem_base, Int32(TMEM_BASE), warp_idx, lane_idx)
         if warp_idx < ROLES.correction_first:
             cute.arch.setmaxregister_increase(tuning.softmax_registers)
             SoftmaxWarps(g).run(place, work, scores)

@@ -68,9 +68,10 @@ class SoftmaxWarps:
             row_max, row_sum = -Float32.inf, Float32(0.0)
             for i in range(item.num_blocks, unroll=1):
                 n_block = item.blocks.end - 1 - i
-                ptx.mbarrier_wait(g.full(place, "s_mma_to_softmax", q_idx), s_phase)
+                barrier = g.full(place, "s_mma_to_softmax", q_idx)
+                ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
-                s = self.load_scores(s_tmem, scores, mask, item, n_block)
+                s = self.load_scores(s_tmem, scores, mask, item, n_block, barrier, s_phase)
                 update = update_max(
                     ptx.max_of(s, -Float32.inf), row_max, scale_log2,
                     may_be_empty=True, is_first=False, threshold=g.config.tuning.rescale_threshold,
@@ -117,12 +118,13 @@ class SoftmaxWarps:
                 sink = Float32(scores.mSinks[head])
         return sink
 
-    def load_scores(self, s_tmem: Int32, scores: Scores, mask: RowMask, item: WorkItem, n_block: Int32) -> list:
-        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf)."""
+    def load_scores(
+        self, s_tmem: Int32, scores: Scores, mask: RowMask, item: WorkItem, n_block: Int32, barrier: Int32, s_phase: Int32
+    ) -> list:
+        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf); barrier, s_phase: what was waited for."""
         config = self.geometry.config.kernel
         tile_n = config.tile.tile_n
-        s = [ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
-        ptx.tmem_wait_load()
+        s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
         if config.has_softcap:
             s = [soft_cap(v, scores.softmax_scale * (2 * LOG2_E) / scores.softcap) for v in s]
         first_col = n_block * tile_n
@@ -130,6 +132,9 @@ class SoftmaxWarps:
             s = [add_alibi(v, mask.diagonal - first_col - base, mask.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
 
         def masked(values: list) -> list:
+            # This wait is over at once. It keeps the branch a branch: ptxas predicates even hundreds of instructions, which then cost
+            # their issue slots in every block, but it cannot predicate a loop.
+            ptx.mbarrier_wait(barrier, s_phase)
             out = []
             for base, v in zip(range(0, tile_n, CHUNK), values, strict=True):
                 bits = interval_bits(mask.col_begin - first_col - base, mask.col_end - first_col - base)

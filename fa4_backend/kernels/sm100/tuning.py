@@ -1,4 +1,4 @@
-"""What depends on a Blackwell chip's ratios: one row an arch. No Blackwell GPU was at hand: the reasons are counts and models, not timings."""
+"""What depends on a Blackwell chip's ratios: one row an arch. No Blackwell GPU was at hand: reasons are counts and models, not timings."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sm100Tuning:
     rescale_threshold: float = 8.0
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 32 columns of O.
-    softmax_registers: int = 192
-    correction_registers: int = 80
-    other_registers: int = 48
+    softmax_registers: int = 184
+    correction_registers: int = 88
+    other_registers: int = 56
 
     def __post_init__(self) -> None:
         total = 32 * (8 * self.softmax_registers + 4 * self.correction_registers + 4 * self.other_registers)
@@ -49,7 +49,7 @@ ROWS: dict[str, Sm100Tuning] = {
 
 @dataclass(frozen=True)
 class Sm100Config:
-    """Compile key of a Blackwell prefill kernel whose tuning differs from its arch's row, for ablations; `exact` turns the polynomial off."""
+    """Compile key of a Blackwell prefill kernel with tuned numbers of its own, for ablations."""
 
     kernel: KernelConfig
     tuning: Sm100Tuning
