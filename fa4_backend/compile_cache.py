@@ -50,19 +50,20 @@ def source_fingerprint(builder: str) -> str:
     return digest.hexdigest()
 
 
-def compiler_version() -> str:
-    """Version of the DSL, or "none" where it is not installed."""
+def object_folder(arch: str) -> Path:
+    """Folder of an arch's objects: one for each version of the DSL; where the DSL is not installed, the newest that exists."""
+    root = envs.cache_dir() / "kernels" / arch
     try:
-        return importlib.metadata.version("nvidia-cutlass-dsl")
+        return root / f"dsl-{importlib.metadata.version('nvidia-cutlass-dsl')}"
     except importlib.metadata.PackageNotFoundError:
-        return "none"
+        return max(root.glob("dsl-*"), default=root / "dsl-none")
 
 
 def object_stem(key: CompileKey) -> Path:
     """Path of a key's files in the cache, without suffix (.so, .ptx, .cubin, .json)."""
-    content = json.dumps([describe(key), source_fingerprint(key.builder), compiler_version()], sort_keys=True)
+    content = json.dumps([describe(key), source_fingerprint(key.builder)], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-    return envs.cache_dir() / "kernels" / key.arch / f"{key.name}-{digest}"
+    return object_folder(key.arch) / f"{key.name}-{digest}"
 
 
 def ensure_object(key: CompileKey) -> Path:

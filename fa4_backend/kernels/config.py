@@ -23,6 +23,8 @@ class TileShape:
     tile_m: int  # packed query rows a CTA works on
     tile_n: int  # KV tokens a step
     kv_stage: int  # shared-memory buffers for K and V tiles, together
+    ping_pong: bool = True  # sm90: warpgroups take turns in issuing products
+    rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class KernelConfig:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse")
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
-        tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}"
+        tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
+        tile += "" if self.tile.ping_pong else "-freely"
         return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property

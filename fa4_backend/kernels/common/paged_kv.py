@@ -1,0 +1,98 @@
+"""K and V pages to shared memory by TMA: a tile of KV tokens is fetched in boxes, each from one page.
+
+A box holds `box_rows` tokens of one part of the head (the width that shared memory is swizzled for). Boxes that begin past the
+sequence's last token are addressed past the last page: TMA fills them with zeros and reads nothing, the page table included.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync
+
+from fa4_backend.kernels.config import KernelConfig
+
+
+class PageBoxes(NamedTuple):
+    """Where a lane's box lies: lane `i` of the load warp knows box `i` of the tile."""
+
+    page: Int32  # physical page; one past the last for a box without tokens
+    row_box: Int32  # index of the box in its page
+
+
+class TmaOperand(NamedTuple):
+    """A TMA copy and both sides of it, partitioned for whole boxes."""
+
+    atom: cute.CopyAtom
+    tXgX: cute.Tensor  # (box, row boxes of a page, head parts, kv heads, pages)
+    tXsX: cute.Tensor  # (box, boxes of a tile, head parts, stages)
+
+
+@dataclass(frozen=True)
+class PagedKv:
+    """Box geometry of K or V of one kernel."""
+
+    tile_n: int
+    box_rows: int
+    part_elems: int  # elements of a head in one box
+    num_parts: int
+    slot_elems: int  # elements of a shared-memory slot
+    stages: int
+
+    @staticmethod
+    def of(config: KernelConfig, head_dim: int, slot_elems: int) -> "PagedKv":
+        """Geometry for rows of `head_dim` elements."""
+        part = config.part_elems(head_dim)
+        return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage)
+
+    @property
+    def num_boxes(self) -> int:
+        """Boxes of a tile along KV tokens."""
+        return self.tile_n // self.box_rows
+
+    def make_tma(self, cache: cute.Tensor, swizzle: cute.Swizzle) -> tuple[cute.CopyAtom, cute.Tensor]:
+        """TMA copy of boxes of `cache` (num_pages, page_size, num_kv_heads, head_dim), any strides but the last."""
+        rows_first = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[1, 3, 2, 0]))
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout((self.box_rows, self.part_elems), stride=(self.part_elems, 1)))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, (self.box_rows, self.part_elems))
+
+    @cute.jit
+    def partition(self, atom: cute.CopyAtom, mX: cute.Tensor, sX_ptr: cute.Pointer) -> TmaOperand:
+        """Both sides of the copy, box by box. mX: the TMA's coordinate tensor; sX_ptr: slot 0."""
+        part, rows = self.part_elems, self.box_rows
+        boxes = cute.make_layout(
+            ((rows, part), self.num_boxes, self.num_parts, self.stages),
+            stride=((part, 1), rows * part, self.tile_n * part, self.slot_elems),
+        )
+        sX = cute.make_tensor(sX_ptr, boxes)
+        # (box_rows, part, row boxes, parts, kv heads, pages)
+        gX = cute.flat_divide(mX, (rows, part))
+        tXsX, tXgX = cpasync.tma_partition(atom, 0, cute.make_layout(1), sX, cute.group_modes(gX, 0, 2))
+        return TmaOperand(atom, tXgX, tXsX)
+
+    @cute.jit
+    def find_boxes(self, mPageTable: cute.Tensor, seq_idx: Int32, n_block: Int32, seqlen_k: Int32, page_size: Int32, num_pages: Int32):
+        """This lane's box of KV block `n_block`. mPageTable: (batch, max_pages_per_seq) int32."""
+        token = n_block * self.tile_n + cute.arch.lane_idx() * self.box_rows
+        page_idx = token // page_size
+        page, row_box = num_pages, Int32(0)
+        if token < seqlen_k and cute.arch.lane_idx() < self.num_boxes:
+            page = mPageTable[seq_idx, page_idx]
+            row_box = (token - page_idx * page_size) // self.box_rows
+        return PageBoxes(page, row_box)
+
+    @cute.jit
+    def load(self, operand: TmaOperand, boxes: PageBoxes, kv_head_idx: Int32, slot: Int32, full: cute.Pointer):
+        """Issue every box of a tile into `slot`; each completes on the barrier `full`."""
+        for i in cutlass.range_constexpr(self.num_boxes):
+            page = cute.arch.shuffle_sync(boxes.page, i)
+            row_box = cute.arch.shuffle_sync(boxes.row_box, i)
+            for part in cutlass.range_constexpr(self.num_parts):
+                cute.copy(
+                    operand.atom,
+                    operand.tXgX[None, row_box, part, kv_head_idx, page],
+                    operand.tXsX[None, i, part, slot],
+                    tma_bar_ptr=full,
+                )

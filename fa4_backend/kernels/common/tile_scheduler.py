@@ -1,0 +1,42 @@
+"""A CTA's entries of the work list (`fa4_backend.kernels.work_list`), read by its load warp."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX
+
+
+class WorkTile(NamedTuple):
+    """One entry of a prefill list and the lengths of its sequence."""
+
+    seq_idx: Int32
+    kv_head_idx: Int32
+    m_block: Int32
+    n_block_begin: Int32
+    n_block_end: Int32
+    seqlen: SeqlenInfo
+
+
+def tile_range(mBegin: cute.Tensor) -> tuple[Int32, Int32]:
+    """Entries `begin .. end` of this CTA. mBegin: (num_ctas + 1,) int32."""
+    cta_idx, _, _ = cute.arch.block_idx()
+    return mBegin[cta_idx], mBegin[cta_idx + 1]
+
+
+def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, mSeqUsedK: cute.Tensor, tile_idx: Int32) -> WorkTile:
+    """Entry `tile_idx`. mTiles: (max_tiles, 8) int32; mCuSeqlensQ: (batch + 1,); mSeqUsedK: (batch,)."""
+    seq_idx = mTiles[tile_idx, SEQ_IDX]
+    q_begin = mCuSeqlensQ[seq_idx]
+    return WorkTile(
+        seq_idx,
+        mTiles[tile_idx, KV_HEAD_IDX],
+        mTiles[tile_idx, M_BLOCK],
+        mTiles[tile_idx, N_BLOCK_BEGIN],
+        mTiles[tile_idx, N_BLOCK_END],
+        SeqlenInfo(q_begin, mCuSeqlensQ[seq_idx + 1] - q_begin, mSeqUsedK[seq_idx]),
+    )

@@ -1,0 +1,1 @@
+"""Hopper kernels: wgmma with accumulators in registers, TMA loads, producer and consumer warpgroups."""

@@ -1,0 +1,389 @@
+"""A consumer warpgroup: 64 packed query rows of each tile, both products, the softmax and the store.
+
+One KV block j of the loop, with O in registers all along:
+
+    my turn:  S = Q K(j+1)^T   (wgmma, asynchronous)
+              O += P(j) V(j)   (wgmma, asynchronous)   -> the other warpgroup's turn
+    S ready:  P' = softmax(S), while O += P V still runs, and while the other warpgroup's products run
+    O ready:  rescale O, P = P' in 16 bits
+
+So the tensor cores see two warpgroups in ping-pong, and each one overlaps its own softmax with its own second product.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import warpgroup
+
+from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
+from fa4_backend.kernels.common.output_store import OutputStore
+from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
+from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
+from fa4_backend.kernels.sm90.load_warp import MaskValues
+from fa4_backend.kernels.sm90.storage import Barriers, RingPosition, Storage, advance, tensor_at
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+
+
+class Outputs(NamedTuple):
+    """Where finished rows go, and what joins them at the end."""
+
+    mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
+    mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
+    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+
+
+class SharedTiles(NamedTuple):
+    """Shared memory as a consumer sees it."""
+
+    q: cute.Pointer
+    kv: cute.Pointer
+    o: cute.Pointer
+    sWork: cute.Tensor  # (WORK_INTS,) int32
+
+
+class Products(NamedTuple):
+    """Operands of both products of this warpgroup."""
+
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor  # last mode: slot
+    tOrVt: cute.Tensor  # last mode: slot
+    rP: cute.Tensor  # A operand of the second product, 16 bits
+    rO: cute.Tensor  # float32
+
+
+class Turn(NamedTuple):
+    """This warpgroup's place in the order in which warpgroups issue products."""
+
+    mine: Int32  # named barrier I wait on
+    next: Int32  # named barrier of the warpgroup after me
+
+
+class TileState(NamedTuple):
+    """What a tile's rows need of the sequence: their keys and their bias."""
+
+    columns: tuple[Columns, Columns]  # of this thread's two rows
+    diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
+    slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
+
+
+@dataclass(frozen=True)
+class ConsumerWarpgroup:
+    """Role of warpgroups 1 and up."""
+
+    config: KernelConfig
+    roles: WarpRoles
+    storage: Storage
+    blocks: BlockInfo
+    pack: PackGqa
+    output: OutputStore
+
+    @cute.jit
+    def run(
+        self,
+        qk: cute.TiledMma,
+        pv: cute.TiledMma,
+        tiles: SharedTiles,
+        barriers: Barriers,
+        values: MaskValues,
+        outputs: Outputs,
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+    ):
+        """Compute every tile of this CTA."""
+        c, stages = self.config, self.config.tile.kv_stage
+        thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
+        products = self._operands(qk, pv, tiles, group)
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold)
+        turn = Turn(
+            self.roles.turn_barrier + group,
+            self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
+        )
+        if const_expr(c.tile.ping_pong):
+            if group == self.roles.num_consumers - 1:
+                self._give_turn(turn)
+        # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
+        scale_log2 = Float32(1.0) if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
+        stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
+        position = RingPosition(Int32(0), Int32(0))
+        q_phase = Int32(0)
+        tile_begin, tile_end = tile_range(mBegin)
+        for _ in cutlass.range(tile_end - tile_begin, unroll=1):
+            cute.arch.mbarrier_wait(barriers.q_full, q_phase)
+            q_phase ^= 1
+            work = self._read_work(tiles.sWork)
+            blocks = self.blocks.blocks(
+                work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
+            )
+            state = self._tile_state(work, values, outputs, group, thread)
+            n_block = blocks.end - 1
+            # First block: nothing to overlap with yet.
+            cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
+            rS = self._scores(products, position.slot)
+            warpgroup.wait_group(0)
+            self._release(barriers.kv_empty + position.slot)
+            position = advance(position, stages)
+            self._transform(fragment, rS, n_block, values, state, True)
+            fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+            fragment.to_operand(rS, products.rP)
+            products.rO.fill(0.0)
+            self._clear_tail(tiles, barriers, position, n_block, blocks.end - blocks.begin, work.seqlen, thread)
+
+            # Then down to the first block: masked on the right, whole, masked on the left.
+            full_end = cutlass.max(blocks.full_end, blocks.begin)
+            full_begin = cutlass.min(cutlass.max(blocks.full_begin, blocks.begin), full_end)
+            num_right = cutlass.max(n_block - full_end, 0)
+            for _ in cutlass.range(num_right, unroll=1):
+                n_block -= 1
+                position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, True)
+            num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
+            for _ in cutlass.range(num_full, unroll=1):
+                n_block -= 1
+                position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, False)
+            if const_expr(self.blocks.mask.has_left):
+                for _ in cutlass.range(n_block - blocks.begin, unroll=1):
+                    n_block -= 1
+                    position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, True)
+
+            # Q is read no more: the load warp may bring the next tile's.
+            self._release(barriers.q_empty)
+            cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
+            self._accumulate(products, position.slot)
+            warpgroup.wait_group(0)
+            self._release(barriers.kv_empty + position.slot)
+            position = advance(position, stages)
+            self._finish(products, stats, scale_log2, tiles, outputs, work, group, thread)
+        if const_expr(c.tile.ping_pong):
+            # The last turn given is taken, so that no barrier is left half full.
+            if group == 0:
+                self._take_turn(turn)
+
+    def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
+        c, s = self.config, self.storage
+        sQ = tensor_at(tiles.q, s.rows_layout(c.tile.tile_m, c.head_dim))
+        sK = tensor_at(tiles.kv, s.slots_layout(c.head_dim))
+        sV = tensor_at(tiles.kv, s.slots_layout(c.head_dim_v))
+        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        first_thread = group * WARPGROUP_THREADS
+        group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
+        rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
+        rP = group_pv.make_fragment_A(group_pv.partition_shape_A((c.tile.tile_m, c.tile.tile_n)))
+        return Products(
+            qk, pv,
+            group_qk.make_fragment_A(group_qk.partition_A(sQ)),
+            group_qk.make_fragment_B(group_qk.partition_B(sK)),
+            group_pv.make_fragment_B(group_pv.partition_B(sVt)),
+            rP, rO,
+        )  # fmt: skip
+
+    @cute.jit
+    def _block(
+        self,
+        products: Products,
+        fragment: cutlass.Constexpr,
+        stats: RowStats,
+        barriers: Barriers,
+        position: RingPosition,
+        turn: Turn,
+        n_block: Int32,
+        values: MaskValues,
+        state: TileState,
+        scale_log2: Float32,
+        is_masked: cutlass.Constexpr[bool],
+    ):
+        """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
+        stages = self.config.tile.kv_stage
+        after = advance(position, stages)
+        cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
+        if const_expr(self.config.tile.ping_pong):
+            self._take_turn(turn)
+        rS = self._scores(products, position.slot)
+        cute.arch.mbarrier_wait(barriers.kv_full + after.slot, after.phase)
+        self._accumulate(products, after.slot)
+        if const_expr(self.config.tile.ping_pong):
+            self._give_turn(turn)
+        warpgroup.wait_group(1)
+        self._release(barriers.kv_empty + position.slot)
+        self._transform(fragment, rS, n_block, values, state, is_masked)
+        factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
+        warpgroup.wait_group(0)
+        self._release(barriers.kv_empty + after.slot)
+        fragment.rescale(products.rO, factors)
+        fragment.to_operand(rS, products.rP)
+        return advance(after, stages)
+
+    def _scores(self, products: Products, slot: Int32) -> cute.Tensor:
+        """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
+        c = self.config
+        rS = cute.make_rmem_tensor(products.qk.get_slice(0).partition_shape_C((c.tile.tile_m, c.tile.tile_n)), Float32)
+        _issue(products.qk, rS, products.tSrQ, products.tSrK[None, None, None, slot], accumulate=False)
+        return rS
+
+    def _accumulate(self, products: Products, slot: Int32) -> None:
+        """Start O += P V for the V tile in `slot`."""
+        _issue(products.pv, products.rO, products.rP, products.tOrVt[None, None, None, slot], accumulate=True)
+
+    def _release(self, empty: cute.Pointer) -> None:
+        """One arrival a warp: its reads of the buffer are done."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(empty)
+
+    def _take_turn(self, turn: Turn) -> None:
+        cute.arch.barrier(barrier_id=turn.mine, number_of_threads=2 * WARPGROUP_THREADS)
+
+    def _give_turn(self, turn: Turn) -> None:
+        cute.arch.barrier_arrive(barrier_id=turn.next, number_of_threads=2 * WARPGROUP_THREADS)
+
+    def _read_work(self, sWork: cute.Tensor) -> WorkTile:
+        """The tile that the load warp put into shared memory; its sequence's index is not needed here."""
+        return WorkTile(Int32(0), sWork[0], sWork[1], sWork[2], sWork[3], SeqlenInfo(sWork[4], sWork[5], sWork[6]))
+
+    def _tile_state(self, work: WorkTile, values: MaskValues, outputs: Outputs, group: Int32, thread: Int32) -> TileState:
+        """Keys, diagonals and slopes of this thread's two rows."""
+        columns, diagonals, slopes = [], [], []
+        for i in range(2):
+            packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
+            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, values.window_left, values.window_right))
+            diagonals.append(work.seqlen.diagonal + packed.token)
+            slope = Float32(0.0)
+            if const_expr(self.config.has_alibi):
+                # Idle rows may lie past the last head; any slope does for them.
+                head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
+                slope = outputs.mSlopes[head] * LOG2_E
+            slopes.append(slope)
+        return TileState(tuple(columns), tuple(diagonals), tuple(slopes))
+
+    def _transform(
+        self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
+    ) -> None:
+        """Soft cap, ALiBi and mask, in place; capped or biased scores leave scaled to log2 units."""
+        c = self.config
+        first_column = n_block * c.tile.tile_n
+        if const_expr(c.has_softcap):
+            fragment.softcap(rS, values.softmax_scale, values.softcap)
+        elif const_expr(c.has_alibi):
+            fragment.scale(rS, values.softmax_scale * LOG2_E)
+        if const_expr(c.has_alibi):
+            fragment.alibi(rS, first_column, state.diagonals, state.slopes)
+        if const_expr(is_masked):
+            fragment.mask(rS, first_column, state.columns)
+
+    @cute.jit
+    def _clear_tail(
+        self,
+        tiles: SharedTiles,
+        barriers: Barriers,
+        position: RingPosition,  # of the block after the first score block
+        n_block: Int32,
+        num_blocks: Int32,
+        seqlen: SeqlenInfo,
+        thread: Int32,
+    ):
+        """Zero the V rows past the sequence's last token in the tile's last block: a weight of 0 times NaN would be NaN.
+
+        Boxes that begin past the end hold zeros already; only the box that the sequence ends in has foreign rows.
+        """
+        c = self.config
+        first = cutlass.max(seqlen.seqlen_k - n_block * c.tile.tile_n, 0)
+        end = cutlass.min((first + c.box_rows - 1) // c.box_rows * c.box_rows, c.tile.tile_n)
+        if first < end:
+            after = advance(position, c.tile.kv_stage)
+            is_only = num_blocks == 1  # then no K tile lies between
+            slot = cutlass.select_(is_only, position.slot, after.slot)
+            cute.arch.mbarrier_wait(barriers.kv_full + slot, cutlass.select_(is_only, position.phase, after.phase))
+            part = c.part_elems(c.head_dim_v)
+            chunk = 16 // c.element_bytes
+            row_chunks = part // chunk
+            zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
+            zeros.fill(0.0)
+            copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
+            slot_ptr = tiles.kv + slot * self.storage.slot_elems
+            # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
+            for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
+                line = slot_ptr + (part_idx * c.tile.tile_n + first) * part
+                for i in cutlass.range(thread, (end - first) * row_chunks, self.roles.consumer_threads, unroll=1):
+                    target = (line + i * chunk).align(16)
+                    cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
+
+    @cute.jit
+    def _finish(
+        self,
+        products: Products,
+        stats: RowStats,
+        scale_log2: Float32,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work: WorkTile,
+        group: Int32,
+        thread: Int32,
+    ):
+        """Divide O by its denominator, write O and the LSE of the rows that are valid."""
+        c = self.config
+        lane = thread % WARPGROUP_THREADS
+        scales = cute.make_rmem_tensor(2, Float32)
+        for i in cutlass.range_constexpr(2):
+            packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
+            head = work.kv_head_idx * self.pack.q_per_kv + packed.head
+            sink = None
+            if const_expr(c.has_sinks):
+                sink = outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)]
+            row_sum = _quad_sum(stats.row_sum[i])
+            result = finalize_row(stats.row_max[i], row_sum, scale_log2, sink)
+            scales[i] = result.o_scale
+            if const_expr(c.has_lse):
+                if packed.is_valid and lane % 4 == 0:
+                    outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
+        RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
+        rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
+        rO.store(products.rO.load().to(self.storage.dtype))
+        group_elems = WGMMA_ROWS * c.head_dim_v
+        sO_ptr = (tiles.o + group * group_elems).align(1024)
+        sO = tensor_at(sO_ptr, self.storage.rows_layout(WGMMA_ROWS, c.head_dim_v))
+        matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
+        copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), _one_group(products.pv))
+        thread_copy = copy.get_slice(lane)
+        barrier = self.roles.output_barrier + group
+        # The rows of the tile before may still be on their way out of this buffer.
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
+        cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
+        self.output.store(outputs.mO, sO_ptr, lane, group * WGMMA_ROWS, work.kv_head_idx, work.m_block, work.seqlen)
+
+
+def _one_group(mma: cute.TiledMma) -> cute.TiledMma:
+    """The same product for a single warpgroup."""
+    return cute.make_tiled_mma(cute.make_mma_atom(mma.op), (1, 1, 1))
+
+
+def _row_of_thread(group: Int32, thread: Int32, i: int) -> Int32:
+    """Tile row of a thread's accumulators of half `i` (PTX ISA, wgmma: D fragment layout)."""
+    in_group = thread % WARPGROUP_THREADS
+    return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
+
+
+def _quad_sum(value: Float32) -> Float32:
+    """Sum over the four lanes that share a row."""
+    value = value + cute.arch.shuffle_sync_bfly(value, offset=1)
+    return value + cute.arch.shuffle_sync_bfly(value, offset=2)
+
+
+def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
+    """Start one product as a wgmma group of its own; the caller waits for it."""
+    atom = cute.make_mma_atom(mma.op)
+    warpgroup.fence()
+    for k in range(cute.size(a, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, Boolean(accumulate or k > 0))
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+    warpgroup.commit_group()

@@ -1,0 +1,127 @@
+"""A warpgroup's 64 x n accumulator as a thread sees it: two rows, n / 4 values each.
+
+Value i of the fragment lies in row half (i // 2) % 2 and in column 8 * (i // 4) + 2 * (lane % 4) + i % 2 (PTX ISA, wgmma.mma_async,
+D fragment). The four lanes of a quad share both rows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
+
+CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
+
+
+class RowStats(NamedTuple):
+    """Running statistics of a thread's two rows."""
+
+    row_max: cute.Tensor  # (2,) reference maximum, raw scores; the same in all four lanes of a quad
+    row_sum: cute.Tensor  # (2,) sum of weights of this lane's columns only
+
+
+@dataclass(frozen=True)
+class RowFragment:
+    """Elementwise work on a fragment with `n` columns; every method works in place."""
+
+    n: int
+    rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
+
+    def _row(self, i: int) -> range:
+        """Flat indices of row half `i`, in column order."""
+        return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
+
+    def softmax(self, rS: cute.Tensor, stats: RowStats, scale_log2: Float32, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+        """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks."""
+        s = flat(rS)
+        factors = cute.make_rmem_tensor(2, Float32)
+        for i in range(2):
+            row = self._row(i)
+            block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
+            update = update_max(
+                block_max, stats.row_max[i], scale_log2,
+                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold,
+            )  # fmt: skip
+            stats.row_max[i] = update.row_max
+            factors[i] = update.factor
+            for j in row:
+                s[j] = cute.math.exp2(s[j] * scale_log2 - update.offset, fastmath=True)
+            total = _tree([s[j] for j in row], lambda a, b: a + b)
+            if const_expr(is_first):
+                stats.row_sum[i] = total
+            else:
+                stats.row_sum[i] = stats.row_sum[i] * update.factor + total
+        return factors
+
+    def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
+        """Multiply each row by its factor."""
+        o = flat(rO)
+        for i in range(2):
+            factor = factors[i]
+            for j in [j for j in range(cute.size(rO)) if (j // 2) % 2 == i]:
+                o[j] = o[j] * factor
+
+    def to_operand(self, rS: cute.Tensor, rP: cute.Tensor) -> None:
+        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's."""
+        p = flat(rP)
+        p.store(flat(rS).load().to(rP.element_type))
+
+    def scale(self, rS: cute.Tensor, factor: Float32) -> None:
+        """Multiply every score."""
+        s = flat(rS)
+        for j in range(self.n // 2):
+            s[j] = s[j] * factor
+
+    def softcap(self, rS: cute.Tensor, softmax_scale: Float32, softcap: Float32) -> None:
+        """cap * tanh(s * softmax_scale / cap), in log2 units. tanh from exp2 and a reciprocal: 1e-7, where tanh.approx has 5e-4."""
+        s = flat(rS)
+        inner = softmax_scale / softcap * (2.0 * LOG2_E)
+        outer = softcap * LOG2_E
+        for j in range(self.n // 2):
+            denominator = cute.math.exp2(s[j] * inner, fastmath=True) + 1.0
+            s[j] = outer - 2.0 * outer * cute.arch.rcp_approx(denominator)
+
+    def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
+        """Subtract slope * |column - diagonal|; scores and slopes in log2 units."""
+        s = flat(rS)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        for i in range(2):
+            distance = (lane_column - diagonals[i]).to(Float32)
+            for j in self._row(i):
+                far = distance + float(8 * (j // 4) + j % 2)
+                s[j] = s[j] - slopes[i] * cute.arch.fmax(far, -far)
+
+    def mask(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns]) -> None:
+        """-inf where a row does not see the column."""
+        s = flat(rS)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        for i in range(2):
+            begin, end = columns[i].begin - lane_column, columns[i].end - lane_column
+            for j in self._row(i):
+                column = 8 * (j // 4) + j % 2
+                s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
+
+
+def flat(fragment: cute.Tensor) -> cute.Tensor:
+    """The fragment as a vector in register order."""
+    return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+
+
+def _tree(values: list, combine) -> Float32:
+    """Combine in CHAINS chains, then the chains."""
+    chains = values[:CHAINS]
+    for position, value in enumerate(values[CHAINS:]):
+        chains[position % CHAINS] = combine(chains[position % CHAINS], value)
+    while len(chains) > 1:
+        chains = [combine(*chains[i : i + 2]) if len(chains[i : i + 2]) == 2 else chains[i] for i in range(0, len(chains), 2)]
+    return chains[0]
+
+
+def _quad_max(value: Float32) -> Float32:
+    """Maximum over the four lanes that share a row."""
+    value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=1))
+    return cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=2))

@@ -1,0 +1,166 @@
+"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM walks its part of the work list.
+
+work list -> load warp --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
+
+from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.output_store import OutputStore
+from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.paged_kv import PagedKv
+from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, Outputs, SharedTiles
+from fa4_backend.kernels.sm90.load_warp import LoadWarp, MaskValues, QueryOperand, Step
+from fa4_backend.kernels.sm90.storage import Storage
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """The kernel of one config; `__call__` is the host side."""
+
+    config: KernelConfig
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
+        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
+        mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
+        mSeqUsedK: cute.Tensor,  # (batch,) int32
+        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.work_list
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+        mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
+        mSinks: cute.Tensor | None,  # (num_q_heads,) float32
+        mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        stream,
+    ):
+        """Launch one CTA for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        c, storage = self.config, Storage(self.config)
+        pack, k_pages, v_pages = self._geometry(storage)
+        q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
+        k_atom, mK_tma = k_pages.make_tma(mK, storage.row_atom(c.head_dim).inner)
+        v_atom, mV_tma = v_pages.make_tma(mV, storage.row_atom(c.head_dim_v).inner)
+        num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
+        step = Step(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(page_size), Int32(num_pages))
+        values = MaskValues(softmax_scale, softcap, window_left, Int32(0) if const_expr(c.is_causal) else window_right)
+        outputs = Outputs(mO, mLse, mSinks, mSlopes)
+        groups = (WarpRoles.of(c).num_consumers, 1, 1)
+        major = warpgroup.OperandMajorMode
+        qk = make_trivial_tiled_mma(storage.dtype, storage.dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n))
+        pv = make_trivial_tiled_mma(
+            storage.dtype, storage.dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
+            a_source=warpgroup.OperandSource.RMEM,
+        )  # fmt: skip
+        self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(
+            grid=[cute.size(mBegin, mode=[0]) - 1, 1, 1],
+            block=[WarpRoles.of(c).threads, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        q_atom: cute.CopyAtom,
+        mQ: cute.Tensor,
+        k_atom: cute.CopyAtom,
+        mK: cute.Tensor,
+        v_atom: cute.CopyAtom,
+        mV: cute.Tensor,
+        qk: cute.TiledMma,
+        pv: cute.TiledMma,
+        step: Step,
+        values: MaskValues,
+        outputs: Outputs,
+    ):
+        """Set up shared memory and barriers, then send each warpgroup to its role."""
+        c, storage, roles = self.config, Storage(self.config), WarpRoles.of(self.config)
+        pack, k_pages, v_pages = self._geometry(storage)
+        blocks = BlockInfo.of(c)
+        shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
+        barriers = storage.barriers(shared.barriers.data_ptr())
+        sWork = shared.work.get_tensor(cute.make_layout(8))
+        sQ, sKV, sO = shared.q.data_ptr(), shared.kv.data_ptr(), shared.o.data_ptr()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for atom in (q_atom, k_atom, v_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                storage.init_barriers(barriers, roles.consumer_warps)
+        cute.arch.sync_threads()
+        if warp < WARPGROUP_THREADS // 32:
+            cute.arch.setmaxregister_decrease(roles.load_registers)
+            if warp == 0:
+                k = k_pages.partition(k_atom, mK, sKV)
+                v = v_pages.partition(v_atom, mV, sKV)
+                load = LoadWarp(blocks, pack, k_pages, v_pages, c.element_bytes)
+                load.run(step, values, QueryOperand(q_atom, mQ, sQ), k, v, barriers, sWork)
+        else:
+            cute.arch.setmaxregister_increase(roles.consumer_registers)
+            output = OutputStore(pack, WGMMA_ROWS, WARPGROUP_THREADS, c.head_dim_v, c.part_elems(c.head_dim_v), c.element_bytes)
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output)
+            consumer.run(qk, pv, SharedTiles(sQ, sKV, sO, sWork), barriers, values, outputs, step.mBegin)
+
+    def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
+        """How Q, K and V lie in global and shared memory."""
+        c = self.config
+        return PackGqa.of(c), PagedKv.of(c, c.head_dim, storage.slot_elems), PagedKv.of(c, c.head_dim_v, storage.slot_elems)
+
+
+def build(config: KernelConfig) -> tuple[PrefillKernel, tuple]:
+    """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
+    dtype = Storage(config).dtype
+    total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    pages, page_size, kv_heads = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+
+    def rows(*shape):
+        """A tensor with any strides of 16 bytes but the last."""
+        strides = tuple(cute.sym_int64(divisibility=16 // config.element_bytes) for _ in shape[:-1])
+        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+    def ints(*shape):
+        strides = tuple(cute.sym_int64() for _ in shape[:-1])
+        return make_fake_tensor(Int32, shape, (*strides, 1), assumed_align=4)
+
+    def floats(present: bool, *shape):
+        if not present:
+            return None
+        strides = tuple(cute.sym_int64() for _ in shape[:-1])
+        return make_fake_tensor(Float32, shape, (*strides, 1), assumed_align=4)
+
+    arguments = (
+        rows(total_q, heads, config.head_dim),
+        rows(pages, page_size, kv_heads, config.head_dim),
+        rows(pages, page_size, kv_heads, config.head_dim_v),
+        ints(batch, cute.sym_int32()),
+        ints(cute.sym_int32()),
+        ints(batch),
+        make_fake_tensor(Int32, (cute.sym_int32(), 8), (8, 1), assumed_align=16),
+        ints(cute.sym_int32()),
+        rows(total_q, heads, config.head_dim_v),
+        floats(config.has_lse, heads, total_q),
+        floats(config.has_sinks, heads),
+        floats(config.has_alibi, heads),
+        Float32(1.0),
+        Float32(0.0),
+        Int32(0),
+        Int32(0),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return PrefillKernel(config), arguments

@@ -1,0 +1,121 @@
+"""Shared memory of one CTA: Q, a ring of slots that K and V tiles share, O, the tile being worked on, barriers.
+
+Ring order is the order of use, K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1): K runs one block ahead of V.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.utils import LayoutEnum
+from cutlass.utils.hopper_helpers import get_smem_layout_atom
+
+from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.config import KernelConfig
+
+ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+WORK_INTS = 8  # fields of the tile handed to the consumers
+
+
+class RingPosition(NamedTuple):
+    """A slot of the ring and the parity of its use."""
+
+    slot: Int32
+    phase: Int32
+
+
+def advance(position: RingPosition, stages: int) -> RingPosition:
+    """The next slot; the parity flips at each round."""
+    wraps = position.slot == stages - 1
+    slot = cutlass.select_(wraps, Int32(0), position.slot + 1)
+    return RingPosition(slot, cutlass.select_(wraps, position.phase ^ 1, position.phase))
+
+
+class Barriers(NamedTuple):
+    """mbarriers. `q`: Q and the tile's numbers. `kv`: one pair a slot."""
+
+    q_full: cute.Pointer
+    q_empty: cute.Pointer
+    kv_full: cute.Pointer
+    kv_empty: cute.Pointer
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Sizes and layouts of one kernel's shared memory."""
+
+    config: KernelConfig
+
+    def __post_init__(self) -> None:
+        limit = ARCHS[self.config.arch].smem_bytes
+        assert self.num_bytes <= limit, f"{self.num_bytes=} {limit=} {self.config=}"
+
+    @property
+    def dtype(self) -> type[cutlass.Numeric]:
+        """Element type of q, k, v and out."""
+        return ELEMENT_TYPES[self.config.dtype]
+
+    @property
+    def slot_elems(self) -> int:
+        """Elements of a ring slot: a K or a V tile."""
+        return self.config.tile.tile_n * max(self.config.head_dim, self.config.head_dim_v)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole, with room for alignment."""
+        c = self.config
+        elems = c.tile.tile_m * (c.head_dim + c.head_dim_v) + c.tile.kv_stage * self.slot_elems
+        return 1024 + elems * c.element_bytes
+
+    def struct(self) -> type:
+        """The DSL's struct of this layout."""
+        c = self.config
+
+        @cute.struct
+        class SharedStorage:
+            barriers: cute.struct.MemRange[cutlass.Int64, 2 + 2 * c.tile.kv_stage]
+            work: cute.struct.MemRange[cutlass.Int32, WORK_INTS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.tile_m * c.head_dim], 1024]
+            kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
+            o: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.tile_m * c.head_dim_v], 1024]
+
+        return SharedStorage
+
+    def barriers(self, base: cute.Pointer) -> Barriers:
+        """The barriers by name."""
+        return Barriers(base, base + 1, base + 2, base + 2 + self.config.tile.kv_stage)
+
+    def row_atom(self, head_dim: int) -> cute.ComposedLayout:
+        """Swizzled atom for rows of `head_dim` elements, head contiguous."""
+        return warpgroup.make_smem_layout_atom(get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, head_dim), self.dtype)
+
+    def rows_layout(self, rows: int, head_dim: int) -> cute.ComposedLayout:
+        """(rows, head_dim) tile: parts of a head one after the other, rows within a part."""
+        return cute.tile_to_shape(self.row_atom(head_dim), (rows, head_dim), (0, 1))
+
+    def slots_layout(self, head_dim: int) -> cute.ComposedLayout:
+        """(tile_n, head_dim, kv_stage): the ring seen as K or V tiles."""
+        c = self.config
+        tile = self.rows_layout(c.tile.tile_n, head_dim)
+        stages = cute.make_layout(c.tile.kv_stage, stride=self.slot_elems)
+        return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, stages))
+
+    @cute.jit
+    def init_barriers(self, barriers: Barriers, consumer_warps: cutlass.Constexpr[int]):
+        """By one thread, before the CTA's first barrier."""
+        cute.arch.mbarrier_init(barriers.q_full, 1)
+        cute.arch.mbarrier_init(barriers.q_empty, consumer_warps)
+        for stage in cutlass.range_constexpr(self.config.tile.kv_stage):
+            cute.arch.mbarrier_init(barriers.kv_full + stage, 1)
+            cute.arch.mbarrier_init(barriers.kv_empty + stage, consumer_warps)
+        cute.arch.mbarrier_init_fence()
+
+
+def tensor_at(pointer: cute.Pointer, layout: cute.ComposedLayout) -> cute.Tensor:
+    """Shared-memory tensor whose swizzle is carried by the pointer, as the MMA and copy atoms want it."""
+    if const_expr(isinstance(layout, cute.ComposedLayout)):
+        return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=pointer.dtype), layout.outer)
+    return cute.make_tensor(pointer, layout)
