@@ -5,7 +5,6 @@ A row's factor is 1 while its maximum stays; a warp skips O when all its factors
 
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass._mlir.dialects import vector
@@ -13,7 +12,7 @@ from cutlass._mlir.dialects import vector
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT
-from fa4_backend.kernels.sm100.storage import STATS_BYTES
+from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
@@ -38,36 +37,36 @@ class CorrectionWarps:
         g, config = self.geometry, self.geometry.config.kernel
         warp = place.warp_idx % WARPGROUP
         row = warp * 32 + place.lane_idx
-        lanes = place.tmem_base + (warp * 32 << LANE_SHIFT)
-        stats = place.smem_base + g.storage.stats + row * STATS_BYTES
+        lanes = warp * 32 << LANE_SHIFT
+        stats = place.smem_base + g.storage.stats + row * o_pitch(config)
         begin, end = tile_range(work.mBegin)
         stats_phase, o_phase = Int32(0), Int32(0)
         out_stage, out_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             for i in range(item.num_blocks, unroll=1):
-                for q_idx in cutlass.range_constexpr(Q_STAGE):
+                for q_idx in range(Q_STAGE, unroll=1):
                     edge = q_idx * WARPGROUP + warp
                     ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
-                    factor = ptx.load_shared_f32(stats + q_idx * (config.tile.tile_m * STATS_BYTES))
+                    factor = ptx.load_shared_f32(stats + q_idx * STATS_BYTES)
                     ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
                     # The first block's PV overwrites O: nothing to rescale, but the softmax group's message says that S was taken.
                     if i > 0 and cute.arch.vote_any_sync(factor != 1.0):
                         ptx.tcgen05_fence_after_sync()
-                        self.rescale(lanes + g.tmem.o[q_idx], factor)
+                        self.rescale(g.tmem.o_at(place, q_idx) + lanes, factor)
                         ptx.tcgen05_fence_before_sync()
                     ptx.warp_arrive(g.full(place, "p_softmax_to_mma", q_idx), place.lane_idx)
                 stats_phase ^= 1
-            for q_idx in cutlass.range_constexpr(Q_STAGE):
+            for q_idx in range(Q_STAGE, unroll=1):
                 edge = q_idx * WARPGROUP + warp
                 ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
-                scale = ptx.load_shared_f32(stats + q_idx * (config.tile.tile_m * STATS_BYTES))
+                scale = ptx.load_shared_f32(stats + q_idx * STATS_BYTES)
                 ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
                 ptx.mbarrier_wait(g.full(place, "o_mma_to_correction", q_idx), o_phase)
                 ptx.tcgen05_fence_after_sync()
                 ptx.mbarrier_wait(g.empty(place, "o_correction_to_epilogue", out_stage), out_phase ^ 1)
                 target = place.smem_base + g.storage.o + out_stage * g.storage.sizes.o
-                self.finish_rows(lanes + g.tmem.o[q_idx], target, row, scale)
+                self.finish_rows(g.tmem.o_at(place, q_idx) + lanes, target + row * o_pitch(config), scale)
                 ptx.tcgen05_fence_before_sync()
                 ptx.warp_arrive(g.full(place, "o_correction_to_epilogue", out_stage), place.lane_idx)
                 out_stage += 1
@@ -84,8 +83,8 @@ class CorrectionWarps:
             ptx.tmem_store(o_tmem + base, ptx.as_words(self.scaled(o, factor)))
         ptx.tmem_wait_store()
 
-    def finish_rows(self, o_tmem: Int32, target: Int32, row: Int32, scale: Float32) -> None:
-        """This thread's row of O, scaled, to a tile of [head part][row][128 bytes], 16-byte chunks swizzled against bank conflicts."""
+    def finish_rows(self, o_tmem: Int32, target: Int32, scale: Float32) -> None:
+        """This thread's row of O, scaled, to shared memory."""
         config = self.geometry.config.kernel
         is_empty = scale == 0.0
         for base in range(0, config.head_dim_v, self.columns):
@@ -93,9 +92,9 @@ class CorrectionWarps:
             # A row without keys gives 0 even where O is not finite.
             words = ptx.pack_16bit(ptx.select_zero(is_empty, self.scaled(o, scale)), config.dtype)
             for j in range(self.columns // 8):
-                column = base // 8 + j
-                offset = (column // 8) * self.geometry.storage.sizes.part + row * 128 + (((column % 8) ^ (row % 8)) * CHUNK_BYTES)
-                ptx.store_shared_v4(target + offset, [vector.extract(words, [], [4 * j + k]) for k in range(4)])
+                ptx.store_shared_v4(
+                    target + base * config.element_bytes + j * CHUNK_BYTES, [vector.extract(words, [], [4 * j + k]) for k in range(4)]
+                )
 
     def scaled(self, o, factor: Float32):
         """o * factor on packed pairs."""

@@ -9,6 +9,7 @@ from cutlass import Int32, Int64
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.correction_warps import CHUNK_BYTES
+from fa4_backend.kernels.sm100.storage import o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
@@ -28,7 +29,7 @@ class EpilogueWarp:
         stage, phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            for q_idx in cutlass.range_constexpr(Q_STAGE):
+            for q_idx in range(Q_STAGE, unroll=1):
                 ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", stage), phase)
                 source = place.smem_base + g.storage.o + stage * g.storage.sizes.o
                 self.store_tile(place, mO, item, item.tile.m_block * Q_STAGE + q_idx, source)
@@ -42,14 +43,13 @@ class EpilogueWarp:
     def store_tile(self, place: Place, mO: cute.Tensor, item: WorkItem, m_block: Int32, source: Int32):
         """Rows of query tile `m_block`. mO: (total_q, num_q_heads, head_dim_v)."""
         config, seqlen = self.geometry.config.kernel, item.tile.seqlen
-        chunks = config.head_dim_v * 2 // CHUNK_BYTES
-        elems = CHUNK_BYTES // 2
+        chunks = config.head_dim_v * config.element_bytes // CHUNK_BYTES
+        elems = CHUNK_BYTES // config.element_bytes
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
         num_chunks = tokens * config.q_per_kv * chunks
         for chunk in range(place.lane_idx, num_chunks, 32, unroll=4):
             row, column = chunk // chunks, chunk % chunks
-            offset = (column // 8) * self.geometry.storage.sizes.part + row * 128 + (((column % 8) ^ (row % 8)) * CHUNK_BYTES)
-            words = ptx.load_shared_v4(source + offset)
+            words = ptx.load_shared_v4(source + row * o_pitch(config) + column * CHUNK_BYTES)
             packed = self.geometry.pack.row(row, m_block, seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             index = Int64(seqlen.q_begin + packed.token) * mO.stride[0] + Int64(head) * mO.stride[1] + column * elems

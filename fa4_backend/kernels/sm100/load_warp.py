@@ -1,5 +1,6 @@
 """Load warp: Q, K and V to shared memory by TMA. Lane i issues box i of a tile."""
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,22 +49,26 @@ def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.Co
     """Boxes (part of a head, heads of a KV head, tokens) of q (total_q, num_q_heads, head_dim): their rows are the packed rows."""
     q = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=[2, 1, 0]))
     shape = (PART_ELEMS, q_per_kv, tokens_per_tile)
-    return checked_atom(cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom, 3)
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom
 
 
 def make_kv_atom(cache: cute.Tensor, box_rows: int) -> cute.CopyAtom:
     """Boxes (part of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
     kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
     shape = (PART_ELEMS, box_rows, 1, 1)
-    return checked_atom(cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, swizzled_box(shape), shape).atom, 4)
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, swizzled_box(shape), shape).atom
 
 
-def checked_atom(atom: cute.CopyAtom, rank: int) -> cute.CopyAtom:
-    """The atom, when its tensor map's dimensions are the tensor's modes in order: the load warp gives raw coordinates."""
-    basis = ",".join(f"1@{i}" for i in range(rank))
-    described = str(atom._trait.value.type)
-    assert f":({basis})" in described, f"expected a tensor map of modes ({basis}), got {described}"
-    return atom
+def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
+    """Coordinates of a box in the order of the tensor map's dimensions, which need not be the order of the tensor's modes.
+
+    The atom's type says `tma_gbasis = (...):(1@0,1@2,1@1)` where mode 1 is dimension 2.
+    """
+    basis = re.search(r"tma_gbasis = <\"[^:]*:\(([^)]*)\)", str(atom._trait.value.type))
+    assert basis, f"expected a tiled tensor map, got {atom._trait.value.type}"
+    dims = [int(stride.removeprefix("1@")) for stride in basis[1].split(",")]
+    assert sorted(dims) == list(range(len(coords))), f"expected a dimension for each of {len(coords)} modes, got {dims}"
+    return [coords[dims.index(dim)] for dim in range(len(coords))]
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class LoadWarp:
         if place.lane_idx < num_parts(config.head_dim):
             slot = place.smem_base + storage.q + q_idx * storage.sizes.q + place.lane_idx * storage.sizes.part
             coords = (place.lane_idx * PART_ELEMS, kv_head_idx * config.q_per_kv, token)
-            ptx.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, coords)
+            ptx.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
 
     @cute.jit
     def load_kv(
@@ -129,7 +134,7 @@ class LoadWarp:
         if box.part < parts:
             target = slot + box.part * self.geometry.storage.sizes.part + box.row_box * (config.box_rows * ROW_BYTES)
             coords = (box.part * PART_ELEMS, box.row, kv_head_idx, box.page)
-            ptx.tma_load(ptx.tma_descriptor(atom), target, barrier, coords)
+            ptx.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit
     def find_box(self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, seqlen_k: Int32):

@@ -6,7 +6,6 @@ that overwrites S (and P over it) needs no wait for the PV that reads P.
 
 from dataclasses import dataclass
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
@@ -34,7 +33,7 @@ class MmaWarp:
             item = g.read_item(work, index)
             num_blocks = item.num_blocks
             ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", stage), phase)
-            for q_idx in cutlass.range_constexpr(Q_STAGE):
+            for q_idx in range(Q_STAGE, unroll=1):
                 ptx.mbarrier_wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
                 self.issue_qk(place, q_idx, stage)
             ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", stage))
@@ -48,14 +47,14 @@ class MmaWarp:
                     k_stage, k_phase = Int32(0), v_phase ^ 1
                 is_last = i == num_blocks - 1
                 if is_last:
-                    for q_idx in cutlass.range_constexpr(Q_STAGE):
+                    for q_idx in range(Q_STAGE, unroll=1):
                         ptx.tcgen05_commit(g.empty(place, "q_load_to_mma", q_idx))
                 ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
                 if i == 0 and item.has_v_tail:
                     ptx.mbarrier_wait(g.full(place, "v_tail_to_mma"), tail_phase)
                     ptx.warp_arrive(g.empty(place, "v_tail_to_mma"), place.lane_idx)
                     tail_phase ^= 1
-                for q_idx in cutlass.range_constexpr(Q_STAGE):
+                for q_idx in range(Q_STAGE, unroll=1):
                     ptx.mbarrier_wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=False, accumulate=i)
@@ -65,7 +64,7 @@ class MmaWarp:
                     if is_last:
                         ptx.tcgen05_commit(g.full(place, "o_mma_to_correction", q_idx))
                     else:
-                        if cutlass.const_expr(q_idx == 0):
+                        if q_idx == 0:
                             ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", k_stage), k_phase)
                         self.issue_qk(place, q_idx, k_stage)
                 ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", v_stage))
@@ -75,22 +74,21 @@ class MmaWarp:
                     ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", k_stage))
             q_phase ^= 1
 
-    def issue_qk(self, place: Place, q_idx: int, stage: Int32) -> None:
+    def issue_qk(self, place: Place, q_idx: Int32, stage: Int32) -> None:
         """S of query tile `q_idx` against the K tile in `stage`, then its commit."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         q_low = umma.descriptor_low(place.smem_base + storage.q + q_idx * storage.sizes.q)
         k_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride)
         steps = umma.k_major_steps(config.head_dim, storage.sizes.part)
         idesc = umma.instruction_descriptor(config.dtype, config.tile.tile_n, b_mn_major=False)
-        umma.mma_ss(place.tmem_base + g.tmem.s[q_idx], q_low, k_low, steps, idesc)
+        umma.mma_ss(g.tmem.s_at(place, q_idx), q_low, k_low, steps, idesc)
         ptx.tcgen05_commit(g.full(place, "s_mma_to_softmax", q_idx))
 
-    def issue_pv(self, place: Place, q_idx: int, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
+    def issue_pv(self, place: Place, q_idx: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
         """First or last part of O += P V for query tile `q_idx` with the V tile in `stage`."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         v_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride, storage.sizes.part)
         cut = g.config.tuning.p_first_columns // umma.MMA_K
         k_steps = range(cut, config.tile.tile_n // umma.MMA_K) if is_rest else range(cut)
         idesc = umma.instruction_descriptor(config.dtype, config.head_dim_v, b_mn_major=True)
-        o, p = place.tmem_base + g.tmem.o[q_idx], place.tmem_base + g.tmem.p[q_idx]
-        umma.mma_ts(o, p, v_low, k_steps, idesc, accumulate)
+        umma.mma_ts(g.tmem.o_at(place, q_idx), g.tmem.p_at(place, q_idx), v_low, k_steps, idesc, accumulate)

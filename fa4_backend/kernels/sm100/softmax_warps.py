@@ -13,7 +13,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row, update_max
 from fa4_backend.kernels.common.tile_scheduler import tile_range
-from fa4_backend.kernels.sm100.storage import STATS_BYTES
+from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
@@ -53,8 +53,8 @@ class SoftmaxWarps:
         q_idx = place.warp_idx // WARPGROUP
         warp = place.warp_idx % WARPGROUP
         row = warp * 32 + place.lane_idx
-        s_tmem = place.tmem_base + (warp * 32 << LANE_SHIFT) + q_idx * config.tile.tile_n
-        stats = place.smem_base + g.storage.stats + (q_idx * config.tile.tile_m + row) * STATS_BYTES
+        s_tmem = g.tmem.s_at(place, q_idx) + (warp * 32 << LANE_SHIFT)
+        stats = place.smem_base + g.storage.stats + row * o_pitch(config) + q_idx * STATS_BYTES
         scale_log2 = scores.softmax_scale * LOG2_E
         if const_expr(config.has_softcap):
             scale_log2 = scores.softcap * LOG2_E
@@ -74,7 +74,7 @@ class SoftmaxWarps:
                 s = self.load_scores(s_tmem, scores, mask, item, n_block, barrier, s_phase)
                 update = update_max(
                     ptx.max_of(s, -Float32.inf), row_max, scale_log2,
-                    may_be_empty=True, is_first=False, threshold=g.config.tuning.rescale_threshold,
+                    may_be_empty=True, is_first=False, threshold=config.tile.rescale_threshold,
                 )  # fmt: skip
                 warp_edge = q_idx * WARPGROUP + warp
                 ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
@@ -153,7 +153,7 @@ class SoftmaxWarps:
         """
         g, tuning = self.geometry, self.geometry.config.tuning
         config = g.config.kernel
-        p_tmem = s_tmem + (g.tmem.p[0] - g.tmem.s[0])
+        p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         scale, shift = ptx.broadcast(scale_log2, 2), ptx.broadcast(-offset, 2)
         sums = [None, None]
         for chunk, v in enumerate(s):
@@ -194,7 +194,7 @@ def soft_cap(v, factor: Float32):
 
 def add_alibi(v, distance: Int32, slope: Float32):
     """Scores minus slope * |distance - column| for the columns of a chunk; distance: of the chunk's first column to the diagonal."""
-    base = Float32(distance)
-    columns = vector.from_elements(ptx.vec(CHUNK), [Float32(float(-j)).ir_value() for j in range(CHUNK)])
-    apart = math_ir.absf(arith.addf(columns, ptx.broadcast(base, CHUNK)))
-    return math_ir.fma(apart, ptx.broadcast(-slope, CHUNK), v)
+    base, slope = Float32(distance).ir_value(), (-slope).ir_value()
+    # Element by element: the columns are then immediates, where pairs of them would take 32 registers.
+    apart = [math_ir.absf(arith.subf(base, Float32(float(j)).ir_value())) for j in range(CHUNK)]
+    return vector.from_elements(ptx.vec(CHUNK), [math_ir.fma(apart[j], slope, ptx.element(v, j)) for j in range(CHUNK)])

@@ -17,12 +17,20 @@ PART_ELEMS = 64  # 16-bit elements of a 128-byte row
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
 STATS_BYTES = 4  # one float32 a row
+# Padding of a row of O: rows then start four banks apart, so that eight threads with a row each store 16 bytes without conflict.
+# It is not part of the tile, and holds the row's statistics, one float32 for each query tile.
+O_PAD_BYTES = 16
 TMEM_POINTER_BYTES = 8
 
 
 def num_parts(head_dim: int) -> int:
     """Parts of 64 elements that a head takes."""
     return -(-head_dim // PART_ELEMS)
+
+
+def o_pitch(config: KernelConfig) -> int:
+    """Bytes from a row of O to the next in shared memory."""
+    return config.head_dim_v * config.element_bytes + O_PAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class TileBytes:
             q=qk_parts * part,
             k=qk_parts * part,
             v=v_parts * part,
-            o=v_parts * part,
+            o=config.tile.tile_m * o_pitch(config),
             q_tx_bytes=qk_parts * rows * ROW_BYTES,
             k_tx_bytes=qk_parts * part,
             v_tx_bytes=v_parts * part,
@@ -67,7 +75,7 @@ class Storage:
     kv: int
     kv_stride: int
     o: int
-    stats: int
+    stats: int  # of row 0, query tile 0; rows are o_pitch apart, query tiles STATS_BYTES
     tmem_pointer: int
     num_bytes: int
 
@@ -85,8 +93,9 @@ class Storage:
         kv = q_stage * sizes.q
         kv_stride = max(sizes.k, sizes.v)
         o = kv + kv_stage * kv_stride
-        stats = o + o_stage * sizes.o
-        tmem_pointer = stats + q_stage * config.tile.tile_m * STATS_BYTES
+        assert q_stage * STATS_BYTES <= O_PAD_BYTES, f"{q_stage=}"
+        stats = o + o_pitch(config) - O_PAD_BYTES
+        tmem_pointer = o + o_stage * sizes.o
         barriers = EdgeBarriers(pipeline_edges(sizes, kv_stage, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
         limit = ARCHS[config.arch].smem_bytes
         if barriers.end_bytes > limit:

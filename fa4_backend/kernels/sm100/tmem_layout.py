@@ -16,18 +16,31 @@ TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every
 
 @dataclass(frozen=True)
 class TmemLayout:
-    """First column of each accumulator."""
+    """First columns of query tile 0's accumulators, and how far query tile 1's lie behind them."""
 
-    s: tuple[int, int]
-    p: tuple[int, int]
-    o: tuple[int, int]
+    s: int
+    p: int
+    o: int
+    s_stride: int
+    o_stride: int
 
     @staticmethod
     def of(config: KernelConfig) -> TmemLayout:
         """Columns for a config; two tiles of S and O must fit."""
         tile_n, head_dim_v = config.tile.tile_n, config.head_dim_v
-        s = (0, tile_n)
-        o = (2 * tile_n, 2 * tile_n + head_dim_v)
-        end = o[1] + head_dim_v
+        layout = TmemLayout(s=0, p=tile_n // 2, o=2 * tile_n, s_stride=tile_n, o_stride=head_dim_v)
+        end = layout.o + 2 * layout.o_stride
         assert end <= ARCHS[config.arch].tmem_columns, f"{end=}"
-        return TmemLayout(s, tuple(col + tile_n // 2 for col in s), o)
+        return layout
+
+    def s_at(self, place, q_idx):
+        """TMEM address of S of query tile `q_idx` (runtime)."""
+        return place.tmem_base + self.s + q_idx * self.s_stride
+
+    def p_at(self, place, q_idx):
+        """TMEM address of P of query tile `q_idx`."""
+        return place.tmem_base + self.p + q_idx * self.s_stride
+
+    def o_at(self, place, q_idx):
+        """TMEM address of O of query tile `q_idx`."""
+        return place.tmem_base + self.o + q_idx * self.o_stride

@@ -9,6 +9,7 @@ from cutlass import Int32
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
@@ -81,11 +82,17 @@ class Geometry:
 
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""
-        tile = read_tile(work.mTiles, work.mCuSeqlensQ, work.mSeqUsedK, index)
+        tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, work.mSeqUsedK, index))
         blocks = self.block_info.blocks(
             tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
         )
         return WorkItem(tile, blocks)
+
+
+def uniform(tile: WorkTile) -> WorkTile:
+    """The same entry in uniform registers: every lane has read the same, but the compiler cannot know it."""
+    same = [cute.arch.make_warp_uniform(field) for field in tile[:-1]]
+    return WorkTile(*same, SeqlenInfo(*(cute.arch.make_warp_uniform(field) for field in tile.seqlen)))
 
 
 def tokens_per_item(kernel) -> int:
