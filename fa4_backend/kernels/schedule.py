@@ -13,13 +13,16 @@ dealt out back and forth over the CTAs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.work_list import TILE_INTS
+
+if TYPE_CHECKING:
+    from fa4_backend.kernels.schedule_launch import ScheduleConfig
 
 NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
@@ -190,7 +193,8 @@ class ScheduleKernel:
                 begin = rows.decode_begin[row]
                 if params.split_blocks > 0:
                     split = params.split_blocks
-                    block = (begin + block + split // 2) // split * split - begin
+                    if block > 0:
+                        block = (begin + block + split // 2) // split * split - begin
                     pieces = (begin + blocks + split - 1) // split - begin // split
                 if block <= 0:
                     block = Int32(0)
@@ -420,3 +424,18 @@ def store_tile(tiles: cute.Tensor, index: Int32, values: tuple):
     target = cute.make_tensor(tiles.iterator + cutlass.Int64(index) * TILE_INTS, cute.make_layout(TILE_INTS))
     target = cute.make_tensor(target.iterator.align(16), target.layout)
     cute.autovec_copy(entry, target)
+
+
+def build(config: ScheduleConfig) -> tuple[ScheduleKernel, tuple[Any, ...]]:
+    """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
+    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+    def lengths() -> cute.Tensor:
+        return make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,), assumed_align=4)
+
+    def tiles() -> cute.Tensor:
+        return make_fake_tensor(Int32, (cute.sym_int32(), TILE_INTS), stride=(TILE_INTS, 1), assumed_align=16)
+
+    scalars = [Int32(0)] * len(ScheduleParams._fields)
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return ScheduleKernel(config.max_num_seqs), (lengths(), lengths(), tiles(), lengths(), tiles(), lengths(), *scalars, stream)

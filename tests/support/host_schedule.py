@@ -73,7 +73,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int) -> tuple[np.ndarray,
             continue
         _, _, begin, end = groups[item]
         block = position - int(starts[item]) - shape.item_overhead  # blocks of the item before the cut
-        if shape.split_blocks:
+        if shape.split_blocks and block > 0:
             block = (begin + block + shape.split_blocks // 2) // shape.split_blocks * shape.split_blocks - begin
         if block <= 0:
             cuts.append((item, 0))

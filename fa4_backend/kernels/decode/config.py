@@ -16,6 +16,8 @@ BOXES = 4  # boxes of a KV tile, one a key warp
 TILE_N = BOX_KEYS * BOXES
 MMA_ROWS = 16  # packed query rows of one mma.sync
 MAX_ROWS = 64  # packed query rows: four row groups of four key warps
+MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
+CTAS_PER_SM = 1
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 1024  # barriers, the alignment of the first tile, flags
 
@@ -73,6 +75,11 @@ class DecodeConfig:
         return -(-self.rows // MMA_ROWS)
 
     @property
+    def merge_rows(self) -> int:
+        """Rows of a row group that may be tokens."""
+        return min(MMA_ROWS, self.rows)
+
+    @property
     def num_consumer_warps(self) -> int:
         """Key warps times row groups."""
         return BOXES * self.row_groups
@@ -97,7 +104,7 @@ class DecodeConfig:
     @property
     def merge_bytes(self) -> int:
         """Where the key warps of each row group meet: O of each in float32, its maximum and its denominator."""
-        return self.num_consumer_warps * MMA_ROWS * (self.head_dim_v + 2) * 4
+        return self.num_consumer_warps * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
 
     @property
     def kv_stage(self) -> int:
@@ -121,7 +128,7 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,
         query_len=limits.decode_query_len,
-        ctas_per_sm=1,
+        ctas_per_sm=CTAS_PER_SM,
         is_causal=problem.is_causal,
         has_window_left=problem.has_window_left,
         has_window_right=problem.has_window_right,

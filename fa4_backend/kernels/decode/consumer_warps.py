@@ -1,0 +1,191 @@
+"""The consumer warps: each attends 16 packed rows to the 16 keys of one box of every KV tile.
+
+Four key warps share a row group's tiles, so a tile is touched once by each; nothing passes between warps until the
+entry (or a piece of it) ends and `merge` adds them up. S, P and O live in registers; K and V come by ldmatrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass._mlir.dialects import vector
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.online_softmax import update_max
+from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, TILE_N, DecodeConfig
+from fa4_backend.kernels.decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
+from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
+from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
+from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, read_entry
+
+RESCALE_THRESHOLD = 8.0  # log2 units a row's maximum may grow before O is rescaled; weights reach 2^8, exact in the end
+
+
+class RowState(NamedTuple):
+    """Registers of a lane for its two rows."""
+
+    rO: cute.Tensor  # (4 * head_dim_v / 8,) float32, fragments of mma.sync
+    rMax: cute.Tensor  # (2,) float32, row_max of the scores in the units of ScoreTransform
+    rSum: cute.Tensor  # (2,) float32, this lane's share of row_sum
+
+
+@dataclass(frozen=True)
+class ConsumerWarps:
+    """Role of warps 0 .. num_consumer_warps - 1; warp = row group * BOXES + key warp."""
+
+    config: DecodeConfig
+    storage: DecodeStorage
+    visible: VisibleTiles
+    scores: ScoreTransform
+    merge: Merge
+
+    @cute.jit
+    def run(
+        self,
+        step: StepTensors,
+        values: CallValues,
+        mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
+        mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        results: ResultTensors,
+        shared: SharedTensors,
+    ):
+        """Work off this CTA's entries; waits for a tile, attends, releases it."""
+        c = self.config
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        cta, _, _ = cute.arch.block_idx()
+        key_warp, row_group = warp % BOXES, warp // BOXES
+        first_row = row_group * MMA_ROWS + lane // 4
+        state = RowState(
+            cute.make_rmem_tensor(c.head_dim_v // 2, Float32), cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        )
+        rQ = cute.make_rmem_tensor(c.head_dim // 4, Int32)
+        totals = self.merge.make_totals()
+        slot, phase = Int32(0), Int32(0)
+        for index in cutlass.range(step.mBegin[cta], step.mBegin[cta + 1], unroll=1):
+            entry = read_entry(step, index)
+            begin, end = self.visible.clip(entry, values)
+            rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
+            self._load_query(mQ, entry, first_row, rows, rQ)
+            self.merge.reset(totals)
+            first_piece, last_piece = self.merge.pieces(entry, values)
+            for piece in cutlass.range(first_piece, last_piece, unroll=1):
+                state.rO.fill(0.0)
+                state.rMax.fill(-Float32.inf)
+                state.rSum.fill(0.0)
+                piece_begin, piece_end = self.merge.piece_tiles(piece, begin, end, values)
+                for n_block in cutlass.range(piece_begin, piece_end, unroll=1):
+                    cute.arch.mbarrier_wait(shared.kv_full + slot, phase)
+                    column = n_block * TILE_N + key_warp * MMA_ROWS
+                    if column < entry.seqlen.seqlen_k:
+                        k_box = self.storage.k_box(shared, slot, key_warp)
+                        v_box = self.storage.v_box(shared, slot, key_warp)
+                        self._attend(k_box, v_box, column, entry.seqlen.seqlen_k, rows, values, rQ, state)
+                    cute.arch.sync_warp()
+                    if lane == 0:
+                        cute.arch.mbarrier_arrive(shared.kv_empty + slot)
+                    slot += 1
+                    if slot == c.kv_stage:
+                        slot = Int32(0)
+                        phase ^= 1
+                self.merge.meet(state, shared, self.scores.scale_log2(values))
+                self.merge.finish_piece(entry, piece - first_piece, self.scores.scale_log2(values), shared, totals, results)
+            self.merge.finish_entry(entry, last_piece - first_piece, shared, totals, results)
+
+    @cute.jit
+    def _load_query(self, mQ: cute.Tensor, entry: Entry, first_row: Int32, rows: tuple[RowView, RowView], rQ: cute.Tensor):
+        """A fragments of this lane's two packed rows; rows that are no token are zero."""
+        c = self.config
+        pair = cute.arch.lane_idx() % 4
+        rQ.fill(0)
+        for h in cutlass.range_constexpr(2):
+            row = first_row + 8 * h
+            if rows[h].is_valid:
+                token = row // c.q_per_kv
+                head = entry.kv_head_idx * c.q_per_kv + row - token * c.q_per_kv
+                words = cute.recast_tensor(mQ[entry.seqlen.q_begin + token, head, None], Int32)
+                for step in cutlass.range_constexpr(c.head_dim // 16):
+                    rQ[4 * step + h] = words[8 * step + pair]
+                    rQ[4 * step + 2 + h] = words[8 * step + 4 + pair]
+
+    @cute.jit
+    def _attend(
+        self,
+        k_box: Int32,
+        v_box: Int32,
+        column: Int32,  # first of the box's 16 keys
+        seqlen_k: Int32,
+        rows: tuple[RowView, RowView],
+        values: CallValues,
+        rQ: cute.Tensor,
+        state: RowState,
+    ):
+        """One box: S = Q K^T, weights, O += P V."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        pair = lane % 4
+        k_layout = const_expr(BoxLayout(c.part_elems(c.head_dim) * c.element_bytes))
+        v_layout = const_expr(BoxLayout(c.part_elems(c.head_dim_v) * c.element_bytes))
+        k_address = k_box + k_layout.key_matrices(lane)
+        halves = [[Float32(0.0)] * 4, [Float32(0.0)] * 4]  # keys 0-7 and 8-15
+        for step in cutlass.range_constexpr(c.head_dim // 16):
+            words = load_matrices(k_layout.step_address(k_address, step), transpose=False)
+            a = [rQ[4 * step + i] for i in range(4)]
+            halves = [mma(c.dtype, halves[i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
+
+        scale_log2 = self.scores.scale_log2(values)
+        factors, p = [], [None] * 4
+        for h in cutlass.range_constexpr(2):
+            seen = []
+            for i in cutlass.range_constexpr(4):
+                key = column + 8 * (i // 2) + 2 * pair + i % 2
+                seen.append(self.scores.apply(halves[i // 2][2 * h + i % 2], key, rows[h], values))
+            block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
+            update = update_max(block_max, state.rMax[h], scale_log2, may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD)
+            weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
+            state.rMax[h] = update.row_max
+            state.rSum[h] = state.rSum[h] * update.factor + ((weights[0] + weights[1]) + (weights[2] + weights[3]))
+            p[h] = pack_pair(c.dtype, weights[0], weights[1])
+            p[2 + h] = pack_pair(c.dtype, weights[2], weights[3])
+            factors.append(update.factor)
+
+        moved = Boolean(factors[0] != 1.0) | Boolean(factors[1] != 1.0)
+        if cute.arch.vote_any_sync(moved):
+            for i in cutlass.range_constexpr(c.head_dim_v // 2):
+                state.rO[i] = state.rO[i] * factors[i // 2 % 2]
+
+        # Keys past the sequence hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
+        low = keep_pair(column + 2 * pair, seqlen_k)
+        high = keep_pair(column + 8 + 2 * pair, seqlen_k)
+        v_address = v_box + v_layout.value_matrices(lane)
+        for step in cutlass.range_constexpr(c.head_dim_v // 16):
+            words = load_matrices(v_layout.step_address(v_address, step), transpose=True)
+            for i in cutlass.range_constexpr(2):
+                at = 8 * step + 4 * i
+                o = mma(c.dtype, [state.rO[at + e] for e in range(4)], p, (words[2 * i] & low, words[2 * i + 1] & high))
+                for e in cutlass.range_constexpr(4):
+                    state.rO[at + e] = o[e]
+
+
+def quad_max(value: Float32) -> Float32:
+    """Largest value of the four lanes that hold a row."""
+    for offset in (1, 2):
+        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
+    return value
+
+
+def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
+    """Two weights rounded to the element type, in one word."""
+    values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
+    return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))
+
+
+def keep_pair(key: Int32, seqlen_k: Int32) -> Int32:
+    """Bits to keep of a word that holds V of keys `key` and `key + 1`."""
+    low = cutlass.select_(key < seqlen_k, Int32(0xFFFF), Int32(0))
+    high = cutlass.select_(key + 1 < seqlen_k, Int32(-65536), Int32(0))
+    return low | high

@@ -1,0 +1,159 @@
+"""The decode kernel: host launch and the split into roles. See `docs/decode.md`.
+
+load_warp --[kv tile: K and V boxes, one mbarrier]--> consumer_warps --> merge (out | split-KV slot -> combine)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig
+from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
+from fa4_backend.kernels.decode.load_warp import LoadWarp
+from fa4_backend.kernels.decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.decode.scores import ScoreTransform
+from fa4_backend.kernels.decode.storage import ELEMENT_TYPES, DecodeStorage
+from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
+
+SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
+
+
+class DecodeKernel:
+    """One compiled decode kernel; construct with its frozen config, then call under `cute.compile`."""
+
+    def __init__(self, config: DecodeConfig):
+        self.config = config
+        self.storage = DecodeStorage(config)
+        self.scores = ScoreTransform(config)
+        visible = VisibleTiles(self.scores.mask)
+        self.load_warp = LoadWarp(self.storage, visible)
+        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, Merge(config))
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
+        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
+        mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
+        mSeqUsedK: cute.Tensor,  # (batch,) int32
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+        mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
+        mTiles: cute.Tensor,  # (max_decode_tiles, TILE_INTS) int32
+        mBegin: cute.Tensor,  # (decode_num_ctas + 1,) int32
+        mOPartial: cute.Tensor,  # (max_slots, decode_rows, head_dim_v) float32
+        mLsePartial: cute.Tensor,  # (max_slots, decode_rows) float32
+        mArrivals: cute.Tensor,  # (max_slots,) int32
+        mSinks: cute.Tensor | None,  # (num_q_heads,)
+        mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        softmax_scale: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+        split_blocks: Int32,
+        stream,
+    ):
+        """Launch one CTA for each range of the work list."""
+        k_atom, _ = self._box_tma(mK)
+        v_atom, _ = self._box_tma(mV)
+        step = StepTensors(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(mK.shape[1]))
+        values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
+        results = ResultTensors(mO, mLse, mOPartial, mLsePartial, mArrivals, mSinks)
+        self.kernel(mQ, k_atom, v_atom, mSlopes, step, values, results).launch(
+            grid=(cute.size(mBegin) - 1, 1, 1),
+            block=(self.config.num_threads, 1, 1),
+            stream=stream,
+        )
+
+    def _box_tma(self, cache: cute.Tensor) -> tuple[cute.CopyAtom, cute.Tensor]:
+        """TMA of a box: 16 keys of a page, all parts of a head, each as wide as its swizzle."""
+        part = self.config.part_elems(cache.shape[3])
+        parts = cache.shape[3] // part
+        swizzle = cute.make_swizzle(SWIZZLE_BITS[part * self.config.element_bytes], 4, 3)
+        # A mode of one part would vanish from the tensor map, and its coordinate with it: see `LoadWarp`.
+        inner, inner_stride = (part, cache.shape[1], parts)[: 3 if parts > 1 else 2], (1, cache.stride[1], part)
+        layout = cute.make_layout(
+            (*inner, cache.shape[2], cache.shape[0]), stride=(*inner_stride[: len(inner)], cache.stride[2], cache.stride[0])
+        )
+        rows_first = cute.make_tensor(cache.iterator, layout)
+        shape = (part, BOX_KEYS, parts)[: len(inner)]
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, part, part * BOX_KEYS)[: len(inner)]))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQ: cute.Tensor,
+        k_atom: cute.CopyAtom,
+        v_atom: cute.CopyAtom,
+        mSlopes: cute.Tensor | None,
+        step: StepTensors,
+        values: CallValues,
+        results: ResultTensors,
+    ):
+        """Set up, then one role a warp."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = self.storage.allocate()
+        if warp == self.config.num_consumer_warps:
+            cpasync.prefetch_descriptor(k_atom)
+            cpasync.prefetch_descriptor(v_atom)
+        if warp == 0:
+            with cute.arch.elect_one():
+                self.storage.init_barriers(shared)
+        cute.arch.sync_threads()
+        if warp == self.config.num_consumer_warps:
+            self.load_warp.run(step, values, k_atom, v_atom, shared)
+        else:
+            self.consumer_warps.run(step, values, mQ, mSlopes, results, shared)
+
+
+def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
+    """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
+    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+    c, n, wide = config, cute.sym_int32, cute.sym_int64
+    dtype = ELEMENT_TYPES[c.dtype]
+
+    def rows(head_dim: int, rank: int) -> cute.Tensor:
+        """A tensor of heads: any strides in multiples of 16 bytes but the last, which is 1."""
+        shape = (*(n() for _ in range(rank - 1)), head_dim)
+        stride = (*(wide(divisibility=16 // c.element_bytes) for _ in range(rank - 1)), 1)
+        return make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
+
+    def dense(element_type: type, *shape: Any, align: int = 4) -> cute.Tensor:
+        strides, stride = [], 1
+        for size in reversed(shape):
+            strides.append(stride)
+            stride = stride * size if isinstance(size, int) and isinstance(stride, int) else wide()
+        return make_fake_tensor(element_type, shape, stride=tuple(reversed(strides)), assumed_align=align)
+
+    fp32 = Float32
+    arguments = (
+        rows(c.head_dim, 3),
+        rows(c.head_dim, 4),
+        rows(c.head_dim_v, 4),
+        make_fake_tensor(Int32, (n(), n()), stride=(wide(), 1), assumed_align=4),
+        dense(Int32, n()),
+        dense(Int32, n()),
+        rows(c.head_dim_v, 3),
+        make_fake_tensor(fp32, (n(), n()), stride=(wide(), 1), assumed_align=4) if c.has_lse else None,
+        dense(Int32, n(), 8, align=16),
+        dense(Int32, n()),
+        dense(fp32, n(), c.rows, c.head_dim_v, align=16),
+        dense(fp32, n(), c.rows),
+        dense(Int32, n()),
+        dense(fp32, n()) if c.has_sinks else None,
+        dense(fp32, n()) if c.has_alibi else None,
+        fp32(1.0),
+        fp32(0.0),
+        Int32(0),
+        Int32(0),
+        Int32(0),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return DecodeKernel(config), arguments

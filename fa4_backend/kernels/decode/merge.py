@@ -1,0 +1,263 @@
+"""The end of an entry: the key warps' results are added up, written to `out` or to a split-KV slot, and slots are combined.
+
+Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across
+pieces. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with
+the same arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
+
+Work is spread over the consumer threads in vectors of four elements of a row; a thread keeps its vectors throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
+from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, DecodeConfig
+from fa4_backend.kernels.decode.storage import SharedTensors
+from fa4_backend.kernels.decode.work import CallValues, Entry
+
+CONSUMER_BARRIER = 1  # named barrier of the consumer warps
+VEC = 4  # elements of a thread's vector
+COMBINE_BATCH = 8  # slots whose loads are in flight together
+
+
+class ResultTensors(NamedTuple):
+    """Where results go."""
+
+    mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
+    mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
+    mOPartial: cute.Tensor  # (max_slots, decode_rows, head_dim_v) float32
+    mLsePartial: cute.Tensor  # (max_slots, decode_rows) float32, log2
+    mArrivals: cute.Tensor  # (max_slots,) int32
+    mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
+
+
+class Totals(NamedTuple):
+    """Registers: sums over the pieces so far of each of the thread's vectors."""
+
+    rO: cute.Tensor  # (vectors, VEC) float32, relative to rMax
+    rMax: cute.Tensor  # (vectors,) float32, log2
+    rSum: cute.Tensor  # (vectors,) float32
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What follows the main loop, for one kernel."""
+
+    config: DecodeConfig
+
+    @property
+    def num_threads(self) -> int:
+        """Consumer threads."""
+        return 32 * self.config.num_consumer_warps
+
+    @property
+    def row_vectors(self) -> int:
+        """Vectors of a row."""
+        return self.config.head_dim_v // VEC
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a thread."""
+        return -(-self.config.rows * self.row_vectors // self.num_threads)
+
+    def make_totals(self) -> Totals:
+        """Fresh registers."""
+        n = self.vectors
+        vectors = cute.make_rmem_tensor(cute.make_layout((n, VEC), stride=(VEC, 1)), Float32)
+        return Totals(vectors, cute.make_rmem_tensor(n, Float32), cute.make_rmem_tensor(n, Float32))
+
+    @cute.jit
+    def reset(self, totals: Totals):
+        """Before the first piece of an entry."""
+        totals.rO.fill(0.0)
+        totals.rMax.fill(-Float32.inf)
+        totals.rSum.fill(0.0)
+
+    def pieces(self, entry: Entry, values: CallValues) -> tuple[Int32, Int32]:
+        """Pieces of an entry, half-open; numbered from the sequence's first key in batch-invariant mode."""
+        if const_expr(not self.config.has_pieces):
+            return Int32(0), Int32(1)
+        first = entry.n_block_begin // values.split_blocks
+        last = (entry.n_block_end + values.split_blocks - 1) // values.split_blocks
+        return first, cutlass.max(last, first + 1)
+
+    def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, values: CallValues) -> tuple[Int32, Int32]:
+        """Visible KV tiles of a piece."""
+        if const_expr(not self.config.has_pieces):
+            return begin, end
+        return cutlass.max(begin, piece * values.split_blocks), cutlass.min(end, (piece + 1) * values.split_blocks)
+
+    @cute.jit
+    def meet(self, state, shared: SharedTensors, scale_log2: Float32):
+        """Every consumer warp lays down its O, row_max and row_sum; ends with a barrier of the consumers. state: RowState."""
+        c = self.config
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        group, pair = lane // 4, lane % 4
+        for h in cutlass.range_constexpr(2):
+            row_sum = state.rSum[h]
+            for offset in (1, 2):
+                row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset)
+            row = group + 8 * h
+            if warp // BOXES * MMA_ROWS + row < c.rows:
+                if pair == 0:
+                    shared.sMax[warp, row] = state.rMax[h] * scale_log2
+                    shared.sSum[warp, row] = row_sum
+                for i in cutlass.range_constexpr(c.head_dim_v // 8):
+                    for e in cutlass.range_constexpr(2):
+                        shared.sO[warp, row, 8 * i + 2 * pair + e] = state.rO[4 * i + 2 * h + e]
+        self._barrier()
+
+    @cute.jit
+    def finish_piece(
+        self, entry: Entry, piece_in_entry: Int32, scale_log2: Float32, shared: SharedTensors, totals: Totals, results: ResultTensors
+    ):
+        """Add up the key warps; to `out`, to the running totals or to the piece's slot. Ends with a barrier of the consumers."""
+        c = self.config
+        for v in cutlass.range_constexpr(self.vectors):
+            row, at = self._vector(v)
+            if row < c.rows:
+                o, row_max, row_sum = self._add_warps(shared, row, at)
+                if const_expr(c.has_pieces):
+                    o, lse_log2 = self._normalize(o, row_max, row_sum)
+                    if entry.partial_slot < 0:
+                        self._fold(totals, v, o, lse_log2)
+                    else:
+                        self._store_partial(results, entry.partial_slot + piece_in_entry, row, at, o, lse_log2)
+                else:
+                    if entry.partial_slot < 0:
+                        self._write(results, entry, row, at, o, row_max, row_sum)
+                    else:
+                        o, lse_log2 = self._normalize(o, row_max, row_sum)
+                        self._store_partial(results, entry.partial_slot, row, at, o, lse_log2)
+        self._barrier()
+
+    @cute.jit
+    def finish_entry(self, entry: Entry, pieces_here: Int32, shared: SharedTensors, totals: Totals, results: ResultTensors):
+        """After the last piece: write the totals, or arrive at the row group's slots and combine them if this CTA is the last."""
+        c = self.config
+        if entry.partial_slot >= 0:
+            tidx, _, _ = cute.arch.thread_idx()
+            cute.arch.fence_acq_rel_gpu()  # the slots before the arrival
+            self._barrier()
+            if tidx == 0:
+                arrived = cute.arch.atomic_add(results.mArrivals.iterator + entry.first_slot, pieces_here, sem="acq_rel", scope="gpu")
+                is_last = Int32(0)
+                if arrived + pieces_here == entry.num_pieces:
+                    is_last = Int32(1)
+                    results.mArrivals[entry.first_slot] = Int32(0)  # for the next launch
+                shared.sFlag[0] = is_last
+            self._barrier()
+            if shared.sFlag[0] == 1:
+                cute.arch.fence_acq_rel_gpu()  # the arrival before the others' slots
+                self._combine(entry, totals, results)
+        elif const_expr(c.has_pieces):
+            for v in cutlass.range_constexpr(self.vectors):
+                row, at = self._vector(v)
+                if row < c.rows:
+                    o = [totals.rO[v, e] for e in range(VEC)]
+                    self._write(results, entry, row, at, o, totals.rMax[v], totals.rSum[v])
+
+    @cute.jit
+    def _combine(self, entry: Entry, totals: Totals, results: ResultTensors):
+        """Add up all slots of a row group and write it."""
+        c = self.config
+        self.reset(totals)
+        for v in cutlass.range_constexpr(self.vectors):
+            row, at = self._vector(v)
+            if row < c.rows:
+                for base in cutlass.range(0, entry.num_pieces, COMBINE_BATCH, unroll=1):
+                    fetched = []
+                    for i in cutlass.range_constexpr(COMBINE_BATCH):
+                        piece = cutlass.min(base + i, entry.num_pieces - 1)
+                        slot = entry.first_slot + piece
+                        lse_log2 = results.mLsePartial[slot, row]
+                        # Past the last piece: the last again, without weight.
+                        lse_log2 = cutlass.select_(base + i < entry.num_pieces, lse_log2, -Float32.inf)
+                        r = cute.make_rmem_tensor(VEC, Float32)
+                        cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
+                        fetched.append((r, lse_log2))
+                    for r, lse_log2 in fetched:
+                        self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
+                self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
+
+    def _vector(self, v: int) -> tuple[Int32, Int32]:
+        """Row and place in the row (in vectors) of the thread's v-th vector."""
+        tidx, _, _ = cute.arch.thread_idx()
+        index = tidx + v * self.num_threads
+        row = index // self.row_vectors
+        return row, index - row * self.row_vectors
+
+    def _add_warps(self, shared: SharedTensors, row: Int32, at: Int32):
+        """One vector summed over the key warps: values relative to the common maximum (log2), the maximum, the denominator."""
+        warp, row_in_group = row // MMA_ROWS * BOXES, row % MMA_ROWS
+        maxima = [shared.sMax[warp + k, row_in_group] for k in range(BOXES)]
+        row_max = cute.arch.fmax(cute.arch.fmax(maxima[0], maxima[1]), cute.arch.fmax(maxima[2], maxima[3]))
+        finite = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
+        o, row_sum = [Float32(0.0)] * VEC, Float32(0.0)
+        for k in range(BOXES):
+            weight = cute.math.exp2(maxima[k] - finite, fastmath=True)
+            r = cute.make_rmem_tensor(VEC, Float32)
+            cute.autovec_copy(self._row_vector(shared.sO[warp + k, row_in_group, None], at), r)
+            o = [o[e] + r[e] * weight for e in range(VEC)]
+            row_sum = row_sum + shared.sSum[warp + k, row_in_group] * weight
+        return o, row_max, row_sum
+
+    def _normalize(self, o: list[Float32], row_max: Float32, row_sum: Float32):
+        """A vector divided by its denominator, and the denominator in log2; 0 and -inf for an empty row."""
+        result = finalize_row(row_max, row_sum, Float32(1.0), None)
+        return [x * result.o_scale for x in o], result.lse * (1.0 / LN_2)
+
+    @cute.jit
+    def _fold(self, totals: Totals, v: cutlass.Constexpr[int], o: list[Float32], lse_log2: Float32):
+        """Add a piece to the totals."""
+        new_max = cute.arch.fmax(totals.rMax[v], lse_log2)
+        finite = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
+        old_weight = cute.math.exp2(totals.rMax[v] - finite, fastmath=True)
+        weight = cute.math.exp2(lse_log2 - finite, fastmath=True)
+        for e in cutlass.range_constexpr(VEC):
+            totals.rO[v, e] = cute.math.fma(o[e], weight, totals.rO[v, e] * old_weight)
+        totals.rSum[v] = cute.math.fma(totals.rSum[v], old_weight, weight)
+        totals.rMax[v] = new_max
+
+    @cute.jit
+    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, o: list[Float32], row_max: Float32, row_sum: Float32):
+        """One vector of a finished row to `out`, and the row's lse; rows past the query are left alone."""
+        c = self.config
+        token = row // c.q_per_kv
+        if token < entry.seqlen.seqlen_q:
+            head = entry.kv_head_idx * c.q_per_kv + row - token * c.q_per_kv
+            sink = None
+            if const_expr(results.mSinks is not None):
+                sink = Float32(results.mSinks[head])
+            result = finalize_row(row_max, row_sum, Float32(1.0), sink)
+            r = cute.make_rmem_tensor(VEC, results.mO.element_type)
+            for e in cutlass.range_constexpr(VEC):
+                r[e] = results.mO.element_type(o[e] * result.o_scale)
+            cute.autovec_copy(r, self._row_vector(results.mO[entry.seqlen.q_begin + token, head, None], at))
+            if const_expr(results.mLse is not None):
+                if at == 0:
+                    results.mLse[head, entry.seqlen.q_begin + token] = result.lse
+
+    @cute.jit
+    def _store_partial(self, results: ResultTensors, slot: Int32, row: Int32, at: Int32, o: list[Float32], lse_log2: Float32):
+        """One vector of a piece to its slot."""
+        r = cute.make_rmem_tensor(VEC, Float32)
+        for e in cutlass.range_constexpr(VEC):
+            r[e] = o[e]
+        cute.autovec_copy(r, self._row_vector(results.mOPartial[slot, row, None], at))
+        if at == 0:
+            results.mLsePartial[slot, row] = lse_log2
+
+    def _row_vector(self, row: cute.Tensor, at: Int32) -> cute.Tensor:
+        """Vector `at` of a row, known to be aligned to its size."""
+        pointer = row.iterator + at * VEC
+        return cute.make_tensor(pointer.align(VEC * row.element_type.width // 8), cute.make_layout(VEC))
+
+    def _barrier(self):
+        cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=self.num_threads)

@@ -1,0 +1,83 @@
+"""What both roles know of an entry of the decode list: whose KV, which tiles of it, where the result goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.decode.config import TILE_N
+from fa4_backend.kernels.work_list import (
+    FIRST_SLOT,
+    KV_HEAD_IDX,
+    N_BLOCK_BEGIN,
+    N_BLOCK_END,
+    NUM_PIECES,
+    PARTIAL_SLOT,
+    SEQ_IDX,
+)
+
+
+class StepTensors(NamedTuple):
+    """The step, as every layer's launch reads it."""
+
+    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
+    mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
+    mSeqUsedK: cute.Tensor  # (batch,) int32
+    mTiles: cute.Tensor  # (max_decode_tiles, TILE_INTS) int32
+    mBegin: cute.Tensor  # (decode_num_ctas + 1,) int32
+    page_size: Int32  # tokens a page
+
+
+class CallValues(NamedTuple):
+    """Values of one call."""
+
+    softmax_scale: Float32  # multiplies raw logits
+    softcap: Float32
+    window_left: Int32
+    window_right: Int32  # 0 for causal
+    split_blocks: Int32  # KV tiles of a piece; 0: an entry is one piece
+
+
+class Entry(NamedTuple):
+    """One entry of the list."""
+
+    seq_idx: Int32
+    kv_head_idx: Int32
+    n_block_begin: Int32
+    n_block_end: Int32
+    partial_slot: Int32  # -1: the result goes to `out`
+    first_slot: Int32
+    num_pieces: Int32
+    seqlen: SeqlenInfo
+
+
+def read_entry(step: StepTensors, index: Int32) -> Entry:
+    """Entry `index` and the lengths of its sequence."""
+    tile = step.mTiles[index, None]
+    seq_idx = tile[SEQ_IDX]
+    q_begin = step.mCuSeqlensQ[seq_idx]
+    seqlen = SeqlenInfo(q_begin, step.mCuSeqlensQ[seq_idx + 1] - q_begin, step.mSeqUsedK[seq_idx])
+    return Entry(
+        seq_idx, tile[KV_HEAD_IDX], tile[N_BLOCK_BEGIN], tile[N_BLOCK_END], tile[PARTIAL_SLOT], tile[FIRST_SLOT], tile[NUM_PIECES], seqlen
+    )
+
+
+@dataclass(frozen=True)
+class VisibleTiles:
+    """The KV tiles of an entry that its rows see; load warp and consumers must agree."""
+
+    mask: MaskSpec
+
+    def clip(self, entry: Entry, values: CallValues) -> tuple[Int32, Int32]:
+        """`n_block_begin .. n_block_end`, intersected with what the mask lets any row see; may be empty (begin >= end)."""
+        first = self.mask.columns(Int32(0), entry.seqlen, values.window_left, values.window_right)
+        last = self.mask.columns(entry.seqlen.seqlen_q - 1, entry.seqlen, values.window_left, values.window_right)
+        begin = cutlass.max(first.begin // TILE_N, entry.n_block_begin)
+        end = cutlass.min((cutlass.max(last.end, 0) + TILE_N - 1) // TILE_N, entry.n_block_end)
+        return begin, end
