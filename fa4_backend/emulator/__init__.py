@@ -1,0 +1,60 @@
+"""Runs compiled sm_100a, sm_103a and sm_90a kernels on a CPU, and finds their races.
+
+The PTX that the CuTe-DSL compiler emitted and the host code it generated are executed unchanged. Example:
+
+    from fa4_backend import emulator
+
+    emulator.install()                        # before cute.compile: host code is then linked against the emulator
+    compiled = cute.compile(host_function, ..., options="--enable-tvm-ffi --keep-ptx --keep-cubin")
+    with emulator.session(arch="sm_100a", num_sms=4, seed=None) as emu:
+        emu.run(compiled, q, k, v, out, ...)  # torch CPU tensors and numpy arrays are used in place
+    print(emu.report.races, emu.report.instructions, emu.report.seconds)
+
+* `session(arch, num_sms, seed=None, detect_races=True)`: `seed=None` is a deterministic schedule; an integer makes warps run at random
+  speeds and asynchronous operations finish at random legal times. `detect_races="raise"` raises `RaceDetected` after the launch.
+* `emu.run(compiled, *args)`: torch CPU tensors and numpy arrays among the arguments are registered for the call; others pass through.
+* `emu.tensor(t, name, output=False)`: register a tensor for the whole session; the handle also works as an argument of `compiled` itself.
+  `output=True` fills it with NaN and counts in `report.unwritten[name]` what was never written.
+* `emu.launch(ptx, grid, block, args, cluster=, smem=)`: run a kernel of a PTX text without host code.
+* `emu.report`: `races`, `notes` (leaks and other remarks), `instructions`, `opcodes()`, `seconds` (CPU time), `as_dict()`.
+* `register_program(ptx, cubin)`: needed once for objects that were loaded from disk and carry no PTX.
+
+Errors are named: see `errors.py`. An instruction, modifier or descriptor field that is not modelled raises `UnsupportedInstruction`.
+"""
+
+from fa4_backend.emulator.errors import (
+    BarrierMisuse,
+    Deadlock,
+    EmulatorError,
+    KernelFault,
+    LaunchError,
+    MemoryFault,
+    NativeBuildError,
+    PtxSyntaxError,
+    RaceDetected,
+    UnknownProgram,
+    UnsupportedInstruction,
+)
+from fa4_backend.emulator.launch import Session, install, load_program, poison, register_program, session
+from fa4_backend.emulator.report import Report
+
+__all__ = [
+    "BarrierMisuse",
+    "Deadlock",
+    "EmulatorError",
+    "KernelFault",
+    "LaunchError",
+    "MemoryFault",
+    "NativeBuildError",
+    "PtxSyntaxError",
+    "RaceDetected",
+    "Report",
+    "Session",
+    "UnknownProgram",
+    "UnsupportedInstruction",
+    "install",
+    "load_program",
+    "poison",
+    "register_program",
+    "session",
+]

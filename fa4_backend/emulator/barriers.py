@@ -1,0 +1,205 @@
+"""Named barriers, cluster barriers, fences, register reallocation and grid dependencies.
+
+PTX ISA 9.0: 9.7.13.1 bar, barrier; 9.7.13.4 membar, fence; 9.7.13.14 griddepcontrol; 9.7.13.3 barrier.cluster; 9.7.18.5 setmaxnreg.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
+from fa4_backend.emulator.mbarrier import value_reader
+from fa4_backend.emulator.parser import Immediate, Instruction, Not
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cta, Warp
+
+NUM_NAMED_BARRIERS = 16
+
+
+class NamedBarrier:
+    """One of the 16 barriers of a CTA. Warps arrive as a whole: a barrier counts 32 threads a warp."""
+
+    __slots__ = ("arrived", "clock", "cta", "done_clock", "expected", "generation", "index", "votes", "waiters")
+
+    def __init__(self, cta: Cta, index: int) -> None:
+        self.cta, self.index = cta, index
+        self.expected = self.arrived = self.generation = 0
+        self.waiters: list[tuple[Warp, int]] = []
+        self.votes: list[tuple[int, int]] = []  # (passed, active) of each arrival, for barrier.red
+        self.clock: object = None
+        self.done_clock: object = None
+
+    def __str__(self) -> str:
+        return f"barrier {self.index} of {self.cta.name} ({self.arrived} of {self.expected} threads arrived)"
+
+    def arrive(self, warp: Warp, threads: int) -> None:
+        if threads % 32 or not threads:
+            raise BarrierMisuse(f"barrier {self.index} with {threads} threads: not a multiple of the warp size")
+        if self.arrived and threads != self.expected:
+            raise BarrierMisuse(f"{self}: now used with {threads} threads")
+        self.expected = threads
+        self.arrived += 32
+        if self.arrived > threads:
+            raise BarrierMisuse(f"over-arrival: {self}")
+        self.cta.cluster.progress += 1
+        if warp.races:
+            warp.races.release(warp, self)
+        if self.arrived == threads:
+            self.arrived = self.expected = 0
+            self.generation += 1
+            if self.clock is not None:
+                self.done_clock = self.cta.cluster.races.snapshot(self)
+            waiters, self.waiters = self.waiters, []
+            for other, lanes in waiters:
+                other.wake(lanes)
+
+
+@handles("bar", "barrier", aligned=True)
+def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    mods.has("cta")
+    if mods.has("cluster"):
+        return _cluster(ins, mods)
+    action = mods.one("sync", "arrive", "red")
+    mods.has("aligned")
+    if action == "red":
+        raise UnsupportedInstruction(ins.opcode)
+    mods.done()
+    index = value_reader(b, ins.operands[0])
+    threads = value_reader(b, ins.operands[1]) if len(ins.operands) > 1 else None
+
+    def handler(warp: Warp) -> bool | None:
+        lane = warp.first_lane()
+        number = index(warp, lane)
+        if number >= NUM_NAMED_BARRIERS:
+            raise BarrierMisuse(f"barrier {number}: a CTA has {NUM_NAMED_BARRIERS}")
+        barrier = warp.cta.barriers[number]
+        if warp.barrier_ticket is not None:
+            waited, generation = warp.barrier_ticket
+            if waited.generation == generation:
+                warp.wait(str(waited))
+                waited.waiters.append((warp, warp.waiting_lanes))
+                return True
+            warp.barrier_ticket = None
+            if warp.races:
+                warp.races.acquire(warp, waited)
+            return None
+        generation = barrier.generation
+        barrier.arrive(warp, threads(warp, lane) if threads else warp.cta.num_warps * 32)
+        if action == "arrive":
+            return None
+        warp.barrier_ticket = (barrier, generation)
+        return handler(warp)
+
+    return handler
+
+
+def _cluster(ins: Instruction, mods: Modifiers) -> Handler:
+    action = mods.one("arrive", "wait")
+    mods.has("release", "relaxed", "acquire")
+    relaxed = ".relaxed" in ins.opcode
+    mods.has("aligned")
+    mods.done()
+
+    def arrive(warp: Warp) -> None:
+        cluster = warp.cta.cluster
+        if warp.cluster_ticket is not None:
+            raise BarrierMisuse("barrier.cluster.arrive twice without a wait")
+        warp.cluster_ticket = cluster.barrier_generation
+        cluster.barrier_arrive(warp, releases=not relaxed)
+
+    def wait(warp: Warp) -> bool | None:
+        cluster = warp.cta.cluster
+        if warp.cluster_ticket is None:
+            raise BarrierMisuse("barrier.cluster.wait without an arrive")
+        if cluster.barrier_generation == warp.cluster_ticket:
+            warp.wait(f"barrier.cluster ({cluster.barrier_arrived} of {cluster.num_warps} warps arrived)")
+            cluster.barrier_waiters.append((warp, warp.waiting_lanes))
+            return True
+        warp.cluster_ticket = None
+        if warp.races:
+            warp.races.acquire(warp, cluster.barrier_edge)
+        return None
+
+    return arrive if action == "arrive" else wait
+
+
+@handles("fence", "membar")
+def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """fence.proxy.async makes generic writes visible to the asynchronous proxy; the others order only what they say."""
+    known = {
+        "proxy", "async", "async.shared::cta", "mbarrier_init", "release", "acquire", "acq_rel", "sc", "cluster", "cta", "gpu", "sys", "gl",
+        "shared::cta", "shared::cluster", "global", "alias", "tensormap::generic",
+        "sync_restrict::shared::cta", "sync_restrict::shared::cluster",
+        "generic", "generic::tensormap", "async::generic",
+    }  # fmt: skip
+    unknown = [p for p in mods.parts if p not in known]
+    if unknown:
+        raise UnsupportedInstruction(f"{ins.opcode}: modifier .{' .'.join(unknown)}")
+    is_proxy = "proxy" in mods.parts and "async" in mods.parts
+    is_memory = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts and "cta" not in mods.parts
+
+    def handler(warp: Warp) -> None:
+        if warp.races:
+            if is_proxy:
+                warp.races.proxy_fence(warp)
+            elif is_memory:
+                warp.races.memory_fence(warp)
+
+    return handler
+
+
+@handles("setmaxnreg", aligned=True)
+def _setmaxnreg(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """Registers move between a warp and the pool of its CTA; `.inc` waits until the pool can give."""
+    grow = mods.one("inc", "dec") == "inc"
+    for part in ("sync", "aligned", "u32"):
+        mods.one(part)
+    mods.done()
+    count = ins.operands[0]
+    if not isinstance(count, Immediate):
+        raise UnsupportedInstruction("setmaxnreg with a register operand")
+    wanted = count.bits
+    if wanted % 8 or not 24 <= wanted <= 256:
+        raise KernelFault(f"setmaxnreg {wanted}: expected a multiple of 8 from 24 to 256")
+
+    def handler(warp: Warp) -> bool | None:
+        cta = warp.cta
+        need = (wanted - warp.num_registers) * 32
+        if (grow and need < 0) or (not grow and need > 0):
+            raise KernelFault(f"setmaxnreg.{'inc' if grow else 'dec'} {wanted}: the warp holds {warp.num_registers} registers a thread")
+        if need > cta.free_registers:
+            warp.wait(f"setmaxnreg.inc {wanted}: the pool of {cta.name} has {cta.free_registers} registers, {need} needed")
+            cta.register_waiters.append((warp, warp.waiting_lanes))
+            return True
+        cta.free_registers -= need
+        warp.num_registers = wanted
+        if need < 0:
+            waiters, cta.register_waiters = cta.register_waiters, []
+            for other, lanes in waiters:
+                other.wake(lanes)
+        return None
+
+    return handler
+
+
+@handles("griddepcontrol")
+def _griddepcontrol(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """Kernels of a stream run one after the other here, so the wait is always over."""
+    action = mods.one("launch_dependents", "wait")
+    mods.done()
+
+    def handler(warp: Warp) -> None:
+        warp.cta.grid.dependency(warp, action)
+
+    return handler
+
+
+def predicate_source(b: Builder, operand: object) -> tuple[int, bool] | bool:
+    """A predicate operand: (slot, negated), or a constant."""
+    if isinstance(operand, Immediate):
+        return bool(operand.bits)
+    if isinstance(operand, Not):
+        return b.source(operand.operand, "pred"), True
+    return b.source(operand, "pred"), False  # type: ignore[arg-type]

@@ -1,0 +1,467 @@
+"""Warps, CTAs, clusters and grids: who runs when.
+
+Warps of a cluster take turns. In the deterministic schedule a warp runs until it must wait and asynchronous operations finish at once;
+with a seed, a random ready warp runs for a random while and asynchronous operations (TMA, MMA, commits) finish at random legal times.
+A warp that waits is woken by what it waits for. When nothing can run, suspended `try_wait`s give up; when that changes nothing
+either, the cluster is deadlocked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fa4_backend.emulator import native_core as native
+from fa4_backend.emulator.barriers import NamedBarrier
+from fa4_backend.emulator.errors import Deadlock, EmulatorError, KernelFault, MemoryFault
+from fa4_backend.emulator.mbarrier import MBarrier
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.races import Races
+
+POISON = 0xFF  # shared memory, TMEM and registers start as NaN
+TMEM_LANES, TMEM_COLUMNS = 128, 512
+SPIN_LIMIT = 300_000  # warp instructions without progress before other clusters get a turn
+
+
+class Warp:
+    """32 lanes of one CTA; `state` is shared with the native loop."""
+
+    def __init__(self, cta: Cta, index: int, registers: np.ndarray) -> None:
+        program = cta.grid.program
+        self.cta, self.index, self.program = cta, index, program
+        self.races: Races | None = cta.cluster.races
+        self.r = registers
+        self.r64 = registers.reshape(-1).view(np.uint64)
+        self.counts = np.zeros(len(program.code), np.uint32)
+        self.local = np.zeros((32, max(16, program.local_bytes)), np.uint8)
+        threads = min(32, cta.num_threads - 32 * index)
+        state = self.state = native.WarpState()
+        state.regs, state.code, state.aux = registers.ctypes.data, program.code.ctypes.data, program.aux.ctypes.data
+        state.counts, state.param, state.local = self.counts.ctypes.data, cta.grid.params.ctypes.data, self.local.ctypes.data
+        state.cluster = ctypes.addressof(cta.cluster.state)
+        state.param_bytes, state.local_bytes = cta.grid.params.size, program.local_bytes
+        state.cta_rank = cta.rank
+        state.warp_in_cluster = cta.rank * cta.num_warps + index
+        state.alive = state.active = (1 << threads) - 1
+        self.ptr = ctypes.addressof(state)
+        self.actor = state.warp_in_cluster
+        self.exited = False
+        self.ready = True
+        self.exec = 0
+        self.waiting_for: dict[int, tuple[str, bool]] = {}  # lane mask -> what it waits for, and whether it may time out
+        self.waiting_lanes = 0
+        self.timed_out = False
+        self.barrier_ticket: tuple[NamedBarrier, int] | None = None
+        self.cluster_ticket: int | None = None
+        self.num_registers = cta.grid.registers_per_thread
+        self.bulk_groups: deque[BulkGroup] = deque()
+        self.open_bulk_group: BulkGroup | None = None
+        self.copy_groups: list[list[Callable[[], None]]] = []
+        self.open_copies: list[Callable[[], None]] = []
+        self.extra: dict[str, object] = {}
+        self.start_registers(threads)
+
+    def start_registers(self, threads: int) -> None:
+        program, cta, grid = self.program, self.cta, self.cta.grid
+        start = program.const_start
+        self.r[:start] = 0xFFFFFFFF
+        self.r[start:] = program.constants
+        tid = np.arange(32, dtype=np.int64) + 32 * self.index
+        bx, by, _ = grid.block
+        lane = np.arange(32)
+        values: dict[str, object] = {
+            "%tid.x": tid % bx, "%tid.y": tid // bx % by, "%tid.z": tid // (bx * by), "%laneid": lane,
+            "%warpid": self.index, "%nwarpid": 64, "%smid": cta.sm, "%nsmid": grid.num_sms, "%gridid": 0,
+            "%lanemask_eq": 1 << lane, "%lanemask_lt": (1 << lane) - 1, "%lanemask_le": (2 << lane) - 1,
+            "%lanemask_gt": ~((2 << lane) - 1), "%lanemask_ge": ~((1 << lane) - 1),
+            "%dynamic_smem_size": grid.dynamic_smem, "%total_smem_size": grid.smem_bytes, "%aggr_smem_size": grid.smem_bytes,
+            "%reserved_smem_offset_begin": 0, "%reserved_smem_offset_end": 1024, "%is_explicit_cluster": int(grid.explicit_cluster),
+            "%cluster_ctarank": cta.rank, "%cluster_nctarank": cta.cluster.size,
+        }  # fmt: skip
+        clusters = [g // c for g, c in zip(grid.grid, grid.cluster, strict=True)]
+        for i, axis in enumerate("xyz"):
+            values[f"%ntid.{axis}"] = grid.block[i]
+            values[f"%ctaid.{axis}"] = cta.ctaid[i]
+            values[f"%nctaid.{axis}"] = grid.grid[i]
+            values[f"%cluster_ctaid.{axis}"] = cta.ctaid[i] % grid.cluster[i]
+            values[f"%cluster_nctaid.{axis}"] = grid.cluster[i]
+            values[f"%clusterid.{axis}"] = cta.ctaid[i] // grid.cluster[i]
+            values[f"%nclusterid.{axis}"] = clusters[i]
+        for name, (slot, num_bytes) in program.specials.items():
+            if name not in values:
+                raise KernelFault(f"special register {name} is not modelled")
+            self.set_slot(slot, num_bytes, values[name])
+        for key, (slot, num_bytes) in program.symbols.items():
+            self.set_slot(slot, num_bytes, self.symbol_value(key.rsplit(":", 1)[0]))
+
+    def symbol_value(self, name: str) -> int:
+        parameter = self.program.kernel.params.get(name)
+        if parameter is not None:
+            return self.cta.grid.params.ctypes.data + parameter.offset
+        variable = self.program.kernel.variables[name]
+        if variable.space == "shared":
+            return self.cta.rank << 24 | variable.offset
+        if variable.space == "local":
+            return variable.offset
+        return self.cta.grid.global_symbol(variable)
+
+    def set_slot(self, slot: int, num_bytes: int, value: object) -> None:
+        if num_bytes == 8:
+            self.r64[slot * 16 : slot * 16 + 32] = np.asarray(value, np.int64).view(np.uint64) if not isinstance(value, int) else value
+        else:
+            self.r[slot] = np.asarray(value, np.int64) & 0xFFFFFFFF
+
+    # -- for instruction handlers -------------------------------------------------------------------------------
+
+    def lanes(self) -> list[int]:
+        mask = self.exec
+        if mask & (mask - 1) == 0:
+            return [mask.bit_length() - 1]
+        return [lane for lane in range(32) if mask >> lane & 1]
+
+    def first_lane(self) -> int:
+        return (self.exec & -self.exec).bit_length() - 1
+
+    def one_lane(self, what: str) -> int:
+        """The lane of an instruction that one thread must issue."""
+        if self.exec & (self.exec - 1):
+            raise KernelFault(f"{what} is issued by {self.exec.bit_count()} threads at once, expected one (elect.sync missing?)")
+        return self.exec.bit_length() - 1
+
+    def predicate(self, slot: int, lane: int) -> bool:
+        return bool(int(self.r[slot, 0]) >> lane & 1)
+
+    def set_predicate(self, slot: int, bits: int) -> None:
+        self.r[slot, 0] = (int(self.r[slot, 0]) & ~self.exec | bits & self.exec) & 0xFFFFFFFF
+
+    def wait(self, what: str, may_time_out: bool = False) -> None:
+        """The running lanes must wait; the handler then returns True. Someone calls `wake(waiting_lanes)` later."""
+        self.waiting_lanes = self.state.active
+        self.waiting_for[self.waiting_lanes] = (what, may_time_out)
+
+    def wake(self, lanes: int) -> None:
+        if self.waiting_for.pop(lanes, None) is None:
+            return
+        self.state.parked &= ~lanes & 0xFFFFFFFF
+        if not self.ready:
+            self.ready = True
+            self.cta.cluster.ready.append(self)
+
+    def place(self, pc: int | None = None, lane: int | None = None) -> str:
+        pc = self.state.pc if pc is None else pc
+        who = f"kernel {self.program.name[:80]}, {self.cta.name}, warp {self.index}"
+        return f"{who}{'' if lane is None else f', lane {lane}'}, {self.program.describe(pc)}"
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, quantum: int) -> None:
+        """Run until the warp exits, waits, or has used `quantum` instructions."""
+        state, handlers, ptr = self.state, self.program.handlers, self.ptr
+        emu_run = native.core().emu_run
+        cluster = self.cta.cluster
+        end = state.steps + quantum
+        while True:
+            event = emu_run(ptr, end - state.steps)
+            if event == native.EV_HANDLER:
+                pc = state.pc
+                self.exec = state.exec
+                try:
+                    blocked = handlers[pc](self)  # type: ignore[misc]
+                except EmulatorError as error:
+                    if isinstance(error, KernelFault) and not error.place:
+                        raise type(error)(error.message, self.place(pc, self.first_lane())) from None
+                    raise
+                if blocked:
+                    state.steps -= 1
+                    self.counts[pc] -= 1
+                    if state.active == state.alive:
+                        state.parked = state.active
+                        state.active = 0
+                        for lane in range(32):
+                            state.lane_pc[lane] = pc
+                        self.ready = False
+                        return
+                    if not native.core().emu_park(ptr):
+                        self.ready = False
+                        return
+                else:
+                    state.pc = pc + 1
+                if cluster.rng is not None and cluster.pending and cluster.rng.random() < 0.5:
+                    cluster.complete_one()
+                if state.steps >= end:
+                    return
+            elif event == native.EV_EXIT:
+                self.finish()
+                return
+            elif event == native.EV_STEPS:
+                return
+            elif event == native.EV_ALL_PARKED:
+                if self.waiting_for:
+                    self.ready = False
+                    return
+                raise Deadlock("lanes of the warp wait for each other at different instructions", self.place())
+            else:
+                self.fault()
+
+    def finish(self) -> None:
+        self.exited, self.ready = True, False
+        if self.bulk_groups or self.open_bulk_group:
+            self.cta.at_exit(self)
+        self.cta.cluster.warp_done(self)
+
+    def fault(self) -> None:
+        state = self.state
+        text = native.FAULTS[state.fault]
+        place = self.place(state.pc, state.fault_lane)
+        if text in ("trap", "unknown operation in the core"):
+            raise KernelFault(text, place)
+        space = native.SPACES[state.fault_space]
+        address = f"{state.fault_bytes} bytes at {space} address {state.fault_address:#x}"
+        if text == native.FAULTS[1]:
+            address += f"; nearest buffer: {self.cta.grid.memory.nearest(state.fault_address)}"
+        elif "shared" in text:
+            address += f"; the CTA has {self.cta.grid.smem_bytes} bytes"
+        raise MemoryFault(f"{text}: {address}", place)
+
+
+class BulkGroup:
+    """Bulk asynchronous operations committed together by one warp."""
+
+    __slots__ = ("epoch", "reads_left", "waiters", "writes_left")
+
+    def __init__(self) -> None:
+        self.reads_left = self.writes_left = 0
+        self.waiters: list[tuple[Warp, int]] = []
+        self.epoch = 0
+
+
+class Cta:
+    def __init__(self, cluster: Cluster, ctaid: tuple[int, int, int], rank: int, sm: int) -> None:
+        self.cluster, self.grid, self.ctaid, self.rank, self.sm = cluster, cluster.grid, ctaid, rank, sm
+        bx, by, bz = self.grid.block
+        self.num_threads = bx * by * bz
+        self.num_warps = -(-self.num_threads // 32)
+        self.smem = np.full(self.grid.smem_bytes, POISON, np.uint8)
+        self.smem16 = self.smem[: self.smem.size // 16 * 16].reshape(-1, 16)
+        self.tmem: np.ndarray | None = None
+        self.tmem_owner = [0] * TMEM_COLUMNS  # allocation number of each column, 0: free
+        self.tmem_allocations: dict[int, int] = {}  # first column -> columns
+        self.tmem_permit = True
+        self.tmem_waiters: list[tuple[Warp, int]] = []
+        self.mbarriers: dict[int, MBarrier] = {}
+        self.barriers = [NamedBarrier(self, i) for i in range(16)]
+        self.free_registers = self.grid.register_pool - self.grid.registers_per_thread * 32 * self.num_warps
+        self.register_waiters: list[tuple[Warp, int]] = []
+        self.warps: list[Warp] = []
+
+    @property
+    def name(self) -> str:
+        return "CTA (" + ",".join(map(str, self.ctaid)) + ")"
+
+    def tmem_cells(self) -> np.ndarray:
+        """(128, 512) uint32: lanes and columns."""
+        if self.tmem is None:
+            self.tmem = np.full((TMEM_LANES, TMEM_COLUMNS), 0xFFFFFFFF, np.uint32)
+        return self.tmem
+
+    def write_smem(self, offset: int, data: bytes, warp: Warp | None = None) -> None:
+        if offset + len(data) > self.smem.size:
+            raise MemoryFault(f"{len(data)} bytes at shared offset {offset:#x}: the CTA has {self.smem.size} bytes")
+        self.smem[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+        if warp is not None and warp.races:
+            warp.races.shared_write(warp, self, offset, len(data))
+
+    def at_exit(self, warp: Warp) -> None:
+        """Reads of shared memory by bulk stores must be over before the CTA gives its memory back."""
+        left = [g for g in (*warp.bulk_groups, warp.open_bulk_group) if g is not None and g.reads_left]
+        if left:
+            self.grid.session.report.note(
+                "exit", f"{self.name} warp {warp.index} exits while {len(left)} bulk groups still read shared memory"
+            )
+
+
+class Cluster:
+    """CTAs that run together; one without `.cluster` launch attributes holds a single CTA."""
+
+    def __init__(self, grid: Grid, index: int, first: tuple[int, int, int]) -> None:
+        self.grid, self.index = grid, index
+        self.size = grid.cluster[0] * grid.cluster[1] * grid.cluster[2]
+        self.rng: random.Random | None = grid.session.rng_for(grid.number, index)
+        self.progress = 0  # events that can let another warp go on
+        self.failed_polls = 0
+        self.pending: dict[object, deque[Callable[[], None]]] = {}
+        self.ready: deque[Warp] = deque()
+        self.barrier_generation = self.barrier_arrived = 0
+        self.barrier_waiters: list[tuple[Warp, int]] = []
+        self.state = native.ClusterState()
+        self.state.smem_bytes, self.state.size = grid.smem_bytes, self.size
+        self.state.regions = ctypes.addressof(grid.memory.table)
+        self.state.num_regions = len(grid.memory.table)
+        cx, cy, _cz = grid.cluster
+        self.ctas = []
+        for rank in range(self.size):
+            offset = (rank % cx, rank // cx % cy, rank // (cx * cy))
+            ctaid = tuple(f + o for f, o in zip(first, offset, strict=True))
+            cta = Cta(self, ctaid, rank, (index * self.size + rank) % grid.num_sms)  # type: ignore[arg-type]
+            self.ctas.append(cta)
+            self.state.smem[rank] = cta.smem.ctypes.data
+        self.num_warps = self.size * self.ctas[0].num_warps
+        self.races: Races | None = grid.session.new_races(self)
+        self.barrier_edge = NamedBarrier(self.ctas[0], 0)
+        for cta in self.ctas:
+            for w in range(cta.num_warps):
+                warp = Warp(cta, w, grid.take_registers())
+                cta.warps.append(warp)
+                self.ready.append(warp)
+        self.live = self.num_warps
+        self.steps_at_progress = self.steps = 0  # warp instructions: at the last event that could let another warp go on, and now
+        self.spinning = False
+        self.last_stall: tuple[int, int] | None = None
+        self.stall_rounds = 0
+
+    def cta_at(self, address: int) -> Cta:
+        rank = address >> 24
+        if rank >= self.size:
+            raise MemoryFault(f"shared::cluster address {address:#x} names CTA rank {rank}; the cluster has {self.size}")
+        return self.ctas[rank]
+
+    def warps(self) -> Iterator[Warp]:
+        for cta in self.ctas:
+            yield from cta.warps
+
+    # -- asynchronous operations --------------------------------------------------------------------------------
+
+    def submit(self, queue: object, operation: Callable[[], None]) -> None:
+        """Hand over an asynchronous operation. Operations of one queue finish in order; without a seed, at once."""
+        if self.rng is None:
+            operation()
+        else:
+            self.pending.setdefault(queue, deque()).append(operation)
+
+    def complete_one(self) -> None:
+        assert self.rng is not None
+        key = self.rng.choice(list(self.pending))
+        queue = self.pending[key]
+        operation = queue.popleft()
+        if not queue:
+            del self.pending[key]
+        operation()
+
+    def drain(self) -> None:
+        while self.pending:
+            self.complete_one()
+
+    # -- cluster barrier ----------------------------------------------------------------------------------------
+
+    def barrier_arrive(self, warp: Warp, releases: bool) -> None:
+        self.barrier_arrived += 1
+        self.progress += 1
+        if warp.races and releases:
+            warp.races.release(warp, self.barrier_edge)
+        self.check_barrier()
+
+    def check_barrier(self) -> None:
+        if self.barrier_arrived and self.barrier_arrived >= self.live:
+            self.barrier_arrived = 0
+            self.barrier_generation += 1
+            if self.barrier_edge.clock is not None and self.races:
+                self.barrier_edge.done_clock = self.races.snapshot(self.barrier_edge)
+            waiters, self.barrier_waiters = self.barrier_waiters, []
+            for other, lanes in waiters:
+                other.wake(lanes)
+
+    def warp_done(self, warp: Warp) -> None:
+        self.live -= 1
+        self.progress += 1
+        self.check_barrier()
+
+    # -- schedule -----------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False)."""
+        rng = self.rng
+        self.spinning = False
+        started = self.steps
+        while self.live:
+            if not self.ready:
+                self.stalled()
+                continue
+            if rng is None:
+                warp = self.ready.popleft()
+                quantum = 100_000
+            else:
+                if self.pending and rng.random() < 0.3:
+                    self.complete_one()
+                index = rng.randrange(len(self.ready))
+                warp = self.ready[index]
+                del self.ready[index]
+                quantum = rng.choice((1, 8, 64, 512, 4096))
+            steps, progress = warp.state.steps, self.progress
+            warp.run(quantum)
+            if warp.ready:
+                self.ready.append(warp)
+            self.steps += warp.state.steps - steps
+            if self.progress != progress:
+                self.steps_at_progress = self.steps
+            elif self.steps - max(started, self.steps_at_progress) > SPIN_LIMIT:
+                self.spinning = True
+                return False
+        self.finish()
+        return True
+
+    def exhausted(self) -> bool:
+        return self.steps - self.steps_at_progress > self.grid.session.step_limit
+
+    def stalled(self) -> None:
+        """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report."""
+        if self.pending:
+            self.complete_one()
+            return
+        candidates = [w for w in self.warps() if any(soft for _, soft in w.waiting_for.values())]
+        state = (self.progress, sum(w.state.steps for w in self.warps() if w not in candidates))
+        if not candidates or (self.last_stall == state and self.stall_rounds > 4):
+            raise Deadlock(f"deadlock in kernel {self.grid.program.name[:80]}: no warp can go on\n{self.where()}")
+        self.stall_rounds = self.stall_rounds + 1 if self.last_stall == state else 1
+        self.last_stall = state
+        for warp in candidates:
+            for lanes, (_, soft) in list(warp.waiting_for.items()):
+                if soft:
+                    warp.timed_out = True
+                    warp.wake(lanes)
+
+    def where(self) -> str:
+        lines = []
+        for warp in self.warps():
+            if warp.exited:
+                continue
+            if warp.waiting_for:
+                for what, _ in warp.waiting_for.values():
+                    pc = warp.state.lane_pc[0] if not warp.state.active else warp.state.pc
+                    lines.append(f"  {warp.cta.name} warp {warp.index} waits for {what}\n    at {warp.program.describe(pc)}")
+            else:
+                lines.append(f"  {warp.cta.name} warp {warp.index} is running at {warp.program.describe(warp.state.pc)}")
+        exited = sum(w.exited for w in self.warps())
+        return "\n".join([*lines, f"  {exited} of {self.num_warps} warps have exited"])
+
+    def finish(self) -> None:
+        self.drain()
+        for cta in self.ctas:
+            if cta.tmem_allocations:
+                columns = sum(cta.tmem_allocations.values())
+                self.grid.session.report.note(
+                    "tmem-leak", f"{columns} TMEM columns are not deallocated in kernel {self.grid.program.name[:80]}"
+                )
+            for barrier in cta.barriers:
+                if barrier.arrived:
+                    text = f"barrier {barrier.index} ends with {barrier.arrived} of {barrier.expected} threads arrived"
+                    self.grid.session.report.note("barrier-leak", f"{text} in kernel {self.grid.program.name[:80]}")
+        for warp in self.warps():
+            self.grid.session.report.add_counts(warp)
+            self.grid.give_registers(warp.r)

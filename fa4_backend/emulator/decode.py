@@ -1,0 +1,702 @@
+"""Parsed kernel -> program: an array of fixed-size records for the native loop, and Python handlers for the rest.
+
+Register file of a warp: slots of 128 bytes (32 lanes of 4 bytes; 64-bit registers take two). Constants, special registers and
+addresses of variables have slots of their own after the registers, so that every operand is just a slot number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fa4_backend.emulator import alu
+from fa4_backend.emulator.errors import LaunchError, PtxSyntaxError, UnsupportedInstruction
+from fa4_backend.emulator.native_core import OP, WIDE
+from fa4_backend.emulator.parser import (
+    TYPE_BYTES,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Not,
+    Operand,
+    Pair,
+    Register,
+    Sink,
+    Special,
+    Symbol,
+    Vector,
+)
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Warp
+
+INST = np.dtype(
+    [
+        ("op", np.uint16),
+        ("negated", np.uint8),
+        ("aligned", np.uint8),
+        *((name, np.int32) for name in ("guard", "d", "a", "b", "c", "e", "f", "target", "count")),
+        ("imm", np.int64),
+    ],
+    align=True,
+)
+SINK_SLOT = 0  # two slots that swallow results written to `_`
+FIRST_SLOT = 2
+SHARED_WINDOW = 1 << 56  # generic address of shared::cluster address 0
+LOCAL_WINDOW = 2 << 56
+DYNAMIC_SMEM_ALIGN = 1024
+RESERVED_SMEM = 1024  # bytes the system keeps at the start of shared memory (CUDA driver, compute capability 9.0 and later)
+SPACES = {"": 0, "global": 1, "const": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4, "param": 5, "param::entry": 5}
+
+Handler = Callable[["Warp"], "bool | None"]  # True: blocked, run the same instruction again later
+HandlerMaker = Callable[["Builder", Instruction, "Modifiers"], Handler]
+_MAKERS: dict[str, tuple[HandlerMaker, bool]] = {}
+
+
+def handles(*names: str, aligned: bool = False) -> Callable[[HandlerMaker], HandlerMaker]:
+    """Register the maker of the Python handler of every opcode that starts with one of `names` (whole dotted parts).
+
+    `aligned`: all live lanes of the warp must execute it together (`.sync.aligned`).
+    """
+
+    def register(maker: HandlerMaker) -> HandlerMaker:
+        for name in names:
+            _MAKERS[name] = (maker, aligned)
+        return maker
+
+    return register
+
+
+class Modifiers:
+    """The dotted parts of an opcode. Whatever was not taken when `done()` is called is unsupported."""
+
+    def __init__(self, opcode: str, skip: int = 1) -> None:
+        self.opcode = opcode
+        self.parts = opcode.split(".")[skip:]
+
+    def has(self, *names: str) -> bool:
+        """Take one of `names` if present."""
+        for name in names:
+            if name in self.parts:
+                self.parts.remove(name)
+                return True
+        return False
+
+    def one(self, *names: str, default: str | None = None) -> str:
+        """Take exactly one of `names`; `default` when none is there."""
+        for name in names:
+            if name in self.parts:
+                self.parts.remove(name)
+                return name
+        if default is None:
+            raise UnsupportedInstruction(f"{self.opcode}: expected one of {', '.join(names)}")
+        return default
+
+    def done(self) -> None:
+        if self.parts:
+            raise UnsupportedInstruction(f"{self.opcode}: modifier .{' .'.join(self.parts)}")
+
+
+@dataclass(slots=True)
+class Program:
+    """A kernel ready to run. Everything here is independent of a launch."""
+
+    kernel: Kernel
+    code: np.ndarray
+    aux: np.ndarray
+    handlers: list[Handler | None]
+    num_slots: int
+    const_start: int  # slots from here on are set for each warp from `constants`, specials and symbols
+    constants: np.ndarray  # (num_slots - const_start, 32) uint32
+    specials: dict[str, tuple[int, int]]  # name -> slot, bytes
+    symbols: dict[str, tuple[int, int]]
+    static_smem: int
+    has_dynamic_smem: bool
+    local_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def describe(self, pc: int) -> str:
+        if 0 <= pc < len(self.kernel.instructions):
+            instruction = self.kernel.instructions[pc]
+            return f"instruction {pc} (PTX line {instruction.line}): {instruction.text[:160]}"
+        return f"instruction {pc}"
+
+
+class Builder:
+    """Turns operands into slots and instructions into records."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.register_slots: list[int] = []
+        slot = FIRST_SLOT
+        for register in kernel.registers:
+            self.register_slots.append(slot)
+            slot += _num_slots(register.type)
+        self.const_start = self.next_slot = slot
+        self.const_values: dict[tuple[int, int], int] = {}
+        self.specials: dict[str, tuple[int, int]] = {}
+        self.symbols: dict[str, tuple[int, int]] = {}
+        self.aux: list[int] = []
+        self.record: dict[str, int] = {}
+        self.layout_variables()
+
+    def layout_variables(self) -> None:
+        shared, local = RESERVED_SMEM, 0
+        for variable in self.kernel.variables.values():
+            if variable.space == "shared" and not variable.dynamic:
+                shared = variable.offset = -(-shared // variable.align) * variable.align
+                shared += variable.num_bytes
+            elif variable.space == "local":
+                local = variable.offset = -(-local // variable.align) * variable.align
+                local += variable.num_bytes
+        self.static_smem = shared - RESERVED_SMEM
+        self.has_dynamic = False
+        for variable in self.kernel.variables.values():
+            if variable.dynamic:
+                self.has_dynamic = True
+                variable.offset = -(-shared // DYNAMIC_SMEM_ALIGN) * DYNAMIC_SMEM_ALIGN
+        self.local_bytes = -(-local // 16) * 16
+
+    # -- operands -----------------------------------------------------------------------------------------------
+
+    def take(self, num_slots: int) -> int:
+        slot, self.next_slot = self.next_slot, self.next_slot + num_slots
+        return slot
+
+    def const(self, bits: int, num_bytes: int) -> int:
+        bits &= (1 << 8 * num_bytes) - 1
+        key = (bits, num_bytes)
+        if key not in self.const_values:
+            self.const_values[key] = self.take(2 if num_bytes == 8 else 1)
+        return self.const_values[key]
+
+    def source(self, operand: Operand, kind: str) -> int:
+        """Slot of a source of expression type `kind` (see alu.py)."""
+        wide = kind in WIDE
+        if isinstance(operand, Register):
+            slot, is_wide = self.register_slots[operand.index], _num_slots(operand.type) == 2
+            if is_wide != wide or (operand.type == "pred") != (kind in ("pred", "mask")):
+                raise UnsupportedInstruction(f"register {operand.name} of type {operand.type} where {kind} is expected")
+            return slot
+        if isinstance(operand, Immediate):
+            return self.const(_immediate_bits(operand, kind), 8 if wide else 4)
+        if isinstance(operand, Special):
+            return self.special(operand.name, 8 if wide else 4)
+        if isinstance(operand, Symbol):
+            return self.symbol(operand.name, 8 if wide else 4)
+        raise UnsupportedInstruction(f"operand {operand!r} where {kind} is expected")
+
+    def special(self, name: str, num_bytes: int) -> int:
+        if name in self.specials and self.specials[name][1] != num_bytes:
+            raise UnsupportedInstruction(f"{name} read with two widths")
+        if name not in self.specials:
+            self.specials[name] = (self.take(num_bytes // 4), num_bytes)
+        return self.specials[name][0]
+
+    def symbol(self, name: str, num_bytes: int) -> int:
+        if name not in self.kernel.variables and name not in self.kernel.params:
+            raise UnsupportedInstruction(f"unknown name {name!r}")
+        key = f"{name}:{num_bytes}"
+        if key not in self.symbols:
+            self.symbols[key] = (self.take(num_bytes // 4), num_bytes)
+        return self.symbols[key][0]
+
+    def dest(self, operand: Operand, kind: str) -> int:
+        if isinstance(operand, Sink):
+            return SINK_SLOT
+        if not isinstance(operand, Register):
+            raise UnsupportedInstruction(f"destination {operand!r}")
+        return self.source(operand, kind)
+
+    def u32(self, operand: Operand) -> int:
+        return self.source(operand, "u32")
+
+    def u64(self, operand: Operand) -> int:
+        return self.source(operand, "u64")
+
+    def address(self, operand: Operand) -> tuple[int, int, bool]:
+        """Slot of the base (0: none), byte offset, and whether the base is 64 bits wide."""
+        if not isinstance(operand, Address):
+            raise UnsupportedInstruction(f"address expected, got {operand!r}")
+        base = operand.base
+        if base is None or isinstance(base, Immediate):
+            return 0, operand.offset + (base.bits if base else 0), True
+        if isinstance(base, Register):
+            wide = _num_slots(base.type) == 2
+            return self.register_slots[base.index], operand.offset, wide
+        if isinstance(base, Symbol):
+            variable = self.kernel.variables.get(base.name)
+            if base.name in self.kernel.params:
+                return 0, self.kernel.params[base.name].offset + operand.offset, True
+            wide = variable is not None and variable.space in ("global", "const")
+            return self.symbol(base.name, 8 if wide else 4), operand.offset, wide
+        raise UnsupportedInstruction(f"address {operand!r}")
+
+    def smem_address(self, operand: Operand) -> Callable[[Warp, int], int]:
+        """Reader of a shared-memory address for one lane (rank << 24 | offset), from a 32-bit or generic address."""
+        slot, offset, wide = self.address(operand)
+        if slot == 0:
+            return lambda warp, lane: offset & 0xFFFFFFFF
+        if wide:
+            return lambda warp, lane: (int(warp.r64[slot * 16 + lane]) + offset) & 0xFFFFFFFF
+        return lambda warp, lane: (int(warp.r[slot, lane]) + offset) & 0xFFFFFFFF
+
+    def global_address(self, operand: Operand) -> Callable[[Warp, int], int]:
+        slot, offset, wide = self.address(operand)
+        if not wide:
+            raise UnsupportedInstruction(f"64-bit address expected, got {operand!r}")
+        if slot == 0:
+            return lambda warp, lane: offset
+        return lambda warp, lane: int(warp.r64[slot * 16 + lane]) + offset
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def build(self) -> Program:
+        count = len(self.kernel.instructions)
+        code = np.zeros(count + 1, INST)
+        handlers: list[Handler | None] = [None] * (count + 1)
+        for pc, instruction in enumerate(self.kernel.instructions):
+            self.record = {}
+            try:
+                handlers[pc] = self.instruction(instruction)
+            except UnsupportedInstruction as error:
+                where = f"{self.kernel.name[:80]}, PTX line {instruction.line}: {instruction.text[:200]}"
+                raise UnsupportedInstruction(f"{error}\n  in {where}") from None
+            if instruction.guard is not None:
+                self.record["guard"] = self.register_slots[instruction.guard.index]
+                self.record["negated"] = int(instruction.guard_negated)
+            row = code[pc]
+            for name, value in self.record.items():
+                row[name] = value
+        code[count]["op"] = OP["EXIT"]  # a body that ends without ret
+        constants = np.zeros((self.next_slot - self.const_start, 32), np.uint32)
+        for (bits, num_bytes), slot in self.const_values.items():
+            view = constants[slot - self.const_start : slot - self.const_start + max(1, num_bytes // 4)]
+            if num_bytes == 8:
+                view.reshape(-1).view(np.uint64)[:] = bits
+            else:
+                view[:] = bits
+        return Program(
+            self.kernel,
+            code,
+            np.array(self.aux or [0], np.int32),
+            handlers,
+            self.next_slot,
+            self.const_start,
+            constants,
+            self.specials,
+            self.symbols,
+            self.static_smem,
+            self.has_dynamic,
+            self.local_bytes,
+        )
+
+    def emit(self, op: str | int, **fields: int) -> None:
+        self.record = {"op": OP[op] if isinstance(op, str) else op, **fields}
+
+    def instruction(self, ins: Instruction) -> Handler | None:
+        opcode = ins.opcode
+        name = f"{opcode[:3]}3{opcode[3:]}" if opcode[:4] in ("min.", "max.") and len(ins.operands) == 4 else opcode
+        row = alu.TABLE.get(name)
+        if row is not None and not (opcode.startswith("mov.") and self.special_move(ins)):
+            self.row(name, row, ins)
+            return None
+        if opcode.startswith("mov."):
+            return None
+        base = opcode.split(".", 1)[0]
+        direct = _DIRECT.get(base)
+        if direct is not None and direct(self, ins, Modifiers(opcode)) is not False:
+            return None
+        if opcode.startswith("setp."):
+            self.compare(ins)
+            return None
+        parts = opcode.split(".")
+        for length in range(len(parts), 0, -1):
+            found = _MAKERS.get(".".join(parts[:length]))
+            if found is not None:
+                maker, aligned = found
+                handler = maker(self, ins, Modifiers(opcode, length))
+                self.emit("HANDLER", aligned=int(aligned))
+                return handler
+        raise UnsupportedInstruction(f"unknown opcode {opcode}")
+
+    def row(self, name: str, row: alu.Row, ins: Instruction) -> None:
+        if row.dst == "pred" and isinstance(ins.operands[0], Pair):
+            pair = ins.operands[0]
+            fields = {"d": self.dest(pair.first, "pred"), "f": self.dest(pair.second, "pred")}
+        else:
+            fields = {"d": self.dest(ins.operands[0], row.dst)}
+        sources = ins.operands[1:]
+        if len(sources) != len(row.srcs):
+            raise UnsupportedInstruction(f"{ins.opcode} with {len(sources)} sources, expected {len(row.srcs)}")
+        for field, operand, kind in zip("abce", sources, row.srcs, strict=False):
+            fields[field] = self.source(operand, kind)
+        self.emit(alu.OPCODES[name], **fields)
+
+    def compare(self, ins: Instruction) -> None:
+        """setp.cmp.bool.type p|q, a, b, c: the row of setp.cmp.type, combined with predicate c. PTX ISA 9.7.6.2"""
+        parts = ins.opcode.split(".")
+        combine = next((p for p in parts if p in ("and", "or", "xor")), None)
+        plain = ".".join(p for p in parts if p != combine)
+        row = alu.TABLE.get(plain)
+        if row is None or combine is None or len(ins.operands) != 4:
+            raise UnsupportedInstruction(f"unknown opcode {ins.opcode}")
+        simple = Instruction(plain, ins.operands[:3], None, False, ins.line, ins.text, {})
+        self.row(plain, row, simple)
+        other = ins.operands[3]
+        negated = isinstance(other, Not)
+        slot = self.source(other.operand if isinstance(other, Not) else other, "pred")
+        self.record.update(imm=1 + ("and", "or", "xor").index(combine), e=slot, count=int(negated))
+
+    # -- moves --------------------------------------------------------------------------------------------------
+
+    def special_move(self, ins: Instruction) -> bool:
+        """Packing, unpacking and clocks. PTX ISA 9.7.9.1, 9.7.9.2"""
+        dst, src = ins.operands
+        if isinstance(src, Special) and src.name in ("%clock", "%clock64", "%globaltimer", "%clock_hi", "%globaltimer_lo"):
+            wide = ins.opcode.endswith("64")
+            self.emit("CLOCK", d=self.dest(dst, "u64" if wide else "u32"), count=8 if wide else 4)
+            return True
+        if isinstance(dst, Vector):
+            self.unpack(ins.opcode, dst.items, src)
+            return True
+        if isinstance(src, Vector):
+            self.pack(ins.opcode, dst, src.items)
+            return True
+        return False
+
+    def unpack(self, opcode: str, items: tuple[Operand, ...], src: Operand) -> None:
+        if len(items) == 2 and opcode in ("mov.b64", "mov.b32"):
+            wide = opcode == "mov.b64"
+            half = "u32" if wide else "u16"
+            self.emit(
+                "UNPACK64" if wide else "UNPACK32",
+                d=self.dest(items[0], half),
+                e=self.dest(items[1], half),
+                a=self.source(src, "u64" if wide else "u32"),
+            )
+            return
+        raise UnsupportedInstruction(f"{opcode} into {len(items)} registers")
+
+    def pack(self, opcode: str, dst: Operand, items: tuple[Operand, ...]) -> None:
+        forms = {"mov.b64": ("PACK64", "u64", "u32"), "mov.b32": ("PACK32", "u32", "u16"), "mov.b16": ("PACK16", "u16", "u16")}
+        if len(items) != 2 or opcode not in forms:
+            raise UnsupportedInstruction(f"{opcode} from {len(items)} registers")
+        op, whole, half = forms[opcode]
+        self.emit(op, d=self.dest(dst, whole), a=self.source(items[0], half), b=self.source(items[1], half))
+
+    def target(self, ins: Instruction, operand: Operand) -> int:
+        if not isinstance(operand, Symbol) or operand.name not in ins.labels:
+            raise PtxSyntaxError(f"PTX line {ins.line}: unknown label {operand!r}")
+        return ins.labels[operand.name]
+
+    def list_slots(self, slots: list[int]) -> int:
+        start = len(self.aux)
+        self.aux += slots
+        return start
+
+
+def _num_slots(kind: str) -> int:
+    size = TYPE_BYTES[kind]
+    if size > 8:
+        raise UnsupportedInstruction(f"registers of type .{kind}")
+    return 2 if size == 8 else 1
+
+
+def _immediate_bits(operand: Immediate, kind: str) -> int:
+    """Bits of a constant as the type that uses it; PTX ISA 4.5 (float constants are 64 bits wide unless written 0f)."""
+    if kind in ("pred", "mask"):
+        return 0xFFFFFFFF if operand.bits else 0
+    if kind in ("f32", "f32x2", "f16", "bf16", "f64"):
+        value: float | None = None
+        if operand.float_bytes == 8:
+            value = float(np.uint64(operand.bits).view(np.float64))
+        elif operand.float_bytes == 4:
+            value = float(np.uint32(operand.bits).view(np.float32))
+        if kind == "f32":
+            if operand.float_bytes == 4:
+                return operand.bits
+            if value is not None:
+                return int(np.float32(value).view(np.uint32))
+        if kind == "f64" and value is not None:
+            return int(np.float64(value).view(np.uint64))
+        if operand.float_bytes == 0:
+            return operand.bits  # the bits of a packed or half value, written as an integer
+        raise UnsupportedInstruction(f"float constant for {kind}")
+    if operand.float_bytes == 4 and kind in ("u64", "i64"):
+        raise UnsupportedInstruction("32-bit float constant for a 64-bit integer")
+    return operand.bits
+
+
+# -- instructions of the native loop that are not rows of a table ---------------------------------------------------------
+
+_IGNORED_MEMORY = frozenset(
+    "weak relaxed acquire release acq_rel volatile mmio nc ca cg cs lu cv wb wt cta cluster gpu sys noftz "
+    "L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
+    "L2::64B L2::128B L2::256B L2::cache_hint L2::evict_last L2::evict_normal L2::evict_first".split()
+)
+SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG = 1, 2, 4
+
+
+def _semantics(mods: Modifiers) -> int:
+    """Ordering of a memory instruction; caching hints have no meaning here. PTX ISA 8 (memory consistency model)."""
+    sem = 0
+    if "acquire" in mods.parts or "acq_rel" in mods.parts:
+        sem |= SEM_ACQUIRE
+    if "release" in mods.parts or "acq_rel" in mods.parts:
+        sem |= SEM_RELEASE
+    if sem or {"relaxed", "volatile", "mmio"} & set(mods.parts):
+        sem |= SEM_STRONG
+    mods.parts = [p for p in mods.parts if p not in _IGNORED_MEMORY]
+    return sem
+
+
+def _load_store(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
+    """ld 9.7.9.8, ld.global.nc 9.7.9.9, st 9.7.9.11"""
+    is_store = ins.opcode.startswith("st.")
+    if ins.opcode.startswith(("st.async", "st.bulk")):
+        return False
+    sem = _semantics(mods)
+    space = mods.one(*SPACES, default="")
+    vector = int(mods.one("v2", "v4", "v8", default="v1")[1:])
+    kind = mods.parts.pop()
+    mods.done()
+    if kind not in TYPE_BYTES or kind == "pred":
+        raise UnsupportedInstruction(f"{ins.opcode}: type .{kind}")
+    data, where = (ins.operands[1], ins.operands[0]) if is_store else (ins.operands[0], ins.operands[1])
+    items = data.items if isinstance(data, Vector) else (data,)
+    if len(items) != vector:
+        raise UnsupportedInstruction(f"{ins.opcode} with {len(items)} registers")
+    slots = []
+    for item in items:
+        if isinstance(item, Register):
+            size = TYPE_BYTES[item.type]
+            slots.append(b.register_slots[item.index] << 4 | (3 if size == 8 else 1 if size == 2 else 2))
+        elif isinstance(item, Sink) and not is_store:
+            slots.append(SINK_SLOT << 4 | (3 if TYPE_BYTES[kind] == 8 else 2))
+        elif isinstance(item, Immediate) and is_store:
+            size = TYPE_BYTES[kind]
+            wide = size == 8
+            bits = _immediate_bits(item, {"f32": "f32", "f64": "f64"}.get(kind, "u64" if wide else "u32"))
+            slots.append(b.const(bits, 8 if wide else 4) << 4 | (3 if wide else 2))
+        else:
+            raise UnsupportedInstruction(f"{ins.opcode}: operand {item!r}")
+    slot, offset, wide_address = b.address(where)
+    fields = {"a": slot, "imm": offset, "b": SPACES[space], "c": TYPE_BYTES[kind], "count": vector, "target": b.list_slots(slots), "f": sem}
+    b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), **fields)
+    return None
+
+
+_ATOMIC_OPS = ("add", "min", "max", "inc", "dec", "exch", "cas", "and", "or", "xor")
+_ATOMIC_TYPES = ("u32", "s32", "u64", "s64", "f32", "f64", "b32", "b64", "f16x2", "bf16x2", "f16", "bf16", "b16")
+
+
+def _atomic(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
+    """atom 9.7.13.5, red 9.7.13.6"""
+    if ins.opcode.startswith("red.async"):
+        return False
+    returns = ins.opcode.startswith("atom.")
+    sem = _semantics(mods) | SEM_STRONG
+    space = mods.one("global", "shared", "shared::cta", "shared::cluster", default="")
+    vector = int(mods.one("v2", "v4", "v8", default="v1")[1:])
+    operation = _ATOMIC_OPS.index(mods.one(*_ATOMIC_OPS))
+    kind = mods.one(*_ATOMIC_TYPES)
+    mods.done()
+    if vector > 1 and returns:
+        raise UnsupportedInstruction(f"{ins.opcode}: vector atom with a result")
+    half = kind in ("f16x2", "bf16x2", "f16", "bf16")
+    if (operation > 2 and (half or kind in ("f32", "f64"))) or (kind in ("f32", "f64") and operation != 0 and kind == "f64"):
+        raise UnsupportedInstruction(ins.opcode)
+    container = (
+        "u64" if kind in ("u64", "s64", "f64", "b64") else "f32" if kind == "f32" else "u16" if kind in ("f16", "bf16", "b16") else "u32"
+    )
+    where, values = (ins.operands[1], ins.operands[2:]) if returns else (ins.operands[0], ins.operands[1:])
+    items = values[0].items if isinstance(values[0], Vector) else values
+    slot, offset, wide = b.address(where)
+    fields = {"a": slot, "imm": offset, "b": SPACES[space], "c": operation, "f": _ATOMIC_TYPES.index(kind), "count": vector}
+    d = b.dest(ins.operands[0], container) if returns else 0
+    b.emit("ATOMIC", d=d, e=(2 if wide else 0) | sem << 4, target=b.list_slots([b.source(v, container) for v in items]), **fields)
+    return None
+
+
+def _branch(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """bra 9.7.12.3. `.uni` is a promise of the compiler; divergence works either way."""
+    mods.has("uni")
+    mods.done()
+    b.emit("BRANCH", target=b.target(ins, ins.operands[0]))
+
+
+def _branch_table(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """brx.idx 9.7.12.4"""
+    mods.one("idx")
+    mods.has("uni")
+    mods.done()
+    table = ins.operands[1]
+    if not isinstance(table, Symbol) or table.name not in b.kernel.branch_tables:
+        raise UnsupportedInstruction("brx.idx without a .branchtargets list")
+    targets = [b.target(ins, Symbol(name)) for name in b.kernel.branch_tables[table.name]]
+    b.emit("BRANCH_TABLE", a=b.u32(ins.operands[0]), target=b.list_slots(targets), count=len(targets))
+
+
+def _exit(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """ret 9.7.12.6, exit 9.7.12.7: kernels are never called, so both end the thread."""
+    mods.has("uni")
+    mods.done()
+    b.emit("EXIT")
+
+
+def _shuffle(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """shfl.sync 9.7.9.6"""
+    mods.one("sync")
+    mode = ("up", "down", "bfly", "idx").index(mods.one("up", "down", "bfly", "idx"))
+    mods.one("b32")
+    mods.done()
+    dst, value, lane, clamp, members = ins.operands
+    flag = 0
+    if isinstance(dst, Pair):
+        flag, dst = b.dest(dst.second, "pred"), dst.first
+    fields = {"a": b.u32(value), "b": b.u32(lane), "c": b.u32(clamp), "e": b.u32(members)}
+    b.emit("SHUFFLE", d=b.dest(dst, "u32"), f=flag, imm=mode, **fields)
+
+
+def _vote(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """vote.sync 9.7.13.9"""
+    mods.one("sync")
+    mode = ("all", "any", "uni", "ballot").index(mods.one("all", "any", "uni", "ballot"))
+    kind = mods.one("pred", "b32")
+    mods.done()
+    dst, value, members = ins.operands
+    negated = isinstance(value, Not)
+    source = b.source(value.operand if isinstance(value, Not) else value, "pred")
+    b.emit("VOTE", d=b.dest(dst, "u32" if kind == "b32" else "pred"), a=source, c=int(negated), e=b.u32(members), imm=mode)
+
+
+def _match(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """match.sync 9.7.13.10"""
+    is_all = mods.one("any", "all") == "all"
+    mods.one("sync")
+    wide = mods.one("b32", "b64") == "b64"
+    mods.done()
+    dst, value, members = ins.operands
+    flag = 0
+    if isinstance(dst, Pair):
+        flag, dst = b.dest(dst.second, "pred"), dst.first
+    source = b.source(value, "u64" if wide else "u32")
+    b.emit("MATCH", d=b.dest(dst, "u32"), f=flag, a=source, c=int(wide), e=b.u32(members), imm=int(is_all))
+
+
+_REDUX = {
+    ("add", "u32"): 0, ("add", "s32"): 0, ("min", "u32"): 1, ("max", "u32"): 2, ("min", "s32"): 3, ("max", "s32"): 4,
+    ("and", "b32"): 5, ("or", "b32"): 6, ("xor", "b32"): 7, ("min", "f32"): 8, ("max", "f32"): 9,
+}  # fmt: skip
+
+
+def _redux(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """redux.sync 9.7.13.12"""
+    mods.one("sync")
+    operation = mods.one("add", "min", "max", "and", "or", "xor")
+    absolute, keep_nan = mods.has("abs"), mods.has("NaN")
+    kind = mods.one("u32", "s32", "b32", "f32")
+    mods.done()
+    if (operation, kind) not in _REDUX or (kind != "f32" and (absolute or keep_nan)):
+        raise UnsupportedInstruction(ins.opcode)
+    dst, value, members = ins.operands
+    source = b.source(value, "f32" if kind == "f32" else "u32")
+    b.emit("REDUX", d=b.dest(dst, "u32"), a=source, e=b.u32(members), imm=_REDUX[operation, kind] + (2 if keep_nan else 0), c=int(absolute))
+
+
+def _elect(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """elect.sync 9.7.13.15: the lowest member is the leader (which lane leads is not specified)."""
+    mods.one("sync")
+    mods.done()
+    dst, members = ins.operands
+    if not isinstance(dst, Pair):
+        raise UnsupportedInstruction("elect.sync without a predicate")
+    b.emit("ELECT", d=b.dest(dst.first, "u32"), f=b.dest(dst.second, "pred"), a=b.u32(members))
+
+
+def _activemask(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """activemask 9.7.13.11"""
+    mods.one("b32")
+    mods.done()
+    b.emit("ACTIVEMASK", d=b.dest(ins.operands[0], "u32"))
+
+
+def _cvta(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """cvta 9.7.9.20: global and parameter addresses are generic addresses; shared and local ones lie in windows."""
+    to = mods.has("to")
+    space = mods.one("shared::cluster", "shared::cta", "shared", "local", "global", "const", "param::entry", "param")
+    mods.one("u64")
+    mods.done()
+    window = SHARED_WINDOW if space.startswith("shared") else LOCAL_WINDOW if space == "local" else 0
+    operation = "and.b64" if to else "or.b64"
+    dst, src = ins.operands
+    mask = b.const(SHARED_WINDOW - 1 if window else -1, 8) if to else b.const(window, 8)
+    b.emit(alu.OPCODES[operation], d=b.dest(dst, "u64"), a=b.u64(src), b=mask)
+
+
+def _nop(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """Hints without architectural effect: prefetch 9.7.9.15, discard, applypriority 9.7.9.17, nanosleep 9.7.18.2, pmevent."""
+    b.emit("NOP")
+
+
+def _trap(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """trap 9.7.18.4, brkpt 9.7.18.1"""
+    b.emit("TRAP")
+
+
+def _create_policy(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """createpolicy 9.7.9.18: cache policies are opaque and have no functional effect."""
+    b.emit(alu.OPCODES["mov.b64"], d=b.dest(ins.operands[0], "u64"), a=b.const(0, 8))
+
+
+def _warp_sync(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
+    """bar.warp.sync 9.7.13.2"""
+    if ins.opcode != "bar.warp.sync":
+        return False
+    b.emit("WARP_SYNC", a=b.u32(ins.operands[0]))
+    return None
+
+
+_DIRECT: dict[str, Callable[[Builder, Instruction, Modifiers], bool | None]] = {
+    "ld": _load_store,
+    "ldu": _load_store,
+    "st": _load_store,
+    "atom": _atomic,
+    "red": _atomic,
+    "bra": _branch,
+    "brx": _branch_table,
+    "ret": _exit,
+    "exit": _exit,
+    "shfl": _shuffle,
+    "vote": _vote,
+    "match": _match,
+    "redux": _redux,
+    "elect": _elect,
+    "activemask": _activemask,
+    "cvta": _cvta,
+    "prefetch": _nop,
+    "prefetchu": _nop,
+    "discard": _nop,
+    "applypriority": _nop,
+    "nanosleep": _nop,
+    "pmevent": _nop,
+    "trap": _trap,
+    "brkpt": _trap,
+    "createpolicy": _create_policy,
+    "bar": _warp_sync,
+}
+
+
+def decode(kernel: Kernel) -> Program:
+    """Decode a parsed kernel. Raises `UnsupportedInstruction` for anything that is not modelled."""
+    if not kernel.instructions:
+        raise LaunchError(f"kernel {kernel.name} has no instructions")
+    return Builder(kernel).build()

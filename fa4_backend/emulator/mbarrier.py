@@ -1,0 +1,253 @@
+"""mbarrier objects. PTX ISA 9.0, 9.7.13.16 (mbarrier), 5.5 of the memory model for what arrive and wait order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
+from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cta, Warp
+
+MAX_COUNT = (1 << 20) - 1
+Reader = Callable[["Warp", int], int]
+
+
+class MBarrier:
+    """State of one barrier: `pending` arrivals and `tx` bytes are missing in the phase numbered `phase`."""
+
+    __slots__ = ("clock", "count", "cta", "done_clock", "offset", "pending", "phase", "tx", "waiters")
+
+    def __init__(self, cta: Cta, offset: int, count: int) -> None:
+        self.cta, self.offset, self.count = cta, offset, count
+        self.pending, self.tx, self.phase = count, 0, 0
+        self.waiters: list[tuple[Warp, int]] = []
+        self.clock: object = None  # what the arrivals of this phase released (race detector)
+        self.done_clock: object = None  # what a waiter of the last complete phase acquires
+
+    def __str__(self) -> str:
+        text = f"mbarrier {self.cta.name} smem+{self.offset:#x} (phase {self.phase}, pending {self.pending} of {self.count}"
+        return text + (f", tx {self.tx} bytes)" if self.tx else ")")
+
+    def arrive(self, count: int, tx: int = 0) -> None:
+        """Count arrivals; `tx` bytes are expected besides."""
+        self.tx += tx
+        if not -MAX_COUNT <= self.tx <= MAX_COUNT:
+            raise BarrierMisuse(f"tx-count out of range: {self}")
+        if count > self.pending:
+            raise BarrierMisuse(f"over-arrival: {count} arrivals on {self}")
+        self.pending -= count
+        self.cta.cluster.progress += 1
+        self.check()
+
+    def expect(self, num_bytes: int) -> None:
+        self.tx += num_bytes
+        if self.tx > MAX_COUNT:
+            raise BarrierMisuse(f"tx-count out of range: {self}")
+
+    def complete_tx(self, num_bytes: int) -> None:
+        self.tx -= num_bytes
+        if self.tx < -MAX_COUNT:
+            raise BarrierMisuse(f"tx-count out of range: {self}")
+        self.cta.cluster.progress += 1
+        self.check()
+
+    def check(self) -> None:
+        if self.pending == 0 and self.tx == 0:
+            self.phase += 1
+            self.pending = self.count
+            if self.clock is not None:
+                self.done_clock = self.cta.cluster.races.snapshot(self)
+            waiters, self.waiters = self.waiters, []
+            for warp, lanes in waiters:
+                warp.wake(lanes)
+
+
+def find_barrier(warp: Warp, address: int) -> MBarrier:
+    cta = warp.cta.cluster.cta_at(address)
+    barrier = cta.mbarriers.get(address & 0xFFFFFF)
+    if barrier is None:
+        raise BarrierMisuse(f"no mbarrier was initialised at {cta.name} smem+{address & 0xFFFFFF:#x}")
+    return barrier
+
+
+def value_reader(b: Builder, operand: Operand) -> Reader:
+    """Reader of an unsigned 32-bit operand for one lane."""
+    if isinstance(operand, Immediate):
+        value = operand.bits & 0xFFFFFFFF
+        return lambda warp, lane: value
+    slot = b.u32(operand)
+    return lambda warp, lane: int(warp.r[slot, lane])
+
+
+def _scope(mods: Modifiers) -> None:
+    mods.has("release", "acquire", "relaxed")
+    mods.has("cta", "cluster")
+    mods.has("shared", "shared::cta", "shared::cluster")
+    mods.one("b64")
+    mods.done()
+
+
+@handles("mbarrier.init")
+def _init(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.9"""
+    _scope(mods)
+    where, count = b.smem_address(ins.operands[0]), value_reader(b, ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            address, number = where(warp, lane), count(warp, lane)
+            cta = warp.cta
+            if address >> 24 != cta.rank or address & 7:
+                raise BarrierMisuse(f"mbarrier.init at {address:#x}: not an 8-byte aligned address of this CTA")
+            if not 1 <= number <= MAX_COUNT:
+                raise BarrierMisuse(f"mbarrier.init with count {number}, expected 1 to {MAX_COUNT}")
+            offset = address & 0xFFFFFF
+            known = cta.mbarriers.get(offset)
+            if known is not None and (known.waiters or known.pending != known.count or known.tx):
+                raise BarrierMisuse(f"mbarrier.init over a barrier in use: {known}")
+            cta.mbarriers[offset] = MBarrier(cta, offset, number)
+            cta.write_smem(offset, (0).to_bytes(8, "little"), warp)
+
+    return handler
+
+
+@handles("mbarrier.inval")
+def _inval(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.10"""
+    _scope(mods)
+    where = b.smem_address(ins.operands[0])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            barrier = find_barrier(warp, where(warp, lane))
+            if barrier.waiters:
+                raise BarrierMisuse(f"mbarrier.inval while warps wait: {barrier}")
+            del barrier.cta.mbarriers[barrier.offset]
+
+    return handler
+
+
+def _state_writer(b: Builder, operand: Operand) -> Callable[[Warp, int, int], None] | None:
+    if isinstance(operand, Sink):
+        return None
+    slot = b.dest(operand, "u64")
+
+    def write(warp: Warp, lane: int, phase: int) -> None:
+        warp.r64[slot * 16 + lane] = phase
+
+    return write
+
+
+def _arrival(b: Builder, operands: tuple[Operand, ...]) -> tuple[Callable[[Warp, int, int], None] | None, Reader, Reader | None]:
+    """(state writer, address, third operand): the state result is left out by remote arrivals and by the short form."""
+    write = None
+    if not isinstance(operands[0], Address):
+        write, operands = _state_writer(b, operands[0]), operands[1:]
+    return write, b.smem_address(operands[0]), value_reader(b, operands[1]) if len(operands) > 1 else None
+
+
+@handles("mbarrier.arrive", "mbarrier.arrive_drop")
+def _arrive(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.13 mbarrier.arrive, 9.7.13.16.14 mbarrier.arrive_drop"""
+    drop = "arrive_drop" in ins.opcode
+    expect, no_complete = mods.has("expect_tx"), mods.has("noComplete")
+    _scope(mods)
+    write, where, third = _arrival(b, ins.operands)
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            barrier = find_barrier(warp, where(warp, lane))
+            amount = third(warp, lane) if third else None
+            count, tx = (1, amount or 0) if expect else (1 if amount is None else amount, 0)
+            if write:
+                write(warp, lane, barrier.phase)
+            if no_complete and barrier.pending <= count:
+                raise BarrierMisuse(f"mbarrier.arrive.noComplete would complete the phase: {barrier}")
+            if drop:
+                barrier.count -= count
+            if warp.races:
+                warp.races.release(warp, barrier)
+            barrier.arrive(count, tx)
+
+    return handler
+
+
+@handles("mbarrier.expect_tx")
+def _expect_tx(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.11"""
+    _scope(mods)
+    where, amount = b.smem_address(ins.operands[0]), value_reader(b, ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            find_barrier(warp, where(warp, lane)).expect(amount(warp, lane))
+
+    return handler
+
+
+@handles("mbarrier.complete_tx")
+def _complete_tx(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.12"""
+    _scope(mods)
+    where, amount = b.smem_address(ins.operands[0]), value_reader(b, ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            barrier = find_barrier(warp, where(warp, lane))
+            if warp.races:
+                warp.races.release(warp, barrier)
+            barrier.complete_tx(amount(warp, lane))
+
+    return handler
+
+
+@handles("mbarrier.try_wait", "mbarrier.test_wait")
+def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.16. try_wait suspends the warp until the phase completes; it gives up (false) when nothing else can happen."""
+    suspends = ".try_wait" in ins.opcode
+    parity = mods.has("parity")
+    mods.has("shared::cta")
+    _scope(mods) if "b64" in mods.parts else mods.done()
+    result = b.dest(ins.operands[0], "pred")
+    where = b.smem_address(ins.operands[1])
+    state = ins.operands[2]
+    if parity:
+        expected = value_reader(b, state)
+    elif isinstance(state, Register):
+        slot = b.u64(state)
+        expected = lambda warp, lane: int(warp.r64[slot * 16 + lane])  # noqa: E731
+    else:
+        raise UnsupportedInstruction(f"{ins.opcode} with state {state!r}")
+
+    def done(warp: Warp, lane: int, barrier: MBarrier) -> bool:
+        if parity:
+            return (barrier.phase & 1) != expected(warp, lane) & 1
+        return barrier.phase != expected(warp, lane)
+
+    def handler(warp: Warp) -> bool | None:
+        lanes = warp.lanes()
+        barriers = [find_barrier(warp, where(warp, lane)) for lane in lanes]
+        passed = 0
+        for lane, barrier in zip(lanes, barriers, strict=True):
+            if done(warp, lane, barrier):
+                passed |= 1 << lane
+                if warp.races:
+                    warp.races.acquire(warp, barrier)
+        waiting = warp.exec & ~passed
+        if waiting and suspends and not warp.timed_out:
+            first = (waiting & -waiting).bit_length() - 1
+            barrier = barriers[lanes.index(first)]
+            warp.wait(f"{'parity ' + str(expected(warp, first)) if parity else 'state'} of {barrier}", may_time_out=True)
+            barrier.waiters.append((warp, warp.waiting_lanes))
+            return True
+        if waiting:
+            warp.cta.cluster.failed_polls += 1
+        warp.timed_out = False
+        warp.set_predicate(result, passed)
+        return None
+
+    return handler

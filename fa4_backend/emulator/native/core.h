@@ -1,0 +1,78 @@
+// Data shared by the parts of the native core, and with Python (mirrored in native.py).
+#pragma once
+#include <stdint.h>
+#include <stddef.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef int8_t i8;
+typedef int16_t i16;
+typedef int32_t i32;
+typedef int64_t i64;
+typedef float f32;
+typedef double f64;
+
+#define LANES 32
+#define FULL 0xffffffffu
+#define SLOT_BYTES 128  // one 32-bit register of a warp; a 64-bit register takes two slots
+#define MAX_CLUSTER 16
+
+// Why emu_run came back.
+enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED };
+// Faults.
+enum {
+  FAULT_NONE, FAULT_GLOBAL, FAULT_SHARED, FAULT_MISALIGNED, FAULT_LOCAL, FAULT_PARAM, FAULT_READ_ONLY, FAULT_REMOTE,
+  FAULT_TRAP, FAULT_CORE,
+};
+enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_CLUSTER, SPACE_LOCAL, SPACE_PARAM };
+
+typedef struct {
+  u16 op;
+  u8 negated;   // guard is @!p
+  u8 aligned;   // every live lane of the warp must take part
+  i32 guard;    // slot of the guard predicate, 0: none
+  i32 d, a, b, c, e, f;
+  i32 target;   // branch target, or index into aux
+  i32 count;    // number of aux entries
+  i64 imm;
+} Inst;
+
+typedef struct {
+  u64 base, end;
+  u32 read_only, pad;
+} Region;
+
+struct Race;
+
+typedef struct {
+  u8* smem[MAX_CLUSTER];
+  u32 smem_bytes, size;
+  Region* regions;  // sorted by base
+  u32 num_regions, pad;
+  struct Race* race;  // NULL: no detector
+} Cluster;
+
+typedef struct {
+  u8* regs;
+  const Inst* code;
+  const i32* aux;
+  u32* counts;  // executions of each instruction by this warp
+  Cluster* cluster;
+  u8* param;
+  u8* local;
+  u32 param_bytes, local_bytes;  // local_bytes: of one lane
+  u32 cta_rank, warp_in_cluster;
+  u32 pc, active, alive, parked, diverged, exec, wait_pc;
+  u32 lane_pc[LANES];
+  u32 fault, fault_lane, fault_bytes, fault_space;
+  u64 fault_address;
+  u64 steps;
+  u32 last_region, pad;
+} Warp;
+
+u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write);
+int regroup(Warp* w);
+int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store);
+int atomic_access(Warp* w, const Inst* inst, u32 mask);

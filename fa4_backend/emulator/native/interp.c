@@ -1,0 +1,332 @@
+// Runs one warp until it needs Python: a table-driven switch over 32-lane registers.
+//
+// Divergence: lanes that take different branches form groups; the group with the lowest instruction address runs and
+// groups that meet at one address merge. A group that waits (parked) is skipped until it is woken or met.
+#include "alu.h"
+#include "ops.h"
+#include "races.h"
+
+// Pick the lanes with the lowest address among those that can run; merge every lane that stands there.
+// Returns 0 when every live lane is parked.
+int regroup(Warp* w) {
+  for (int lane = 0; lane < LANES; lane++)
+    if (w->active >> lane & 1) w->lane_pc[lane] = w->pc;
+  u32 ready = w->alive & ~w->parked, low = FULL, next = FULL;
+  if (!ready) { w->active = 0; return 0; }
+  for (int lane = 0; lane < LANES; lane++)
+    if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
+  w->active = 0;
+  for (int lane = 0; lane < LANES; lane++) {
+    if (!(w->alive >> lane & 1)) continue;
+    if (w->lane_pc[lane] == low) w->active |= 1u << lane;
+    else next = MIN(next, w->lane_pc[lane]);
+  }
+  w->parked &= ~w->active;
+  w->pc = low;
+  w->wait_pc = next;
+  w->diverged = w->active != w->alive;
+  return 1;
+}
+
+int emu_regroup(Warp* w) { return regroup(w); }
+
+// Park the running group (it stands at pc) and go on with another one.
+int emu_park(Warp* w) {
+  w->parked |= w->active;
+  return regroup(w);
+}
+
+static AluFunction alu_table[NUM_ALU];
+
+enum { SHFL_UP, SHFL_DOWN, SHFL_BFLY, SHFL_IDX };
+
+// PTX ISA 9.7.9.6 shfl.sync: c holds the segment mask (bits 8-12) and the clamp (bits 0-4).
+static void shuffle(u8* R, const Inst* I, u32 m) {
+  const u32 *a = (const u32*)(R + (i64)I->a * SLOT_BYTES), *b = (const u32*)(R + (i64)I->b * SLOT_BYTES), *c = (const u32*)(R + (i64)I->c * SLOT_BYTES);
+  u32 t[LANES], in_range = 0;
+  for (int l = 0; l < LANES; l++) {
+    u32 clamp = c[l] & 31, segment = c[l] >> 8 & 31, low = l & segment, high = low | (clamp & ~segment);
+    i32 j, ok, bv = b[l] & 31;
+    switch (I->imm) {
+      case SHFL_UP: j = l - bv; ok = j >= (i32)high; break;
+      case SHFL_DOWN: j = l + bv; ok = j <= (i32)high; break;
+      case SHFL_BFLY: j = l ^ bv; ok = j <= (i32)high; break;
+      default: j = low | (bv & ~segment); ok = j <= (i32)high;
+    }
+    t[l] = a[ok ? j : l];
+    in_range |= (u32)(ok != 0) << l;
+  }
+  put32(R + (i64)I->d * SLOT_BYTES, t, m);
+  if (I->f) put_mask(R + (i64)I->f * SLOT_BYTES, in_range, m);
+}
+
+enum { VOTE_ALL, VOTE_ANY, VOTE_UNI, VOTE_BALLOT };
+enum { REDUX_ADD, REDUX_MIN_U, REDUX_MAX_U, REDUX_MIN_S, REDUX_MAX_S, REDUX_AND, REDUX_OR, REDUX_XOR, REDUX_MIN_F, REDUX_MAX_F, REDUX_MIN_F_NAN, REDUX_MAX_F_NAN };
+
+static u32 reduce(const u32* a, int op, u32 mask, u32 absolute) {
+  int first = 1;
+  u32 r = 0;
+  for (int l = 0; l < LANES; l++) {
+    if (!(mask >> l & 1)) continue;
+    u32 x = absolute ? a[l] & 0x7fffffffu : a[l];
+    if (first) { r = x; first = 0; continue; }
+    f32 fr = bits_f32(r), fx = bits_f32(x);
+    switch (op) {
+      case REDUX_ADD: r += x; break;
+      case REDUX_MIN_U: r = MIN(r, x); break;
+      case REDUX_MAX_U: r = MAX(r, x); break;
+      case REDUX_MIN_S: r = (u32)MIN((i32)r, (i32)x); break;
+      case REDUX_MAX_S: r = (u32)MAX((i32)r, (i32)x); break;
+      case REDUX_AND: r &= x; break;
+      case REDUX_OR: r |= x; break;
+      case REDUX_XOR: r ^= x; break;
+      case REDUX_MIN_F: r = f32_bits(min_num(fr, fx)); break;
+      case REDUX_MAX_F: r = f32_bits(max_num(fr, fx)); break;
+      case REDUX_MIN_F_NAN: r = fr != fr || fx != fx ? 0x7fffffffu : f32_bits(min_num(fr, fx)); break;
+      default: r = fr != fr || fx != fx ? 0x7fffffffu : f32_bits(max_num(fr, fx));
+    }
+  }
+  return r;
+}
+
+// Every live lane named by `need` must stand here, or the group parks until it does.
+#define CONVERGE(need)                                  \
+  if ((w->active & (need) & w->alive) != ((need) & w->alive)) { \
+    w->counts[pc]--;                                    \
+    w->steps--;                                         \
+    w->pc = pc;                                         \
+    w->parked |= w->active;                             \
+    if (!regroup(w)) return EV_ALL_PARKED;              \
+    pc = w->pc;                                         \
+    continue;                                           \
+  }
+#define FIRST_LANE(slot) (((const u32*)SLOT(slot))[__builtin_ctz(m)])
+
+void alu_fill_0(AluFunction*);
+void alu_fill_1(AluFunction*);
+void alu_fill_2(AluFunction*);
+void alu_fill_3(AluFunction*);
+
+__attribute__((constructor)) static void fill_table(void) {
+  alu_fill_0(alu_table);
+  alu_fill_1(alu_table);
+  alu_fill_2(alu_table);
+  alu_fill_3(alu_table);
+}
+
+int emu_run(Warp* w, i64 max_steps) {
+  u8* R = w->regs;
+  if (!w->alive) return EV_EXIT;
+  if (!w->active && !regroup(w)) return EV_ALL_PARKED;
+  u32 pc = w->pc;
+  for (; max_steps > 0; max_steps--) {
+    if (w->diverged && pc >= w->wait_pc) {
+      w->pc = pc;
+      regroup(w);
+      pc = w->pc;
+    }
+    const Inst* I = w->code + pc;
+    u32 m = w->active;
+    if (I->guard) {
+      u32 bits = *(const u32*)SLOT(I->guard);
+      m &= I->negated ? ~bits : bits;
+    }
+    w->counts[pc]++;
+    w->steps++;
+    if (I->op < NUM_ALU) {
+      if (m) alu_table[I->op](R, I, m, w->cta_rank);
+      pc++;
+      continue;
+    }
+    switch (I->op) {
+      case OP_PACK64: {  // mov.b64 d, {a, b}
+        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
+        u64 t[LANES];
+        for (int l = 0; l < LANES; l++) t[l] = (u64)b[l] << 32 | a[l];
+        put64(SLOT(I->d), t, m);
+        break;
+      }
+      case OP_UNPACK64: {  // mov.b64 {d, e}, a
+        const u64* a = (const u64*)SLOT(I->a);
+        u32 low[LANES], high[LANES];
+        for (int l = 0; l < LANES; l++) { low[l] = (u32)a[l]; high[l] = (u32)(a[l] >> 32); }
+        put32(SLOT(I->d), low, m);
+        put32(SLOT(I->e), high, m);
+        break;
+      }
+      case OP_PACK32: {
+        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
+        u32 t[LANES];
+        for (int l = 0; l < LANES; l++) t[l] = PAIR16(a[l], b[l]);
+        put32(SLOT(I->d), t, m);
+        break;
+      }
+      case OP_UNPACK32: {
+        const u32* a = (const u32*)SLOT(I->a);
+        u32 low[LANES], high[LANES];
+        for (int l = 0; l < LANES; l++) { low[l] = a[l] & 0xffff; high[l] = a[l] >> 16; }
+        put32(SLOT(I->d), low, m);
+        put32(SLOT(I->e), high, m);
+        break;
+      }
+      case OP_PACK16: {
+        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
+        u32 t[LANES];
+        for (int l = 0; l < LANES; l++) t[l] = (a[l] & 255) | (b[l] & 255) << 8;
+        put32(SLOT(I->d), t, m);
+        break;
+      }
+      case OP_LOAD:
+      case OP_STORE:
+        if (m && !memory_access(w, I, m, I->op == OP_STORE)) { w->pc = pc; return EV_FAULT; }
+        break;
+      case OP_ATOMIC:
+        if (m && !atomic_access(w, I, m)) { w->pc = pc; return EV_FAULT; }
+        break;
+      case OP_BRANCH: {
+        u32 stay = w->active & ~m;
+        if (!m) break;
+        if (!stay) {
+          pc = I->target;
+          if (w->diverged) { w->pc = pc; regroup(w); pc = w->pc; }
+          continue;
+        }
+        for (int l = 0; l < LANES; l++) {
+          if (m >> l & 1) w->lane_pc[l] = I->target;
+          else if (stay >> l & 1) w->lane_pc[l] = pc + 1;
+        }
+        w->active = 0;  // lane_pc already holds the place of both groups
+        regroup(w);
+        pc = w->pc;
+        continue;
+      }
+      case OP_BRANCH_TABLE: {
+        const u32* index = (const u32*)SLOT(I->a);
+        if (!m) break;
+        for (int l = 0; l < LANES; l++) {
+          if (m >> l & 1) {
+            if (index[l] >= (u32)I->count) { w->fault = FAULT_TRAP; w->fault_lane = l; w->pc = pc; return EV_FAULT; }
+            w->lane_pc[l] = w->aux[I->target + index[l]];
+          } else if (w->active >> l & 1) w->lane_pc[l] = pc + 1;
+        }
+        w->active = 0;
+        regroup(w);
+        pc = w->pc;
+        continue;
+      }
+      case OP_EXIT: {
+        if (!m) break;
+        w->pc = pc + 1;
+        for (int l = 0; l < LANES; l++)
+          if (w->active >> l & 1) w->lane_pc[l] = pc + 1;
+        w->alive &= ~m;
+        w->active = 0;
+        if (!w->alive) return EV_EXIT;
+        if (!regroup(w)) return EV_ALL_PARKED;
+        pc = w->pc;
+        continue;
+      }
+      case OP_SHUFFLE:
+        if (!m) break;
+        CONVERGE(FIRST_LANE(I->e));
+        shuffle(R, I, m);
+        break;
+      case OP_VOTE: {  // d result (predicate or ballot), a predicate, e member mask, imm mode, c: source negated
+        if (!m) break;
+        u32 members = FIRST_LANE(I->e);
+        CONVERGE(members);
+        u32 bits = *(const u32*)SLOT(I->a);
+        if (I->c) bits = ~bits;
+        members &= m;
+        bits &= members;
+        if (I->imm == VOTE_BALLOT) {
+          u32 t[LANES];
+          for (int l = 0; l < LANES; l++) t[l] = bits;
+          put32(SLOT(I->d), t, m);
+        } else {
+          int r = I->imm == VOTE_ALL ? bits == members : I->imm == VOTE_ANY ? bits != 0 : bits == members || !bits;
+          put_mask(SLOT(I->d), r ? FULL : 0, m);
+        }
+        break;
+      }
+      case OP_MATCH: {  // d mask, f optional predicate, a value, e members, imm: all, c: 64-bit value
+        if (!m) break;
+        u32 members = FIRST_LANE(I->e), t[LANES], all = 1;
+        CONVERGE(members);
+        for (int l = 0; l < LANES; l++) {
+          t[l] = 0;
+          for (int k = 0; k < LANES; k++) {
+            if (!((members & m) >> k & 1) || !(m >> l & 1)) continue;
+            u64 x = I->c ? ((const u64*)SLOT(I->a))[l] : ((const u32*)SLOT(I->a))[l];
+            u64 y = I->c ? ((const u64*)SLOT(I->a))[k] : ((const u32*)SLOT(I->a))[k];
+            if (x == y) t[l] |= 1u << k;
+            else all = 0;
+          }
+        }
+        if (I->imm)
+          for (int l = 0; l < LANES; l++) t[l] = all ? members & m : 0;
+        put32(SLOT(I->d), t, m);
+        if (I->f) put_mask(SLOT(I->f), all ? FULL : 0, m);
+        break;
+      }
+      case OP_REDUX: {
+        if (!m) break;
+        u32 members = FIRST_LANE(I->e), t[LANES];
+        CONVERGE(members);
+        u32 r = reduce((const u32*)SLOT(I->a), (int)I->imm, members & m, I->c);
+        for (int l = 0; l < LANES; l++) t[l] = r;
+        put32(SLOT(I->d), t, m);
+        break;
+      }
+      case OP_ELECT: {  // d leader lane, f predicate, a members
+        if (!m) break;
+        u32 members = FIRST_LANE(I->a), t[LANES];
+        CONVERGE(members);
+        u32 leader = __builtin_ctz(members & m);
+        for (int l = 0; l < LANES; l++) t[l] = leader;
+        put32(SLOT(I->d), t, m);
+        put_mask(SLOT(I->f), 1u << leader, m);
+        break;
+      }
+      case OP_ACTIVEMASK: {
+        u32 t[LANES];
+        for (int l = 0; l < LANES; l++) t[l] = w->active;
+        put32(SLOT(I->d), t, m);
+        break;
+      }
+      case OP_WARP_SYNC:
+        if (!m) break;
+        CONVERGE(FIRST_LANE(I->a));
+        break;
+      case OP_CLOCK: {  // count is the register width; imm 1: nanoseconds. Time is the number of executed instructions.
+        u64 t[LANES];
+        u32 low[LANES];
+        for (int l = 0; l < LANES; l++) { t[l] = w->steps; low[l] = (u32)t[l]; }
+        if (I->count == 8) put64(SLOT(I->d), t, m);
+        else put32(SLOT(I->d), low, m);
+        break;
+      }
+      case OP_TRAP:
+        if (!m) break;
+        w->fault = FAULT_TRAP;
+        w->fault_lane = __builtin_ctz(m);
+        w->pc = pc;
+        return EV_FAULT;
+      case OP_NOP:
+        break;
+      case OP_HANDLER:
+        if (!m) break;
+        if (I->aligned) CONVERGE(FULL);
+        w->pc = pc;
+        w->exec = m;
+        return EV_HANDLER;
+      default:
+        w->fault = FAULT_CORE;
+        w->pc = pc;
+        return EV_FAULT;
+    }
+    pc++;
+  }
+  w->pc = pc;
+  return EV_STEPS;
+}

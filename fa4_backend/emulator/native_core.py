@@ -1,0 +1,233 @@
+"""Build and load the native core: the launch shim, the interpreter loop and the race detector.
+
+The C sources lie in `native/`; the switch over register instructions is generated from `alu.TABLE`. The library is built with the
+system's C compiler at first use and kept in the user's cache directory, keyed by the sources, the compiler and the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fa4_backend.emulator import alu
+from fa4_backend.emulator.errors import NativeBuildError
+
+NUM_UNITS = 4  # generated C units, compiled side by side
+SOURCES = Path(__file__).parent / "native"
+UNITS = ("shim.c", "memory.c", "races.c", "interp.c")
+FLAGS = (
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-march=native",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-g0",
+    "-w",
+)
+
+# Instructions that the interpreter handles itself, besides the rows of alu.TABLE.
+CONTROL_OPS = (
+    "PACK64 UNPACK64 PACK32 UNPACK32 PACK16 LOAD STORE ATOMIC BRANCH BRANCH_TABLE EXIT SHUFFLE VOTE MATCH REDUX ELECT ACTIVEMASK "
+    "WARP_SYNC CLOCK TRAP NOP HANDLER"
+).split()
+OP = {name: len(alu.OPCODES) + i for i, name in enumerate(CONTROL_OPS)}
+
+# How a lane value of each type is read from its register (`p` is the register's first byte).
+_READ = {
+    "u8": "u8 {v} = (u8)((const u32*){p})[l];",
+    "i8": "i8 {v} = (i8)((const u32*){p})[l];",
+    "u16": "u16 {v} = (u16)((const u32*){p})[l];",
+    "i16": "i16 {v} = (i16)((const u32*){p})[l];",
+    "f16": "f32 {v} = f16_to((u16)((const u32*){p})[l]);",
+    "bf16": "f32 {v} = bf16_to((u16)((const u32*){p})[l]);",
+    "pred": "u32 {v} = *(const u32*){p} >> l & 1;",
+    "mask": "u32 {v} = *(const u32*){p};",
+    **{t: f"{t} {{v}} = ((const {t}*){{p}})[l];" for t in ("u32", "i32", "f32", "u64", "i64", "f64")},
+    "f32x2": "f32 {v} = ((const f32*){p})[l];",
+}
+_WRITE = {
+    "u8": "t[l] = (u8)({x});",
+    "i8": "t[l] = (u16)(i16)(i8)({x});",
+    "u16": "t[l] = (u16)({x});",
+    "i16": "t[l] = (u16)({x});",
+    "u32": "t[l] = (u32)({x});",
+    "i32": "t[l] = (u32)({x});",
+    "f32": "t[l] = f32_bits({x});",
+    "f16": "t[l] = f16_of((f32)({x}));",
+    "bf16": "t[l] = bf16_of((f32)({x}));",
+    "u64": "t[l] = (u64)({x});",
+    "i64": "t[l] = (u64)({x});",
+    "f64": "t[l] = f64_bits({x});",
+    "f32x2": "((f32*)t)[l] = {x};",
+}
+WIDE = frozenset(("u64", "i64", "f64", "f32x2"))
+
+
+def _function(name: str, row: alu.Row) -> str:
+    fields = "abce"
+    pointers = "".join(f" const u8* p{v} = SLOT(I->{v});" for v in fields[: len(row.srcs)])
+    reads = " ".join(_READ[t].format(v=v, p=f"p{v}") for v, t in zip(fields, row.srcs, strict=False))
+    if row.dst == "mask":
+        body = f"{reads} put_mask(SLOT(I->d), {row.expr}, m);"
+    elif row.dst == "pred":
+        loop = f"for (int l = 0; l < LANES; l++) {{ {reads} bits |= (u32)(({row.expr}) != 0) << l; }}"
+        body = f"u32 bits = 0; {loop} put_compare(R, I, bits, m);"
+    else:
+        lanes = "2 * LANES" if row.dst == "f32x2" else "LANES"
+        kind = "u64" if row.dst in WIDE else "u32"
+        store = "put64" if row.dst in WIDE else "put32"
+        loop = f"for (int l = 0; l < {lanes}; l++) {{ {reads} {_WRITE[row.dst].format(x=row.expr)} }}"
+        if row.rounding:
+            loop = f'fesetround({row.rounding}); {loop} __asm__ volatile("" : : "r"(t) : "memory"); fesetround(FE_TONEAREST);'
+        body = f"{kind} t[LANES]; {loop} {store}(SLOT(I->d), t, m);"
+    return f"static void {name}(u8* R, const Inst* I, u32 m, u32 cta_rank) {{{pointers} {body} }}\n"
+
+
+def generated_source() -> tuple[str, list[str]]:
+    """Header with the operation numbers, and C units with one function a row: each unit ends with its part of the dispatch table."""
+    header = "".join(f"#define OP_{name} {number}\n" for name, number in OP.items()) + f"#define NUM_ALU {len(alu.OPCODES)}\n"
+    units = []
+    names = list(alu.TABLE)
+    size = -(-len(names) // NUM_UNITS)
+    for unit in range(NUM_UNITS):
+        # Two names with one meaning (mov.b32, mov.u32) share one function.
+        bodies: dict[alu.Row, str] = {}
+        text, entries = '#include "alu.h"\n', []
+        for name in names[unit * size : (unit + 1) * size]:
+            row = alu.TABLE[name]
+            key = alu.Row(row.dst, row.srcs, row.expr, "", row.rounding)
+            if key not in bodies:
+                bodies[key] = f"row_{alu.OPCODES[name]}"
+                text += f"// {name}: {row.section}\n" + _function(bodies[key], row)
+            entries.append(f"  table[{alu.OPCODES[name]}] = {bodies[key]};")
+        units.append(text + f"void alu_fill_{unit}(AluFunction* table) {{\n" + "\n".join(entries) + "\n}\n")
+    return header, units
+
+
+def cache_dir() -> Path:
+    """Where built libraries are kept: FA4_BACKEND_CACHE, else XDG_CACHE_HOME/fa4_backend, else ~/.cache/fa4_backend."""
+    root = os.environ.get("FA4_BACKEND_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fa4_backend"
+    return base / "emulator"
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CC", "cc")
+    found = shutil.which(wanted) or (shutil.which("gcc") if wanted == "cc" else None)
+    if not found:
+        raise NativeBuildError(f"the emulator needs a C compiler to build its core: {wanted!r} was not found (set CC, or install gcc)")
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+@functools.cache
+def library_path() -> Path:
+    """Path of the built shared library; builds it when it is missing. Raises `NativeBuildError`."""
+    header, generated = generated_source()
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".c", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    compiler = _compiler()
+    digest.update(f"{header}{generated}{FLAGS}{compiler}{_cpu()}".encode())
+    target = cache_dir() / f"core-{digest.hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        work = Path(name)
+        (work / "ops.h").write_text(header)
+        for number, text in enumerate(generated):
+            (work / f"alu_{number}.c").write_text(text)
+        sources = [*(work / f"alu_{n}.c" for n in range(len(generated))), *(SOURCES / u for u in UNITS)]
+        _compile(compiler, work, sources)
+        os.replace(work / "core.so", target)  # atomic: several processes may build at once
+    return target
+
+
+def _compile(compiler: str, work: Path, sources: list[Path]) -> None:
+    objects = [work / f"{source.stem}.o" for source in sources]
+    commands = [[compiler, *FLAGS, "-c", f"-I{work}", f"-I{SOURCES}", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    _run([compiler, "-shared", *map(str, objects), "-o", str(work / "core.so"), "-lm"])
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise NativeBuildError(f"the C compiler failed: {' '.join(command)}\n{result.stderr[-4000:]}")
+
+
+class Region(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_uint64), ("end", ctypes.c_uint64), ("read_only", ctypes.c_uint32), ("pad", ctypes.c_uint32))
+
+
+class ClusterState(ctypes.Structure):
+    _fields_ = (
+        ("smem", ctypes.c_void_p * 16),
+        ("smem_bytes", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("regions", ctypes.c_void_p),
+        ("num_regions", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("race", ctypes.c_void_p),
+    )
+
+
+class WarpState(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "cluster", "param", "local")),
+        *((name, ctypes.c_uint32) for name in ("param_bytes", "local_bytes", "cta_rank", "warp_in_cluster")),
+        *((name, ctypes.c_uint32) for name in ("pc", "active", "alive", "parked", "diverged", "exec", "wait_pc")),
+        ("lane_pc", ctypes.c_uint32 * 32),
+        *((name, ctypes.c_uint32) for name in ("fault", "fault_lane", "fault_bytes", "fault_space")),
+        ("fault_address", ctypes.c_uint64),
+        ("steps", ctypes.c_uint64),
+        ("last_region", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED = range(5)
+FAULTS = (
+    "none",
+    "address outside every registered buffer",
+    "address outside shared memory",
+    "misaligned address",
+    "address outside local memory",
+    "address outside the kernel parameters",
+    "write to read-only memory",
+    "shared::cta access to the shared memory of another CTA",
+    "trap",
+    "unknown operation in the core",
+)
+SPACES = ("generic", "global", "shared", "shared::cluster", "local", "param")
+
+
+@functools.cache
+def core() -> ctypes.CDLL:
+    """The loaded native core. Also the library that generated host code finds its launch functions in."""
+    library = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
+    library.emu_run.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    for name in ("emu_regroup", "emu_park"):
+        getattr(library, name).argtypes = (ctypes.c_void_p,)
+    library.emu_shim_set_error.argtypes = (ctypes.c_char_p,)
+    library.emu_shim_set_error.restype = None
+    return library

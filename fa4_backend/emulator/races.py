@@ -1,0 +1,11 @@
+"""Happens-before race detector."""
+
+from __future__ import annotations
+
+
+class Races:
+    pass
+
+
+class Access:
+    pass

@@ -1,0 +1,88 @@
+"""What a session found and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.decode import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One defect: `kind` names its class; `text` where it happened; `count` how often it was seen."""
+
+    kind: str
+    text: str
+
+
+@dataclass(slots=True)
+class KernelCounts:
+    """Executions of every instruction, summed over CTAs: (warps of a CTA, instructions)."""
+
+    program: Program
+    launches: int = 0
+    ctas: int = 0
+    executed: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+
+
+@dataclass(slots=True)
+class Report:
+    """Results of everything run in a session; `races` and `notes` are empty for a right kernel."""
+
+    findings: Counter[Finding] = field(default_factory=Counter)
+    kernels: dict[str, KernelCounts] = field(default_factory=dict)
+    seconds: float = 0.0
+    tensor_flops: int = 0
+    tma_bytes: int = 0
+    unwritten: dict[str, int] = field(default_factory=dict)
+
+    def note(self, kind: str, text: str) -> None:
+        self.findings[Finding(kind, text)] += 1
+
+    @property
+    def races(self) -> list[str]:
+        return [f"{f.text} ({n} times)" if n > 1 else f.text for f, n in self.findings.items() if f.kind == "race"]
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{f.kind}: {f.text}" for f in self.findings if f.kind != "race"]
+
+    @property
+    def instructions(self) -> int:
+        """Warp instructions executed."""
+        return int(sum(k.executed.sum() for k in self.kernels.values()))
+
+    def add_counts(self, warp: Warp) -> None:
+        counts = self.kernels.setdefault(warp.program.name, KernelCounts(warp.program))
+        if counts.executed.size == 0:
+            counts.executed = np.zeros((warp.cta.num_warps, len(warp.program.code)), np.int64)
+        counts.executed[warp.index] += warp.counts
+        counts.ctas += warp.index == 0
+
+    def opcodes(self) -> dict[str, int]:
+        """Executed warp instructions by opcode."""
+        total: Counter[str] = Counter()
+        for counts in self.kernels.values():
+            per_instruction = counts.executed.sum(axis=0)
+            for instruction, number in zip(counts.program.kernel.instructions, per_instruction, strict=False):
+                if number:
+                    total[instruction.opcode] += int(number)
+        return dict(total.most_common())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "races": self.races,
+            "notes": self.notes,
+            "instructions": self.instructions,
+            "seconds": round(self.seconds, 3),
+            "kernels": {name: {"ctas": k.ctas, "instructions": int(k.executed.sum())} for name, k in self.kernels.items()},
+            "tensor_flops": self.tensor_flops,
+            "tma_bytes": self.tma_bytes,
+            "unwritten": self.unwritten,
+        }

@@ -1,0 +1,367 @@
+"""Bulk asynchronous copies. PTX ISA 9.0: 9.7.9.25.4 cp.async.bulk, 9.7.9.27 cp.async.bulk.tensor, 9.7.9.25.5 groups; 5.5 tensors.
+
+The 128-byte tensor map is decoded as the compiler writes it: see `TensorMap`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fa4_backend.emulator.cta import BulkGroup
+from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
+from fa4_backend.emulator.mbarrier import find_barrier, value_reader
+from fa4_backend.emulator.parser import Address, Immediate, Instruction
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.memory import GlobalMemory
+    from fa4_backend.emulator.races import Access
+
+# Data type code of a tensor map -> element bytes (CUtensorMapDataType order: u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 ...)
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 8, 10: 2, 11: 4, 12: 4}
+SWIZZLE_MASKS = (0, 1, 3, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """A tiled tensor map.
+
+    Layout, found by varying one field at a time: bytes 0-7 base address; 8-11 flags (bits 4-6 rank - 1, 7-10 data type,
+    13-14 swizzle); 12-31 strides of dimensions 1 to 5 in units of 16 bytes; 32-51 dimensions - 1; 52-54 element strides - 1; 55-59 box - 1.
+    """
+
+    base: int
+    rank: int
+    element_bytes: int
+    swizzle: int  # 16-byte chunk bits that are XORed
+    dims: tuple[int, ...]  # elements, dimension 0 contiguous
+    strides: tuple[int, ...]  # bytes
+    box: tuple[int, ...]  # elements
+
+    @property
+    def box_bytes(self) -> int:
+        return self.element_bytes * int(np.prod(self.box))
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_tensor_map(raw: bytes) -> TensorMap:
+    words = np.frombuffer(raw, np.uint32)
+    flags = int(words[2])
+    rank, kind, swizzle = (flags >> 4 & 7) + 1, flags >> 7 & 15, flags >> 13 & 3
+    if kind not in ELEMENT_BYTES or rank > 5:
+        raise UnsupportedInstruction(f"tensor map with data type {kind}, rank {rank} (flags {flags:#010x})")
+    if flags & 0xF != 2 or flags >> 11 & 3 or any(raw[52:55]):
+        raise UnsupportedInstruction(
+            f"tensor map flags {flags:#010x}, element strides {raw[52:55].hex()}: not tiled, interleaved or strided"
+        )
+    size = ELEMENT_BYTES[kind]
+    dims = tuple(int(d) + 1 for d in words[8 : 8 + rank])
+    strides = (size, *(int(s) * 16 for s in words[3 : 3 + rank - 1]))
+    box = tuple(b + 1 for b in raw[55 : 55 + rank])
+    base = int(words[0]) | int(words[1]) << 32
+    if base % 16:
+        raise MemoryFault(f"tensor map base {base:#x} is not a multiple of 16 bytes")
+    if box[0] * size % 16:
+        raise UnsupportedInstruction(f"tensor map with an inner box of {box[0] * size} bytes: not a multiple of 16")
+    return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box)
+
+
+def read_map(memory: GlobalMemory, address: int) -> TensorMap:
+    if address % 64:
+        raise MemoryFault(f"tensor map at {address:#x} is not a multiple of 64 bytes")
+    return decode_tensor_map(memory.bytes_at(address, 128).tobytes())
+
+
+@functools.lru_cache(maxsize=4096)
+def smem_chunks(num_chunks: int, phase: int, mask: int) -> np.ndarray:
+    """Chunks of 16 bytes of a box in shared memory, relative to the 1024-byte block of its start. 5.5.6 swizzling modes."""
+    chunk = np.arange(num_chunks) + phase
+    return chunk ^ (chunk >> 3 & mask)
+
+
+def box_chunks(cta: Cta, offset: int, num_bytes: int, mask: int) -> np.ndarray:
+    if (offset % 128 and mask) or offset % 16:
+        raise MemoryFault(f"box at shared offset {offset:#x} is not aligned to 128 bytes")
+    if offset + num_bytes > cta.smem.size:
+        raise MemoryFault(f"box of {num_bytes} bytes at shared offset {offset:#x}: the CTA has {cta.smem.size} bytes")
+    phase = offset >> 4 & 63
+    return smem_chunks(num_bytes // 16, phase, mask) + ((offset >> 4) - phase)
+
+
+def global_box(
+    memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], write: bool
+) -> tuple[np.ndarray | None, tuple[slice, ...]]:
+    """View of the part of a box that lies inside the tensor, outermost dimension first, bytes last; and where it lies in the box."""
+    inside, start = [], 0
+    shape, strides = [], []
+    for dim, extent, box, stride in zip(coords, tensor.dims, tensor.box, tensor.strides, strict=True):
+        low, high = max(0, -dim), min(box, extent - dim)
+        if low >= high:
+            return None, ()
+        inside.append(slice(low, high))
+        start += (dim + low) * stride
+        shape.append(high - low)
+        strides.append(stride)
+    size = tensor.element_bytes
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + size
+    data = memory.bytes_at(tensor.base + start, span, write)
+    shape[0], strides[0] = shape[0] * size, 1
+    inside[0] = slice(inside[0].start * size, inside[0].stop * size)
+    return np.lib.stride_tricks.as_strided(data, shape[::-1], strides[::-1], writeable=write), tuple(inside[::-1])
+
+
+def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
+    """The box as bytes, (chunks, 16); what lies outside the tensor is zero."""
+    view, inside = global_box(memory, tensor, coords, write=False)
+    shape = (*tensor.box[:0:-1], tensor.box[0] * tensor.element_bytes)
+    if view is not None and view.shape == shape:
+        return np.ascontiguousarray(view).reshape(-1, 16)
+    out = np.zeros(shape, np.uint8)
+    if view is not None:
+        out[inside] = view
+    return out.reshape(-1, 16)
+
+
+def store_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], data: np.ndarray) -> None:
+    view, inside = global_box(memory, tensor, coords, write=True)
+    if view is not None:
+        view[...] = data.reshape(*tensor.box[:0:-1], tensor.box[0] * tensor.element_bytes)[inside]
+
+
+# -- instructions ---------------------------------------------------------------------------------------------------------
+
+
+def _common(mods: Modifiers) -> None:
+    mods.has("L2::cache_hint")
+    mods.has("cta_group::1")
+
+
+def _coordinates(b: Builder, address: Address, rank: int) -> list[Callable[[Warp, int], int]]:
+    if len(address.coords) != rank:
+        raise UnsupportedInstruction(f"tensor copy with {len(address.coords)} coordinates, expected {rank}")
+    return [value_reader(b, c) for c in address.coords]
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >> 31 else value
+
+
+@handles("cp.async.bulk.tensor")
+def _tensor(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    rank = int(mods.one("1d", "2d", "3d", "4d", "5d")[0])
+    if "bulk_group" in mods.parts:
+        return _tensor_store(b, ins, mods, rank)
+    return _tensor_load(b, ins, mods, rank)
+
+
+def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Handler:
+    mods.one("shared::cta", "shared::cluster")
+    mods.one("global")
+    mods.has("tile")
+    mods.one("mbarrier::complete_tx::bytes")
+    multicast = mods.has("multicast::cluster")
+    mods.has("cta_group::2")
+    _common(mods)
+    mods.done()
+    dst, src, bar, *rest = ins.operands
+    if not isinstance(src, Address):
+        raise UnsupportedInstruction(f"{ins.opcode}: operand {src!r}")
+    where, tensor_at, barrier_at = b.smem_address(dst), b.global_address(src), b.smem_address(bar)
+    coordinates = _coordinates(b, src, rank)
+    ranks = None
+    if multicast:
+        from fa4_backend.emulator.tcgen05 import value_reader_16
+
+        ranks = value_reader_16(b, rest[0])
+
+    def handler(warp: Warp) -> None:
+        cluster, memory = warp.cta.cluster, warp.cta.grid.memory
+        for lane in warp.lanes():
+            tensor = read_map(memory, tensor_at(warp, lane))
+            if tensor.rank != rank:
+                raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
+            coords = tuple(_signed(c(warp, lane)) for c in coordinates)
+            address, bar_address = where(warp, lane), barrier_at(warp, lane)
+            mask = ranks(warp, lane) if ranks else 0
+            targets = [r << 24 for r in range(cluster.size) if mask >> r & 1] if ranks else [address & ~0xFFFFFF]
+            for base in targets:
+                barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address)
+                cta = cluster.cta_at(base)
+                chunks = box_chunks(cta, address & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
+                access = warp.races.issue_copy(warp, barrier) if warp.races else None
+                _submit_load(warp, cta, barrier, chunks, functools.partial(load_box, memory, tensor, coords), tensor.box_bytes, access)
+
+    return handler
+
+
+def _submit_load(
+    warp: Warp, cta: Cta, barrier: object, chunks: np.ndarray, read: Callable[[], np.ndarray], num_bytes: int, access: Access | None
+) -> None:
+    place = warp.place(lane=warp.first_lane())
+
+    def run() -> None:
+        try:
+            data = read()
+        except MemoryFault as fault:
+            raise MemoryFault(fault.message, place) from None
+        cta.smem16[chunks] = data
+        if access:
+            access.races.smem_chunks(access, cta, chunks, write=True)
+            access.races.complete(access, barrier)
+        cta.grid.session.report.tma_bytes += num_bytes
+        barrier.complete_tx(num_bytes)  # type: ignore[attr-defined]
+
+    warp.cta.cluster.submit(("copy", id(run)), run)
+
+
+def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Handler:
+    """Shared memory to global memory."""
+    mods.one("global")
+    mods.one("shared::cta")
+    mods.has("tile")
+    mods.one("bulk_group")
+    _common(mods)
+    mods.done()
+    dst, src = ins.operands[:2]
+    if not isinstance(dst, Address):
+        raise UnsupportedInstruction(f"{ins.opcode}: operand {dst!r}")
+    where, tensor_at = b.smem_address(src), b.global_address(dst)
+    coordinates = _coordinates(b, dst, rank)
+
+    def handler(warp: Warp) -> None:
+        cta, memory = warp.cta, warp.cta.grid.memory
+        for lane in warp.lanes():
+            tensor = read_map(memory, tensor_at(warp, lane))
+            if tensor.rank != rank:
+                raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
+            coords = tuple(_signed(c(warp, lane)) for c in coordinates)
+            chunks = box_chunks(cta, where(warp, lane) & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
+            _submit_store(warp, chunks, functools.partial(store_box, memory, tensor, coords), tensor.box_bytes)
+
+    return handler
+
+
+def _submit_store(warp: Warp, chunks: np.ndarray, write: Callable[[np.ndarray], None], num_bytes: int) -> None:
+    cta = warp.cta
+    if warp.open_bulk_group is None:
+        warp.open_bulk_group = BulkGroup()
+    group = warp.open_bulk_group
+    group.reads_left += 1
+    group.writes_left += 1
+    access = warp.races.issue_bulk_read(warp) if warp.races else None
+    if access:
+        access.races.smem_chunks(access, cta, chunks, write=False)
+    place = warp.place(lane=warp.first_lane())
+
+    def run() -> None:
+        try:
+            write(cta.smem16[chunks])
+        except MemoryFault as fault:
+            raise MemoryFault(fault.message, place) from None
+        group.reads_left -= 1
+        group.writes_left -= 1
+        cta.grid.session.report.tma_bytes += num_bytes
+        waiters, group.waiters = group.waiters, []
+        for other, lanes in waiters:
+            other.wake(lanes)
+
+    cta.cluster.submit(("store", id(run)), run)
+
+
+@handles("cp.async.bulk.commit_group")
+def _commit_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    mods.done()
+
+    def handler(warp: Warp) -> None:
+        group = warp.open_bulk_group or BulkGroup()
+        warp.open_bulk_group = None
+        warp.bulk_groups.append(group)
+        if warp.races:
+            group.epoch = warp.races.commit_bulk(warp)
+
+    return handler
+
+
+@handles("cp.async.bulk.wait_group")
+def _wait_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """All but the newest N groups are complete; `.read`: have read their source."""
+    mods.has("read")
+    mods.done()
+    operand = ins.operands[0]
+    if not isinstance(operand, Immediate):
+        raise UnsupportedInstruction(f"{ins.opcode} with {operand!r}")
+    allowed = operand.bits
+
+    def handler(warp: Warp) -> bool | None:
+        groups = warp.bulk_groups
+        while len(groups) > allowed:
+            group = groups[0]
+            if group.reads_left:
+                warp.wait(f"cp.async.bulk.wait_group {allowed}: {group.reads_left} copies of the oldest group")
+                group.waiters.append((warp, warp.waiting_lanes))
+                return True
+            groups.popleft()
+            if warp.races:
+                warp.races.acquire_bulk(warp, group.epoch)
+        return None
+
+    return handler
+
+
+@handles("cp.async.bulk")
+def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """Copies of consecutive bytes: global to shared with an mbarrier, shared to global in a bulk group."""
+    first = mods.one("shared::cta", "shared::cluster", "global")
+    if first == "global":
+        mods.one("shared::cta")
+        mods.one("bulk_group")
+        _common(mods)
+        mods.done()
+        return _bulk_store(b, ins)
+    mods.one("global")
+    mods.one("mbarrier::complete_tx::bytes")
+    _common(mods)
+    mods.done()
+    where, source, size = b.smem_address(ins.operands[0]), b.global_address(ins.operands[1]), value_reader(b, ins.operands[2])
+    barrier_at = b.smem_address(ins.operands[3])
+
+    def handler(warp: Warp) -> None:
+        cluster, memory = warp.cta.cluster, warp.cta.grid.memory
+        for lane in warp.lanes():
+            address, count, begin = where(warp, lane), size(warp, lane), source(warp, lane)
+            if (address | count | begin) & 15:
+                raise MemoryFault(f"cp.async.bulk of {count} bytes from {begin:#x} to shared {address:#x}: not multiples of 16")
+            cta, barrier = cluster.cta_at(address), find_barrier(warp, barrier_at(warp, lane))
+            chunks = box_chunks(cta, address & 0xFFFFFF, count, 0)
+            access = warp.races.issue_copy(warp, barrier) if warp.races else None
+            _submit_load(warp, cta, barrier, chunks, functools.partial(_read_bytes, memory, begin, count), count, access)
+
+    return handler
+
+
+def _read_bytes(memory: GlobalMemory, address: int, count: int) -> np.ndarray:
+    return memory.bytes_at(address, count).reshape(-1, 16)
+
+
+def _write_bytes(memory: GlobalMemory, address: int, count: int, data: np.ndarray) -> None:
+    memory.bytes_at(address, count, write=True)[:] = data.reshape(-1)
+
+
+def _bulk_store(b: Builder, ins: Instruction) -> Handler:
+    dest, source, size = b.global_address(ins.operands[0]), b.smem_address(ins.operands[1]), value_reader(b, ins.operands[2])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            address, count, begin = dest(warp, lane), size(warp, lane), source(warp, lane) & 0xFFFFFF
+            if (address | count | begin) & 15:
+                raise MemoryFault(f"cp.async.bulk of {count} bytes from shared {begin:#x} to {address:#x}: not multiples of 16")
+            chunks = box_chunks(warp.cta, begin, count, 0)
+            _submit_store(warp, chunks, functools.partial(_write_bytes, warp.cta.grid.memory, address, count), count)
+
+    return handler

@@ -1,0 +1,147 @@
+"""Warpgroup matrix products of sm_90a. PTX ISA 9.0, 9.7.15.
+
+A warpgroup is four consecutive warps; each warp holds 16 of the 64 rows of D (and of A, when A is in registers). The emulator
+computes the rows of a warp when that warp executes the instruction; products are exact and summed in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fa4_backend.emulator.barriers import predicate_source
+from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.errors import UnsupportedInstruction
+from fa4_backend.emulator.matrices import ELEMENT_BYTES, load_operand, to_float32, wgmma_descriptor
+from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Warp
+
+ROWS = 16  # rows of one warp
+
+
+def _constant(operand: Operand) -> int:
+    if not isinstance(operand, Immediate):
+        raise UnsupportedInstruction(f"wgmma: constant expected, got {operand!r}")
+    return operand.bits
+
+
+def _d_cells(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of (register, thread) of the float32 accumulator, each (n / 2, 32). Figure 150."""
+    register, thread = np.arange(n // 2)[:, None], np.arange(32)[None, :]
+    return thread // 4 + 8 * (register // 2 % 2), register // 4 * 8 + thread % 4 * 2 + register % 2
+
+
+def _a_cells(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and first element of (register, thread) of A in registers, each (4, 32). Figures 147 to 149."""
+    register, thread = np.arange(4)[:, None], np.arange(32)[None, :]
+    per_register = 4 // size
+    return thread // 4 + 8 * (register % 2), (register // 2 * 4 + thread % 4) * per_register
+
+
+@handles("wgmma.mma_async", aligned=True)
+def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.15.6"""
+    mods.one("sync")
+    mods.one("aligned")
+    shape = re.fullmatch(r"m64n(\d+)k(16|32)", mods.parts.pop(0))
+    d_kind, a_kind, b_kind = mods.parts
+    if shape is None or d_kind != "f32" or a_kind not in ELEMENT_BYTES or b_kind not in ELEMENT_BYTES:
+        raise UnsupportedInstruction(ins.opcode)
+    n, k, size = int(shape.group(1)), int(shape.group(2)), ELEMENT_BYTES[a_kind]
+    if k * size != 32 or n % 8 or not 8 <= n <= 256:
+        raise UnsupportedInstruction(ins.opcode)
+    d_operand, a_operand, b_operand, scale, *rest = ins.operands
+    if not isinstance(d_operand, Vector) or len(d_operand.items) != n // 2:
+        raise UnsupportedInstruction(f"{ins.opcode}: accumulator {d_operand!r}")
+    d_slots = np.array([b.source(item, "f32") for item in d_operand.items])
+    signs = (_constant(rest[0]), _constant(rest[1]))
+    transposed = [bool(_constant(r)) for r in rest[2:]]
+    in_registers = isinstance(a_operand, Vector)
+    a_major = bool(transposed.pop(0)) if transposed and not in_registers else False
+    b_major = bool(transposed.pop(0)) if transposed else False
+    if in_registers:
+        a_slots = np.array([b.u32(item) for item in a_operand.items])  # type: ignore[union-attr]
+        a_row, a_column = _a_cells(size)
+        a_desc_slot = 0
+    else:
+        a_desc_slot = b.u64(a_operand)
+    b_desc_slot, accumulate = b.u64(b_operand), predicate_source(b, scale)
+    d_row, d_column = _d_cells(n)
+    kind = np.uint16 if size == 2 else np.uint8
+
+    def registers_a(warp: Warp) -> np.ndarray:
+        out = np.empty((ROWS, k), kind)
+        values = np.ascontiguousarray(warp.r[a_slots]).view(kind).reshape(4, 32, 4 // size)
+        for part in range(4 // size):
+            out[a_row, a_column + part] = values[:, :, part]
+        return to_float32(out, a_kind)
+
+    def handler(warp: Warp) -> None:
+        cta, lane = warp.cta, warp.first_lane()
+        access = warp.races.issue_wgmma(warp) if warp.races else None
+        raw, chunks = load_operand(cta.smem16, wgmma_descriptor(int(warp.r64[b_desc_slot * 16 + lane])), n, k, size, b_major)
+        b_matrix = to_float32(raw, b_kind)
+        if access:
+            access.races.smem_chunks(access, cta, chunks, write=False)
+        if in_registers:
+            a_matrix = registers_a(warp)
+        else:
+            desc = wgmma_descriptor(int(warp.r64[a_desc_slot * 16 + lane]))
+            raw, chunks = load_operand(cta.smem16, desc, 64, k, size, a_major)
+            first = warp.index % 4 * ROWS
+            a_matrix = to_float32(raw[first : first + ROWS], a_kind)
+            if access:
+                access.races.smem_chunks(access, cta, chunks if a_major else chunks[first : first + ROWS], write=False)
+        product = a_matrix @ b_matrix.T
+        if signs[0] != signs[1]:
+            product = -product
+        registers = product[d_row, d_column]
+        add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]
+        if add:
+            registers += warp.r[d_slots].view(np.float32)
+        warp.r[d_slots] = registers.view(np.uint32)
+        cta.grid.session.report.tensor_flops += 2 * ROWS * n * k
+
+    return handler
+
+
+@handles("wgmma.fence", aligned=True)
+def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.15.7.1: orders registers between wgmma and other instructions; registers are always in order here."""
+    mods.one("sync")
+    mods.one("aligned")
+    mods.done()
+    return lambda warp: None
+
+
+@handles("wgmma.commit_group", aligned=True)
+def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.15.7.2"""
+    mods.one("sync")
+    mods.one("aligned")
+    mods.done()
+
+    def handler(warp: Warp) -> None:
+        if warp.races:
+            warp.races.commit_wgmma(warp)
+
+    return handler
+
+
+@handles("wgmma.wait_group", aligned=True)
+def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.15.7.3"""
+    mods.one("sync")
+    mods.one("aligned")
+    mods.done()
+    allowed = _constant(ins.operands[0])
+
+    def handler(warp: Warp) -> None:
+        if warp.races:
+            warp.races.wait_wgmma(warp, allowed)
+
+    return handler
