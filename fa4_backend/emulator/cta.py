@@ -159,6 +159,13 @@ class Warp:
         who = f"kernel {self.program.name[:80]}, {self.cta.name}, warp {self.index}"
         return f"{who}{'' if lane is None else f', lane {lane}'}, {self.program.describe(pc)}"
 
+    def submit_copy(self, operation: Callable[[], None]) -> None:
+        """A cp.async of the open group: done at once, or with a seed when something waits for it."""
+        if self.cta.cluster.rng is None:
+            operation()
+        else:
+            self.open_copies.append(operation)
+
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, quantum: int) -> None:
@@ -212,6 +219,8 @@ class Warp:
 
     def finish(self) -> None:
         self.exited, self.ready = True, False
+        for operation in [o for group in self.copy_groups for o in group] + self.open_copies:
+            operation()
         if self.bulk_groups or self.open_bulk_group:
             self.cta.at_exit(self)
         self.cta.cluster.warp_done(self)

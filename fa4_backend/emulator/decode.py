@@ -665,6 +665,33 @@ def _warp_sync(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
     return None
 
 
+_MMA_KINDS = ("f16", "bf16", "e4m3", "e5m2")
+
+
+def _mma_sync(b: Builder, ins: Instruction, mods: Modifiers) -> None:
+    """mma.sync.aligned 9.7.14.5.14, dense, float32 accumulators"""
+    mods.one("sync")
+    mods.one("aligned")
+    shape = mods.one("m16n8k16", "m16n8k8", "m16n8k32")
+    mods.has("kind::f8f6f4")
+    if mods.parts[:2] != ["row", "col"] or len(mods.parts) != 6 or mods.parts[2] != "f32" or mods.parts[5] != "f32":
+        raise UnsupportedInstruction(ins.opcode)
+    a_kind, b_kind = mods.parts[3], mods.parts[4]
+    if a_kind not in _MMA_KINDS or b_kind not in _MMA_KINDS:
+        raise UnsupportedInstruction(ins.opcode)
+    k, size = int(shape[6:]), 2 if a_kind in ("f16", "bf16") else 1
+    counts = (4, k * size // 8, k * size // 16, 4)
+    if k * size not in (16, 32) or (size == 2) != (b_kind in ("f16", "bf16")):
+        raise UnsupportedInstruction(ins.opcode)
+    slots = []
+    for operand, count, kind in zip(ins.operands, counts, ("f32", "u32", "u32", "f32"), strict=True):
+        items = operand.items if isinstance(operand, Vector) else (operand,)
+        if len(items) != count:
+            raise UnsupportedInstruction(f"{ins.opcode} with {len(items)} registers, expected {count}")
+        slots += [b.source(item, kind) for item in items]
+    b.emit("MMA_SYNC", a=_MMA_KINDS.index(a_kind), b=_MMA_KINDS.index(b_kind), c=k, target=b.list_slots(slots))
+
+
 _DIRECT: dict[str, Callable[[Builder, Instruction, Modifiers], bool | None]] = {
     "ld": _load_store,
     "ldu": _load_store,
@@ -692,6 +719,7 @@ _DIRECT: dict[str, Callable[[Builder, Instruction, Modifiers], bool | None]] = {
     "brkpt": _trap,
     "createpolicy": _create_policy,
     "bar": _warp_sync,
+    "mma": _mma_sync,
 }
 
 

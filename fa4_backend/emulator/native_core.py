@@ -37,7 +37,7 @@ FLAGS = (
 # Instructions that the interpreter handles itself, besides the rows of alu.TABLE.
 CONTROL_OPS = (
     "PACK64 UNPACK64 PACK32 UNPACK32 PACK16 LOAD STORE ATOMIC BRANCH BRANCH_TABLE EXIT SHUFFLE VOTE MATCH REDUX ELECT ACTIVEMASK "
-    "WARP_SYNC CLOCK TRAP NOP HANDLER"
+    "WARP_SYNC CLOCK TRAP NOP HANDLER MMA_SYNC"
 ).split()
 OP = {name: len(alu.OPCODES) + i for i, name in enumerate(CONTROL_OPS)}
 

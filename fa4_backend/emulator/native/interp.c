@@ -89,6 +89,45 @@ static u32 reduce(const u32* a, int op, u32 mask, u32 absolute) {
   return r;
 }
 
+// mma.sync m16n8kK with float32 accumulators: aux lists the slots of D (4), A, B and C (4). PTX ISA 9.7.14.5.
+// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are summed in float32 over k, then added to C.
+enum { MMA_F16, MMA_BF16, MMA_E4M3, MMA_E5M2 };
+static f32 element(const u32* reg, int lane, int index, int kind) {
+  u32 word = reg[lane];
+  switch (kind) {
+    case MMA_F16: return f16_to((u16)(word >> 16 * index));
+    case MMA_BF16: return bf16_to((u16)(word >> 16 * index));
+    case MMA_E4M3: return e4m3_to((u8)(word >> 8 * index));
+    default: return e5m2_to((u8)(word >> 8 * index));
+  }
+}
+static void mma_sync(u8* R, const Inst* I, const i32* slots) {
+  const int k_total = I->c, per_register = I->a < MMA_E4M3 ? 2 : 4, halves = k_total / (4 * per_register);
+  f32 A[16][32], B[8][32], D[16][8];
+  const i32 *a = slots + 4, *b = a + 2 * halves, *c = b + halves;
+  for (int lane = 0; lane < LANES; lane++) {
+    int g = lane >> 2, t = lane & 3;
+    for (int half = 0; half < halves; half++)
+      for (int i = 0; i < per_register; i++) {
+        int k = half * 4 * per_register + t * per_register + i;
+        A[g][k] = element((const u32*)SLOT(a[2 * half]), lane, i, I->a);
+        A[g + 8][k] = element((const u32*)SLOT(a[2 * half + 1]), lane, i, I->a);
+        B[g][k] = element((const u32*)SLOT(b[half]), lane, i, I->b);
+      }
+  }
+  for (int row = 0; row < 16; row++)
+    for (int column = 0; column < 8; column++) {
+      f32 sum = 0;
+      for (int k = 0; k < k_total; k++) sum += A[row][k] * B[column][k];
+      D[row][column] = sum;
+    }
+  for (int i = 0; i < 4; i++) {
+    f32 t[LANES];
+    for (int lane = 0; lane < LANES; lane++) t[lane] = ((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)];
+    memcpy(SLOT(slots[i]), t, sizeof t);
+  }
+}
+
 // Every live lane named by `need` must stand here, or the group parks until it does.
 #define CONVERGE(need)                                  \
   if ((w->active & (need) & w->alive) != ((need) & w->alive)) { \
@@ -288,6 +327,11 @@ int emu_run(Warp* w, i64 max_steps) {
         put_mask(SLOT(I->f), 1u << leader, m);
         break;
       }
+      case OP_MMA_SYNC:
+        if (!m) break;
+        CONVERGE(FULL);
+        mma_sync(R, I, w->aux + I->target);
+        break;
       case OP_ACTIVEMASK: {
         u32 t[LANES];
         for (int l = 0; l < LANES; l++) t[l] = w->active;
