@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
@@ -79,11 +79,11 @@ class LoadWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
-        """Walk the work list; owns the producer side of `q_load_to_mma` and `kv_load_to_mma`."""
+        """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with a tail."""
         g, storage = self.geometry, self.geometry.storage
         sizes, config = storage.sizes, g.config.kernel
         begin, end = tile_range(work.mBegin)
-        stage, phase, q_phase = Int32(0), Int32(0), Int32(0)
+        stage, phase, q_phase, tail_phase = Int32(0), Int32(0), Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             tile, seqlen = item.tile, item.tile.seqlen
@@ -97,6 +97,12 @@ class LoadWarp:
                         self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
                     ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
                     barrier = g.full(place, "kv_load_to_mma", stage)
+                    if const_expr(is_v == 1):
+                        if i == 0 and g.has_v_tail(item):
+                            # The value tail warp fills the ring's buffer once the tile is clean.
+                            ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
+                            barrier = g.full(place, "v_tail_load_to_value_tail")
+                            tail_phase ^= 1
                     atom, tx_bytes, head_dim = (
                         (operands.v_atom, sizes.v_tx_bytes, config.head_dim_v)
                         if is_v

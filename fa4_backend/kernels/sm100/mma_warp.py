@@ -24,11 +24,11 @@ class MmaWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
-        """Walk the work list; owns the consumer sides of Q, KV, V tail and P, and the producer sides of S and O."""
+        """Walk the work list; owns the consumer sides of Q, KV and P, and the producer sides of S and O."""
         g, config = self.geometry, self.geometry.config.kernel
         begin, end = tile_range(work.mBegin)
         stage, phase = Int32(0), Int32(0)
-        q_phase, p_phase, tail_phase = Int32(0), Int32(0), Int32(0)
+        q_phase, p_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             num_blocks = item.num_blocks
@@ -50,10 +50,6 @@ class MmaWarp:
                     for q_idx in range(Q_STAGE, unroll=1):
                         ptx.tcgen05_commit(g.empty(place, "q_load_to_mma", q_idx))
                 ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
-                if i == 0 and item.has_v_tail:
-                    ptx.mbarrier_wait(g.full(place, "v_tail_to_mma"), tail_phase)
-                    ptx.warp_arrive(g.empty(place, "v_tail_to_mma"), place.lane_idx)
-                    tail_phase ^= 1
                 for q_idx in range(Q_STAGE, unroll=1):
                     ptx.mbarrier_wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()

@@ -184,12 +184,14 @@ def interval_bits(begin: Int32, end: Int32) -> Int32:
 
 
 def soft_cap(v, factor: Float32):
-    """tanh of scores: 1 - 2 / (1 + exp2(s * factor)), factor = 2 log2(e) softmax_scale / softcap. tanh.approx would cost 11 bits."""
-    n = CHUNK
-    x = arith.mulf(v, ptx.broadcast(factor, n))
-    denominator = arith.addf(ptx.exp2_approx(x), ptx.broadcast(Float32(1.0), n))
-    inverse = [Float32(cute.arch.rcp_approx(Float32(ptx.element(denominator, i)))).ir_value() for i in range(n)]
-    return math_ir.fma(vector.from_elements(ptx.vec(n), inverse), ptx.broadcast(Float32(-2.0), n), ptx.broadcast(Float32(1.0), n))
+    """tanh of scores: 1 - 2 / (1 + exp2(s * factor)), factor = 2 log2(e) softmax_scale / softcap. tanh.approx would leave 11 bits."""
+    factors, one, minus_two = (ptx.broadcast(x, 2) for x in (factor, Float32(1.0), Float32(-2.0)))
+    pairs = []
+    for j in range(0, CHUNK, 2):
+        denominator = ptx.add2(ptx.exp2_approx(ptx.mul2(ptx.pair(v, j), factors)), one)
+        inverse = [cute.arch.rcp_approx(Float32(ptx.element(denominator, i))).ir_value() for i in (0, 1)]
+        pairs.append(ptx.fma2(vector.from_elements(ptx.vec(2), inverse), minus_two, one))
+    return ptx.from_pairs(pairs)
 
 
 def add_alibi(v, distance: Int32, slope: Float32):

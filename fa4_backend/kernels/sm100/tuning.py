@@ -22,7 +22,9 @@ class Sm100Tuning:
     # Every how many pairs of columns one pair's exp2 runs on the FMA units (0: none, 1: all). 4, a quarter: per 256 x 128 tile MUFU then
     # needs 1536 of the tensor core's 2048 cycles instead of all 2048 (16 a clock and SM, modelled); sm_103a has twice the MUFU rate.
     polynomial_every: int
-    polynomial_degree: int = 3  # error 8.6e-5, far below bfloat16's 3.9e-3: docs/numerics.md
+    # 3 (error 8.6e-5) is far below bfloat16's 3.9e-3 and would do for O, but not for an lse of 2e-5 in rows of few keys; 4 has 3.0e-6 and
+    # costs one more packed FMA for each polynomial pair (docs/numerics.md).
+    polynomial_degree: int = 4
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 32 columns of O.
     softmax_registers: int = 192

@@ -2,7 +2,7 @@
 
     load --q--> mma                      softmax 0, 1 --p, p_rest--> mma
     load --kv-> mma --s--> softmax 0, 1  softmax 0, 1 --stats--> correction --p--> mma
-    load --kv-> value_tail --v_tail--> mma --o--> correction --o--> epilogue
+    load --v_tail--> value_tail --kv--> mma --o--> correction --o--> epilogue
 
 Each softmax group owns one query tile of 128 rows, one row a thread. `p` completes when the softmax group has written the first part
 of P *and* the correction group has brought O to the same scale.
@@ -50,9 +50,10 @@ def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int) -> tuple[Pipel
     load = Party("load", Signal.TMA)
     return (
         PipelineEdge("q_load_to_mma", Q_STAGE, (load,), (mma,), sizes.q_tx_bytes),
-        # K and V tiles share the ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes.
+        # K and V tiles share the ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes. The
+        # arrival for a V tile with a tail is the value tail warp's instead.
         PipelineEdge("kv_load_to_mma", kv_stage, (load,), (mma,), max(sizes.k_tx_bytes, sizes.v_tx_bytes)),
-        PipelineEdge("v_tail_to_mma", 1, (Party("value_tail", Signal.WARPS, 1),), (Party("mma", Signal.WARPS, 1),)),
+        PipelineEdge("v_tail_load_to_value_tail", 1, (load,), (Party("value_tail", Signal.WARPS, 1),), sizes.v_tx_bytes),
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
         PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
         # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import MaskSpec
@@ -48,11 +48,6 @@ class WorkItem(NamedTuple):
         """KV blocks; at least one."""
         return self.blocks.end - self.blocks.begin
 
-    @property
-    def has_v_tail(self) -> "cutlass.Boolean":  # noqa: F821
-        """Whether the first (rightmost) block has rows past the sequence's last token."""
-        return self.blocks.end * 128 > self.tile.seqlen.seqlen_k
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -87,6 +82,11 @@ class Geometry:
             tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
         )
         return WorkItem(tile, blocks)
+
+    def has_v_tail(self, item: WorkItem) -> Boolean:
+        """Whether the first (rightmost) block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
+        kernel, seqlen_k = self.config.kernel, item.tile.seqlen.seqlen_k
+        return (item.blocks.end * kernel.tile.tile_n > seqlen_k) & (seqlen_k % kernel.box_rows != 0)
 
 
 def uniform(tile: WorkTile) -> WorkTile:
