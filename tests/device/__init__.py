@@ -1,0 +1,1 @@
+"""Programs and kernels on a real GPU: results are committed as data."""

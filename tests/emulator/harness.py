@@ -1,0 +1,64 @@
+"""Run a program of tests/emulator/programs on the emulator."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from fa4_backend import emulator
+from tests.emulator.programs.program import Buffer, Program, TensorMap, compare
+
+# Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise. Recorded from the driver:
+# tests/device/results/tensor_maps.json.
+HARDWARE_DTYPES = {"u8": 0, "u16": 1, "i32": 2, "u32": 3, "i64": 4, "u64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
+
+
+def encode_tensor_map(tensor: TensorMap, address: int) -> bytes:
+    """The 128-byte descriptor, as the driver makes it."""
+    rank = len(tensor.dims)
+    swizzle = TensorMap.SWIZZLES[tensor.swizzle]
+    flags = 2 | (rank - 1) << 4 | HARDWARE_DTYPES[tensor.dtype] << 7 | swizzle << 13
+    strides = [s // 16 for s in tensor.strides] + [0] * (5 - len(tensor.strides))
+    pad = [0] * (5 - rank)
+    dims = [d - 1 for d in tensor.dims] + pad
+    steps = tensor.element_strides or (1,) * rank
+    box = [b - 1 for b in tensor.box] + pad
+    packed_steps = sum((s - 1) << 3 * i for i, s in enumerate(steps))
+    head = struct.pack("<QI5I5I", address + tensor.offset, flags, *strides, *dims)
+    return (head + packed_steps.to_bytes(3, "little") + bytes(box)).ljust(128, b"\0")
+
+
+def run_program(program: Program, *, seed: int | None = None, detect_races: bool = True) -> tuple[dict[str, np.ndarray], emulator.Report]:
+    """Run one program; returns the contents of its buffers by name, and the session's report."""
+    buffers = {b.name: aligned_copy(b.data) for b in program.buffers}
+    args: list[Any] = []
+    with emulator.session(arch=program.target, num_sms=max(program.grid, 1), seed=seed, detect_races=detect_races) as session:
+        for arg in program.args:
+            if isinstance(arg, Buffer):
+                args.append(buffers[arg.name])
+            elif isinstance(arg, TensorMap):
+                session.tensor(buffers[arg.buffer], arg.buffer)
+                args.append(encode_tensor_map(arg, buffers[arg.buffer].ctypes.data))
+            else:
+                args.append(arg)
+        session.launch(program.ptx, program.grid, program.block, args, cluster=program.cluster, smem=program.smem_bytes)
+        report = session.report
+    return buffers, report
+
+
+def check_program(program: Program, *, seed: int | None = None) -> None:
+    """Run and judge: values, races and leaks."""
+    results, report = run_program(program, seed=seed)
+    compare(program, results)
+    assert not report.races, f"{program.name}: {report.races[:3]}"
+
+
+def aligned_copy(data: np.ndarray) -> np.ndarray:
+    """A copy on a 1024-byte boundary, as device allocations are."""
+    room = np.empty(data.nbytes + 1024, np.uint8)
+    start = -room.ctypes.data % 1024
+    copy = room[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
+    copy[...] = data
+    return copy
