@@ -54,7 +54,7 @@ def launch_schedule(plan: AttentionPlan, work: WorkLists, bounds: StepBounds, cu
 def load(plan: AttentionPlan, key: CompileKey) -> Callable[..., None]:
     """The launcher of `key` for the place where `plan` runs: the GPU, or the emulator over CPU tensors."""
     if plan.problem.is_emulated:
-        from fa4_backend.emulator.launch import load_emulated
+        from fa4_backend.emulator.kernels import load_emulated
 
         return load_emulated(key)
     return load_kernel(key)

@@ -20,9 +20,26 @@ SM90_TILES: dict[tuple[int, int], TileShape] = {
 }
 
 
+# (head_dim, head_dim_v) -> tile on sm_100a and sm_103a, the same way. TMEM holds two tiles of S and O, so 128 x 128 is the largest tile.
+SM100_TILES: dict[tuple[int, int], TileShape] = {
+    (64, 64): TileShape(tile_m=128, tile_n=128, kv_stage=8),
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=4),
+    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=2),
+}
+SM100_Q_TILES = 2  # query tiles of a work item on Blackwell, in ping-pong
+
+
 def prefill_tile(problem: AttentionProblem) -> TileShape:
     """Tile of the prefill kernel of `problem`."""
-    return SM90_TILES[problem.head_dim, problem.head_dim_v]
+    tiles = SM90_TILES if problem.target_arch == "sm_90a" else SM100_TILES
+    return tiles[problem.head_dim, problem.head_dim_v]
+
+
+def tokens_per_work_item(problem: AttentionProblem) -> int:
+    """Query tokens of an entry of the prefill list: what its `m_block` counts in."""
+    q_tiles = 1 if problem.target_arch == "sm_90a" else SM100_Q_TILES
+    return q_tiles * (prefill_tile(problem).tile_m // problem.q_per_kv)
 
 
 def prefill_key(plan: AttentionPlan) -> KernelConfig:

@@ -1,0 +1,36 @@
+"""Compiled kernels of this package, run on the emulator over CPU tensors: what `fa4_backend.kernels.launch` calls for an emulated plan."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+from fa4_backend.compile import OBJECT_FUNCTION, CompileKey
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.emulator.launch import install, register_program, session
+
+
+@functools.cache
+def load_emulated(key: CompileKey) -> Callable[..., None]:
+    """A launcher of `key` that takes CPU tensors where the GPU's takes CUDA tensors; compiles when the cache has no object.
+
+    Every call runs in a session of its own, without race detection (tests open sessions with it).
+
+    Raises:
+        CompileError: the kernel could not be compiled or linked.
+        EmulatorError: the kernel used an instruction that is not modelled, or failed.
+    """
+    import tvm_ffi
+
+    # The object's launch functions bind to the first library that has them: the emulator's, not the DSL's runtime.
+    ctypes.CDLL(str(install()), mode=ctypes.RTLD_GLOBAL)
+    library = ensure_object(key)
+    register_program(library.with_suffix(".ptx").read_text(), library.with_suffix(".cubin").read_bytes())
+    function = tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+
+    def launch(*arguments: object) -> None:
+        with session(arch=key.arch, detect_races=False) as emu:
+            emu.run(function, *arguments)
+
+    return launch
