@@ -112,7 +112,7 @@ class WorkLists:
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
     from fa4_backend.kernels.decode.config import TILE_N, decode_config, split_tiles
-    from fa4_backend.kernels.tuning import prefill_tile
+    from fa4_backend.kernels.tuning import prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
     tile = prefill_tile(problem)
@@ -122,7 +122,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
         num_kv_heads=problem.num_kv_heads,
         num_ctas=plan.num_ctas,
         decode_num_ctas=plan.num_ctas * (decode.ctas_per_sm if decode else 1),
-        tokens_per_tile=tile.tile_m // problem.q_per_kv,
+        tokens_per_tile=tokens_per_work_item(problem),
         prefill_tile_n=tile.tile_n,
         decode_query_len=limits.decode_query_len if decode else 0,
         decode_tile_n=TILE_N,
