@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 
 from fa4_backend import emulator
+from tests.emulator.programs import load_family
 from tests.emulator.programs.program import Buffer, Program, TensorMap, compare
+
+# Programs whose instructions the emulator refuses, by family: nothing here emits them.
+NOT_MODELLED: dict[str, tuple[str, ...]] = {}
 
 # Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise. Recorded from the driver:
 # tests/device/results/tensor_maps.json.
@@ -53,6 +57,16 @@ def check_program(program: Program, *, seed: int | None = None) -> None:
     results, report = run_program(program, seed=seed)
     compare(program, results)
     assert not report.races, f"{program.name}: {report.races[:3]}"
+
+
+def name_of(program: Program) -> str:
+    """A test's id."""
+    return program.entry.removeprefix("k_")
+
+
+def runnable(family: str) -> list[Program]:
+    """The programs of a family that the emulator models; the others are in NOT_MODELLED, and `test_not_modelled.py` sees them refused."""
+    return [p for p in load_family(family) if p.name not in NOT_MODELLED.get(family, ())]
 
 
 def aligned_copy(data: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from tests.emulator.programs.program import Program
 
 FAMILIES = (
     "integer", "fp32", "half", "approx", "warp", "memory", "async_copy", "matrix", "barriers", "bulk", "tensor_copy", "wgmma",
-    "cluster", "grid",
+    "cluster", "tcgen05", "grid",
 )  # fmt: skip
 
 

@@ -1,0 +1,15 @@
+"""Single precision and packed pairs of it: every small program of the family gives the values that the PTX ISA states."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulator.harness import check_program, name_of, runnable
+from tests.emulator.programs.program import Program
+
+PROGRAMS = runnable("fp32")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=name_of)
+def test_fp32(program: Program) -> None:
+    check_program(program)

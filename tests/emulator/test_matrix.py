@@ -1,0 +1,15 @@
+"""ldmatrix, stmatrix, mma.sync: every small program of the family gives the values that the PTX ISA states."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulator.harness import check_program, name_of, runnable
+from tests.emulator.programs.program import Program
+
+PROGRAMS = runnable("matrix")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=name_of)
+def test_matrix(program: Program) -> None:
+    check_program(program)
