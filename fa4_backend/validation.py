@@ -34,7 +34,7 @@ _BLACKWELL = KernelSupport(
 )
 SUPPORT: dict[str, KernelSupport] = {
     REFERENCE_ARCH: KernelSupport(tuple(DTYPE_BYTES), None, 8, None, frozenset(FEATURES)),
-    **{arch: _BLACKWELL for arch in ("sm_100a", "sm_103a")},
+    **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
 
 

@@ -12,14 +12,11 @@ from fa4_backend.emulator.launch import install, register_program, session
 
 
 @functools.cache
-def load_emulated(key: CompileKey) -> Callable[..., None]:
-    """A launcher of `key` that takes CPU tensors where the GPU's takes CUDA tensors; compiles when the cache has no object.
-
-    Every call runs in a session of its own, without race detection (tests open sessions with it).
+def load_function(key: CompileKey) -> Callable[..., None]:
+    """The host function of `key`, to be called by `Session.run`; compiles when the cache has no object.
 
     Raises:
         CompileError: the kernel could not be compiled or linked.
-        EmulatorError: the kernel used an instruction that is not modelled, or failed.
     """
     import tvm_ffi
 
@@ -27,7 +24,19 @@ def load_emulated(key: CompileKey) -> Callable[..., None]:
     ctypes.CDLL(str(install()), mode=ctypes.RTLD_GLOBAL)
     library = ensure_object(key)
     register_program(library.with_suffix(".ptx").read_text(), library.with_suffix(".cubin").read_bytes())
-    function = tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+    return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+
+
+@functools.cache
+def load_emulated(key: CompileKey) -> Callable[..., None]:
+    """A launcher of `key` that takes CPU tensors where the GPU's takes CUDA tensors.
+
+    Every call runs in a session of its own, without race detection (tests open sessions with it).
+
+    Raises:
+        EmulatorError: the kernel used an instruction that is not modelled, or failed.
+    """
+    function = load_function(key)
 
     def launch(*arguments: object) -> None:
         with session(arch=key.arch, detect_races=False) as emu:

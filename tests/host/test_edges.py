@@ -1,0 +1,94 @@
+"""Arrive counts and byte counts of the Blackwell kernel's pipelines, against counts worked out by hand."""
+
+import pytest
+
+from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
+from fa4_backend.kernels.config import KernelConfig, TileShape
+from fa4_backend.kernels.sm100.storage import Storage, TileBytes
+from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
+
+
+def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4) -> KernelConfig:
+    return KernelConfig(
+        arch="sm_100a", dtype="bfloat16", head_dim=head_dim, head_dim_v=head_dim_v, q_per_kv=q_per_kv, tile=TileShape(128, 128, kv_stage),
+        box_rows=16, is_causal=True, has_window_left=False, has_window_right=False, has_softcap=False, has_sinks=False, has_alibi=False,
+        has_lse=True,
+    )  # fmt: skip
+
+
+def test_counts_by_hand() -> None:
+    edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), kv_stage=4, o_stage=1)}
+    # (full, empty): one elected thread for TMA and commits, one arrival a warp elsewhere.
+    assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "q_load_to_mma": (1, 1),
+        "kv_load_to_mma": (1, 1),
+        "v_tail_load_to_value_tail": (1, 1),
+        "s_mma_to_softmax": (1, 0),
+        "p_softmax_to_mma": (4 + 4, 0),  # four softmax warps wrote P, four correction warps rescaled O
+        "p_rest_softmax_to_mma": (4, 0),
+        "stats_softmax_to_correction": (1, 1),
+        "o_mma_to_correction": (1, 0),
+        "o_correction_to_epilogue": (4, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "q_per_kv", "expected"),
+    [
+        (128, 128, 4, (32768, 32768, 32768)),
+        (64, 64, 1, (16384, 16384, 16384)),
+        (96, 96, 1, (32768, 32768, 32768)),  # the second part is half out of bounds, and boxes count in full
+        (192, 128, 1, (49152, 49152, 32768)),
+        (128, 128, 3, (126 * 256, 32768, 32768)),  # 42 tokens of 3 heads: two idle rows, which no box covers
+        (128, 128, 7, (126 * 256, 32768, 32768)),
+    ],
+)
+def test_tx_bytes_by_hand(head_dim: int, head_dim_v: int, q_per_kv: int, expected: tuple[int, int, int]) -> None:
+    sizes = TileBytes.of(config(head_dim, head_dim_v, q_per_kv))
+    assert (sizes.q_tx_bytes, sizes.k_tx_bytes, sizes.v_tx_bytes) == expected
+
+
+def test_barriers_do_not_overlap() -> None:
+    storage = Storage.of(config(), q_stage=2, o_stage=1)
+    offsets = [offset for offset, _ in storage.barriers.initial_counts()]
+    assert len(set(offsets)) == len(offsets) == 4 + 8 + 2 + 2 + 2 + 2 + 16 + 2 + 2
+    assert min(offsets) > storage.tmem_pointer and max(offsets) + 8 == storage.num_bytes
+    assert all(offset % 8 == 0 for offset in offsets)
+
+
+def test_too_large_a_ring_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shared memory of prefill-.*: expected at most 232448 bytes, got 2\d{5}"):
+        Storage.of(config(kv_stage=5), q_stage=2, o_stage=1)
+
+
+LOAD, MMA = Party("load", Signal.TMA), Party("mma", Signal.COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x_a_to_b", 0, (LOAD,), (MMA,), 16), "at least 1 stage, got 0"),
+        (("payload", 1, (LOAD,), (MMA,), 16), "expected <payload>_<producer>_to_<consumer>, got 'payload'"),
+        (("x_a_to_b", 1, (LOAD,), (MMA,), 0), "tx bytes exactly when one TMA party fills it, got 0 and 1"),
+        (("x_a_to_b", 1, (MMA,), (MMA,), 16), "got 16 and 0"),
+        (("x_a_to_b", 1, (LOAD,), (MMA,), 1 << 20), "1 to 1048575 tx bytes"),
+        (("x_a_to_b", 1, (MMA,), ()), "expected either who empties a buffer or the edge that proves it"),
+        (("x_a_to_b", 1, (), (MMA,)), "expected someone to fill it"),
+    ],
+)
+def test_contradictions_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PipelineEdge(*arguments)
+
+
+def test_a_wrong_party_or_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 1 warp for COMMIT"):
+        Party("mma", Signal.COMMIT, 4)
+    edge = PipelineEdge("x_a_to_b", 1, (MMA,), drained_by="y_b_to_a")
+    with pytest.raises(ValueError, match="expected drained_by to name an edge, got 'y_b_to_a'"):
+        EdgeBarriers((edge,), 0)
+    edges = (edge, PipelineEdge("y_b_to_a", 1, (Party("b", Signal.WARPS, 2),), (MMA,)))
+    with pytest.raises(ValueError, match="distinct names, got x_a_to_b twice"):
+        EdgeBarriers((*edges, edge), 0)
+    with pytest.raises(ValueError, match="y_b_to_a proves"):
+        EdgeBarriers(edges, 0).empty_offset("x_a_to_b")

@@ -1,0 +1,85 @@
+"""A prefill kernel alone on the emulator: host-made work list, chosen schedule seed, race detection, any compile key."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fa4_backend import emulator
+from fa4_backend.compile import CompileKey
+from fa4_backend.emulator.kernels import load_function
+from fa4_backend.kernels.tuning import prefill_key, prefill_tile, tokens_per_work_item
+from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
+from tests.support import host_schedule
+from tests.support.paged_case import BuiltCase, Errors, PagedCase
+
+ALL_PREFILL = 0  # decode_query_len that sends every row to the prefill list
+
+
+@dataclass(frozen=True)
+class EmulatedRun:
+    """What came out of one launch."""
+
+    built: BuiltCase
+    report: emulator.Report
+
+    @property
+    def out(self) -> torch.Tensor:
+        """(total_q + padding, num_q_heads, head_dim_v)."""
+        return self.built.arguments.out
+
+    @property
+    def lse(self) -> torch.Tensor:
+        """(num_q_heads, total_q + padding)."""
+        assert self.built.arguments.lse is not None
+        return self.built.arguments.lse
+
+    def check(self) -> Errors:
+        """Within the error budget, nothing written that is not ours, no race."""
+        assert self.report.races == [], "\n".join(str(race) for race in self.report.races[:3])
+        return self.built.check(self.out, self.lse)
+
+
+def run_prefill(
+    case: PagedCase, *, num_ctas: int = 2, seed: int | None = None, detect_races: bool = True, key: CompileKey | None = None
+) -> EmulatedRun:
+    """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
+
+    Args:
+        seed: of the emulator's schedule; None: deterministic.
+        key: another compile key than the plan's, for ablations.
+    """
+    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key)
+
+
+def run_built(
+    built: BuiltCase, *, num_ctas: int = 2, seed: int | None = None, detect_races: bool = True, key: CompileKey | None = None
+) -> EmulatedRun:
+    """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
+    case, a = built.case, built.arguments
+    plan = case.plan(num_sms=num_ctas)
+    problem = plan.problem
+    function = load_function(key or prefill_key(plan))
+    tiles, begin = _work_list(case, num_ctas, tokens_per_work_item(problem), prefill_tile(problem).tile_n)
+    for result in (a.out, a.lse):
+        result.fill_(math.nan)
+    built.oracle = None
+    with emulator.session(arch=problem.target_arch, num_sms=num_ctas, seed=seed, detect_races=detect_races) as emu:
+        emu.run(
+            function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse, a.sinks, a.alibi_slopes,
+            a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        )  # fmt: skip
+    return EmulatedRun(built, emu.report)
+
+
+def _work_list(case: PagedCase, num_ctas: int, tokens_per_item: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = WorkShape(
+        num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=tokens_per_item, prefill_tile_n=tile_n,
+        decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, decode_rows=1, split_blocks=0, item_overhead=1, l2_tokens=1 << 16,
+    )  # fmt: skip
+    left = NO_WINDOW if case.window_left is None else case.window_left
+    right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right
+    lists = host_schedule.make_lists(shape, list(case.query_lens), list(case.kv_lens), window_left=left, window_right=right)
+    return torch.from_numpy(lists.prefill_tiles.copy()), torch.from_numpy(lists.prefill_begin.copy())
