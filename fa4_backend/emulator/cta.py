@@ -65,7 +65,10 @@ class Warp:
         self.open_bulk_group: BulkGroup | None = None
         self.copy_groups: list[list[Callable[[], None]]] = []
         self.open_copies: list[Callable[[], None]] = []
-        self.extra: dict[str, object] = {}
+        self.tmem_loads: list[tuple[int, np.ndarray, int]] = []  # loads that may not be over (race detector)
+        self.clock = np.zeros(0, np.uint32)
+        if self.races:
+            self.races.start_warp(self)
         self.start_registers(threads)
 
     def start_registers(self, threads: int) -> None:
@@ -414,6 +417,8 @@ class Cluster:
                 quantum = rng.choice((1, 8, 64, 512, 4096))
             steps, progress = warp.state.steps, self.progress
             warp.run(quantum)
+            if self.races:
+                self.races.collect()
             if warp.ready:
                 self.ready.append(warp)
             self.steps += warp.state.steps - steps
@@ -471,6 +476,8 @@ class Cluster:
                 if barrier.arrived:
                     text = f"barrier {barrier.index} ends with {barrier.arrived} of {barrier.expected} threads arrived"
                     self.grid.session.report.note("barrier-leak", f"{text} in kernel {self.grid.program.name[:80]}")
+        if self.races:
+            self.races.close()
         for warp in self.warps():
             self.grid.session.report.add_counts(warp)
             self.grid.give_registers(warp.r)

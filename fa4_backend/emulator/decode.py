@@ -6,7 +6,8 @@ addresses of variables have slots of their own after the registers, so that ever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ class Modifiers:
             raise UnsupportedInstruction(f"{self.opcode}: modifier .{' .'.join(self.parts)}")
 
 
-@dataclass(slots=True)
+@dataclass
 class Program:
     """A kernel ready to run. Everything here is independent of a launch."""
 
@@ -122,11 +123,41 @@ class Program:
     def name(self) -> str:
         return self.kernel.name
 
+    @functools.cached_property
+    def register_readers(self) -> dict[int, list[int]]:
+        """Instructions that read each register (by its index)."""
+        readers: dict[int, list[int]] = {}
+        for pc, instruction in enumerate(self.kernel.instructions):
+            stores = instruction.opcode.startswith(("st.", "red.", "tcgen05.st", "tcgen05.mma", "wgmma.mma"))
+            for number, operand in enumerate(instruction.operands):
+                if number or stores or isinstance(operand, Address):
+                    for register in _registers_in(operand):
+                        readers.setdefault(register.index, []).append(pc)
+            if instruction.guard is not None:
+                readers.setdefault(instruction.guard.index, []).append(pc)
+        return readers
+
     def describe(self, pc: int) -> str:
         if 0 <= pc < len(self.kernel.instructions):
             instruction = self.kernel.instructions[pc]
             return f"instruction {pc} (PTX line {instruction.line}): {instruction.text[:160]}"
         return f"instruction {pc}"
+
+
+def _registers_in(operand: Operand | None) -> Iterator[Register]:
+    if isinstance(operand, Register):
+        yield operand
+    elif isinstance(operand, Vector):
+        for item in operand.items:
+            yield from _registers_in(item)
+    elif isinstance(operand, Pair):
+        yield from _registers_in(operand.first)
+        yield from _registers_in(operand.second)
+    elif isinstance(operand, Not):
+        yield from _registers_in(operand.operand)
+    elif isinstance(operand, Address):
+        for item in (operand.base, *operand.coords, *operand.extra):
+            yield from _registers_in(item)
 
 
 class Builder:

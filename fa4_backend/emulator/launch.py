@@ -263,7 +263,7 @@ class Session:
         return None if self.seed is None else random.Random(f"{self.seed}/{launch}/{cluster}")
 
     def new_races(self, cluster: Cluster) -> Races | None:
-        return None  # the detector is not there yet
+        return Races(cluster) if self.detect_races else None
 
     # -- tensors ------------------------------------------------------------------------------------------------
 

@@ -201,10 +201,24 @@ class WarpState(ctypes.Structure):
         ("fault_address", ctypes.c_uint64),
         ("steps", ctypes.c_uint64),
         ("last_region", ctypes.c_uint32),
+        ("actor", ctypes.c_uint32),
+        ("clock", ctypes.c_void_p),
+        ("pc_now", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
     )
 
 
+class Accessor(ctypes.Structure):
+    _fields_ = (("clock", ctypes.c_void_p), *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial")))
+
+
+class Conflict(ctypes.Structure):
+    _fields_ = tuple(
+        (n, ctypes.c_uint32) for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp")))
+    )
+
+
+MAX_CONFLICTS = 64
 EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED = range(5)
 FAULTS = (
     "none",
@@ -230,4 +244,13 @@ def core() -> ctypes.CDLL:
         getattr(library, name).argtypes = (ctypes.c_void_p,)
     library.emu_shim_set_error.argtypes = (ctypes.c_char_p,)
     library.emu_shim_set_error.restype = None
+    pointer, word, flag = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int
+    library.emu_race_new.argtypes, library.emu_race_new.restype = (pointer, word, word, word), pointer
+    library.emu_race_free.argtypes, library.emu_race_free.restype = (pointer,), None
+    library.emu_race_num_conflicts.argtypes, library.emu_race_num_conflicts.restype = (pointer,), word
+    library.emu_race_take.argtypes, library.emu_race_take.restype = (pointer, pointer), word
+    library.emu_race_access.argtypes = (pointer, flag, word, pointer, word, word, word, pointer, flag)
+    library.emu_race_access.restype = None
+    library.emu_race_tmem.argtypes = (pointer, word, word, word, word, word, pointer, flag)
+    library.emu_race_tmem.restype = None
     return library

@@ -1,11 +1,284 @@
-"""Happens-before race detector."""
+"""Happens-before race detector for shared memory and TMEM.
+
+Every source of accesses is an *actor* with a counter (epoch): a warp's own loads and stores, its tensor core queue, its TMEM loads and
+TMEM stores, its wgmma, bulk-store and cp.async groups, and the copies that signal an mbarrier. A vector clock says up to which epoch of
+every actor things are known to have happened before. Warps carry one; arrives and commits leave it in a barrier, waits take it from
+there. An access that touches a cell whose last write (or, for a write, whose last reads) its clock does not cover is a race.
+
+Proxies: what a warp writes with generic stores, the asynchronous proxy (TMA stores, MMA operands) sees only after
+`fence.proxy.async`. A second actor stands for "writes of this warp that were fenced"; asynchronous accesses are checked against it.
+Bytes written by cp.async need no fence once its completion is known: released kernels (page sizes below a tile) leave it out.
+Epochs: a generic epoch ends when the warp releases or fences; an asynchronous one when its group or commit ends.
+
+Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are one actor. Global memory is not covered.
+Shadow memory lies in `native/races.c`. PTX ISA 9.0: 8 (memory consistency model), 9.7.16.6 (tcgen05 memory consistency).
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-class Races:
-    pass
+import numpy as np
+
+from fa4_backend.emulator import native_core as native
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cluster, Cta, Warp
+
+READ, WRITE = 0, 1
+KINDS = ("is overwritten while it may still be read", "is written twice without order", "is read before its write is known to be complete")
+# Actors of every warp, in this order; a barrier's copies come after all warps'.
+GENERIC, FENCED, TENSOR, TMEM_LOAD, TMEM_STORE, WGMMA, BULK, CP_ASYNC = range(8)
+PER_WARP = 8
+NAMES = ("generic access", "fenced write", "MMA", "tcgen05.ld", "tcgen05.st", "wgmma", "bulk store", "cp.async")
+BARRIERS_PER_CTA = 96
 
 
 class Access:
-    pass
+    """One operation that touches memory, with the clock it was issued under."""
+
+    __slots__ = ("actor", "clock", "native", "races", "releases")
+
+    def __init__(self, races: Races, clock: np.ndarray, actor: int, epoch: int, warp: Warp, through_async: bool) -> None:
+        self.races, self.clock, self.actor = races, clock, actor
+        self.native = native.Accessor(clock.ctypes.data, actor, epoch, warp.state.pc, warp.actor, int(through_async), 0)
+        self.releases: np.ndarray | None = None
+
+
+class Races:
+    """Clocks of a cluster's warps and barriers."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.num_actors = PER_WARP * cluster.num_warps + BARRIERS_PER_CTA * cluster.size
+        self.clocks = np.zeros((cluster.num_warps, self.num_actors), np.uint32)
+        self.barrier_actors: dict[tuple[int, int], int] = {}
+        self.counters = np.ones(self.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
+        self.fenced = np.arange(self.num_actors, dtype=np.uint32)
+        for warp in range(cluster.num_warps):
+            base = PER_WARP * warp
+            self.fenced[base + GENERIC] = base + FENCED
+            self.clocks[warp, base + GENERIC] = 1
+        generic = PER_WARP * np.arange(cluster.num_warps)
+        self.unfenced, self.after_fence = generic + GENERIC, generic + FENCED
+        self.core = native.core()
+        cells = -(-cluster.grid.smem_bytes // 4)
+        self.handle = self.core.emu_race_new(self.fenced.ctypes.data, cluster.size, cells, 8 * 512)
+        cluster.state.race = self.handle
+        self.conflicts = (native.Conflict * native.MAX_CONFLICTS)()
+
+    def close(self) -> None:
+        if self.handle:
+            self.collect()
+            self.cluster.state.race = None
+            self.core.emu_race_free(self.handle)
+            self.handle = None
+
+    def start_warp(self, warp: Warp) -> None:
+        warp.clock = self.clocks[warp.actor]
+        warp.state.clock = warp.clock.ctypes.data
+        warp.state.actor = PER_WARP * warp.actor + GENERIC
+
+    # -- edges between warps ------------------------------------------------------------------------------------
+
+    def release(self, warp: Warp, edge: Any) -> None:
+        """What the warp did happens before what acquires the edge."""
+        if warp.tmem_loads:
+            self.settle_loads(warp)
+        self.join(edge, warp.clock)
+        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+
+    def join(self, edge: Any, clock: np.ndarray) -> None:
+        if edge.clock is None:
+            edge.clock = clock.copy()
+        else:
+            np.maximum(edge.clock, clock, out=edge.clock)
+
+    def snapshot(self, edge: Any) -> np.ndarray:
+        return edge.clock.copy()
+
+    def acquire(self, warp: Warp, edge: Any) -> None:
+        if edge.done_clock is not None:
+            np.maximum(warp.clock, edge.done_clock, out=warp.clock)
+
+    def proxy_fence(self, warp: Warp) -> None:
+        """fence.proxy.async: every generic write that the warp knows of is visible to the asynchronous proxy."""
+        clock = warp.clock
+        clock[self.after_fence] = np.maximum(clock[self.after_fence], clock[self.unfenced])
+        clock[PER_WARP * warp.actor + GENERIC] += 1
+
+    def memory_fence(self, warp: Warp) -> None:
+        """fence.acq_rel and the like order global memory, which is not covered."""
+
+    # -- asynchronous operations --------------------------------------------------------------------------------
+
+    def synchronous(self, warp: Warp) -> Access:
+        actor = PER_WARP * warp.actor + GENERIC
+        return Access(self, warp.clock, actor, int(warp.clock[actor]), warp, False)
+
+    def issue(self, warp: Warp, kind: int, through_async: bool, in_order: bool = False) -> Access:
+        """An operation of one of the warp's asynchronous actors; `in_order`: it follows the earlier ones of that actor."""
+        actor = PER_WARP * warp.actor + kind
+        clock = warp.clock.copy()
+        epoch = int(self.counters[actor])
+        if in_order:
+            clock[actor] = epoch
+        return Access(self, clock, actor, epoch, warp, through_async)
+
+    def issue_mma(self, warp: Warp) -> Access:
+        return self.issue(warp, TENSOR, True, in_order=True)
+
+    def issue_commit(self, warp: Warp) -> Access:
+        access = self.issue(warp, TENSOR, True, in_order=True)
+        self.counters[access.actor] += 1
+        access.releases = access.clock
+        # What the warp does from here on is not covered by the commit.
+        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        return access
+
+    def tmem_load(self, warp: Warp, readers: np.ndarray) -> Access:
+        """A tcgen05.ld is over when `tcgen05.wait::ld` says so, or when one of its results has been used: the instructions `readers`.
+
+        The ISA asks for the wait; compilers leave it out and rely on the hardware's scoreboard, which the second rule follows.
+        """
+        access = self.issue(warp, TMEM_LOAD, False, in_order=True)
+        self.counters[access.actor] += 1
+        warp.tmem_loads.append((access.native.epoch, readers, int(warp.counts[readers].sum())))
+        return access
+
+    def settle_loads(self, warp: Warp) -> None:
+        """Before the warp releases or stores: which of its TMEM loads are over?"""
+        loads = warp.tmem_loads
+        for i in range(len(loads) - 1, -1, -1):
+            epoch, readers, before = loads[i]
+            if int(warp.counts[readers].sum()) != before:
+                self.acquire_groups(warp, TMEM_LOAD, epoch)
+                del loads[: i + 1]
+                return
+
+    def tmem_store(self, warp: Warp) -> Access:
+        self.settle_loads(warp)
+        return self.issue(warp, TMEM_STORE, False, in_order=True)
+
+    def tmem_wait(self, warp: Warp, is_load: bool) -> None:
+        actor = PER_WARP * warp.actor + (TMEM_LOAD if is_load else TMEM_STORE)
+        self.acquire_groups(warp, actor % PER_WARP, int(self.counters[actor]))
+        self.counters[actor] += 1
+        if is_load:
+            warp.tmem_loads.clear()
+
+    def issue_wgmma(self, warp: Warp) -> Access:
+        return self.issue(warp, WGMMA, True, in_order=True)
+
+    def commit_wgmma(self, warp: Warp) -> None:
+        self.counters[PER_WARP * warp.actor + WGMMA] += 1
+
+    def wait_wgmma(self, warp: Warp, allowed: int) -> None:
+        self.acquire_groups(warp, WGMMA, int(self.counters[PER_WARP * warp.actor + WGMMA]) - 1 - allowed)
+
+    def acquire_groups(self, warp: Warp, kind: int, epoch: int) -> None:
+        actor = PER_WARP * warp.actor + kind
+        warp.clock[actor] = max(int(warp.clock[actor]), epoch)
+
+    def issue_bulk_read(self, warp: Warp) -> Access:
+        return self.issue(warp, BULK, True, in_order=True)
+
+    def commit_bulk(self, warp: Warp) -> int:
+        actor = PER_WARP * warp.actor + BULK
+        self.counters[actor] += 1
+        return int(self.counters[actor]) - 1
+
+    def acquire_bulk(self, warp: Warp, epoch: int) -> None:
+        self.acquire_groups(warp, BULK, epoch)
+
+    def issue_cp_async(self, warp: Warp) -> Access:
+        return self.issue(warp, CP_ASYNC, False, in_order=True)
+
+    def commit_cp_async(self, warp: Warp) -> None:
+        self.counters[PER_WARP * warp.actor + CP_ASYNC] += 1
+
+    def wait_cp_async(self, warp: Warp, allowed: int, everything: bool) -> None:
+        if everything:
+            self.counters[PER_WARP * warp.actor + CP_ASYNC] += 1
+        self.acquire_groups(warp, CP_ASYNC, int(self.counters[PER_WARP * warp.actor + CP_ASYNC]) - 1 - allowed)
+
+    def issue_cp_async_arrive(self, warp: Warp) -> Access:
+        access = self.issue(warp, CP_ASYNC, False, in_order=True)
+        self.counters[access.actor] += 1
+        access.releases = access.clock
+        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        return access
+
+    def issue_copy(self, warp: Warp, barrier: Any) -> Access:
+        """A copy that signals an mbarrier: its actor is the barrier, its epoch the phase that it takes part in."""
+        key = (barrier.cta.rank, barrier.offset)
+        actor = self.barrier_actors.get(key)
+        if actor is None:
+            actor = self.barrier_actors[key] = PER_WARP * self.cluster.num_warps + len(self.barrier_actors)
+        clock = warp.clock.copy()
+        access = Access(self, clock, actor, barrier.phase + 1, warp, True)
+        access.releases = clock.copy()
+        access.releases[actor] = barrier.phase + 1
+        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        return access
+
+    def complete(self, access: Access, barrier: Any) -> None:
+        """The operation arrives on a barrier: who waits for it knows what the operation knew, and the operation itself."""
+        assert access.releases is not None
+        self.join(barrier, access.releases)
+
+    # -- accesses -----------------------------------------------------------------------------------------------
+
+    def smem_chunks(self, access: Access, cta: Cta, chunks: np.ndarray, write: bool) -> None:
+        """Chunks of 16 bytes."""
+        cells = np.ascontiguousarray(chunks, np.int64)
+        self.core.emu_race_access(
+            self.handle, 0, cta.rank, cells.ctypes.data, cells.size, 4, 4, ctypes.addressof(access.native), int(write)
+        )
+
+    def smem_cells(self, access: Access, cta: Cta, cells: np.ndarray, write: bool) -> None:
+        cells = np.ascontiguousarray(cells, np.int64)
+        self.core.emu_race_access(
+            self.handle, 0, cta.rank, cells.ctypes.data, cells.size, 1, 1, ctypes.addressof(access.native), int(write)
+        )
+
+    def shared_write(self, warp: Warp, cta: Cta, offset: int, num_bytes: int) -> None:
+        self.smem_cells(self.synchronous(warp), cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=True)
+
+    def shared_read(self, warp: Warp, cta: Cta, offset: int, num_bytes: int) -> None:
+        self.smem_cells(self.synchronous(warp), cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=False)
+
+    def tmem_access(
+        self, access: Access, cta: Cta, groups: Sequence[int], column: int, columns: int, write: bool, read: bool = False
+    ) -> None:
+        """Columns of some groups of 16 lanes; `read`: the operation reads before it writes."""
+        where = (self.handle, cta.rank, groups[0], len(groups), column, columns, ctypes.addressof(access.native))
+        if read or not write:
+            self.core.emu_race_tmem(*where, READ)
+        if write:
+            self.core.emu_race_tmem(*where, WRITE)
+
+    # -- reports ------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Turn conflicts found since the last call into findings."""
+        if not self.core.emu_race_num_conflicts(self.handle):
+            return
+        count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
+        for conflict in self.conflicts[:count]:
+            later = self.who(conflict.new_actor, conflict.new_warp, conflict.new_pc)
+            if conflict.kind == 3:
+                self.cluster.grid.session.report.note("uninitialised", f"memory that nobody wrote is read by {later}")
+                continue
+            earlier = self.who(conflict.old_actor, conflict.old_warp, conflict.old_pc)
+            text = f"memory {KINDS[conflict.kind]}\n  first:  {earlier}\n  second: {later}"
+            self.cluster.grid.session.report.note("race", text)
+
+    def who(self, actor: int, warp: int, pc: int) -> str:
+        per_cta = self.cluster.ctas[0].num_warps
+        program = self.cluster.grid.program
+        kind = NAMES[actor % PER_WARP] if actor < PER_WARP * self.cluster.num_warps else "copy"
+        rank = f" of CTA rank {warp // per_cta}" if self.cluster.size > 1 else ""
+        return f"{kind} by warp {warp % per_cta}{rank}, {program.describe(pc)}"

@@ -24,7 +24,7 @@ from fa4_backend.emulator.matrices import (
     to_float32,
 )
 from fa4_backend.emulator.mbarrier import find_barrier, value_reader
-from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Vector
+from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta, Warp
@@ -191,6 +191,14 @@ def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handl
     lane_index, column_index = _cell_indices(shape, repeat)
     height = 32 if simple else 16
     what = ins.opcode
+    results = [item.index for item in items if isinstance(item, Register)]
+    known_readers: list[np.ndarray] = []
+
+    def readers(warp: Warp) -> np.ndarray:
+        if not known_readers:
+            table = warp.program.register_readers
+            known_readers.append(np.unique([pc for r in results for pc in table.get(r, ())]).astype(np.int64))
+        return known_readers[0]
 
     def handler(warp: Warp) -> None:
         cta = warp.cta
@@ -202,7 +210,7 @@ def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handl
         check_allocated(cta, column, columns)
         tmem = cta.tmem_cells()
         if warp.races:
-            access = warp.races.tmem_load(warp) if is_load else warp.races.tmem_store(warp)
+            access = warp.races.tmem_load(warp, readers(warp)) if is_load else warp.races.tmem_store(warp)
             warp.races.tmem_access(access, cta, range(lane // 16, (lane + height) // 16), column, columns, write=not is_load)
         if simple:
             block = tmem[lane : lane + 32, column : column + columns]

@@ -69,7 +69,10 @@ typedef struct {
   u32 fault, fault_lane, fault_bytes, fault_space;
   u64 fault_address;
   u64 steps;
-  u32 last_region, pad;
+  u32 last_region;
+  u32 actor;   // of its generic accesses, in the race detector
+  u32* clock;  // its vector clock
+  u32 pc_now, pad;
 } Warp;
 
 u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write);

@@ -217,9 +217,11 @@ int emu_run(Warp* w, i64 max_steps) {
       }
       case OP_LOAD:
       case OP_STORE:
+        w->pc_now = pc;
         if (m && !memory_access(w, I, m, I->op == OP_STORE)) { w->pc = pc; return EV_FAULT; }
         break;
       case OP_ATOMIC:
+        w->pc_now = pc;
         if (m && !atomic_access(w, I, m)) { w->pc = pc; return EV_FAULT; }
         break;
       case OP_BRANCH: {
