@@ -19,7 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from fa4_backend.kernels.work_list import TILE_INTS
+from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule_launch import ScheduleConfig
@@ -78,8 +78,8 @@ class ScheduleKernel:
         seqused_k: cute.Tensor,  # (batch,) int32
         prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
         prefill_begin: cute.Tensor,  # (num_ctas + 1,) int32
-        decode_tiles: cute.Tensor,  # (max_decode_tiles, TILE_INTS) int32
-        decode_begin: cute.Tensor,  # (decode_num_ctas + 1,) int32
+        decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
+        decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         num_kv_heads: Int32,
         tokens_per_tile: Int32,
         prefill_tile_n: Int32,
@@ -97,8 +97,8 @@ class ScheduleKernel:
             num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
             split_blocks, item_overhead, l2_tokens, window_left, window_right,
         )  # fmt: skip
-        num_ctas = cute.ceil_div(cute.size(decode_begin), NUM_WARPS)
-        self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_begin, params).launch(
+        num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
+        self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_first, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
 
@@ -110,7 +110,7 @@ class ScheduleKernel:
         prefill_tiles: cute.Tensor,
         prefill_begin: cute.Tensor,
         decode_tiles: cute.Tensor,
-        decode_begin: cute.Tensor,
+        decode_first: cute.Tensor,
         params: ScheduleParams,
     ):
         smem = cutlass.utils.SmemAllocator()
@@ -124,8 +124,9 @@ class ScheduleKernel:
         sums = ints(NUM_WARPS)
 
         num_decode, num_prefill = self.scan_rows(cu_seqlens_q, seqused_k, rows, sums, params)
-        self.cut_decode(rows, cuts, sums, num_decode, cute.size(decode_begin) - 1, params)
-        self.write_decode(rows, cuts, decode_tiles, decode_begin, params)
+        num_cuts = self.usable_ctas(rows, sums, num_decode, decode_first.shape[0], params)
+        self.cut_decode(rows, cuts, sums, num_decode, num_cuts, params)
+        self.write_decode(cu_seqlens_q, seqused_k, rows, cuts, decode_tiles, decode_first, num_cuts, params)
         if num_prefill > 0:
             self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
         self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, params)
@@ -170,6 +171,32 @@ class ScheduleKernel:
             rows.decode_cost[decode_done] = cost_done
         cute.arch.sync_threads()
         return decode_done, prefill_done
+
+    @cute.jit
+    def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams) -> Int32:
+        """CTAs to cut the line for. Where all rows are equally long, a few CTAs less may give every one the same whole
+        share of row groups (or row groups the same number of parts), which saves the splits; ends with a barrier."""
+        tidx, _, _ = cute.arch.thread_idx()
+        if tidx == 0:
+            sums[0] = Int32(0)
+        cute.arch.sync_threads()
+        for row in range(tidx, num_decode, NUM_THREADS):
+            if rows.decode_cost[row + 1] - rows.decode_cost[row] != rows.decode_cost[1]:
+                sums[0] = Int32(1)
+        cute.arch.sync_threads()
+        items = num_decode * params.num_kv_heads
+        usable = num_ctas
+        if sums[0] == 0 and items > 0:
+            if items <= num_ctas:
+                usable = num_ctas - num_ctas % items
+            else:
+                share = (items + num_ctas - 1) // num_ctas
+                if items % share == 0:
+                    usable = items // share
+        if usable * 8 < num_ctas * 7:
+            usable = num_ctas
+        cute.arch.sync_threads()
+        return usable
 
     @cute.jit
     def cut_decode(self, rows: RowTables, cuts: CutTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams):
@@ -223,47 +250,62 @@ class ScheduleKernel:
         cute.arch.sync_threads()
 
     @cute.jit
-    def write_decode(self, rows: RowTables, cuts: CutTables, decode_tiles: cute.Tensor, decode_begin: cute.Tensor, params: ScheduleParams):
+    def write_decode(
+        self,
+        cu_seqlens_q: cute.Tensor,
+        seqused_k: cute.Tensor,
+        rows: RowTables,
+        cuts: CutTables,
+        decode_tiles: cute.Tensor,
+        decode_first: cute.Tensor,
+        num_cuts: Int32,
+        params: ScheduleParams,
+    ):
         """Each warp writes the entries of one consumer CTA, a lane an entry."""
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         lane = tidx % 32
         cta = bidx * NUM_WARPS + tidx // 32
-        num_ctas = cute.size(decode_begin) - 1
-        if cta <= num_ctas:
+        if cta < decode_first.shape[0]:
             first_item, first_block = cuts.item[cta], cuts.block[cta]
+            last_item, last_block = cuts.item[cta + 1], cuts.block[cta + 1]
             begin = first_item + cuts.inner[cta]
-            if lane == 0:
-                decode_begin[cta] = begin
-            if cta < num_ctas:
-                last_item, last_block = cuts.item[cta + 1], cuts.block[cta + 1]
-                count = last_item + cuts.inner[cta + 1] - begin
-                for entry in range(lane, count, 32):
-                    item = first_item + entry
-                    row = item // params.num_kv_heads
-                    begin_block = rows.decode_begin[row]
-                    block = Int32(0)
-                    if entry == 0:
-                        block = first_block
-                    stop = rows.decode_blocks[row]
-                    if item == last_item:
-                        stop = last_block
-                    slot, first_slot, pieces = Int32(-1), Int32(0), Int32(1)
-                    if block > 0 or item == last_item:
-                        first_cut = lower_bound_cut(cuts, num_ctas + 1, item, Int32(1))
-                        next_cut = lower_bound_cut(cuts, num_ctas + 1, item + 1, Int32(0))
-                        first_slot = cuts.slot[first_cut]
-                        pieces = cuts.slot[next_cut] - first_slot
-                        piece = Int32(0)
-                        if params.split_blocks > 0:
-                            split = params.split_blocks
-                            piece = (begin_block + block) // split - begin_block // split
-                        elif block > 0:
-                            piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
-                        slot = first_slot + piece
-                    head = item - row * params.num_kv_heads
-                    values = (rows.decode_seq[row], head, Int32(0), begin_block + block, begin_block + stop, slot, first_slot, pieces)
-                    store_tile(decode_tiles, begin + entry, values)
+            count = last_item + cuts.inner[cta + 1] - begin
+            if count == 0 and lane == 0:
+                decode_first[cta, NUM_ENTRIES] = Int32(0)
+            for entry in range(lane, count, 32):
+                item = first_item + entry
+                row = item // params.num_kv_heads
+                head = item - row * params.num_kv_heads
+                seq_idx = rows.decode_seq[row]
+                q_begin = cu_seqlens_q[seq_idx]
+                query_len = cu_seqlens_q[seq_idx + 1] - q_begin
+                kv_len = seqused_k[seq_idx]
+                begin_block = rows.decode_begin[row]
+                block = Int32(0)
+                if entry == 0:
+                    block = first_block
+                stop = rows.decode_blocks[row]
+                if item == last_item:
+                    stop = last_block
+                slot, first_slot, pieces = Int32(-1), Int32(0), Int32(1)
+                if block > 0 or item == last_item:
+                    first_cut = lower_bound_cut(cuts, num_cuts + 1, item, Int32(1))
+                    next_cut = lower_bound_cut(cuts, num_cuts + 1, item + 1, Int32(0))
+                    first_slot = cuts.slot[first_cut]
+                    pieces = cuts.slot[next_cut] - first_slot
+                    piece = Int32(0)
+                    if params.split_blocks > 0:
+                        split = params.split_blocks
+                        piece = (begin_block + block) // split - begin_block // split
+                    elif block > 0:
+                        piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
+                    slot = first_slot + piece
+                tile = (seq_idx, head, Int32(0), begin_block + block, begin_block + stop, slot, first_slot, pieces)
+                values = (*tile, q_begin, query_len, kv_len, count, begin + 1, Int32(0), Int32(0), Int32(0))
+                store_tile(decode_tiles, begin + entry, values)
+                if entry == 0:
+                    store_tile(decode_first, cta, values)
 
     @cute.jit
     def order_prefill(
@@ -417,11 +459,12 @@ def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -
 
 @cute.jit
 def store_tile(tiles: cute.Tensor, index: Int32, values: tuple):
-    """Write one entry with two 16-byte stores."""
-    entry = cute.make_rmem_tensor(TILE_INTS, Int32)
-    for i in cutlass.range_constexpr(TILE_INTS):
+    """Write one entry with 16-byte stores."""
+    size = cutlass.const_expr(len(values))
+    entry = cute.make_rmem_tensor(size, Int32)
+    for i in cutlass.range_constexpr(size):
         entry[i] = values[i]
-    target = cute.make_tensor(tiles.iterator + cutlass.Int64(index) * TILE_INTS, cute.make_layout(TILE_INTS))
+    target = cute.make_tensor(tiles.iterator + cutlass.Int64(index) * size, cute.make_layout(size))
     target = cute.make_tensor(target.iterator.align(16), target.layout)
     cute.autovec_copy(entry, target)
 
@@ -433,9 +476,10 @@ def build(config: ScheduleConfig) -> tuple[ScheduleKernel, tuple[Any, ...]]:
     def lengths() -> cute.Tensor:
         return make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,), assumed_align=4)
 
-    def tiles() -> cute.Tensor:
-        return make_fake_tensor(Int32, (cute.sym_int32(), TILE_INTS), stride=(TILE_INTS, 1), assumed_align=16)
+    def tiles(size: int) -> cute.Tensor:
+        return make_fake_tensor(Int32, (cute.sym_int32(), size), stride=(size, 1), assumed_align=16)
 
     scalars = [Int32(0)] * len(ScheduleParams._fields)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    return ScheduleKernel(config.max_num_seqs), (lengths(), lengths(), tiles(), lengths(), tiles(), lengths(), *scalars, stream)
+    lists = (tiles(TILE_INTS), lengths(), tiles(DECODE_INTS), tiles(DECODE_INTS))
+    return ScheduleKernel(config.max_num_seqs), (lengths(), lengths(), *lists, *scalars, stream)

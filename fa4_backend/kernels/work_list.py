@@ -1,7 +1,7 @@
 """Work lists: which CTA does which tile. Made on the device once a step (`schedule.py`), read by every layer's kernels.
 
-A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry is eight int32 (the names below
-index it):
+A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry of the prefill list is TILE_INTS
+int32, one of the decode list DECODE_INTS (the names below index both; the second group is the decode list's alone):
 
     seq_idx, kv_head_idx     whose queries and keys
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
@@ -10,6 +10,10 @@ index it):
                              split-KV workspace that it fills
     first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which whoever arrives
                              last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1
+
+    q_begin, query_len, kv_len   the sequence's first row in q, its query tokens and KV tokens: a kernel needs no second look-up
+    num_entries, next_entry  only in `decode_first`, whose row c repeats the first entry of CTA c: how many entries it has and
+                             where its second one stands. So a CTA reaches its first page with one look-up less.
 
 A *row group* is one (sequence, KV head, query block). With `split_blocks` > 0 (batch invariance) a row group's KV is
 cut at multiples of `split_blocks` tiles whatever the batch is, and each such piece has a slot of its own; else an
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 TILE_INTS = 8
 SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(TILE_INTS)
+DECODE_INTS = 16
+Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY = range(TILE_INTS, TILE_INTS + 5)
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
 ITEM_OVERHEAD = 0  # KV tiles; beginning and ending a row group hides behind the next one's loads
@@ -80,8 +86,8 @@ class WorkLists:
     shape: WorkShape
     prefill_tiles: torch.Tensor  # (max_prefill_tiles, TILE_INTS) int32
     prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
-    decode_tiles: torch.Tensor  # (max_decode_tiles, TILE_INTS) int32
-    decode_begin: torch.Tensor  # (decode_num_ctas + 1,) int32
+    decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
+    decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     o_partial: torch.Tensor  # (max_slots, decode_rows, head_dim_v) float32, divided by its own denominator
     lse_partial: torch.Tensor  # (max_slots, decode_rows) float32, log2 of the denominator
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
@@ -101,8 +107,8 @@ class WorkLists:
             shape,
             prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_tokens, limits.max_num_seqs), TILE_INTS),
             prefill_begin=ints(shape.num_ctas + 1),
-            decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), TILE_INTS),
-            decode_begin=ints(shape.decode_num_ctas + 1),
+            decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
+            decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             o_partial=torch.empty(slots, max(1, shape.decode_rows), plan.problem.head_dim_v, dtype=torch.float32, device=device),
             lse_partial=torch.empty(slots, max(1, shape.decode_rows), dtype=torch.float32, device=device),
             arrivals=ints(slots),

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkShape
+from fa4_backend.kernels.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkShape
 
 
 @dataclass(frozen=True)
 class HostLists:
-    """Both lists as arrays: tiles (n, TILE_INTS) and begin (ctas + 1,), int32."""
+    """Both lists as arrays of int32: prefill tiles (n, TILE_INTS) and begin (ctas + 1,), decode tiles and first (.., DECODE_INTS).
+
+    Unused ints of `decode_tiles` are 0; rows of `decode_first` without an entry are 0.
+    """
 
     prefill_tiles: np.ndarray
     prefill_begin: np.ndarray
     decode_tiles: np.ndarray
-    decode_begin: np.ndarray
+    decode_first: np.ndarray
 
 
 def make_lists(
@@ -31,7 +34,8 @@ def make_lists(
     rows = list(zip(range(len(kv_lens)), query_lens, kv_lens, strict=True))
     decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
     prefill = [row for row in rows if row[1] > shape.decode_query_len]
-    return HostLists(*_prefill(shape, prefill, window_left, window_right), *_decode(shape, decode, window_left))
+    q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
+    return HostLists(*_prefill(shape, prefill, window_left, window_right), *_decode(shape, decode, window_left, q_begins))
 
 
 def _prefill(shape: WorkShape, rows: list, window_left: int, window_right: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +59,8 @@ def _prefill(shape: WorkShape, rows: list, window_left: int, window_right: int) 
     return _flatten(ctas)
 
 
-def _decode(shape: WorkShape, rows: list, window_left: int) -> tuple[np.ndarray, np.ndarray]:
+def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
     groups = []  # (seq_idx, head, first n_block, end n_block)
     for seq_idx, query_len, kv_len in rows:
         begin = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
@@ -64,9 +69,10 @@ def _decode(shape: WorkShape, rows: list, window_left: int) -> tuple[np.ndarray,
     cost = [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total, ctas = int(starts[-1]), shape.decode_num_ctas
+    used = _usable_ctas(cost, ctas)
     cuts = []
     for c in range(ctas + 1):
-        position = c * (total // ctas) + c * (total % ctas) // ctas
+        position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
         item = int(np.searchsorted(starts, position, side="right")) - 1
         if item >= len(groups):
             cuts.append((len(groups), 0))
@@ -105,9 +111,33 @@ def _decode(shape: WorkShape, rows: list, window_left: int) -> tuple[np.ndarray,
                 split = shape.split_blocks
                 piece = (begin + block) // split - begin // split if split else bounds[item].index(block)
                 where = (first_slots[item] + piece, first_slots[item], pieces[item])
-            lists[c].append((seq_idx, head, 0, begin + block, begin + stop, *where))
+            lists[c].append((seq_idx, head, 0, begin + block, begin + stop, *where, *lengths[seq_idx]))
             item, block = item + 1, 0
-    return _flatten(lists)
+    tiles = np.zeros((sum(map(len, lists)), DECODE_INTS), dtype=np.int32)
+    first = np.zeros((ctas, DECODE_INTS), dtype=np.int32)
+    at = 0
+    for c, entries in enumerate(lists):
+        for i, entry in enumerate(entries):
+            tiles[at + i, : len(entry)] = entry
+        if entries:
+            first[c, : len(entries[0]) + 2] = (*entries[0], len(entries), at + 1)
+        at += len(entries)
+    return tiles, first
+
+
+def _usable_ctas(cost: list[int], ctas: int) -> int:
+    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost."""
+    items = len(cost)
+    if not items or len(set(cost)) > 1:
+        return ctas
+    used = ctas
+    if items <= ctas:
+        used = ctas - ctas % items
+    else:
+        share = -(-items // ctas)
+        if items % share == 0:
+            used = items // share
+    return used if used * 8 >= ctas * 7 else ctas
 
 
 def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ kernel serves every page size, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.plan import BatchLimits
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
@@ -17,9 +17,10 @@ TILE_N = BOX_KEYS * BOXES
 MMA_ROWS = 16  # packed query rows of one mma.sync
 MAX_ROWS = 64  # packed query rows: four row groups of four key warps
 MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
-CTAS_PER_SM = 1
 SMEM_BYTES = 227 * 1024
-RESERVED_BYTES = 1024  # barriers, the alignment of the first tile, flags
+RESERVED_BYTES = 768  # barriers, entries, flags, alignment
+ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
+MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         assert self.rows <= MAX_ROWS, f"{self.query_len=} {self.q_per_kv=}"
-        assert self.kv_stage >= 2, f"{self.kv_stage=} {self.kv_stage_bytes=} {self.merge_bytes=}"
 
     @property
     def builder(self) -> str:
@@ -102,33 +102,46 @@ class DecodeConfig:
         return TILE_N * (self.head_dim + self.head_dim_v) * self.element_bytes
 
     @property
-    def merge_bytes(self) -> int:
-        """Where the key warps of each row group meet: O of each in float32, its maximum and its denominator."""
-        return self.num_consumer_warps * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
+    def q_stage_bytes(self) -> int:
+        """Q of an entry, whole row groups; rows past `rows` are never written."""
+        return self.row_groups * MMA_ROWS * self.head_dim * self.element_bytes
+
+    @property
+    def merge_buffers(self) -> int:
+        """Key warps of a row group that lay down their O at once: all four, or two and two where that leaves room for more KV tiles."""
+        return BOXES if self._kv_stage(BOXES) >= self._kv_stage(BOXES // 2) else BOXES // 2
 
     @property
     def kv_stage(self) -> int:
         """KV tiles in flight: as many as fit. A tile of d128 is 32 KB; the H200 needs about 45 KB in flight an SM (4.8 TB/s, 1.2 us)."""
-        return min(8, (SMEM_BYTES // self.ctas_per_sm - RESERVED_BYTES - self.merge_bytes) // self.kv_stage_bytes)
+        return self._kv_stage(self.merge_buffers)
+
+    def _merge_bytes(self, buffers: int) -> int:
+        return buffers * self.row_groups * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
+
+    def _kv_stage(self, merge_buffers: int) -> int:
+        other = RESERVED_BYTES + self._merge_bytes(merge_buffers) + ENTRY_STAGE * self.q_stage_bytes
+        # Each CTA costs 1 KiB of the SM's 228 beside its own.
+        return min(8, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
 
 
 def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: float32, more packed rows than `MAX_ROWS`, or heads so wide that two KV tiles do not fit.
+    That is: float32, more packed rows than `MAX_ROWS`, or heads wider than 256.
     """
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
         return None
     if problem.head_dim % 16 or problem.head_dim_v % 16 or max(problem.head_dim, problem.head_dim_v) > 256:
         return None
-    return DecodeConfig(
+    config = DecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,
         query_len=limits.decode_query_len,
-        ctas_per_sm=CTAS_PER_SM,
+        ctas_per_sm=1,
         is_causal=problem.is_causal,
         has_window_left=problem.has_window_left,
         has_window_right=problem.has_window_right,
@@ -138,6 +151,11 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
         has_lse=problem.has_lse,
         has_pieces=problem.batch_invariant,
     )
+    # Two small CTAs hide each other's beginnings and ends: 32/8 d128 page 16 on an H200, against one CTA with the same bytes in
+    # flight: 1 x 16K 32.4 us (35.8), 8 x 1K 23.4 (24.9), 256 ragged rows 389 (412), 64 x 16K 955 (966); 1 x 1K 12.0 (11.4).
+    pair = replace(config, ctas_per_sm=2)
+    fits_registers = config.row_groups == 1 and config.head_dim_v <= 128  # 5 warps of up to 204 registers, twice
+    return pair if fits_registers and pair.kv_stage >= 2 else config
 
 
 def split_tiles(limits: BatchLimits) -> int:

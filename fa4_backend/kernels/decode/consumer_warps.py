@@ -7,7 +7,6 @@ entry (or a piece of it) ends and `merge` adds them up. S, P and O live in regis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,22 +15,15 @@ from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.online_softmax import update_max
-from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, TILE_N, DecodeConfig
-from fa4_backend.kernels.decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.decode.config import BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
+from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
-from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, read_entry
+from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.work_list import NUM_ENTRIES
 
 RESCALE_THRESHOLD = 8.0  # log2 units a row's maximum may grow before O is rescaled; weights reach 2^8, exact in the end
-
-
-class RowState(NamedTuple):
-    """Registers of a lane for its two rows."""
-
-    rO: cute.Tensor  # (4 * head_dim_v / 8,) float32, fragments of mma.sync
-    rMax: cute.Tensor  # (2,) float32, row_max of the scores in the units of ScoreTransform
-    rSum: cute.Tensor  # (2,) float32, this lane's share of row_sum
 
 
 @dataclass(frozen=True)
@@ -49,12 +41,11 @@ class ConsumerWarps:
         self,
         step: StepTensors,
         values: CallValues,
-        mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         results: ResultTensors,
         shared: SharedTensors,
     ):
-        """Work off this CTA's entries; waits for a tile, attends, releases it."""
+        """Work off this CTA's entries: waits for an entry and its Q, then for each tile; attends; releases both."""
         c = self.config
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         cta, _, _ = cute.arch.block_idx()
@@ -66,11 +57,21 @@ class ConsumerWarps:
         rQ = cute.make_rmem_tensor(c.head_dim // 4, Int32)
         totals = self.merge.make_totals()
         slot, phase = Int32(0), Int32(0)
-        for index in cutlass.range(step.mBegin[cta], step.mBegin[cta + 1], unroll=1):
-            entry = read_entry(step, index)
+        stage, entry_phase = Int32(0), Int32(0)
+        num_pending = Int32(0)
+        for _ in cutlass.range(step.mFirst[cta, NUM_ENTRIES], unroll=1):
+            cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
+            entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
+            self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(shared.entry_empty + stage)
+            stage += 1
+            if stage == ENTRY_STAGE:
+                stage = Int32(0)
+                entry_phase ^= 1
             begin, end = self.visible.clip(entry, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
-            self._load_query(mQ, entry, first_row, rows, rQ)
             self.merge.reset(totals)
             first_piece, last_piece = self.merge.pieces(entry, values)
             for piece in cutlass.range(first_piece, last_piece, unroll=1):
@@ -93,24 +94,29 @@ class ConsumerWarps:
                         slot = Int32(0)
                         phase ^= 1
                 self.merge.meet(state, shared, self.scores.scale_log2(values))
-                self.merge.finish_piece(entry, piece - first_piece, self.scores.scale_log2(values), shared, totals, results)
-            self.merge.finish_entry(entry, last_piece - first_piece, shared, totals, results)
+                self.merge.finish_piece(entry, piece - first_piece, shared, totals, results)
+            if entry.partial_slot >= 0:
+                self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
+                num_pending += 1
+            else:
+                self.merge.finish_whole(entry, totals, results)
+        if num_pending > 0:
+            self.merge.arrive(num_pending, shared, results)
+            for pending in cutlass.range(num_pending, unroll=1):
+                if shared.sFlag[pending] == 1:
+                    self.merge.combine(entry_of(lambda field: shared.sPending[pending, field]), totals, results)  # noqa: B023
 
     @cute.jit
-    def _load_query(self, mQ: cute.Tensor, entry: Entry, first_row: Int32, rows: tuple[RowView, RowView], rQ: cute.Tensor):
-        """A fragments of this lane's two packed rows; rows that are no token are zero."""
+    def _load_query(self, q_address: Int32, row_group: Int32, rQ: cute.Tensor):
+        """A fragments of this warp's 16 packed rows; idle rows repeat the last one and are masked."""
         c = self.config
-        pair = cute.arch.lane_idx() % 4
-        rQ.fill(0)
-        for h in cutlass.range_constexpr(2):
-            row = first_row + 8 * h
-            if rows[h].is_valid:
-                token = row // c.q_per_kv
-                head = entry.kv_head_idx * c.q_per_kv + row - token * c.q_per_kv
-                words = cute.recast_tensor(mQ[entry.seqlen.q_begin + token, head, None], Int32)
-                for step in cutlass.range_constexpr(c.head_dim // 16):
-                    rQ[4 * step + h] = words[8 * step + pair]
-                    rQ[4 * step + 2 + h] = words[8 * step + 4 + pair]
+        lane = cute.arch.lane_idx()
+        row = cutlass.min(row_group * MMA_ROWS + lane % 16, c.rows - 1)
+        address = q_address + row * (c.head_dim * c.element_bytes) + lane // 16 * 16
+        for step in cutlass.range_constexpr(c.head_dim // 16):
+            words = load_matrices(address + 32 * step, transpose=False)
+            for i in cutlass.range_constexpr(4):
+                rQ[4 * step + i] = words[i]
 
     @cute.jit
     def _attend(

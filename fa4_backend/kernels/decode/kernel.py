@@ -13,11 +13,12 @@ from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
-from fa4_backend.kernels.decode.load_warp import LoadWarp
+from fa4_backend.kernels.decode.load_warp import LoadWarp, TensorMaps
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import ELEMENT_TYPES, DecodeStorage
 from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
+from fa4_backend.kernels.work_list import DECODE_INTS
 
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 
@@ -40,12 +41,10 @@ class DecodeKernel:
         mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
-        mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
-        mTiles: cute.Tensor,  # (max_decode_tiles, TILE_INTS) int32
-        mBegin: cute.Tensor,  # (decode_num_ctas + 1,) int32
+        mTiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
+        mFirst: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         mOPartial: cute.Tensor,  # (max_slots, decode_rows, head_dim_v) float32
         mLsePartial: cute.Tensor,  # (max_slots, decode_rows) float32
         mArrivals: cute.Tensor,  # (max_slots,) int32
@@ -59,18 +58,28 @@ class DecodeKernel:
         stream,
     ):
         """Launch one CTA for each range of the work list."""
-        k_atom, _ = self._box_tma(mK)
-        v_atom, _ = self._box_tma(mV)
-        step = StepTensors(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(mK.shape[1]))
+        maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
+        step = StepTensors(mPageTable, mTiles, mFirst, Int32(mK.shape[1]))
         values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
         results = ResultTensors(mO, mLse, mOPartial, mLsePartial, mArrivals, mSinks)
-        self.kernel(mQ, k_atom, v_atom, mSlopes, step, values, results).launch(
-            grid=(cute.size(mBegin) - 1, 1, 1),
+        self.kernel(maps, mSlopes, step, values, results).launch(
+            grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),
             stream=stream,
         )
 
-    def _box_tma(self, cache: cute.Tensor) -> tuple[cute.CopyAtom, cute.Tensor]:
+    def _query_tma(self, mQ: cute.Tensor) -> cute.CopyAtom:
+        """TMA of the packed rows of one KV head: all tokens a decode row may have, one behind the other. Rows past a
+        sequence's end are another's or zeros; they are masked."""
+        c = self.config
+        # Modes of one element are moved behind the others in a tensor map: `LoadWarp` counts on this order.
+        order, counts = ([2, 0, 1], (c.query_len, 1)) if c.q_per_kv == 1 else ([2, 1, 0], (c.q_per_kv, c.query_len))
+        rows_first = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=order))
+        shape = (c.head_dim, *counts)
+        tile = cute.make_layout(shape, stride=(1, c.head_dim, c.head_dim * counts[0]))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, tile, shape)[0]
+
+    def _box_tma(self, cache: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box: 16 keys of a page, all parts of a head, each as wide as its swizzle."""
         part = self.config.part_elems(cache.shape[3])
         parts = cache.shape[3] // part
@@ -83,14 +92,12 @@ class DecodeKernel:
         rows_first = cute.make_tensor(cache.iterator, layout)
         shape = (part, BOX_KEYS, parts)[: len(inner)]
         box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, part, part * BOX_KEYS)[: len(inner)]))
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     @cute.kernel
     def kernel(
         self,
-        mQ: cute.Tensor,
-        k_atom: cute.CopyAtom,
-        v_atom: cute.CopyAtom,
+        maps: TensorMaps,
         mSlopes: cute.Tensor | None,
         step: StepTensors,
         values: CallValues,
@@ -100,16 +107,16 @@ class DecodeKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = self.storage.allocate()
         if warp == self.config.num_consumer_warps:
-            cpasync.prefetch_descriptor(k_atom)
-            cpasync.prefetch_descriptor(v_atom)
+            for atom in maps:
+                cpasync.prefetch_descriptor(atom)
         if warp == 0:
             with cute.arch.elect_one():
                 self.storage.init_barriers(shared)
         cute.arch.sync_threads()
         if warp == self.config.num_consumer_warps:
-            self.load_warp.run(step, values, k_atom, v_atom, shared)
+            self.load_warp.run(step, values, maps, shared)
         else:
-            self.consumer_warps.run(step, values, mQ, mSlopes, results, shared)
+            self.consumer_warps.run(step, values, mSlopes, results, shared)
 
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
@@ -138,12 +145,10 @@ def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
         rows(c.head_dim, 4),
         rows(c.head_dim_v, 4),
         make_fake_tensor(Int32, (n(), n()), stride=(wide(), 1), assumed_align=4),
-        dense(Int32, n()),
-        dense(Int32, n()),
         rows(c.head_dim_v, 3),
         make_fake_tensor(fp32, (n(), n()), stride=(wide(), 1), assumed_align=4) if c.has_lse else None,
-        dense(Int32, n(), 8, align=16),
-        dense(Int32, n()),
+        dense(Int32, n(), DECODE_INTS, align=16),
+        dense(Int32, n(), DECODE_INTS, align=16),
         dense(fp32, n(), c.rows, c.head_dim_v, align=16),
         dense(fp32, n(), c.rows),
         dense(Int32, n()),

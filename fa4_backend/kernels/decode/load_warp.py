@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, TILE_N
+from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, read_entry
+from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
 
 TILES_A_LOOKUP = 32 // BOXES  # KV tiles whose pages one read of the page table finds, a box a lane
+
+
+class TensorMaps(NamedTuple):
+    """TMA atoms: all packed rows of an entry's Q at once, and boxes of 16 keys of K and of V."""
+
+    q: cute.CopyAtom
+    k: cute.CopyAtom
+    v: cute.CopyAtom
 
 
 @dataclass(frozen=True)
@@ -24,16 +34,35 @@ class LoadWarp:
     visible: VisibleTiles
 
     @cute.jit
-    def run(self, step: StepTensors, values: CallValues, k_atom: cute.CopyAtom, v_atom: cute.CopyAtom, shared: SharedTensors):
-        """Load every visible tile of this CTA's entries; boxes past the sequence's last token are left out."""
+    def run(self, step: StepTensors, values: CallValues, maps: TensorMaps, shared: SharedTensors):
+        """Publish every entry of this CTA with its Q, then load its visible tiles; boxes past the last token are left out."""
         c = self.storage.config
         box_bytes = cutlass.const_expr(sum(self.storage.box_bytes))
-        k_map, v_map = ptx.tma_descriptor(k_atom), ptx.tma_descriptor(v_atom)
+        q_map, k_map, v_map = (ptx.tma_descriptor(atom) for atom in maps)
         lane = cute.arch.lane_idx()
         cta, _, _ = cute.arch.block_idx()
         slot, phase = Int32(0), Int32(0)
-        for index in cutlass.range(step.mBegin[cta], step.mBegin[cta + 1], unroll=1):
-            entry = read_entry(step, index)
+        stage, entry_phase = Int32(0), Int32(0)
+        # A lane holds one int of the entry at hand; the next entry's is on its way while this one's tiles are loaded.
+        word = step.mFirst[cta, lane % DECODE_INTS]
+        num_entries = cute.arch.shuffle_sync(word, NUM_ENTRIES)
+        next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
+        for index in cutlass.range(num_entries, unroll=1):
+            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field))  # noqa: B023 (called at once)
+            cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
+            if lane < DECODE_INTS:
+                shared.sEntry[stage, lane] = word
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(shared.entry_full + stage, c.rows * c.head_dim * c.element_bytes)
+                ptx.tma_load(q_map, self.storage.q_tile(shared, stage), (shared.entry_full + stage).toint(), self._query_coords(entry))
+            stage += 1
+            if stage == ENTRY_STAGE:
+                stage = Int32(0)
+                entry_phase ^= 1
+            if index + 1 < num_entries:
+                word = step.mTiles[next_entry + index, lane % DECODE_INTS]
+
             begin, end = self.visible.clip(entry, values)
             page, row = Int32(0), Int32(0)
             for n_block in cutlass.range(begin, end, unroll=1):
@@ -63,6 +92,12 @@ class LoadWarp:
                 if slot == c.kv_stage:
                     slot = Int32(0)
                     phase ^= 1
+
+    def _query_coords(self, entry: Entry) -> tuple[Int32 | int, ...]:
+        """Coordinates of an entry's Q in its tensor map: element, then head and row of q in the order that `kernel` made."""
+        group = self.storage.config.q_per_kv
+        head, row = entry.kv_head_idx * group, entry.seqlen.q_begin
+        return (0, row, head) if group == 1 else (0, head, row)
 
     def _box_coords(self, head_dim: int, where: tuple[Int32, Int32, Int32]) -> tuple[Int32 | int, ...]:
         """Coordinates of a box in the tensor map: element, row in page, part of the head where there are several, KV head, page."""

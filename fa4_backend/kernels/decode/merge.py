@@ -20,10 +20,12 @@ from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, DecodeConfig
 from fa4_backend.kernels.decode.storage import SharedTensors
 from fa4_backend.kernels.decode.work import CallValues, Entry
+from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 VEC = 4  # elements of a thread's vector
-COMBINE_BATCH = 8  # slots whose loads are in flight together
+PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
+COMBINE_LOADS = 16  # 16-byte loads of slots that a thread has in flight together
 
 
 class ResultTensors(NamedTuple):
@@ -35,6 +37,14 @@ class ResultTensors(NamedTuple):
     mLsePartial: cute.Tensor  # (max_slots, decode_rows) float32, log2
     mArrivals: cute.Tensor  # (max_slots,) int32
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
+
+
+class RowState(NamedTuple):
+    """Registers of a consumer lane for its two rows."""
+
+    rO: cute.Tensor  # (4 * head_dim_v / 8,) float32, fragments of mma.sync
+    rMax: cute.Tensor  # (2,) float32, row_max of the scores in the units of ScoreTransform
+    rSum: cute.Tensor  # (2,) float32, this lane's share of row_sum
 
 
 class Totals(NamedTuple):
@@ -94,29 +104,69 @@ class Merge:
         return cutlass.max(begin, piece * values.split_blocks), cutlass.min(end, (piece + 1) * values.split_blocks)
 
     @cute.jit
-    def meet(self, state, shared: SharedTensors, scale_log2: Float32):
-        """Every consumer warp lays down its O, row_max and row_sum; ends with a barrier of the consumers. state: RowState."""
-        c = self.config
-        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        group, pair = lane // 4, lane % 4
+    def meet(self, state: RowState, shared: SharedTensors, scale_log2: Float32):
+        """The key warps lay down their O, row_max and row_sum, in two turns where the buffers are two; ends with a barrier."""
+        warp = cute.arch.warp_idx()
+        row_group, key_warp = warp // BOXES, warp % BOXES
         for h in cutlass.range_constexpr(2):
-            row_sum = state.rSum[h]
+            state.rMax[h] = state.rMax[h] * scale_log2
             for offset in (1, 2):
-                row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset)
-            row = group + 8 * h
-            if warp // BOXES * MMA_ROWS + row < c.rows:
-                if pair == 0:
-                    shared.sMax[warp, row] = state.rMax[h] * scale_log2
-                    shared.sSum[warp, row] = row_sum
-                for i in cutlass.range_constexpr(c.head_dim_v // 8):
-                    for e in cutlass.range_constexpr(2):
-                        shared.sO[warp, row, 8 * i + 2 * pair + e] = state.rO[4 * i + 2 * h + e]
+                state.rSum[h] = state.rSum[h] + cute.arch.shuffle_sync_bfly(state.rSum[h], offset)
+        buffers = const_expr(self.config.merge_buffers)
+        buffer = row_group * buffers + key_warp % buffers
+        if const_expr(buffers < BOXES):
+            if key_warp >= buffers:
+                self._lay_down(state, shared, row_group, buffer)
+            self._barrier()
+            if key_warp < buffers:
+                self._take_up(state, shared, row_group, buffer)
+                # Each lane overwrites just what it read.
+                self._lay_down(state, shared, row_group, buffer)
+        else:
+            self._lay_down(state, shared, row_group, buffer)
         self._barrier()
 
     @cute.jit
-    def finish_piece(
-        self, entry: Entry, piece_in_entry: Int32, scale_log2: Float32, shared: SharedTensors, totals: Totals, results: ResultTensors
-    ):
+    def _lay_down(self, state: RowState, shared: SharedTensors, row_group: Int32, buffer: Int32):
+        """This warp's rows to a buffer."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        group, pair = lane // 4, lane % 4
+        for h in cutlass.range_constexpr(2):
+            row = group + 8 * h
+            if row_group * MMA_ROWS + row < c.rows:
+                if pair == 0:
+                    shared.sMax[buffer, row] = state.rMax[h]
+                    shared.sSum[buffer, row] = state.rSum[h]
+                for i in cutlass.range_constexpr(c.head_dim_v // 8):
+                    for e in cutlass.range_constexpr(2):
+                        shared.sO[buffer, row, 8 * i + 2 * pair + e] = state.rO[4 * i + 2 * h + e]
+
+    @cute.jit
+    def _take_up(self, state: RowState, shared: SharedTensors, row_group: Int32, buffer: Int32):
+        """Add a buffer to this warp's rows."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        group, pair = lane // 4, lane % 4
+        for h in cutlass.range_constexpr(2):
+            row = group + 8 * h
+            if row_group * MMA_ROWS + row < c.rows:
+                other_max, other_sum = shared.sMax[buffer, row], shared.sSum[buffer, row]
+                row_max = cute.arch.fmax(state.rMax[h], other_max)
+                finite = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
+                weight = cute.math.exp2(state.rMax[h] - finite, fastmath=True)
+                other_weight = cute.math.exp2(other_max - finite, fastmath=True)
+                for i in cutlass.range_constexpr(c.head_dim_v // 8):
+                    for e in cutlass.range_constexpr(2):
+                        other = shared.sO[buffer, row, 8 * i + 2 * pair + e]
+                        state.rO[4 * i + 2 * h + e] = state.rO[4 * i + 2 * h + e] * weight + other * other_weight
+                state.rSum[h] = state.rSum[h] * weight + other_sum * other_weight
+                state.rMax[h] = row_max
+        # The row's four lanes read one maximum and one sum, which the first of them will overwrite.
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def finish_piece(self, entry: Entry, piece_in_entry: Int32, shared: SharedTensors, totals: Totals, results: ResultTensors):
         """Add up the key warps; to `out`, to the running totals or to the piece's slot. Ends with a barrier of the consumers."""
         c = self.config
         for v in cutlass.range_constexpr(self.vectors):
@@ -138,52 +188,67 @@ class Merge:
         self._barrier()
 
     @cute.jit
-    def finish_entry(self, entry: Entry, pieces_here: Int32, shared: SharedTensors, totals: Totals, results: ResultTensors):
-        """After the last piece: write the totals, or arrive at the row group's slots and combine them if this CTA is the last."""
-        c = self.config
-        if entry.partial_slot >= 0:
-            tidx, _, _ = cute.arch.thread_idx()
-            cute.arch.fence_acq_rel_gpu()  # the slots before the arrival
-            self._barrier()
-            if tidx == 0:
-                arrived = cute.arch.atomic_add(results.mArrivals.iterator + entry.first_slot, pieces_here, sem="acq_rel", scope="gpu")
-                is_last = Int32(0)
-                if arrived + pieces_here == entry.num_pieces:
-                    is_last = Int32(1)
-                    results.mArrivals[entry.first_slot] = Int32(0)  # for the next launch
-                shared.sFlag[0] = is_last
-            self._barrier()
-            if shared.sFlag[0] == 1:
-                cute.arch.fence_acq_rel_gpu()  # the arrival before the others' slots
-                self._combine(entry, totals, results)
-        elif const_expr(c.has_pieces):
+    def finish_whole(self, entry: Entry, totals: Totals, results: ResultTensors):
+        """After the last piece of an entry that is a whole row group: write the totals."""
+        if const_expr(self.config.has_pieces):
             for v in cutlass.range_constexpr(self.vectors):
                 row, at = self._vector(v)
-                if row < c.rows:
-                    o = [totals.rO[v, e] for e in range(VEC)]
-                    self._write(results, entry, row, at, o, totals.rMax[v], totals.rSum[v])
+                if row < self.config.rows:
+                    self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
 
     @cute.jit
-    def _combine(self, entry: Entry, totals: Totals, results: ResultTensors):
+    def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
+        """Note an entry whose slots are written; its arrival waits until the CTA is done, so that all share one fence."""
+        tidx, _, _ = cute.arch.thread_idx()
+        if tidx == 0:
+            q = entry.seqlen
+            fields = (
+                (KV_HEAD_IDX, entry.kv_head_idx), (FIRST_SLOT, entry.first_slot), (NUM_PIECES, entry.num_pieces),
+                (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
+            )  # fmt: skip
+            for field, value in fields:
+                shared.sPending[place, field] = value
+
+    @cute.jit
+    def arrive(self, num_pending: Int32, shared: SharedTensors, results: ResultTensors):
+        """Arrive at the slots of every pending entry; sFlag tells where this CTA is the last. Ends with a barrier of the consumers."""
+        tidx, _, _ = cute.arch.thread_idx()
+        cute.arch.fence_acq_rel_gpu()  # the slots before the arrival
+        self._barrier()
+        if tidx < num_pending:
+            first_slot, pieces_here = shared.sPending[tidx, FIRST_SLOT], shared.sPending[tidx, PIECES_HERE]
+            arrived = cute.arch.atomic_add(results.mArrivals.iterator + first_slot, pieces_here, sem="acq_rel", scope="gpu")
+            is_last = Int32(0)
+            if arrived + pieces_here == shared.sPending[tidx, NUM_PIECES]:
+                is_last = Int32(1)
+                results.mArrivals[first_slot] = Int32(0)  # for the next launch
+            shared.sFlag[tidx] = is_last
+        self._barrier()
+        cute.arch.fence_acq_rel_gpu()  # the arrival before the others' slots
+
+    @cute.jit
+    def combine(self, entry: Entry, totals: Totals, results: ResultTensors):
         """Add up all slots of a row group and write it."""
         c = self.config
+        batch = const_expr(max(1, COMBINE_LOADS // self.vectors))
         self.reset(totals)
+        for base in cutlass.range(0, entry.num_pieces, batch, unroll=1):
+            fetched = []
+            for i in cutlass.range_constexpr(batch):
+                slot = entry.first_slot + cutlass.min(base + i, entry.num_pieces - 1)
+                for v in cutlass.range_constexpr(self.vectors):
+                    row, at = self._vector(v)
+                    row = cutlass.min(row, c.rows - 1)
+                    # Past the last piece: the last again, without weight.
+                    lse_log2 = cutlass.select_(base + i < entry.num_pieces, results.mLsePartial[slot, row], -Float32.inf)
+                    r = cute.make_rmem_tensor(VEC, Float32)
+                    cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
+                    fetched.append((v, r, lse_log2))
+            for v, r, lse_log2 in fetched:
+                self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                for base in cutlass.range(0, entry.num_pieces, COMBINE_BATCH, unroll=1):
-                    fetched = []
-                    for i in cutlass.range_constexpr(COMBINE_BATCH):
-                        piece = cutlass.min(base + i, entry.num_pieces - 1)
-                        slot = entry.first_slot + piece
-                        lse_log2 = results.mLsePartial[slot, row]
-                        # Past the last piece: the last again, without weight.
-                        lse_log2 = cutlass.select_(base + i < entry.num_pieces, lse_log2, -Float32.inf)
-                        r = cute.make_rmem_tensor(VEC, Float32)
-                        cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
-                        fetched.append((r, lse_log2))
-                    for r, lse_log2 in fetched:
-                        self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
                 self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
 
     def _vector(self, v: int) -> tuple[Int32, Int32]:
@@ -195,17 +260,20 @@ class Merge:
 
     def _add_warps(self, shared: SharedTensors, row: Int32, at: Int32):
         """One vector summed over the key warps: values relative to the common maximum (log2), the maximum, the denominator."""
-        warp, row_in_group = row // MMA_ROWS * BOXES, row % MMA_ROWS
-        maxima = [shared.sMax[warp + k, row_in_group] for k in range(BOXES)]
-        row_max = cute.arch.fmax(cute.arch.fmax(maxima[0], maxima[1]), cute.arch.fmax(maxima[2], maxima[3]))
+        buffers = self.config.merge_buffers
+        first, row_in_group = row // MMA_ROWS * buffers, row % MMA_ROWS
+        maxima = [shared.sMax[first + k, row_in_group] for k in range(buffers)]
+        row_max = maxima[0]
+        for other in maxima[1:]:
+            row_max = cute.arch.fmax(row_max, other)
         finite = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
         o, row_sum = [Float32(0.0)] * VEC, Float32(0.0)
-        for k in range(BOXES):
+        for k in range(buffers):
             weight = cute.math.exp2(maxima[k] - finite, fastmath=True)
             r = cute.make_rmem_tensor(VEC, Float32)
-            cute.autovec_copy(self._row_vector(shared.sO[warp + k, row_in_group, None], at), r)
+            cute.autovec_copy(self._row_vector(shared.sO[first + k, row_in_group, None], at), r)
             o = [o[e] + r[e] * weight for e in range(VEC)]
-            row_sum = row_sum + shared.sSum[warp + k, row_in_group] * weight
+            row_sum = row_sum + shared.sSum[first + k, row_in_group] * weight
         return o, row_max, row_sum
 
     def _normalize(self, o: list[Float32], row_max: Float32, row_sum: Float32):

@@ -1,4 +1,4 @@
-"""Shared memory of a decode CTA: a ring of KV tiles, the place where the key warps of a row group meet, barriers."""
+"""Shared memory of a decode CTA: a ring of KV tiles, a ring of entries with their Q, the place where key warps meet, barriers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.decode.config import BOX_KEYS, MERGE_PAD, TILE_N, DecodeConfig
+from fa4_backend.kernels.decode.config import BOX_KEYS, ENTRY_STAGE, MAX_PENDING, MERGE_PAD, TILE_N, DecodeConfig
+from fa4_backend.kernels.work_list import DECODE_INTS
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
@@ -20,10 +21,15 @@ class SharedTensors(NamedTuple):
     kv_address: Int32  # kv_stage tiles, each 4 boxes of K, then 4 boxes of V
     kv_full: cute.Pointer  # kv_stage mbarriers: a tile has arrived
     kv_empty: cute.Pointer  # kv_stage mbarriers: every consumer warp is done with it
-    sO: cute.Tensor  # (consumer warps, merge_rows, head_dim_v) float32: O of each warp, relative to its maximum
-    sMax: cute.Tensor  # (consumer warps, merge_rows) float32, row_max
-    sSum: cute.Tensor  # (consumer warps, merge_rows) float32, row_sum
-    sFlag: cute.Tensor  # (1,) int32: this CTA arrived last
+    q_address: Int32  # ENTRY_STAGE tiles of Q, packed rows one behind the other, not swizzled
+    entry_full: cute.Pointer  # ENTRY_STAGE mbarriers: an entry's ints and its Q have arrived
+    entry_empty: cute.Pointer  # ENTRY_STAGE mbarriers: every consumer warp has them in registers
+    sEntry: cute.Tensor  # (ENTRY_STAGE, DECODE_INTS) int32
+    sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32: entries whose slots are written, whose arrival is due
+    sO: cute.Tensor  # (row groups * merge_buffers, merge_rows, head_dim_v) float32: O of a key warp, relative to its maximum
+    sMax: cute.Tensor  # (row groups * merge_buffers, merge_rows) float32, row_max in log2 units
+    sSum: cute.Tensor  # (row groups * merge_buffers, merge_rows) float32, row_sum
+    sFlag: cute.Tensor  # (MAX_PENDING,) int32: this CTA arrived last at a pending entry's slots
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,29 @@ class DecodeStorage:
         c = self.config
         smem = cutlass.utils.SmemAllocator()
         tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=1024)
-        full = smem.allocate_array(cutlass.Int64, c.kv_stage, byte_alignment=8)
-        empty = smem.allocate_array(cutlass.Int64, c.kv_stage, byte_alignment=8)
-        warps, pitch = c.num_consumer_warps, c.head_dim_v + MERGE_PAD
-        merged = cute.make_layout((warps, c.merge_rows, c.head_dim_v), stride=(c.merge_rows * pitch, pitch, 1))
-        rows = cute.make_layout((warps, c.merge_rows), stride=(c.merge_rows, 1))
+        queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=128)
+        barriers = smem.allocate_array(cutlass.Int64, 2 * (c.kv_stage + ENTRY_STAGE), byte_alignment=8)
+        buffers, pitch = c.row_groups * c.merge_buffers, c.head_dim_v + MERGE_PAD
+        merged = cute.make_layout((buffers, c.merge_rows, c.head_dim_v), stride=(c.merge_rows * pitch, pitch, 1))
+        rows = cute.make_layout((buffers, c.merge_rows), stride=(c.merge_rows, 1))
+
+        def ints(count: int) -> cute.Tensor:
+            layout = cute.make_layout((count, DECODE_INTS), stride=(DECODE_INTS, 1))
+            return smem.allocate_tensor(Int32, layout, byte_alignment=16)
+
         return SharedTensors(
             tiles.toint(),
-            full,
-            empty,
+            barriers,
+            barriers + c.kv_stage,
+            queries.toint(),
+            barriers + 2 * c.kv_stage,
+            barriers + 2 * c.kv_stage + ENTRY_STAGE,
+            ints(ENTRY_STAGE),
+            ints(MAX_PENDING),
             smem.allocate_tensor(cutlass.Float32, merged, byte_alignment=16),
             smem.allocate_tensor(cutlass.Float32, rows, byte_alignment=16),
             smem.allocate_tensor(cutlass.Float32, rows, byte_alignment=16),
-            smem.allocate_tensor(Int32, cute.make_layout(1), byte_alignment=4),
+            smem.allocate_tensor(Int32, cute.make_layout(MAX_PENDING), byte_alignment=4),
         )
 
     @cute.jit
@@ -65,7 +81,14 @@ class DecodeStorage:
         for stage in cutlass.range_constexpr(self.config.kv_stage):
             cute.arch.mbarrier_init(shared.kv_full + stage, 1)
             cute.arch.mbarrier_init(shared.kv_empty + stage, self.config.num_consumer_warps)
+        for stage in cutlass.range_constexpr(ENTRY_STAGE):
+            cute.arch.mbarrier_init(shared.entry_full + stage, 1)
+            cute.arch.mbarrier_init(shared.entry_empty + stage, self.config.num_consumer_warps)
         cute.arch.mbarrier_init_fence()
+
+    def q_tile(self, shared: SharedTensors, stage: Int32) -> Int32:
+        """Address of an entry's Q."""
+        return shared.q_address + stage * self.config.q_stage_bytes
 
     def k_box(self, shared: SharedTensors, slot: Int32, box: Int32) -> Int32:
         """Address of a box of K."""

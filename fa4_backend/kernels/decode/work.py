@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +16,13 @@ from fa4_backend.kernels.decode.config import TILE_N
 from fa4_backend.kernels.work_list import (
     FIRST_SLOT,
     KV_HEAD_IDX,
+    KV_LEN,
     N_BLOCK_BEGIN,
     N_BLOCK_END,
     NUM_PIECES,
     PARTIAL_SLOT,
+    Q_BEGIN,
+    QUERY_LEN,
     SEQ_IDX,
 )
 
@@ -27,10 +31,8 @@ class StepTensors(NamedTuple):
     """The step, as every layer's launch reads it."""
 
     mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
-    mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
-    mTiles: cute.Tensor  # (max_decode_tiles, TILE_INTS) int32
-    mBegin: cute.Tensor  # (decode_num_ctas + 1,) int32
+    mTiles: cute.Tensor  # (max_decode_tiles, DECODE_INTS) int32
+    mFirst: cute.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     page_size: Int32  # tokens a page
 
 
@@ -57,15 +59,11 @@ class Entry(NamedTuple):
     seqlen: SeqlenInfo
 
 
-def read_entry(step: StepTensors, index: Int32) -> Entry:
-    """Entry `index` and the lengths of its sequence."""
-    tile = step.mTiles[index, None]
-    seq_idx = tile[SEQ_IDX]
-    q_begin = step.mCuSeqlensQ[seq_idx]
-    seqlen = SeqlenInfo(q_begin, step.mCuSeqlensQ[seq_idx + 1] - q_begin, step.mSeqUsedK[seq_idx])
-    return Entry(
-        seq_idx, tile[KV_HEAD_IDX], tile[N_BLOCK_BEGIN], tile[N_BLOCK_END], tile[PARTIAL_SLOT], tile[FIRST_SLOT], tile[NUM_PIECES], seqlen
-    )
+def entry_of(field: Callable[[int], Int32]) -> Entry:
+    """The entry whose ints `field` reads: by shuffle from the lanes that hold them, or from shared memory."""
+    seqlen = SeqlenInfo(field(Q_BEGIN), field(QUERY_LEN), field(KV_LEN))
+    order = (SEQ_IDX, KV_HEAD_IDX, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES)
+    return Entry(*(field(i) for i in order), seqlen)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""The batches that `fa4 bench decode` times, without tensors and with them."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+import torch
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One batch: KV lengths and query lengths of its rows, and the heads."""
+
+    name: str
+    kv_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+
+    @property
+    def label(self) -> str:
+        """Heads, page size and batch on one line."""
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim} page {self.page_size}: {self.name}"
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that must be read once."""
+        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * 2
+
+    @property
+    def max_query_len(self) -> int:
+        """Longest query."""
+        return max(self.query_lens)
+
+    @property
+    def decode_query_len(self) -> int:
+        """Longest query of a decode row; longer ones in the batch are prefill chunks."""
+        return min(self.query_lens)
+
+
+def uniform(rows: int, kv_len: int, query_len: int = 1) -> DecodeBatch:
+    """`rows` equal rows."""
+    queries = f", {query_len} queries" if query_len > 1 else ""
+    return DecodeBatch(f"{rows} x {_short(kv_len)}{queries}", (kv_len,) * rows, (query_len,) * rows)
+
+
+def ragged_batches() -> list[DecodeBatch]:
+    """The batches where schedules differ; the same lengths in every run."""
+    draw = random.Random(7)
+
+    def log_uniform(rows: int, low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(math.exp(draw.uniform(math.log(low), math.log(high)))) for _ in range(rows))
+
+    named = {
+        "64 rows, log-uniform 128..32K": log_uniform(64, 128, 32768),
+        "256 rows, log-uniform 64..8K": log_uniform(256, 64, 8192),
+        "31 x 1K + 1 x 128K": (1024,) * 31 + (131072,),
+        "7 x 512 + 1 x 64K": (512,) * 7 + (65536,),
+    }
+    return [DecodeBatch(name, lens, (1,) * len(lens)) for name, lens in named.items()]
+
+
+def issue_batches() -> dict[str, list[DecodeBatch]]:
+    """Named sets. `grid`: batch x KV; `heads`: other heads, pages and query lengths; `ragged`; `mixed`: with a prefill chunk."""
+    sizes = [(rows, kv) for rows in (1, 8, 64) for kv in (1024, 4096, 16384)]
+    grid = [uniform(*size) for size in [*sizes[:3], (1, 131072), *sizes[3:]]]
+    some = [uniform(1, 4096), uniform(8, 4096), uniform(64, 4096)]
+    heads = [
+        *(replace(b, num_q_heads=64, num_kv_heads=8) for b in some),
+        *(replace(b, num_q_heads=32, num_kv_heads=32) for b in some),
+        *(replace(b, num_q_heads=9, num_kv_heads=3, head_dim=64) for b in some),
+        *(replace(b, num_q_heads=16, num_kv_heads=2) for b in some),
+        *(replace(b, page_size=64) for b in some),
+        *(uniform(rows, 4096, query_len) for rows in (1, 32) for query_len in (2, 4)),
+    ]
+    mixed = [DecodeBatch("32 x 4K + a 2K chunk of 6K", (4096,) * 32 + (6144,), (1,) * 32 + (2048,))]
+    return {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed}
+
+
+@dataclass
+class BatchTensors:
+    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    out: torch.Tensor
+    pages_of: list[int]
+
+    @classmethod
+    def make(cls, batch: DecodeBatch) -> BatchTensors:
+        """Draw the tensors; the seed is the caller's."""
+        b, device = batch, "cuda"
+        pages_of = [-(-n // b.page_size) for n in b.kv_lens]
+        num_pages = sum(pages_of) + 8
+        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE)
+        k_cache, v_cache = pool.split(b.head_dim, dim=-1)
+        shuffled = torch.randperm(num_pages, device=device).int()
+        page_table = torch.zeros(len(pages_of), max(pages_of), device=device, dtype=torch.int32)
+        at = 0
+        for row, pages in enumerate(pages_of):
+            page_table[row, :pages] = shuffled[at : at + pages]
+            at += pages
+        cu_seqlens_q = torch.tensor([0, *b.query_lens], device=device).cumsum(0).int()
+        q = torch.randn(sum(b.query_lens), b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
+        seqused_k = torch.tensor(b.kv_lens, device=device, dtype=torch.int32)
+        return cls(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, torch.empty_like(q), pages_of)
+
+    def error(self, batch: DecodeBatch) -> float:
+        """Largest error of `out` on the batch's longest decode row against float32 attention."""
+        row = max(range(len(batch.kv_lens)), key=lambda i: (batch.query_lens[i] == batch.decode_query_len, batch.kv_lens[i]))
+        kv_len, query_len = batch.kv_lens[row], batch.query_lens[row]
+        pages = self.page_table[row, : self.pages_of[row]].long()
+        group = batch.num_q_heads // batch.num_kv_heads
+        k, v = (x[pages].flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
+        begin = int(self.cu_seqlens_q[row])
+        q = self.q[begin : begin + query_len].float().unflatten(1, (batch.num_kv_heads, group))
+        scores = torch.einsum("qhgd,khd->hgqk", q, k) * batch.head_dim**-0.5
+        hidden = torch.arange(kv_len, device=q.device)[None] > torch.arange(query_len, device=q.device)[:, None] + kv_len - query_len
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        want = torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
+        return (self.out[begin : begin + query_len].float() - want).abs().max().item()
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
