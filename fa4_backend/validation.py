@@ -32,8 +32,17 @@ class KernelSupport:
 _BLACKWELL = KernelSupport(
     ("bfloat16", "float16"), ((64, 64), (96, 96), (128, 128), (192, 128)), 32, max_q_per_kv=128, features=frozenset(FEATURES)
 )
+_HOPPER = KernelSupport(
+    dtypes=("bfloat16", "float16"),
+    head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
+    head_dim_multiple=32,
+    max_q_per_kv=128,  # rows of the smaller query tile
+    features=frozenset(FEATURES),
+)
+
 SUPPORT: dict[str, KernelSupport] = {
     REFERENCE_ARCH: KernelSupport(tuple(DTYPE_BYTES), None, 8, None, frozenset(FEATURES)),
+    "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
 

@@ -23,8 +23,9 @@ class TileShape:
     tile_m: int  # packed query rows a CTA works on
     tile_n: int  # KV tokens a step
     kv_stage: int  # shared-memory buffers for K and V tiles, together
-    ping_pong: bool = True  # sm90: warpgroups take turns in issuing products
+    ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
+    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class KernelConfig:
         flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse")
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
-        tile += "" if self.tile.ping_pong else "-freely"
+        tile += "-turns" if self.tile.ping_pong else ""
+        tile += "-skip" if self.tile.skip else ""
         return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property

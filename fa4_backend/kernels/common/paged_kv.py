@@ -40,36 +40,52 @@ class PagedKv:
     num_parts: int
     slot_elems: int  # elements of a shared-memory slot
     stages: int
+    whole_rows: bool  # a box holds whole heads (one part after the other), else one part
 
     @staticmethod
-    def of(config: KernelConfig, head_dim: int, slot_elems: int) -> "PagedKv":
+    def of(config: KernelConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
         """Geometry for rows of `head_dim` elements."""
         part = config.part_elems(head_dim)
-        return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage)
+        return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage, whole_rows)
 
     @property
     def num_boxes(self) -> int:
         """Boxes of a tile along KV tokens."""
         return self.tile_n // self.box_rows
 
+    @property
+    def tile_elems(self) -> int:
+        """Elements that the boxes of one tile bring."""
+        return self.tile_n * self.part_elems * self.num_parts
+
+    @property
+    def box_parts(self) -> int:
+        """Head parts of one box."""
+        return self.num_parts if self.whole_rows else 1
+
     def make_tma(self, cache: cute.Tensor, swizzle: cute.Swizzle) -> tuple[cute.CopyAtom, cute.Tensor]:
         """TMA copy of boxes of `cache` (num_pages, page_size, num_kv_heads, head_dim), any strides but the last."""
-        rows_first = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[1, 3, 2, 0]))
-        box = cute.make_composed_layout(swizzle, 0, cute.make_layout((self.box_rows, self.part_elems), stride=(self.part_elems, 1)))
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, (self.box_rows, self.part_elems))
+        rows, part = self.box_rows, self.part_elems
+        pages, page_size, heads = (cute.size(cache, mode=[i]) for i in range(3))
+        page_stride, row_stride, head_stride, _ = cache.stride
+        by_parts = cute.make_layout((page_size, part, self.num_parts, heads, pages), stride=(row_stride, 1, part, head_stride, page_stride))
+        tile = (rows, part, self.box_parts)
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(tile, stride=(part, 1, rows * part)))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(cache.iterator, by_parts), box, tile)
 
     @cute.jit
     def partition(self, atom: cute.CopyAtom, mX: cute.Tensor, sX_ptr: cute.Pointer) -> TmaOperand:
         """Both sides of the copy, box by box. mX: the TMA's coordinate tensor; sX_ptr: slot 0."""
-        part, rows = self.part_elems, self.box_rows
+        rows, part, parts = self.box_rows, self.part_elems, self.box_parts
+        box_elems = rows * part * parts
+        part_elems = box_elems if self.whole_rows else self.tile_n * part
         boxes = cute.make_layout(
-            ((rows, part), self.num_boxes, self.num_parts, self.stages),
-            stride=((part, 1), rows * part, self.tile_n * part, self.slot_elems),
+            ((rows, part, parts), self.num_boxes, self.num_parts // parts, self.stages),
+            stride=((part, 1, rows * part), box_elems, part_elems, self.slot_elems),
         )
-        sX = cute.make_tensor(sX_ptr, boxes)
-        # (box_rows, part, row boxes, parts, kv heads, pages)
-        gX = cute.flat_divide(mX, (rows, part))
-        tXsX, tXgX = cpasync.tma_partition(atom, 0, cute.make_layout(1), sX, cute.group_modes(gX, 0, 2))
+        # (box_rows, part, box parts, row boxes, 1, head parts / box parts, kv heads, pages)
+        gX = cute.flat_divide(mX, (rows, part, parts))
+        tXsX, tXgX = cpasync.tma_partition(atom, 0, cute.make_layout(1), cute.make_tensor(sX_ptr, boxes), cute.group_modes(gX, 0, 3))
         return TmaOperand(atom, tXgX, tXsX)
 
     @cute.jit
@@ -89,10 +105,10 @@ class PagedKv:
         for i in cutlass.range_constexpr(self.num_boxes):
             page = cute.arch.shuffle_sync(boxes.page, i)
             row_box = cute.arch.shuffle_sync(boxes.row_box, i)
-            for part in cutlass.range_constexpr(self.num_parts):
+            for part in cutlass.range_constexpr(self.num_parts // self.box_parts):
                 cute.copy(
                     operand.atom,
-                    operand.tXgX[None, row_box, part, kv_head_idx, page],
+                    operand.tXgX[None, row_box, 0, part, kv_head_idx, page],
                     operand.tXsX[None, i, part, slot],
                     tma_bar_ptr=full,
                 )

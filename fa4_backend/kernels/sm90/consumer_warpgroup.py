@@ -155,8 +155,7 @@ class ConsumerWarpgroup:
                     n_block -= 1
                     position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, True)
 
-            # Q is read no more: the load warp may bring the next tile's.
-            self._release(barriers.q_empty)
+            self._release(barriers.q_empty)  # Q is read no more: the load warp may bring the next tile's
             cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
             self._accumulate(products, position.slot)
             warpgroup.wait_group(0)
@@ -171,9 +170,7 @@ class ConsumerWarpgroup:
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
         sQ = tensor_at(tiles.q, s.rows_layout(c.tile.tile_m, c.head_dim))
-        sK = tensor_at(tiles.kv, s.slots_layout(c.head_dim))
-        sV = tensor_at(tiles.kv, s.slots_layout(c.head_dim_v))
-        sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2]))
+        sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(tiles.kv, s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
@@ -218,7 +215,10 @@ class ConsumerWarpgroup:
         factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        fragment.rescale(products.rO, factors)
+        if const_expr(self.config.tile.skip):
+            fragment.rescale_if_moved(products.rO, factors)
+        else:
+            fragment.rescale(products.rO, factors)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -307,10 +307,10 @@ class ConsumerWarpgroup:
             zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
             zeros.fill(0.0)
             copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-            slot_ptr = tiles.kv + slot * self.storage.slot_elems
+            box = tiles.kv + slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
             # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
             for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
-                line = slot_ptr + (part_idx * c.tile.tile_n + first) * part
+                line = box + (part_idx * c.box_rows + first % c.box_rows) * part
                 for i in cutlass.range(thread, (end - first) * row_chunks, self.roles.consumer_threads, unroll=1):
                     target = (line + i * chunk).align(16)
                     cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.pack_gqa import PackGqa
@@ -45,7 +45,7 @@ class QueryOperand(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadWarp:
-    """Role of one warp of warpgroup 0."""
+    """Role of warps 0 and 1 of warpgroup 0: Q and K, and V."""
 
     blocks: BlockInfo
     pack: PackGqa
@@ -59,42 +59,45 @@ class LoadWarp:
         step: Step,
         values: MaskValues,
         query: QueryOperand,
-        k: TmaOperand,
-        v: TmaOperand,
+        operands: tuple[TmaOperand, TmaOperand],  # K, V
         barriers: Barriers,
         sWork: cute.Tensor,  # (WORK_INTS,) int32 in shared memory
+        loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
     ):
-        """Load every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier."""
-        stages = self.k_pages.stages
-        k_bytes = self.k_pages.tile_n * self.k_pages.part_elems * self.k_pages.num_parts * self.element_bytes
-        v_bytes = self.v_pages.tile_n * self.v_pages.part_elems * self.v_pages.num_parts * self.element_bytes
+        """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
+
+        Both load warps count every slot of the ring and fill their own.
+        """
+        pages = self.v_pages if const_expr(loads_v) else self.k_pages
         position = RingPosition(Int32(0), Int32(0))
         q_phase = Int32(0)
         tile_begin, tile_end = tile_range(step.mBegin)
         for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
             work = read_tile(step.mTiles, step.mCuSeqlensQ, step.mSeqUsedK, tile_idx)
-            seqlen_k = work.seqlen.seqlen_k
             blocks = self.blocks.blocks(
                 work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
             )
-            n_block = blocks.end - 1
-            k_boxes = self.k_pages.find_boxes(step.mPageTable, work.seq_idx, n_block, seqlen_k, step.page_size, step.num_pages)
-            cute.arch.mbarrier_wait(barriers.q_empty, q_phase ^ 1)
-            self._load_query(query, work, barriers, sWork)
-            q_phase ^= 1
-            self._fill(k, self.k_pages, k_boxes, work.kv_head_idx, position, barriers, k_bytes)
-            position = advance(position, stages)
-            v_boxes = k_boxes
-            for _ in cutlass.range(blocks.end - blocks.begin - 1, unroll=1):
-                n_block -= 1
-                k_boxes = self.k_pages.find_boxes(step.mPageTable, work.seq_idx, n_block, seqlen_k, step.page_size, step.num_pages)
-                self._fill(k, self.k_pages, k_boxes, work.kv_head_idx, position, barriers, k_bytes)
-                position = advance(position, stages)
-                self._fill(v, self.v_pages, v_boxes, work.kv_head_idx, position, barriers, v_bytes)
-                position = advance(position, stages)
-                v_boxes = k_boxes
-            self._fill(v, self.v_pages, v_boxes, work.kv_head_idx, position, barriers, v_bytes)
-            position = advance(position, stages)
+            if const_expr(not loads_v):
+                cute.arch.mbarrier_wait(barriers.q_empty, q_phase ^ 1)
+                self._load_query(query, work, barriers, sWork)
+                q_phase ^= 1
+            # The ring is K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1): every slot but K0 and the last V is half of a pair.
+            num_blocks = blocks.end - blocks.begin
+            for i in cutlass.range(num_blocks, unroll=1):
+                boxes = pages.find_boxes(
+                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, work.seqlen.seqlen_k, step.page_size, step.num_pages
+                )
+                if const_expr(loads_v):
+                    position = advance(position, pages.stages)
+                    if i < num_blocks - 1:
+                        position = advance(position, pages.stages)
+                self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
+                if const_expr(not loads_v):
+                    position = advance(position, pages.stages)
+                    if i > 0:
+                        position = advance(position, pages.stages)
+            # On to the next tile's K0.
+            position = advance(position, pages.stages)
 
     @cute.jit
     def _load_query(self, query: QueryOperand, work: WorkTile, barriers: Barriers, sWork: cute.Tensor):
@@ -120,12 +123,11 @@ class LoadWarp:
         kv_head_idx: Int32,
         position: RingPosition,
         barriers: Barriers,
-        num_bytes: cutlass.Constexpr[int],
     ):
         """Fill the slot at `position` once its consumers have left it."""
         full = barriers.kv_full + position.slot
         cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.element_bytes)
         cute.arch.sync_warp()
         pages.load(operand, boxes, kv_head_idx, position.slot, full)

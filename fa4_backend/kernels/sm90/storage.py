@@ -96,12 +96,23 @@ class Storage:
         """(rows, head_dim) tile: parts of a head one after the other, rows within a part."""
         return cute.tile_to_shape(self.row_atom(head_dim), (rows, head_dim), (0, 1))
 
-    def slots_layout(self, head_dim: int) -> cute.ComposedLayout:
-        """(tile_n, head_dim, kv_stage): the ring seen as K or V tiles."""
+    def k_layout(self) -> cute.ComposedLayout:
+        """(tile_n, head_dim, kv_stage): the ring seen as K tiles."""
         c = self.config
-        tile = self.rows_layout(c.tile.tile_n, head_dim)
+        tile = self.rows_layout(c.tile.tile_n, c.head_dim)
         stages = cute.make_layout(c.tile.kv_stage, stride=self.slot_elems)
         return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, stages))
+
+    def v_layout(self) -> cute.ComposedLayout:
+        """(head_dim_v, tile_n, kv_stage): the ring seen as V tiles, transposed; box after box, each with all parts of the head."""
+        c, rows = self.config, self.config.box_rows
+        part = c.part_elems(c.head_dim_v)
+        parts = c.head_dim_v // part
+        outer = cute.make_layout(
+            ((part, parts), (rows, c.tile.tile_n // rows), c.tile.kv_stage),
+            stride=((1, rows * part), (part, rows * c.head_dim_v), self.slot_elems),
+        )
+        return cute.make_composed_layout(self.row_atom(c.head_dim_v).inner, 0, outer)
 
     @cute.jit
     def init_barriers(self, barriers: Barriers, consumer_warps: cutlass.Constexpr[int]):

@@ -1,0 +1,216 @@
+"""Fuzzed ragged batches, judged on the device: thousands of batches a minute through the public operator.
+
+Everything of a batch is vectorised and stays on the device: poisoning, oracle, yardstick, comparison. A pool of clean pages is
+drawn once; each batch gets its own page table, its own NaN in every row and page it does not use, and its own queries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+
+NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
+
+
+@dataclass(frozen=True)
+class FuzzSetup:
+    """One problem and the batches drawn for it."""
+
+    name: str
+    problem: AttentionProblem
+    max_seqs: int = 6
+    max_query: int = 90
+    max_kv: int = 420
+    min_query: int = 0
+    decode_query_len: int = 1
+
+
+@dataclass
+class FuzzResult:
+    """What was seen over all batches of a setup."""
+
+    name: str
+    batches: int = 0
+    rows: int = 0
+    failures: int = 0
+    worst_out: float = 0.0  # largest error as a share of its budget
+    worst_lse: float = 0.0
+    first_failure: int = -1  # seed of the first batch over budget
+
+
+class Fuzzer:
+    """Draws, runs and judges batches of one setup on one device."""
+
+    def __init__(self, setup: FuzzSetup, device: str) -> None:
+        p = setup.problem
+        self.setup, self.device, self.dtype = setup, device, getattr(torch, p.dtype)
+        limits = BatchLimits(
+            setup.max_seqs, max(setup.max_seqs * setup.max_query + 8, setup.decode_query_len), setup.max_kv, setup.decode_query_len
+        )
+        self.plan = plan_attention(p, limits, num_sms=_num_sms(device))
+        self.metadata = AttentionMetadata.allocate(self.plan, device)
+        self.pages_per_seq = -(-setup.max_kv // p.page_size)
+        self.num_pages = setup.max_seqs * self.pages_per_seq + 2
+        torch.manual_seed(1)
+        shape = (self.num_pages, p.page_size, p.num_kv_heads)
+        self.k = torch.randn(*shape, p.head_dim, device=device).to(self.dtype)
+        self.v = torch.randn(*shape, p.head_dim_v, device=device).to(self.dtype)
+        self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.dtype, device=device)
+        self.failed: list[torch.Tensor] = []
+        self.worst = torch.zeros(2, device=device)
+
+    def run(self, batches: int, seed: int) -> FuzzResult:
+        """Run `batches` batches; a failure is counted, not raised."""
+        result = FuzzResult(self.setup.name)
+        for i in range(batches):
+            result.rows += self._batch(seed + i)
+            result.batches += 1
+        failed = torch.stack(self.failed).cpu().numpy()
+        result.failures = int(failed.sum())
+        if result.failures:
+            result.first_failure = seed + int(failed.argmax())
+        result.worst_out, result.worst_lse = self.worst.tolist()
+        self.failed = []
+        return result
+
+    def _batch(self, seed: int) -> int:
+        s, p, device = self.setup, self.setup.problem, self.device
+        rng = np.random.default_rng(seed)
+        num_seqs = int(rng.integers(1, s.max_seqs + 1))
+        query = rng.integers(s.min_query, s.max_query + 1, num_seqs)
+        # Edges of tiles, pages and boxes more often than chance.
+        kv = np.where(rng.random(num_seqs) < 0.4, rng.integers(0, s.max_kv // 16 + 1, num_seqs) * 16 + rng.integers(-1, 2, num_seqs), 0)
+        kv = np.where(kv > 0, kv, rng.integers(0, s.max_kv + 1, num_seqs))
+        kv = np.clip(np.where(rng.random(num_seqs) < 0.7, np.maximum(kv, query), kv), 0, s.max_kv)
+        lengths = torch.from_numpy(np.stack([query, kv]).astype(np.int32)).to(device)
+        query_lens, kv_lens = lengths[0], lengths[1]
+        total_q = int(query.sum())
+        cu_seqlens_q = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).int()
+        table, k_cache, v_cache = self._poison(rng, kv, kv_lens, num_seqs)
+        q = torch.full((total_q + 3, p.num_q_heads, p.head_dim), math.nan, dtype=self.dtype, device=device)
+        q[:total_q] = torch.randn(total_q, p.num_q_heads, p.head_dim, device=device) * (4.0 if seed % 5 == 0 else 1.0)
+        out = torch.full((total_q + 3, p.num_q_heads, p.head_dim_v), math.nan, dtype=self.dtype, device=device)
+        lse = torch.full((p.num_q_heads, total_q + 3), math.nan, device=device)
+        values = {
+            "window_left": int(rng.integers(0, 200)) if p.has_window_left else None,
+            "window_right": int(rng.integers(0, 60)) if p.has_window_right else None,
+            "softcap": float(rng.uniform(5, 50)) if p.has_softcap else 0.0,
+            "sinks": torch.randn(p.num_q_heads, device=device) if p.has_sinks else None,
+            "alibi_slopes": torch.rand(p.num_q_heads, device=device) if p.has_alibi else None,
+        }
+        self.metadata.refresh(
+            cu_seqlens_q=cu_seqlens_q, seqused_k=kv_lens, max_seqlen_q=max(int(query.max()), 1), max_seqlen_k=max(int(kv.max()), 1)
+        )
+        paged_attention(
+            q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, plan=self.plan, metadata=self.metadata, out=out,
+            lse=lse if p.has_lse else None, **values,
+        )  # fmt: skip
+        if total_q:
+            self._judge(q[:total_q], out, lse, table, query_lens, kv_lens, cu_seqlens_q, total_q, values)
+        return total_q
+
+    def _poison(self, rng: np.random.Generator, kv: np.ndarray, kv_lens: torch.Tensor, num_seqs: int) -> tuple[torch.Tensor, ...]:
+        """Page table and pools of a batch: clean rows where a sequence has tokens, NaN everywhere else."""
+        p, device = self.setup.problem, self.device
+        pages = rng.permutation(self.num_pages)[: num_seqs * self.pages_per_seq].reshape(num_seqs, -1)
+        used = np.arange(self.pages_per_seq)[None] * p.page_size < kv[:, None]
+        table = torch.from_numpy(np.where(used, pages, NO_PAGE).astype(np.int32)).to(device)
+        rows_of_page = np.zeros(self.num_pages, dtype=np.int64)
+        tokens = np.clip(kv[:, None] - np.arange(self.pages_per_seq)[None] * p.page_size, 0, p.page_size)
+        rows_of_page[pages.ravel()] = tokens.ravel()
+        valid = torch.arange(p.page_size, device=device) < torch.from_numpy(rows_of_page).to(device)[:, None]
+        nan = torch.tensor(math.nan, dtype=self.dtype, device=device)
+        self.pool[..., : p.head_dim] = torch.where(valid[..., None, None], self.k, nan)
+        self.pool[..., p.head_dim :] = torch.where(valid[..., None, None], self.v, nan)
+        self.table_pages = torch.from_numpy(np.where(used, pages, 0)).to(device)
+        k_cache, v_cache = self.pool.split([p.head_dim, p.head_dim_v], dim=-1)
+        return table, k_cache, v_cache
+
+    def _judge(
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        table: torch.Tensor,
+        query_lens: torch.Tensor,
+        kv_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        total_q: int,
+        values: dict,
+    ) -> None:
+        """Compare with a float32 oracle made from the clean pages; errors over budget, NaN and written padding are failures."""
+        p, device = self.setup.problem, self.device
+        group = p.q_per_kv
+        seq_of_row = torch.repeat_interleave(torch.arange(len(kv_lens), device=device), query_lens, output_size=total_q)
+        k = self.k[self.table_pages].flatten(1, 2)[seq_of_row].float()  # (total_q, tokens, num_kv_heads, head_dim)
+        v = self.v[self.table_pages].flatten(1, 2)[seq_of_row]
+        rows = q.float().unflatten(1, (p.num_kv_heads, group))
+        scores = torch.einsum("thgd,tnhd->thgn", rows, k).flatten(1, 2) * p.head_dim**-0.5
+        if values["softcap"]:
+            scores = values["softcap"] * torch.tanh(scores / values["softcap"])
+        position = torch.arange(total_q, device=device) - cu_seqlens_q[seq_of_row]
+        diagonal = (kv_lens - query_lens)[seq_of_row] + position
+        columns = torch.arange(k.shape[1], device=device)
+        if values["alibi_slopes"] is not None:
+            scores = scores - values["alibi_slopes"][:, None] * (diagonal[:, None] - columns).abs()[:, None]
+        seen = columns < kv_lens[seq_of_row][:, None]
+        right = 0 if p.is_causal else values["window_right"]
+        if right is not None:
+            seen &= columns <= diagonal[:, None] + right
+        if values["window_left"] is not None:
+            seen &= columns >= diagonal[:, None] - values["window_left"]
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+        want_lse = torch.logsumexp(scores, dim=-1)
+        empty = want_lse.isneginf()
+        if values["sinks"] is not None:
+            want_lse = torch.where(empty, want_lse, torch.logaddexp(want_lse, values["sinks"].expand_as(want_lse)))
+        weights = torch.exp(scores - torch.where(empty, 0.0, want_lse)[..., None]).unflatten(1, (p.num_kv_heads, group))
+        want = torch.einsum("thgn,tnhd->thgd", weights, v.float()).flatten(1, 2)
+        rounded = torch.einsum("thgn,tnhd->thgd", weights.to(self.dtype).float(), v.float()).flatten(1, 2).to(self.dtype).float()
+        budget = 2 * (rounded - want).abs().max() + torch.finfo(self.dtype).eps * want.abs().max()
+        share = (out[:total_q].float() - want).abs().max() / budget
+        bad = ~out[:total_q].isfinite().all() | ~out[total_q:].isnan().all() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
+        lse_share = torch.zeros((), device=device)
+        if p.has_lse:
+            got = lse[:, :total_q].T
+            finite = torch.where(empty, 0.0, want_lse)
+            error = torch.where(empty, 0.0, got - finite).abs().max()
+            lse_share = error / (2e-5 * finite.abs().max().clamp(min=1.0))
+            bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isnan().all()
+        self.failed.append(bad)
+        self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
+
+
+def _num_sms(device: str) -> int | None:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else None
+
+
+def prefill_setups(arch: str) -> list[FuzzSetup]:
+    """Problems that cover every head dimension, dtype, ratio, page size and mask feature of the prefill kernel at least once."""
+
+    def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], page: int, dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
+        problem = AttentionProblem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
+        return FuzzSetup(name, problem)
+
+    return [
+        setup("d128 page 16", (8, 2), (128, 128), 16),
+        setup("d128 page 64 fp16", (8, 2), (128, 128), 64, "float16"),
+        setup("d128 MHA page 32", (3, 3), (128, 128), 32),
+        setup("d128 ratio 7 page 48", (14, 2), (128, 128), 48),
+        setup("d128 ratio 8 page 256 left window", (8, 1), (128, 128), 256, has_window_left=True),
+        setup("d128 non-causal page 16", (8, 2), (128, 128), 16, is_causal=False),
+        setup("d128 both windows page 128", (8, 2), (128, 128), 128, is_causal=False, has_window_left=True, has_window_right=True),
+        setup("d128 soft cap, sinks, ALiBi", (8, 2), (128, 128), 16, has_softcap=True, has_sinks=True, has_alibi=True),
+        setup("d128 sinks, left window page 528", (8, 2), (128, 128), 528, has_sinks=True, has_window_left=True),
+        setup("d64 ratio 3 page 16", (9, 3), (64, 64), 16),
+        setup("d64 ratio 8 sinks fp16", (16, 2), (64, 64), 16, "float16", has_sinks=True, has_window_left=True),
+        setup("d96 page 16", (4, 2), (96, 96), 16),
+        setup("d192/128 page 64", (4, 1), (192, 128), 64),
+        setup("d256 page 16 soft cap", (4, 2), (256, 256), 16, has_softcap=True),
+        setup("d256 page 784", (4, 2), (256, 256), 784),
+    ]
