@@ -51,6 +51,15 @@ def launch_schedule(plan: AttentionPlan, work: WorkLists, bounds: StepBounds, cu
     run_schedule(plan, work, cu_seqlens_q, seqused_k)
 
 
+def warm_up(plan: AttentionPlan) -> None:
+    """Load every kernel of `plan`, compiling what the cache on disk lacks; afterwards no step compiles."""
+    from fa4_backend.kernels.schedule_launch import schedule_key
+
+    for key in (schedule_key(plan), decode_config(plan.problem, plan.limits), prefill_key(plan)):
+        if key is not None:
+            load(plan, key)
+
+
 def load(plan: AttentionPlan, key: CompileKey) -> Callable[..., None]:
     """The launcher of `key` for the place where `plan` runs: the GPU, or the emulator over CPU tensors."""
     if plan.problem.is_emulated:

@@ -66,6 +66,11 @@ class FA4Impl(AttentionImpl):
         # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
         check_problem(self.problem(PAGE_MULTIPLE, torch.get_default_dtype()))
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Kernels read sinks in float32: converted once here, not in each step."""
+        if self.sinks is not None:
+            self.sinks = self.sinks.detach().float()
+
     def problem(self, page_size: int, dtype: torch.dtype) -> AttentionProblem:
         """What this layer asks of the operator, for pages of `page_size` tokens."""
         from vllm import envs

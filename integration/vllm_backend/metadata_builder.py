@@ -11,7 +11,8 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import AttentionMetadata, BatchLimits, plan_attention
+from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
+from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
@@ -56,8 +57,8 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         self.steps: dict[MaskFeatures, AttentionMetadata] = {}
         for layer in layers.values():
             if layer.impl.mask not in self.steps:
-                plan = plan_attention(layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype), limits)
-                self.steps[layer.impl.mask] = AttentionMetadata.allocate(plan, device)
+                problem = layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype)
+                self.steps[layer.impl.mask] = start(plan_attention(problem, limits, num_sms=count_sms(device)), device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -99,6 +100,20 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             scheduler.max_num_seqs * decode_query_len,
         )
         return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
+
+
+def start(plan: AttentionPlan, device: torch.device) -> AttentionMetadata:
+    """The plan's buffers, its kernels loaded: vLLM captures its graphs and serves right after this, and a step must not compile."""
+    if plan.problem.arch != REFERENCE_ARCH:
+        from fa4_backend.kernels.launch import warm_up
+
+        warm_up(plan)
+    return AttentionMetadata.allocate(plan, device)
+
+
+def count_sms(device: torch.device) -> int | None:
+    """SMs of `device`; None where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
 
 
 def show_log_lines() -> None:

@@ -8,12 +8,6 @@ from fa4_backend import envs
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
 from fa4_backend.problem import EMULATED_PREFIX, UnsupportedProblem
 
-CPU_ARCHS = {
-    "reference": REFERENCE_ARCH,
-    "emulate-sm90": f"{EMULATED_PREFIX}sm_90a",
-    "emulate-sm100": f"{EMULATED_PREFIX}sm_100a",
-}
-
 
 def serving_arch(capability: Any = None) -> str:
     """The arch of an `AttentionProblem` served here.
@@ -27,7 +21,8 @@ def serving_arch(capability: Any = None) -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return CPU_ARCHS[envs.cpu_kernel()]
+        emulated = envs.EMULATED_ARCH[envs.cpu_kernel()]
+        return REFERENCE_ARCH if emulated is None else f"{EMULATED_PREFIX}{emulated}"
     capability = capability or current_platform.get_device_capability()
     arch = arch_of_capability(capability.major, capability.minor) if capability and current_platform.is_cuda() else None
     if arch is None:
