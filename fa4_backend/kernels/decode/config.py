@@ -103,8 +103,8 @@ class DecodeConfig:
 
     @property
     def q_stage_bytes(self) -> int:
-        """Q of an entry, whole row groups; rows past `rows` are never written."""
-        return self.row_groups * MMA_ROWS * self.head_dim * self.element_bytes
+        """Q of an entry, to the next 128 bytes that a TMA may begin at."""
+        return -(-self.rows * self.head_dim * self.element_bytes // 128) * 128
 
     @property
     def merge_buffers(self) -> int:

@@ -65,6 +65,8 @@ class DecodeKernel:
         self.kernel(maps, mSlopes, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),
+            min_blocks_per_mp=self.config.ctas_per_sm,
+            preferred_smem_carveout=100,
             stream=stream,
         )
 
