@@ -65,8 +65,8 @@ def load(plan: AttentionPlan, key: CompileKey) -> Callable[..., None]:
     if plan.problem.is_emulated:
         from fa4_backend.emulator.kernels import load_emulated
 
-        return load_emulated(key)
-    return load_kernel(key)
+        return load_emulated(key)  # type: ignore[arg-type]  # keys are frozen dataclasses: hashable
+    return load_kernel(key)  # type: ignore[arg-type]
 
 
 @cache
