@@ -136,6 +136,13 @@ def _bits() -> None:
         _row(f"isspacep.{space}", "pred", "u64", f"(a >> 56) == {window}", "9.7.9.19")
     _row("isspacep.shared::cta", "pred", "u64", "(a >> 56) == 1 && ((u32)a >> 24) == cta_rank", "9.7.9.19")
     _row("isspacep.shared::cluster", "pred", "u64", "(a >> 56) == 1", "9.7.9.19")
+    # Shared addresses of a cluster hold the CTA's rank in bits 24 and up. 9.7.9.23 mapa, 9.7.9.24 getctarank
+    _row("mapa.shared::cluster.u32", "u32", "u32 u32", "b << 24 | (a & 0xffffffu)", "9.7.9.23")
+    _row("mapa.shared::cluster.u64", "u64", "u64 u32", "(u64)b << 24 | (a & 0xffffffu)", "9.7.9.23")
+    _row("mapa.u64", "u64", "u64 u32", "(a & ~0xff000000ull) | (u64)b << 24", "9.7.9.23")
+    _row("getctarank.shared::cluster.u32", "u32", "u32", "a >> 24", "9.7.9.24")
+    _row("getctarank.shared::cluster.u64", "u32", "u64", "(u32)a >> 24", "9.7.9.24")
+    _row("getctarank.u64", "u32", "u64", "(u32)a >> 24", "9.7.9.24")
     _row("isspacep.global", "pred", "u64", "(a >> 56) == 0", "9.7.9.19")
 
 
@@ -189,8 +196,7 @@ def _floats() -> None:
             for ftz in ("", ".ftz"):
                 for sat in ("", ".sat"):
                     _arithmetic("f32", "f32", ftz, mode, tag, sat)
-                if tag:
-                    _arithmetic("f32x2", "f32x2", ftz, mode, tag, "")
+                _arithmetic("f32x2", "f32x2", ftz, mode, tag, "")
             _arithmetic("f64", "f64", "", mode, tag, "")
     for t in ("f32", "f64"):
         for op in ("min", "max"):
@@ -283,7 +289,11 @@ def _conversions() -> None:
                 for ftz in ("", ".ftz") if f == "f32" else ("",):
                     if int(dst[1:]) >= 16:
                         x = "FZ(a)" if ftz else "a"
-                        _row(f"cvt.{mode}{ftz}.{dst}.{f}", td, f, f"to_{td}({expr}((double){x}))", "9.7.9.21")
+                        # NaN becomes 0, or the smallest integer for 64-bit results. 9.7.9.21
+                        expression = f"to_{td}({expr}((double){x}))"
+                        if int(dst[1:]) == 64:
+                            expression = f"{x} != {x} ? ({td})0x8000000000000000ull : {expression}"
+                        _row(f"cvt.{mode}{ftz}.{dst}.{f}", td, f, expression, "9.7.9.21")
         for mode, c_mode in _MODES.items():
             _row(f"cvt.{mode}.f32.{dst}", "f32", td, "(float)a", "9.7.9.21", c_mode)
         _row(f"cvt.rn.f64.{dst}", "f64", td, "(double)a", "9.7.9.21")

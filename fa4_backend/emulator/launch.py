@@ -160,7 +160,8 @@ class Grid:
         self.params = self.param_store[skip : skip + len(params) + 16]
         self.params[: len(params)] = np.frombuffer(params, np.uint8)
         threads = block[0] * block[1] * block[2]
-        fallback = min(255, REGISTERS_PER_SM // max(threads, 128)) // 8 * 8
+        most = program.kernel.directives.get("maxnreg", (min(255, REGISTERS_PER_SM // max(threads, 128)) // 8 * 8,))
+        fallback = most[0]
         self.registers_per_thread = -(-(registers or fallback) // 8) * 8
         self.register_pool = self.registers_per_thread * -(-threads // 32) * 32
         self.free_register_files: list[np.ndarray] = []

@@ -164,9 +164,8 @@ def _cell_indices(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray]:
     if shape == "32x32b":
         return np.broadcast_to(thread, (repeat, 32)), np.broadcast_to(register, (repeat, 32))
     if shape == "16x64b":
-        # Rows 0-7 hold even and rows 8-15 odd threads' pairs: thread t works on row t // 4 (+ 8) and columns t % 2.
-        lane = thread // 4 + 8 * (thread % 4 // 2)
-        return np.broadcast_to(lane, (repeat, 32)), step * columns + thread % 2
+        lane = thread // 4 + 8 * (thread % 2)
+        return np.broadcast_to(lane, (repeat, 32)), step * columns + thread // 2 % 2
     if shape == "16x128b":
         lane = thread // 4 + 8 * part
         return lane + 0 * step, step * columns + thread % 4
@@ -176,7 +175,7 @@ def _cell_indices(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handler:
     shape, repeat = _move_shape(mods)
-    if shape not in ("32x32b", "16x128b", "16x256b"):
+    if shape not in _SHAPES:
         raise UnsupportedInstruction(f"{ins.opcode}: shape {shape}")
     data, where_operand = (ins.operands[0], ins.operands[1]) if is_load else (ins.operands[1], ins.operands[0])
     items = data.items if isinstance(data, Vector) else (data,)
@@ -371,9 +370,7 @@ def multiply(
     width = desc.n // 2 if split else desc.n
     for cta in ctas:
         a_matrix = _operand_a(cta, desc, rows, k, a_where, a_in_tmem, access)
-        product = a_matrix @ b_matrix.T
-        if desc.negate_a != desc.negate_b:
-            product = -product
+        product = (-a_matrix if desc.negate_a != desc.negate_b else a_matrix) @ b_matrix.T
         check_allocated(cta, column, width)
         if access:
             access.races.tmem_access(access, cta, range(8), column, width, write=True, read=add)

@@ -96,9 +96,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             a_matrix = to_float32(raw[first : first + ROWS], a_kind)
             if access:
                 access.races.smem_chunks(access, cta, chunks if a_major else chunks[first : first + ROWS], write=False)
-        product = a_matrix @ b_matrix.T
-        if signs[0] != signs[1]:
-            product = -product
+        product = (-a_matrix if signs[0] != signs[1] else a_matrix) @ b_matrix.T
         registers = product[d_row, d_column]
         add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]
         if add:

@@ -42,12 +42,6 @@ class _EmulatedCache(dict):
         return lambda *args: self.emu.run(compiled, *args)
 
 
-class _SaysCuda(torch.Tensor):
-    """A CPU tensor that passes upstream's check for a CUDA tensor."""
-
-    is_cuda = True
-
-
 def prepare(arch: str) -> None:
     """Set the process up for `arch` (one arch a process: upstream and the DSL read it once)."""
     os.environ["CUTE_DSL_ARCH"] = arch
@@ -89,8 +83,8 @@ def forward(emu: emulator.Session, *args: Any, **kwargs: Any) -> Any:
             interface._flash_attn_fwd(*(_map(a, fake) for a in args), **{k: _map(v, fake) for k, v in kwargs.items()})
         caches = {n: _EmulatedCache(_entries(getattr(interface, n).compile_cache), emu) for n in names}
     with _patched(caches) as interface:
-        says_cuda = lambda t: t.as_subclass(_SaysCuda)  # noqa: E731
-        return interface._flash_attn_fwd(*(_map(a, says_cuda) for a in args), **{k: _map(v, says_cuda) for k, v in kwargs.items()})
+        with mock.patch.object(torch.Tensor, "is_cuda", True, create=True):  # upstream checks; the tensors stay on the CPU
+            return interface._flash_attn_fwd(*args, **kwargs)
 
 
 def _entries(cache: Any) -> Any:
