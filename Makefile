@@ -5,13 +5,13 @@ PY := .venv/bin/python
 PORT ?= 8471
 export PROMPT
 
-.PHONY: help setup demo model test test-host test-engines test-slow lint clean
+.PHONY: help setup demo model test test-host test-engines test-slow lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
 	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
 	@echo "make test-slow   the tests that take minutes"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint types  ruff; mypy"
 	@echo "make setup       only the environment; PYTHON=python3.12 chooses the interpreter"
 
 setup:
@@ -23,7 +23,7 @@ demo: setup
 model: setup
 	@$(PY) -m examples.smollm2
 
-test: lint test-host test-engines
+test: lint types test-host test-engines
 
 # Kernels, host code and the emulator: one test process a core.
 test-host: setup
@@ -39,6 +39,8 @@ test-slow: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: setup
 	@# mypy looks for packages by folder name; `integration/` is installed as `fa4_integration`.
 	@mkdir -p build/typing && ln -sfn ../../integration build/typing/fa4_integration
 	$(PY) -m mypy
