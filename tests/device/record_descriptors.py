@@ -1,6 +1,6 @@
 """Record the 128-byte tensor maps that the CUDA driver makes, over shapes, types, swizzles, strides and fills.
 
-    python -m tests.device.record_descriptors --out tests/device/results/tensor_maps.json [--date 2026-11-23]
+    python -m tests.device.record_descriptors --out tests/device/results/tensor_maps_h200.json [--date 2026-11-23]
 
 `tests/emulator/test_tensor_maps.py` compares the emulator's decoder with the recorded bytes. What the driver refuses is recorded too.
 """

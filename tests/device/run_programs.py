@@ -63,9 +63,18 @@ def encode(tensor: TensorMap, address: int) -> bytes:
     )
 
 
+def run_fault(module: ctypes.c_void_p, program: Program) -> dict[str, Any]:
+    """The verdict on a program that must fail."""
+    try:
+        run_program(module, program)
+    except cuda.CudaError as error:
+        return {"status": "equal", "section": program.section, "digest": program.digest, "fault": str(error)}
+    return {"status": "differs", "section": program.section, "message": f"no fault, expected one: {program.faults}"}
+
+
 def judge(program: Program, results: dict[str, np.ndarray]) -> dict[str, Any]:
     """The verdict on one program, with the largest error of an approximate function."""
-    verdict: dict[str, Any] = {"status": "equal", "section": program.section}
+    verdict: dict[str, Any] = {"status": "equal", "section": program.section, "digest": program.digest}
     try:
         compare(program, results)
     except AssertionError as error:
@@ -93,6 +102,9 @@ def worker(family: str, start: int, folder: Path) -> None:
     module = cuda.load_module(module_text(programs))
     for number, program in enumerate(programs[start:], start):
         print(json.dumps({"started": number, "name": program.name}), flush=True)
+        if program.faults:
+            print(json.dumps({"done": number, "name": program.name, **run_fault(module, program)}), flush=True)
+            return  # the context is lost
         results = run_program(module, program)
         verdict = judge(program, results)
         if verdict["status"] != "equal" or "ulp_seen" in verdict:
@@ -107,12 +119,12 @@ def run_family(family: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Verdicts by program name; restarts the worker after a program that faulted or hung."""
     names = [p.name for p in load_family(family) if p.target == TARGET]
     verdicts: dict[str, dict[str, Any]] = {}
-    start = 0
+    start, message = 0, ""
     while start < len(names):
         command = [sys.executable, "-m", "tests.device.run_programs", "--worker", family, "--start", str(start), "--folder", str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        message = "no output"
+        message = "ended early"
         while True:
             ready, _, _ = select.select([process.stdout], [], [], SECONDS_A_PROGRAM)
             if not ready:
@@ -129,7 +141,7 @@ def run_family(family: str, folder: Path) -> dict[str, dict[str, Any]]:
                 verdicts[event.pop("name")] = event
                 start = event.pop("done") + 1
         _, errors = process.communicate()
-        if start < len(names):
+        if start < len(names) and names[start] not in verdicts and process.returncode:
             verdicts[names[start]] = {
                 "status": "failed",
                 "message": (errors.strip().splitlines() or [message])[-1] if process.returncode != -9 else message,
@@ -155,11 +167,11 @@ def main() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     families = [f for f in options.family if any(p.target == TARGET for p in load_family(f))]
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(16) as pool:
         verdicts = dict(zip(families, pool.map(lambda f: run_family(f, options.folder), families), strict=True))
     report = {"date": options.date, "machine": cuda.open_device(), "driver": cuda.driver_version(), "target": TARGET, "families": verdicts}
     if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        options.out.write_text(json.dumps(report).replace('}, "', '},\n "') + "\n")
     if options.arrays:
         arrays = {f"{path.stem}/{key}": value for path in sorted(options.folder.glob("*.npz")) for key, value in np.load(path).items()}
         np.savez_compressed(options.arrays, **arrays)

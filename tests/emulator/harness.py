@@ -6,6 +6,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fa4_backend import emulator
 from tests.emulator.programs import load_family
@@ -14,24 +15,31 @@ from tests.emulator.programs.program import Buffer, Program, TensorMap, compare
 # Programs whose instructions the emulator refuses, by family: nothing here emits them.
 NOT_MODELLED: dict[str, tuple[str, ...]] = {}
 
-# Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise. Recorded from the driver:
-# tests/device/results/tensor_maps.json.
-HARDWARE_DTYPES = {"u8": 0, "u16": 1, "i32": 2, "u32": 3, "i64": 4, "u64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
+# Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise.
+HARDWARE_DTYPES = {"u8": 0, "u16": 1, "u32": 2, "i32": 3, "u64": 4, "i64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
 
 
 def encode_tensor_map(tensor: TensorMap, address: int) -> bytes:
-    """The 128-byte descriptor, as the driver makes it."""
+    """The 128-byte descriptor as the CUDA driver makes it; `test_tensor_maps.py` compares it with the driver's own.
+
+    Bytes 0-7 base; 8-11 flags (4-6 rank - 1, 7-10 data type, 11-12 interleave, 13-14 swizzle, 15 NaN fill, 17-18 L2 promotion); 12-27
+    strides of dimensions 1 to 4 in 16 bytes, 28-31 their bits 32 to 35; 32-51 dimensions - 1; 52-54 element strides - 1, 3 bits each;
+    55-59 box - 1. Bytes 64 and up hold values derived from these.
+    """
     rank = len(tensor.dims)
-    swizzle = TensorMap.SWIZZLES[tensor.swizzle]
-    flags = 2 | (rank - 1) << 4 | HARDWARE_DTYPES[tensor.dtype] << 7 | swizzle << 13
-    strides = [s // 16 for s in tensor.strides] + [0] * (5 - len(tensor.strides))
+    flags = (
+        (rank - 1) << 4
+        | HARDWARE_DTYPES[tensor.dtype] << 7
+        | TensorMap.SWIZZLES[tensor.swizzle] << 13
+        | int(tensor.oob_nan) << 15
+        | tensor.l2_promotion << 17
+    )
+    units = [s // 16 for s in tensor.strides] + [0] * (4 - len(tensor.strides))
+    strides = [u & 0xFFFFFFFF for u in units] + [sum((u >> 32) << 4 * i for i, u in enumerate(units))]
     pad = [0] * (5 - rank)
-    dims = [d - 1 for d in tensor.dims] + pad
-    steps = tensor.element_strides or (1,) * rank
-    box = [b - 1 for b in tensor.box] + pad
-    packed_steps = sum((s - 1) << 3 * i for i, s in enumerate(steps))
-    head = struct.pack("<QI5I5I", address + tensor.offset, flags, *strides, *dims)
-    return (head + packed_steps.to_bytes(3, "little") + bytes(box)).ljust(128, b"\0")
+    steps = sum((s - 1) << 3 * i for i, s in enumerate(tensor.element_strides))
+    head = struct.pack("<QI5I5I", address + tensor.offset, flags, *strides, *(d - 1 for d in tensor.dims), *pad)
+    return (head + steps.to_bytes(3, "little") + bytes([*(b - 1 for b in tensor.box), *pad])).ljust(128, b"\0")
 
 
 def run_program(program: Program, *, seed: int | None = None, detect_races: bool = True) -> tuple[dict[str, np.ndarray], emulator.Report]:
@@ -53,7 +61,11 @@ def run_program(program: Program, *, seed: int | None = None, detect_races: bool
 
 
 def check_program(program: Program, *, seed: int | None = None) -> None:
-    """Run and judge: values, races and leaks."""
+    """Run and judge: values and races; a program that must fail has to fail."""
+    if program.faults:
+        with pytest.raises(emulator.KernelFault):
+            run_program(program, seed=seed)
+        return
     results, report = run_program(program, seed=seed)
     compare(program, results)
     assert not report.races, f"{program.name}: {report.races[:3]}"

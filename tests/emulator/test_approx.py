@@ -1,4 +1,4 @@
-"""Approximate functions, within the error that the PTX ISA states: every small program of the family gives the values that the PTX ISA states."""
+"""Approximate functions, within the error that the PTX ISA states: each program gives what the PTX ISA states."""
 
 from __future__ import annotations
 

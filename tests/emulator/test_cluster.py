@@ -1,4 +1,4 @@
-"""Clusters: distributed shared memory, remote barriers, multicast: every small program of the family gives the values that the PTX ISA states."""
+"""Clusters: distributed shared memory, remote barriers, multicast: each program gives what the PTX ISA states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Special registers, clocks, dependent launches, launch control: every small program of the family gives the values that the PTX ISA states."""
+"""Special registers, clocks, dependent launches, launch control: each program gives what the PTX ISA states."""
 
 from __future__ import annotations
 

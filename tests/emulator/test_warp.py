@@ -1,4 +1,4 @@
-"""Shuffles, votes, matches, reductions over a warp, divergence: every small program of the family gives the values that the PTX ISA states."""
+"""Shuffles, votes, matches, reductions over a warp, divergence: each program gives what the PTX ISA states."""
 
 from __future__ import annotations
 

@@ -30,8 +30,10 @@ def _sizes() -> list[Program]:
         want = data.copy().reshape(32, size)
         for i, length in enumerate(lengths):
             want[i, length:] = 0
-        body = f"{head}mad.wide.u32 %d2, %t, 4, %p2;\nld.global.u32 %r3, [%d2];\n"
-        f"cp.async.{cache}.shared.global [%r1], [%d0], {size}, %r3;\n{tail}"
+        body = (
+            f"{head}mad.wide.u32 %d2, %t, 4, %p2;\nld.global.u32 %r3, [%d2];\n"
+            f"cp.async.{cache}.shared.global [%r1], [%d0], {size}, %r3;\n{tail}"
+        )
         args = (Buffer("a", data), output("d", want.reshape(-1)), Buffer("n", lengths))
         out.append(Program(f"cp.async.{cache} {size} zero fill", "9.7.9.25.3.1", body, args, smem_bytes=1024))
     data = BYTES[:512]

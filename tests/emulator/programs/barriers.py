@@ -216,7 +216,7 @@ def _named() -> list[Program]:
 def _registers() -> list[Program]:
     """One warpgroup gives registers back, the other takes them: the values survive."""
     body = (
-        "mov.u32 %r1, %t;\nsetp.ge.u32 %q0, %t, 128;\n@%q0 bra more;\nsetmaxnreg.dec.sync.aligned.u32 40;\nadd.u32 %r1, %r1, 1000;\n"
+        "mov.u32 %r1, %t;\nsetp.ge.u32 %q0, %t, 128;\n@%q0 bra more;\nsetmaxnreg.dec.sync.aligned.u32 24;\nadd.u32 %r1, %r1, 1000;\n"
         "bra end;\nmore:\n"
         "setmaxnreg.inc.sync.aligned.u32 232;\nadd.u32 %r1, %r1, 5000;\nend:\nmad.wide.u32 %d0, %t, 4, %p0;\nst.global.u32 [%d0], %r1;"
     )

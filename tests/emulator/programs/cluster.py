@@ -11,8 +11,10 @@ from tests.emulator.programs.tensor_copy import image, packed_map
 RNG = np.random.default_rng(91)
 WORDS = RNG.integers(0, 1 << 32, 512, dtype=np.uint32)
 
-RANK = "mov.u32 %r40, %cluster_ctarank;\nmov.u32 %r41, %cluster_nctarank;\nmov.u32 %r0, smem;\nmov.u32 %r42, %ctaid.x;\n"
-"mad.lo.u32 %r43, %r42, 32, %t;\n"
+RANK = (
+    "mov.u32 %r40, %cluster_ctarank;\nmov.u32 %r41, %cluster_nctarank;\nmov.u32 %r0, smem;\nmov.u32 %r42, %ctaid.x;\n"
+    "mad.lo.u32 %r43, %r42, 32, %t;\n"
+)
 SYNC = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"
 
 

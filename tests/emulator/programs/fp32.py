@@ -31,9 +31,8 @@ def arithmetic(op: str, mode: str, ftz: bool, sat: bool = False, kind: str = "f3
             result = multiply(*values)
         else:
             result = fma(*values, mode)
-        bits = encode(result, fmt, mode)
-        if ftz:
-            bits = flush_bits(bits, fmt)
+        # The hardware flushes what is tiny before rounding (seen on an H200): just under the smallest normal gives 0.
+        bits = encode(flush(result, fmt) if ftz else result, fmt, mode)
         if sat:
             bits = saturate(bits, kind)
         return bits
@@ -175,7 +174,8 @@ TESTS: dict[str, Callable[[Value, int], bool]] = {
     "infinite": lambda v, bits: v == v and abs(v) == math.inf,
     "number": lambda v, bits: v == v,
     "notanumber": lambda v, bits: v != v,
-    "normal": lambda v, bits: isinstance(v, Fraction) and bits & 0x7FFFFFFF >= 0x00800000,
+    # The ISA does not say where zero belongs; on an H200 it is normal.
+    "normal": lambda v, bits: v == 0 or (isinstance(v, Fraction) and bits & 0x7FFFFFFF >= 0x00800000),
     "subnormal": lambda v, bits: isinstance(v, Fraction) and bits & 0x7FFFFFFF < 0x00800000,
 }
 

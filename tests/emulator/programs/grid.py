@@ -9,14 +9,18 @@ from tests.emulator.programs.program import Buffer, Program, output
 
 def _special() -> list[Program]:
     names = ("tid.x", "tid.y", "ntid.x", "ntid.y", "ctaid.x", "ctaid.y", "nctaid.x", "nctaid.y", "laneid")
-    body = "mov.u32 %r42, %ctaid.x;\nmov.u32 %r43, %ntid.x;\nmad.lo.u32 %r43, %r42, %r43, %t;\nmul.wide.u32 %d0, %r43, 48;\n"
-    "add.s64 %d0, %d0, %p0;\n"
+    body = (
+        "mov.u32 %r42, %ctaid.x;\nmov.u32 %r43, %ntid.x;\nmad.lo.u32 %r43, %r42, %r43, %t;\nmul.wide.u32 %d0, %r43, 48;\n"
+        "add.s64 %d0, %d0, %p0;\n"
+    )
     columns = []
     for name in names:
         body += f"mov.u32 %r1, %{name};\nst.global.u32 [%d0+{4 * len(columns)}], %r1;\n"
         columns.append(name)
-    body += "mov.u32 %r1, %lanemask_lt;\nst.global.u32 [%d0+36], %r1;\nmov.u32 %r1, %lanemask_ge;\nst.global.u32 [%d0+40], %r1;\n"
-    "mov.u32 %r1, %lanemask_eq;\nst.global.u32 [%d0+44], %r1;"
+    body += (
+        "mov.u32 %r1, %lanemask_lt;\nst.global.u32 [%d0+36], %r1;\nmov.u32 %r1, %lanemask_ge;\nst.global.u32 [%d0+40], %r1;\n"
+        "mov.u32 %r1, %lanemask_eq;\nst.global.u32 [%d0+44], %r1;"
+    )
     want = np.zeros((3, 64, 12), np.uint32)
     for cta in range(3):
         for tid in range(64):
@@ -35,8 +39,10 @@ def _special() -> list[Program]:
         "mov.u64 %d2, %clock64;\nmov.u64 %d4, %globaltimer;\nst.global.v2.u64 [%p0], {%d1, %d2};\nst.global.v2.u64 [%p0+16], {%d3, %d4};"
     )
     clock = Program("clocks", "10.23, 10.26", body, (Buffer("d", np.zeros(4, np.uint64), check=clocks),))
-    body = "mov.u32 %r1, %dynamic_smem_size;\nmov.u32 %r2, %total_smem_size;\nsetp.ge.u32 %q0, %r2, %r1;\nselp.u32 %r2, 1, 0, %q0;\n"
-    "st.global.v2.u32 [%p0], {%r1, %r2};"
+    body = (
+        "mov.u32 %r1, %dynamic_smem_size;\nmov.u32 %r2, %total_smem_size;\nsetp.ge.u32 %q0, %r2, %r1;\nselp.u32 %r2, 1, 0, %q0;\n"
+        "st.global.v2.u32 [%p0], {%r1, %r2};"
+    )
     smem = Program("shared memory sizes", "10.30", body, (output("d", np.array([4096, 1], np.uint32)),), smem_bytes=4096)
     return [special, clock, smem]
 

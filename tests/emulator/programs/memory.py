@@ -41,8 +41,10 @@ def _vectors() -> list[Program]:
         out.append(Program(f"ld.shared{vector}.{kind}", "9.7.9.8", shared, args, smem_bytes=2048))
     data = np.resize(WORDS.view(np.uint8), 1024)
     names = "{%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}"
-    body = f"mad.wide.u32 %d0, %t, 32, %p0;\nmad.wide.u32 %d1, %t, 32, %p1;\nld.global.v8.b32 {names}, [%d0];\n"
-    f"st.global.v8.b32 [%d1], {names};"
+    body = (
+        f"mad.wide.u32 %d0, %t, 32, %p0;\nmad.wide.u32 %d1, %t, 32, %p1;\nld.global.v8.b32 {names}, [%d0];\n"
+        f"st.global.v8.b32 [%d1], {names};"
+    )
     out.append(Program("ld.global.v8.b32", "9.7.9.8", body, (Buffer("a", data), output("d", data)), target="sm_100a"))
     return out
 
@@ -164,8 +166,10 @@ def _atomics() -> list[Program]:
         register = "%d5" if size == 8 else "%r5"
         kind = f"b{8 * size}"
         cell = Buffer("cell", np.array([initial & mask], dtype), np.array([final & mask], dtype))
-        load = f"mov.u32 %r1, %ctaid.x;\nmad.lo.u32 %r1, %r1, 64, %t;\nmad.wide.u32 %d0, %r1, {size}, %p0;\n"
-        f"ld.global.{kind} {register}, [%d0];\n"
+        load = (
+            f"mov.u32 %r1, %ctaid.x;\nmad.lo.u32 %r1, %r1, 64, %t;\nmad.wide.u32 %d0, %r1, {size}, %p0;\n"
+            f"ld.global.{kind} {register}, [%d0];\n"
+        )
         args = (Buffer("a", values), cell)
         out.append(Program(f"red.global.{name}", "9.7.13.14", f"{load}red.global.{name} [%p1], {register};", args, block=64, grid=2))
         other = register.replace("5", "6")

@@ -7,9 +7,10 @@ In the body, `%p0`, `%p1`, ... hold the addresses, the generic addresses of the 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,7 +94,7 @@ class Program:
     version: str = "9.0"
     directives: str = ""
     declarations: str = ""  # module-level variables; names must be unique in the family
-    launch: dict[str, Any] = field(default_factory=dict)  # attributes of a device launch: "programmatic": True
+    faults: str = ""  # why the program must fail, on the GPU ("illegal instruction") and on the emulator (`KernelFault`)
 
     @property
     def entry(self) -> str:
@@ -129,6 +130,15 @@ class Program:
     def ptx(self) -> str:
         """A whole module with this one kernel."""
         return HEADER.format(version=self.version, target=self.target) + self.text
+
+    @property
+    def digest(self) -> str:
+        """Of the text, the inputs and the expected values: tells which version of a program a recorded result is of."""
+        total = hashlib.sha256(self.ptx.encode())
+        for arg in self.args:
+            arrays = (arg.data, arg.expected) if isinstance(arg, Buffer) else ()
+            total.update(repr(arg).encode() if not arrays else b"".join(a.tobytes() for a in arrays if a is not None))
+        return total.hexdigest()[:16]
 
     @property
     def buffers(self) -> list[Buffer]:

@@ -1,4 +1,4 @@
-"""Tensor memory and the fifth-generation tensor core (sm_100a): PTX ISA 9.7.16. No GPU here runs these: the values come from the ISA alone."""
+"""Tensor memory and the fifth-generation tensor core (sm_100a): PTX ISA 9.7.16. No GPU here runs these: the ISA alone gives the values."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def _packing() -> list[Program]:
     load = Program("tcgen05.ld pack::16b", "9.7.16.8.1", body, (Buffer("a", cells), output("d", packed)), **common)
     body = allocate(32) + f"mad.wide.u32 %d0, %t, 16, %p0;\nld.global.v4.b32 {names(100, 4)}, [%d0];\n"
     body += f"tcgen05.st.sync.aligned.32x32b.x4.unpack::16b.b32 [%r3], {names(100, 4)};\ntcgen05.wait::st.sync.aligned;\n"
-    body += f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {names(100, 8)}, [%r3];\ntcgen05.wait::ld.sync.aligned;\nmad.wide.u32 %d1, %t, 32, %p1;\n"
+    body += (
+        f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {names(100, 8)}, [%r3];\ntcgen05.wait::ld.sync.aligned;\nmad.wide.u32 %d1, %t, 32, %p1;\n"
+    )
     body += "".join(f"st.global.b32 [%d1+{4 * i}], %r{100 + i};\n" for i in range(8)) + free(32)
     store = Program("tcgen05.st unpack::16b", "9.7.16.8.2", body, (Buffer("a", packed), output("d", cells)), **common)
     return [load, store]
@@ -321,12 +323,12 @@ def _copies() -> list[Program]:
     body += _descriptor("%d6", "%r6", 0, descriptor_high(operand, "none"))
     body += "tcgen05.cp.cta_group::1.128x256b [%r2], %d6;\nadd.u32 %r11, %r0, 8;\n"
     body += "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r11];\nissued:\n" + WAIT
-    body += f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {names(100, 8)}, [%r3];\ntcgen05.wait::ld.sync.aligned;\nmad.wide.u32 %d1, %t, 32, %p1;\n"
+    body += (
+        f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {names(100, 8)}, [%r3];\ntcgen05.wait::ld.sync.aligned;\nmad.wide.u32 %d1, %t, 32, %p1;\n"
+    )
     body += "".join(f"st.global.b32 [%d1+{4 * i}], %r{100 + i};\n" for i in range(8)) + free(32)
     args = (Buffer("a", operand.image), output("d", np.ascontiguousarray(cells).view(np.uint32)))
-    return [
-        Program("tcgen05.cp 128x256b", "9.7.16.9.2", body, args, block=128, smem_bytes=1024 + len(operand.image), target=TARGET)
-    ]
+    return [Program("tcgen05.cp 128x256b", "9.7.16.9.2", body, args, block=128, smem_bytes=1024 + len(operand.image), target=TARGET)]
 
 
 def _products() -> list[Program]:

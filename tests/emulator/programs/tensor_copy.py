@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 
@@ -165,17 +166,18 @@ def _ranks() -> list[Program]:
     out = []
     shapes = {
         1: ((64,), (32,), [(0,), (16,), (-8,), (48,)]),
-        2: ((64, 40), (32, 8), [(0, 0), (32, 24), (-4, 36), (48, -3)]),
-        3: ((32, 9, 7), (16, 4, 3), [(0, 0, 0), (16, 7, 5), (-2, -1, -1)]),
+        2: ((64, 40), (32, 8), [(0, 0), (32, 24), (-8, 36), (48, -3)]),
+        3: ((32, 9, 7), (16, 4, 3), [(0, 0, 0), (16, 7, 5), (-8, -1, -1)]),
         4: ((16, 5, 6, 4), (16, 2, 3, 2), [(0, 0, 0, 0), (8, 4, 5, 3), (0, -1, 2, -1)]),
-        5: ((16, 3, 4, 3, 3), (8, 2, 2, 2, 2), [(0, 0, 0, 0, 0), (8, 2, 3, 2, 2), (-1, 1, -1, 2, 1)]),
+        5: ((16, 3, 4, 3, 3), (8, 2, 2, 2, 2), [(0, 0, 0, 0, 0), (8, 2, 3, 2, 2), (-8, 1, -1, 2, 1)]),
     }
     for rank, (dims, box, places) in shapes.items():
         for number, coordinates in enumerate(places):
             tensor, memory = packed_map("bf16", dims, box, row_padding=0 if number else 16)
             out.append(load(f"load {rank}d {number}", tensor, memory, coordinates))
             tensor, memory = packed_map("i32", dims, box)
-            out.append(store(f"store {rank}d {number}", tensor, memory, coordinates))
+            faults = "a store with a negative coordinate" if min(coordinates) < 0 else ""
+            out.append(replace(store(f"store {rank}d {number}", tensor, memory, coordinates), faults=faults))
     return out
 
 
@@ -184,10 +186,10 @@ def _dtypes() -> list[Program]:
     for dtype in NUMPY:
         size = TensorMap.DTYPE_BYTES[dtype]
         tensor, memory = packed_map(dtype, (64, 12), (32 // size * 2, 4))
-        out.append(load(f"load {dtype}", tensor, memory, (56, 10)))
+        out.append(load(f"load {dtype}", tensor, memory, (48, 10)))
         if dtype in ("f16", "bf16", "f32"):
             tensor, memory = packed_map(dtype, (64, 12), (32 // size * 2, 4), oob_nan=True)
-            out.append(load(f"load {dtype} filled with NaN", tensor, memory, (56, 10)))
+            out.append(load(f"load {dtype} filled with NaN", tensor, memory, (48, 10)))
     tensor, memory = packed_map("f16", (64, 24), (16, 12), element_strides=(1, 3))
     out.append(load("load every third row", tensor, memory, (16, 2)))
     return out
@@ -226,7 +228,20 @@ def _reductions() -> list[Program]:
     }.items():
         for operation in operations:
             tensor, memory = packed_map(dtype, (32, 12), (16, 4))
-            out.append(store(f"reduce {operation} {dtype}", tensor, memory, (20, 10), operation))
+            out.append(store(f"reduce {operation} {dtype}", tensor, memory, (24, 10), operation))
+    return out
+
+
+def _faults() -> list[Program]:
+    """The inner coordinate's byte offset must be a multiple of 16: the ISA is silent, an H200 reports an illegal instruction."""
+    out = []
+    for dtype, coordinates in (("bf16", (4, 0)), ("bf16", (-4, 0)), ("u8", (56, 10)), ("f32", (2, 0))):
+        tensor, memory = packed_map(dtype, (64, 12), (32, 4))
+        name = f"load {dtype} from an odd column {coordinates[0]}"
+        out.append(replace(load(name, tensor, memory, coordinates), faults="inner coordinate off 16 bytes"))
+        if coordinates[0] > 0:
+            name = f"store {dtype} to an odd column {coordinates[0]}"
+            out.append(replace(store(name, tensor, memory, coordinates), faults="inner coordinate off 16 bytes"))
     return out
 
 
@@ -280,4 +295,4 @@ def _gather() -> list[Program]:
     return [gather, scatter]
 
 
-PROGRAMS = [*_ranks(), *_dtypes(), *_swizzles(), *_reductions(), *_gather()]
+PROGRAMS = [*_ranks(), *_dtypes(), *_swizzles(), *_reductions(), *_faults(), *_gather()]
