@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.memory import GlobalMemory
     from fa4_backend.emulator.races import Access
 
-# Data type code of a tensor map -> element bytes (CUtensorMapDataType order: u8 u16 u32 s32 u64 s64 f16 f32 f64 bf16 ...)
-ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 8, 10: 2, 11: 4, 12: 4}
+# Data type code of a tensor map -> element bytes: u8 u16 u32 i32 u64 i64 f16 f32 f32.ftz f64 bf16
+ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2}
+NAN_FILLS = {6: 0x7FFF, 7: 0x7FFFFFFF, 8: 0x7FFFFFFF, 9: 0x7FFFFFFFFFFFFFFF, 10: 0x7FFF}
 SWIZZLE_MASKS = (0, 1, 3, 7)
 
 
@@ -32,8 +33,10 @@ SWIZZLE_MASKS = (0, 1, 3, 7)
 class TensorMap:
     """A tiled tensor map.
 
-    Layout, found by varying one field at a time: bytes 0-7 base address; 8-11 flags (bits 4-6 rank - 1, 7-10 data type,
-    13-14 swizzle); 12-31 strides of dimensions 1 to 5 in units of 16 bytes; 32-51 dimensions - 1; 52-54 element strides - 1; 55-59 box - 1.
+    Layout, recorded from the CUDA driver (tests/device/results/tensor_maps_h200.json): bytes 0-7 base address; 8-11 flags (bits 4-6
+    rank - 1, 7-10 data type, 11-12 interleave, 13-14 swizzle, 15 NaN fill, 16 tf32, 17-18 L2 promotion; the low four are 0 from the
+    driver and 2 from the DSL); 12-27 strides of dimensions 1 to 4 in units of 16 bytes, 28-31 their bits 32 to 35, four bits each;
+    32-51 dimensions - 1; 52-54 element strides - 1, three bits each; 55-59 box - 1. What follows is derived from these.
     """
 
     base: int
@@ -42,11 +45,18 @@ class TensorMap:
     swizzle: int  # 16-byte chunk bits that are XORed
     dims: tuple[int, ...]  # elements, dimension 0 contiguous
     strides: tuple[int, ...]  # bytes
-    box: tuple[int, ...]  # elements
+    box: tuple[int, ...]  # elements of the tensor that a box spans
+    steps: tuple[int, ...]  # every how manieth element is copied; PTX ISA 5.5.3 traversal strides
+    fill: bytes  # an element outside of the tensor
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Elements that one box copies, by dimension."""
+        return tuple(-(-b // s) for b, s in zip(self.box, self.steps, strict=True))
 
     @property
     def box_bytes(self) -> int:
-        return self.element_bytes * int(np.prod(self.box))
+        return self.element_bytes * int(np.prod(self.counts))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -56,20 +66,32 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
     rank, kind, swizzle = (flags >> 4 & 7) + 1, flags >> 7 & 15, flags >> 13 & 3
     if kind not in ELEMENT_BYTES or rank > 5:
         raise UnsupportedInstruction(f"tensor map with data type {kind}, rank {rank} (flags {flags:#010x})")
-    if flags & 0xF != 2 or flags >> 11 & 3 or any(raw[52:55]):
-        raise UnsupportedInstruction(
-            f"tensor map flags {flags:#010x}, element strides {raw[52:55].hex()}: not tiled, interleaved or strided"
-        )
+    if flags & 0xF not in (0, 2) or flags >> 11 & 3 or flags >> 16 & 1 or flags >> 19 not in (0, 4):  # the DSL sets bit 21
+        raise UnsupportedInstruction(f"tensor map flags {flags:#010x}: not tiled, interleaved, or tf32")
     size = ELEMENT_BYTES[kind]
     dims = tuple(int(d) + 1 for d in words[8 : 8 + rank])
-    strides = (size, *(int(s) * 16 for s in words[3 : 3 + rank - 1]))
+    high = int(words[7])
+    strides = (size, *((int(s) | (high >> 4 * i & 15) << 32) * 16 for i, s in enumerate(words[3 : 3 + rank - 1])))
     box = tuple(b + 1 for b in raw[55 : 55 + rank])
+    packed = int.from_bytes(raw[52:55], "little")
+    steps = (1, *((packed >> 3 * i & 7) + 1 for i in range(1, rank)))  # that of dimension 0 counts only in interleaved layouts
+    fill = (NAN_FILLS.get(kind, 0) if flags >> 15 & 1 else 0).to_bytes(size, "little")
     base = int(words[0]) | int(words[1]) << 32
     if base % 16:
         raise MemoryFault(f"tensor map base {base:#x} is not a multiple of 16 bytes")
     if box[0] * size % 16:
         raise UnsupportedInstruction(f"tensor map with an inner box of {box[0] * size} bytes: not a multiple of 16")
-    return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box)
+    return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box, steps, fill)
+
+
+def check_coordinates(tensor: TensorMap, coords: tuple[int, ...], store: bool) -> None:
+    """What an H200 answers with an illegal instruction (tests/device/results): the ISA does not say it."""
+    if coords[0] * tensor.element_bytes % 16:
+        raise MemoryFault(
+            f"tensor copy at inner coordinate {coords[0]}: {coords[0] * tensor.element_bytes} bytes, expected a multiple of 16"
+        )
+    if store and min(coords) < 0:
+        raise MemoryFault(f"tensor store at the negative coordinate {coords}")
 
 
 def read_map(memory: GlobalMemory, address: int) -> TensorMap:
@@ -100,14 +122,14 @@ def global_box(
     """View of the part of a box that lies inside the tensor, outermost dimension first, bytes last; and where it lies in the box."""
     inside, start = [], 0
     shape, strides = [], []
-    for dim, extent, box, stride in zip(coords, tensor.dims, tensor.box, tensor.strides, strict=True):
-        low, high = max(0, -dim), min(box, extent - dim)
+    for dim, extent, count, step, stride in zip(coords, tensor.dims, tensor.counts, tensor.steps, tensor.strides, strict=True):
+        low, high = max(0, -(dim // step)), min(count, -((dim - extent) // step))
         if low >= high:
             return None, ()
         inside.append(slice(low, high))
-        start += (dim + low) * stride
+        start += (dim + low * step) * stride
         shape.append(high - low)
-        strides.append(stride)
+        strides.append(stride * step)
     size = tensor.element_bytes
     span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + size
     data = memory.bytes_at(tensor.base + start, span, write)
@@ -117,12 +139,14 @@ def global_box(
 
 
 def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
-    """The box as bytes, (chunks, 16); what lies outside the tensor is zero."""
+    """The box as bytes, (chunks, 16); what lies outside the tensor is the map's fill value."""
     view, inside = global_box(memory, tensor, coords, write=False)
-    shape = (*tensor.box[:0:-1], tensor.box[0] * tensor.element_bytes)
+    shape = (*tensor.counts[:0:-1], tensor.counts[0] * tensor.element_bytes)
     if view is not None and view.shape == shape:
         return np.ascontiguousarray(view).reshape(-1, 16)
     out = np.zeros(shape, np.uint8)
+    if any(tensor.fill):
+        out.reshape(-1, tensor.element_bytes)[:] = np.frombuffer(tensor.fill, np.uint8)
     if view is not None:
         out[inside] = view
     return out.reshape(-1, 16)
@@ -131,7 +155,7 @@ def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -
 def store_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], data: np.ndarray) -> None:
     view, inside = global_box(memory, tensor, coords, write=True)
     if view is not None:
-        view[...] = data.reshape(*tensor.box[:0:-1], tensor.box[0] * tensor.element_bytes)[inside]
+        view[...] = data.reshape(*tensor.counts[:0:-1], tensor.counts[0] * tensor.element_bytes)[inside]
 
 
 # -- instructions ---------------------------------------------------------------------------------------------------------
@@ -187,11 +211,12 @@ def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Ha
             if tensor.rank != rank:
                 raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
             coords = tuple(_signed(c(warp, lane)) for c in coordinates)
+            check_coordinates(tensor, coords, store=False)
             address, bar_address = where(warp, lane), barrier_at(warp, lane)
             mask = ranks(warp, lane) if ranks else 0
             targets = [r << 24 for r in range(cluster.size) if mask >> r & 1] if ranks else [address & ~0xFFFFFF]
             for base in targets:
-                barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address)
+                barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address, asynchronous=True)
                 cta = cluster.cta_at(base)
                 chunks = box_chunks(cta, address & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
                 access = warp.races.issue_copy(warp, barrier) if warp.races else None
@@ -241,6 +266,7 @@ def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> H
             if tensor.rank != rank:
                 raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
             coords = tuple(_signed(c(warp, lane)) for c in coordinates)
+            check_coordinates(tensor, coords, store=True)
             chunks = box_chunks(cta, where(warp, lane) & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
             _submit_store(warp, chunks, functools.partial(store_box, memory, tensor, coords), tensor.box_bytes)
 
@@ -337,7 +363,7 @@ def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             address, count, begin = where(warp, lane), size(warp, lane), source(warp, lane)
             if (address | count | begin) & 15:
                 raise MemoryFault(f"cp.async.bulk of {count} bytes from {begin:#x} to shared {address:#x}: not multiples of 16")
-            cta, barrier = cluster.cta_at(address), find_barrier(warp, barrier_at(warp, lane))
+            cta, barrier = cluster.cta_at(address), find_barrier(warp, barrier_at(warp, lane), asynchronous=True)
             chunks = box_chunks(cta, address & 0xFFFFFF, count, 0)
             access = warp.races.issue_copy(warp, barrier) if warp.races else None
             _submit_load(warp, cta, barrier, chunks, functools.partial(_read_bytes, memory, begin, count), count, access)
