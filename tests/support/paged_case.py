@@ -78,15 +78,18 @@ class PagedCase:
         num_pages = sum(pages_of) + 2
         k_cache, v_cache = self._empty_caches(num_pages, dtype)
         page_table = torch.full((len(self.kv_lens), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
-        free = torch.randperm(num_pages, generator=generator).tolist()
+        # Pages are drawn apart from values: the same sequences in pages of another size.
+        free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
         for seq_idx, kv_len in enumerate(self.kv_lens):
+            values = [
+                torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator).to(dtype) for cache in (k_cache, v_cache)
+            ]
             for logical in range(pages_of[seq_idx]):
                 page = free.pop()
                 page_table[seq_idx, logical] = page
-                rows = min(self.page_size, kv_len - logical * self.page_size)
-                for cache in (k_cache, v_cache):
-                    shape = (rows, self.num_kv_heads, cache.shape[-1])
-                    cache[page, :rows] = torch.randn(shape, generator=generator).to(dtype)
+                rows = slice(logical * self.page_size, min((logical + 1) * self.page_size, kv_len))
+                for cache, drawn in zip((k_cache, v_cache), values, strict=True):
+                    cache[page, : rows.stop - rows.start] = drawn[rows]
         cu_seqlens_q = torch.tensor([0, *self.query_lens]).cumsum(0).int()
         total_q = int(cu_seqlens_q[-1])
         q = torch.full((total_q + self.padding_rows, self.num_q_heads, self.head_dim), math.nan, dtype=dtype)

@@ -1,0 +1,74 @@
+"""The schedule, executed from its PTX, against lists made step by step on the host; the host's lists against what a list must be.
+
+Lengths sit at the edges of a KV tile (64) and of a query tile; CTAs are fewer and more than the row groups. Both archs run
+the same source, so one of them is enough here; tests/emulated/test_decode.py runs it on both.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fa4_backend.kernels.schedule_launch import ScheduleConfig
+from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
+from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
+
+pytestmark = pytest.mark.emulated
+
+KV_EDGES = (0, 1, 63, 64, 65, 500, 3000)
+
+
+def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
+    """Shape, query lengths, KV lengths and window of a random step."""
+    draw = random.Random(seed)
+    shape = WorkShape(
+        num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=draw.choice((1, 7, 33)), decode_num_ctas=draw.choice((1, 7, 33)),
+        tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
+        decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), item_overhead=draw.choice((0, 2)), l2_tokens=1000,
+    )  # fmt: skip
+    rows = draw.choice((1, 2, 5, 40))
+    query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
+    kv_lens = [draw.choice(KV_EDGES)] * rows if draw.random() < 0.3 else [draw.choice(KV_EDGES) for _ in range(rows)]
+    return shape, query_lens, kv_lens, draw.choice((NO_WINDOW, 0, 100)), draw.choice((0, 5, NO_WINDOW))
+
+
+def test_host_lists_hold_every_tile_once() -> None:
+    for seed in range(500):
+        shape, query_lens, kv_lens, left, right = draw_step(seed)
+        host_lists(shape, query_lens, kv_lens, window_left=left, window_right=right)
+
+
+def test_device_lists_are_the_hosts() -> None:
+    for seed in range(12):
+        shape, query_lens, kv_lens, left, right = draw_step(seed)
+        want = host_lists(shape, query_lens, kv_lens, window_left=left, window_right=right)
+        work = empty_lists(shape, len(kv_lens), sum(query_lens))
+        key = ScheduleConfig("sm_90a", 256)
+        report = run_schedule("sm_90a", key, work, query_lens, kv_lens, window_left=left, window_right=right, seed=seed)
+        assert report.races == []
+        assert_same_lists(work, want)
+
+
+def test_more_rows_than_threads() -> None:
+    """600 rows: a thread has more than one, and cuts fall in the second round of the scan."""
+    shape = draw_step(3)[0]
+    draw = random.Random(0)
+    query_lens, kv_lens = [draw.choice((0, 1, 2, 9)) for _ in range(600)], [draw.choice(KV_EDGES) for _ in range(600)]
+    work = empty_lists(shape, 600, sum(query_lens))
+    run_schedule("sm_90a", ScheduleConfig("sm_90a", 1024), work, query_lens, kv_lens)
+    assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
+
+
+def test_decode_is_balanced() -> None:
+    """No CTA has more KV tiles than its equal share and one, whatever the lengths."""
+    for seed in range(50):
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 0, 1000)
+        draw = random.Random(seed)
+        kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((1, 8, 64)))]
+        lists = host_lists(shape, [1] * len(kv_lens), kv_lens)
+        load, at = [], 0
+        for count in lists.decode_first[:, 11]:
+            load.append(int((lists.decode_tiles[at : at + count, 4] - lists.decode_tiles[at : at + count, 3]).sum()))
+            at += count
+        assert max(load) <= -(-sum(load) // 264) * 8 // 7 + 1

@@ -1,0 +1,145 @@
+"""The device-made schedule and the decode kernel on the emulator: both from their compiled PTX, chosen schedule seed, race detection."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fa4_backend import emulator
+from fa4_backend.emulator.kernels import load_function
+from fa4_backend.kernels.decode.config import decode_config
+from fa4_backend.kernels.schedule_launch import schedule_key
+from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
+from tests.support.host_schedule import HostLists, make_lists
+from tests.support.paged_case import BuiltCase, Errors, PagedCase
+
+UNWRITTEN = -7  # what every int of a list holds before the schedule
+
+
+@dataclass(frozen=True)
+class DecodeRun:
+    """What came out of one schedule and one decode launch."""
+
+    built: BuiltCase
+    work: WorkLists
+    reports: tuple[emulator.Report, ...]
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse of the tokens."""
+        a, n = self.built.arguments, self.built.total_q
+        assert a.lse is not None
+        return a.out[:n], a.lse[:, :n]
+
+    def check(self) -> Errors:
+        """Within the error budget, nothing written that is not ours, no race, counters back at 0."""
+        for report in self.reports:
+            assert report.races == [], "\n".join(str(race) for race in report.races[:3])
+        assert not self.work.arrivals.any(), "arrival counters: expected 0 after the launch"
+        assert self.built.arguments.lse is not None
+        return self.built.check(self.built.arguments.out, self.built.arguments.lse)
+
+
+def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+    """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Workspaces are poisoned.
+
+    Args:
+        num_ctas: SMs of the pretended GPU.
+        seed: of the emulator's schedule; None: deterministic.
+    """
+    built = case.build()
+    plan, a = case.plan(num_sms=num_ctas), built.arguments
+    key = decode_config(plan.problem, plan.limits)
+    assert key is not None, case
+    work = WorkLists.allocate(plan, "cpu")
+    for poisoned in (a.out, a.lse, work.o_partial, work.lse_partial):
+        poisoned.fill_(math.nan)
+    arch = plan.problem.target_arch
+    right = 0 if case.is_causal else NO_WINDOW
+    scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
+    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
+        emu.run(
+            load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
+            work.decode_tiles, work.decode_first, work.o_partial, work.lse_partial, work.arrivals, a.sinks, a.alibi_slopes,
+            a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
+        )  # fmt: skip
+    return DecodeRun(built, work, (scheduled, emu.report))
+
+
+def run_schedule(
+    arch: str,
+    key: object,
+    work: WorkLists,
+    query_lens: list[int],
+    kv_lens: list[int],
+    *,
+    window_left: int = NO_WINDOW,
+    window_right: int = 0,
+    seed: int | None = None,
+) -> emulator.Report:
+    """Make `work`'s lists with the compiled schedule."""
+    s = work.shape
+    cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int()
+    with emulator.session(arch=arch, num_sms=s.num_ctas, seed=seed, detect_races=True) as emu:
+        emu.run(
+            load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
+            work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
+            s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
+            s.l2_tokens, window_left, window_right,
+        )  # fmt: skip
+    return emu.report
+
+
+def empty_lists(shape: WorkShape, num_seqs: int, num_tokens: int) -> WorkLists:
+    """Lists without a plan, every int UNWRITTEN; no workspace."""
+
+    def ints(*size: int) -> torch.Tensor:
+        return torch.full(size, UNWRITTEN, dtype=torch.int32)
+
+    none = torch.empty(0)
+    return WorkLists(
+        shape, ints(max(shape.max_prefill_tiles(num_tokens, num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
+        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), none, none, none,
+    )  # fmt: skip
+
+
+def assert_same_lists(work: WorkLists, want: HostLists) -> None:
+    """The device's lists are the host's, entry by entry."""
+    assert np.array_equal(work.prefill_begin.numpy(), want.prefill_begin)
+    assert np.array_equal(work.prefill_tiles[: len(want.prefill_tiles)].numpy(), want.prefill_tiles)
+    counts, want_counts = work.decode_first[:, 11].numpy(), want.decode_first[:, 11]
+    assert np.array_equal(counts, want_counts)
+    # A CTA without entries has a count and nothing else; unused ints are nobody's.
+    assert np.array_equal(work.decode_first.numpy()[counts > 0, :13], want.decode_first[counts > 0, :13])
+    assert np.array_equal(work.decode_tiles[: len(want.decode_tiles), :11].numpy(), want.decode_tiles[:, :11])
+
+
+def host_lists(
+    shape: WorkShape, query_lens: list[int], kv_lens: list[int], *, window_left: int = NO_WINDOW, window_right: int = 0
+) -> HostLists:
+    """The oracle's lists, after checking that they hold every KV tile of every row group once and every slot once."""
+    lists = make_lists(shape, query_lens, kv_lens, window_left=window_left, window_right=window_right)
+    covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    slots: list[int] = []
+    for seq_idx, head, _, begin, end, slot, first_slot, num_pieces, *_ in lists.decode_tiles.tolist():
+        covered.setdefault((seq_idx, head), []).append((begin, end))
+        if slot >= 0:
+            split = shape.split_blocks
+            here = -(-end // split) - begin // split if split else 1
+            slots += range(slot, slot + here)
+            assert first_slot <= slot and slot + here <= first_slot + num_pieces
+    assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots(max([*kv_lens, 1]))
+    for seq_idx, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        for head in range(shape.num_kv_heads):
+            ranges = covered.get((seq_idx, head), [])
+            if not 0 < query_len <= shape.decode_query_len:
+                assert ranges == []
+                continue
+            first = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
+            assert ranges[0][0] == first and ranges[-1][1] == -(-kv_len // shape.decode_tile_n)
+            assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
+    return lists
