@@ -68,8 +68,8 @@ def run_built(
     built.oracle = None
     with emulator.session(arch=problem.target_arch, num_sms=num_ctas, seed=seed, detect_races=detect_races) as emu:
         emu.run(
-            function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse, a.sinks, a.alibi_slopes,
-            a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+            function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
+            a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
         )  # fmt: skip
     return EmulatedRun(built, emu.report)
 

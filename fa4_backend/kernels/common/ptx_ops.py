@@ -192,6 +192,21 @@ def vec(n: int) -> ir.Type:
     return ir.VectorType.get([n], T.f32())
 
 
+def words(n: int) -> ir.Type:
+    """vector<n x i32>."""
+    return ir.VectorType.get([n], T.i32())
+
+
+def f32() -> ir.Type:
+    """The float32 type."""
+    return T.f32()
+
+
+def from_elements(elements: Sequence[ir.Value]) -> ir.Value:
+    """The float32 vector of these elements."""
+    return vector.from_elements(vec(len(elements)), list(elements))
+
+
 def broadcast(value: Float32, n: int) -> ir.Value:
     """A vector whose elements all are `value`."""
     return vector.broadcast(vec(n), Float32(value).ir_value())
@@ -293,3 +308,17 @@ def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Valu
     with ir.InsertionPoint(branch.else_block):
         scf.yield_(list(values))
     return list(branch.results)
+
+
+def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:
+    """A do-while loop: `one_pass(flag, *values)` returns (again, results); when repeated, flag is true and values are the first results."""
+    inits = [Boolean(flag).ir_value(), *values]
+    loop = scf.WhileOp(list(results), inits)
+    body = loop.before.blocks.append(*[v.type for v in inits])
+    with ir.InsertionPoint(body):
+        again, produced = one_pass(*body.arguments)
+        scf.condition(Boolean(again).ir_value(), produced)
+    step = loop.after.blocks.append(*results)
+    with ir.InsertionPoint(step):
+        scf.yield_([Boolean(True).ir_value(), *list(step.arguments)[: len(values)]])
+    return list(loop.results)

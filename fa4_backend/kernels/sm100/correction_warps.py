@@ -1,6 +1,7 @@
-"""Correction warps: keep O at the scale of the row maximum in use, and at the end divide by the row sum and hand the rows on.
+"""Correction warps: divide a finished O by its row sums, round it and hand it to the epilogue, while the softmax groups go on.
 
-A row's factor is 1 while its maximum stays; a warp skips O when all its factors are 1, so a row's bits do not depend on its neighbours.
+The rescaling between blocks, FlashAttention-4's other work of this role, is rare enough that the softmax group does it where it decides
+about it (`block_weights`); so no block waits for a message to this role and back.
 """
 
 from dataclasses import dataclass
@@ -44,19 +45,6 @@ class CorrectionWarps:
         out_stage, out_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            for i in range(item.num_blocks, unroll=1):
-                for q_idx in range(Q_STAGE, unroll=1):
-                    edge = q_idx * WARPGROUP + warp
-                    ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
-                    factor = ptx.load_shared_f32(stats + q_idx * STATS_BYTES)
-                    ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
-                    # The first block's PV overwrites O: nothing to rescale, but the softmax group's message says that S was taken.
-                    if i > 0 and cute.arch.vote_any_sync(factor != 1.0):
-                        ptx.tcgen05_fence_after_sync()
-                        self.rescale(g.tmem.o_at(place, q_idx) + lanes, factor)
-                        ptx.tcgen05_fence_before_sync()
-                    ptx.warp_arrive(g.full(place, "p_softmax_to_mma", q_idx), place.lane_idx)
-                stats_phase ^= 1
             for q_idx in range(Q_STAGE, unroll=1):
                 edge = q_idx * WARPGROUP + warp
                 ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
@@ -68,6 +56,7 @@ class CorrectionWarps:
                 target = place.smem_base + g.storage.o + out_stage * g.storage.sizes.o
                 self.finish_rows(g.tmem.o_at(place, q_idx) + lanes, target + row * o_pitch(config), scale)
                 ptx.tcgen05_fence_before_sync()
+                ptx.warp_arrive(g.empty(place, "o_mma_to_correction", q_idx), place.lane_idx)
                 ptx.warp_arrive(g.full(place, "o_correction_to_epilogue", out_stage), place.lane_idx)
                 out_stage += 1
                 if out_stage == self.o_stage:
@@ -75,13 +64,6 @@ class CorrectionWarps:
                     out_phase ^= 1
             stats_phase ^= 1
             o_phase ^= 1
-
-    def rescale(self, o_tmem: Int32, factor: Float32) -> None:
-        """O *= factor, this thread's row."""
-        for base in range(0, self.geometry.config.kernel.head_dim_v, self.columns):
-            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, self.columns)])
-            ptx.tmem_store(o_tmem + base, ptx.as_words(self.scaled(o, factor)))
-        ptx.tmem_wait_store()
 
     def finish_rows(self, o_tmem: Int32, target: Int32, scale: Float32) -> None:
         """This thread's row of O, scaled, to shared memory."""

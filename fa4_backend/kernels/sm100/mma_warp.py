@@ -51,6 +51,8 @@ class MmaWarp:
                         ptx.tcgen05_commit(g.empty(place, "q_load_to_mma", q_idx))
                 ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
                 for q_idx in range(Q_STAGE, unroll=1):
+                    if i == 0:
+                        ptx.mbarrier_wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
                     ptx.mbarrier_wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=False, accumulate=i)

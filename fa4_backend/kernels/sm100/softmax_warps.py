@@ -1,5 +1,6 @@
-"""Softmax warps: two groups of four, a query tile each, a row a thread. S from TMEM, P back over it, statistics to the correction group."""
+"""Softmax warps: two groups of four, a query tile each, a row a thread. S from TMEM, P back over it, O kept at the reference's scale."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,14 +11,13 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.exp2 import exp2_pair
-from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row, update_max
+from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.tile_scheduler import tile_range
+from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
-CHUNK = 32  # columns a TMEM instruction moves
 LANE_SHIFT = 16  # lane field of a TMEM address
 
 
@@ -48,7 +48,7 @@ class SoftmaxWarps:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, scores: Scores):
-        """Walk the work list; owns the consumer side of S and the producer sides of P and of the statistics."""
+        """Walk the work list; owns the consumer side of S and the producer sides of P and of the rows' statistics."""
         g, config = self.geometry, self.geometry.config.kernel
         q_idx = place.warp_idx // WARPGROUP
         warp = place.warp_idx % WARPGROUP
@@ -60,30 +60,32 @@ class SoftmaxWarps:
             scale_log2 = scores.softcap * LOG2_E
         begin, end = tile_range(work.mBegin)
         s_phase, stats_phase = Int32(0), Int32(0)
+        block = BlockWeights(g.config)
+        p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             packed = g.pack.row(row, item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             mask = self.row_mask(work, scores, item, packed.token, head, packed.is_valid, scale_log2)
+            # A row without a query token must not ask for a second pass, whatever its scores are.
             row_max, row_sum = -Float32.inf, Float32(0.0)
+            if not packed.is_valid:
+                row_max = Float32(0.0)
             for i in range(item.num_blocks, unroll=1):
                 n_block = item.blocks.end - 1 - i
                 barrier = g.full(place, "s_mma_to_softmax", q_idx)
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
-                s = self.load_scores(s_tmem, scores, mask, item, n_block, barrier, s_phase)
-                update = update_max(
-                    ptx.max_of(s, -Float32.inf), row_max, scale_log2,
-                    may_be_empty=True, is_first=False, threshold=config.tile.rescale_threshold,
-                )  # fmt: skip
-                warp_edge = q_idx * WARPGROUP + warp
-                ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
-                ptx.store_shared_f32(stats, update.factor)
-                ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
-                row_max = update.row_max
-                row_sum = row_sum * update.factor + self.store_weights(place, q_idx, s_tmem, s, scale_log2, update.offset)
+                load = functools.partial(self.load_scores, s_tmem, scores, mask, item, n_block, barrier, s_phase)
+                weights = block.decide(load, i == 0, row_max, row_sum, scale_log2)
+                if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
+                    # S of this block has arrived, so PV of the block before it is done.
+                    self.rescale(g.tmem.o_at(place, q_idx) + (warp * 32 << LANE_SHIFT), weights.factor)
+                self.store_weights(place, q_idx, p_tmem, weights.first, 0, "p_softmax_to_mma")
+                rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max, scale_log2))
+                self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
+                row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
                 s_phase ^= 1
-                stats_phase ^= 1
             sink = self.sink_of(scores, head, packed.is_valid)
             result = finalize_row(row_max, row_sum, scale_log2, sink)
             warp_edge = q_idx * WARPGROUP + warp
@@ -145,35 +147,22 @@ class SoftmaxWarps:
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
         return ptx.when(needs_mask, s, masked)
 
-    def store_weights(self, place: Place, q_idx: Int32, s_tmem: Int32, s: list, scale_log2: Float32, offset: Float32) -> Float32:
-        """P = exp2(s * scale_log2 - offset) to TMEM in two parts; returns the row's sum.
+    def store_weights(self, place: Place, q_idx: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
+        """Write some chunks of P and signal `edge`."""
+        for chunk, v in enumerate(packed, first_chunk):
+            ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
+        ptx.tmem_wait_store()
+        ptx.tcgen05_fence_before_sync()
+        ptx.warp_arrive(self.geometry.full(place, edge, q_idx), place.lane_idx)
 
-        The sum is of the float32 weights before they are rounded for PV: with rounded ones the lse of a row of few keys would be off
-        by up to 2^-9.
-        """
-        g, tuning = self.geometry, self.geometry.config.tuning
-        config = g.config.kernel
-        p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
-        scale, shift = ptx.broadcast(scale_log2, 2), ptx.broadcast(-offset, 2)
-        sums = [None, None]
-        for chunk, v in enumerate(s):
-            pairs = []
-            for j in range(0, CHUNK, 2):
-                col = chunk * CHUNK + j
-                x = ptx.fma2(ptx.pair(v, j), scale, shift)
-                p = exp2_pair(x, col, tuning.polynomial_every, tuning.polynomial_degree)
-                which = (j // 2) % 2
-                sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
-                pairs.append(p)
-            ptx.tmem_store(p_tmem + chunk * CHUNK // 2, ptx.pack_16bit(ptx.from_pairs(pairs), config.dtype))
-            columns_done = (chunk + 1) * CHUNK
-            if columns_done in (tuning.p_first_columns, config.tile.tile_n):
-                edge = "p_softmax_to_mma" if columns_done == tuning.p_first_columns else "p_rest_softmax_to_mma"
-                ptx.tmem_wait_store()
-                ptx.tcgen05_fence_before_sync()
-                ptx.warp_arrive(g.full(place, edge, q_idx), place.lane_idx)
-        total = ptx.add2(sums[0], sums[1])
-        return Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
+    def rescale(self, o_tmem: Int32, factor: Float32) -> None:
+        """O *= factor, this thread's row."""
+        factors = ptx.broadcast(factor, 2)
+        for base in range(0, self.geometry.config.kernel.head_dim_v, CHUNK):
+            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, CHUNK)])
+            scaled = ptx.from_pairs([ptx.mul2(ptx.pair(o, j), factors) for j in range(0, CHUNK, 2)])
+            ptx.tmem_store(o_tmem + base, ptx.as_words(scaled))
+        ptx.tmem_wait_store()
 
 
 def interval_bits(begin: Int32, end: Int32) -> Int32:

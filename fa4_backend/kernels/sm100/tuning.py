@@ -19,8 +19,9 @@ class Sm100Tuning:
         ValueError: the register budgets do not fit the register file, or a number is out of its domain.
     """
 
-    # Every how many pairs of columns one pair's exp2 runs on the FMA units (0: none, 1: all). 4, a quarter: per 256 x 128 tile MUFU then
-    # needs 1536 of the tensor core's 2048 cycles instead of all 2048 (16 a clock and SM, modelled); sm_103a has twice the MUFU rate.
+    # Every how many pairs of columns one pair's exp2 runs on the FMA units (0: none, 1: all). 8, upstream's share for causal attention: per
+    # 256 x 128 tile MUFU then needs 1808 cycles, less than the tensor core's 2048 (16 a clock and SM, modelled), and a larger share costs
+    # issue slots (docs/sm100.md). 0 on sm_103a, which has twice the MUFU rate.
     polynomial_every: int
     # 3 (error 8.6e-5) is far below bfloat16's 3.9e-3 and would do for O, but not for an lse of 2e-5 in rows of few keys; 4 has 3.0e-6 and
     # costs one more packed FMA for each polynomial pair (docs/numerics.md).
@@ -42,7 +43,7 @@ class Sm100Tuning:
 
 
 ROWS: dict[str, Sm100Tuning] = {
-    "sm_100a": Sm100Tuning(polynomial_every=4),
+    "sm_100a": Sm100Tuning(polynomial_every=8),
     "sm_103a": Sm100Tuning(polynomial_every=0),
 }
 

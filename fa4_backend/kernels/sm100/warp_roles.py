@@ -1,11 +1,10 @@
 """Which warp of the CTA does what, and the pipelines between them.
 
-    load --q--> mma                      softmax 0, 1 --p, p_rest--> mma
-    load --kv-> mma --s--> softmax 0, 1  softmax 0, 1 --stats--> correction --p--> mma
+    load --q---> mma --s--> softmax 0, 1 --p, p_rest--> mma
+    load --kv--> mma        softmax 0, 1 --stats--> correction
     load --v_tail--> value_tail --kv--> mma --o--> correction --o--> epilogue
 
-Each softmax group owns one query tile of 128 rows, one row a thread. `p` completes when the softmax group has written the first part
-of P *and* the correction group has brought O to the same scale.
+Each softmax group owns one query tile of 128 rows, one row a thread.
 """
 
 from __future__ import annotations
@@ -57,11 +56,10 @@ def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int) -> tuple[Pipel
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
         PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
         # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.
-        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax, correction), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax,), drained_by="s_mma_to_softmax"),
         PipelineEdge("p_rest_softmax_to_mma", Q_STAGE, (softmax,), drained_by="s_mma_to_softmax"),
         # One buffer a warp: lane i of a correction warp reads what lane i of its softmax warp wrote.
         PipelineEdge("stats_softmax_to_correction", Q_STAGE * WARPGROUP, (softmax_warp,), (correction_warp,)),
-        # The next item's first PV waits for the correction group's arrival on `p`, which comes after it has read this O.
-        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
+        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), (correction,)),
         PipelineEdge("o_correction_to_epilogue", o_stage, (correction,), (Party("epilogue", Signal.WARPS, 1),)),
     )

@@ -1,0 +1,134 @@
+"""One row's weights of one KV block: P = exp2(s * scale_log2 - offset), with the reference maximum moved only when it must.
+
+Note [One pass]. FlashAttention-4 rescales O only when a row's maximum grew by more than 8 (log2 units), which is rare behind a row's first
+block. Then even the maximum is rarely needed: the weights are computed with the reference in use, and their sum, which the softmax needs
+anyway, shows whether they may stand: a sum of 96 weights above 96 * 2^8 holds a weight above 2^8. Only then does the warp go over the block
+a second time, with the block's maximum. S is still in TMEM for it, since P is written after that decision. What the sum cannot show is asked of the raw scores: columns of the polynomial,
+whose exponent field would wrap, and the last columns, whose weights are computed while PV already works on the first ones.
+The second pass moves the reference of a row only if its own maximum grew by more than the threshold and repeats the weights of all others,
+so a row's bits do not depend on the rows beside it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32
+from cutlass._mlir import ir
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
+from fa4_backend.kernels.sm100.tuning import Sm100Config
+
+CHUNK = 32  # columns a TMEM instruction moves
+MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V
+
+
+class Weights(NamedTuple):
+    """What the decision left: the first columns' weights, and the scores of the rest with all that their weights need."""
+
+    row_max: Float32  # reference maximum, raw score; -inf: no key yet
+    row_sum: Float32  # of all earlier blocks and the first columns
+    factor: Float32  # multiplies O of earlier blocks; 1 while the reference stays
+    first: list[ir.Value]  # packed 16-bit weights, a chunk each
+    rest: list[ir.Value]  # scores, a chunk each
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Compile-time side; the methods emit code and hold no state."""
+
+    config: Sm100Config
+
+    @property
+    def first_chunks(self) -> int:
+        """Chunks of P that PV may start with."""
+        return self.config.tuning.p_first_columns // CHUNK
+
+    def decide(
+        self, load_scores: Callable[[], list[ir.Value]], is_first: Boolean, row_max: Float32, row_sum: Float32, scale_log2: Float32
+    ) -> Weights:
+        """Weights of the first columns with a reference that the block's weights do not pass by too much.
+
+        Args:
+            load_scores: emits the load of the row's scores, masked, in chunks; repeatable.
+            is_first: the row group's first block, which always needs its maximum.
+        """
+        threshold = self.config.kernel.tile.rescale_threshold
+        # A sum above this holds a weight above 2^threshold, so a second pass always moves the reference.
+        limit = self.config.tuning.p_first_columns * 2.0**threshold
+        assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
+        chunks = self.config.kernel.tile.tile_n // CHUNK
+        word_type, score_type = ptx.words(CHUNK // 2), ptx.vec(CHUNK)
+        results = [ptx.f32()] * 3 + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
+
+        def one_pass(needs_max: ir.Value, row_max: ir.Value, row_sum: ir.Value) -> tuple[Boolean, list[ir.Value]]:
+            s = load_scores()
+            moved = ptx.when(
+                Boolean(needs_max), [row_max, row_sum, Float32(1.0).ir_value()], lambda values: self._move(s, *values[:2], scale_log2)
+            )
+            reference, total, factor = (Float32(value) for value in moved)
+            offset = self.offset(reference, scale_log2)
+            first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
+            unseen = Float32(self._unseen_max(s)) * scale_log2 - offset
+            too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
+            again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
+            # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
+            total = cutlass.select_(again, total, total + part_sum)
+            return again, [reference.ir_value(), total.ir_value(), factor.ir_value(), *first, *s[self.first_chunks :]]
+
+        needs_max = Boolean(True) if threshold == 0 else is_first
+        values = ptx.repeat_once(one_pass, needs_max, [row_max.ir_value(), row_sum.ir_value()], results)
+        cut = 3 + self.first_chunks
+        return Weights(*(Float32(value) for value in values[:3]), values[3:cut], values[cut:])
+
+    def offset(self, row_max: Float32, scale_log2: Float32) -> Float32:
+        """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf."""
+        return cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) * scale_log2
+
+    def weigh(self, s: list[ir.Value], first_chunk: int, scale_log2: Float32, offset: Float32) -> tuple[list[ir.Value], Float32]:
+        """Packed weights of some chunks, and their sum.
+
+        The sum is of the float32 weights before they are rounded for PV: with rounded ones the lse of a row of few keys would be off by
+        up to 2^-9.
+        """
+        tuning = self.config.tuning
+        scale, shift = ptx.broadcast(scale_log2, 2), ptx.broadcast(-offset, 2)
+        sums: list = [None, None]
+        packed = []
+        for chunk, v in enumerate(s, first_chunk):
+            pairs = []
+            for j in range(0, CHUNK, 2):
+                x = ptx.fma2(ptx.pair(v, j), scale, shift)
+                p = exp2_pair(x, chunk * CHUNK + j, tuning.polynomial_every, tuning.polynomial_degree)
+                which = (j // 2) % 2
+                sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
+                pairs.append(p)
+            packed.append(ptx.pack_16bit(ptx.from_pairs(pairs), self.config.kernel.dtype))
+        total = ptx.add2(sums[0], sums[1])
+        return packed, Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
+
+    def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, scale_log2: Float32) -> list[ir.Value]:
+        """Reference, sum and factor after the block's maximum was looked at."""
+        old = Float32(row_max)
+        largest = ptx.max_of(s, old)
+        # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
+        grew = (largest - old) * scale_log2 > self.config.kernel.tile.rescale_threshold
+        new = cutlass.select_(grew, largest, old)
+        factor = cutlass.select_(grew, cute.math.exp2((old - new) * scale_log2, fastmath=True), Float32(1.0))
+        return [new.ir_value(), (Float32(row_sum) * factor).ir_value(), factor.ir_value()]
+
+    def _unseen_max(self, s: list[ir.Value]) -> ir.Value:
+        """Largest score among those whose weight the sum of the first columns does not show."""
+        every = self.config.tuning.polynomial_every
+        polynomial = [
+            ptx.element(v, j)
+            for chunk, v in enumerate(s[: self.first_chunks])
+            for j in range(CHUNK)
+            if uses_polynomial(chunk * CHUNK + j, every)
+        ]
+        vectors = ([ptx.from_elements(polynomial)] if polynomial else []) + s[self.first_chunks :]
+        return ptx.max_of(vectors, -Float32.inf).ir_value()
