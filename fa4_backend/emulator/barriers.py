@@ -138,12 +138,15 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     if unknown:
         raise UnsupportedInstruction(f"{ins.opcode}: modifier .{' .'.join(unknown)}")
     is_proxy = "proxy" in mods.parts and "async" in mods.parts
+    is_init = "mbarrier_init" in mods.parts
     is_memory = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts and "cta" not in mods.parts
 
     def handler(warp: Warp) -> None:
         if warp.races:
             if is_proxy:
                 warp.races.proxy_fence(warp)
+            elif is_init:
+                warp.races.barriers_fenced(warp)
             elif is_memory:
                 warp.races.memory_fence(warp)
 

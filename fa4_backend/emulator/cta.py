@@ -66,7 +66,7 @@ class Warp:
         self.copy_groups: list[list[Callable[[], None]]] = []
         self.open_copies: list[Callable[[], None]] = []
         self.tmem_loads: list[tuple[int, np.ndarray, int]] = []  # loads that may not be over (race detector)
-        self.clock = np.zeros(0, np.uint32)
+        self.clock = self.fence_clock = np.zeros(0, np.uint32)
         if self.races:
             self.races.start_warp(self)
         self.start_registers(threads)
@@ -291,12 +291,12 @@ class Cta:
             warp.races.shared_write(warp, self, offset, len(data))
 
     def at_exit(self, warp: Warp) -> None:
-        """Reads of shared memory by bulk stores must be over before the CTA gives its memory back."""
-        left = [g for g in (*warp.bulk_groups, warp.open_bulk_group) if g is not None and g.reads_left]
-        if left:
-            self.grid.session.report.note(
-                "exit", f"{self.name} warp {warp.index} exits while {len(left)} bulk groups still read shared memory"
-            )
+        """Bulk stores must have read shared memory before the CTA gives it back."""
+        if warp.open_bulk_group is not None:
+            what = "bulk stores that were never committed"
+        else:
+            what = f"{len(warp.bulk_groups)} bulk groups not waited for"
+        self.grid.session.report.note("race", f"warp {warp.index} exits with {what}: they may still read shared memory")
 
 
 class Cluster:
@@ -375,8 +375,8 @@ class Cluster:
     def barrier_arrive(self, warp: Warp, releases: bool) -> None:
         self.barrier_arrived += 1
         self.progress += 1
-        if warp.races and releases:
-            warp.races.release(warp, self.barrier_edge)
+        if warp.races:
+            warp.races.release_cluster(warp, self.barrier_edge, releases)
         self.check_barrier()
 
     def check_barrier(self) -> None:

@@ -19,12 +19,14 @@ Reader = Callable[["Warp", int], int]
 class MBarrier:
     """State of one barrier: `pending` arrivals and `tx` bytes are missing in the phase numbered `phase`."""
 
-    __slots__ = ("clock", "count", "cta", "done_clock", "offset", "pending", "phase", "tx", "waiters")
+    __slots__ = ("clock", "count", "cta", "done_clock", "fenced", "init_by", "init_epoch", "offset", "pending", "phase", "tx", "waiters")
 
     def __init__(self, cta: Cta, offset: int, count: int) -> None:
         self.cta, self.offset, self.count = cta, offset, count
         self.pending, self.tx, self.phase = count, 0, 0
         self.waiters: list[tuple[Warp, int]] = []
+        self.init_by = -1  # generic actor and epoch of the init, and whether a fence made it visible to asynchronous operations
+        self.init_epoch, self.fenced = 0, False
         self.clock: object = None  # what the arrivals of this phase released (race detector)
         self.done_clock: object = None  # what a waiter of the last complete phase acquires
 
@@ -66,11 +68,14 @@ class MBarrier:
                 warp.wake(lanes)
 
 
-def find_barrier(warp: Warp, address: int) -> MBarrier:
+def find_barrier(warp: Warp, address: int, asynchronous: bool = False) -> MBarrier:
+    """The barrier at a shared address; `asynchronous`: a TMA copy or a commit will signal it."""
     cta = warp.cta.cluster.cta_at(address)
     barrier = cta.mbarriers.get(address & 0xFFFFFF)
     if barrier is None:
         raise BarrierMisuse(f"no mbarrier was initialised at {cta.name} smem+{address & 0xFFFFFF:#x}")
+    if warp.races:
+        warp.races.check_init(warp, barrier, asynchronous)
     return barrier
 
 
@@ -109,7 +114,9 @@ def _init(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             known = cta.mbarriers.get(offset)
             if known is not None and (known.waiters or known.pending != known.count or known.tx):
                 raise BarrierMisuse(f"mbarrier.init over a barrier in use: {known}")
-            cta.mbarriers[offset] = MBarrier(cta, offset, number)
+            barrier = cta.mbarriers[offset] = MBarrier(cta, offset, number)
+            if warp.races:
+                warp.races.initialised(warp, barrier)
             cta.write_smem(offset, (0).to_bytes(8, "little"), warp)
 
     return handler

@@ -54,6 +54,7 @@ class Races:
         self.cluster = cluster
         self.num_actors = PER_WARP * cluster.num_warps + BARRIERS_PER_CTA * cluster.size
         self.clocks = np.zeros((cluster.num_warps, self.num_actors), np.uint32)
+        self.unfenced_barriers: list[Any] = []
         self.barrier_actors: dict[tuple[int, int], int] = {}
         self.counters = np.ones(self.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
         self.fenced = np.arange(self.num_actors, dtype=np.uint32)
@@ -90,6 +91,36 @@ class Races:
         self.join(edge, warp.clock)
         warp.clock[PER_WARP * warp.actor + GENERIC] += 1
 
+    def initialised(self, warp: Warp, barrier: Any) -> None:
+        barrier.init_by = PER_WARP * warp.actor + GENERIC
+        barrier.init_epoch = int(warp.clock[barrier.init_by])
+        self.unfenced_barriers.append(barrier)
+
+    def barriers_fenced(self, warp: Warp) -> None:
+        """fence.mbarrier_init or fence.proxy.async: inits that the warp knows of are visible to asynchronous operations."""
+        left = []
+        for barrier in self.unfenced_barriers:
+            if warp.clock[barrier.init_by] >= barrier.init_epoch:
+                barrier.fenced = True
+            else:
+                left.append(barrier)
+        self.unfenced_barriers = left
+        self.memory_fence(warp)
+
+    def check_init(self, warp: Warp, barrier: Any, asynchronous: bool) -> None:
+        if warp.clock[barrier.init_by] < barrier.init_epoch:
+            self.cluster.grid.session.report.note("race", f"an mbarrier is used while its init may not be visible\n  by {warp.place()}")
+        elif asynchronous and not barrier.fenced:
+            text = f"an mbarrier is given to an asynchronous operation without a fence after its init\n  by {warp.place()}"
+            self.cluster.grid.session.report.note("race", text)
+
+    def release_cluster(self, warp: Warp, edge: Any, releases: bool) -> None:
+        """barrier.cluster.arrive; `.relaxed` releases only what an earlier fence did."""
+        if releases:
+            self.release(warp, edge)
+        elif warp.fence_clock.size:
+            self.join(edge, warp.fence_clock)
+
     def join(self, edge: Any, clock: np.ndarray) -> None:
         if edge.clock is None:
             edge.clock = clock.copy()
@@ -105,12 +136,15 @@ class Races:
 
     def proxy_fence(self, warp: Warp) -> None:
         """fence.proxy.async: every generic write that the warp knows of is visible to the asynchronous proxy."""
+        self.barriers_fenced(warp)
         clock = warp.clock
         clock[self.after_fence] = np.maximum(clock[self.after_fence], clock[self.unfenced])
         clock[PER_WARP * warp.actor + GENERIC] += 1
 
     def memory_fence(self, warp: Warp) -> None:
-        """fence.acq_rel and the like order global memory, which is not covered."""
+        """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them."""
+        warp.fence_clock = warp.clock.copy()
+        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
 
     # -- asynchronous operations --------------------------------------------------------------------------------
 

@@ -406,7 +406,7 @@ def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         if targets:
             mask = targets(warp, lane)
             addresses = [rank << 24 | address & 0xFFFFFF for rank in range(cluster.size) if mask >> rank & 1]
-        barriers = [find_barrier(warp, a) for a in addresses]
+        barriers = [find_barrier(warp, a, asynchronous=True) for a in addresses]
         access = warp.races.issue_commit(warp) if warp.races else None
 
         def run() -> None:
