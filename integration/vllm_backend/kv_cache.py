@@ -18,6 +18,9 @@ def split_kv_cache(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor,
         kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides with last stride 1.
     """
     pages = kv_cache.transpose(1, 2)
+    if pages.shape[2] == 1:
+        # torch lets a dimension of size 1 have any stride; a TMA descriptor takes it at its word and wants multiples of 16 bytes.
+        pages = pages.as_strided(pages.shape, (pages.stride(0), pages.stride(1), 2 * head_dim, 1))
     return pages[..., :head_dim], pages[..., head_dim:]
 
 

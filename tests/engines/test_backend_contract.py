@@ -99,6 +99,13 @@ def test_views_of_the_cache_are_no_copies() -> None:
     assert split_kv_cache(built.cache, 64)[0].shape == (5, 16, 2, 64)
 
 
+def test_a_single_kv_head_has_an_ordinary_stride() -> None:
+    """With one KV head (tensor parallelism) torch may report any stride for it, such as 1, which no TMA descriptor can hold."""
+    odd = torch.zeros(3, 1, 16, 128).as_strided((3, 1, 16, 128), (2048, 1, 128, 1))
+    for view in split_kv_cache(odd, 64):
+        assert view.shape == (3, 16, 1, 64) and view.stride() == (2048, 128, 128, 1)
+
+
 def test_profiling_run_has_no_metadata() -> None:
     built = VllmStep((1,), (5,)).build()
     output = torch.full_like(built.query, float("nan"))

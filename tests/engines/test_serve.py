@@ -10,11 +10,12 @@ import pytest
 
 from examples.server import Server, free_port
 from tests.engines.engine import MAX_BATCHED_TOKENS, generate, tokens
-from tests.engines.test_tokens import PROMPTS
+from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_llama
 
 pytestmark = pytest.mark.engine
 
+PROMPTS = make_prompts()
 MAX_TOKENS = 16
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
 # The conftest's one-process setting is for engines inside a test; a server gets what a user gets.

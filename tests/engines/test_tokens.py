@@ -6,29 +6,15 @@ change tokens, or the comparison could not see a wrong kernel: that control is a
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 from tests.engines.engine import MAX_BATCHED_TOKENS, Answer, generate, tokens, watch_operator
-from tests.engines.tiny_models import VOCAB, write_gemma2, write_llama
+from tests.engines.prompts import SHARED_PREFIX, make_prompts
+from tests.engines.tiny_models import write_gemma2, write_llama
 
 pytestmark = pytest.mark.engine
-
-SHARED_PREFIX = 256
-
-
-def make_prompts() -> list[list[int]]:
-    """Ten prompts of 5 to 700 tokens: chunked prefill (over 256), a shared prefix, a repeat, and patterns that n-gram drafts hit."""
-    rng = random.Random(0)
-    prompts = [[rng.randrange(2, VOCAB) for _ in range(length)] for length in (5, 17, 64, 130, 300, 511, 700)]
-    pattern = [rng.randrange(2, VOCAB) for _ in range(6)]
-    prompts.append(pattern * 8)
-    prompts.append(prompts[4][:SHARED_PREFIX] + [rng.randrange(2, VOCAB) for _ in range(20)])
-    prompts.append(prompts[3])
-    return prompts
-
 
 PROMPTS = make_prompts()
 
