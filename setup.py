@@ -8,5 +8,9 @@ integration = ["fa4_integration", *(f"fa4_integration.{name}" for name in find_p
 setup(
     packages=backend + integration,
     package_dir={"fa4_integration": "integration"},
-    package_data={"fa4_backend": ["py.typed"], "fa4_integration": ["py.typed"]},
+    package_data={
+        "fa4_backend": ["py.typed"],
+        "fa4_backend.emulator": ["README.md", "native/*.c", "native/*.h"],  # compiled where the emulator first runs
+        "fa4_integration": ["py.typed"],
+    },
 )

@@ -37,6 +37,7 @@ TOOLS = [
     "hypothesis",
     "ruff>=0.14",
     "mypy>=1.18",
+    "pre-commit",
     "gguf",
     "safetensors",
     "rich",

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support import emulator_upstream  # noqa: E402
+from tests.support import emulator_upstream
 
 emulator_upstream.prepare("sm_100a")
 

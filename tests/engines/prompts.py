@@ -1,4 +1,4 @@
-"""Prompts as token ids, for the small models; no engine is imported here."""
+"""Prompts for comparing engines on the small models."""
 
 from __future__ import annotations
 
