@@ -279,6 +279,11 @@ def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
     return arith.select(Boolean(condition).ir_value(), broadcast(Float32(0.0), n), v)
 
 
+def keep_here(value: Int32) -> Int32:
+    """The same value, which LLVM takes for a new one: keeps what is computed from it inside a branch that is seldom taken."""
+    return Int32(_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
+
+
 def shift_left(value: Int32, count: Int32) -> Int32:
     """value << count with counts above 31 giving 0 (PTX ISA, "shl")."""
     return Int32(_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))

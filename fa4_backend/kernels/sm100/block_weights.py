@@ -2,11 +2,11 @@
 
 Note [One pass]. FlashAttention-4 rescales O only when a row's maximum grew by more than 8 (log2 units), which is rare behind a row's first
 block. Then even the maximum is rarely needed: the weights are computed with the reference in use, and their sum, which the softmax needs
-anyway, shows whether they may stand: a sum of 96 weights above 96 * 2^8 holds a weight above 2^8. Only then does the warp go over the block
-a second time, with the block's maximum. S is still in TMEM for it, since P is written after that decision. What the sum cannot show is asked of the raw scores: columns of the polynomial,
-whose exponent field would wrap, and the last columns, whose weights are computed while PV already works on the first ones.
-The second pass moves the reference of a row only if its own maximum grew by more than the threshold and repeats the weights of all others,
-so a row's bits do not depend on the rows beside it.
+anyway, shows whether they may stand: a sum of 96 weights above 96 * 2^8 holds a weight above 2^8. Only then does the warp go over the
+block a second time, with the block's maximum. S is still in TMEM for it, since P is written after that decision. What the sum cannot show
+is asked of the raw scores: columns of the polynomial, whose exponent field would wrap, and the last columns, whose weights are computed
+while PV already works on the first ones. The second pass moves the reference of a row only if its own maximum grew by more than the
+threshold and repeats the weights of all others, so a row's bits do not depend on the rows beside it.
 """
 
 import math

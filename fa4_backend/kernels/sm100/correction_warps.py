@@ -29,8 +29,8 @@ class CorrectionWarps:
 
     @property
     def columns(self) -> int:
-        """Columns of O that a thread holds at once; divides every supported head_dim_v."""
-        return 32
+        """Columns of O that a thread holds at once; divides every supported head_dim_v. 32 would spill at this role's register budget."""
+        return 16
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
@@ -43,8 +43,7 @@ class CorrectionWarps:
         begin, end = tile_range(work.mBegin)
         stats_phase, o_phase = Int32(0), Int32(0)
         out_stage, out_phase = Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
+        for _ in range(begin, end, unroll=1):
             for q_idx in range(Q_STAGE, unroll=1):
                 edge = q_idx * WARPGROUP + warp
                 ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)

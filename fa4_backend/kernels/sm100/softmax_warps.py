@@ -86,6 +86,9 @@ class SoftmaxWarps:
                 self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
                 row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
                 s_phase ^= 1
+            # Worked out again instead of kept through the loop, whose registers are all taken.
+            packed = g.pack.row(ptx.keep_here(row), item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             sink = self.sink_of(scores, head, packed.is_valid)
             result = finalize_row(row_max, row_sum, scale_log2, sink)
             warp_edge = q_idx * WARPGROUP + warp
@@ -137,9 +140,10 @@ class SoftmaxWarps:
             # This wait is over at once. It keeps the branch a branch: ptxas predicates even hundreds of instructions, which then cost
             # their issue slots in every block, but it cannot predicate a loop.
             ptx.mbarrier_wait(barrier, s_phase)
+            first = ptx.keep_here(first_col)
             out = []
             for base, v in zip(range(0, tile_n, CHUNK), values, strict=True):
-                bits = interval_bits(mask.col_begin - first_col - base, mask.col_end - first_col - base)
+                bits = interval_bits(mask.col_begin - first - base, mask.col_end - first - base)
                 out.append(ptx.select_by_bits(bits, v, float("-inf")))
             return out
 

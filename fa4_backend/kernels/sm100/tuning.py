@@ -28,8 +28,8 @@ class Sm100Tuning:
     polynomial_degree: int = 4
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 32 columns of O.
-    softmax_registers: int = 192
-    correction_registers: int = 80
+    softmax_registers: int = 200
+    correction_registers: int = 64
     other_registers: int = 48
 
     def __post_init__(self) -> None:
