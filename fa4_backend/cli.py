@@ -12,6 +12,9 @@ VERBS: dict[str, str] = {
     "doctor": "doctor",
     "features": "features",
     "plan": "plan",
+    "compile": "compile",
+    "bench": "bench",
+    "emulate": "emulate",
 }
 
 

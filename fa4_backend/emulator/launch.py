@@ -34,6 +34,7 @@ from fa4_backend.emulator.parser import Kernel, Variable, parse_module
 from fa4_backend.emulator.races import Races
 from fa4_backend.emulator.report import Report
 from fa4_backend.emulator.tensors import device_tensor, extent, host_tensor
+from fa4_backend.emulator.trace import TimedRaces, Trace
 
 ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
@@ -245,6 +246,7 @@ class Session:
         seed: int | None,
         detect_races: bool | str,
         step_limit: int,
+        trace: Trace | None = None,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
@@ -252,6 +254,7 @@ class Session:
             raise ValueError(f"num_sms must be positive, got {num_sms}")
         self.arch, self.num_sms, self.seed = arch, num_sms, seed
         self.detect_races, self.step_limit = detect_races, step_limit
+        self.trace = trace
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
@@ -264,6 +267,8 @@ class Session:
         return None if self.seed is None else random.Random(f"{self.seed}/{launch}/{cluster}")
 
     def new_races(self, cluster: Cluster) -> Races | None:
+        if self.trace is not None:
+            return TimedRaces(cluster, self.trace)
         return Races(cluster) if self.detect_races else None
 
     # -- tensors ------------------------------------------------------------------------------------------------
@@ -537,9 +542,10 @@ def session(
     seed: int | None = None,
     detect_races: bool | str = True,
     step_limit: int = 50_000_000,
+    trace: Trace | None = None,
 ) -> Iterator[Session]:
-    """An emulated device for the time of a `with` block; see the package docstring."""
-    emu = Session(arch, num_sms, seed, detect_races, step_limit)
+    """An emulated device for the time of a `with` block; see the package docstring. `trace` collects a timeline, without a seed."""
+    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace)
     install()
     _open.append(emu)
     try:

@@ -1,0 +1,270 @@
+"""`fa4 emulate`: run a paged attention case, or a program of one's own, on the emulator."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fa4_backend.arguments import AttentionArguments
+    from fa4_backend.emulator import Report
+    from fa4_backend.emulator.trace import Trace
+    from fa4_backend.plan import AttentionPlan
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+POISONED_ROWS = 3  # of q and out past the batch: they must neither be read into a result nor written
+# Opcodes by the unit that executes them, for the table; the first prefix that fits counts.
+UNITS = (
+    ("tcgen05.mma", "tensor"), ("wgmma.mma", "tensor"), ("mma.sync", "tensor"),
+    ("ex2.", "MUFU"), ("lg2.", "MUFU"), ("rcp.", "MUFU"), ("tanh.", "MUFU"),
+    ("tcgen05.ld", "TMEM"), ("tcgen05.st", "TMEM"), ("cp.async", "copies"),
+    ("fma.", "FMA"), ("mul.rn", "FMA"), ("add.rn", "FMA"), ("add.rm", "FMA"), ("sub.rn", "FMA"),
+    ("mul.f", "FMA"), ("add.f", "FMA"), ("sub.f", "FMA"),
+    ("ld.", "loads, stores"), ("st.", "loads, stores"), ("stmatrix", "loads, stores"), ("ldmatrix", "loads, stores"),
+    ("mbarrier", "synchronisation"), ("bar", "synchronisation"), ("fence", "synchronisation"),
+)  # fmt: skip
+
+
+def emulate(
+    program: Annotated[
+        str | None, typer.Argument(help="module:function of your own instead of a case; it is called with an open emulator session")
+    ] = None,
+    arch: Annotated[str, typer.Option(help="sm_90a, sm_100a or sm_103a")] = "sm_100a",
+    heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "4/1",
+    head_dim: Annotated[int, typer.Option(help="elements of a row")] = 128,
+    q_lens: Annotated[str, typer.Option(help="query tokens of each sequence")] = "5,40",
+    kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included")] = "133,300",
+    page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
+    causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
+    window_left: Annotated[int | None, typer.Option(help="keys visible before the diagonal")] = None,
+    softcap: Annotated[float, typer.Option(help="logits become softcap * tanh(logits / softcap)")] = 0.0,
+    sinks: Annotated[bool, typer.Option("--sinks", help="attention sinks")] = False,
+    num_sms: Annotated[int, typer.Option(help="CTAs of a persistent launch")] = 2,
+    seeds: Annotated[int, typer.Option(help="random schedules, after the deterministic one")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="write a timeline that ui.perfetto.dev opens (modelled cycles)")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault or a wrong result, 2 on a wrong call."""
+    from fa4_backend.emulator import EmulatorError
+    from fa4_backend.emulator.trace import Trace
+
+    timeline = Trace() if trace is not None else None
+    try:
+        if program is not None:
+            result = run_program(program, arch, num_sms, seeds, timeline)
+        else:
+            plan, arguments = build_case(
+                arch=arch, heads=heads, head_dim=head_dim, q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
+                page_size=page_size, dtype=DTYPES.get(dtype, dtype), causal=causal, window_left=window_left, softcap=softcap, sinks=sinks,
+                num_sms=num_sms,
+            )  # fmt: skip
+            result = run_case(plan, arguments, seeds, timeline)
+    except EmulatorError as error:
+        typer.echo(f"fa4 emulate: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        typer.echo(f"fa4 emulate: {error}", err=True)
+        raise typer.Exit(2) from None
+    if timeline is not None and trace is not None:
+        timeline.save(trace)
+        result["trace"] = str(trace)
+    if json_output:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_table(result)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: expected whole numbers between commas, got {text!r}") from None
+
+
+# -- a paged case ---------------------------------------------------------------------------------------------------------
+
+
+def build_case(
+    *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, causal: bool,
+    window_left: int | None, softcap: float, sinks: bool, num_sms: int,
+) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
+    """Random tensors of one step over scattered pages; whatever the kernel must not use holds NaN.
+
+    Raises:
+        ValueError: the numbers do not fit each other, or no kernel serves them.
+    """
+    import torch
+
+    from fa4_backend.arguments import AttentionArguments
+    from fa4_backend.plan import BatchLimits, plan_attention
+    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem
+
+    if len(q_lens) != len(kv_lens) or any(q > kv for q, kv in zip(q_lens, kv_lens, strict=False)):
+        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, queries at most keys, got {q_lens} and {kv_lens}")
+    parts = heads.split("/")
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise ValueError(f"--heads: expected two numbers such as 32/8, got {heads!r}")
+    num_q_heads, num_kv_heads = (int(p) for p in parts)
+    problem = AttentionProblem(
+        num_q_heads, num_kv_heads, head_dim, head_dim, dtype, page_size, EMULATED_PREFIX + arch,
+        is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks, has_lse=True,
+    )  # fmt: skip
+    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(kv_lens))
+    plan = plan_attention(problem, limits, num_sms=num_sms)
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    pages_of = [-(-n // page_size) for n in kv_lens]
+    k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2))
+    page_table = torch.zeros(len(kv_lens), max(pages_of), dtype=torch.int32)
+    free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
+    for seq_idx, kv_len in enumerate(kv_lens):
+        for logical in range(pages_of[seq_idx]):
+            page, rows = free.pop(), min(page_size, kv_len - logical * page_size)
+            page_table[seq_idx, logical] = page
+            for cache in (k_cache, v_cache):
+                cache[page, :rows] = torch.randn(rows, num_kv_heads, head_dim, generator=generator).to(kind)
+    q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind)
+    q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(kind)
+    arguments = AttentionArguments(
+        q, k_cache, v_cache, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
+        torch.full_like(q, torch.nan), torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
+        torch.randn(num_q_heads, generator=generator) if sinks else None, None,
+    )  # fmt: skip
+    return plan, arguments
+
+
+def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, timeline: Trace | None) -> dict[str, Any]:
+    """Run the operator on the emulator, under the deterministic schedule and `seeds` random ones, and judge the result."""
+    import torch
+
+    from fa4_backend.emulator.kernels import observed
+    from fa4_backend.metadata import AttentionMetadata
+    from fa4_backend.ops import paged_attention
+
+    a = arguments
+    reports: list[tuple[str, Report]] = []
+    first: torch.Tensor | None = None
+    differing = 0
+    for seed in (None, *range(seeds)):
+        a.out.fill_(torch.nan)
+        with observed(seed, timeline if seed is None else None) as seen:
+            metadata = AttentionMetadata.allocate(plan, "cpu")
+            bounds = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            paged_attention(
+                *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, softcap=a.softcap,
+                sinks=a.sinks, out=a.out, lse=a.lse,
+            )  # fmt: skip
+        reports += seen.reports
+        if first is None:
+            first = a.out.clone()
+        else:
+            differing += not torch.equal(first.view(torch.int16), a.out.view(torch.int16))
+    result = {"case": plan.describe(), **judge(plan, arguments), **collect(reports), "schedules": 1 + seeds, "differing": differing}
+    result["ok"] = result["ok"] and not result["races"] and not differing
+    return result
+
+
+def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
+    """Errors against the float32 oracle; the budget is twice the error of the same dtype in torch, plus one rounding."""
+    import torch
+
+    from fa4_backend.reference import attention_oracle
+
+    a, causal = arguments, plan.problem.is_causal
+    assert a.lse is not None
+    rows = slice(0, int(a.cu_seqlens_q[-1]))
+    want, want_lse = attention_oracle(a, is_causal=causal)
+    rounded, _ = attention_oracle(a, is_causal=causal, dtype=a.q.dtype)
+    out = a.out[rows].float()
+    padding_kept = bool(a.out[rows.stop :].isnan().all())
+    max_err = (out - want[rows]).abs().max().item()  # NaN where the kernel wrote none: never within budget
+    budget = 2 * (rounded[rows] - want[rows]).abs().max().item() + torch.finfo(a.q.dtype).eps * want[rows].abs().max().item()
+    finite = ~want_lse[:, rows].isneginf()
+    lse_err = (a.lse[:, rows] - want_lse[:, rows])[finite].abs().max().item() if finite.any() else 0.0
+    lse_budget = 2e-5 * max(1.0, want_lse[:, rows][finite].abs().max().item()) if finite.any() else 0.0
+    ok = max_err <= budget and lse_err <= lse_budget and padding_kept
+    return {"max_err": max_err, "budget": budget, "lse_err": lse_err, "lse_budget": lse_budget, "padding_kept": padding_kept, "ok": ok}
+
+
+# -- a program of the user ------------------------------------------------------------------------------------------------
+
+
+def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace | None) -> dict[str, Any]:
+    """Call `module:function` with an open session (`session.run(compiled, ...)` launches), once a schedule."""
+    from fa4_backend import emulator
+
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise ValueError(f"expected module:function, got {name!r}")
+    sys.path.insert(0, "")
+    emulator.install()  # before the compiler is imported: host code binds to the first launch functions it finds
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    reports = []
+    for seed in (None, *range(seeds)):
+        with emulator.session(arch=arch, num_sms=num_sms, seed=seed, trace=timeline if seed is None else None) as session:
+            function(session)
+        reports.append((name, session.report))
+    result = {"case": name, **collect(reports), "schedules": 1 + seeds}
+    return result | {"ok": not result["races"]}
+
+
+# -- reports --------------------------------------------------------------------------------------------------------------
+
+
+def collect(reports: list[tuple[str, Report]]) -> dict[str, Any]:
+    """Races, counts and times of all launches; kernels are counted over the first schedule that ran them."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for name, report in reports:
+        for symbol, counts in report.kernels.items():
+            key = symbol if len(report.kernels) > 1 else name
+            if key not in kernels:
+                units: dict[str, int] = {}
+                for opcode, number in report.opcodes().items():
+                    unit = next((u for start, u in UNITS if opcode.startswith(start)), "ALU, control")
+                    units[unit] = units.get(unit, 0) + number
+                kernels[key] = {"ctas": counts.ctas, "instructions": int(counts.executed.sum()), "units": units}
+    return {
+        "races": [race for _, report in reports for race in report.races],
+        "notes": sorted({note for _, report in reports for note in report.notes}),
+        "instructions": sum(report.instructions for _, report in reports),
+        "seconds": round(sum(report.seconds for _, report in reports), 3),
+        "kernels": kernels,
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(result["case"])
+    if "max_err" in result:
+        errors = Table("", "error", "allowed", box=None)
+        errors.add_row("out", f"{result['max_err']:.2e}", f"{result['budget']:.2e}")
+        errors.add_row("lse", f"{result['lse_err']:.2e}", f"{result['lse_budget']:.2e}")
+        console.print(errors)
+    table = Table("kernel", "CTAs", "warp instructions", "of which", box=None)
+    for name, kernel in result["kernels"].items():
+        units = sorted(kernel["units"].items(), key=lambda item: -item[1])
+        table.add_row(name[:48], str(kernel["ctas"]), f"{kernel['instructions']:,}", ", ".join(f"{u} {n:,}" for u, n in units[:6]))
+    console.print(table)
+    schedules = f"{result['schedules']} schedule{'s' * (result['schedules'] > 1)}"
+    console.print(f"{len(result['races'])} races in {schedules}, {result['seconds']:.2f} s of CPU")
+    for text in (*result["races"][:5], *result["notes"][:5]):
+        console.print(f"  {text}", markup=False)
+    if "trace" in result:
+        console.print(f"timeline in {result['trace']} (modelled cycles): open it in ui.perfetto.dev")
+    console.print("right" if result["ok"] else "WRONG")
