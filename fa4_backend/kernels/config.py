@@ -25,7 +25,6 @@ class TileShape:
     kv_stage: int  # shared-memory buffers for K and V tiles, together
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
-    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class KernelConfig:
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        tile += "-skip" if self.tile.skip else ""
         return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property

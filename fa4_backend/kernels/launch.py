@@ -51,13 +51,18 @@ def launch_schedule(plan: AttentionPlan, work: WorkLists, bounds: StepBounds, cu
     run_schedule(plan, work, cu_seqlens_q, seqused_k)
 
 
-def warm_up(plan: AttentionPlan) -> None:
-    """Load every kernel of `plan`, compiling what the cache on disk lacks; afterwards no step compiles."""
+def keys_of(plan: AttentionPlan) -> list[CompileKey]:
+    """Compile keys of every kernel that `plan` launches."""
     from fa4_backend.kernels.schedule_launch import schedule_key
 
-    for key in (schedule_key(plan), decode_config(plan.problem, plan.limits), prefill_key(plan)):
-        if key is not None:
-            load(plan, key)
+    decode = decode_config(plan.problem, plan.limits)
+    return [schedule_key(plan), *([] if decode is None else [decode]), prefill_key(plan)]
+
+
+def warm_up(plan: AttentionPlan) -> None:
+    """Load every kernel of `plan`, compiling what the cache on disk lacks; afterwards no step compiles."""
+    for key in keys_of(plan):
+        load(plan, key)
 
 
 def load(plan: AttentionPlan, key: CompileKey) -> Callable[..., None]:

@@ -7,12 +7,16 @@ drawn once; each batch gets its own page table, its own NaN in every row and pag
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend.arguments import AttentionArguments
+from fa4_backend.kernels.launch import launch_prefill, load
+from fa4_backend.kernels.schedule_launch import run_schedule
+from fa4_backend.kernels.tuning import prefill_key
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
 
@@ -27,7 +31,7 @@ class FuzzSetup:
     max_query: int = 90
     max_kv: int = 420
     min_query: int = 0
-    decode_query_len: int = 1
+    prefill_only: bool = False  # rows of one token go to the prefill kernel too
 
 
 @dataclass
@@ -49,11 +53,13 @@ class Fuzzer:
     def __init__(self, setup: FuzzSetup, device: str) -> None:
         p = setup.problem
         self.setup, self.device, self.dtype = setup, device, getattr(torch, p.dtype)
-        limits = BatchLimits(
-            setup.max_seqs, max(setup.max_seqs * setup.max_query + 8, setup.decode_query_len), setup.max_kv, setup.decode_query_len
-        )
+        limits = BatchLimits(setup.max_seqs, setup.max_seqs * setup.max_query + 8, setup.max_kv)
         self.plan = plan_attention(p, limits, num_sms=_num_sms(device))
         self.metadata = AttentionMetadata.allocate(self.plan, device)
+        if setup.prefill_only:
+            work = self.metadata.work
+            assert work is not None
+            work.shape = replace(work.shape, decode_query_len=0)
         self.pages_per_seq = -(-setup.max_kv // p.page_size)
         self.num_pages = setup.max_seqs * self.pages_per_seq + 2
         torch.manual_seed(1)
@@ -103,16 +109,25 @@ class Fuzzer:
             "sinks": torch.randn(p.num_q_heads, device=device) if p.has_sinks else None,
             "alibi_slopes": torch.rand(p.num_q_heads, device=device) if p.has_alibi else None,
         }
-        self.metadata.refresh(
-            cu_seqlens_q=cu_seqlens_q, seqused_k=kv_lens, max_seqlen_q=max(int(query.max()), 1), max_seqlen_k=max(int(kv.max()), 1)
+        arguments = AttentionArguments(
+            q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, out, lse if p.has_lse else None, p.head_dim**-0.5, **values
         )
-        paged_attention(
-            q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, plan=self.plan, metadata=self.metadata, out=out,
-            lse=lse if p.has_lse else None, **values,
-        )  # fmt: skip
+        self._launch(arguments, max(int(query.max()), 1), max(int(kv.max()), 1))
         if total_q:
             self._judge(q[:total_q], out, lse, table, query_lens, kv_lens, cu_seqlens_q, total_q, values)
         return total_q
+
+    def _launch(self, a: AttentionArguments, max_seqlen_q: int, max_seqlen_k: int) -> None:
+        """The public operator, or the schedule and the prefill kernel alone."""
+        if self.setup.prefill_only:
+            work = self.metadata.work
+            assert work is not None
+            run_schedule(self.plan, work, a.cu_seqlens_q, a.seqused_k)
+            launch_prefill(load(self.plan, prefill_key(self.plan)), a, work.prefill_tiles, work.prefill_begin)
+            return
+        self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes")}
+        paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
 
     def _poison(self, rng: np.random.Generator, kv: np.ndarray, kv_lens: torch.Tensor, num_seqs: int) -> tuple[torch.Tensor, ...]:
         """Page table and pools of a batch: clean rows where a sequence has tokens, NaN everywhere else."""
@@ -195,7 +210,7 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
 
     def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], page: int, dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
         problem = AttentionProblem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
-        return FuzzSetup(name, problem)
+        return FuzzSetup(name, problem, prefill_only=True)
 
     return [
         setup("d128 page 16", (8, 2), (128, 128), 16),

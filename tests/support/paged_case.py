@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.reference import attention_oracle
+from fa4_backend.reference import attention_oracle, gather_pages
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
 
@@ -187,6 +187,23 @@ class BuiltCase:
         lse_error = (got_lse - want_lse)[finite].abs().max().item() if finite.any() else 0.0
         lse_budget = 2e-5 * max(1.0, want_lse[finite].abs().max().item()) if finite.any() else 0.0
         return Errors((got - want).abs().max().item(), budget, lse_error, lse_budget)
+
+
+def repage(built: BuiltCase, page_size: int) -> BuiltCase:
+    """The same batch, value by value, in pages of another size: two pools, unused rows and table entries poisoned."""
+    a, case = built.arguments, replace(built.case, page_size=page_size, layout="separate")
+    pages_of = [-(-n // page_size) for n in case.kv_lens]
+    caches = case._empty_caches(sum(pages_of) + 2, a.q.dtype)
+    page_table = torch.full((len(pages_of), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
+    page = 1
+    for seq_idx, kv_len in enumerate(case.kv_lens):
+        for old, new in zip((a.k_cache, a.v_cache), caches, strict=True):
+            tokens = gather_pages(old, a.page_table[seq_idx], kv_len).cpu()
+            new[page : page + pages_of[seq_idx]].flatten(0, 1)[:kv_len] = tokens
+        page_table[seq_idx, : pages_of[seq_idx]] = torch.arange(page, page + pages_of[seq_idx])
+        page += pages_of[seq_idx]
+    k_cache, v_cache, table = (x.to(a.q.device) for x in (*caches, page_table))
+    return BuiltCase(case, a._replace(k_cache=k_cache, v_cache=v_cache, page_table=table), built.total_q)
 
 
 @dataclass(frozen=True)

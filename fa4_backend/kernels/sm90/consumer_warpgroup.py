@@ -215,10 +215,7 @@ class ConsumerWarpgroup:
         factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        if const_expr(self.config.tile.skip):
-            fragment.rescale_if_moved(products.rO, factors)
-        else:
-            fragment.rescale(products.rO, factors)
+        fragment.rescale(products.rO, factors)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 

@@ -65,15 +65,6 @@ class RowFragment:
             for j in [j for j in range(cute.size(rO)) if (j // 2) % 2 == i]:
                 o[j] = o[j] * factor
 
-    @cute.jit
-    def rescale_if_moved(self, rO: cute.Tensor, factors: cute.Tensor):
-        """`rescale`, skipped by a warp none of whose maxima moved: with a threshold, nearly every block after the first few."""
-        if const_expr(self.rescale_threshold > 0):
-            if cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0)):
-                self.rescale(rO, factors)
-        else:
-            self.rescale(rO, factors)
-
     def to_operand(self, rS: cute.Tensor, rP: cute.Tensor) -> None:
         """Weights in 16 bits as A operand of the second product: its register order is the accumulator's."""
         p = flat(rP)

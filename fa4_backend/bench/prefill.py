@@ -1,0 +1,166 @@
+"""`fa4 bench prefill`: ours and every peer installed, on the same batches in the same run.
+
+A prefill kernel runs at the board's power limit, so the clock follows what ran just before. Kernels are therefore timed in turns, forwards
+and backwards, and a figure is the median over the rounds; compare figures of one run only.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend.arch import arch_of_capability
+from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
+from fa4_backend.bench.prefill_peers import PAGED, Call, installed, prepare
+from fa4_backend.bench.timing import capture
+
+OURS = "fa4"
+MAX_ERROR = 0.04  # of bf16 outputs of unit values, whose rounding alone is 0.008 to 0.016; no figure stands for a wrong result
+ROUND_US = 5000.0  # device time of one kernel in one round
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel on one batch."""
+
+    batch: str
+    kernel: str
+    us: float
+    tflop_per_s: float
+    share_of_matmul: float  # of an 8192^3 bf16 matmul in the same run
+    ratio_to_best_peer: float | None  # best paged peer's time over this kernel's; above 1: this kernel is faster
+    error: float
+
+
+def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
+    """Our operator on one batch, its metadata made once, as for all layers of a step."""
+    device = torch.cuda.get_device_properties(0)
+    problem = AttentionProblem(
+        num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
+        dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
+        is_causal=batch.is_causal,
+    )  # fmt: skip
+    plan = plan_attention(problem, BatchLimits(256, 32768, 131072), num_sms=device.multi_processor_count)
+    metadata = AttentionMetadata.allocate(plan, "cuda")
+    metadata.refresh(cu_seqlens_q=t.cu_seqlens_q, seqused_k=t.seqused_k, max_seqlen_q=batch.query_len, max_seqlen_k=batch.kv_len)
+    return lambda: paged_attention(
+        t.q, t.k_cache, t.v_cache, t.page_table, t.cu_seqlens_q, t.seqused_k, plan=plan, metadata=metadata, out=t.out
+    )
+
+
+def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: int = 8) -> Iterator[list[Timing]]:
+    """Time every kernel on every batch; yields one list a batch, ours first.
+
+    Raises:
+        RuntimeError: our kernel is wrong on a batch.
+    """
+    peers = installed() if peers is None else peers
+    matmul = matmul_tflop_per_s()
+    torch.manual_seed(0)
+    for batch in batches:
+        tensors = PrefillTensors.make(batch)
+        replays, errors = {}, {}
+        outputs = []  # a captured graph writes where it wrote when it was captured
+        for name in [OURS, *peers]:
+            call = ours(batch, tensors) if name == OURS else prepare(name, batch, tensors)
+            if call is None:
+                continue
+            tensors.out = torch.full_like(tensors.q, float("nan"))
+            outputs.append(tensors.out)
+            call()
+            errors[name] = tensors.error(batch)
+            if name == OURS and not errors[name] <= MAX_ERROR:
+                raise RuntimeError(f"{batch.label}: expected an error of at most {MAX_ERROR}, got {errors[name]}")
+            replays[name] = capture(call)
+            outputs.append(tensors.out)
+        us = in_turns(replays, rounds)
+        best = min((us[name] for name in us if name in PAGED), default=None)
+        rates = {name: batch.flops / time / 1e6 for name, time in us.items()}
+        yield [
+            Timing(batch.label, name, us[name], rates[name], rates[name] / matmul, None if best is None else best / us[name], errors[name])
+            for name in us
+        ]
+
+
+def in_turns(replays: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Median time of one call of each, in microseconds; order reversed every second round."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    repeats = {name: max(1, round(ROUND_US / _timed(call, 2))) for name, call in replays.items()}
+    for turn in range(rounds):
+        for name in list(replays)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(_timed(replays[name], repeats[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _timed(call: Call, repeats: int) -> float:
+    """Microseconds a call, after one call that is not counted."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3 / repeats
+
+
+def matmul_tflop_per_s() -> float:
+    """TFLOP/s of an 8192^3 bf16 matmul: the ceiling that shares are given of."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    us = in_turns({"matmul": capture(lambda: a @ b)}, 8)["matmul"]
+    return 2 * 8192**3 / us / 1e6
+
+
+def format_line(timings: list[Timing]) -> str:
+    """One batch on one line."""
+    parts = [f"{t.kernel} {t.us:.0f} us {t.tflop_per_s:.0f} TFLOP/s {100 * t.share_of_matmul:.0f}%" for t in timings]
+    ratio = timings[0].ratio_to_best_peer
+    ending = "" if ratio is None else f" | {ratio:.2f}x best paged peer"
+    return f"{timings[0].batch} | {' | '.join(parts)}{ending}"
+
+
+def write_csv(path: Path, timings: list[Timing]) -> None:
+    """All figures, one kernel and batch a line."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Timing.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(t) for t in timings)
+
+
+def read_csv(path: Path) -> list[Timing]:
+    """What `write_csv` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Timing(
+                row["batch"], row["kernel"], float(row["us"]), float(row["tflop_per_s"]), float(row["share_of_matmul"]),
+                float(row["ratio_to_best_peer"]) if row["ratio_to_best_peer"] else None, float(row["error"]),
+            )
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def write_plot(path: Path, timings: list[Timing]) -> None:
+    """TFLOP/s, a group of bars a batch."""
+    import matplotlib.pyplot as plt
+
+    batches = list(dict.fromkeys(t.batch for t in timings))
+    kernels = list(dict.fromkeys(t.kernel for t in timings))
+    rates = {(t.batch, t.kernel): t.tflop_per_s for t in timings}
+    figure, axes = plt.subplots(figsize=(10, 0.5 * len(batches) + 1.5))
+    height = 0.8 / len(kernels)
+    for i, kernel in enumerate(kernels):
+        at = [row + i * height for row in range(len(batches))]
+        axes.barh(at, [rates.get((batch, kernel), 0.0) for batch in batches], height, label=kernel)
+    axes.set_yticks([row + 0.4 for row in range(len(batches))], batches, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("TFLOP/s")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,93 @@
+"""The batches that `fa4 bench prefill` times, without tensors and with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """`rows` equal sequences: the last `query_len` of `kv_len` tokens are queries."""
+
+    rows: int
+    query_len: int
+    kv_len: int
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    is_causal: bool = True
+
+    @property
+    def label(self) -> str:
+        """Heads, page size and batch on one line."""
+        size = f"{self.rows} x {_short(self.query_len)}" + ("" if self.query_len == self.kv_len else f" of {_short(self.kv_len)}")
+        mask = "" if self.is_causal else " full"
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim} page {self.page_size}{mask}: {size}"
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of both products over the keys that are seen, and no others."""
+        seen = self.query_len * self.kv_len
+        if self.is_causal:
+            seen -= self.query_len * (self.query_len - 1) // 2
+        return 4.0 * self.rows * self.num_q_heads * self.head_dim * seen
+
+
+def named_batches() -> dict[str, list[PrefillBatch]]:
+    """Sets by name. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`: other shapes."""
+    whole = [PrefillBatch(32768 // n, n, n) for n in (1024, 4096, 16384, 32768)]
+    chunked = [PrefillBatch(4, 512, 8192), PrefillBatch(1, 2048, 32768)]
+    some = whole[:3]
+    heads = [replace(b, num_q_heads=64) for b in [*some, *chunked]]
+    heads += [replace(b, num_q_heads=16, num_kv_heads=16, head_dim=64) for b in some]
+    return {"whole": whole, "chunked": chunked, "heads": heads, "full": [replace(b, is_causal=False) for b in some]}
+
+
+@dataclass
+class PrefillTensors:
+    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    out: torch.Tensor
+
+    @classmethod
+    def make(cls, batch: PrefillBatch) -> PrefillTensors:
+        """Draw the tensors; the seed is the caller's."""
+        b, device = batch, "cuda"
+        pages = -(-b.kv_len // b.page_size)
+        num_pages = b.rows * pages + 8
+        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE)
+        k_cache, v_cache = pool.split(b.head_dim, dim=-1)
+        table = torch.randperm(num_pages, device=device)[: b.rows * pages].reshape(b.rows, pages).int()
+        q = torch.randn(b.rows * b.query_len, b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
+        cu_seqlens_q = torch.arange(0, b.rows + 1, device=device, dtype=torch.int32) * b.query_len
+        seqused_k = torch.full((b.rows,), b.kv_len, device=device, dtype=torch.int32)
+        return cls(q, k_cache, v_cache, table, cu_seqlens_q, seqused_k, torch.empty_like(q))
+
+    def error(self, batch: PrefillBatch) -> float:
+        """Largest error of `out` against float32 attention, on 64 query tokens spread over the last sequence."""
+        b, row = batch, batch.rows - 1
+        k, v = (x[self.page_table[row].long()].flatten(0, 1)[: b.kv_len].float() for x in (self.k_cache, self.v_cache))
+        tokens = torch.linspace(0, b.query_len - 1, 64, device=k.device).long()
+        q = self.q[row * b.query_len + tokens].float().unflatten(1, (b.num_kv_heads, -1))
+        scores = torch.einsum("qhgd,khd->hgqk", q, k) * b.head_dim**-0.5
+        if b.is_causal:
+            diagonal = tokens + b.kv_len - b.query_len
+            scores = scores.masked_fill(torch.arange(b.kv_len, device=k.device) > diagonal[:, None], -math.inf)
+        want = torch.einsum("hgqk,khd->qhgd", scores.softmax(-1), v).flatten(1, 2)
+        return (self.out[row * b.query_len + tokens].float() - want).abs().max().item()
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

@@ -1,0 +1,121 @@
+"""The peers of `fa4 bench prefill`, as an engine calls them: FA3, Triton and FlashInfer paged; FlashAttention-4 and cuDNN dense.
+
+The dense peers read contiguous K and V, without a page table: a bound for a paged kernel rather than a choice that a server has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from fa4_backend.bench.prefill_batches import DTYPE, PrefillBatch, PrefillTensors
+
+Call = Callable[[], object]
+PAGED = ("fa3", "flashinfer", "triton")
+DENSE = ("fa4-sm90 dense", "cudnn dense")
+FLASHINFER_WORKSPACE_BYTES = 512 << 20
+
+
+def installed() -> list[str]:
+    """Peers that can be imported here."""
+
+    def has(module: str) -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            return False
+
+    found = ["fa3", "triton"] if has("vllm") else []
+    found += ["flashinfer"] if has("flashinfer") else []
+    found += ["fa4-sm90 dense"] if has("flash_attn.cute") else []
+    return [*found, "cudnn dense"]
+
+
+def prepare(peer: str, batch: PrefillBatch, tensors: PrefillTensors) -> Call | None:
+    """One layer's call of `peer`, its metadata made; None where the peer has nothing to say about the batch."""
+    if peer in DENSE and batch.query_len != batch.kv_len:
+        return None
+    makers = {"fa3": _fa3, "triton": _triton, "flashinfer": _flashinfer, "fa4-sm90 dense": _fa4, "cudnn dense": _cudnn}
+    if peer not in makers:
+        raise ValueError(f"peer: expected one of {', '.join(makers)}, got {peer!r}")
+    return makers[peer](batch, tensors)
+
+
+def _fa3(b: PrefillBatch, t: PrefillTensors) -> Call:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    metadata = get_scheduler_metadata(
+        b.rows, b.query_len, b.kv_len, b.num_q_heads, b.num_kv_heads, b.head_dim, t.seqused_k, qkv_dtype=DTYPE,
+        cu_seqlens_q=t.cu_seqlens_q, page_size=b.page_size, causal=b.is_causal, num_splits=0,
+    )  # fmt: skip
+    return lambda: flash_attn_varlen_func(
+        q=t.q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_q=b.query_len, seqused_k=t.seqused_k,
+        max_seqlen_k=b.kv_len, softmax_scale=b.head_dim**-0.5, causal=b.is_causal, block_table=t.page_table,
+        scheduler_metadata=metadata, fa_version=3, num_splits=0,
+    )  # fmt: skip
+
+
+def _triton(b: PrefillBatch, t: PrefillTensors) -> Call | None:
+    if not b.is_causal:
+        return None
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    return lambda: unified_attention(
+        t.q, t.k_cache, t.v_cache, t.out, t.cu_seqlens_q, b.query_len, t.seqused_k, b.kv_len, b.head_dim**-0.5, True,
+        (-1, -1), t.page_table, 0.0, None, None, None,
+    )  # fmt: skip
+
+
+@cache
+def _workspace() -> torch.Tensor:
+    return torch.empty(FLASHINFER_WORKSPACE_BYTES, device="cuda", dtype=torch.uint8)
+
+
+def _flashinfer(b: PrefillBatch, t: PrefillTensors) -> Call:
+    import flashinfer
+
+    pages = t.page_table.shape[1]
+    indptr = torch.arange(0, b.rows + 1, device="cuda", dtype=torch.int32) * pages
+    last = ((t.seqused_k - 1) % b.page_size + 1).int()
+    # Its paged layouts want K and V in tensors of their own.
+    kv_cache = (t.k_cache.contiguous(), t.v_cache.contiguous())
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(), "NHD", backend="fa3")
+    wrapper.plan(
+        t.cu_seqlens_q, indptr, t.page_table.flatten(), last, b.num_q_heads, b.num_kv_heads, b.head_dim, b.page_size,
+        causal=b.is_causal, q_data_type=DTYPE, kv_data_type=DTYPE,
+    )  # fmt: skip
+    return lambda: wrapper.run(t.q, kv_cache, out=t.out)
+
+
+def _dense(b: PrefillBatch, t: PrefillTensors) -> tuple[torch.Tensor, ...]:
+    """q, k, v as (rows, tokens, heads, head_dim), contiguous."""
+    k, v = (x[t.page_table.long()].flatten(1, 2)[:, : b.kv_len].contiguous() for x in (t.k_cache, t.v_cache))
+    return t.q.unflatten(0, (b.rows, b.query_len)), k, v
+
+
+def _fa4(b: PrefillBatch, t: PrefillTensors) -> Call:
+    from flash_attn.cute.interface import flash_attn_func
+
+    q, k, v = _dense(b, t)
+
+    def call() -> None:
+        out = flash_attn_func(q, k, v, causal=b.is_causal)
+        t.out = (out[0] if isinstance(out, tuple) else out).flatten(0, 1)
+
+    return call
+
+
+def _cudnn(b: PrefillBatch, t: PrefillTensors) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(1, 2) for x in _dense(b, t))
+
+    def call() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=b.is_causal, enable_gqa=True)
+        t.out = out.transpose(1, 2).flatten(0, 1)
+
+    return call

@@ -1,0 +1,68 @@
+"""`fa4 bench prefill` and `fa4 bench decode`: ours beside the peers that are installed. Needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Sets = Annotated[str, typer.Option("--batches", help="comma-separated sets of batches; empty: all")]
+Peers = Annotated[str | None, typer.Option(help="comma-separated peers; default: all that are installed")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there")]
+Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matplotlib)")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@bench.command()
+def prefill(batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False) -> None:
+    """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best paged peer."""
+    from fa4_backend.bench import prefill as module
+    from fa4_backend.bench.prefill_batches import named_batches
+
+    _require_gpu()
+    _run(module, named_batches(), batches, peers, csv_path, plot, json_output)
+
+
+@bench.command()
+def decode(batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False) -> None:
+    """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
+    from fa4_backend.bench import decode as module
+    from fa4_backend.bench.decode_batches import issue_batches
+
+    _require_gpu()
+    _run(module, issue_batches(), batches, peers, csv_path, plot, json_output)
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        typer.echo("fa4 bench: expected a CUDA GPU, found none", err=True)
+        raise typer.Exit(2)
+
+
+def _run(module: Any, sets: dict, names: str, peers: str | None, csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
+    """Run the chosen sets of one benchmark and write what was asked for."""
+    chosen = names.split(",") if names else list(sets)
+    unknown = [name for name in chosen if name not in sets]
+    if unknown:
+        typer.echo(f"fa4 bench: --batches: expected names of {', '.join(sets)}, got {', '.join(unknown)}", err=True)
+        raise typer.Exit(2)
+    every = []
+    for timings in module.run(
+        [b for name in chosen for b in sets[name]], peers=None if peers is None else [p for p in peers.split(",") if p]
+    ):
+        every += timings
+        if not json_output:
+            print(module.format_line(timings), flush=True)
+    if json_output:
+        print(json.dumps([asdict(t) for t in every], indent=1))
+    if csv_path is not None:
+        module.write_csv(csv_path, every)
+    if plot is not None:
+        module.write_plot(plot, every)

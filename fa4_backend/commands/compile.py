@@ -1,0 +1,70 @@
+"""`fa4 compile`: kernels into the cache on disk, for any arch, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fa4_backend.model_config import ModelConfigError, layer_groups
+from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
+from fa4_backend.problem import AttentionProblem, UnsupportedProblem
+
+
+def compile(
+    arch: Annotated[str, typer.Option(help="sm_90a, sm_100a or sm_103a")],
+    model: Annotated[Path | None, typer.Option(help="a model's config.json, or the folder that holds it; or give --heads")] = None,
+    heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
+    head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
+    page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16; bf16 and fp16 for short")] = "bfloat16",
+    max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
+    causal: Annotated[bool, typer.Option(help="causal mask")] = True,
+    lse: Annotated[bool, typer.Option(help="write the log of the denominator")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compile every kernel that a model or a shape needs. Exits 1 when it is not served, 2 when the config cannot be read."""
+    limits = BatchLimits(max_num_seqs, 8192, 32768)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
+    try:
+        if model is not None:
+            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None)]
+        else:
+            num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
+            dims = [int(part) for part in head_dim.split("/")]
+            problems = [
+                AttentionProblem(num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, is_causal=causal, has_lse=lse)
+            ]
+        plans = [plan_attention(problem, limits) for problem in problems]
+    except (ModelConfigError, ValueError) as error:
+        typer.echo(f"fa4 compile: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
+    kernels = compile_plans(plans)
+    if json_output:
+        print(json.dumps({"kernels": kernels}, indent=1))
+        return
+    for kernel in kernels:
+        print(
+            f"{kernel['name']}: {kernel['cpu_seconds']} CPU s, {kernel['registers']} registers, {kernel['spills']} bytes of spills, "
+            f"{kernel['smem_bytes']} bytes of shared memory, {kernel['ptx_instructions']} PTX instructions"
+        )
+
+
+def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
+    """Compile what the plans need and the cache lacks; facts of every kernel, one entry each."""
+    from fa4_backend.compile_cache import ensure_object, read_facts
+    from fa4_backend.kernel_facts import sass_counts
+    from fa4_backend.kernels.launch import keys_of
+
+    kernels = []
+    for key in dict.fromkeys(key for plan in plans for key in keys_of(plan)):
+        facts = asdict(read_facts(key))
+        counts: Counter[str] = sass_counts(ensure_object(key).with_suffix(".cubin"))
+        kernels.append(
+            {**facts, "tmem_columns": 512 if key.arch != "sm_90a" and key.name.startswith("prefill") else 0, "sass_counts": counts}
+        )
+    return kernels

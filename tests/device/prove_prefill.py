@@ -1,0 +1,164 @@
+"""Proof of the prefill kernel on a GPU: `python -m tests.device.prove_prefill --batches 20000 --json FILE`.
+
+Prints one line a check and writes all of it as data. Parts: poisoned cases against the oracle and bits over repeats; bits over page sizes;
+a pool above 2^31 elements; fuzzed ragged batches. Under compute-sanitizer run it with `--parts cases`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from fa4_backend import AttentionMetadata
+from fa4_backend.arch import arch_of_capability
+from fa4_backend.kernels.launch import launch_prefill, load
+from fa4_backend.kernels.schedule_launch import run_schedule
+from fa4_backend.kernels.tuning import prefill_key
+from tests.support.fuzz import Fuzzer, prefill_setups
+from tests.support.paged_case import BuiltCase, PagedCase, repage
+
+LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
+
+
+def run_case(built: BuiltCase) -> None:
+    """The schedule and the prefill kernel alone, over all rows of a case."""
+    case, a = built.case, built.arguments
+    plan = case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    metadata = AttentionMetadata.allocate(plan, "cuda")
+    work = metadata.work
+    assert work is not None
+    work.shape = replace(work.shape, decode_query_len=0)
+    run_schedule(plan, work, a.cu_seqlens_q, a.seqused_k)
+    a.out.fill_(math.nan)
+    launch_prefill(load(plan, prefill_key(plan)), a, work.prefill_tiles, work.prefill_begin)
+    torch.cuda.synchronize()
+
+
+def cases(arch: str) -> dict[str, PagedCase]:
+    """A poisoned case for each fuzzed problem (same compile keys), with lengths at the edges of tiles and pages."""
+    out = {}
+    for setup in prefill_setups(arch):
+        p = setup.problem
+        out[setup.name] = PagedCase(
+            **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
+            page_size=p.page_size, arch=arch, is_causal=p.is_causal, window_left=70 if p.has_window_left else None,
+            window_right=9 if p.has_window_right else None, softcap=20.0 if p.has_softcap else 0.0, sinks=p.has_sinks, alibi=p.has_alibi,
+            layout=("nhd", "hnd", "separate")[len(out) % 3],
+        )  # fmt: skip
+    first = out["d128 page 16"]
+    out["d128 empty rows"] = replace(first, query_lens=(40, 3, 7, 200), kv_lens=(9, 0, 7, 100))
+    out["d128 one dominant key"] = replace(first, peaked=20.0)
+    return out
+
+
+def check_cases(arch: str, repeats: int, only: str) -> list[dict]:
+    """Every case whose name begins with `only` against the oracle, and the same bits over repeats."""
+    results = []
+    for name, case in cases(arch).items():
+        if not name.startswith(only):
+            continue
+        built = case.build("cuda")
+        run_case(built)
+        first, lse = built.arguments.out.clone(), built.arguments.lse
+        assert lse is not None
+        row = {"case": name, "ok": True, "why": ""}
+        try:
+            row |= asdict(built.check(first, lse))
+        except AssertionError as error:
+            row |= {"ok": False, "why": str(error)[:200]}
+        for _ in range(repeats):
+            run_case(built)
+            if not torch.equal(first[: built.total_q], built.arguments.out[: built.total_q]):
+                row |= {"ok": False, "why": "bits differ between repeats"}
+        results.append(row)
+        print("case", row, flush=True)
+    return results
+
+
+def check_page_sizes(arch: str) -> dict:
+    """One batch in pages of 16 to 256 tokens: the same bits."""
+    outs = []
+    base = cases(arch)["d128 page 16"].build("cuda")
+    for page_size in (16, 32, 48, 64, 128, 256):
+        built = repage(base, page_size)
+        run_case(built)
+        outs.append(built.arguments.out[: built.total_q].clone())
+    result = {"ok": all(torch.equal(out, outs[0]) for out in outs) and bool(outs[0].isfinite().all())}
+    print("page sizes", result, flush=True)
+    return result
+
+
+def check_large_pool(arch: str) -> dict:
+    """A pool above 2^31 elements, NaN but for the pages in use, which lie at its end."""
+    case = replace(cases(arch)["d128 page 16"], layout="nhd")
+    built = case.build("cuda")
+    a = built.arguments
+    used = a.k_cache.shape[0]
+    per_page = case.page_size * case.num_kv_heads * 2 * case.head_dim
+    num_pages = 2**31 // per_page + 4096
+    pool = torch.full((num_pages, case.page_size, case.num_kv_heads, 2 * case.head_dim), math.nan, dtype=a.q.dtype, device="cuda")
+    k, v = pool.split(case.head_dim, dim=-1)
+    k[-used:], v[-used:] = a.k_cache, a.v_cache
+    table = torch.where(a.page_table < used, a.page_table + (num_pages - used), a.page_table)
+    large = BuiltCase(case, a._replace(k_cache=k, v_cache=v, page_table=table), built.total_q)
+    run_case(built)
+    want = a.out[: built.total_q].clone()
+    run_case(large)
+    result = {"ok": torch.equal(want, a.out[: built.total_q]), "elements": pool.numel()}
+    print("large pool", result, flush=True)
+    return result
+
+
+def check_fuzz(arch: str, batches: int, seed: int) -> list[dict]:
+    """Fuzzed ragged batches, the same number for each problem."""
+    setups = prefill_setups(arch)
+    results = []
+    for index, setup in enumerate(setups):
+        start = time.perf_counter()
+        result = Fuzzer(setup, "cuda").run(-(-batches // len(setups)), seed + 1_000_000 * index)
+        results.append(asdict(result) | {"seconds": round(time.perf_counter() - start, 1)})
+        print("fuzz", results[-1], flush=True)
+        torch.cuda.empty_cache()
+    return results
+
+
+def main() -> None:
+    """Run the parts asked for; exits 1 when a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default="cases,pages,pool,fuzz")
+    parser.add_argument("--batches", type=int, default=20000)
+    parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_properties(0)
+    arch = arch_of_capability(device.major, device.minor) or "none"
+    report: dict = {"machine": device.name, "torch": torch.__version__, "date": datetime.date.today().isoformat(), "seed": options.seed}
+    parts = options.parts.split(",")
+    if "cases" in parts:
+        report["cases"] = check_cases(arch, options.repeats, options.only)
+    if "pages" in parts:
+        report["page_sizes"] = check_page_sizes(arch)
+    if "pool" in parts:
+        report["large_pool"] = check_large_pool(arch)
+    if "fuzz" in parts:
+        report["fuzz"] = check_fuzz(arch, options.batches, options.seed)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
+    failed += [report[part] for part in ("page_sizes", "large_pool") if part in report and not report[part]["ok"]]
+    print(f"{len(failed)} failed checks; {sum(r['batches'] for r in report.get('fuzz', []))} fuzzed batches", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
