@@ -219,18 +219,20 @@ class Grid:
             limit = self.session.max_resident
             while waiting or active:
                 # A cluster that spins on global memory needs the others: they take turns, at most as many as the device holds.
-                if not active or (len(active) < limit and all(c.spinning for c in active)):
-                    if waiting:
-                        active.append(Cluster(self, *waiting.popleft()))
-                    elif all(c.spinning for c in active) and all(c.exhausted() for c in active):
-                        raise Deadlock(f"livelock in kernel {self.program.name[:80]}\n" + "\n".join(c.where() for c in active))
-                cluster = active[-1] if waiting and len(active) < limit else active[0]
-                if not cluster.run():
-                    active.rotate(-1)
-                else:
+                if waiting and (not active or (len(active) < limit and all(c.spinning for c in active))):
+                    active.appendleft(Cluster(self, *waiting.popleft()))
+                elif all(c.exhausted() for c in active):
+                    places = "\n".join(c.where() for c in active)
+                    raise Deadlock(
+                        f"livelock in kernel {self.program.name[:80]}: no progress in {self.session.step_limit} warp instructions\n{places}"
+                    )
+                cluster = active[0]
+                if cluster.run():
                     active.remove(cluster)
                     for other in active:
                         other.spinning = False
+                else:
+                    active.rotate(-1)
 
 
 # -- sessions -------------------------------------------------------------------------------------------------------------
