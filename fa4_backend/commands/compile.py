@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend.compile import CompileKey
 from fa4_backend.model_config import ModelConfigError, layer_groups
 from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
 from fa4_backend.problem import AttentionProblem, UnsupportedProblem
@@ -64,7 +66,13 @@ def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for plan in plans for key in keys_of(plan)):
         facts = asdict(read_facts(key))
         counts: Counter[str] = sass_counts(ensure_object(key).with_suffix(".cubin"))
-        kernels.append(
-            {**facts, "tmem_columns": 512 if key.arch != "sm_90a" and key.name.startswith("prefill") else 0, "sass_counts": counts}
-        )
+        kernels.append({**facts, **_launch_facts(key), "sass_counts": counts})
     return kernels
+
+
+def _launch_facts(key: CompileKey) -> dict[str, int]:
+    """What only the kernel's host side knows: dynamic shared memory, tensor memory."""
+    module, function = key.builder.split(":")
+    host, _ = getattr(importlib.import_module(module), function)(key)
+    found = {name: getattr(host, name, None) for name in ("smem_bytes", "tmem_columns")}
+    return {"tmem_columns": 0} | {name: value for name, value in found.items() if value is not None}
