@@ -103,8 +103,8 @@ class DecodeConfig:
 
     @property
     def q_stage_bytes(self) -> int:
-        """Q of an entry, to the next 128 bytes that a TMA may begin at."""
-        return -(-self.rows * self.head_dim * self.element_bytes // 128) * 128
+        """Q of an entry, to the next 1024 bytes: the swizzle's pattern begins anew there."""
+        return -(-self.rows * self.head_dim * self.element_bytes // 1024) * 1024
 
     @property
     def merge_buffers(self) -> int:

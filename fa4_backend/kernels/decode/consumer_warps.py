@@ -1,7 +1,12 @@
 """The consumer warps: each attends 16 packed rows to the 16 keys of one box of every KV tile.
 
 Four key warps share a row group's tiles, so a tile is touched once by each; nothing passes between warps until the
-entry (or a piece of it) ends and `merge` adds them up. S, P and O live in registers; K and V come by ldmatrix.
+entry (or a piece of it) ends and `merge` adds them up. S, P and O live in registers; Q, K and V come by ldmatrix.
+
+Note [Release]. An ldmatrix is in flight until something uses its registers, and ptxas lets an mbarrier arrival overtake it:
+on an H200, TMA overwrote the Q of short entries while ldmatrix, slow on 8-way bank conflicts, still read it (rows of 8 and more
+packed queries, CTAs with many entries of one or two tiles). So a slot is released only when mma.sync has used every word read
+from it. `tests/emulated/test_decode_sass.py` holds the compiled kernels to that.
 """
 
 from __future__ import annotations
@@ -63,13 +68,6 @@ class ConsumerWarps:
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
             entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(shared.entry_empty + stage)
-            stage += 1
-            if stage == ENTRY_STAGE:
-                stage = Int32(0)
-                entry_phase ^= 1
             begin, end = self.visible.clip(entry, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
             self.merge.reset(totals)
@@ -100,6 +98,14 @@ class ConsumerWarps:
                 num_pending += 1
             else:
                 self.merge.finish_whole(entry, totals, results)
+            # Not before: see Note [Release].
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(shared.entry_empty + stage)
+            stage += 1
+            if stage == ENTRY_STAGE:
+                stage = Int32(0)
+                entry_phase ^= 1
         if num_pending > 0:
             self.merge.arrive(num_pending, shared, results)
             for pending in cutlass.range(num_pending, unroll=1):
@@ -112,9 +118,12 @@ class ConsumerWarps:
         c = self.config
         lane = cute.arch.lane_idx()
         row = cutlass.min(row_group * MMA_ROWS + lane % 16, c.rows - 1)
-        address = q_address + row * (c.head_dim * c.element_bytes) + lane // 16 * 16
+        part_bytes = const_expr(c.part_elems(c.head_dim) * c.element_bytes)
         for step in cutlass.range_constexpr(c.head_dim // 16):
-            words = load_matrices(address + 32 * step, transpose=False)
+            part, within = const_expr(divmod(32 * step, part_bytes))
+            line = (part * c.rows + row) * part_bytes
+            chunk = within + lane // 16 * 16
+            words = load_matrices(q_address + line + (chunk ^ ((line // 128) % (part_bytes // 16) * 16)), transpose=False)
             for i in cutlass.range_constexpr(4):
                 rQ[4 * step + i] = words[i]
 
@@ -144,7 +153,7 @@ class ConsumerWarps:
             halves = [mma(c.dtype, halves[i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
 
         scale_log2 = self.scores.scale_log2(values)
-        factors, p = [], [None] * 4
+        factors, p, moved = [], [None] * 4, Boolean(False)
         for h in cutlass.range_constexpr(2):
             seen = []
             for i in cutlass.range_constexpr(4):
@@ -153,13 +162,14 @@ class ConsumerWarps:
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(block_max, state.rMax[h], scale_log2, may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD)
             weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
+            # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
+            moved = moved | (update.row_max > state.rMax[h])
             state.rMax[h] = update.row_max
             state.rSum[h] = state.rSum[h] * update.factor + ((weights[0] + weights[1]) + (weights[2] + weights[3]))
             p[h] = pack_pair(c.dtype, weights[0], weights[1])
             p[2 + h] = pack_pair(c.dtype, weights[2], weights[3])
             factors.append(update.factor)
 
-        moved = Boolean(factors[0] != 1.0) | Boolean(factors[1] != 1.0)
         if cute.arch.vote_any_sync(moved):
             for i in cutlass.range_constexpr(c.head_dim_v // 2):
                 state.rO[i] = state.rO[i] * factors[i // 2 % 2]

@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
-from fa4_backend.kernels.decode.load_warp import LoadWarp, TensorMaps
+from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import ELEMENT_TYPES, DecodeStorage
@@ -74,12 +74,21 @@ class DecodeKernel:
         """TMA of the packed rows of one KV head: all tokens a decode row may have, one behind the other. Rows past a
         sequence's end are another's or zeros; they are masked."""
         c = self.config
-        # Modes of one element are moved behind the others in a tensor map: `LoadWarp` counts on this order.
-        order, counts = ([2, 0, 1], (c.query_len, 1)) if c.q_per_kv == 1 else ([2, 1, 0], (c.q_per_kv, c.query_len))
-        rows_first = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=order))
-        shape = (c.head_dim, *counts)
-        tile = cute.make_layout(shape, stride=(1, c.head_dim, c.head_dim * counts[0]))
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, tile, shape)[0]
+        part = c.part_elems(c.head_dim)
+        d_stride = mQ.stride[2]
+        # (elements of a box, its stride in shared memory, extent of q, stride of q)
+        modes = {
+            QueryMode.HEAD: (c.q_per_kv, part, mQ.shape[1], mQ.stride[1]),
+            QueryMode.TOKEN: (c.query_len, part * c.q_per_kv, mQ.shape[0], mQ.stride[0]),
+            QueryMode.PART: (c.head_dim // part, part * c.rows, c.head_dim // part, part),
+        }
+        chosen = [modes[mode] for mode in query_modes(c)]
+        boxes, box_strides, extents, strides = zip(*chosen, strict=True)
+        rows_first = cute.make_tensor(mQ.iterator, cute.make_layout((part, *extents), stride=(d_stride, *strides)))
+        shape = (part, *boxes)
+        swizzle = cute.make_swizzle(SWIZZLE_BITS[part * c.element_bytes], 4, 3)
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     def _box_tma(self, cache: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box: 16 keys of a page, all parts of a head, each as wide as its swizzle."""

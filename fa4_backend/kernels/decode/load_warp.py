@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import NamedTuple
 
 import cutlass
@@ -10,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N
+from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, entry_of
 from fa4_backend.kernels.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
@@ -24,6 +25,24 @@ class TensorMaps(NamedTuple):
     q: cute.CopyAtom
     k: cute.CopyAtom
     v: cute.CopyAtom
+
+
+class QueryMode(Enum):
+    """What a dimension of Q's tensor map counts, beside the elements of a part."""
+
+    HEAD = auto()
+    TOKEN = auto()
+    PART = auto()
+
+
+def query_modes(config: DecodeConfig) -> list[QueryMode]:
+    """Dimensions 1, 2, ... of Q's tensor map. The compiler moves those that a box has one of behind the others, so they are put
+    there; a constant extent of one would vanish, so a single part is none."""
+    counts = {QueryMode.HEAD: config.q_per_kv, QueryMode.TOKEN: config.query_len}
+    parts = config.head_dim // config.part_elems(config.head_dim)
+    if parts > 1:
+        counts[QueryMode.PART] = parts
+    return sorted(counts, key=lambda mode: counts[mode] == 1)
 
 
 @dataclass(frozen=True)
@@ -94,10 +113,10 @@ class LoadWarp:
                     phase ^= 1
 
     def _query_coords(self, entry: Entry) -> tuple[Int32 | int, ...]:
-        """Coordinates of an entry's Q in its tensor map: element, then head and row of q in the order that `kernel` made."""
-        group = self.storage.config.q_per_kv
-        head, row = entry.kv_head_idx * group, entry.seqlen.q_begin
-        return (0, row, head) if group == 1 else (0, head, row)
+        """Coordinates of an entry's Q in its tensor map."""
+        head = entry.kv_head_idx * self.storage.config.q_per_kv
+        at = {QueryMode.HEAD: head, QueryMode.TOKEN: entry.seqlen.q_begin, QueryMode.PART: 0}
+        return (0, *(at[mode] for mode in query_modes(self.storage.config)))
 
     def _box_coords(self, head_dim: int, where: tuple[Int32, Int32, Int32]) -> tuple[Int32 | int, ...]:
         """Coordinates of a box in the tensor map: element, row in page, part of the head where there are several, KV head, page."""

@@ -21,7 +21,7 @@ class SharedTensors(NamedTuple):
     kv_address: Int32  # kv_stage tiles, each 4 boxes of K, then 4 boxes of V
     kv_full: cute.Pointer  # kv_stage mbarriers: a tile has arrived
     kv_empty: cute.Pointer  # kv_stage mbarriers: every consumer warp is done with it
-    q_address: Int32  # ENTRY_STAGE tiles of Q, packed rows one behind the other, not swizzled
+    q_address: Int32  # ENTRY_STAGE tiles of Q: parts of a head, each all packed rows one behind the other, swizzled
     entry_full: cute.Pointer  # ENTRY_STAGE mbarriers: an entry's ints and its Q have arrived
     entry_empty: cute.Pointer  # ENTRY_STAGE mbarriers: every consumer warp has them in registers
     sEntry: cute.Tensor  # (ENTRY_STAGE, DECODE_INTS) int32
@@ -50,7 +50,7 @@ class DecodeStorage:
         c = self.config
         smem = cutlass.utils.SmemAllocator()
         tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=1024)
-        queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=128)
+        queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=1024)
         barriers = smem.allocate_array(cutlass.Int64, 2 * (c.kv_stage + ENTRY_STAGE), byte_alignment=8)
         buffers, pitch = c.row_groups * c.merge_buffers, c.head_dim_v + MERGE_PAD
         merged = cute.make_layout((buffers, c.merge_rows, c.head_dim_v), stride=(c.merge_rows * pitch, pitch, 1))

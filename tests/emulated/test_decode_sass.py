@@ -1,0 +1,69 @@
+"""What ptxas made of the decode kernel: no mbarrier arrival may overtake an ldmatrix whose slot it releases.
+
+ptxas waits for a load's registers where they are used, not at an arrival: seen on an H200 as the Q of one entry replaced by the next
+one's. The emulator runs PTX, where an ldmatrix is over when the next instruction begins, so it cannot see this; the machine code can.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fa4_backend.compile import find_cuda_tool
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.kernels.decode.config import DecodeConfig, decode_config
+from tests.support.paged_case import PagedCase
+
+pytestmark = pytest.mark.emulated
+
+KEYS = {
+    "32/8, 1 token": {"num_q_heads": 32, "num_kv_heads": 8},
+    "16/2, 4 tokens": {"num_q_heads": 16, "num_kv_heads": 2, "decode_query_len": 4},
+    "d64, window, sinks": {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64, "window_left": 64, "sinks": True},
+    "batch invariant": {"num_q_heads": 8, "num_kv_heads": 2, "decode_query_len": 2, "batch_invariant": True},
+}
+
+
+def config_of(changes: dict[str, object]) -> DecodeConfig:
+    fields = {"query_lens": (1,), "kv_lens": (1,), "head_dim": 128, "arch": "emulated-sm_90a", **changes}
+    case = PagedCase(**fields)  # type: ignore[arg-type]
+    config = decode_config(case.problem(), case.plan().limits)
+    assert config is not None
+    return config
+
+
+def loads_in_flight_at_arrivals(sass: str) -> tuple[int, list[str]]:
+    """Arrivals at mbarriers in a disassembly, and those that come while an ldmatrix may not have delivered.
+
+    It has when an instruction reads one of its four registers. Address order is taken for program order: branches here only skip
+    ahead, or close a loop whose body uses all it loads.
+    """
+    arrivals, faults = 0, []
+    in_flight: dict[int, str] = {}  # first register of an ldmatrix -> its address
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
+        opcode, _, operands = re.sub(r"^@!?U?P\d+\s+", "", text.strip()).partition(" ")
+        destination, _, sources = operands.partition(",")
+        read = {int(number) for number in re.findall(r"\bR(\d+)\b", sources)}
+        in_flight = {first: where for first, where in in_flight.items() if not read & set(range(first, first + 4))}
+        if opcode.startswith("LDSM"):
+            in_flight[int(destination.strip().removeprefix("R"))] = address
+        if opcode.startswith("SYNCS.ARRIVE"):
+            arrivals += 1
+            if in_flight:
+                faults.append(f"{address}: {text.strip()} overtakes the ldmatrix at {', '.join(in_flight.values())}")
+    return arrivals, faults
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_no_arrival_overtakes_an_ldmatrix(name: str) -> None:
+    tool = find_cuda_tool("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is in no package here (triton carries one)")
+    cubin: Path = ensure_object(config_of(KEYS[name])).with_suffix(".cubin")
+    sass = subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    arrivals, faults = loads_in_flight_at_arrivals(sass)
+    assert arrivals >= 4, "expected arrivals for entries and KV tiles, of load warp and consumers"
+    assert faults == []
