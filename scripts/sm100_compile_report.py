@@ -1,0 +1,138 @@
+"""What compiling costs and gives: the Blackwell prefill keys beside upstream flash-attn-4's kernels, compiled here without a GPU.
+
+    python scripts/sm100_compile_report.py > docs/data/sm100_compile.json
+
+Every kernel is compiled in a process of its own. `cpu_seconds` is user + system time of compile and export with every module imported
+before; `cold` ones include the compiler's first use in the process (about 1.5 s, once), `warm` ones follow another compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fa4_backend.compile import compile_to_object, cpu_seconds, find_cuda_tool, resource_usage
+from fa4_backend.kernels.tuning import prefill_key
+from tests.support.paged_case import PagedCase
+
+BASE = PagedCase((1,), (1,), num_q_heads=4, num_kv_heads=1, head_dim=128, page_size=16, arch="emulated-sm_100a")
+OURS = {
+    "causal d128": BASE,
+    "full attention d128": replace(BASE, is_causal=False),
+    "causal d64": replace(BASE, head_dim=64),
+    "causal d96": replace(BASE, head_dim=96),
+    "causal d192 and 128": replace(BASE, num_q_heads=1, head_dim=192, head_dim_v=128),
+    "causal d128 fp16": replace(BASE, dtype="float16"),
+    "causal d128 window": replace(BASE, window_left=100),
+    "causal d128 softcap": replace(BASE, softcap=30.0),
+    "causal d128 sinks": replace(BASE, sinks=True),
+    "causal d128 alibi": replace(BASE, alibi=True),
+    "causal d128 all score features": replace(BASE, window_left=100, softcap=30.0, sinks=True, alibi=True),
+    "causal d128 sm_103a": replace(BASE, arch="emulated-sm_103a"),
+}
+UPSTREAM = {
+    "causal d128": {},
+    "causal d128 varlen paged 128": {"paged": 128},
+    "causal d128 varlen paged 16": {"paged": 16},
+    "causal d64": {"head_dim": 64},
+}
+OPCODES = ("MUFU", "FFMA2", "FADD2", "FMUL2", "FMNMX3", "F2FP", "UTCHMMA", "LDTM", "STTM", "UTMALDG", "R2UR", "IMAD", "SYNCS")
+
+
+def sass_counts(cubin: Path) -> dict[str, int]:
+    """Static SASS opcodes of a cubin, the interesting ones and the total; empty where cuobjdump is missing."""
+    tool = find_cuda_tool("cuobjdump")
+    if tool is None:
+        return {}
+    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", text, flags=re.M)
+    counts = Counter(lines)
+    return {"total": len(lines), **{name: counts[name] for name in OPCODES}}
+
+
+def compile_ours(name: str) -> dict[str, Any]:
+    """Compile one key cold, then once more warm."""
+    import cutlass.cute  # noqa: F401
+    import torch  # noqa: F401
+    import tvm_ffi  # noqa: F401
+
+    key = prefill_key(OURS[name].plan())
+    with tempfile.TemporaryDirectory() as folder:
+        cold = compile_to_object(key, Path(folder) / "cold")
+        warm = compile_to_object(key, Path(folder) / "warm")
+        usage = resource_usage(Path(folder) / "warm.cubin")
+        sass = sass_counts(Path(folder) / "warm.cubin")
+    return {
+        "key": key.name,
+        "cold_cpu_seconds": cold.cpu_seconds,
+        "warm_cpu_seconds": warm.cpu_seconds,
+        "registers": usage.get("REG"),
+        "spill_bytes": usage.get("STACK"),
+        "ptx_instructions": warm.ptx_instructions,
+        "sass": sass,
+    }
+
+
+def compile_upstream(name: str) -> dict[str, Any]:
+    """Compile one of upstream's kernels in a fresh process."""
+    from tests.support import emulator_upstream
+
+    emulator_upstream.prepare("sm_100a")
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    options = UPSTREAM[name]
+    head_dim, page = options.get("head_dim", 128), options.get("paged")
+    with tempfile.TemporaryDirectory() as folder:
+        import os
+
+        os.environ["CUTE_DSL_DUMP_DIR"] = folder
+        with emulator_upstream._patched({}) as interface, FakeTensorMode():
+            make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")  # noqa: E731
+            before = cpu_seconds()
+            if page is None:
+                q, kv = make(1, 512, 4, head_dim), make(1, 512, 1, head_dim)
+                interface._flash_attn_fwd(q, kv, kv, causal=True, return_lse=True)
+            else:
+                lengths = make(3, dtype=torch.int32)
+                pages = make(16, page, 1, head_dim)
+                interface._flash_attn_fwd(
+                    make(64, 4, head_dim), pages, pages, cu_seqlens_q=lengths, seqused_k=make(2, dtype=torch.int32),
+                    page_table=make(2, 8, dtype=torch.int32), max_seqlen_q=64, causal=True, return_lse=True,
+                )  # fmt: skip
+            cpu = cpu_seconds() - before
+        cubins = [path for path in Path(folder).rglob("*.cubin") if "Forward" in path.name or "flash" in path.name.lower()]
+        cubin = max(cubins, key=lambda path: path.stat().st_size)
+        usage, sass = resource_usage(cubin), sass_counts(cubin)
+    return {"cold_cpu_seconds": round(cpu, 3), "registers": usage.get("REG"), "spill_bytes": usage.get("STACK"), "sass": sass}
+
+
+def main() -> int:
+    """Print the report, or one child's result."""
+    if sys.argv[1:]:
+        side, name = sys.argv[1:]
+        print(json.dumps(compile_ours(name) if side == "ours" else compile_upstream(name)))
+        return 0
+    report: dict[str, dict[str, Any]] = {"ours": {}, "upstream": {}}
+    for side, names in (("ours", OURS), ("upstream", UPSTREAM)):
+        for name in names:
+            done = subprocess.run([sys.executable, __file__, side, name], capture_output=True, text=True, cwd=ROOT)
+            report[side][name] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
+            print(side, name, report[side][name], file=sys.stderr, flush=True)
+    json.dump(report, sys.stdout, indent=1)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
