@@ -1,6 +1,6 @@
 """What one 256 x 128 x 128 tile costs: instructions counted by the emulator, ours beside upstream flash-attn-4's.
 
-    python scripts/sm100_counts.py > docs/data/sm100_counts.json
+    python -m scripts.sm100_counts > docs/data/sm100_counts.json
 
 Each kernel runs one work item of 256 query rows (one head, bf16, head_dim 128, causal, bottom-right) against 1024 and against 1152 keys;
 the difference is one KV block that no mask touches, in steady state. Register moves (mov, and the packing of register pairs) are left out:
@@ -13,10 +13,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support import emulator_upstream
 

@@ -1,6 +1,6 @@
 """Races of the Blackwell prefill kernel under random schedules: every compile key of the tests, 100 seeds each, results against the oracle.
 
-    python scripts/sm100_races.py [seeds] > docs/data/sm100_races.json
+    python -m scripts.sm100_races [seeds] > docs/data/sm100_races.json
 
 Each seed draws when warps run and when TMA, MMAs and commits finish. A run counts as right when it has no race, no misuse of a barrier, no
 deadlock, and the output is within the error budget with bits equal to the deterministic schedule's.
@@ -12,9 +12,6 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
