@@ -1,0 +1,113 @@
+"""`fa4 emulate`: its JSON, its verdicts, its timeline, and a program of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa4_backend.cli import main
+
+pytestmark = pytest.mark.emulated
+CASE = ["--heads", "2/1", "--q-lens", "3,70", "--kv-lens", "40,200", "--page-size", "16", "--num-sms", "2"]
+
+
+def emulate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["emulate", *arguments])
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out + captured.err
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    code, text = emulate(capsys, "--arch", arch, *CASE, "--seeds", "2", "--trace", str(path), "--json")
+    assert code == 0, text
+    result: dict[str, Any] = json.loads(text)
+    assert result["ok"] and result["races"] == [] and result["differing"] == 0
+    assert 0 < result["max_err"] <= result["budget"]
+    assert 0 < result["lse_err"] <= result["lse_budget"]
+    assert result["instructions"] > 10_000 and result["seconds"] > 0
+    prefill = next(k for name, k in result["kernels"].items() if "prefill" in name)
+    assert prefill["units"]["MUFU"] > 0
+    check_timeline(json.loads(path.read_text())["traceEvents"])
+
+
+def check_timeline(events: list[dict[str, Any]]) -> None:
+    """Every row's slices follow each other; copies, products and softmax are there, and products overlap softmax."""
+    rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    slices: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            slices.setdefault((event["pid"], event["tid"]), []).append(event)
+    for row, found in slices.items():
+        assert row in rows
+        ends = 0.0
+        for event in sorted(found, key=lambda e: e["ts"]):
+            assert event["ts"] >= ends - 0.25, f"{rows[row]}: slices overlap at {event['ts']}"
+            ends = event["ts"] + event["dur"]
+    names = {e["name"].split(":")[0] for e in events if e["ph"] == "X"}
+    assert {"MMA", "copy", "softmax", "wait"} <= names
+    roles = {name.split(":")[0] for name in rows.values()}
+    assert {"softmax", "tensor core", "copy engine (TMA)"} <= roles
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--heads", "3/2"], ["--q-lens", "1,x"], ["--q-lens", "9", "--kv-lens", "5"], ["--arch", "sm_80"], ["no_such_module:f"], ["no_colon"]],
+)
+def test_a_wrong_call_exits_2_with_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = emulate(capsys, *arguments)
+    assert code == 2 and text.startswith("fa4 emulate: "), text
+
+
+PROGRAM = '''
+import numpy as np
+
+PTX = """.version 9.0
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 smem[];
+.visible .entry k(.param .u64 out) {
+    .reg .b64 %d<4>;
+    .reg .b32 %r<4>;
+    ld.param.u64 %d0, [out];
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, smem;
+    mad.lo.u32 %r2, %r0, 4, %r1;
+    st.shared.u32 [%r2], %r0;
+    BARRIER
+    xor.b32 %r2, %r2, 128;
+    ld.shared.u32 %r3, [%r2];
+    mad.wide.u32 %d1, %r0, 4, %d0;
+    st.global.u32 [%d1], %r3;
+    ret;
+}
+"""
+
+def launch(session, barrier):
+    session.launch(PTX.replace("BARRIER", barrier), 1, 64, [np.zeros(64, np.uint32)], smem=256)
+
+def right(session):
+    launch(session, "bar.sync 0;")
+
+def racy(session):
+    launch(session, "")
+
+def stuck(session):
+    launch(session, "bar.sync 0, 96;")
+'''
+
+
+def test_a_program_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, text = emulate(capsys, "own_program:right", "--arch", "sm_90a", "--json", "--seeds", "1")
+    assert code == 0 and json.loads(text)["races"] == []
+    code, text = emulate(capsys, "own_program:racy", "--arch", "sm_90a")
+    assert code == 1 and "race" in text and "WRONG" in text
+    code, text = emulate(capsys, "own_program:stuck", "--arch", "sm_90a")
+    assert code == 1 and "Deadlock" in text
