@@ -32,6 +32,7 @@ class FuzzSetup:
     max_kv: int = 420
     min_query: int = 0
     prefill_only: bool = False  # rows of one token go to the prefill kernel too
+    decode_query_len: int = 1
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Fuzzer:
     def __init__(self, setup: FuzzSetup, device: str) -> None:
         p = setup.problem
         self.setup, self.device, self.dtype = setup, device, getattr(torch, p.dtype)
-        limits = BatchLimits(setup.max_seqs, setup.max_seqs * setup.max_query + 8, setup.max_kv)
+        limits = BatchLimits(setup.max_seqs, setup.max_seqs * setup.max_query + 8, setup.max_kv, setup.decode_query_len)
         self.plan = plan_attention(p, limits, num_sms=_num_sms(device))
         self.metadata = AttentionMetadata.allocate(self.plan, device)
         if setup.prefill_only:

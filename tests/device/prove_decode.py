@@ -1,0 +1,213 @@
+"""Proof of schedule and decode kernel on a GPU: `python -m tests.device.prove_decode --batches 20000 --json FILE`.
+
+Prints one line a part. Parts: the device's lists against the host's; fuzzed poisoned batches of many short rows (several entries a
+CTA) and of long ones; the same bits for every page size, alone and in a batch (batch invariance), and from a replayed graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend.arch import arch_of_capability
+from fa4_backend.kernels.schedule_launch import run_schedule
+from fa4_backend.kernels.work_list import work_shape
+from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
+from tests.support.fuzz import Fuzzer, FuzzSetup
+from tests.support.paged_case import PagedCase
+
+HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
+FEATURES: tuple[dict[str, bool], ...] = (
+    {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
+)  # fmt: skip
+DEVICE = "cuda"
+
+
+def setups(arch: str) -> list[tuple[FuzzSetup, int]]:
+    """Problems to fuzz and their query length: every head shape, every feature on one of them, many short rows and few long ones."""
+    chosen = [(heads, {}) for heads in HEADS] + [(HEADS[4], features) for features in FEATURES[1:]]
+    out = []
+    for (q_heads, kv_heads, head_dim, query_len), features in chosen:
+        problem = AttentionProblem(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
+            has_lse=True, **features,
+        )  # fmt: skip
+        name = f"{q_heads}/{kv_heads} d{head_dim} q{query_len} {' '.join(features)}"
+        for shape, rows, kv_len in (("short", 64, 130), ("long", 6, 6000)):
+            setup = FuzzSetup(f"{name} {shape}", problem, max_seqs=rows, max_query=query_len, max_kv=kv_len, decode_query_len=query_len)
+            out.append((setup, query_len))
+    return out
+
+
+def check_lists(arch: str, steps: int) -> dict[str, Any]:
+    """Random steps: every entry the device writes is the host's."""
+    draw = random.Random(0)
+    for _ in range(steps):
+        heads, query_len = draw.choice((1, 2, 8, 32)), draw.choice((1, 4))
+        problem = AttentionProblem(
+            num_q_heads=4 * heads, num_kv_heads=heads, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch=arch,
+            batch_invariant=draw.random() < 0.3,
+        )  # fmt: skip
+        rows = draw.choice((1, 3, 40, 256))
+        query_lens = [draw.choice((0, 1, 1, query_len, 5, draw.randint(1, 700))) for _ in range(rows)]
+        kv_lens = [draw.choice((0, 1, 63, 64, 65, draw.randint(0, 131072))) for _ in range(rows)]
+        plan = plan_of(problem, max(rows, 1), max(sum(query_lens), query_len), 131072, query_len)
+        shape = work_shape(plan)
+        work = empty_lists(shape, rows, sum(query_lens))
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+            setattr(work, name, getattr(work, name).to(DEVICE))
+        cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
+        run_schedule(plan, work, cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE))
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+            setattr(work, name, getattr(work, name).cpu())
+        assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
+    return {"steps": steps}
+
+
+def check_fuzz(arch: str, batches: int) -> dict[str, Any]:
+    """`batches` fuzzed batches over all setups, against the float32 oracle."""
+    every = setups(arch)
+    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in every]
+    failed = [r for r in results if r.failures]
+    assert not failed, "\n".join(str(r) for r in failed)
+    return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
+
+
+def check_bits(arch: str, rounds: int) -> dict[str, Any]:
+    """Page sizes, neighbours (batch-invariant mode) and graph replay do not change a bit."""
+    case = PagedCase((1, 2, 2, 1), (3000, 17, 8000, 0), num_q_heads=8, num_kv_heads=2, head_dim=128, arch=arch, decode_query_len=2)
+    outs = [replace(case, page_size=size).build(DEVICE).run(case_plan(replace(case, page_size=size)))[0][:6] for size in (16, 48, 128, 528)]
+    assert all(torch.equal(out, outs[0]) for out in outs), "bits depend on the page size"
+    draw = random.Random(0)
+    batch = Batch(arch, batch_invariant=True)
+    for _ in range(rounds):
+        rows = draw.randint(2, batch.rows)
+        query_lens = [draw.choice((1, 2)) for _ in range(rows)]
+        kv_lens = [max(n, draw.choice((1, 64, 500, draw.randint(1, batch.max_kv)))) for n in query_lens]
+        batch.set(query_lens, kv_lens)
+        together = batch.step(rows)[: sum(query_lens)].clone()
+        row = draw.randrange(rows)
+        at = sum(query_lens[:row])
+        alone = batch.alone(row, at, query_lens[row], kv_lens[row])
+        assert torch.equal(alone, together[at : at + query_lens[row]]), (query_lens, kv_lens, row)
+    for invariant in (False, True):
+        batch = Batch(arch, batch_invariant=invariant)
+        replay = batch.capture()
+        for _ in range(rounds):
+            longest = draw.choice((0, 1, 64, 1000, batch.max_kv))
+            batch.set([draw.choice((0, 1, 2)) for _ in range(batch.rows)], [draw.randint(0, longest) for _ in range(batch.rows)])
+            batch.out.fill_(7)
+            replay()
+            replayed = batch.out.clone()
+            batch.out.fill_(7)
+            assert torch.equal(replayed, batch.step(batch.rows)), "a replayed graph differs from eager"
+    return {"rounds": rounds}
+
+
+class Batch:
+    """Fixed buffers for up to `rows` rows, as an engine keeps them."""
+
+    rows, max_kv = 32, 16384
+
+    def __init__(self, arch: str, *, batch_invariant: bool) -> None:
+        problem = AttentionProblem(
+            num_q_heads=8,
+            num_kv_heads=2,
+            head_dim=128,
+            head_dim_v=128,
+            dtype="bfloat16",
+            page_size=16,
+            arch=arch,
+            batch_invariant=batch_invariant,
+        )
+        self.plan = plan_of(problem, self.rows, 2 * self.rows, self.max_kv, 2)
+        self.metadata = AttentionMetadata.allocate(self.plan, DEVICE)
+        pages = self.max_kv // 16
+        self.k, self.v = torch.randn(8 * pages, 16, 2, 256, device=DEVICE, dtype=torch.bfloat16).split(128, -1)
+        self.table = torch.stack([torch.randperm(8 * pages, device=DEVICE)[:pages].int() for _ in range(self.rows)])
+        self.q = torch.randn(2 * self.rows, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+        self.out = torch.empty_like(self.q)
+        self.cu_seqlens_q = torch.zeros(self.rows + 1, device=DEVICE, dtype=torch.int32)
+        self.seqused_k = torch.zeros(self.rows, device=DEVICE, dtype=torch.int32)
+
+    def set(self, query_lens: list[int], kv_lens: list[int]) -> None:
+        """Lengths of the next step; rows past the lists are padding."""
+        padding = [0] * (self.rows - len(kv_lens))
+        self.cu_seqlens_q.copy_(torch.tensor([0, *query_lens, *padding]).cumsum(0).int())
+        self.seqused_k.copy_(torch.tensor(kv_lens + padding).int())
+
+    def step(self, rows: int) -> torch.Tensor:
+        """Refresh and one call."""
+        return self._call(self.q, self.table[:rows], self.cu_seqlens_q[: rows + 1], self.seqused_k[:rows], self.out)
+
+    def alone(self, row: int, at: int, query_len: int, kv_len: int) -> torch.Tensor:
+        """The same row in a batch of its own."""
+        q = self.q[at : at + query_len].contiguous()
+        cu_seqlens_q = torch.tensor([0, query_len], device=DEVICE, dtype=torch.int32)
+        seqused_k = torch.tensor([kv_len], device=DEVICE, dtype=torch.int32)
+        return self._call(q, self.table[row : row + 1], cu_seqlens_q, seqused_k, torch.empty_like(q))
+
+    def capture(self) -> Callable[[], None]:
+        """A graph of one step over all rows."""
+        self.step(self.rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(self.rows)
+        return graph.replay
+
+    def _call(
+        self, q: torch.Tensor, table: torch.Tensor, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        self.metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=2, max_seqlen_k=self.max_kv)
+        return paged_attention(q, self.k, self.v, table, cu_seqlens_q, seqused_k, plan=self.plan, metadata=self.metadata, out=out)[0]
+
+
+def plan_of(problem: AttentionProblem, rows: int, tokens: int, max_kv: int, query_len: int) -> AttentionPlan:
+    """A plan for the GPU present."""
+    limits = BatchLimits(max_num_seqs=rows, max_num_tokens=tokens, max_seqlen_k=max_kv, decode_query_len=query_len)
+    return plan_attention(problem, limits, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+def case_plan(case: PagedCase) -> AttentionPlan:
+    """A case's plan for the GPU present."""
+    return case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+def main() -> int:
+    """Run the chosen parts; exit status 1 when one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="lists,fuzz,bits")
+    parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
+    parser.add_argument("--json", type=Path, help="write what was seen there")
+    options = parser.parse_args()
+    arch = arch_of_capability(*torch.cuda.get_device_capability())
+    assert arch is not None, torch.cuda.get_device_name()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "lists": lambda: check_lists(arch, 200),
+        "fuzz": lambda: check_fuzz(arch, options.batches),
+        "bits": lambda: check_bits(arch, 100),
+    }
+    seen: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    for name in options.parts.split(","):
+        try:
+            seen[name] = {"ok": True, **parts[name]()}
+        except AssertionError as error:
+            seen[name] = {"ok": False, "why": str(error)[:2000]}
+        print(name, {key: value for key, value in seen[name].items() if key != "setups"}, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(seen, indent=1))
+    return 0 if all(part["ok"] for part in seen.values() if isinstance(part, dict)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
