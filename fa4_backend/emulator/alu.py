@@ -111,6 +111,8 @@ def _bits() -> None:
     _row("shf.r.wrap.b32", "u32", "u32 u32 u32", "(u32)(((u64)b << 32 | a) >> (c & 31))", "9.7.8.7")
     _row("shf.l.clamp.b32", "u32", "u32 u32 u32", "(u32)((((u64)b << 32 | a) << MIN(c, 32u)) >> 32)", "9.7.8.7")
     _row("shf.r.clamp.b32", "u32", "u32 u32 u32", "(u32)(((u64)b << 32 | a) >> MIN(c, 32u))", "9.7.8.7")
+    for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16"):
+        _row(f"prmt.b32.{mode}", "u32", "u32 u32 u32", f"prmt_{mode}(a, b, c & 3)", "9.7.9.7")
     _row("prmt.b32", "u32", "u32 u32 u32", "prmt(a, b, c)", "9.7.9.7")
     _row("popc.b32", "u32", "u32", "__builtin_popcount(a)", "9.7.1.14")
     _row("popc.b64", "u32", "u64", "__builtin_popcountll(a)", "9.7.1.14")
@@ -124,6 +126,7 @@ def _bits() -> None:
     _row("bfind.shiftamt.u32", "u32", "u32", "a ? __builtin_clz(a) : 0xffffffffu", "9.7.1.16")
     _row("bfe.u32", "u32", "u32 u32 u32", "bfe_u32(a, b, c)", "9.7.1.19")
     _row("bfe.s32", "u32", "u32 u32 u32", "bfe_s32(a, b, c)", "9.7.1.19")
+    _row("bfe.s64", "u64", "u64 u32 u32", "bfe_s64(a, b, c)", "9.7.1.19")
     _row("bfe.u64", "u64", "u64 u32 u32", "bfe_u64(a, b, c)", "9.7.1.19")
     _row("bfi.b32", "u32", "u32 u32 u32 u32", "bfi_b32(a, b, c, e)", "9.7.1.20")
     _row("bfi.b64", "u64", "u64 u64 u32 u32", "bfi_b64(a, b, c, e)", "9.7.1.20")
@@ -164,6 +167,11 @@ def _compares() -> None:
     for ptx in ("f32", "f64", "f16", "bf16"):
         _row(f"setp.num.{ptx}", "pred", f"{ptx} {ptx}", "a == a && b == b", "9.7.6.2")
         _row(f"setp.nan.{ptx}", "pred", f"{ptx} {ptx}", "a != a || b != b", "9.7.6.2")
+    for name in [n for n in TABLE if n.startswith("setp.") and n.split(".")[-1] in ("s32", "u32", "f32", "b32")]:
+        # set writes all ones (1.0 for f32) where setp is true. 9.7.6.1
+        row, parts = TABLE[name], name.split(".")
+        for dst, true in (("u32", "0xffffffffu"), ("s32", "0xffffffffu"), ("f32", "0x3f800000u")):
+            _row(f"set.{parts[1]}.{dst}.{parts[2]}", "u32", " ".join(row.srcs), f"({row.expr}) ? {true} : 0", "9.7.6.1")
     for cmp in (*signs, *(c + "u" for c in signs)):
         row = TABLE[f"setp.{cmp}.f32"]
         expr = _substitute(row.expr, a="FZ(a)", b="FZ(b)")
@@ -172,7 +180,7 @@ def _compares() -> None:
     _row("testp.infinite.f32", "pred", "f32", "isinf(a)", "9.7.3.1")
     _row("testp.notanumber.f32", "pred", "f32", "a != a", "9.7.3.1")
     _row("testp.number.f32", "pred", "f32", "a == a", "9.7.3.1")
-    _row("testp.normal.f32", "pred", "f32", "isnormal(a)", "9.7.3.1")
+    _row("testp.normal.f32", "pred", "f32", "isnormal(a) || a == 0", "9.7.3.1")
     _row("testp.subnormal.f32", "pred", "f32", "a != 0 && FZ(a) == 0", "9.7.3.1")
 
 
@@ -184,10 +192,17 @@ def _arithmetic(ptx: str, t: str, ftz: str, mode: str, tag: str, sat: str) -> No
         result = f"SAT({result})"
     suffix = f"{tag}{ftz}{sat}.{ptx}"
     fma = "fma" if t == "f64" else "fmaf"
-    for op, expr in (("add", f"{x} + {y}"), ("sub", f"{x} - {y}"), ("mul", f"{x} * {y}")):
+    # A product is flushed when it is subnormal before rounding; the hardware does so, the ISA leaves it open.
+    exact = "FLUSH((f64){} * {}{}, {})" if ftz else "{3}"
+    product = exact.format(x, y, "", f"{x} * {y}")
+    fused = exact.format(x, y, f" + {z}", f"{fma}({x}, {y}, {z})")
+    if sat:
+        product, fused = f"SAT({product})", f"SAT({fused})"
+    for op, expr in (("add", f"{x} + {y}"), ("sub", f"{x} - {y}")):
         _row(f"{op}{suffix}", t, f"{t} {t}", result.format(expr), "9.7.3", _MODES[mode])
+    _row(f"mul{suffix}", t, f"{t} {t}", product, "9.7.3.5", _MODES[mode])
     if tag:
-        _row(f"fma{suffix}", t, f"{t} {t} {t}", result.format(f"{fma}({x}, {y}, {z})"), "9.7.3.6", _MODES[mode])
+        _row(f"fma{suffix}", t, f"{t} {t} {t}", fused, "9.7.3.6", _MODES[mode])
 
 
 def _floats() -> None:
@@ -210,6 +225,8 @@ def _floats() -> None:
         for ftz in ("", ".ftz"):
             x, y, z = (f"FZ({v})" if ftz else v for v in "abc")
             _row(f"{op}{ftz}.NaN.f32", "f32", "f32 f32", f"({x} != {x} || {y} != {y}) ? QNAN : {op}_num({x}, {y})", "9.7.3.11")
+            nan = f"({x} != {x} || {y} != {y} || {z} != {z})"
+            _row(f"{op}3{ftz}.NaN.f32", "f32", "f32 f32 f32", f"{nan} ? QNAN : {op}_num({op}_num({x}, {y}), {z})", "9.7.3.11")
             _row(f"{op}3{ftz}.f32", "f32", "f32 f32 f32", f"{op}_num({op}_num({x}, {y}), {z})", "9.7.3.11")
             _row(f"{op}{ftz}.xorsign.abs.f32", "f32", "f32 f32", f"xorsign({op}_num(fabsf({x}), fabsf({y})), {x}, {y})", "9.7.3.11")
     for ftz in ("", ".ftz"):
@@ -261,10 +278,25 @@ def _half_floats() -> None:
             for name in (f"{op}", f"{op}.rn") if op in ("add", "sub", "mul") else (op,):
                 _row(f"{name}.{t}", t, f"{t} {t}", scalar, "9.7.4")
                 _row(f"{name}.{pair}", "u32", "u32 u32", both(expr), "9.7.4")
+        for op in ("min", "max"):
+            _row(f"{op}.NaN.{t}", t, f"{t} {t}", f"(a != a || b != b) ? QNAN : {op}_num(a, b)", "9.7.4.7")
+            _row(f"{op}.NaN.{pair}", "u32", "u32 u32", both(f"(x != x || y != y) ? QNAN : {op}_num(x, y)"), "9.7.4.7")
+        if t == "f16":
+            one["fma.rn"] = "(float)((double)x * y + z)"
+            for op in ("add", "sub", "mul", "fma.rn"):
+                for tags in (".ftz", ".sat", ".ftz.sat"):
+                    expr = _substitute(one[op], x="FZH(x)", y="FZH(y)", z="FZH(z)") if "ftz" in tags else one[op]
+                    expr = f"FZH({expr})" if "ftz" in tags else expr
+                    expr = f"SAT({expr})" if "sat" in tags else expr
+                    count = 3 if op == "fma.rn" else 2
+                    for name in (f"{op}{tags}",) if op == "fma.rn" else (f"{op}{tags}", f"{op}.rn{tags}"):
+                        scalar = _substitute(expr, x="a", y="b", z="c")
+                        _row(f"{name}.{t}", t, " ".join([t] * count), scalar, "9.7.4")
+                        _row(f"{name}.{pair}", "u32", " ".join(["u32"] * count), both(expr), "9.7.4")
         # The product of two 11-bit (8-bit) significands is exact in double, so is its sum up to 53 bits: one rounding matters.
         _row(f"fma.rn.{t}", t, f"{t} {t} {t}", "(double)a * b + c", "9.7.4.4")
         _row(f"fma.rn.{pair}", "u32", "u32 u32 u32", both("(float)((double)x * y + z)"), "9.7.4.4")
-        _row(f"fma.rn.relu.{pair}", "u32", "u32 u32 u32", both("max_num((float)((double)x * y + z), 0.0f)"), "9.7.4.4")
+        _row(f"fma.rn.relu.{pair}", "u32", "u32 u32 u32", both("RELU((float)((double)x * y + z))"), "9.7.4.4")
         _row(f"neg.{t}", "u16", "u16", "a ^ 0x8000", "9.7.4.5")
         _row(f"neg.{pair}", "u32", "u32", "a ^ 0x80008000u", "9.7.4.5")
         _row(f"abs.{t}", "u16", "u16", "a & 0x7fff", "9.7.4.6")
@@ -294,6 +326,10 @@ def _conversions() -> None:
                         if int(dst[1:]) == 64:
                             expression = f"{x} != {x} ? ({td})0x8000000000000000ull : {expression}"
                         _row(f"cvt.{mode}{ftz}.{dst}.{f}", td, f, expression, "9.7.9.21")
+        for h in ("f16", "bf16"):
+            for mode, expr in (("rzi", "trunc"), ("rni", "rint"), ("rmi", "floor"), ("rpi", "ceil")):
+                if int(dst[1:]) >= 16:
+                    _row(f"cvt.{mode}.{dst}.{h}", td, h, f"to_{td}({expr}((double)a))", "9.7.9.21")
         for mode, c_mode in _MODES.items():
             _row(f"cvt.{mode}.f32.{dst}", "f32", td, "(float)a", "9.7.9.21", c_mode)
         _row(f"cvt.rn.f64.{dst}", "f64", td, "(double)a", "9.7.9.21")
@@ -305,6 +341,8 @@ def _conversions() -> None:
     for ftz in ("", ".ftz"):
         _row(f"cvt{ftz}.f32.f16", "f32", "f16", "a", "9.7.9.21")
         _row(f"cvt{ftz}.f32.bf16", "f32", "bf16", "a", "9.7.9.21")
+    _row("cvt.ftz.f32.f32", "f32", "f32", "FZ(a)", "9.7.9.21")
+    _row("cvt.rna.tf32.f32", "u32", "f32", "tf32_rna(a)", "9.7.9.21")
     _row("cvt.sat.f32.f32", "f32", "f32", "SAT(a)", "9.7.9.21")
     _row("cvt.ftz.sat.f32.f32", "f32", "f32", "SAT(FZ(a))", "9.7.9.21")
     _row("cvt.f64.f32", "f64", "f32", "(double)a", "9.7.9.21")
@@ -312,13 +350,13 @@ def _conversions() -> None:
     for t in ("f16", "bf16"):
         for mode, c in (("rn", f"{t}_of"), ("rz", f"{t}_rz")):
             for relu in ("", ".relu"):
-                x, y = ("max_num(a, 0.0f)", "max_num(b, 0.0f)") if relu else ("a", "b")
+                x, y = ("RELU(a)", "RELU(b)") if relu else ("a", "b")
                 _row(f"cvt.{mode}{relu}.{t}.f32", "u16", "f32", f"{c}({x})", "9.7.9.21")
                 # The first source goes to the upper half.
                 _row(f"cvt.{mode}{relu}.{t}x2.f32", "u32", "f32 f32", f"PAIR16({c}({y}), {c}({x}))", "9.7.9.21")
     for f8 in ("e4m3", "e5m2"):
         for relu in ("", ".relu"):
-            x, y = ("max_num(a, 0.0f)", "max_num(b, 0.0f)") if relu else ("a", "b")
+            x, y = ("RELU(a)", "RELU(b)") if relu else ("a", "b")
             _row(f"cvt.rn.satfinite{relu}.{f8}x2.f32", "u16", "f32 f32", f"{f8}_of({y}) | {f8}_of({x}) << 8", "9.7.9.21")
         _row(f"cvt.rn.satfinite.{f8}x2.f16x2", "u16", "u32", f"{f8}_of(f16_to((u16)a)) | {f8}_of(f16_to(a >> 16)) << 8", "9.7.9.21")
         _row(f"cvt.rn.f16x2.{f8}x2", "u32", "u16", f"PAIR16(f16_of({f8}_to(a & 255)), f16_of({f8}_to(a >> 8)))", "9.7.9.21")

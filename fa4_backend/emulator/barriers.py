@@ -5,29 +5,32 @@ PTX ISA 9.0: 9.7.13.1 bar, barrier; 9.7.13.4 membar, fence; 9.7.13.14 griddepcon
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
 from fa4_backend.emulator.mbarrier import value_reader
-from fa4_backend.emulator.parser import Immediate, Instruction, Not
+from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta, Warp
 
 NUM_NAMED_BARRIERS = 16
+Votes = list[tuple[int, int]]
 
 
 class NamedBarrier:
     """One of the 16 barriers of a CTA. Warps arrive as a whole: a barrier counts 32 threads a warp."""
 
-    __slots__ = ("arrived", "clock", "cta", "done_clock", "expected", "generation", "index", "votes", "waiters")
+    __slots__ = ("arrived", "clock", "cta", "done_clock", "expected", "generation", "index", "result", "votes", "waiters")
 
     def __init__(self, cta: Cta, index: int) -> None:
         self.cta, self.index = cta, index
         self.expected = self.arrived = self.generation = 0
         self.waiters: list[tuple[Warp, int]] = []
-        self.votes: list[tuple[int, int]] = []  # (passed, active) of each arrival, for barrier.red
+        self.votes: list[tuple[int, int]] = []  # (lanes with a true predicate, lanes) of each warp, for barrier.red
+        self.result: list[tuple[int, int]] = []  # the votes of the last complete use
         self.clock: object = None
         self.done_clock: object = None
 
@@ -49,6 +52,7 @@ class NamedBarrier:
         if self.arrived == threads:
             self.arrived = self.expected = 0
             self.generation += 1
+            self.result, self.votes = self.votes, []
             if self.clock is not None:
                 self.done_clock = self.cta.cluster.races.snapshot(self)
             waiters, self.waiters = self.waiters, []
@@ -63,11 +67,11 @@ def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         return _cluster(ins, mods)
     action = mods.one("sync", "arrive", "red")
     mods.has("aligned")
-    if action == "red":
-        raise UnsupportedInstruction(ins.opcode)
+    operands = list(ins.operands)
+    reduction = _reduction(b, mods, operands) if action == "red" else None
     mods.done()
-    index = value_reader(b, ins.operands[0])
-    threads = value_reader(b, ins.operands[1]) if len(ins.operands) > 1 else None
+    index = value_reader(b, operands[0])
+    threads = value_reader(b, operands[1]) if len(operands) > 1 else None
 
     def handler(warp: Warp) -> bool | None:
         lane = warp.first_lane()
@@ -84,8 +88,12 @@ def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             warp.barrier_ticket = None
             if warp.races:
                 warp.races.acquire(warp, waited)
+            if reduction:
+                reduction[1](warp, waited.result)
             return None
         generation = barrier.generation
+        if reduction:
+            barrier.votes.append(reduction[0](warp))
         barrier.arrive(warp, threads(warp, lane) if threads else warp.cta.num_warps * 32)
         if action == "arrive":
             return None
@@ -93,6 +101,32 @@ def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         return handler(warp)
 
     return handler
+
+
+def _reduction(
+    b: Builder, mods: Modifiers, operands: list[Operand]
+) -> tuple[Callable[[Warp], tuple[int, int]], Callable[[Warp, Votes], None]]:
+    """bar.red: every warp votes with a predicate; the result goes to all. Takes its operands off the list."""
+    operation = mods.one("popc", "and", "or")
+    mods.one("u32", "pred")
+    result = b.dest(operands.pop(0), "u32" if operation == "popc" else "pred")
+    source = predicate_source(b, operands.pop())
+
+    def vote(warp: Warp) -> tuple[int, int]:
+        if isinstance(source, bool):
+            return (warp.exec if source else 0), warp.exec
+        bits = int(warp.r[source[0], 0])
+        return (~bits if source[1] else bits) & warp.exec, warp.exec
+
+    def write(warp: Warp, votes: Votes) -> None:
+        count = sum(true.bit_count() for true, _ in votes)
+        if operation == "popc":
+            warp.r[result, warp.lanes()] = count
+        else:
+            total = sum(lanes.bit_count() for _, lanes in votes)
+            warp.set_predicate(result, 0xFFFFFFFF if (count == total if operation == "and" else count > 0) else 0)
+
+    return vote, write
 
 
 def _cluster(ins: Instruction, mods: Modifiers) -> Handler:

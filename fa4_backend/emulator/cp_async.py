@@ -9,7 +9,7 @@ import numpy as np
 from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
 from fa4_backend.emulator.mbarrier import find_barrier, value_reader
-from fa4_backend.emulator.parser import Immediate, Instruction
+from fa4_backend.emulator.parser import Immediate, Instruction, Register
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Warp
@@ -29,13 +29,20 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         raise UnsupportedInstruction(f"{ins.opcode} of {size!r} bytes")
     num_bytes = size.bits
     where, source = b.smem_address(ins.operands[0]), b.global_address(ins.operands[1])
-    source_bytes = value_reader(b, ins.operands[3]) if len(ins.operands) > 3 and "cache_hint" not in ins.opcode else None
+    extra = [o for o in ins.operands[3:] if not ("cache_hint" in ins.opcode and o is ins.operands[-1])]
+    source_bytes = ignored = None
+    if extra and isinstance(extra[0], Register) and extra[0].type == "pred":
+        ignored = b.source(extra[0], "pred")  # a true predicate copies zeros
+    elif extra:
+        source_bytes = value_reader(b, extra[0])
 
     def handler(warp: Warp) -> None:
         cta, memory = warp.cta, warp.cta.grid.memory
         copies = []
         for lane in warp.lanes():
             count = source_bytes(warp, lane) if source_bytes else num_bytes
+            if ignored is not None and warp.predicate(ignored, lane):
+                count = 0
             address, begin = where(warp, lane), source(warp, lane)
             if count > num_bytes:
                 raise KernelFault(f"cp.async of {num_bytes} bytes with {count} source bytes")

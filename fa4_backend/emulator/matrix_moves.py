@@ -62,6 +62,21 @@ def _decode(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Han
     return load if is_load else store
 
 
+@handles("movmatrix", aligned=True)
+def _movmatrix(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.14.5.17: transpose an 8x8 tile across the lanes."""
+    for part in ("sync", "aligned", "m8n8", "trans", "b16"):
+        mods.one(part)
+    mods.done()
+    dst, src = b.dest(ins.operands[0], "u32"), b.u32(ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        tile = np.ascontiguousarray(warp.r[src]).view(np.uint16).reshape(8, 8)
+        warp.r[dst] = np.ascontiguousarray(tile.T).view(np.uint32).reshape(32)
+
+    return handler
+
+
 @handles("ldmatrix", aligned=True)
 def _ldmatrix(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     return _decode(b, ins, mods, is_load=True)

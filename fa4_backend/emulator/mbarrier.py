@@ -88,6 +88,14 @@ def value_reader(b: Builder, operand: Operand) -> Reader:
     return lambda warp, lane: int(warp.r[slot, lane])
 
 
+def value_reader_16(b: Builder, operand: Operand) -> Reader:
+    if isinstance(operand, Immediate):
+        value = operand.bits & 0xFFFF
+        return lambda warp, lane: value
+    slot = b.source(operand, "u16")
+    return lambda warp, lane: int(warp.r[slot, lane]) & 0xFFFF
+
+
 def _scope(mods: Modifiers) -> None:
     mods.has("release", "acquire", "relaxed")
     mods.has("cta", "cluster")
@@ -143,8 +151,8 @@ def _state_writer(b: Builder, operand: Operand) -> Callable[[Warp, int, int], No
         return None
     slot = b.dest(operand, "u64")
 
-    def write(warp: Warp, lane: int, phase: int) -> None:
-        warp.r64[slot * 16 + lane] = phase
+    def write(warp: Warp, lane: int, state: int) -> None:
+        warp.r64[slot * 16 + lane] = state
 
     return write
 
@@ -171,7 +179,7 @@ def _arrive(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             amount = third(warp, lane) if third else None
             count, tx = (1, amount or 0) if expect else (1 if amount is None else amount, 0)
             if write:
-                write(warp, lane, barrier.phase)
+                write(warp, lane, barrier.phase & 0xFFFFFFFF | barrier.pending << 32)
             if no_complete and barrier.pending <= count:
                 raise BarrierMisuse(f"mbarrier.arrive.noComplete would complete the phase: {barrier}")
             if drop:
@@ -212,6 +220,20 @@ def _complete_tx(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     return handler
 
 
+@handles("mbarrier.pending_count")
+def _pending_count(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.13.16.17: of the state that an arrive returned."""
+    mods.one("b64")
+    mods.done()
+    result, state = b.dest(ins.operands[0], "u32"), b.u64(ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            warp.r[result, lane] = int(warp.r64[state * 16 + lane]) >> 32
+
+    return handler
+
+
 @handles("mbarrier.try_wait", "mbarrier.test_wait")
 def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     """9.7.13.16.16. try_wait suspends the warp until the phase completes; it gives up (false) when nothing else can happen."""
@@ -233,7 +255,7 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     def done(warp: Warp, lane: int, barrier: MBarrier) -> bool:
         if parity:
             return (barrier.phase & 1) != expected(warp, lane) & 1
-        return barrier.phase != expected(warp, lane)
+        return barrier.phase != expected(warp, lane) & 0xFFFFFFFF
 
     def handler(warp: Warp) -> bool | None:
         lanes = warp.lanes()

@@ -23,8 +23,8 @@ from fa4_backend.emulator.matrices import (
     tcgen05_descriptor,
     to_float32,
 )
-from fa4_backend.emulator.mbarrier import find_barrier, value_reader
-from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Vector
+from fa4_backend.emulator.mbarrier import find_barrier, value_reader, value_reader_16
+from fa4_backend.emulator.parser import Address, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta, Warp
@@ -418,11 +418,3 @@ def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         cluster.submit(("tensor core", warp.actor), run)
 
     return handler
-
-
-def value_reader_16(b: Builder, operand: Operand) -> Callable[[Warp, int], int]:
-    if isinstance(operand, Immediate):
-        value = operand.bits & 0xFFFF
-        return lambda warp, lane: value
-    slot = b.source(operand, "u16")
-    return lambda warp, lane: int(warp.r[slot, lane]) & 0xFFFF

@@ -15,7 +15,7 @@ import numpy as np
 from fa4_backend.emulator.cta import BulkGroup
 from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
-from fa4_backend.emulator.mbarrier import find_barrier, value_reader
+from fa4_backend.emulator.mbarrier import find_barrier, value_reader, value_reader_16
 from fa4_backend.emulator.parser import Address, Immediate, Instruction
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class TensorMap:
     box: tuple[int, ...]  # elements of the tensor that a box spans
     steps: tuple[int, ...]  # every how manieth element is copied; PTX ISA 5.5.3 traversal strides
     fill: bytes  # an element outside of the tensor
+    kind: int  # data type code
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
         raise MemoryFault(f"tensor map base {base:#x} is not a multiple of 16 bytes")
     if box[0] * size % 16:
         raise UnsupportedInstruction(f"tensor map with an inner box of {box[0] * size} bytes: not a multiple of 16")
-    return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box, steps, fill)
+    return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box, steps, fill, kind)
 
 
 def check_coordinates(tensor: TensorMap, coords: tuple[int, ...], store: bool) -> None:
@@ -152,10 +153,11 @@ def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -
     return out.reshape(-1, 16)
 
 
-def store_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], data: np.ndarray) -> None:
+def store_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], data: np.ndarray, operation: str = "") -> None:
     view, inside = global_box(memory, tensor, coords, write=True)
     if view is not None:
-        view[...] = data.reshape(*tensor.counts[:0:-1], tensor.counts[0] * tensor.element_bytes)[inside]
+        new = data.reshape(*tensor.counts[:0:-1], tensor.counts[0] * tensor.element_bytes)[inside]
+        view[...] = reduce_bytes(view, new, operation, _MAP_TYPES[tensor.kind]) if operation else new
 
 
 # -- instructions ---------------------------------------------------------------------------------------------------------
@@ -184,10 +186,29 @@ def _tensor(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     return _tensor_load(b, ins, mods, rank)
 
 
+def _rows_of(tensor: TensorMap, coords: tuple[int, ...], four_rows: bool) -> list[tuple[int, ...]]:
+    """Coordinates of the boxes of one copy: tile::gather4 and scatter4 name a column and four rows, each a box of one row. 5.5.3.2"""
+    if not four_rows:
+        return [coords]
+    if tensor.rank != 2 or tensor.box[1] != 1:
+        raise KernelFault(f"gather4 or scatter4 with a tensor map of rank {tensor.rank} and box {tensor.box}, expected (columns, 1)")
+    return [(coords[0], row) for row in coords[1:]]
+
+
+def _load_rows(memory: GlobalMemory, tensor: TensorMap, boxes: list[tuple[int, ...]]) -> np.ndarray:
+    return np.concatenate([load_box(memory, tensor, box) for box in boxes]) if len(boxes) > 1 else load_box(memory, tensor, boxes[0])
+
+
+def _store_rows(memory: GlobalMemory, tensor: TensorMap, boxes: list[tuple[int, ...]], operation: str, data: np.ndarray) -> None:
+    for box, part in zip(boxes, np.split(data, len(boxes)), strict=True):
+        store_box(memory, tensor, box, part, operation)
+
+
 def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Handler:
     mods.one("shared::cta", "shared::cluster")
     mods.one("global")
     mods.has("tile")
+    four_rows = mods.has("tile::gather4")
     mods.one("mbarrier::complete_tx::bytes")
     multicast = mods.has("multicast::cluster")
     mods.has("cta_group::2")
@@ -197,11 +218,9 @@ def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Ha
     if not isinstance(src, Address):
         raise UnsupportedInstruction(f"{ins.opcode}: operand {src!r}")
     where, tensor_at, barrier_at = b.smem_address(dst), b.global_address(src), b.smem_address(bar)
-    coordinates = _coordinates(b, src, rank)
+    coordinates = _coordinates(b, src, 5 if four_rows else rank)
     ranks = None
     if multicast:
-        from fa4_backend.emulator.tcgen05 import value_reader_16
-
         ranks = value_reader_16(b, rest[0])
 
     def handler(warp: Warp) -> None:
@@ -212,15 +231,17 @@ def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Ha
                 raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
             coords = tuple(_signed(c(warp, lane)) for c in coordinates)
             check_coordinates(tensor, coords, store=False)
+            boxes = _rows_of(tensor, coords, four_rows)
+            num_bytes = tensor.box_bytes * len(boxes)
             address, bar_address = where(warp, lane), barrier_at(warp, lane)
             mask = ranks(warp, lane) if ranks else 0
             targets = [r << 24 for r in range(cluster.size) if mask >> r & 1] if ranks else [address & ~0xFFFFFF]
             for base in targets:
                 barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address, asynchronous=True)
                 cta = cluster.cta_at(base)
-                chunks = box_chunks(cta, address & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
+                chunks = box_chunks(cta, address & 0xFFFFFF, num_bytes, tensor.swizzle)
                 access = warp.races.issue_copy(warp, barrier) if warp.races else None
-                _submit_load(warp, cta, barrier, chunks, functools.partial(load_box, memory, tensor, coords), tensor.box_bytes, access)
+                _submit_load(warp, cta, barrier, chunks, functools.partial(_load_rows, memory, tensor, boxes), num_bytes, access)
 
     return handler
 
@@ -245,11 +266,12 @@ def _submit_load(
     warp.cta.cluster.submit(("copy", id(run)), run)
 
 
-def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Handler:
+def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int, operation: str = "") -> Handler:
     """Shared memory to global memory."""
     mods.one("global")
     mods.one("shared::cta")
     mods.has("tile")
+    four_rows = mods.has("tile::scatter4")
     mods.one("bulk_group")
     _common(mods)
     mods.done()
@@ -257,7 +279,7 @@ def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> H
     if not isinstance(dst, Address):
         raise UnsupportedInstruction(f"{ins.opcode}: operand {dst!r}")
     where, tensor_at = b.smem_address(src), b.global_address(dst)
-    coordinates = _coordinates(b, dst, rank)
+    coordinates = _coordinates(b, dst, 5 if four_rows else rank)
 
     def handler(warp: Warp) -> None:
         cta, memory = warp.cta, warp.cta.grid.memory
@@ -267,8 +289,10 @@ def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> H
                 raise KernelFault(f"{rank}-dimensional copy with a tensor map of rank {tensor.rank}")
             coords = tuple(_signed(c(warp, lane)) for c in coordinates)
             check_coordinates(tensor, coords, store=True)
-            chunks = box_chunks(cta, where(warp, lane) & 0xFFFFFF, tensor.box_bytes, tensor.swizzle)
-            _submit_store(warp, chunks, functools.partial(store_box, memory, tensor, coords), tensor.box_bytes)
+            boxes = _rows_of(tensor, coords, four_rows)
+            num_bytes = tensor.box_bytes * len(boxes)
+            chunks = box_chunks(cta, where(warp, lane) & 0xFFFFFF, num_bytes, tensor.swizzle)
+            _submit_store(warp, chunks, functools.partial(_store_rows, memory, tensor, boxes, operation), num_bytes)
 
     return handler
 
@@ -342,20 +366,27 @@ def _wait_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("cp.async.bulk")
 def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    """Copies of consecutive bytes: global to shared with an mbarrier, shared to global in a bulk group."""
-    first = mods.one("shared::cta", "shared::cluster", "global")
-    if first == "global":
+    """Copies of consecutive bytes: global or own shared memory to shared memory of the cluster, shared to global in a bulk group."""
+    if "bulk_group" in mods.parts:
+        mods.one("global")
         mods.one("shared::cta")
         mods.one("bulk_group")
         _common(mods)
         mods.done()
-        return _bulk_store(b, ins)
-    mods.one("global")
+        return _bulk_store(b, ins, _write_bytes)
+    # The first space of the opcode is the destination.
+    to_cluster, from_smem = ins.opcode.split(".")[3], ins.opcode.split(".")[4] == "shared::cta"
+    if to_cluster not in ("shared::cta", "shared::cluster"):
+        raise UnsupportedInstruction(ins.opcode)
+    mods.parts = mods.parts[2:]
     mods.one("mbarrier::complete_tx::bytes")
+    multicast = mods.has("multicast::cluster")
     _common(mods)
     mods.done()
-    where, source, size = b.smem_address(ins.operands[0]), b.global_address(ins.operands[1]), value_reader(b, ins.operands[2])
+    where, size = b.smem_address(ins.operands[0]), value_reader(b, ins.operands[2])
+    source = b.smem_address(ins.operands[1]) if from_smem else b.global_address(ins.operands[1])
     barrier_at = b.smem_address(ins.operands[3])
+    ranks = value_reader_16(b, ins.operands[4]) if multicast else None
 
     def handler(warp: Warp) -> None:
         cluster, memory = warp.cta.cluster, warp.cta.grid.memory
@@ -363,12 +394,99 @@ def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             address, count, begin = where(warp, lane), size(warp, lane), source(warp, lane)
             if (address | count | begin) & 15:
                 raise MemoryFault(f"cp.async.bulk of {count} bytes from {begin:#x} to shared {address:#x}: not multiples of 16")
-            cta, barrier = cluster.cta_at(address), find_barrier(warp, barrier_at(warp, lane), asynchronous=True)
-            chunks = box_chunks(cta, address & 0xFFFFFF, count, 0)
-            access = warp.races.issue_copy(warp, barrier) if warp.races else None
-            _submit_load(warp, cta, barrier, chunks, functools.partial(_read_bytes, memory, begin, count), count, access)
+            bar_address = barrier_at(warp, lane)
+            mask = ranks(warp, lane) if ranks else 0
+            targets = [r << 24 for r in range(cluster.size) if mask >> r & 1] if ranks else [address & ~0xFFFFFF]
+            for base in targets:
+                barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address, asynchronous=True)
+                cta = cluster.cta_at(base)
+                chunks = box_chunks(cta, address & 0xFFFFFF, count, 0)
+                access = warp.races.issue_copy(warp, barrier) if warp.races else None
+                if from_smem:
+                    owner = cluster.cta_at(begin)
+                    own = box_chunks(owner, begin & 0xFFFFFF, count, 0)
+                    if access:
+                        access.races.smem_chunks(access, owner, own, write=False)
+                    read: Callable[[], np.ndarray] = functools.partial(_read_chunks, owner, own)
+                else:
+                    read = functools.partial(_read_bytes, memory, begin, count)
+                _submit_load(warp, cta, barrier, chunks, read, count, access)
 
     return handler
+
+
+def _read_chunks(cta: Cta, chunks: np.ndarray) -> np.ndarray:
+    return cta.smem16[chunks]
+
+
+@handles("cp.async.bulk.prefetch")
+def _prefetch(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.9.25.4.3, 9.7.9.27.1.4: a hint; the source must exist all the same."""
+    return lambda warp: None
+
+
+# -- reductions: 9.7.9.25.4.2 cp.reduce.async.bulk, 9.7.9.27.1.3 cp.reduce.async.bulk.tensor ------------------------------------
+
+_REDUCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add,
+    "min": np.fmin,
+    "max": np.fmax,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "inc": lambda old, x: np.where(old >= x, 0, old + 1),
+    "dec": lambda old, x: np.where((old == 0) | (old > x), x, old - 1),
+}
+_REDUCE_TYPES = {
+    "u32": "<u4",
+    "s32": "<i4",
+    "u64": "<u8",
+    "s64": "<i8",
+    "b32": "<u4",
+    "b64": "<u8",
+    "f16": "<f2",
+    "f32": "<f4",
+    "f64": "<f8",
+}
+# Types of tensor maps, by their code
+_MAP_TYPES = {0: "u1", 1: "<u2", 2: "<u4", 3: "<i4", 4: "<u8", 5: "<i8", 6: "<f2", 7: "<f4", 8: "<f4", 9: "<f8", 10: "bf16"}
+
+
+def reduce_bytes(old: np.ndarray, new: np.ndarray, operation: str, kind: str) -> np.ndarray:
+    """Element by element; both are bytes, of one shape with the bytes last."""
+    old, new = np.ascontiguousarray(old), np.ascontiguousarray(new)
+    if kind == "bf16":
+        wide = [(x.view("<u2").astype(np.uint32) << 16).view(np.float32) for x in (old, new)]
+        bits = _REDUCE[operation](*wide).astype(np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(bits & 0x7FFFFFFF > 0x7F800000, 0x7FFF, rounded).astype("<u2").view(np.uint8)
+    result: np.ndarray = _REDUCE[operation](old.view(kind), new.view(kind)).astype(kind).view(np.uint8)
+    return result
+
+
+@handles("cp.reduce.async.bulk")
+def _reduce(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    mods.one("global")
+    mods.one("shared::cta")
+    mods.one("bulk_group")
+    operation = mods.one(*_REDUCE)
+    mods.has("noftz")
+    _common(mods)
+    kind = mods.one(*_REDUCE_TYPES, "bf16")
+    mods.done()
+    return _bulk_store(b, ins, functools.partial(_reduce_bytes, operation=operation, kind=_REDUCE_TYPES.get(kind, kind)))
+
+
+def _reduce_bytes(memory: GlobalMemory, address: int, count: int, data: np.ndarray, *, operation: str, kind: str) -> None:
+    view = memory.bytes_at(address, count, write=True)
+    view[:] = reduce_bytes(view, data.reshape(-1), operation, kind)
+
+
+@handles("cp.reduce.async.bulk.tensor")
+def _tensor_reduce(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    rank = int(mods.one("1d", "2d", "3d", "4d", "5d")[0])
+    operation = mods.one(*_REDUCE)
+    return _tensor_store(b, ins, mods, rank, operation)
 
 
 def _read_bytes(memory: GlobalMemory, address: int, count: int) -> np.ndarray:
@@ -379,7 +497,7 @@ def _write_bytes(memory: GlobalMemory, address: int, count: int, data: np.ndarra
     memory.bytes_at(address, count, write=True)[:] = data.reshape(-1)
 
 
-def _bulk_store(b: Builder, ins: Instruction) -> Handler:
+def _bulk_store(b: Builder, ins: Instruction, write: Callable[..., None]) -> Handler:
     dest, source, size = b.global_address(ins.operands[0]), b.smem_address(ins.operands[1]), value_reader(b, ins.operands[2])
 
     def handler(warp: Warp) -> None:
@@ -388,6 +506,6 @@ def _bulk_store(b: Builder, ins: Instruction) -> Handler:
             if (address | count | begin) & 15:
                 raise MemoryFault(f"cp.async.bulk of {count} bytes from shared {begin:#x} to {address:#x}: not multiples of 16")
             chunks = box_chunks(warp.cta, begin, count, 0)
-            _submit_store(warp, chunks, functools.partial(_write_bytes, warp.cta.grid.memory, address, count), count)
+            _submit_store(warp, chunks, functools.partial(write, warp.cta.grid.memory, address, count), count)
 
     return handler

@@ -56,6 +56,12 @@ static inline u32 prmt(u32 a, u32 b, u32 selector) {
   }
   return r;
 }
+static inline u32 prmt_f4e(u32 a, u32 b, u32 n) { return (u32)(((u64)b << 32 | a) >> 8 * n); }
+static inline u32 prmt_b4e(u32 a, u32 b, u32 n) { return prmt(a, b, (n & 7) | (n + 7 & 7) << 4 | (n + 6 & 7) << 8 | (n + 5 & 7) << 12); }
+static inline u32 prmt_rc8(u32 a, u32 b, u32 n) { return prmt(a, b, n * 0x1111); }
+static inline u32 prmt_ecl(u32 a, u32 b, u32 n) { return prmt(a, b, n | MAX(1, n) << 4 | MAX(2, n) << 8 | 3 << 12); }
+static inline u32 prmt_ecr(u32 a, u32 b, u32 n) { return prmt(a, b, 0 | MIN(1, n) << 4 | MIN(2, n) << 8 | n << 12); }
+static inline u32 prmt_rc16(u32 a, u32 b, u32 n) { return n & 1 ? prmt(a, b, 0x3232) : prmt(a, b, 0x1010); }
 static inline u32 brev32(u32 x) {
   x = (x >> 1 & 0x55555555) | (x & 0x55555555) << 1;
   x = (x >> 2 & 0x33333333) | (x & 0x33333333) << 2;
@@ -66,6 +72,14 @@ static inline u32 bfind_s32(u32 x) { x = (i32)x < 0 ? ~x : x; return x ? 31 - __
 static inline u64 low_bits(u32 n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 static inline u32 bfe_u32(u32 a, u32 pos, u32 len) { pos &= 255; len &= 255; return pos > 31 ? 0 : (u32)((a >> pos) & low_bits(len)); }
 static inline u64 bfe_u64(u64 a, u32 pos, u32 len) { pos &= 255; len &= 255; return pos > 63 ? 0 : (a >> pos) & low_bits(len); }
+static inline u64 bfe_s64(u64 a, u32 pos, u32 len) {
+  pos &= 255; len &= 255;
+  if (!len) return 0;
+  u64 sign = a >> MIN(pos + len - 1, 63u) & 1;
+  u32 kept = pos > 63 ? 0 : MIN(len, 64 - pos);
+  u64 field = pos > 63 ? 0 : (a >> pos) & low_bits(kept);
+  return sign ? field | ~low_bits(kept) : field;
+}
 static inline u32 bfe_s32(u32 a, u32 pos, u32 len) {
   pos &= 255; len &= 255;
   if (!len) return 0;

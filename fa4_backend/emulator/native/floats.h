@@ -16,10 +16,14 @@ static inline f64 bits_f64(u64 x) { f64 y; memcpy(&y, &x, 8); return y; }
 static inline u64 f64_bits(f64 x) { u64 y; memcpy(&y, &x, 8); return y; }
 // Flush a subnormal to a zero of the same sign.
 static inline f32 FZ(f32 x) { u32 b = f32_bits(x); return bits_f32((b & 0x7f800000u) ? b : b & 0x80000000u); }
+static inline f32 FLUSH(f64 exact, f32 rounded) { return fabs(exact) < 0x1p-126 ? copysignf(0.0f, rounded) : rounded; }
+static inline f32 FZH(f32 x) { return fabsf(x) < 0x1p-14f ? copysignf(0.0f, x) : x; }  // the same for float16 values
+static inline u32 tf32_rna(f32 x) { u32 b = f32_bits(x); return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : (b + 0x1000u) & 0xffffe000u; }
 static inline f32 SAT(f32 x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 // -0 counts as smaller than +0; a NaN operand gives the other one.
 #define min_num(x, y) ((x) != (x) ? (y) : (y) != (y) ? (x) : (x) < (y) ? (x) : (y) < (x) ? (y) : signbit(x) ? (x) : (y))
 #define max_num(x, y) ((x) != (x) ? (y) : (y) != (y) ? (x) : (x) > (y) ? (x) : (y) > (x) ? (y) : signbit(x) ? (y) : (x))
+static inline f32 RELU(f32 x) { return x != x ? QNAN : x > 0 ? x : 0.0f; }
 static inline f32 xorsign(f32 m, f32 x, f32 y) { return bits_f32((f32_bits(m) & 0x7fffffffu) | ((f32_bits(x) ^ f32_bits(y)) & 0x80000000u)); }
 
 static inline f32 bf16_to(u16 x) { return bits_f32((u32)x << 16); }
@@ -55,6 +59,7 @@ static inline u8 f8_of(f32 x, int m, int bias, f32 largest, u8 largest_bits) {
   u8 sign = f32_bits(x) >> 24 & 0x80;
   f32 v = fabsf(x);
   if (x != x) return 0x7f;
+  if (v == 0) return sign;
   if (v >= largest) return sign | largest_bits;
   int exponent;
   frexpf(v, &exponent);
