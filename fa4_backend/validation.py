@@ -101,6 +101,31 @@ def check_tensors(
     Raises:
         ValueError: a tensor does not fit; the message says which, what was expected and what it got.
     """
+    # Layers and steps repeat their shapes; looking at everything each time was three quarters of a call's host time.
+    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out)
+    facts = (plan, *(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.is_cuda and t.data_ptr() % 16) for t in tensors))
+    if facts in _passed:
+        return
+    _check_tensors(plan, *tensors)
+    if len(_passed) >= MAX_PASSED:
+        _passed.clear()
+    _passed.add(facts)
+
+
+MAX_PASSED = 1024
+_passed: set[tuple[object, ...]] = set()  # shapes, strides, dtypes, devices, alignments that fit their plan
+
+
+def _check_tensors(
+    plan: AttentionPlan,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    out: torch.Tensor | None,
+) -> None:
     p, limits = plan.problem, plan.limits
     _expect_shape("q", q, (None, p.num_q_heads, p.head_dim))
     _expect_shape("k_cache", k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
