@@ -67,6 +67,8 @@ def paged_attention(
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:  # the kernels take maxima of raw logits and mask with -inf before they scale
+        raise ValueError(f"softmax_scale: expected a number above 0, got {scale}")
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, window_left, window_right, softcap, sinks, alibi_slopes,

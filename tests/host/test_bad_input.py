@@ -34,6 +34,8 @@ BAD_TENSORS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "a window that was not planned": (lambda a: {"window_left": 3}, ("window_left: expected none", "got 3")),
     "a soft cap that was not planned": (lambda a: {"softcap": 3.0}, ("softcap: expected none", "got 3.0")),
     "sinks that were not planned": (lambda a: {"sinks": torch.zeros(4)}, ("sinks: expected none", "got a tensor")),
+    "a softmax scale of zero": (lambda a: {"softmax_scale": 0.0}, ("softmax_scale: expected a number above 0", "got 0.0")),
+    "a negative softmax scale": (lambda a: {"softmax_scale": -0.1}, ("softmax_scale: expected a number above 0", "got -0.1")),
     "slopes that were not planned": (lambda a: {"alibi_slopes": torch.zeros(4)}, ("alibi_slopes: expected none", "got a tensor")),
 }
 
