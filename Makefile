@@ -5,10 +5,11 @@ PY := .venv/bin/python
 PORT ?= 8471
 export PROMPT
 
-.PHONY: help setup demo model test test-host test-engines test-slow lint types clean
+.PHONY: help setup demo demo-emulated model test test-host test-engines test-slow lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
+	@echo "make demo-emulated  two layers of it with the compiled Blackwell kernels on the emulator, tokens compared"
 	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make lint types  ruff; mypy"
@@ -19,6 +20,9 @@ setup:
 
 demo: setup
 	@$(PY) -m examples.serve_smollm2 --port $(PORT) $${PROMPT:+--prompt "$$PROMPT"}
+
+demo-emulated: setup
+	@$(PY) -m examples.serve_emulated --port $(PORT)
 
 model: setup
 	@$(PY) -m examples.smollm2
