@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before vLLM is imported: one process, a small KV cache, no compiler, nothing from the network.
+# Before vLLM is imported: one process, no compiler, nothing from the network.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_CI_ENV="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",

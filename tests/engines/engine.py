@@ -14,6 +14,7 @@ import pytest
 
 from fa4_backend.ops import paged_attention
 
+KV_CACHE_BYTES = 256 << 20
 MAX_BATCHED_TOKENS = 256  # below the longest prompts: their prefill comes in chunks
 
 
@@ -68,6 +69,7 @@ def generate(model: Path, backend: str, prompts: list[Any], max_tokens: int = 32
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_model_len": 1024,
         "max_num_seqs": 8,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "seed": 0,
         **engine_args,
     }

@@ -65,11 +65,10 @@ def test_member_survives_copies_and_pickles() -> None:
         assert copied is member
 
 
-@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_member_unpickles_in_a_process_that_loaded_no_plugin(protocol: int) -> None:
+def test_member_unpickles_in_a_process_that_loaded_no_plugin() -> None:
     """What spawn does: vLLM unpickles its configuration before it loads plugins. Without our reduction this is a ValueError."""
     plugin.register()
-    data = pickle.dumps({"backend": backends()["FA4"]}, protocol=protocol)
+    data = pickle.dumps({"backend": backends()["FA4"]})
     done = run_python(f"import pickle; print(pickle.loads({data!r})['backend'].name)", VLLM_PLUGINS="")
     assert done.stdout.strip() == "FA4", done.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.server import Server, free_port
-from tests.engines.engine import MAX_BATCHED_TOKENS, generate, tokens
+from tests.engines.engine import KV_CACHE_BYTES, MAX_BATCHED_TOKENS, generate, tokens
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_llama
 
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.engine
 PROMPTS = make_prompts()
 MAX_TOKENS = 16
 ARGUMENTS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+ARGUMENTS += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
 # The conftest's one-process setting is for engines inside a test; a server gets what a user gets.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 

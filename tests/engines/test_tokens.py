@@ -75,6 +75,15 @@ def test_llama_tokens_equal_stock_with_ngram_speculation(llama: Path, stock_llam
     assert 4 in calls.query_lens, calls.query_lens
 
 
+@pytest.mark.slow
+def test_llama_tokens_equal_stock_when_torch_compiles_the_model(llama: Path, stock_llama: list[Answer]) -> None:
+    """vLLM's default on a CPU: the model is traced, and our layer is one opaque operation in it."""
+    with watch_operator() as calls:
+        answers = generate(llama, "FA4", PROMPTS, enforce_eager=False)
+    assert tokens(answers) == tokens(stock_llama)
+    assert calls.count > 0
+
+
 def test_gemma2_tokens_equal_stock_with_soft_cap_and_windows(gemma2: Path, stock_gemma2: list[Answer]) -> None:
     with watch_operator() as calls:
         answers = generate(gemma2, "fa4", PROMPTS)  # lower case, as users may type it
