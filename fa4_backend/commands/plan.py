@@ -40,6 +40,8 @@ def plan(
         for row in rows:
             window = "" if row["window"] is None else f", window {row['window']}"
             print(f"{row['num_layers']} layers{window}: {row['plan'] or 'not served: ' + row['refusal']}")
+            for name in row["kernels"]:
+                print(f"    {name}")
     raise typer.Exit(1 if any(row["refusal"] for row in rows) else 0)
 
 
@@ -49,10 +51,17 @@ def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
         "window": group.window,
         "problem": asdict(group.problem),
         "plan": None,
+        "kernels": [],
         "refusal": None,
     }
     try:
-        row["plan"] = plan_attention(group.problem, limits).describe()
+        served = plan_attention(group.problem, limits)
     except UnsupportedProblem as error:
         row["refusal"] = str(error)
+        return row
+    row["plan"] = served.describe()
+    if group.problem.arch != REFERENCE_ARCH:
+        from fa4_backend.kernels.launch import keys_of
+
+        row["kernels"] = [key.name for key in keys_of(served)]
     return row

@@ -64,6 +64,17 @@ def test_plan_of_gemma_2_has_two_groups(capsys: pytest.CaptureFixture[str], tmp_
     assert all(r["problem"]["has_softcap"] and "torch reference on cpu" in r["plan"] for r in rows)
 
 
+def test_plan_names_the_compile_keys_of_an_arch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_2))
+    code, out, _ = run(capsys, "plan", "--model", str(tmp_path), "--arch", "sm_90a", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    for row in rows:
+        kinds = [name.split("-")[0] for name in row["kernels"]]
+        assert "prefill" in kinds and "schedule" in kinds
+        assert all("windowleft" in name for name in row["kernels"] if name.startswith("prefill")) == (row["window"] is not None)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
