@@ -26,19 +26,10 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
 from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
-from fa4_backend.kernels.sm90.load_warp import MaskValues
 from fa4_backend.kernels.sm90.storage import Barriers, RingPosition, Storage, advance, tensor_at
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
-
-
-class Outputs(NamedTuple):
-    """Where finished rows go, and what joins them at the end."""
-
-    mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
-    mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,) float32
-    mSlopes: cute.Tensor | None  # (num_q_heads,) float32
 
 
 class SharedTiles(NamedTuple):

@@ -17,8 +17,9 @@ from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.config import KernelConfig
-from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, Outputs, SharedTiles
-from fa4_backend.kernels.sm90.load_warp import LoadWarp, MaskValues, QueryOperand, Step
+from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
+from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
+from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 

@@ -1,38 +1,18 @@
-"""The load warp: walks the CTA's work list and keeps Q and the ring of K and V tiles filled."""
+"""The load warps: they walk the CTA's work list and keep Q and the ring of K and V tiles filled."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
+from fa4_backend.kernels.sm90.arguments import MaskValues, Step
 from fa4_backend.kernels.sm90.storage import Barriers, RingPosition, advance
-
-
-class Step(NamedTuple):
-    """Tensors of the step that the load warp reads: page table, lengths and work list."""
-
-    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
-    mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
-    mTiles: cute.Tensor  # (max_tiles, 8) int32
-    mBegin: cute.Tensor  # (num_ctas + 1,) int32
-    page_size: Int32  # tokens a page
-    num_pages: Int32  # pages of the pool
-
-
-class MaskValues(NamedTuple):
-    """Runtime values of the mask and of the score transforms."""
-
-    softmax_scale: Float32  # multiplies raw logits
-    softcap: Float32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
 
 
 class QueryOperand(NamedTuple):
