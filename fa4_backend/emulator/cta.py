@@ -58,6 +58,7 @@ class Warp:
         self.waiting_for: dict[int, tuple[str, bool]] = {}  # lane mask -> what it waits for, and whether it may time out
         self.waiting_lanes = 0
         self.timed_out = False
+        self.yields = False
         self.barrier_ticket: tuple[NamedBarrier, int] | None = None
         self.cluster_ticket: int | None = None
         self.num_registers = cta.grid.registers_per_thread
@@ -203,6 +204,9 @@ class Warp:
                         return
                 else:
                     state.pc = pc + 1
+                    if self.yields:
+                        self.yields = False
+                        return
                 if cluster.rng is not None and cluster.pending and cluster.rng.random() < 0.5:
                     cluster.complete_one()
                 if state.steps >= end:
@@ -307,7 +311,6 @@ class Cluster:
         self.size = grid.cluster[0] * grid.cluster[1] * grid.cluster[2]
         self.rng: random.Random | None = grid.session.rng_for(grid.number, index)
         self.progress = 0  # events that can let another warp go on
-        self.failed_polls = 0
         self.pending: dict[object, deque[Callable[[], None]]] = {}
         self.ready: deque[Warp] = deque()
         self.barrier_generation = self.barrier_arrived = 0

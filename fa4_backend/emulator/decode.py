@@ -213,6 +213,8 @@ class Builder:
         wide = kind in WIDE
         if isinstance(operand, Register):
             slot, is_wide = self.register_slots[operand.index], _num_slots(operand.type) == 2
+            if operand.type == "b128":
+                raise UnsupportedInstruction(f"128-bit register {operand.name} where {kind} is expected")
             if is_wide != wide or (operand.type == "pred") != (kind in ("pred", "mask")):
                 raise UnsupportedInstruction(f"register {operand.name} of type {operand.type} where {kind} is expected")
             return slot
@@ -336,6 +338,8 @@ class Builder:
         opcode = ins.opcode
         name = f"{opcode[:3]}3{opcode[3:]}" if opcode[:4] in ("min.", "max.") and len(ins.operands) == 4 else opcode
         row = alu.TABLE.get(name)
+        if opcode == "mov.b128" and self.special_move(ins):
+            return None
         if row is not None and not (opcode.startswith("mov.") and self.special_move(ins)):
             self.row(name, row, ins)
             return None
@@ -403,7 +407,18 @@ class Builder:
             return True
         return False
 
+    def quad(self, operand: Operand) -> int:
+        """First slot of a 128-bit register: its lower half, then its upper half."""
+        if not isinstance(operand, Register) or operand.type != "b128":
+            raise UnsupportedInstruction(f"128-bit register expected, got {operand!r}")
+        return self.register_slots[operand.index]
+
     def unpack(self, opcode: str, items: tuple[Operand, ...], src: Operand) -> None:
+        if len(items) == 2 and opcode == "mov.b128":
+            low = self.quad(src)
+            fields = {"d": self.dest(items[0], "u64"), "e": self.dest(items[1], "u64"), "a": low, "b": low + 2}
+            self.emit("MOVE128", **fields)
+            return
         if len(items) == 2 and opcode in ("mov.b64", "mov.b32"):
             wide = opcode == "mov.b64"
             half = "u32" if wide else "u16"
@@ -417,6 +432,10 @@ class Builder:
         raise UnsupportedInstruction(f"{opcode} into {len(items)} registers")
 
     def pack(self, opcode: str, dst: Operand, items: tuple[Operand, ...]) -> None:
+        if len(items) == 2 and opcode == "mov.b128":
+            low = self.quad(dst)
+            self.emit("MOVE128", d=low, e=low + 2, a=self.u64(items[0]), b=self.u64(items[1]))
+            return
         forms = {"mov.b64": ("PACK64", "u64", "u32"), "mov.b32": ("PACK32", "u32", "u16"), "mov.b16": ("PACK16", "u16", "u16")}
         if len(items) != 2 or opcode not in forms:
             raise UnsupportedInstruction(f"{opcode} from {len(items)} registers")
@@ -435,10 +454,7 @@ class Builder:
 
 
 def _num_slots(kind: str) -> int:
-    size = TYPE_BYTES[kind]
-    if size > 8:
-        raise UnsupportedInstruction(f"registers of type .{kind}")
-    return 2 if size == 8 else 1
+    return max(1, TYPE_BYTES[kind] // 4)
 
 
 def _immediate_bits(operand: Immediate, kind: str) -> int:

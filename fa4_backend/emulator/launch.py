@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 # These modules register the handlers of their instructions.
-from fa4_backend.emulator import barriers, cp_async, matrix_moves, remote, tcgen05, tma, wgmma  # noqa: F401
+from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_moves, remote, tcgen05, tma, wgmma  # noqa: F401
 from fa4_backend.emulator.cta import Cluster, Warp
 from fa4_backend.emulator.decode import RESERVED_SMEM, Program, decode
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, LaunchError, RaceDetected, UnknownProgram
@@ -167,6 +167,7 @@ class Grid:
         self.register_pool = self.registers_per_thread * -(-threads // 32) * 32
         self.free_register_files: list[np.ndarray] = []
         self.globals: dict[str, np.ndarray] = {}
+        self.waiting: deque[tuple[int, tuple[int, int, int]]] = deque()  # clusters that have not started
 
     def check(self) -> None:
         threads = self.block[0] * self.block[1] * self.block[2]
@@ -214,7 +215,7 @@ class Grid:
             if name.space in ("global", "const"):
                 self.global_symbol(name)
         with self.memory.temporarily("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True):
-            waiting = deque(self.clusters())
+            waiting = self.waiting = deque(self.clusters())
             active: deque[Cluster] = deque()
             limit = self.session.max_resident
             while waiting or active:

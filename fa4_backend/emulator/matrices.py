@@ -84,7 +84,7 @@ def load_operand(
     index = index + ((desc.start - phase) >> 4)
     if int(index.max()) >= len(smem16):
         raise MemoryFault(f"matrix operand ends at shared offset {int(index.max()) * 16 + 16:#x}; the CTA has {len(smem16) * 16} bytes")
-    kind = np.uint16 if element_bytes == 2 else np.uint8
+    kind = RAW_TYPES[element_bytes]
     data = smem16[index].reshape(index.shape[0], -1).view(kind)
     return (data.T if mn_major else data), index
 
@@ -103,7 +103,8 @@ def _f8_table(mantissa: int, bias: int, ieee: bool) -> np.ndarray:
 
 
 F8_TABLES = {"e4m3": _f8_table(3, 7, False), "e5m2": _f8_table(2, 15, True)}
-ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
+ELEMENT_BYTES = {"f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1, "tf32": 4}
+RAW_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def to_float32(raw: np.ndarray, kind: str) -> np.ndarray:
@@ -111,6 +112,8 @@ def to_float32(raw: np.ndarray, kind: str) -> np.ndarray:
         return (raw.astype(np.uint32) << 16).view(np.float32)
     if kind == "f16":
         return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+    if kind == "tf32":
+        return (np.ascontiguousarray(raw) & np.uint32(0xFFFFE000)).view(np.float32)
     return F8_TABLES[kind][raw]
 
 
@@ -138,9 +141,9 @@ def instruction_descriptor(bits: int, kind: str) -> InstructionDescriptor:
         raise refuse("sparsity or saturation")
     if bits >> 6 & 1 or bits >> 23 & 1 or bits >> 29 & 1 or bits >> 30:
         raise refuse("reserved bits or maximum shift")
-    types = {"f16": ("f16", "bf16"), "f8f6f4": ("e4m3", "e5m2")}[kind]
+    types = {"f16": {0: "f16", 1: "bf16"}, "f8f6f4": {0: "e4m3", 1: "e5m2"}, "tf32": {2: "tf32"}}[kind]
     a_code, b_code, d_code = bits >> 7 & 7, bits >> 10 & 7, bits >> 4 & 3
-    if a_code >= len(types) or b_code >= len(types):
+    if a_code not in types or b_code not in types:
         raise refuse(f"element types {a_code}, {b_code}")
     if kind == "f16" and a_code != b_code:
         raise refuse("A and B of different types")

@@ -274,7 +274,7 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             barrier.waiters.append((warp, warp.waiting_lanes))
             return True
         if waiting:
-            warp.cta.cluster.failed_polls += 1
+            warp.yields = True  # a failed poll ends the warp's turn
         warp.timed_out = False
         warp.set_predicate(result, passed)
         return None

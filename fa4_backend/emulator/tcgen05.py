@@ -16,6 +16,7 @@ from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
 from fa4_backend.emulator.matrices import (
     ELEMENT_BYTES,
+    RAW_TYPES,
     InstructionDescriptor,
     check_shape,
     instruction_descriptor,
@@ -174,12 +175,15 @@ def _cell_indices(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handler:
+    packed = mods.has("pack::16b" if is_load else "unpack::16b")
     shape, repeat = _move_shape(mods)
+    if packed and shape != "32x32b":
+        raise UnsupportedInstruction(f"{ins.opcode}: packing with shape {shape}")
     if shape not in _SHAPES:
         raise UnsupportedInstruction(f"{ins.opcode}: shape {shape}")
     data, where_operand = (ins.operands[0], ins.operands[1]) if is_load else (ins.operands[1], ins.operands[0])
     items = data.items if isinstance(data, Vector) else (data,)
-    registers, columns = _SHAPES[shape][0] * repeat, _SHAPES[shape][1] * repeat
+    registers, columns = _SHAPES[shape][0] * repeat, _SHAPES[shape][1] * repeat * (2 if packed else 1)
     if len(items) != registers:
         raise UnsupportedInstruction(f"{ins.opcode} with {len(items)} registers, expected {registers}")
     slots = np.array([b.dest(i, "u32") if is_load else b.u32(i) for i in items])
@@ -213,7 +217,11 @@ def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handl
             warp.races.tmem_access(access, cta, range(lane // 16, (lane + height) // 16), column, columns, write=not is_load)
         if simple:
             block = tmem[lane : lane + 32, column : column + columns]
-            if is_load:
+            if packed and is_load:  # two columns of 16 bits in a register
+                warp.r[run] = (block[:, ::2] & 0xFFFF | block[:, 1::2] << np.uint32(16)).T
+            elif packed:
+                block[:, ::2], block[:, 1::2] = warp.r[run].T & 0xFFFF, warp.r[run].T >> np.uint32(16)
+            elif is_load:
                 warp.r[run] = block.T
             else:
                 block[:] = warp.r[run].T
@@ -288,7 +296,7 @@ def _zero_mask(operand: Vector, b: Builder) -> Callable[[Warp, int], None]:
 @handles("tcgen05.mma")
 def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     group = _group(mods)
-    kind = mods.one("kind::f16", "kind::f8f6f4")[6:]
+    kind = mods.one("kind::f16", "kind::f8f6f4", "kind::tf32")[6:]
     mods.has("collector::a::discard", "collector::a::lastuse", "collector::a::fill", "collector::a::use")
     mods.done()
     d_operand, a_operand, b_operand, idesc_operand, *rest = ins.operands
@@ -303,7 +311,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     a_address = _tmem_address(b, a_operand) if a_in_tmem else None
     a_slot = 0 if a_in_tmem else b.u64(a_operand)
     b_slot = b.u64(b_operand)
-    k = 16 if kind == "f16" else 32
+    k = {"f16": 16, "f8f6f4": 32, "tf32": 8}[kind]
 
     def handler(warp: Warp) -> None:
         lane = warp.one_lane("tcgen05.mma")
@@ -339,7 +347,7 @@ def _operand_a(cta: Cta, desc: InstructionDescriptor, rows: int, k: int, where: 
     if access:
         access.races.tmem_access(access, cta, range(8), column, columns, write=False)
     cells = np.ascontiguousarray(cta.tmem_cells()[_row_lanes(rows), column : column + columns])
-    return to_float32(cells.view(np.uint16 if size == 2 else np.uint8), desc.a_kind)
+    return to_float32(cells.view(RAW_TYPES[size]), desc.a_kind)
 
 
 def multiply(
@@ -385,6 +393,34 @@ def multiply(
         else:
             cells[lanes, column : column + width] = product
         cta.cluster.grid.session.report.tensor_flops += 2 * product.size * k
+
+
+@handles("tcgen05.cp")
+def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.16.9.2: shared memory to tensor memory, 32 bytes (.128x256b) or 16 bytes (.128x128b) a lane."""
+    group = _group(mods)
+    width = {"128x256b": 8, "128x128b": 4}[mods.one("128x256b", "128x128b")]
+    mods.done()
+    if group == 2:
+        raise UnsupportedInstruction(ins.opcode)
+    address, desc_slot = _tmem_address(b, ins.operands[0]), b.u64(ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        lane, cta = warp.one_lane("tcgen05.cp"), warp.cta
+        desc, column = tcgen05_descriptor(int(warp.r64[desc_slot * 16 + lane])), address(warp, lane) & 0xFFFF
+        access = warp.races.issue_mma(warp) if warp.races else None
+
+        def run() -> None:
+            raw, chunks = load_operand(cta.smem16, desc, LANES, width * 4, 1, False)
+            check_allocated(cta, column, width)
+            if access:
+                access.races.smem_chunks(access, cta, chunks, write=False)
+                access.races.tmem_access(access, cta, range(8), column, width, write=True)
+            cta.tmem_cells()[:, column : column + width] = np.ascontiguousarray(raw).view(np.uint32)
+
+        cta.cluster.submit(("tensor core", warp.actor), run)
+
+    return handler
 
 
 @handles("tcgen05.commit")

@@ -14,7 +14,7 @@ import numpy as np
 from fa4_backend.emulator.barriers import predicate_source
 from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.matrices import ELEMENT_BYTES, load_operand, to_float32, wgmma_descriptor
+from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand, to_float32, wgmma_descriptor
 from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
@@ -47,17 +47,24 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     """9.7.15.6"""
     mods.one("sync")
     mods.one("aligned")
-    shape = re.fullmatch(r"m64n(\d+)k(16|32)", mods.parts.pop(0))
+    shape = re.fullmatch(r"m64n(\d+)k(8|16|32)", mods.parts.pop(0))
     d_kind, a_kind, b_kind = mods.parts
-    if shape is None or d_kind != "f32" or a_kind not in ELEMENT_BYTES or b_kind not in ELEMENT_BYTES:
+    if (
+        shape is None
+        or d_kind not in ("f32", "f16")
+        or (d_kind == "f16" and a_kind in ("bf16", "tf32"))
+        or a_kind not in ELEMENT_BYTES
+        or b_kind not in ELEMENT_BYTES
+    ):
         raise UnsupportedInstruction(ins.opcode)
     n, k, size = int(shape.group(1)), int(shape.group(2)), ELEMENT_BYTES[a_kind]
     if k * size != 32 or n % 8 or not 8 <= n <= 256:
         raise UnsupportedInstruction(ins.opcode)
     d_operand, a_operand, b_operand, scale, *rest = ins.operands
-    if not isinstance(d_operand, Vector) or len(d_operand.items) != n // 2:
+    if not isinstance(d_operand, Vector) or len(d_operand.items) != n // (2 if d_kind == "f32" else 4):
         raise UnsupportedInstruction(f"{ins.opcode}: accumulator {d_operand!r}")
     d_slots = np.array([b.source(item, "f32") for item in d_operand.items])
+    half = d_kind == "f16"  # two results a register
     signs = (_constant(rest[0]), _constant(rest[1]))
     transposed = [bool(_constant(r)) for r in rest[2:]]
     in_registers = isinstance(a_operand, Vector)
@@ -71,7 +78,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         a_desc_slot = b.u64(a_operand)
     b_desc_slot, accumulate = b.u64(b_operand), predicate_source(b, scale)
     d_row, d_column = _d_cells(n)
-    kind = np.uint16 if size == 2 else np.uint8
+    kind = RAW_TYPES[size]
 
     def registers_a(warp: Warp) -> np.ndarray:
         out = np.empty((ROWS, k), kind)
@@ -99,9 +106,15 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         product = (-a_matrix if signs[0] != signs[1] else a_matrix) @ b_matrix.T
         registers = product[d_row, d_column]
         add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]
-        if add:
-            registers += warp.r[d_slots].view(np.float32)
-        warp.r[d_slots] = registers.view(np.uint32)
+        if half:
+            pairs = registers.reshape(-1, 2, 32).transpose(0, 2, 1)
+            if add:
+                pairs = pairs + np.ascontiguousarray(warp.r[d_slots]).view(np.float16).reshape(pairs.shape)
+            warp.r[d_slots] = np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)[..., 0]
+        else:
+            if add:
+                registers += warp.r[d_slots].view(np.float32)
+            warp.r[d_slots] = registers.view(np.uint32)
         cta.grid.session.report.tensor_flops += 2 * ROWS * n * k
 
     return handler

@@ -193,6 +193,14 @@ int emu_run(Warp* w, i64 max_steps) {
         put32(SLOT(I->e), high, m);
         break;
       }
+      case OP_MOVE128: {  // mov.b128 between a 128-bit register and two 64-bit ones: d <- a, e <- b
+        u64 low[LANES], high[LANES];
+        memcpy(low, SLOT(I->a), sizeof low);
+        memcpy(high, SLOT(I->b), sizeof high);
+        put64(SLOT(I->d), low, m);
+        put64(SLOT(I->e), high, m);
+        break;
+      }
       case OP_PACK32: {
         const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
         u32 t[LANES];
