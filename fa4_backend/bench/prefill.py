@@ -66,19 +66,19 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
     for batch in batches:
         tensors = PrefillTensors.make(batch)
         replays, errors = {}, {}
-        outputs = []  # a captured graph writes where it wrote when it was captured
+        kept: list[object] = []  # a graph holds addresses, not tensors: what a call reads and writes must outlive its replays
         for name in [OURS, *peers]:
+            tensors.out = torch.full_like(tensors.q, float("nan"))
             call = ours(batch, tensors) if name == OURS else prepare(name, batch, tensors)
             if call is None:
                 continue
-            tensors.out = torch.full_like(tensors.q, float("nan"))
-            outputs.append(tensors.out)
             call()
             errors[name] = tensors.error(batch)
             if name == OURS and not errors[name] <= MAX_ERROR:
                 raise RuntimeError(f"{batch.label}: expected an error of at most {MAX_ERROR}, got {errors[name]}")
+            kept += [call, tensors.out]
             replays[name] = capture(call)
-            outputs.append(tensors.out)
+            kept.append(tensors.out)
         us = in_turns(replays, rounds)
         best = min((us[name] for name in us if name in PAGED), default=None)
         rates = {name: batch.flops / time / 1e6 for name, time in us.items()}
