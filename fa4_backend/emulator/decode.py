@@ -175,6 +175,7 @@ class Builder:
         self.specials: dict[str, tuple[int, int]] = {}
         self.symbols: dict[str, tuple[int, int]] = {}
         self.aux: list[int] = []
+        self.carry: int | None = None
         self.record: dict[str, int] = {}
         self.layout_variables()
 
@@ -225,6 +226,12 @@ class Builder:
         if isinstance(operand, Symbol):
             return self.symbol(operand.name, 8 if wide else 4)
         raise UnsupportedInstruction(f"operand {operand!r} where {kind} is expected")
+
+    def carry_slot(self) -> int:
+        """The hidden register of CC.CF, one bit a lane."""
+        if self.carry is None:
+            self.carry = self.take(1)
+        return self.carry
 
     def special(self, name: str, num_bytes: int) -> int:
         if name in self.specials and self.specials[name][1] != num_bytes:
@@ -739,6 +746,29 @@ def _mma_sync(b: Builder, ins: Instruction, mods: Modifiers) -> None:
     b.emit("MMA_SYNC", a=_MMA_KINDS.index(a_kind), b=_MMA_KINDS.index(b_kind), c=k, target=b.list_slots(slots))
 
 
+_CARRY_OPS = {"add": 0, "addc": 0, "sub": 1, "subc": 1, "mad.lo": 2, "madc.lo": 2, "mad.hi": 3, "madc.hi": 3}
+
+
+def _carry(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
+    """Extended-precision integer arithmetic, 9.7.2: the carry flag has a hidden register."""
+    parts = ins.opcode.split(".")
+    name = ".".join(parts[:2]) if parts[0] in ("mad", "madc") else parts[0]
+    if "cc" not in parts and not name.startswith(("addc", "subc", "madc")):
+        return False
+    kind = mods.parts.pop()
+    writes = mods.has("cc")
+    mods.has("lo", "hi")
+    mods.done()
+    if name not in _CARRY_OPS or kind not in ("u32", "s32", "u64", "s64") or (name[:3] == "mad" and name.endswith("hi") and kind[0] == "s"):
+        raise UnsupportedInstruction(ins.opcode)
+    width = f"u{kind[1:]}"
+    fields = {field: b.source(operand, width) for field, operand in zip("abc", ins.operands[1:], strict=False)}
+    flags = int(name.split(".")[0].endswith("c")) | (2 if writes else 0)
+    fields |= {"d": b.dest(ins.operands[0], width), "e": b.carry_slot(), "imm": _CARRY_OPS[name], "count": flags, "f": int(width == "u64")}
+    b.emit("CARRY", **fields)
+    return None
+
+
 _DIRECT: dict[str, Callable[[Builder, Instruction, Modifiers], bool | None]] = {
     "ld": _load_store,
     "ldu": _load_store,
@@ -767,6 +797,7 @@ _DIRECT: dict[str, Callable[[Builder, Instruction, Modifiers], bool | None]] = {
     "createpolicy": _create_policy,
     "bar": _warp_sync,
     "mma": _mma_sync,
+    **dict.fromkeys(("add", "addc", "sub", "subc", "mad", "madc"), _carry),
 }
 
 

@@ -128,6 +128,32 @@ static void mma_sync(u8* R, const Inst* I, const i32* slots) {
   }
 }
 
+// add.cc, sub.cc, mad.cc and the forms that take the carry in: e holds CC.CF, count bit 0 reads and bit 1 writes it, f: 64 bits wide.
+// 9.7.2 extended-precision integer arithmetic
+enum { CARRY_ADD, CARRY_SUB, CARRY_MAD_LO, CARRY_MAD_HI };
+static void carry(u8* R, const Inst* I, u32 m) {
+  const int bits = I->f ? 64 : 32;
+  u32 flags = I->count & 1 ? *(const u32*)SLOT(I->e) : 0, out = 0, low[LANES];
+  u64 wide[LANES];
+  for (int l = 0; l < LANES; l++) {
+    unsigned __int128 x = I->f ? ((const u64*)SLOT(I->a))[l] : ((const u32*)SLOT(I->a))[l];
+    unsigned __int128 y = I->f ? ((const u64*)SLOT(I->b))[l] : ((const u32*)SLOT(I->b))[l];
+    unsigned __int128 z = 0, in = flags >> l & 1, mask = ((unsigned __int128)1 << bits) - 1;
+    if (I->imm >= CARRY_MAD_LO) {
+      z = I->f ? ((const u64*)SLOT(I->c))[l] : ((const u32*)SLOT(I->c))[l];
+      x = I->imm == CARRY_MAD_LO ? x * y & mask : x * y >> bits;
+      y = z;
+    }
+    unsigned __int128 r = I->imm == CARRY_SUB ? x - y - in : x + y + in;
+    out |= (u32)(r >> bits & 1) << l;
+    wide[l] = (u64)r;
+    low[l] = (u32)r;
+  }
+  if (I->f) put64(SLOT(I->d), wide, m);
+  else put32(SLOT(I->d), low, m);
+  if (I->count & 2) put_mask(SLOT(I->e), out, m);
+}
+
 // Every live lane named by `need` must stand here, or the group parks until it does.
 #define CONVERGE(need)                                  \
   if ((w->active & (need) & w->alive) != ((need) & w->alive)) { \
@@ -199,6 +225,10 @@ int emu_run(Warp* w, i64 max_steps) {
         memcpy(high, SLOT(I->b), sizeof high);
         put64(SLOT(I->d), low, m);
         put64(SLOT(I->e), high, m);
+        break;
+      }
+      case OP_CARRY: {
+        carry(R, I, m);
         break;
       }
       case OP_PACK32: {
