@@ -33,6 +33,7 @@ class AttentionMetadata:
     device: torch.device
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = field(default=None)
+    window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
 
     @classmethod
     def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionMetadata:
@@ -79,4 +80,4 @@ class AttentionMetadata:
         if self.work is not None:
             from fa4_backend.kernels.launch import launch_schedule
 
-            launch_schedule(self.plan, self.work, self.bounds, cu_seqlens_q, seqused_k)
+            launch_schedule(self.plan, self.work, self.window_left, cu_seqlens_q, seqused_k)

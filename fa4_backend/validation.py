@@ -208,6 +208,10 @@ def check_call_values(
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     if metadata.bounds is None:
         raise ValueError("metadata: expected refresh(...) before the first forward of a step, got metadata never refreshed")
+    if metadata.window_left is not None and (window_left is None or window_left > metadata.window_left):
+        raise ValueError(
+            f"window_left: expected at most {metadata.window_left}, the window that the metadata was made for, got {window_left}"
+        )
     if metadata.bounds.num_seqs != seqused_k.shape[0]:
         raise ValueError(f"metadata: expected a refresh for {seqused_k.shape[0]} sequences, got one for {metadata.bounds.num_seqs}")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from fa4_backend.kernels.work_list import WorkLists
-    from fa4_backend.metadata import AttentionMetadata, StepBounds
+    from fa4_backend.metadata import AttentionMetadata
 
 
 def launch_attention(plan: AttentionPlan, metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
@@ -44,11 +44,13 @@ def launch_prefill(kernel: Callable[..., None], arguments: AttentionArguments, t
     )  # fmt: skip
 
 
-def launch_schedule(plan: AttentionPlan, work: WorkLists, bounds: StepBounds, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor) -> None:
-    """Make the step's work lists on the device."""
+def launch_schedule(
+    plan: AttentionPlan, work: WorkLists, window_left: int | None, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor
+) -> None:
+    """Make the step's work lists on the device, for keys that a window of `window_left` lets anyone see."""
     from fa4_backend.kernels.schedule_launch import run_schedule
 
-    run_schedule(plan, work, cu_seqlens_q, seqused_k)
+    run_schedule(plan, work, cu_seqlens_q, seqused_k, window_left)
 
 
 def keys_of(plan: AttentionPlan) -> list[CompileKey]:

@@ -59,6 +59,9 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             if layer.impl.mask not in self.steps:
                 problem = layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype)
                 self.steps[layer.impl.mask] = start(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+        for mask, step in self.steps.items():
+            windows = [layer.impl.window_left for layer in layers.values() if layer.impl.mask == mask]
+            step.window_left = max(windows) if mask.has_window_left else None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fa4_backend import AttentionMetadata, paged_attention
 from tests.support.emulated_decode import run_decode
 from tests.support.paged_case import PagedCase
 
@@ -63,6 +64,28 @@ def test_batch_invariant_bits_do_not_depend_on_the_gpu_or_the_batch() -> None:
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
     normal = [run_decode(replace(alone, batch_invariant=False), num_ctas=n).rows[0] for n in (1, 7)]
     assert not torch.equal(*normal), "the comparison cannot see a different cut"
+
+
+def test_schedule_may_know_the_window() -> None:
+    """The lists leave out keys before the widest window; a call with a wider one is refused."""
+    windowed = case((1, 2), (900, 300), decode_query_len=2, window_left=100)
+    built, plan = windowed.build(), windowed.plan(num_sms=3)
+    a = built.arguments
+    metadata = AttentionMetadata.allocate(plan, "cpu")
+    metadata.window_left = 150
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=2, max_seqlen_k=900)
+    assert metadata.work is not None
+    first_blocks = {int(e[0]): int(e[3]) for e in metadata.work.decode_first if e[11] > 0}
+    assert min(first_blocks.values()) == (300 - 2 - 150) // 64, "the second row's first key in sight"
+
+    def call(window_left: int) -> None:
+        paged_attention(*a[:6], plan=plan, metadata=metadata, window_left=window_left, out=a.out, lse=a.lse)
+
+    call(100)
+    assert a.lse is not None
+    built.check(a.out, a.lse)
+    with pytest.raises(ValueError, match="window_left: expected at most 150"):
+        call(151)
 
 
 @pytest.mark.slow
