@@ -128,7 +128,7 @@ class DecodeConfig:
 def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: float32, more packed rows than `MAX_ROWS`, or heads wider than 256.
+    That is: float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two KV tiles do not fit.
     """
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
         return None
@@ -155,7 +155,9 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
     # flight: 1 x 16K 32.4 us (35.8), 8 x 1K 23.4 (24.9), 256 ragged rows 389 (412), 64 x 16K 955 (966); 1 x 1K 12.0 (11.4).
     pair = replace(config, ctas_per_sm=2)
     fits_registers = config.row_groups == 1 and config.head_dim_v <= 128  # 5 warps of up to 204 registers, twice
-    return pair if fits_registers and pair.kv_stage >= 2 else config
+    if fits_registers and pair.kv_stage >= 2:
+        return pair
+    return config if config.kv_stage >= 2 else None
 
 
 def split_tiles(limits: BatchLimits) -> int:

@@ -1,0 +1,41 @@
+"""Which problems have a decode kernel, and that its shared memory holds what the config says; nothing is compiled."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fa4_backend import AttentionProblem, BatchLimits
+from fa4_backend.kernels.decode.config import MAX_ROWS, SMEM_BYTES, DecodeConfig, decode_config
+
+LIMITS = {"max_num_seqs": 8, "max_num_tokens": 64, "max_seqlen_k": 4096}
+# Ratios around 16 packed rows a warp and at the limit of 64; every head_dim a kernel here knows.
+RATIOS, QUERY_LENS, HEAD_DIMS = (1, 3, 7, 8, 16, 64), (1, 2, 4), ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
+
+
+def config_of(q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16") -> DecodeConfig | None:
+    problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, "emulated-sm_90a")
+    return decode_config(problem, BatchLimits(**LIMITS, decode_query_len=query_len))
+
+
+def test_every_config_fits_its_sm() -> None:
+    served = 0
+    for q_per_kv, query_len, dims in itertools.product(RATIOS, QUERY_LENS, HEAD_DIMS):
+        config = config_of(q_per_kv, dims, query_len)
+        if config is None:
+            assert q_per_kv * query_len > MAX_ROWS or (dims == (256, 256) and q_per_kv * query_len >= 32), (q_per_kv, query_len, dims)
+            continue
+        served += 1
+        merge = config.merge_buffers * config.row_groups * config.merge_rows * (config.head_dim_v + 8 + 2) * 4
+        used = config.kv_stage * config.kv_stage_bytes + 2 * config.q_stage_bytes + merge
+        assert config.kv_stage >= 2 and used * config.ctas_per_sm <= SMEM_BYTES - 512 * config.ctas_per_sm
+        assert config.num_threads <= 1024
+    assert served > 80
+
+
+@pytest.mark.parametrize(
+    ("q_per_kv", "dims", "dtype"), [(65, (64, 64), "bfloat16"), (64, (256, 256), "bfloat16"), (4, (128, 128), "float32")]
+)
+def test_rows_that_the_prefill_kernel_must_serve(q_per_kv: int, dims: tuple[int, int], dtype: str) -> None:
+    assert config_of(q_per_kv, dims, 1, dtype) is None
