@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 
 from fa4_backend import emulator
-from tests.emulator.programs import load_family
 from tests.emulator.programs.program import Buffer, Program, TensorMap, compare
-
-# Programs whose instructions the emulator refuses, by family: nothing here emits them.
-NOT_MODELLED: dict[str, tuple[str, ...]] = {}
 
 # Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise.
 HARDWARE_DTYPES = {"u8": 0, "u16": 1, "u32": 2, "i32": 3, "u64": 4, "i64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
@@ -74,11 +70,6 @@ def check_program(program: Program, *, seed: int | None = None) -> None:
 def name_of(program: Program) -> str:
     """A test's id."""
     return program.entry.removeprefix("k_")
-
-
-def runnable(family: str) -> list[Program]:
-    """The programs of a family that the emulator models; the others are in NOT_MODELLED, and `test_not_modelled.py` sees them refused."""
-    return [p for p in load_family(family) if p.name not in NOT_MODELLED.get(family, ())]
 
 
 def aligned_copy(data: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.emulator.harness import check_program, name_of, runnable
+from tests.emulator.harness import check_program, name_of
+from tests.emulator.programs import load_family
 from tests.emulator.programs.program import Program
 
-PROGRAMS = runnable("barriers")
+PROGRAMS = load_family("barriers")
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=name_of)

@@ -1,0 +1,85 @@
+"""Planted faults in our own kernel are found; a sample here, all of them with `python -m tests.emulator.fault_injection`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import fault_injection as fi
+from tests.emulator.harness import check_program
+from tests.emulator.programs import load_family
+
+PTX = """
+    mbarrier.init.shared.b64 [%r0], 1;
+    ld.shared.b32 %r9, [%r8];
+    mbarrier.arrive.shared.b64 %d5, [%r0];
+    @%p1 mbarrier.arrive.expect_tx.shared.b64 %d5, [%r0], 64;
+    mbarrier.try_wait.parity.shared.b64 %q1, [%r0], %r3;
+    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1+128], [%d1, {%r3, %r4}], [%r0];
+    { .reg .pred p; tcgen05.mma.cta_group::1.kind::f16 [%r2], a, b, idesc, p; tcgen05.commit.cta_group::1.b64 [%r5]; }
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %d6, %d7, p, 1, 1;
+    wgmma.wait_group.sync.aligned 1;
+    fence.proxy.async.shared::cta;
+    bar.sync 1, 128;
+"""
+
+
+def test_every_class_of_fault_is_made() -> None:
+    split = fi.one_statement_a_line(PTX)
+    made = list(fi.mutants(split, set(range(1, split.count("\n") + 2))))
+    kinds = {m.kind for m in made}
+    assert kinds >= {
+        *fi.DROPS,
+        "drop wait",
+        "change phase",
+        "change tx",
+        "loosen wait_group",
+        "change descriptor",
+        "change copy target",
+        "move up",
+    }
+    for mutant in made:
+        assert mutant.ptx != split, mutant.name
+    tx = [m.ptx for m in made if m.kind == "change tx"]
+    assert len(tx) == 2 and "add.s32 fi_t, 64, -16;" in tx[0] and "[%r0], fi_t;" in tx[0]
+    moved = next(m.ptx for m in made if m.kind == "move up" and "mbarrier.arrive.shared" in m.text)
+    assert moved.index("mbarrier.arrive.shared") < moved.index("ld.shared")
+
+
+def test_splitting_statements_changes_no_program() -> None:
+    from dataclasses import replace
+
+    for program in load_family("barriers")[:6] + load_family("tcgen05")[:2]:
+        check_program(replace(program, body=fi.one_statement_a_line(program.body.replace(";\n", "; "))))
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[fi.Target]:
+    found = fi.load_target("sm100_prefill", Path())
+    found.run(None)
+    yield found
+
+
+@pytest.mark.emulated
+def test_one_fault_of_each_class_is_caught(target: fi.Target) -> None:
+    """Of the first four faults of a class, one at least shows under the deterministic schedule."""
+    split = fi.one_statement_a_line(target.ptx)
+    with fi.planted(target, split):
+        right = fi.run_right(target)
+    by_kind: dict[str, list[fi.Mutant]] = {}
+    for mutant in fi.mutants(split, right.reached):
+        if not fi.STATIC_REASONS.search(mutant.text):
+            by_kind.setdefault(mutant.kind, []).append(mutant)
+    assert set(by_kind) >= {"drop wait", "drop arrive", "drop commit", "drop barrier", "drop fence", "change phase", "change tx"}
+    missed = [
+        kind for kind, some in by_kind.items() if kind != "move up" and not any(fi.verdict(target, m, right, [None])[0] for m in some[:4])
+    ]
+    assert not missed
+
+
+@pytest.mark.emulated
+def test_no_alarm_on_the_right_kernel(target: fi.Target) -> None:
+    """200 seeds were run by hand (tests/emulator/results); a few here."""
+    assert fi.clean_runs(target, 4) == []
