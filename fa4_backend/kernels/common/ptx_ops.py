@@ -23,7 +23,7 @@ FULL_WARP = 0xFFFFFFFF
 WAIT_TICKS = 10_000_000  # ns a try_wait may suspend before it looks again; any value is correct
 
 
-def _asm(text: str, operands: Sequence[Int32], result: ir.Type | None = None, result_constraint: str = "", *, pure: bool = False):
+def inline_asm(text: str, operands: Sequence[Int32], result: ir.Type | None = None, result_constraint: str = "", *, pure: bool = False):
     """Inline PTX; `text` names its operands $0, $1, ... (the result, if any, is $0). All operands are 32-bit registers."""
     constraints = ",".join([result_constraint] * bool(result_constraint) + ["r"] * len(operands) + ["~{memory}"] * (not pure))
     values = [Int32(x).ir_value() for x in operands]
@@ -63,7 +63,7 @@ def mbarrier_arrive(address: Int32) -> None:
 def warp_arrive(address: Int32, lane_idx: Int32) -> None:
     """One arrival on behalf of the whole warp: the lanes' earlier accesses happen before it."""
     cute.arch.sync_warp()
-    _asm(
+    inline_asm(
         "{ .reg .pred leader; setp.eq.b32 leader, $1, 0; @leader mbarrier.arrive.shared::cta.b64 _, [$0]; }",
         [address, lane_idx],
     )
@@ -177,7 +177,7 @@ def tcgen05_fence_after_sync() -> None:
 
 def tcgen05_commit(barrier: Int32) -> None:
     """One arrival on `barrier` when all MMAs issued so far have completed; the warp elects the issuer."""
-    _asm(
+    inline_asm(
         "{ .reg .pred issue; elect.sync _|issue, 0xffffffff; "
         "@issue tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [$0]; }",
         [barrier],
@@ -281,17 +281,17 @@ def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
 
 def keep_here(value: Int32) -> Int32:
     """The same value, which LLVM takes for a new one: keeps what is computed from it inside a branch that is seldom taken."""
-    return Int32(_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
+    return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
 
 
 def shift_left(value: Int32, count: Int32) -> Int32:
     """value << count with counts above 31 giving 0 (PTX ISA, "shl")."""
-    return Int32(_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
+    return Int32(inline_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
 
 
 def shift_right(value: Int32, count: Int32) -> Int32:
     """value >> count, unsigned, with counts above 31 giving 0 (PTX ISA, "shr")."""
-    return Int32(_asm("shr.u32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
+    return Int32(inline_asm("shr.u32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
 
 
 def select_by_bits(bits: Int32, v: ir.Value, otherwise: float) -> ir.Value:

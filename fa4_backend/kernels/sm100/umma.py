@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cutlass import Int32
 
-from fa4_backend.kernels.common.ptx_ops import _asm
+from fa4_backend.kernels.common.ptx_ops import inline_asm
 from fa4_backend.kernels.sm100.storage import ROW_BYTES
 
 MMA_M, MMA_K = 128, 16  # rows, and 16-bit elements of the reduction, of one instruction
@@ -62,7 +62,7 @@ def _issue(a_operand: str, a_setup: Sequence[str], b_steps: Sequence[int], idesc
             "mov.b64 b, {low, high};",
             f"@issue tcgen05.mma.cta_group::1.kind::f16 [$0], {a_operand}, b, idesc, {'first' if i == 0 else 'always'};",
         ]
-    _asm("{ " + " ".join(lines) + " }", operands)
+    inline_asm("{ " + " ".join(lines) + " }", operands)
 
 
 def mma_ss(d_tmem: Int32, a_low: Int32, b_low: Int32, steps: Sequence[int], idesc: int) -> None:
