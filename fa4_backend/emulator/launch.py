@@ -11,8 +11,8 @@ import hashlib
 import os
 import random
 import struct
+import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -318,6 +318,10 @@ class Session:
             except Exception as error:
                 if self.error is not None:
                     raise self.error from None
+                if "Cuda Runtime Error" in str(error):
+                    raise LaunchError(
+                        f"the function is bound to the CUDA runtime, which was loaded before the emulator: {error}"
+                    ) from error
                 raise LaunchError(f"the host code refused the call: {error}") from error
             finally:
                 self.error = None
@@ -516,26 +520,17 @@ def install() -> Path:
         )
         _callbacks.extend(kind(_guard(function)) for function, kind in kinds)
         core().emu_shim_install(*_callbacks)
-    if os.environ.get("CUTE_DSL_LIBS") != str(path):
-        os.environ["CUTE_DSL_LIBS"] = str(path)
-        _rebind_dsl(str(path))
+    os.environ["CUTE_DSL_LIBS"] = str(path)
+    _rebind_dsl(str(path))
     return path
 
 
 def _rebind_dsl(path: str) -> None:
-    """The DSL reads CUTE_DSL_LIBS once, when its singleton is made: correct it if that was earlier."""
-    import sys
-
-    module = sys.modules.get("cutlass.cutlass_dsl")
-    dsl = getattr(module, "CuTeDSL", None)
-    if dsl is None:
-        return
-    try:
-        dsl._get_dsl().envar.shared_libs = path
-    except AttributeError as error:
-        warnings.warn(
-            f"the DSL was imported before the emulator and could not be rebound ({error}); import the emulator first", stacklevel=3
-        )
+    """The DSL's singletons read CUTE_DSL_LIBS once, when `cutlass` is imported: correct them if that was earlier."""
+    module = sys.modules.get("cutlass.base_dsl.dsl")
+    for dsl in list(module.DSLSingletonMeta._instances.values()) if module else []:
+        if hasattr(getattr(dsl, "envar", None), "shared_libs"):
+            dsl.envar.shared_libs = path
 
 
 @contextmanager
