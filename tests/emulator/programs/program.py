@@ -181,7 +181,9 @@ def mismatches(buffer: Buffer, got: np.ndarray, want: np.ndarray) -> np.ndarray:
     assert got.dtype == want.dtype and got.size == want.size, (got.dtype, want.dtype, got.size, want.size)
     a, b = got.reshape(-1).view(_unsigned(got)), want.reshape(-1).view(_unsigned(want))
     wrong = a != b
-    if buffer.floats:
+    if not buffer.floats:
+        return wrong
+    with np.errstate(invalid="ignore"):  # signalling NaN patterns are among the operands
         x, y = as_float(a, buffer.floats), as_float(b, buffer.floats)
         wrong &= ~(np.isnan(x) & np.isnan(y))
         if buffer.ulp or buffer.absolute:
