@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 # These modules register the handlers of their instructions.
-from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_moves, remote, tcgen05, tma, wgmma  # noqa: F401
+from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_moves, native_ops, remote, tcgen05, tma, wgmma  # noqa: F401
 from fa4_backend.emulator.cta import Cluster, Warp
 from fa4_backend.emulator.decode import RESERVED_SMEM, Program, decode
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, LaunchError, RaceDetected, UnknownProgram
