@@ -90,7 +90,7 @@ def compile_to_object(key: CompileKey, stem: Path) -> KernelFacts:
     stem.with_suffix(".ptx").write_text(ptx.rstrip("\0"))
     cubin = stem.with_suffix(".cubin")
     cubin.write_bytes(compiled.__cubin__ or b"")
-    link_shared(object_file, stem.with_suffix(".so"))
+    link_shared([object_file], stem.with_suffix(".so"))
     object_file.unlink()
     shutil.rmtree(dump_dir, ignore_errors=True)
     usage = resource_usage(cubin)
@@ -107,8 +107,8 @@ def describe(key: CompileKey) -> dict[str, Any]:
     return {"type": type(key).__name__, "name": key.name, "builder": key.builder, **asdict(key)}  # type: ignore[call-overload]
 
 
-def link_shared(object_file: Path, library: Path) -> None:
-    """Link one object into a shared library that tvm-ffi can load; its undefined symbols are the launch runtime's.
+def link_shared(inputs: list[Path], library: Path, *options: str) -> None:
+    """Link objects and libraries into a shared library that tvm-ffi can load; a kernel's undefined symbols are the launch runtime's.
 
     Raises:
         CompileError: no C compiler was found, or it failed.
@@ -116,7 +116,7 @@ def link_shared(object_file: Path, library: Path) -> None:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         raise CompileError("linking a kernel: expected cc, gcc or clang on PATH, found none")
-    done = subprocess.run([compiler, "-shared", "-o", str(library), str(object_file)], capture_output=True, text=True)
+    done = subprocess.run([compiler, "-shared", "-o", str(library), *options, *map(str, inputs)], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"{compiler} failed with {done.returncode}: {done.stderr.strip()}")
 

@@ -35,17 +35,26 @@ def seal() -> None:
     _sealed = True
 
 
-@functools.cache
-def source_fingerprint(builder: str) -> str:
-    """Digest of every source that can change what `builder` generates.
+# What kernels share, beside `kernels/common`: read into every fingerprint.
+_SHARED_SOURCES = ("kernels/config.py", "kernels/work_list.py", "problem.py", "arch.py", "compile.py")
 
-    That is its own folder (its own file where it lies directly in `kernels`), `kernels/common`, the configuration and the compile step.
+
+def fingerprinted_files(builder: str) -> list[Path]:
+    """Every source that can change what `builder` generates.
+
+    That is its own folder (its own file where it lies directly in `kernels`), `kernels/common` and `_SHARED_SOURCES`.
     """
     module = _PACKAGE.joinpath(*builder.split(":")[0].split(".")[1:]).with_suffix(".py")
-    own = [module] if module.parent.name == "kernels" else sorted(module.parent.glob("*.py"))
-    shared = [*sorted((_PACKAGE / "kernels" / "common").glob("*.py")), _PACKAGE / "kernels" / "config.py", _PACKAGE / "compile.py"]
+    # schedule.py has its key in schedule_launch.py.
+    own = sorted(module.parent.glob(f"{module.stem}*.py" if module.parent.name == "kernels" else "*.py"))
+    return [*own, *sorted((_PACKAGE / "kernels" / "common").glob("*.py")), *(_PACKAGE / name for name in _SHARED_SOURCES)]
+
+
+@functools.cache
+def source_fingerprint(builder: str) -> str:
+    """Digest of the names and contents of `fingerprinted_files`."""
     digest = hashlib.sha256()
-    for path in [*own, *shared]:
+    for path in fingerprinted_files(builder):
         digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

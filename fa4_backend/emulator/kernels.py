@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from fa4_backend.compile import OBJECT_FUNCTION, CompileKey
+from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, link_shared
 from fa4_backend.compile_cache import ensure_object
 from fa4_backend.emulator.launch import install, register_program, session
 from fa4_backend.emulator.report import Report
@@ -23,13 +27,29 @@ def load_function(key: CompileKey) -> Callable[..., None]:
     Raises:
         CompileError: the kernel could not be compiled or linked.
     """
-    import tvm_ffi
-
-    # The object's launch functions bind to the first library that has them: the emulator's, not the DSL's runtime.
-    ctypes.CDLL(str(install()), mode=ctypes.RTLD_GLOBAL)
     library = ensure_object(key)
     register_program(library.with_suffix(".ptx").read_text(), library.with_suffix(".cubin").read_bytes())
-    return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+    return load_object(library)[OBJECT_FUNCTION]
+
+
+def load_object(library: Path) -> Any:
+    """The tvm-ffi module of a compiled object, its launch functions bound to the emulator.
+
+    A process that has compiled or launched anything holds the DSL's runtime in its global scope, where the same symbols would be found
+    first. So the object is first opened as a dependency of a library that depends on the emulator too, and whose own scope goes first
+    (RTLD_DEEPBIND); opened again, it keeps those bindings.
+
+    Raises:
+        CompileError: no C compiler was found, or it failed.
+    """
+    import tvm_ffi
+
+    emulator_library = install()
+    with tempfile.TemporaryDirectory(prefix="fa4-emulated-") as folder:
+        binder = Path(folder) / "binder.so"
+        link_shared([library.resolve(), emulator_library.resolve()], binder, "-Wl,--no-as-needed")
+        ctypes.CDLL(str(binder), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+    return tvm_ffi.load_module(str(library))
 
 
 @dataclass

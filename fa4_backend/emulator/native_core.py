@@ -33,6 +33,8 @@ FLAGS = (
     "-g0",
     "-w",
 )
+# The core defines the launch runtime's names; its own calls must reach its own functions also where that runtime was loaded before.
+LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 
 # Instructions that the interpreter handles itself, besides the rows of alu.TABLE.
 CONTROL_OPS = (
@@ -145,7 +147,7 @@ def library_path() -> Path:
         if path.suffix in (".c", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
     compiler = _compiler()
-    digest.update(f"{header}{generated}{FLAGS}{compiler}{_cpu()}".encode())
+    digest.update(f"{header}{generated}{FLAGS}{LINK_FLAGS}{compiler}{_cpu()}".encode())
     target = cache_dir() / f"core-{digest.hexdigest()[:20]}.so"
     if target.exists():
         return target
@@ -166,7 +168,7 @@ def _compile(compiler: str, work: Path, sources: list[Path]) -> None:
     commands = [[compiler, *FLAGS, "-c", f"-I{work}", f"-I{SOURCES}", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
-    _run([compiler, "-shared", *map(str, objects), "-o", str(work / "core.so"), "-lm"])
+    _run([compiler, *LINK_FLAGS, *map(str, objects), "-o", str(work / "core.so"), "-lm"])
 
 
 def _run(command: list[str]) -> None:

@@ -206,14 +206,12 @@ def run_on_gpu(case: Case, folder: Path) -> dict[str, np.ndarray]:
 
 
 def run_on_emulator(case: Case, folder: Path, seed: int | None = None) -> dict[str, np.ndarray]:
-    import tvm_ffi
-
     from fa4_backend import emulator
+    from fa4_backend.emulator.kernels import load_object
 
-    emulator.install()
     stem = folder / case.name
     emulator.register_program(stem.with_suffix(".ptx").read_text(), stem.with_suffix(".cubin").read_bytes())
-    function = tvm_ffi.load_module(str(stem.with_suffix(".so")))[FUNCTION]
+    function = load_object(stem.with_suffix(".so"))[FUNCTION]
     data = tensors(case)
     with emulator.session(arch=ARCH, num_sms=NUM_SMS, seed=seed) as session:
         session.run(function, *arguments(case, data))

@@ -184,15 +184,13 @@ def own_prefill(arch: str) -> Target:
 
 def upstream(name: str, folder: Path) -> Target:
     """A kernel of flash-attn-4, from the objects that `tests.device.upstream_sm90 compile` wrote."""
-    import tvm_ffi
-
+    from fa4_backend.emulator.kernels import load_object
     from tests.device.upstream_sm90 import ARCH, CASES, FUNCTION, NUM_SMS, arguments, tensors
 
-    emulator.install()
     stem, case = folder / name, CASES[name]
     ptx, cubin = stem.with_suffix(".ptx").read_text(), stem.with_suffix(".cubin").read_bytes()
     emulator.register_program(ptx, cubin)
-    function = tvm_ffi.load_module(str(stem.with_suffix(".so")))[FUNCTION]
+    function = load_object(stem.with_suffix(".so"))[FUNCTION]
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         data = tensors(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_a_compile_after_warm_up_is_an_error_in_strict_mode(stub_compiler: list[
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:
     (tmp_path / "broken.o").write_text("not an object")
     with pytest.raises(CompileError, match=r"broken\.o"):
-        link_shared(tmp_path / "broken.o", tmp_path / "broken.so")
+        link_shared([tmp_path / "broken.o"], tmp_path / "broken.so")
 
 
 @pytest.mark.parametrize(
@@ -136,3 +137,30 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
     assert facts.spills is not None and facts.spills <= 64, facts  # d256 keeps 64 bytes of per-tile values outside the loop
     if sass:
         assert sass["HGMMA"] > 0
+
+
+BUILDERS = (
+    "fa4_backend.kernels.sm90.kernel:build",
+    "fa4_backend.kernels.sm100.kernel:build",
+    "fa4_backend.kernels.decode.kernel:build",
+    "fa4_backend.kernels.schedule:build",
+)
+# Imported for the types of arguments that only host code around a kernel touches, or to size buffers for a plan.
+HOST_ONLY = {"arguments.py", "plan.py", "metadata.py", "kernels/tuning.py", "kernels/launch.py", "kernels/decode/config.py"}
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_fingerprint_covers_every_source_that_a_kernel_imports(builder: str) -> None:
+    """An import that no fingerprint reads would serve a stale object after an edit."""
+    package = Path(compile_cache.__file__).parent
+    covered = set(compile_cache.fingerprinted_files(builder))
+    assert all(path.is_file() for path in covered)
+    for path in sorted(covered):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fa4_backend"):
+                continue
+            base = package.joinpath(*node.module.split(".")[1:])
+            candidates = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
+            for source in filter(Path.is_file, candidates):
+                name = str(source.relative_to(package))
+                assert source in covered or name in HOST_ONLY, f"{path.name} imports {name}, which {builder}'s fingerprint does not read"
