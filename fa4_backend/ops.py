@@ -61,7 +61,7 @@ def paged_attention(
         ValueError: a tensor or value does not fit the plan; nothing was launched.
     """
     check_tensors(plan, q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out)
-    check_call_values(plan, metadata, seqused_k, window_left, window_right, softcap, sinks, alibi_slopes, lse)
+    check_call_values(plan, metadata, seqused_k, q.shape[0], window_left, window_right, softcap, sinks, alibi_slopes, lse)
     if out is None:
         out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
     if plan.problem.has_lse and lse is None:

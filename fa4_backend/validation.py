@@ -166,6 +166,7 @@ def check_call_values(
     plan: AttentionPlan,
     metadata: AttentionMetadata,
     seqused_k: torch.Tensor,
+    total_q: int,
     window_left: int | None,
     window_right: int | None,
     softcap: float,
@@ -202,7 +203,7 @@ def check_call_values(
     if lse is not None:
         if not p.has_lse:
             raise ValueError("lse: expected none, since the plan was made without it, got a tensor")
-        _expect_shape("lse", lse, (p.num_q_heads, None))
+        _expect_shape("lse", lse, (p.num_q_heads, total_q))
         _expect_dtype("lse", lse, "float32")
     if metadata.plan != plan:
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")

@@ -30,6 +30,7 @@ BAD_TENSORS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "cu_seqlens_q lacks its end": (lambda a: {"cu_seqlens_q": a.cu_seqlens_q[:2]}, ("cu_seqlens_q: expected shape (3)", "got (2,)")),
     "out has the wrong shape": (lambda a: {"out": a.out[:2]}, ("out: expected shape (9, 4, 64)", "got (2, 4, 64)")),
     "out is float32": (lambda a: {"out": a.out.float()}, ("out: expected dtype bfloat16", "got float32")),
+    "lse is short": (lambda a: {"lse": a.lse[:, 1:]}, ("lse: expected shape (4, 9)", "got (4, 8)")),
     "lse is bfloat16": (lambda a: {"lse": a.lse.bfloat16()}, ("lse: expected dtype float32", "got bfloat16")),
     "a window that was not planned": (lambda a: {"window_left": 3}, ("window_left: expected none", "got 3")),
     "a soft cap that was not planned": (lambda a: {"softcap": 3.0}, ("softcap: expected none", "got 3.0")),
