@@ -19,6 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
+from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of
 from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
+LONG_ROW_BLOCKS = 128  # n_blocks of a row from which on idle CTAs cost more than a few splits do
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
 
 
@@ -186,7 +188,7 @@ class ScheduleKernel:
         cute.arch.sync_threads()
         items = num_decode * params.num_kv_heads
         usable = num_ctas
-        if sums[0] == 0 and items > 0:
+        if sums[0] == 0 and items > 0 and rows.decode_cost[1] < LONG_ROW_BLOCKS:
             if items <= num_ctas:
                 usable = num_ctas - num_ctas % items
             else:
@@ -219,10 +221,9 @@ class ScheduleKernel:
                 blocks = rows.decode_blocks[row]
                 begin = rows.decode_begin[row]
                 if params.split_blocks > 0:
-                    split = params.split_blocks
                     if block > 0:
-                        block = (begin + block + split // 2) // split * split - begin
-                    pieces = (begin + blocks + split - 1) // split - begin // split
+                        block = nearest_piece(begin + block, params) - begin
+                    pieces = piece_idx(begin + cutlass.max(blocks, 1) - 1, params) + 1 - piece_idx(begin, params)
                 if block <= 0:
                     block = Int32(0)
                 elif block >= blocks:
@@ -296,8 +297,7 @@ class ScheduleKernel:
                     pieces = cuts.slot[next_cut] - first_slot
                     piece = Int32(0)
                     if params.split_blocks > 0:
-                        split = params.split_blocks
-                        piece = (begin_block + block) // split - begin_block // split
+                        piece = piece_idx(begin_block + block, params) - piece_idx(begin_block, params)
                     elif block > 0:
                         piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
                     slot = first_slot + piece
@@ -392,6 +392,22 @@ class ScheduleKernel:
                 cta = num_ctas - 1 - cta
             values = (seq_idx, head, m_block, begin, end, Int32(-1), Int32(0), Int32(1))
             store_tile(prefill_tiles, deal_begin(cta, total, num_ctas) + turn, values)
+
+
+def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:
+    """Piece of a row's KV that holds `tile` (batch-invariant mode)."""
+    return piece_of(tile, params.split_blocks, cutlass.min, cutlass.max)
+
+
+@cute.jit
+def nearest_piece(tile: Int32, params: ScheduleParams) -> Int32:
+    """The beginning of a piece that is nearest to `tile`."""
+    piece = piece_idx(tile, params)
+    begin = piece_begin(piece, params.split_blocks, cutlass.min, cutlass.max)
+    end = piece_begin(piece + 1, params.split_blocks, cutlass.min, cutlass.max)
+    if 2 * tile >= begin + end:
+        begin = end
+    return begin
 
 
 @cute.jit

@@ -161,8 +161,8 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
 
 
 def split_tiles(limits: BatchLimits) -> int:
-    """KV tiles of a piece in batch-invariant mode: a constant of the plan, so that a row's bits know nothing of its batch.
+    """KV tiles of a long piece in batch-invariant mode: a constant of the plan, so that a row's bits know nothing of its batch.
 
-    512 keys; more where a row may be so long that its pieces would outgrow the workspace (128 pieces a row).
+    512 keys; more where a row may be so long that its pieces would outgrow the workspace (128 long pieces a row).
     """
     return max(512 // TILE_N, -(-limits.max_seqlen_k // (128 * TILE_N)))

@@ -16,6 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of
 from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, DecodeConfig
 from fa4_backend.kernels.decode.storage import SharedTensors
@@ -25,7 +26,7 @@ from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 VEC = 4  # elements of a thread's vector
 PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
-COMBINE_LOADS = 16  # 16-byte loads of slots that a thread has in flight together
+COMBINE_LOADS = 24  # 16-byte loads of slots that a thread has in flight together
 
 
 class ResultTensors(NamedTuple):
@@ -93,15 +94,16 @@ class Merge:
         """Pieces of an entry, half-open; numbered from the sequence's first key in batch-invariant mode."""
         if const_expr(not self.config.has_pieces):
             return Int32(0), Int32(1)
-        first = entry.n_block_begin // values.split_blocks
-        last = (entry.n_block_end + values.split_blocks - 1) // values.split_blocks
-        return first, cutlass.max(last, first + 1)
+        first = piece_of(entry.n_block_begin, values.split_blocks, cutlass.min, cutlass.max)
+        last = piece_of(entry.n_block_end - 1, values.split_blocks, cutlass.min, cutlass.max)
+        return first, cutlass.max(last, first) + 1
 
     def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, values: CallValues) -> tuple[Int32, Int32]:
         """Visible KV tiles of a piece."""
         if const_expr(not self.config.has_pieces):
             return begin, end
-        return cutlass.max(begin, piece * values.split_blocks), cutlass.min(end, (piece + 1) * values.split_blocks)
+        first, last = (piece_begin(piece + i, values.split_blocks, cutlass.min, cutlass.max) for i in (0, 1))
+        return cutlass.max(begin, first), cutlass.min(end, last)
 
     @cute.jit
     def meet(self, state: RowState, shared: SharedTensors, scale_log2: Float32):
