@@ -13,6 +13,7 @@ from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
 from fa4_backend.bench.decode_peers import Call, installed, prepare
+from fa4_backend.bench.peers import ready
 from fa4_backend.bench.timing import capture, copy_bandwidth, median_us
 
 OURS = ("fa4", "fa4 invariant")
@@ -78,7 +79,9 @@ def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseco
     for batch in batches:
         tensors = BatchTensors.make(batch)
         calls = {name: Ours.make(batch, tensors, batch_invariant=name != "fa4").call for name in OURS}
-        calls |= {peer: call for peer in peers if (call := prepare(peer, batch, tensors)) is not None}
+        for peer in peers:
+            if (call := ready(peer, batch.label, lambda: prepare(peer, batch, tensors))) is not None:  # noqa: B023 (called at once)
+                calls[peer] = call
         measured: dict[str, tuple[float, float]] = {}
         for name, call in calls.items():
             tensors.out.fill_(float("nan"))

@@ -73,10 +73,11 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def check_fuzz(arch: str, batches: int) -> dict[str, Any]:
-    """`batches` fuzzed batches over all setups, against the float32 oracle."""
+def check_fuzz(arch: str, batches: int, shard: tuple[int, int]) -> dict[str, Any]:
+    """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every `shard[1]`-th from `shard[0]` on."""
     every = setups(arch)
-    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in every]
+    chosen = every[shard[0] :: shard[1]]
+    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
     failed = [r for r in results if r.failures]
     assert not failed, "\n".join(str(r) for r in failed)
     return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
@@ -188,13 +189,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="lists,fuzz,bits")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
+    parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
+    begin, step = (int(part) for part in options.shard.split("/"))
+    shard = (begin, step)
     arch = arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(arch, options.batches),
+        "fuzz": lambda: check_fuzz(arch, options.batches, shard),
         "bits": lambda: check_bits(arch, 100),
     }
     seen: dict[str, Any] = {"device": torch.cuda.get_device_name()}
