@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
-LONG_ROW_BLOCKS = 128  # n_blocks of a row from which on idle CTAs cost more than a few splits do
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
 
 
@@ -188,7 +187,7 @@ class ScheduleKernel:
         cute.arch.sync_threads()
         items = num_decode * params.num_kv_heads
         usable = num_ctas
-        if sums[0] == 0 and items > 0 and rows.decode_cost[1] < LONG_ROW_BLOCKS:
+        if sums[0] == 0 and items > 0:
             if items <= num_ctas:
                 usable = num_ctas - num_ctas % items
             else:

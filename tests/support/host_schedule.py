@@ -130,7 +130,7 @@ def piece_starts(split_blocks: int, end: int) -> list[int]:
     """First tiles of a row's pieces (batch-invariant mode), up to the first that is not below `end`."""
     starts = [0]
     while starts[-1] < end:
-        starts.append(starts[-1] + (1 if starts[-1] < 16 else 2 if starts[-1] < 64 else split_blocks))
+        starts.append(starts[-1] + (2 if starts[-1] < 16 else 4 if starts[-1] < 64 else split_blocks))
     return starts
 
 
@@ -142,7 +142,7 @@ def pieces_between(split_blocks: int, begin: int, end: int) -> list[tuple[int, i
 def _usable_ctas(cost: list[int], ctas: int) -> int:
     """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost."""
     items = len(cost)
-    if not items or len(set(cost)) > 1 or cost[0] >= 128:
+    if not items or len(set(cost)) > 1:
         return ctas
     used = ctas
     if items <= ctas:

@@ -90,7 +90,8 @@ class LoadWarp:
             cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
             if lane < DECODE_INTS:
                 shared.sEntry[stage, lane] = word
-            cute.arch.sync_warp()
+                if lane > 0:  # each lane releases what it wrote
+                    cute.arch.mbarrier_arrive(shared.entry_full + stage)
             if lane == 0:
                 cute.arch.mbarrier_arrive_and_expect_tx(shared.entry_full + stage, c.rows * c.head_dim * c.element_bytes)
                 ptx.tma_load(q_map, self.storage.q_tile(shared, stage), (shared.entry_full + stage).toint(), self._query_coords(entry))

@@ -233,6 +233,7 @@ class Merge:
         """Add up all slots of a row group and write it."""
         c = self.config
         batch = const_expr(max(1, COMBINE_LOADS // self.vectors))
+        fold_batch = const_expr(self._fold_in_order if c.has_pieces else self._fold_together)
         self.reset(totals)
         for base in cutlass.range(0, entry.num_pieces, batch, unroll=1):
             fetched = []
@@ -246,8 +247,7 @@ class Merge:
                     r = cute.make_rmem_tensor(VEC, Float32)
                     cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
                     fetched.append((v, r, lse_log2))
-            for v, r, lse_log2 in fetched:
-                self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
+            fold_batch(totals, fetched)
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
@@ -282,6 +282,29 @@ class Merge:
         """A vector divided by its denominator, and the denominator in log2; 0 and -inf for an empty row."""
         result = finalize_row(row_max, row_sum, Float32(1.0), None)
         return [x * result.o_scale for x in o], result.lse * (1.0 / LN_2)
+
+    def _fold_in_order(self, totals: Totals, fetched: list) -> None:
+        """Add pieces (vector, values, lse_log2) one after the other, as a CTA does that holds them all."""
+        for v, r, lse_log2 in fetched:
+            self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
+
+    def _fold_together(self, totals: Totals, fetched: list) -> None:
+        """Add pieces relative to their common maximum: one rescale for all of them, and weights that wait for nothing else."""
+        for v in range(self.vectors):
+            mine = [(r, lse_log2) for vector, r, lse_log2 in fetched if vector == v]
+            new_max = totals.rMax[v]
+            for _, lse_log2 in mine:
+                new_max = cute.arch.fmax(new_max, lse_log2)
+            finite = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
+            old_weight = cute.math.exp2(totals.rMax[v] - finite, fastmath=True)
+            row_sum, o = totals.rSum[v] * old_weight, [totals.rO[v, e] * old_weight for e in range(VEC)]
+            for r, lse_log2 in mine:
+                weight = cute.math.exp2(lse_log2 - finite, fastmath=True)
+                row_sum = row_sum + weight
+                o = [cute.math.fma(r[e], weight, o[e]) for e in range(VEC)]
+            for e in range(VEC):
+                totals.rO[v, e] = o[e]
+            totals.rSum[v], totals.rMax[v] = row_sum, new_max
 
     @cute.jit
     def _fold(self, totals: Totals, v: cutlass.Constexpr[int], o: list[Float32], lse_log2: Float32):
