@@ -56,6 +56,7 @@ class WorkShape:
     decode_tile_n: int  # keys of a decode n_block
     decode_rows: int  # packed rows of a split-KV slot: `decode_query_len * q_per_kv`
     split_blocks: int  # decode n_blocks of a long piece in batch-invariant mode; 0: cut where it balances best
+    slot_vectors: int  # 16-byte vectors of a slot that each thread of a combining CTA adds
     item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
     l2_tokens: int  # KV tokens of one head that fit the share of L2 that prefill tiles running together may use
 
@@ -118,7 +119,7 @@ class WorkLists:
 
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
-    from fa4_backend.kernels.decode.config import TILE_N, decode_config, split_tiles
+    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_vectors, split_tiles
     from fa4_backend.kernels.tuning import prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
@@ -135,6 +136,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
         decode_tile_n=TILE_N,
         decode_rows=decode.rows if decode else 0,
         split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
+        slot_vectors=slot_vectors(decode) if decode else 1,
         item_overhead=ITEM_OVERHEAD,
         l2_tokens=L2_SHARE_BYTES // bytes_per_token,
     )

@@ -25,7 +25,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     shape = WorkShape(
         num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=draw.choice((1, 7, 33)), decode_num_ctas=draw.choice((1, 7, 33)),
         tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
-        decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), item_overhead=draw.choice((0, 2)), l2_tokens=1000,
+        decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
+        item_overhead=draw.choice((0, 2)), l2_tokens=1000,
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -63,7 +64,7 @@ def test_more_rows_than_threads() -> None:
 def test_decode_is_balanced() -> None:
     """No CTA has more KV tiles than its equal share and one, whatever the lengths."""
     for seed in range(50):
-        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 0, 1000)
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000)
         draw = random.Random(seed)
         kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((1, 8, 64)))]
         lists = host_lists(shape, [1] * len(kv_lens), kv_lens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +71,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     cost = [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total, ctas = int(starts[-1]), shape.decode_num_ctas
-    used = _usable_ctas(cost, ctas)
+    used = _usable_ctas(shape, cost)
     cuts = []
     for c in range(ctas + 1):
         position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
@@ -139,9 +140,10 @@ def pieces_between(split_blocks: int, begin: int, end: int) -> list[tuple[int, i
     return [(a, b) for a, b in itertools.pairwise(piece_starts(split_blocks, end)) if max(a, begin) < min(b, end)]
 
 
-def _usable_ctas(cost: list[int], ctas: int) -> int:
-    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost."""
-    items = len(cost)
+def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
+    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost, and no more
+    parts of a row group than pay."""
+    items, ctas = len(cost), shape.decode_num_ctas
     if not items or len(set(cost)) > 1:
         return ctas
     used = ctas
@@ -151,7 +153,10 @@ def _usable_ctas(cost: list[int], ctas: int) -> int:
         share = -(-items // ctas)
         if items % share == 0:
             used = items // share
-    return used if used * 8 >= ctas * 7 else ctas
+    used = used if used * 8 >= ctas * 7 else ctas
+    if shape.split_blocks:
+        return used
+    return min(used, items * max(1, math.isqrt(10 * cost[0] // shape.slot_vectors)))
 
 
 def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ BOXES = 4  # boxes of a KV tile, one a key warp
 TILE_N = BOX_KEYS * BOXES
 MMA_ROWS = 16  # packed query rows of one mma.sync
 MAX_ROWS = 64  # packed query rows: four row groups of four key warps
+VEC = 4  # float32 of a vector that a thread of the merge holds: 16 bytes
 MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
@@ -158,6 +159,11 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
     if fits_registers and pair.kv_stage >= 2:
         return pair
     return config if config.kv_stage >= 2 else None
+
+
+def slot_vectors(config: DecodeConfig) -> int:
+    """Vectors of `VEC` float32 of a split-KV slot that each consumer thread holds while slots are added up."""
+    return -(-config.rows * (config.head_dim_v // VEC) // (32 * config.num_consumer_warps))
 
 
 def split_tiles(limits: BatchLimits) -> int:

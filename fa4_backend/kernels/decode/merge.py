@@ -18,13 +18,12 @@ from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of
 from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
-from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, DecodeConfig
+from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_vectors
 from fa4_backend.kernels.decode.storage import SharedTensors
 from fa4_backend.kernels.decode.work import CallValues, Entry
 from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
-VEC = 4  # elements of a thread's vector
 PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
 COMBINE_LOADS = 24  # 16-byte loads of slots that a thread has in flight together
 
@@ -75,7 +74,7 @@ class Merge:
     @property
     def vectors(self) -> int:
         """Vectors of a thread."""
-        return -(-self.config.rows * self.row_vectors // self.num_threads)
+        return slot_vectors(self.config)
 
     def make_totals(self) -> Totals:
         """Fresh registers."""
@@ -213,9 +212,12 @@ class Merge:
 
     @cute.jit
     def arrive(self, num_pending: Int32, shared: SharedTensors, results: ResultTensors):
-        """Arrive at the slots of every pending entry; sFlag tells where this CTA is the last. Ends with a barrier of the consumers."""
+        """Arrive at the slots of every pending entry; sFlag tells where this CTA is the last. Ends with a barrier of the consumers.
+
+        The barriers before and after carry the release and the acquire of the one thread's atomic to all consumers (PTX ISA,
+        "Causality order"): fences of their own cost 0.7 us on an H100.
+        """
         tidx, _, _ = cute.arch.thread_idx()
-        cute.arch.fence_acq_rel_gpu()  # the slots before the arrival
         self._barrier()
         if tidx < num_pending:
             first_slot, pieces_here = shared.sPending[tidx, FIRST_SLOT], shared.sPending[tidx, PIECES_HERE]
@@ -226,7 +228,6 @@ class Merge:
                 results.mArrivals[first_slot] = Int32(0)  # for the next launch
             shared.sFlag[tidx] = is_last
         self._barrier()
-        cute.arch.fence_acq_rel_gpu()  # the arrival before the others' slots
 
     @cute.jit
     def combine(self, entry: Entry, totals: Totals, results: ResultTensors):
@@ -238,14 +239,16 @@ class Merge:
         for base in cutlass.range(0, entry.num_pieces, batch, unroll=1):
             fetched = []
             for i in cutlass.range_constexpr(batch):
-                slot = entry.first_slot + cutlass.min(base + i, entry.num_pieces - 1)
+                slot = entry.first_slot + base + i
                 for v in cutlass.range_constexpr(self.vectors):
                     row, at = self._vector(v)
                     row = cutlass.min(row, c.rows - 1)
-                    # Past the last piece: the last again, without weight.
-                    lse_log2 = cutlass.select_(base + i < entry.num_pieces, results.mLsePartial[slot, row], -Float32.inf)
-                    r = cute.make_rmem_tensor(VEC, Float32)
-                    cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
+                    # Past the last piece: nothing, without weight.
+                    lse_log2, r = -Float32.inf, cute.make_rmem_tensor(VEC, Float32)
+                    r.fill(0.0)
+                    if base + i < entry.num_pieces:
+                        lse_log2 = results.mLsePartial[slot, row]
+                        cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
                     fetched.append((v, r, lse_log2))
             fold_batch(totals, fetched)
         for v in cutlass.range_constexpr(self.vectors):
