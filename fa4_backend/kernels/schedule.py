@@ -19,7 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
-from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of
+from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
 # Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
-# CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least near n * n * vectors = 10 * b.
-PARTS_RATIO = 10
+# CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.
+# 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
+# 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
+PARTS_RATIO = 5
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
 
 
@@ -415,15 +417,19 @@ def square_root(value: Int32) -> Int32:
 
 def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:
     """Piece of a row's KV that holds `tile` (batch-invariant mode)."""
-    return piece_of(tile, params.split_blocks, cutlass.min, cutlass.max)
+    return piece_of(tile, piece_rule(params), cutlass.min, cutlass.max)
+
+
+def piece_rule(params: ScheduleParams) -> PieceRule:
+    """The plan's rule, which the decode kernel follows too (`Merge.rule`)."""
+    return PieceRule(short_piece(params.slot_vectors, cutlass.min), params.split_blocks)
 
 
 @cute.jit
 def nearest_piece(tile: Int32, params: ScheduleParams) -> Int32:
     """The beginning of a piece that is nearest to `tile`."""
     piece = piece_idx(tile, params)
-    begin = piece_begin(piece, params.split_blocks, cutlass.min, cutlass.max)
-    end = piece_begin(piece + 1, params.split_blocks, cutlass.min, cutlass.max)
+    begin, end = (piece_begin(piece + i, piece_rule(params), cutlass.min, cutlass.max) for i in (0, 1))
     if 2 * tile >= begin + end:
         begin = end
     return begin

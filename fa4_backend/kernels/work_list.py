@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fa4_backend.kernels.common.kv_pieces import piece_of
+from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class WorkShape:
         if self.split_blocks == 0:
             return max(1, 2 * cuts)
         blocks = -(-max_seqlen_k // self.decode_tile_n)
-        return max(1, cuts * (piece_of(max(blocks, 1) - 1, self.split_blocks) + 1))
+        return max(1, cuts * (piece_of(max(blocks, 1) - 1, PieceRule(short_piece(self.slot_vectors), self.split_blocks)) + 1))
 
 
 @dataclass

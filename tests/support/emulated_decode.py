@@ -128,7 +128,7 @@ def host_lists(
     for seq_idx, head, _, begin, end, slot, first_slot, num_pieces, *_ in lists.decode_tiles.tolist():
         covered.setdefault((seq_idx, head), []).append((begin, end))
         if slot >= 0:
-            here = len(pieces_between(shape.split_blocks, begin, end)) if shape.split_blocks else 1
+            here = len(pieces_between(shape, begin, end)) if shape.split_blocks else 1
             slots += range(slot, slot + here)
             assert first_slot <= slot and slot + here <= first_slot + num_pieces
     assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots(max([*kv_lens, 1]))

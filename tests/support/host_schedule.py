@@ -82,7 +82,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
         _, _, begin, end = groups[item]
         block = position - int(starts[item]) - shape.item_overhead  # blocks of the item before the cut
         if shape.split_blocks and block > 0:
-            starts_of = piece_starts(shape.split_blocks, end)
+            starts_of = piece_starts(shape, end)
             block = min(starts_of, key=lambda start: (abs(start - begin - block), -start)) - begin
         if block <= 0:
             cuts.append((item, 0))
@@ -99,7 +99,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     slot, first_slots, pieces = 0, {}, {}
     for item in sorted(bounds):
         _, _, begin, end = groups[item]
-        pieces[item] = len(pieces_between(shape.split_blocks, begin, end)) if shape.split_blocks else len(bounds[item])
+        pieces[item] = len(pieces_between(shape, begin, end)) if shape.split_blocks else len(bounds[item])
         first_slots[item] = slot
         slot += pieces[item]
     lists: list[list] = [[] for _ in range(ctas)]
@@ -111,7 +111,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
             where = (-1, 0, 1)
             if item in bounds:
                 at_cut = bounds[item].index(block) if block in bounds[item] else 0
-                piece = len(pieces_between(shape.split_blocks, begin, begin + block)) if shape.split_blocks else at_cut
+                piece = len(pieces_between(shape, begin, begin + block)) if shape.split_blocks else at_cut
                 where = (first_slots[item] + piece, first_slots[item], pieces[item])
             lists[c].append((seq_idx, head, 0, begin + block, begin + stop, *where, *lengths[seq_idx]))
             item, block = item + 1, 0
@@ -127,17 +127,18 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     return tiles, first
 
 
-def piece_starts(split_blocks: int, end: int) -> list[int]:
+def piece_starts(shape: WorkShape, end: int) -> list[int]:
     """First tiles of a row's pieces (batch-invariant mode), up to the first that is not below `end`."""
+    short = 2 if shape.slot_vectors == 1 else 4
     starts = [0]
     while starts[-1] < end:
-        starts.append(starts[-1] + (2 if starts[-1] < 16 else 4 if starts[-1] < 64 else split_blocks))
+        starts.append(starts[-1] + (short if starts[-1] < 16 else 2 * short if starts[-1] < 64 else shape.split_blocks))
     return starts
 
 
-def pieces_between(split_blocks: int, begin: int, end: int) -> list[tuple[int, int]]:
+def pieces_between(shape: WorkShape, begin: int, end: int) -> list[tuple[int, int]]:
     """The pieces that tiles `begin` .. `end` lie in."""
-    return [(a, b) for a, b in itertools.pairwise(piece_starts(split_blocks, end)) if max(a, begin) < min(b, end)]
+    return [(a, b) for a, b in itertools.pairwise(piece_starts(shape, end)) if max(a, begin) < min(b, end)]
 
 
 def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
@@ -156,7 +157,7 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
     used = used if used * 8 >= ctas * 7 else ctas
     if shape.split_blocks:
         return used
-    return min(used, items * max(1, math.isqrt(10 * cost[0] // shape.slot_vectors)))
+    return min(used, items * max(1, math.isqrt(5 * cost[0] // shape.slot_vectors)))
 
 
 def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:

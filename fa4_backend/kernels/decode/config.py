@@ -129,8 +129,11 @@ class DecodeConfig:
 def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two KV tiles do not fit.
+    That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two
+    KV tiles do not fit.
     """
+    if problem.exact:
+        return None
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
         return None
     if problem.head_dim % 16 or problem.head_dim_v % 16 or max(problem.head_dim, problem.head_dim_v) > 256:

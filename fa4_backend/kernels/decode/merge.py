@@ -16,7 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of
+from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_vectors
 from fa4_backend.kernels.decode.storage import SharedTensors
@@ -76,6 +76,10 @@ class Merge:
         """Vectors of a thread."""
         return slot_vectors(self.config)
 
+    def rule(self, values: CallValues) -> PieceRule:
+        """Where KV is cut into pieces; the schedule's `piece_rule`."""
+        return PieceRule(short_piece(self.vectors), values.split_blocks)
+
     def make_totals(self) -> Totals:
         """Fresh registers."""
         n = self.vectors
@@ -93,15 +97,15 @@ class Merge:
         """Pieces of an entry, half-open; numbered from the sequence's first key in batch-invariant mode."""
         if const_expr(not self.config.has_pieces):
             return Int32(0), Int32(1)
-        first = piece_of(entry.n_block_begin, values.split_blocks, cutlass.min, cutlass.max)
-        last = piece_of(entry.n_block_end - 1, values.split_blocks, cutlass.min, cutlass.max)
+        first = piece_of(entry.n_block_begin, self.rule(values), cutlass.min, cutlass.max)
+        last = piece_of(entry.n_block_end - 1, self.rule(values), cutlass.min, cutlass.max)
         return first, cutlass.max(last, first) + 1
 
     def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, values: CallValues) -> tuple[Int32, Int32]:
         """Visible KV tiles of a piece."""
         if const_expr(not self.config.has_pieces):
             return begin, end
-        first, last = (piece_begin(piece + i, values.split_blocks, cutlass.min, cutlass.max) for i in (0, 1))
+        first, last = (piece_begin(piece + i, self.rule(values), cutlass.min, cutlass.max) for i in (0, 1))
         return cutlass.max(begin, first), cutlass.min(end, last)
 
     @cute.jit
