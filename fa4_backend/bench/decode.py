@@ -14,7 +14,7 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
 from fa4_backend.bench.decode_peers import Call, installed, prepare
 from fa4_backend.bench.peers import ready
-from fa4_backend.bench.timing import capture, copy_bandwidth, median_us
+from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
 
 # Name -> flags of its problem.
 OURS: dict[str, dict[str, bool]] = {
@@ -72,7 +72,9 @@ class Ours:
         )
 
 
-def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseconds: float = 30.0) -> Iterator[list[Timing]]:
+def run(
+    batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseconds: float = 30.0, flush: Flush = Flush.WRITE
+) -> Iterator[list[Timing]]:
     """Time every kernel on every batch; yields one list a batch.
 
     Raises:
@@ -94,7 +96,7 @@ def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseco
             error = tensors.error(batch)
             if name in OURS and not error <= MAX_ERROR:
                 raise RuntimeError(f"{name} on {batch.label}: expected an error of at most {MAX_ERROR}, got {error}")
-            measured[name] = (median_us(capture(call), milliseconds=milliseconds), error)
+            measured[name] = (median_us(capture(call), milliseconds=milliseconds, flush=flush), error)
         best = min((us for name, (us, _) in measured.items() if name not in OURS), default=None)
         timings = []
         for name, (us, error) in measured.items():
