@@ -14,10 +14,11 @@ STORE_BYTES = 16
 
 @dataclass(frozen=True)
 class OutputStore:
-    """Copies `rows` rows of a swizzled shared-memory tile with `threads` threads."""
+    """Copies `rows` rows of a swizzled shared-memory tile of `tile_rows` rows with `threads` threads."""
 
     pack: PackGqa
     rows: int
+    tile_rows: int
     threads: int
     head_dim_v: int
     part_elems: int  # elements of a swizzled row of shared memory
@@ -27,9 +28,9 @@ class OutputStore:
     def store(
         self,
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
-        sO_ptr: cute.Pointer,  # tile of [head part][row][part_elems], 16-byte chunks swizzled as TMA does
+        sO_ptr: cute.Pointer,  # row `first_row` of a tile [head part][row][part_elems], 16-byte chunks swizzled as TMA does
         thread: Int32,
-        first_row: Int32,  # row of the tile that sO_ptr begins with
+        first_row: Int32,  # a multiple of 8
         kv_head_idx: Int32,
         m_block: Int32,
         seqlen: SeqlenInfo,
@@ -42,7 +43,7 @@ class OutputStore:
         for i in cutlass.range_constexpr(self.rows * row_chunks // self.threads):
             chunk = thread + i * self.threads
             row, column = chunk // row_chunks, chunk % row_chunks
-            line = (column // part_chunks) * self.rows + row  # rows of part_elems elements
+            line = (column // part_chunks) * self.tile_rows + row  # rows of part_elems elements
             # TMA's 128/64/32-byte swizzle: XOR of the chunk index with the number of the 128-byte line.
             swizzled = (column % part_chunks) ^ self._swizzle_bits(line, part_chunks)
             packed = self.pack.row(first_row + row, m_block, seqlen)

@@ -8,6 +8,9 @@ One KV block j of the loop, with O in registers all along:
     O ready:  rescale O, P = P' in 16 bits
 
 So the tensor cores see two warpgroups in ping-pong, and each one overlaps its own softmax with its own second product.
+
+The blocks of all tiles of a CTA are one stream: the first scores of a tile take their turn together with the last product of the tile
+before, whose O is written while the other warpgroup's products run. Behind the last tile stands an empty one (`load_warp.py`).
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
@@ -28,17 +31,16 @@ from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
 from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
-from fa4_backend.kernels.sm90.storage import Barriers, RingPosition, Storage, advance, tensor_at
+from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, Storage, advance, tensor_at
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 class SharedTiles(NamedTuple):
     """Shared memory as a consumer sees it."""
 
-    q: cute.Pointer
+    q: cute.Pointer  # Q_STAGE buffers; O leaves through them
     kv: cute.Pointer
-    o: cute.Pointer
-    sWork: cute.Tensor  # (WORK_INTS,) int32
+    sWork: cute.Tensor  # (WORK_INTS, Q_STAGE) int32
 
 
 class Products(NamedTuple):
@@ -46,7 +48,7 @@ class Products(NamedTuple):
 
     qk: cute.TiledMma
     pv: cute.TiledMma
-    tSrQ: cute.Tensor
+    tSrQ: cute.Tensor  # last mode: Q buffer
     tSrK: cute.Tensor  # last mode: slot
     tOrVt: cute.Tensor  # last mode: slot
     rP: cute.Tensor  # A operand of the second product, 16 bits
@@ -61,8 +63,10 @@ class Turn(NamedTuple):
 
 
 class TileState(NamedTuple):
-    """What a tile's rows need of the sequence: their keys and their bias."""
+    """A tile, its KV blocks, and what its rows need of the sequence: their keys and their bias."""
 
+    work: WorkTile
+    blocks: BlockRange
     columns: tuple[Columns, Columns]  # of this thread's two rows
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
@@ -106,53 +110,60 @@ class ConsumerWarpgroup:
         # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
         scale_log2 = Float32(1.0) if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-        position = RingPosition(Int32(0), Int32(0))
-        q_phase = Int32(0)
         tile_begin, tile_end = tile_range(mBegin)
-        for _ in cutlass.range(tile_end - tile_begin, unroll=1):
-            cute.arch.mbarrier_wait(barriers.q_full, q_phase)
-            q_phase ^= 1
-            work = self._read_work(tiles.sWork)
-            blocks = self.blocks.blocks(
-                work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
-            )
-            state = self._tile_state(work, values, outputs, group, thread)
-            n_block = blocks.end - 1
-            # First block: nothing to overlap with yet.
+        if tile_begin < tile_end:
+            # The stream's first block: nothing to overlap with yet.
+            q = RingPosition(Int32(0), Int32(0))
+            position = RingPosition(Int32(0), Int32(0))
+            tile = self._next_tile(tiles, barriers, q, values, outputs, group, thread)
             cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
-            rS = self._scores(products, position.slot)
+            rS = self._scores(products, q.slot, position.slot)
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             position = advance(position, stages)
-            self._transform(fragment, rS, n_block, values, state, True)
-            fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+            self._first_weights(fragment, rS, stats, tile, values, scale_log2)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
-            self._clear_tail(tiles, barriers, position, n_block, blocks.end - blocks.begin, work.seqlen, thread)
-
-            # Then down to the first block: masked on the right, whole, masked on the left.
-            full_end = cutlass.max(blocks.full_end, blocks.begin)
-            full_begin = cutlass.min(cutlass.max(blocks.full_begin, blocks.begin), full_end)
-            num_right = cutlass.max(n_block - full_end, 0)
-            for _ in cutlass.range(num_right, unroll=1):
-                n_block -= 1
-                position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, True)
-            num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
-            for _ in cutlass.range(num_full, unroll=1):
-                n_block -= 1
-                position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, False)
-            if const_expr(self.blocks.mask.has_left):
-                for _ in cutlass.range(n_block - blocks.begin, unroll=1):
+            self._clear_tail(tiles, barriers, position, tile, thread)
+            for _ in cutlass.range(tile_end - tile_begin, unroll=1):
+                # From the tile's second block down to its first key: masked on the right, whole, masked on the left.
+                blocks = tile.blocks
+                n_block = blocks.end - 1
+                full_end = cutlass.max(blocks.full_end, blocks.begin)
+                full_begin = cutlass.min(cutlass.max(blocks.full_begin, blocks.begin), full_end)
+                num_right = cutlass.max(n_block - full_end, 0)
+                for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, turn, n_block, values, state, scale_log2, True)
-
-            self._release(barriers.q_empty)  # Q is read no more: the load warp may bring the next tile's
-            cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
-            self._accumulate(products, position.slot)
-            warpgroup.wait_group(0)
-            self._release(barriers.kv_empty + position.slot)
-            position = advance(position, stages)
-            self._finish(products, stats, scale_log2, tiles, outputs, work, group, thread)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True)
+                num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
+                for _ in cutlass.range(num_full, unroll=1):
+                    n_block -= 1
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, False)
+                if const_expr(self.blocks.mask.has_left):
+                    for _ in cutlass.range(n_block - blocks.begin, unroll=1):
+                        n_block -= 1
+                        position = self._block(
+                            products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True
+                        )
+                # Then into the next tile: its first scores with this tile's last product.
+                q_next = advance(q, Q_STAGE)
+                next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
+                after = advance(position, stages)
+                rS = self._issue_turn(products, barriers, position, after, q_next, turn)
+                warpgroup.wait_group(1)
+                self._release(barriers.kv_empty + position.slot)
+                next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
+                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2)
+                warpgroup.wait_group(0)
+                self._release(barriers.kv_empty + after.slot)
+                fragment.to_operand(rS, products.rP)
+                self._finish(products, stats, scale_log2, tiles, outputs, tile.work, q, group, thread)
+                self._release_query(barriers.q_empty + q.slot)
+                products.rO.fill(0.0)
+                for i in cutlass.range_constexpr(2):
+                    stats.row_max[i], stats.row_sum[i] = next_stats.row_max[i], next_stats.row_sum[i]
+                position, q, tile = advance(after, stages), q_next, next_tile
+                self._clear_tail(tiles, barriers, position, tile, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -160,7 +171,7 @@ class ConsumerWarpgroup:
 
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
-        sQ = tensor_at(tiles.q, s.rows_layout(c.tile.tile_m, c.head_dim))
+        sQ = tensor_at(tiles.q, s.q_layout())
         sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(tiles.kv, s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
@@ -182,27 +193,21 @@ class ConsumerWarpgroup:
         stats: RowStats,
         barriers: Barriers,
         position: RingPosition,
+        q: RingPosition,
         turn: Turn,
         n_block: Int32,
         values: MaskValues,
-        state: TileState,
+        tile: TileState,
         scale_log2: Float32,
         is_masked: cutlass.Constexpr[bool],
     ):
         """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
         stages = self.config.tile.kv_stage
         after = advance(position, stages)
-        cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
-        if const_expr(self.config.tile.ping_pong):
-            self._take_turn(turn)
-        rS = self._scores(products, position.slot)
-        cute.arch.mbarrier_wait(barriers.kv_full + after.slot, after.phase)
-        self._accumulate(products, after.slot)
-        if const_expr(self.config.tile.ping_pong):
-            self._give_turn(turn)
+        rS = self._issue_turn(products, barriers, position, after, q, turn)
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
-        self._transform(fragment, rS, n_block, values, state, is_masked)
+        self._transform(fragment, rS, n_block, values, tile, is_masked)
         factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
@@ -210,11 +215,32 @@ class ConsumerWarpgroup:
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
-    def _scores(self, products: Products, slot: Int32) -> cute.Tensor:
+    def _issue_turn(
+        self, products: Products, barriers: Barriers, k: RingPosition, v: RingPosition, q: RingPosition, turn: Turn
+    ) -> cute.Tensor:
+        """In this warpgroup's turn, start S = Q K^T with the K tile at `k`, then O += P V with the V tile at `v`; returns S."""
+        cute.arch.mbarrier_wait(barriers.kv_full + k.slot, k.phase)
+        if const_expr(self.config.tile.ping_pong):
+            self._take_turn(turn)
+        rS = self._scores(products, q.slot, k.slot)
+        cute.arch.mbarrier_wait(barriers.kv_full + v.slot, v.phase)
+        self._accumulate(products, v.slot)
+        if const_expr(self.config.tile.ping_pong):
+            self._give_turn(turn)
+        return rS
+
+    def _first_weights(
+        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32
+    ) -> None:
+        """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
+        self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
+        fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+
+    def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
         c = self.config
         rS = cute.make_rmem_tensor(products.qk.get_slice(0).partition_shape_C((c.tile.tile_m, c.tile.tile_n)), Float32)
-        _issue(products.qk, rS, products.tSrQ, products.tSrK[None, None, None, slot], accumulate=False)
+        _issue(products.qk, rS, products.tSrQ[None, None, None, q_slot], products.tSrK[None, None, None, slot], accumulate=False)
         return rS
 
     def _accumulate(self, products: Products, slot: Int32) -> None:
@@ -226,22 +252,39 @@ class ConsumerWarpgroup:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(empty)
 
+    def _release_query(self, empty: cute.Pointer) -> None:
+        """One arrival a warp: Q was read, and O, which passed through the same buffer, has left it; the next writer is TMA."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        self._release(empty)
+
     def _take_turn(self, turn: Turn) -> None:
         cute.arch.barrier(barrier_id=turn.mine, number_of_threads=2 * WARPGROUP_THREADS)
 
     def _give_turn(self, turn: Turn) -> None:
         cute.arch.barrier_arrive(barrier_id=turn.next, number_of_threads=2 * WARPGROUP_THREADS)
 
-    def _read_work(self, sWork: cute.Tensor) -> WorkTile:
-        """The tile that the load warp put into shared memory; its sequence's index is not needed here."""
-        return WorkTile(Int32(0), sWork[0], sWork[1], sWork[2], sWork[3], SeqlenInfo(sWork[4], sWork[5], sWork[6]))
-
-    def _tile_state(self, work: WorkTile, values: MaskValues, outputs: Outputs, group: Int32, thread: Int32) -> TileState:
-        """Keys, diagonals and slopes of this thread's two rows."""
+    def _next_tile(
+        self,
+        tiles: SharedTiles,
+        barriers: Barriers,
+        q: RingPosition,
+        values: MaskValues,
+        outputs: Outputs,
+        group: Int32,
+        thread: Int32,
+    ) -> TileState:
+        """Wait for the tile at `q`: its numbers, blocks, and the keys, diagonals and slopes of this thread's two rows."""
+        cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
+        n = [tiles.sWork[i, q.slot] for i in range(7)]
+        # The sequence's index is not needed here.
+        work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
+        windows = values.window_left, values.window_right
+        blocks = self.blocks.blocks(work.m_block, work.seqlen, *windows, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
-            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, values.window_left, values.window_right))
+            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, *windows))
             diagonals.append(work.seqlen.diagonal + packed.token)
             slope = Float32(0.0)
             if const_expr(self.config.has_alibi):
@@ -249,7 +292,7 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        return TileState(tuple(columns), tuple(diagonals), tuple(slopes))
+        return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes))
 
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
@@ -271,10 +314,8 @@ class ConsumerWarpgroup:
         self,
         tiles: SharedTiles,
         barriers: Barriers,
-        position: RingPosition,  # of the block after the first score block
-        n_block: Int32,
-        num_blocks: Int32,
-        seqlen: SeqlenInfo,
+        position: RingPosition,  # of the K tile after the tile's first; its first V stands behind it
+        tile: TileState,
         thread: Int32,
     ):
         """Zero the V rows past the sequence's last token in the tile's last block: a weight of 0 times NaN would be NaN.
@@ -282,20 +323,18 @@ class ConsumerWarpgroup:
         Boxes that begin past the end hold zeros already; only the box that the sequence ends in has foreign rows.
         """
         c = self.config
-        first = cutlass.max(seqlen.seqlen_k - n_block * c.tile.tile_n, 0)
+        first = cutlass.max(tile.work.seqlen.seqlen_k - (tile.blocks.end - 1) * c.tile.tile_n, 0)
         end = cutlass.min((first + c.box_rows - 1) // c.box_rows * c.box_rows, c.tile.tile_n)
         if first < end:
-            after = advance(position, c.tile.kv_stage)
-            is_only = num_blocks == 1  # then no K tile lies between
-            slot = cutlass.select_(is_only, position.slot, after.slot)
-            cute.arch.mbarrier_wait(barriers.kv_full + slot, cutlass.select_(is_only, position.phase, after.phase))
+            value = advance(position, c.tile.kv_stage)
+            cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
             part = c.part_elems(c.head_dim_v)
             chunk = 16 // c.element_bytes
             row_chunks = part // chunk
             zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
             zeros.fill(0.0)
             copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-            box = tiles.kv + slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
+            box = tiles.kv + value.slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
             # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
             for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
                 line = box + (part_idx * c.box_rows + first % c.box_rows) * part
@@ -314,6 +353,7 @@ class ConsumerWarpgroup:
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
+        q: RingPosition,  # the tile's Q buffer, whose rows of this warpgroup nobody needs any more
         group: Int32,
         thread: Int32,
     ):
@@ -336,18 +376,18 @@ class ConsumerWarpgroup:
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
         rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
         rO.store(products.rO.load().to(self.storage.dtype))
-        group_elems = WGMMA_ROWS * c.head_dim_v
-        sO_ptr = (tiles.o + group * group_elems).align(1024)
-        sO = tensor_at(sO_ptr, self.storage.rows_layout(WGMMA_ROWS, c.head_dim_v))
+        first_row = group * WGMMA_ROWS
+        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(1024)
+        sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))
         matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), _one_group(products.pv))
         thread_copy = copy.get_slice(lane)
         barrier = self.roles.output_barrier + group
-        # The rows of the tile before may still be on their way out of this buffer.
+        # Every warp has read its rows of Q.
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        self.output.store(outputs.mO, sO_ptr, lane, group * WGMMA_ROWS, work.kv_head_idx, work.m_block, work.seqlen)
+        self.output.store(outputs.mO, sO_ptr, lane, first_row, work.kv_head_idx, work.m_block, work.seqlen)
 
 
 def _one_group(mma: cute.TiledMma) -> cute.TiledMma:

@@ -1,6 +1,6 @@
 """Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM walks its part of the work list.
 
-work list -> load warp --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
+work list -> load warps --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.storage import Storage
+from fa4_backend.kernels.sm90.storage import Q_STAGE, WORK_INTS, Storage
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
@@ -101,8 +101,8 @@ class PrefillKernel:
         blocks = BlockInfo.of(c)
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
         barriers = storage.barriers(shared.barriers.data_ptr())
-        sWork = shared.work.get_tensor(cute.make_layout(8))
-        sQ, sKV, sO = shared.q.data_ptr(), shared.kv.data_ptr(), shared.o.data_ptr()
+        sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
+        sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for atom in (q_atom, k_atom, v_atom):
@@ -114,16 +114,17 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(blocks, pack, k_pages, v_pages, c.element_bytes)
+            load = LoadWarp(blocks, pack, k_pages, v_pages, storage.q_elems, c.element_bytes)
             operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
             for loads_v in cutlass.range_constexpr(2):
                 if warp == loads_v:
                     load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
-            output = OutputStore(pack, WGMMA_ROWS, WARPGROUP_THREADS, c.head_dim_v, c.part_elems(c.head_dim_v), c.element_bytes)
+            part = c.part_elems(c.head_dim_v)
+            output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output)
-            consumer.run(qk, pv, SharedTiles(sQ, sKV, sO, sWork), barriers, values, outputs, step.mBegin)
+            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs, step.mBegin)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
         """How Q, K and V lie in global and shared memory."""

@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
 from fa4_backend.kernels.sm90.arguments import MaskValues, Step
-from fa4_backend.kernels.sm90.storage import Barriers, RingPosition, advance
+from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, advance
 
 
 class QueryOperand(NamedTuple):
@@ -31,6 +32,7 @@ class LoadWarp:
     pack: PackGqa
     k_pages: PagedKv
     v_pages: PagedKv
+    q_elems: int  # elements of a Q buffer
     element_bytes: int
 
     @cute.jit
@@ -41,16 +43,20 @@ class LoadWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand, TmaOperand],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS,) int32 in shared memory
+        sWork: cute.Tensor,  # (WORK_INTS, Q_STAGE) int32 in shared memory
         loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
 
-        Both load warps count every slot of the ring and fill their own.
+        Both load warps count every slot of the ring and fill their own. Behind the last tile stands an empty one, a block that holds
+        whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
         pages = self.v_pages if const_expr(loads_v) else self.k_pages
         position = RingPosition(Int32(0), Int32(0))
-        q_phase = Int32(0)
+        if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ...
+            position = advance(advance(position, pages.stages), pages.stages)
+        is_first = Boolean(True)
+        q_position = RingPosition(Int32(0), Int32(0))
         tile_begin, tile_end = tile_range(step.mBegin)
         for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
             work = read_tile(step.mTiles, step.mCuSeqlensQ, step.mSeqUsedK, tile_idx)
@@ -58,41 +64,48 @@ class LoadWarp:
                 work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
             )
             if const_expr(not loads_v):
-                cute.arch.mbarrier_wait(barriers.q_empty, q_phase ^ 1)
-                self._load_query(query, work, barriers, sWork)
-                q_phase ^= 1
-            # The ring is K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1): every slot but K0 and the last V is half of a pair.
+                self._hand_over(work, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
+                first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
+                sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
+                self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
+                q_position = advance(q_position, Q_STAGE)
             num_blocks = blocks.end - blocks.begin
             for i in cutlass.range(num_blocks, unroll=1):
                 boxes = pages.find_boxes(
                     step.mPageTable, work.seq_idx, blocks.end - 1 - i, work.seqlen.seqlen_k, step.page_size, step.num_pages
                 )
-                if const_expr(loads_v):
-                    position = advance(position, pages.stages)
-                    if i < num_blocks - 1:
-                        position = advance(position, pages.stages)
                 self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
-                if const_expr(not loads_v):
-                    position = advance(position, pages.stages)
-                    if i > 0:
-                        position = advance(position, pages.stages)
-            # On to the next tile's K0.
-            position = advance(position, pages.stages)
+                position = self._after(position, pages.stages, loads_v, is_first)
+                is_first = Boolean(False)
+        if const_expr(not loads_v):
+            if tile_begin < tile_end:
+                nothing = Int32(0)
+                empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
+                self._hand_over(empty, q_position, barriers, sWork, 0)
+                cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
+                if cute.arch.lane_idx() == 0:
+                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+
+    def _after(self, position: RingPosition, stages: int, loads_v: int, is_first: Boolean) -> RingPosition:
+        """The next slot of the same operand: two slots on, but one after K0."""
+        one, two = advance(position, stages), advance(advance(position, stages), stages)
+        if loads_v:
+            return two
+        return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 
     @cute.jit
-    def _load_query(self, query: QueryOperand, work: WorkTile, barriers: Barriers, sWork: cute.Tensor):
-        """Hand the tile's numbers and its Q to the consumers; the caller has waited for the buffer."""
+    def _hand_over(self, work: WorkTile, position: RingPosition, barriers: Barriers, sWork: cute.Tensor, q_bytes: cutlass.Constexpr[int]):
+        """Hand a tile's numbers to the consumers once its Q buffer is free, and announce `q_bytes` of Q."""
+        cute.arch.mbarrier_wait(barriers.q_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
             fields = (
                 work.kv_head_idx, work.m_block, work.n_block_begin, work.n_block_end,
                 work.seqlen.q_begin, work.seqlen.seqlen_q, work.seqlen.seqlen_k,
             )  # fmt: skip
             for i in cutlass.range_constexpr(len(fields)):
-                sWork[i] = fields[i]
-            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full, self.pack.box_elems * self.element_bytes)
+                sWork[i, position.slot] = fields[i]
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
-        first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-        self.pack.load(query.atom, query.mQ, query.sQ_ptr, work.kv_head_idx, first_token, barriers.q_full)
 
     @cute.jit
     def _fill(

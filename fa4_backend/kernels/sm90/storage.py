@@ -1,6 +1,7 @@
-"""Shared memory of one CTA: Q, a ring of slots that K and V tiles share, O, the tile being worked on, barriers.
+"""Shared memory of one CTA: two buffers of Q, a ring of slots that K and V tiles share, the tiles being worked on, barriers.
 
-Ring order is the order of use, K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1): K runs one block ahead of V.
+The KV blocks of all tiles of a CTA are one stream, and ring order is its order of use: K0 K1 V0 K2 V1 ... K runs one block ahead of V,
+from one tile into the next. Finished rows of O leave through their tile's Q buffer.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.config import KernelConfig
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-WORK_INTS = 8  # fields of the tile handed to the consumers
+WORK_INTS = 8  # fields of a tile handed to the consumers
+Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
 
 
 class RingPosition(NamedTuple):
@@ -35,7 +37,7 @@ def advance(position: RingPosition, stages: int) -> RingPosition:
 
 
 class Barriers(NamedTuple):
-    """mbarriers. `q`: Q and the tile's numbers. `kv`: one pair a slot."""
+    """mbarriers. `q`: Q and the tile's numbers, one pair a buffer. `kv`: one pair a slot."""
 
     q_full: cute.Pointer
     q_empty: cute.Pointer
@@ -50,6 +52,7 @@ class Storage:
     config: KernelConfig
 
     def __post_init__(self) -> None:
+        assert self.config.head_dim_v <= self.config.head_dim, f"O must fit Q's buffer: {self.config=}"
         limit = ARCHS[self.config.arch].smem_bytes
         assert self.num_bytes <= limit, f"{self.num_bytes=} {limit=} {self.config=}"
 
@@ -64,10 +67,15 @@ class Storage:
         return self.config.tile.tile_n * max(self.config.head_dim, self.config.head_dim_v)
 
     @property
+    def q_elems(self) -> int:
+        """Elements of a Q buffer."""
+        return self.config.tile.tile_m * self.config.head_dim
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole, with room for alignment."""
         c = self.config
-        elems = c.tile.tile_m * (c.head_dim + c.head_dim_v) + c.tile.kv_stage * self.slot_elems
+        elems = Q_STAGE * self.q_elems + c.tile.kv_stage * self.slot_elems
         return 1024 + elems * c.element_bytes
 
     def struct(self) -> type:
@@ -76,17 +84,17 @@ class Storage:
 
         @cute.struct
         class SharedStorage:
-            barriers: cute.struct.MemRange[cutlass.Int64, 2 + 2 * c.tile.kv_stage]
-            work: cute.struct.MemRange[cutlass.Int32, WORK_INTS]
-            q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.tile_m * c.head_dim], 1024]
+            barriers: cute.struct.MemRange[cutlass.Int64, 2 * Q_STAGE + 2 * c.tile.kv_stage]
+            work: cute.struct.MemRange[cutlass.Int32, Q_STAGE * WORK_INTS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, Q_STAGE * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
-            o: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.tile_m * c.head_dim_v], 1024]
 
         return SharedStorage
 
     def barriers(self, base: cute.Pointer) -> Barriers:
         """The barriers by name."""
-        return Barriers(base, base + 1, base + 2, base + 2 + self.config.tile.kv_stage)
+        kv = base + 2 * Q_STAGE
+        return Barriers(base, base + Q_STAGE, kv, kv + self.config.tile.kv_stage)
 
     def row_atom(self, head_dim: int) -> cute.ComposedLayout:
         """Swizzled atom for rows of `head_dim` elements, head contiguous."""
@@ -95,6 +103,18 @@ class Storage:
     def rows_layout(self, rows: int, head_dim: int) -> cute.ComposedLayout:
         """(rows, head_dim) tile: parts of a head one after the other, rows within a part."""
         return cute.tile_to_shape(self.row_atom(head_dim), (rows, head_dim), (0, 1))
+
+    def group_rows_layout(self, rows: int, head_dim: int) -> cute.ComposedLayout:
+        """(rows, head_dim): some rows of a (tile_m, head_dim) tile, whose parts of a head stay `tile_m` rows apart."""
+        atom = self.row_atom(head_dim)
+        part = self.config.part_elems(head_dim)
+        outer = cute.make_layout((rows, (part, head_dim // part)), stride=(part, (1, self.config.tile.tile_m * part)))
+        return cute.make_composed_layout(atom.inner, 0, outer)
+
+    def q_layout(self) -> cute.ComposedLayout:
+        """(tile_m, head_dim, Q_STAGE)."""
+        tile = self.rows_layout(self.config.tile.tile_m, self.config.head_dim)
+        return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, cute.make_layout(Q_STAGE, stride=self.q_elems)))
 
     def k_layout(self) -> cute.ComposedLayout:
         """(tile_n, head_dim, kv_stage): the ring seen as K tiles."""
@@ -117,8 +137,9 @@ class Storage:
     @cute.jit
     def init_barriers(self, barriers: Barriers, consumer_warps: cutlass.Constexpr[int]):
         """By one thread, before the CTA's first barrier."""
-        cute.arch.mbarrier_init(barriers.q_full, 1)
-        cute.arch.mbarrier_init(barriers.q_empty, consumer_warps)
+        for stage in cutlass.range_constexpr(Q_STAGE):
+            cute.arch.mbarrier_init(barriers.q_full + stage, 1)
+            cute.arch.mbarrier_init(barriers.q_empty + stage, consumer_warps)
         for stage in cutlass.range_constexpr(self.config.tile.kv_stage):
             cute.arch.mbarrier_init(barriers.kv_full + stage, 1)
             cute.arch.mbarrier_init(barriers.kv_empty + stage, consumer_warps)
