@@ -20,6 +20,7 @@ from fa4_backend.emulator import native_core as native
 from fa4_backend.emulator.barriers import NamedBarrier
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, KernelFault, MemoryFault
 from fa4_backend.emulator.mbarrier import MBarrier
+from fa4_backend.emulator.wgmma_registers import ProductRegisters
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.launch import Grid
@@ -66,8 +67,10 @@ class Warp:
         self.open_bulk_group: BulkGroup | None = None
         self.copy_groups: list[list[Callable[[], None]]] = []
         self.open_copies: list[Callable[[], None]] = []
+        self.products = ProductRegisters(self)
         self.tmem_loads: list[tuple[int, np.ndarray, int]] = []  # loads that may not be over (race detector)
         self.clock = self.fence_clock = np.zeros(0, np.uint32)
+        self.unacquired: list[dict[int, np.ndarray]] = []  # what strong reads of global memory found; a fence acquires it
         if self.races:
             self.races.start_warp(self)
         self.start_registers(threads)
@@ -211,6 +214,10 @@ class Warp:
                     cluster.complete_one()
                 if state.steps >= end:
                     return
+            elif event == native.EV_STRONG:
+                self.strong_access()
+                if state.steps >= end:
+                    return
             elif event == native.EV_EXIT:
                 self.finish()
                 return
@@ -224,10 +231,18 @@ class Warp:
             else:
                 self.fault()
 
+    def strong_access(self) -> None:
+        """A strong access of global memory was made; its ordering lies where `native_ops.py` put it."""
+        assert self.races
+        row = self.program.code[self.state.pc_now]
+        semantics = int(row["e"]) >> 4 if row["op"] == native.OP["ATOMIC"] else int(row["f"])
+        self.races.in_global.strong_access(self, semantics)
+
     def finish(self) -> None:
         self.exited, self.ready = True, False
         for operation in [o for group in self.copy_groups for o in group] + self.open_copies:
             operation()
+        self.products.finish()
         if self.bulk_groups or self.open_bulk_group:
             self.cta.at_exit(self)
         self.cta.cluster.warp_done(self)

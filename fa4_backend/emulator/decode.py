@@ -109,7 +109,7 @@ class Modifiers:
             raise UnsupportedInstruction(f"{self.opcode}: modifier .{' .'.join(self.parts)}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A kernel ready to run. Everything here is independent of a launch."""
 
@@ -143,6 +143,16 @@ class Program:
             if instruction.guard is not None:
                 readers.setdefault(instruction.guard.index, []).append(pc)
         return readers
+
+    @functools.cached_property
+    def register_accesses(self) -> dict[int, list[int]]:
+        """Instructions without a guard that read or write each register (by its index)."""
+        accesses: dict[int, list[int]] = {}
+        for pc, instruction in enumerate(self.kernel.instructions):
+            if instruction.guard is None:
+                for register in {r.index for operand in instruction.operands for r in _registers_in(operand)}:
+                    accesses.setdefault(register, []).append(pc)
+        return accesses
 
     def describe(self, pc: int) -> str:
         if 0 <= pc < len(self.kernel.instructions):

@@ -28,6 +28,7 @@ from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_move
 from fa4_backend.emulator.cta import Cluster, Warp
 from fa4_backend.emulator.decode import RESERVED_SMEM, Program, decode
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, LaunchError, RaceDetected, UnknownProgram
+from fa4_backend.emulator.global_races import GlobalRaces
 from fa4_backend.emulator.memory import GlobalMemory, host_array
 from fa4_backend.emulator.native_core import core, library_path
 from fa4_backend.emulator.parser import Kernel, Variable, parse_module
@@ -40,6 +41,7 @@ ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
 REGISTERS_PER_SM = 65536
 _LAUNCH_CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
+_LAUNCH_PROGRAMMATIC = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 _SET_MAX_DYNAMIC_SMEM = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
 _GET_STATIC_SMEM = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 ERROR_EMULATOR = 999
@@ -145,11 +147,13 @@ class Grid:
         dynamic_smem: int,
         params: bytes,
         registers: int | None = None,
+        programmatic: bool = False,
     ) -> None:
         self.session, self.program, self.memory = session, program, session.memory
         self.grid, self.block, self.cluster = grid, block, cluster
         self.explicit_cluster = cluster != (1, 1, 1)
         self.num_sms, self.dynamic_smem = session.num_sms, dynamic_smem
+        self.programmatic = programmatic  # may start before the launch before it is complete
         self.number = session.num_launches
         session.num_launches += 1
         self.check()
@@ -199,7 +203,9 @@ class Grid:
         return self.globals[variable.name].ctypes.data
 
     def dependency(self, warp: Warp, action: str) -> None:
-        """griddepcontrol: launches of a stream run one after the other, so there is nothing to wait for."""
+        """griddepcontrol: launches run one after the other, so there is nothing to wait for but what the race detector knows."""
+        if warp.races:
+            self.session.global_races.dependency(warp, waits=action == "wait")
 
     def clusters(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         (gx, gy, gz), (cx, cy, cz) = self.grid, self.cluster
@@ -214,6 +220,7 @@ class Grid:
         for name in self.program.kernel.variables.values():
             if name.space in ("global", "const"):
                 self.global_symbol(name)
+        self.session.global_races.start_launch(self)
         with self.memory.temporarily("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True):
             waiting = self.waiting = deque(self.clusters())
             active: deque[Cluster] = deque()
@@ -261,6 +268,7 @@ class Session:
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
+        self.global_races = GlobalRaces(self.report)
         self.num_launches = 0
         self.error: BaseException | None = None
         self.kept: list[Any] = []
@@ -340,11 +348,15 @@ class Session:
         cluster: Any = (1, 1, 1),
         smem: int = 0,
         kernel: str | None = None,
+        programmatic: bool = False,
     ) -> None:
-        """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes."""
+        """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes.
+
+        `programmatic`: with programmatic stream serialization, so that it may start before the launch before it is complete.
+        """
         program = load_program(ptx, kernel)
         params = args if isinstance(args, bytes) else self.pack(program, args)
-        self.execute(Grid(self, program, _three(grid), _three(block), _three(cluster), smem, params))
+        self.execute(Grid(self, program, _three(grid), _three(block), _three(cluster), smem, params, programmatic=programmatic))
 
     def pack(self, program: Program, args: list[Any]) -> bytes:
         parameters = list(program.kernel.params.values())
@@ -377,6 +389,7 @@ class Session:
             raise RaceDetected(f"{len(self.report.races)} races, first: {self.report.races[0]}")
 
     def finish(self) -> None:
+        """Count what was never written of the outputs."""
         for name, tensor in self.outputs.items():
             self.report.unwritten[name] = count_poison(tensor)
 
@@ -395,11 +408,14 @@ class Session:
     def on_launch(self, config: int, kernel: LoadedKernel, args: int) -> None:
         numbers = struct.unpack("<6IQQQI", host_array(config, 52).tobytes())
         grid, block, smem, attributes, count = numbers[:3], numbers[3:6], numbers[6], numbers[8], numbers[9]
-        cluster = (1, 1, 1)
+        cluster, programmatic = (1, 1, 1), False
         for i in range(count):
             raw = host_array(attributes + 72 * i, 72).tobytes()
-            if struct.unpack_from("<I", raw)[0] == _LAUNCH_CLUSTER_DIMENSION:
+            attribute = struct.unpack_from("<I", raw)[0]
+            if attribute == _LAUNCH_CLUSTER_DIMENSION:
                 cluster = struct.unpack_from("<3I", raw, 8)
+            elif attribute == _LAUNCH_PROGRAMMATIC:
+                programmatic = bool(struct.unpack_from("<I", raw, 8)[0])
         program = load_program(kernel.ptx, kernel.name)
         required = program.kernel.directives.get("reqnctapercluster")
         if required and cluster == (1, 1, 1):
@@ -412,7 +428,7 @@ class Session:
             end = parameter.offset + parameter.num_bytes
             block_of_params[parameter.offset : end] = host_array(int(pointer), parameter.num_bytes).tobytes()
         registers = register_count(kernel.cubin, kernel.name)
-        self.execute(Grid(self, program, grid, block, cluster, smem, bytes(block_of_params), registers))
+        self.execute(Grid(self, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic))
 
     def device_attribute(self, number: int) -> int:
         major, minor = ARCHS[self.arch]
@@ -550,4 +566,5 @@ def session(
         yield emu
         emu.finish()
     finally:
+        emu.global_races.close()
         _open.remove(emu)

@@ -21,7 +21,7 @@ from fa4_backend.emulator.errors import NativeBuildError
 
 NUM_UNITS = 4  # generated C units, compiled side by side
 SOURCES = Path(__file__).parent / "native"
-UNITS = ("shim.c", "memory.c", "races.c", "interp.c")
+UNITS = ("shim.c", "memory.c", "races.c", "global_races.c", "interp.c")
 FLAGS = (
     "-O2",
     "-ftree-vectorize",
@@ -188,8 +188,9 @@ class ClusterState(ctypes.Structure):
         ("size", ctypes.c_uint32),
         ("regions", ctypes.c_void_p),
         ("num_regions", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
-        ("race", ctypes.c_void_p),
+        ("num_knowledge", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "pad")),
     )
 
 
@@ -206,22 +207,32 @@ class WarpState(ctypes.Structure):
         ("actor", ctypes.c_uint32),
         ("clock", ctypes.c_void_p),
         ("pc_now", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("strong_mask", ctypes.c_uint32),
+        ("strong_addresses", ctypes.c_uint64 * 32),
     )
 
 
 class Accessor(ctypes.Structure):
-    _fields_ = (("clock", ctypes.c_void_p), *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial")))
+    _fields_ = (
+        ("clock", ctypes.c_void_p),
+        *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "pad")),
+        ("cluster", ctypes.c_void_p),
+    )
+
+
+class Knowledge(ctypes.Structure):
+    _fields_ = (*((n, ctypes.c_uint32) for n in ("actor", "epoch", "cluster", "pad")), ("clock", ctypes.c_void_p))
 
 
 class Conflict(ctypes.Structure):
     _fields_ = tuple(
-        (n, ctypes.c_uint32) for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp")))
+        (n, ctypes.c_uint32)
+        for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp", "cluster")))
     )
 
 
 MAX_CONFLICTS = 64
-EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED = range(5)
+EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG = range(6)
 FAULTS = (
     "none",
     "address outside every registered buffer",
@@ -255,4 +266,9 @@ def core() -> ctypes.CDLL:
     library.emu_race_access.restype = None
     library.emu_race_tmem.argtypes = (pointer, word, word, word, word, word, pointer, flag)
     library.emu_race_tmem.restype = None
+    library.emu_global_new.argtypes, library.emu_global_new.restype = (), pointer
+    for name in ("emu_global_forget", "emu_global_free"):
+        getattr(library, name).argtypes, getattr(library, name).restype = (pointer,), None
+    library.emu_global_access.argtypes = (pointer, pointer, word, word, pointer, flag)
+    library.emu_global_access.restype = None
     return library

@@ -139,6 +139,24 @@ def global_box(
     return np.lib.stride_tricks.as_strided(data, shape[::-1], strides[::-1], writeable=write), tuple(inside[::-1])
 
 
+def run_addresses(view: np.ndarray) -> np.ndarray:
+    """Addresses of the runs of consecutive bytes that make up a box in global memory."""
+    addresses = np.array([view.ctypes.data], np.uint64)
+    for extent, stride in zip(view.shape[:-1], view.strides[:-1], strict=True):
+        addresses = (addresses[:, None] + np.arange(extent, dtype=np.uint64) * np.uint64(stride)).reshape(-1)
+    return addresses
+
+
+def touch_boxes(
+    access: Access, memory: GlobalMemory, tensor: TensorMap, boxes: list[tuple[int, ...]], write: bool, strong: bool = False
+) -> None:
+    """Tell the race detector which global memory a tensor copy accesses."""
+    for box in boxes:
+        view, _ = global_box(memory, tensor, box, write)
+        if view is not None:
+            access.races.in_global.access(access, run_addresses(view), view.shape[-1], write, strong)
+
+
 def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray:
     """The box as bytes, (chunks, 16); what lies outside the tensor is the map's fill value."""
     view, inside = global_box(memory, tensor, coords, write=False)
@@ -241,6 +259,8 @@ def _tensor_load(b: Builder, ins: Instruction, mods: Modifiers, rank: int) -> Ha
                 cta = cluster.cta_at(base)
                 chunks = box_chunks(cta, address & 0xFFFFFF, num_bytes, tensor.swizzle)
                 access = warp.races.issue_copy(warp, barrier) if warp.races else None
+                if access:
+                    touch_boxes(access, memory, tensor, boxes, write=False)
                 _submit_load(warp, cta, barrier, chunks, functools.partial(_load_rows, memory, tensor, boxes), num_bytes, access)
 
     return handler
@@ -292,6 +312,8 @@ def _tensor_store(b: Builder, ins: Instruction, mods: Modifiers, rank: int, oper
             boxes = _rows_of(tensor, coords, four_rows)
             num_bytes = tensor.box_bytes * len(boxes)
             chunks = box_chunks(cta, where(warp, lane) & 0xFFFFFF, num_bytes, tensor.swizzle)
+            if warp.races:
+                touch_boxes(warp.races.issue_bulk_write(warp), memory, tensor, boxes, write=True, strong=bool(operation))
             _submit_store(warp, chunks, functools.partial(_store_rows, memory, tensor, boxes, operation), num_bytes)
 
     return handler
@@ -341,7 +363,7 @@ def _commit_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 @handles("cp.async.bulk.wait_group")
 def _wait_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     """All but the newest N groups are complete; `.read`: have read their source."""
-    mods.has("read")
+    only_read = mods.has("read")
     mods.done()
     operand = ins.operands[0]
     if not isinstance(operand, Immediate):
@@ -358,7 +380,7 @@ def _wait_group(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 return True
             groups.popleft()
             if warp.races:
-                warp.races.acquire_bulk(warp, group.epoch)
+                warp.races.acquire_bulk(warp, group.epoch, only_read)
         return None
 
     return handler
@@ -373,7 +395,7 @@ def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         mods.one("bulk_group")
         _common(mods)
         mods.done()
-        return _bulk_store(b, ins, _write_bytes)
+        return _bulk_store(b, ins, _write_bytes, is_reduction=False)
     # The first space of the opcode is the destination.
     to_cluster, from_smem = ins.opcode.split(".")[3], ins.opcode.split(".")[4] == "shared::cta"
     if to_cluster not in ("shared::cta", "shared::cluster"):
@@ -410,6 +432,8 @@ def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                     read: Callable[[], np.ndarray] = functools.partial(_read_chunks, owner, own)
                 else:
                     read = functools.partial(_read_bytes, memory, begin, count)
+                    if access:
+                        access.races.in_global.access(access, np.array([begin]), count, write=False)
                 _submit_load(warp, cta, barrier, chunks, read, count, access)
 
     return handler
@@ -474,7 +498,7 @@ def _reduce(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     _common(mods)
     kind = mods.one(*_REDUCE_TYPES, "bf16")
     mods.done()
-    return _bulk_store(b, ins, functools.partial(_reduce_bytes, operation=operation, kind=_REDUCE_TYPES.get(kind, kind)))
+    return _bulk_store(b, ins, functools.partial(_reduce_bytes, operation=operation, kind=_REDUCE_TYPES.get(kind, kind)), is_reduction=True)
 
 
 def _reduce_bytes(memory: GlobalMemory, address: int, count: int, data: np.ndarray, *, operation: str, kind: str) -> None:
@@ -497,7 +521,7 @@ def _write_bytes(memory: GlobalMemory, address: int, count: int, data: np.ndarra
     memory.bytes_at(address, count, write=True)[:] = data.reshape(-1)
 
 
-def _bulk_store(b: Builder, ins: Instruction, write: Callable[..., None]) -> Handler:
+def _bulk_store(b: Builder, ins: Instruction, write: Callable[..., None], is_reduction: bool) -> Handler:
     dest, source, size = b.global_address(ins.operands[0]), b.smem_address(ins.operands[1]), value_reader(b, ins.operands[2])
 
     def handler(warp: Warp) -> None:
@@ -506,6 +530,9 @@ def _bulk_store(b: Builder, ins: Instruction, write: Callable[..., None]) -> Han
             if (address | count | begin) & 15:
                 raise MemoryFault(f"cp.async.bulk of {count} bytes from shared {begin:#x} to {address:#x}: not multiples of 16")
             chunks = box_chunks(warp.cta, begin, count, 0)
+            if warp.races:
+                access = warp.races.issue_bulk_write(warp)
+                access.races.in_global.access(access, np.array([address]), count, write=True, strong=is_reduction)
             _submit_store(warp, chunks, functools.partial(write, warp.cta.grid.memory, address, count), count)
 
     return handler

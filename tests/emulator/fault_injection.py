@@ -182,6 +182,29 @@ def own_prefill(arch: str) -> Target:
     return Target(f"{arch} prefill", library.with_suffix(".ptx").read_text(), run)
 
 
+def own_decode(arch: str) -> Target:
+    """This package's decode kernel for `arch`: rows split between CTAs over global memory, several KV tiles a CTA, two entries in one."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from fa4_backend.kernels.decode.config import decode_config
+    from tests.support.emulated_decode import run_decode
+    from tests.support.paged_case import PagedCase
+
+    case = PagedCase(
+        (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}"
+    )
+    plan = case.plan(num_sms=3)
+    key = decode_config(plan.problem, plan.limits)
+    assert key is not None, case
+    library = ensure_object(key)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_decode(case, seed=seed)
+        return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
+
+    return Target(f"{arch} decode", library.with_suffix(".ptx").read_text(), run)
+
+
 def upstream(name: str, folder: Path) -> Target:
     """A kernel of flash-attn-4, from the objects that `tests.device.upstream_sm90 compile` wrote."""
     from fa4_backend.emulator.kernels import load_object
@@ -202,8 +225,12 @@ def upstream(name: str, folder: Path) -> Target:
 
 
 def load_target(name: str, folder: Path) -> Target:
-    own = {"sm100_prefill": "sm_100a", "sm90_prefill": "sm_90a"}
-    return own_prefill(own[name]) if name in own else upstream(name.removeprefix("upstream_"), folder)
+    own = {
+        "sm100_prefill": lambda: own_prefill("sm_100a"),
+        "sm90_prefill": lambda: own_prefill("sm_90a"),
+        "sm90_decode": lambda: own_decode("sm_90a"),
+    }
+    return own[name]() if name in own else upstream(name.removeprefix("upstream_"), folder)
 
 
 # -- judging --------------------------------------------------------------------------------------------------------------
@@ -402,7 +429,7 @@ def clean_runs(target: Target, count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", required=True, help="sm100_prefill, sm90_prefill, or upstream_<case>")
+    parser.add_argument("--kernel", required=True, help="sm100_prefill, sm90_prefill, sm90_decode, or upstream_<case>")
     parser.add_argument("--folder", type=Path, default=Path("upstream_objects"))
     parser.add_argument("--seeds", type=int, default=4, help="random schedules after the deterministic one")
     parser.add_argument("--clean-seeds", type=int, default=0)

@@ -20,7 +20,7 @@ typedef double f64;
 #define MAX_CLUSTER 16
 
 // Why emu_run came back.
-enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED };
+enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG };
 // Faults.
 enum {
   FAULT_NONE, FAULT_GLOBAL, FAULT_SHARED, FAULT_MISALIGNED, FAULT_LOCAL, FAULT_PARAM, FAULT_READ_ONLY, FAULT_REMOTE,
@@ -45,13 +45,22 @@ typedef struct {
 } Region;
 
 struct Race;
+struct Knowledge;
 
 typedef struct {
   u8* smem[MAX_CLUSTER];
   u32 smem_bytes, size;
   Region* regions;  // sorted by base
-  u32 num_regions, pad;
+  u32 num_regions, num_knowledge;
   struct Race* race;  // NULL: no detector
+  // Races over global memory, see global_races.c.
+  struct Race* global;
+  const struct Knowledge* knowledge;
+  const u32* fenced_global;  // as Race.fenced, for global memory
+  u32 number;                // of this cluster, in the order of their starts
+  u32 first_of_launch;       // the number of the launch's first cluster
+  u32 settled;               // all clusters with lower numbers happened before this launch
+  u32 pad;
 } Cluster;
 
 typedef struct {
@@ -72,7 +81,9 @@ typedef struct {
   u32 last_region;
   u32 actor;   // of its generic accesses, in the race detector
   u32* clock;  // its vector clock
-  u32 pc_now, pad;
+  u32 pc_now;
+  u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
+  u64 strong_addresses[LANES];
 } Warp;
 
 u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write);

@@ -257,10 +257,12 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_STORE:
         w->pc_now = pc;
         if (m && !memory_access(w, I, m, I->op == OP_STORE)) { w->pc = pc; return EV_FAULT; }
+        if (w->strong_mask) { w->pc = pc + 1; return EV_STRONG; }
         break;
       case OP_ATOMIC:
         w->pc_now = pc;
         if (m && !atomic_access(w, I, m)) { w->pc = pc; return EV_FAULT; }
+        if (w->strong_mask) { w->pc = pc + 1; return EV_STRONG; }
         break;
       case OP_BRANCH: {
         u32 stay = w->active & ~m;
