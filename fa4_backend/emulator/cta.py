@@ -74,6 +74,11 @@ class Warp:
         if self.races:
             self.races.start_warp(self)
         self.start_registers(threads)
+        self.written = np.zeros(len(program.watched_registers), np.uint32)
+        self.read_unwritten = np.zeros(len(program.watched), np.uint32)  # lanes, of each entry of `watched`
+        if self.races and program.watched.size:
+            state.watched, state.num_watched = program.watched.ctypes.data, len(program.watched)
+            state.written, state.read_unwritten = self.written.ctypes.data, self.read_unwritten.ctypes.data
 
     def start_registers(self, threads: int) -> None:
         program, cta, grid = self.program, self.cta, self.cta.grid
@@ -243,9 +248,17 @@ class Warp:
         for operation in [o for group in self.copy_groups for o in group] + self.open_copies:
             operation()
         self.products.finish()
+        self.report_unwritten()
         if self.bulk_groups or self.open_bulk_group:
             self.cta.at_exit(self)
         self.cta.cluster.warp_done(self)
+
+    def report_unwritten(self) -> None:
+        """Registers that were read before they were written."""
+        for entry in self.program.watched[self.read_unwritten != 0]:
+            name = self.program.kernel.registers[self.program.watched_registers[int(entry["register"])]].name
+            where = f"warp {self.index}, {self.program.describe(int(entry['pc']))}"
+            self.cta.grid.session.report.note("uninitialised", f"register {name} is read before it is written by {where}")
 
     def fault(self) -> None:
         state = self.state

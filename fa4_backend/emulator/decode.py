@@ -7,7 +7,7 @@ addresses of variables have slots of their own after the registers, so that ever
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from fa4_backend.emulator.parser import (
     Symbol,
     Vector,
 )
+from fa4_backend.emulator.undefined import registers_in, watch_list
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Warp
@@ -39,12 +40,13 @@ INST = np.dtype(
     [
         ("op", np.uint16),
         ("negated", np.uint8),
-        ("aligned", np.uint8),
+        ("flags", np.uint8),  # INST_*
         *((name, np.int32) for name in ("guard", "d", "a", "b", "c", "e", "f", "target", "count")),
         ("imm", np.int64),
     ],
     align=True,
 )
+INST_ALIGNED, INST_WATCHED = 1, 2
 SINK_SLOT = 0  # two slots that swallow results written to `_`
 FIRST_SLOT = 2
 SHARED_WINDOW = 1 << 56  # generic address of shared::cluster address 0
@@ -125,6 +127,8 @@ class Program:
     static_smem: int
     has_dynamic_smem: bool
     local_bytes: int
+    watched: np.ndarray  # accesses of registers that may be read before they are written: see undefined.py
+    watched_registers: list[int]
 
     @property
     def name(self) -> str:
@@ -138,7 +142,7 @@ class Program:
             stores = instruction.opcode.startswith(("st.", "red.", "tcgen05.st", "tcgen05.mma", "wgmma.mma"))
             for number, operand in enumerate(instruction.operands):
                 if number or stores or isinstance(operand, Address):
-                    for register in _registers_in(operand):
+                    for register in registers_in(operand):
                         readers.setdefault(register.index, []).append(pc)
             if instruction.guard is not None:
                 readers.setdefault(instruction.guard.index, []).append(pc)
@@ -150,7 +154,7 @@ class Program:
         accesses: dict[int, list[int]] = {}
         for pc, instruction in enumerate(self.kernel.instructions):
             if instruction.guard is None:
-                for register in {r.index for operand in instruction.operands for r in _registers_in(operand)}:
+                for register in {r.index for operand in instruction.operands for r in registers_in(operand)}:
                     accesses.setdefault(register, []).append(pc)
         return accesses
 
@@ -159,22 +163,6 @@ class Program:
             instruction = self.kernel.instructions[pc]
             return f"instruction {pc} (PTX line {instruction.line}): {instruction.text[:160]}"
         return f"instruction {pc}"
-
-
-def _registers_in(operand: Operand | None) -> Iterator[Register]:
-    if isinstance(operand, Register):
-        yield operand
-    elif isinstance(operand, Vector):
-        for item in operand.items:
-            yield from _registers_in(item)
-    elif isinstance(operand, Pair):
-        yield from _registers_in(operand.first)
-        yield from _registers_in(operand.second)
-    elif isinstance(operand, Not):
-        yield from _registers_in(operand.operand)
-    elif isinstance(operand, Address):
-        for item in (operand.base, *operand.coords, *operand.extra):
-            yield from _registers_in(item)
 
 
 class Builder:
@@ -333,6 +321,8 @@ class Builder:
             for name, value in self.record.items():
                 row[name] = value
         code[count]["op"] = OP["EXIT"]  # a body that ends without ret
+        watched, watched_registers = watch_list(self.kernel)
+        code["flags"][watched["pc"]] |= INST_WATCHED
         constants = np.zeros((self.next_slot - self.const_start, 32), np.uint32)
         for (bits, num_bytes), slot in self.const_values.items():
             view = constants[slot - self.const_start : slot - self.const_start + max(1, num_bytes // 4)]
@@ -353,6 +343,8 @@ class Builder:
             self.static_smem,
             self.has_dynamic,
             self.local_bytes,
+            watched,
+            watched_registers,
         )
 
     def emit(self, op: str | int, **fields: int) -> None:
@@ -382,7 +374,7 @@ class Builder:
             if found is not None:
                 maker, aligned = found
                 handler = maker(self, ins, Modifiers(opcode, length))
-                self.emit("HANDLER", aligned=int(aligned))
+                self.emit("HANDLER", flags=INST_ALIGNED if aligned else 0)
                 return handler
         raise UnsupportedInstruction(f"unknown opcode {opcode}")
 

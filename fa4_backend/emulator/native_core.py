@@ -21,7 +21,7 @@ from fa4_backend.emulator.errors import NativeBuildError
 
 NUM_UNITS = 4  # generated C units, compiled side by side
 SOURCES = Path(__file__).parent / "native"
-UNITS = ("shim.c", "memory.c", "races.c", "global_races.c", "interp.c")
+UNITS = ("shim.c", "memory.c", "races.c", "global_races.c", "undefined.c", "interp.c")
 FLAGS = (
     "-O2",
     "-ftree-vectorize",
@@ -209,6 +209,9 @@ class WarpState(ctypes.Structure):
         ("pc_now", ctypes.c_uint32),
         ("strong_mask", ctypes.c_uint32),
         ("strong_addresses", ctypes.c_uint64 * 32),
+        *((name, ctypes.c_void_p) for name in ("watched", "written", "read_unwritten")),
+        ("num_watched", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 

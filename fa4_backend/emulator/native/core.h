@@ -31,13 +31,19 @@ enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_CLUSTER, SPACE_LOCAL, SP
 typedef struct {
   u16 op;
   u8 negated;   // guard is @!p
-  u8 aligned;   // every live lane of the warp must take part
+  u8 flags;     // INST_*
   i32 guard;    // slot of the guard predicate, 0: none
   i32 d, a, b, c, e, f;
   i32 target;   // branch target, or index into aux
   i32 count;    // number of aux entries
   i64 imm;
 } Inst;
+
+enum { INST_ALIGNED = 1, INST_WATCHED = 2 };  // every live lane of the warp must take part; it touches watched registers
+
+typedef struct {
+  u32 pc, kind, reg, source;
+} Watched;  // see undefined.py
 
 typedef struct {
   u64 base, end;
@@ -84,9 +90,14 @@ typedef struct {
   u32 pc_now;
   u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
   u64 strong_addresses[LANES];
+  const Watched* watched;
+  u32* written;         // lanes, of each watched register
+  u32* read_unwritten;  // lanes, of each entry of `watched`
+  u32 num_watched, pad;
 } Warp;
 
 u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write);
 int regroup(Warp* w);
+void watch_registers(Warp* w, u32 pc, u32 m);
 int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store);
 int atomic_access(Warp* w, const Inst* inst, u32 mask);

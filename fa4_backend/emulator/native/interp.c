@@ -198,6 +198,7 @@ int emu_run(Warp* w, i64 max_steps) {
     }
     w->counts[pc]++;
     w->steps++;
+    if (I->flags & INST_WATCHED && w->num_watched) watch_registers(w, pc, m);
     if (I->op < NUM_ALU) {
       if (m) alu_table[I->op](R, I, m, w->cta_rank);
       pc++;
@@ -402,7 +403,7 @@ int emu_run(Warp* w, i64 max_steps) {
         break;
       case OP_HANDLER:
         if (!m) break;
-        if (I->aligned) CONVERGE(FULL);
+        if (I->flags & INST_ALIGNED) CONVERGE(FULL);
         w->pc = pc;
         w->exec = m;
         return EV_HANDLER;
