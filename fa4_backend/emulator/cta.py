@@ -215,7 +215,7 @@ class Warp:
                     if self.yields:
                         self.yields = False
                         return
-                if cluster.rng is not None and cluster.pending and cluster.rng.random() < 0.5:
+                if cluster.rng is not None and cluster.pending and cluster.rng.random() < cluster.haste:
                     cluster.complete_one()
                 if state.steps >= end:
                     return
@@ -287,6 +287,8 @@ class BulkGroup:
 
 
 class Cta:
+    """One thread block: its shared memory, TMEM, barriers, register pool and warps."""
+
     def __init__(self, cluster: Cluster, ctaid: tuple[int, int, int], rank: int, sm: int) -> None:
         self.cluster, self.grid, self.ctaid, self.rank, self.sm = cluster, cluster.grid, ctaid, rank, sm
         bx, by, bz = self.grid.block
@@ -338,6 +340,8 @@ class Cluster:
         self.grid, self.index = grid, index
         self.size = grid.cluster[0] * grid.cluster[1] * grid.cluster[2]
         self.rng: random.Random | None = grid.session.rng_for(grid.number, index)
+        # How soon asynchronous operations finish: 0 is when nothing else can happen. It differs from seed to seed.
+        self.haste = self.rng.choice((0.0, 0.1, 0.5)) if self.rng else 1.0
         self.progress = 0  # events that can let another warp go on
         self.pending: dict[object, deque[Callable[[], None]]] = {}
         self.ready: deque[Warp] = deque()
@@ -440,7 +444,7 @@ class Cluster:
                 warp = self.ready.popleft()
                 quantum = 100_000
             else:
-                if self.pending and rng.random() < 0.3:
+                if self.pending and rng.random() < self.haste:
                     self.complete_one()
                 index = rng.randrange(len(self.ready))
                 warp = self.ready[index]

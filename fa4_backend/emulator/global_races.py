@@ -175,5 +175,6 @@ def known_by(races: Races, clock: np.ndarray) -> Clocks:
 
 
 def merge(into: Clocks, other: Clocks) -> None:
+    """Add what `other` knows."""
     for number, clock in other.items():
         into[number] = np.maximum(into[number], clock) if number in into else clock.copy()

@@ -125,6 +125,8 @@ def register_count(cubin: bytes, kernel: str) -> int | None:
 
 @dataclass(slots=True)
 class LoadedKernel:
+    """What host code gets a handle of: one kernel of a loaded image, and the shared memory that it may ask for."""
+
     ptx: str
     cubin: bytes
     name: str
@@ -452,6 +454,7 @@ def poison(tensor: torch.Tensor) -> None:
 
 
 def count_poison(tensor: torch.Tensor) -> int:
+    """Elements that still hold what `poison` wrote."""
     return int((_words(tensor) == _POISON[tensor.element_size()]).sum())
 
 

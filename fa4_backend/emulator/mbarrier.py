@@ -89,6 +89,7 @@ def value_reader(b: Builder, operand: Operand) -> Reader:
 
 
 def value_reader_16(b: Builder, operand: Operand) -> Reader:
+    """Reader of an unsigned 16-bit operand for one lane."""
     if isinstance(operand, Immediate):
         value = operand.bits & 0xFFFF
         return lambda warp, lane: value

@@ -178,10 +178,14 @@ def _run(command: list[str]) -> None:
 
 
 class Region(ctypes.Structure):
+    """`Region` of native/core.h."""
+
     _fields_ = (("base", ctypes.c_uint64), ("end", ctypes.c_uint64), ("read_only", ctypes.c_uint32), ("pad", ctypes.c_uint32))
 
 
 class ClusterState(ctypes.Structure):
+    """`Cluster` of native/core.h."""
+
     _fields_ = (
         ("smem", ctypes.c_void_p * 16),
         ("smem_bytes", ctypes.c_uint32),
@@ -195,6 +199,8 @@ class ClusterState(ctypes.Structure):
 
 
 class WarpState(ctypes.Structure):
+    """`Warp` of native/core.h."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "cluster", "param", "local")),
         *((name, ctypes.c_uint32) for name in ("param_bytes", "local_bytes", "cta_rank", "warp_in_cluster")),
@@ -216,6 +222,8 @@ class WarpState(ctypes.Structure):
 
 
 class Accessor(ctypes.Structure):
+    """`Accessor` of native/races.h."""
+
     _fields_ = (
         ("clock", ctypes.c_void_p),
         *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "pad")),
@@ -224,10 +232,14 @@ class Accessor(ctypes.Structure):
 
 
 class Knowledge(ctypes.Structure):
+    """`Knowledge` of native/races.h."""
+
     _fields_ = (*((n, ctypes.c_uint32) for n in ("actor", "epoch", "cluster", "pad")), ("clock", ctypes.c_void_p))
 
 
 class Conflict(ctypes.Structure):
+    """`Conflict` of native/races.h."""
+
     _fields_ = tuple(
         (n, ctypes.c_uint32)
         for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp", "cluster")))

@@ -183,7 +183,9 @@ class Races:
 
     def publish_learnt(self) -> None:
         """Show the native detector what is known of other clusters."""
-        self.known = (native.Knowledge * len(self.learnt))(*((k.actor, k.epoch, k.number, 0, k.clock.ctypes.data) for k in self.learnt))
+        self.known = (native.Knowledge * len(self.learnt))(
+            *(native.Knowledge(k.actor, k.epoch, k.number, 0, k.clock.ctypes.data) for k in self.learnt)
+        )
         self.cluster.state.knowledge, self.cluster.state.num_knowledge = ctypes.addressof(self.known), len(self.learnt)
 
     # -- asynchronous operations --------------------------------------------------------------------------------

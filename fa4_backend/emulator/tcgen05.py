@@ -133,6 +133,7 @@ def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 
 def check_allocated(cta: Cta, column: int, columns: int) -> None:
+    """Raise `MemoryFault` unless all these columns belong to an allocation."""
     if column + columns > COLUMNS:
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1}: there are {COLUMNS}")
     if not all(cta.tmem_owner[column : column + columns]):

@@ -62,6 +62,7 @@ class TensorMap:
 
 @functools.lru_cache(maxsize=1024)
 def decode_tensor_map(raw: bytes) -> TensorMap:
+    """Decode 128 bytes; fields that are not modelled raise `UnsupportedInstruction`."""
     words = np.frombuffer(raw, np.uint32)
     flags = int(words[2])
     rank, kind, swizzle = (flags >> 4 & 7) + 1, flags >> 7 & 15, flags >> 13 & 3
@@ -96,6 +97,7 @@ def check_coordinates(tensor: TensorMap, coords: tuple[int, ...], store: bool) -
 
 
 def read_map(memory: GlobalMemory, address: int) -> TensorMap:
+    """The tensor map at a global address."""
     if address % 64:
         raise MemoryFault(f"tensor map at {address:#x} is not a multiple of 64 bytes")
     return decode_tensor_map(memory.bytes_at(address, 128).tobytes())
@@ -109,6 +111,7 @@ def smem_chunks(num_chunks: int, phase: int, mask: int) -> np.ndarray:
 
 
 def box_chunks(cta: Cta, offset: int, num_bytes: int, mask: int) -> np.ndarray:
+    """Chunks of 16 bytes of a CTA's shared memory that a box at `offset` fills, in the order of the box."""
     if (offset % 128 and mask) or offset % 16:
         raise MemoryFault(f"box at shared offset {offset:#x} is not aligned to 128 bytes")
     if offset + num_bytes > cta.smem.size:
@@ -172,6 +175,7 @@ def load_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -
 
 
 def store_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...], data: np.ndarray, operation: str = "") -> None:
+    """Write a box, or combine it with what is there; what lies outside the tensor is dropped."""
     view, inside = global_box(memory, tensor, coords, write=True)
     if view is not None:
         new = data.reshape(*tensor.counts[:0:-1], tensor.counts[0] * tensor.element_bytes)[inside]

@@ -67,6 +67,7 @@ def _bits(operands: tuple[Operand, ...]) -> int:
 
 
 def effect(instruction: Instruction) -> Effect:
+    """What an instruction does to registers."""
     written = results(instruction)
     sources = instruction.operands[len(written) :]
     guard = 0 if instruction.guard is None else 1 << instruction.guard.index
@@ -77,6 +78,7 @@ def effect(instruction: Instruction) -> Effect:
 
 
 def successors(kernel: Kernel, pc: int) -> list[int]:
+    """Instructions that may follow."""
     instruction = kernel.instructions[pc]
     base = instruction.opcode.split(".", 1)[0]
     after = [pc + 1] if pc + 1 < len(kernel.instructions) else []

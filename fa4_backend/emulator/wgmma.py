@@ -104,7 +104,8 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             first = warp.index % 4 * ROWS
             a_matrix = to_float32(raw[first : first + ROWS], a_kind)
             if access:
-                access.races.smem_chunks(access, cta, chunks if a_major else chunks[first : first + ROWS], write=False)
+                # The ISA does not say which warp of a warpgroup reads which rows of A.
+                access.races.smem_chunks(access, cta, chunks, write=False)
         product = (-a_matrix if signs[0] != signs[1] else a_matrix) @ b_matrix.T
         registers = product[d_row, d_column]
         add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.emulator import fault_injection as fi
+from tests.emulator.fault_mutations import DROPS
+from tests.emulator.fault_reasons import STATIC_REASONS
 from tests.emulator.harness import check_program
 from tests.emulator.programs import load_family
 
@@ -31,7 +33,7 @@ def test_every_class_of_fault_is_made() -> None:
     made = list(fi.mutants(split, set(range(1, split.count("\n") + 2))))
     kinds = {m.kind for m in made}
     assert kinds >= {
-        *fi.DROPS,
+        *DROPS,
         "drop wait",
         "change phase",
         "change tx",
@@ -70,7 +72,7 @@ def test_one_fault_of_each_class_is_caught(target: fi.Target) -> None:
         right = fi.run_right(target)
     by_kind: dict[str, list[fi.Mutant]] = {}
     for mutant in fi.mutants(split, right.reached):
-        if not fi.STATIC_REASONS.search(mutant.text):
+        if not STATIC_REASONS.search(mutant.text):
             by_kind.setdefault(mutant.kind, []).append(mutant)
     assert set(by_kind) >= {"drop wait", "drop arrive", "drop commit", "drop barrier", "drop fence", "change phase", "change tx"}
     missed = [
