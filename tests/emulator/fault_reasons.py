@@ -30,11 +30,10 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "tcgen05.wait::st" in mutant.text and later_wait_covers(target, mutant):
         return "a later tcgen05.wait::st comes before anything is released"
     if "wgmma.fence" in mutant.text:
-        covered = "another wgmma.fence stands between each access to its products' registers and the products"
-        if other_fence_covers(target, mutant, set()):
-            return f"on every path, {covered}"
-        if other_fence_covers(target, mutant, loops_left_at_once(target)):
-            return f"on every path that this case takes, {covered}"
+        if other_fence_covers(target, mutant):
+            return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
+        return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
     if mutant.kind == "drop wait":
         if only_exit_follows(target, mutant):
             return "the warp does nothing after it but exit"
@@ -77,30 +76,8 @@ def _walk(kernel: Kernel, start: int, goes_on: Callable[[Instruction], bool]) ->
     return seen
 
 
-def loops_left_at_once(target: Target) -> set[int]:
-    """Branches back that the right program never takes: a trap in their place never fires."""
-    lines = one_statement_a_line(target.ptx).split("\n")
-    never = set()
-    for kernel in parse_module("\n".join(lines)).values():
-        for pc, instruction in enumerate(kernel.instructions):
-            if not instruction.opcode.startswith("bra") or instruction.guard is None or min(successors(kernel, pc)) > pc:
-                continue
-            guard = lines[instruction.line - 1].split()[0]
-            with planted(target, "\n".join([*lines[: instruction.line - 1], f"{guard} trap;", *lines[instruction.line :]])):
-                try:
-                    for seed in (None, *SEEDS[:3]):
-                        target.run(seed)
-                except emulator.KernelFault:
-                    continue
-            never.add(pc)
-    return never
-
-
-def other_fence_covers(target: Target, mutant: Mutant, not_taken: set[int]) -> bool:
-    """No path leads from an access of a product's registers to the product past the dropped wgmma.fence and no other.
-
-    `not_taken`: conditional branches that only fall through.
-    """
+def other_fence_covers(target: Target, mutant: Mutant) -> bool:
+    """No path leads from an access of a product's registers to the product past the dropped wgmma.fence and no other."""
     kernel, dropped = _at(target, mutant)
     instructions = kernel.instructions
 
@@ -111,7 +88,7 @@ def other_fence_covers(target: Target, mutant: Mutant, not_taken: set[int]) -> b
     needed = {r.index for pc in after for o in instructions[pc].operands[:2] if isinstance(o, Vector) for r in registers_in(o)}
     before: list[list[int]] = [[] for _ in instructions]
     for pc in range(len(instructions)):
-        for after_pc in [pc + 1] if pc in not_taken else successors(kernel, pc):
+        for after_pc in successors(kernel, pc):
             before[after_pc].append(pc)
     seen: set[int] = set()
     work = list(before[dropped])
@@ -128,6 +105,13 @@ def other_fence_covers(target: Target, mutant: Mutant, not_taken: set[int]) -> b
         for pc in seen
         if not instructions[pc].opcode.startswith("wgmma.mma_async")
     )
+
+
+def atomics_order(target: Target, mutant: Mutant) -> bool:
+    """Without this fence, the kernel races as soon as its atomics are relaxed: theirs is the order. PTX ISA 8.9.5, causality order."""
+    assert ".acq_rel" in mutant.ptx
+    with planted(target, re.sub(r"(atom[\w.:]*?)\.acq_rel", r"\1.relaxed", mutant.ptx)):
+        return bool(target.run(None)[1].races)
 
 
 def only_exit_follows(target: Target, mutant: Mutant) -> bool:

@@ -26,8 +26,8 @@ class Target:
 def own_prefill(arch: str, num_kv_heads: int) -> Target:
     """This package's prefill kernel for `arch`: three sequences over pages, causal.
 
-    One CTA has all tiles, so that every ring wraps. The last sequence has a single KV tile: nothing but the epilogue's own barriers orders
-    it behind the tile before.
+    One CTA has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own barriers order it
+    behind the tile before.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
@@ -37,7 +37,7 @@ def own_prefill(arch: str, num_kv_heads: int) -> Target:
 
     case = PagedCase(
         query_lens=(300, 200, 70),
-        kv_lens=(500, 450, 100),
+        kv_lens=(500, 450, 128),
         num_q_heads=2,
         num_kv_heads=num_kv_heads,
         head_dim=128,
