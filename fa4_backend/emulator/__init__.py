@@ -35,7 +35,8 @@ from fa4_backend.emulator.errors import (
     UnknownProgram,
     UnsupportedInstruction,
 )
-from fa4_backend.emulator.launch import Session, install, load_program, poison, register_program, session
+from fa4_backend.emulator.launch import Session, install, poison, session
+from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.report import Report
 
 __all__ = [

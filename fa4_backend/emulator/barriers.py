@@ -14,7 +14,8 @@ from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
+    from fa4_backend.emulator.warp import Warp
 
 NUM_NAMED_BARRIERS = 16
 Votes = list[tuple[int, int]]

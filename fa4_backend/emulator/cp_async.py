@@ -12,7 +12,7 @@ from fa4_backend.emulator.mbarrier import find_barrier, value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Register
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 
 @handles("cp.async")

@@ -34,7 +34,7 @@ from fa4_backend.emulator.parser import (
 from fa4_backend.emulator.undefined import registers_in, watch_list
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 INST = np.dtype(
     [

@@ -28,10 +28,11 @@ from fa4_backend.emulator import native_core as native
 from fa4_backend.emulator.races import KINDS, Access, Learnt, Races, kind_of
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cluster, Warp
+    from fa4_backend.emulator.cta import Cluster
     from fa4_backend.emulator.decode import Program
     from fa4_backend.emulator.launch import Grid
     from fa4_backend.emulator.report import Report
+    from fa4_backend.emulator.warp import Warp
 
 SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA = 1, 2, 4, 8  # ordering of a memory instruction
 ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches

@@ -10,7 +10,8 @@ from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
 from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
+    from fa4_backend.emulator.warp import Warp
 
 MAX_COUNT = (1 << 20) - 1
 Reader = Callable[["Warp", int], int]

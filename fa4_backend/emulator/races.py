@@ -26,7 +26,8 @@ import numpy as np
 from fa4_backend.emulator import native_core as native
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cluster, Cta, Warp
+    from fa4_backend.emulator.cta import Cluster, Cta
+    from fa4_backend.emulator.warp import Warp
 
 READ, WRITE = 0, 1
 KINDS = ("is overwritten while it may still be read", "is written twice without order", "is read before its write is known to be complete")

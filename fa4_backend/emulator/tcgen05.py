@@ -28,8 +28,9 @@ from fa4_backend.emulator.mbarrier import find_barrier, value_reader, value_read
 from fa4_backend.emulator.parser import Address, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
     from fa4_backend.emulator.races import Access
+    from fa4_backend.emulator.warp import Warp
 
 LANES, COLUMNS = 128, 512
 

@@ -19,7 +19,7 @@ from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand
 from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 ROWS = 16  # rows of one warp
 

@@ -25,8 +25,8 @@ import numpy as np
 from fa4_backend.emulator.parser import Register, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
     from fa4_backend.emulator.decode import Program
+    from fa4_backend.emulator.warp import Warp
 
 POISON = 0xFFFFFFFF
 _users: WeakKeyDictionary[Program, dict[int, np.ndarray]] = WeakKeyDictionary()

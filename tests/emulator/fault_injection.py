@@ -27,7 +27,7 @@ import torch
 
 from fa4_backend import emulator
 from tests.emulator.fault_mutations import Mutant, mutants, one_statement_a_line
-from tests.emulator.fault_reasons import NOT_MODELLED, vacuous
+from tests.emulator.fault_reasons import NOT_MODELLED, vacuous, why_missed
 from tests.emulator.fault_targets import Target, load_target, planted
 
 SECONDS_A_RUN = 60
@@ -124,7 +124,9 @@ def inject(target: Target, seeds: list[int | None], pick: Callable[[Mutant], boo
         fault = {"line": mutant.line, "text": mutant.text.strip()[:160], "caught": how, "seed": seed}
         if not how:
             fault["vacuous"] = vacuous(target, mutant)
-            print(f"    {fault['vacuous'] or 'SURVIVED'}", flush=True)
+            if not fault["vacuous"]:
+                fault["missed"] = why_missed(target, mutant)
+            print(f"    {fault['vacuous'] or 'MISSED: ' + fault['missed']}", flush=True)
         faults.setdefault(mutant.kind, []).append(fault)
     return {"kernel": target.name, "cpu_seconds": round(cpu_seconds() - start), "classes": faults}
 
@@ -141,7 +143,9 @@ def summary(result: dict[str, Any]) -> list[str]:
         total, caught, unseen = total + len(counted), caught + good, unseen + beyond
         rest = f"{len(faults) - len(counted) - beyond} vacuous, {beyond} not modelled"
         rows.append(f"{kind:20} {good:4} of {len(counted):4}   {dict(ways)}   {rest}")
-        survivors += [f"  {kind} @{f['line']}: {f['text']}  [{f['vacuous'] or 'SURVIVED'}]" for f in faults if not f["caught"]]
+        survivors += [
+            f"  {kind} @{f['line']}: {f['text']}  [{f['vacuous'] or 'MISSED: ' + f['missed']}]" for f in faults if not f["caught"]
+        ]
     score = f"{caught} of {total} caught ({100 * caught / max(total, 1):.1f} %); with what is not modelled {caught} of {total + unseen}"
     return [f"{result['kernel']}: {score}; {result['cpu_seconds']} s of CPU", *rows, *survivors]
 

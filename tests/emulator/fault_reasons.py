@@ -20,6 +20,26 @@ NOT_MODELLED = "not modelled"
 STATIC_REASONS = re.compile(r"tcgen05\.(wait::ld|fence)")  # of these, the text alone tells
 
 
+# What is missed, by kernel, kind and statement, and why; these count as missed.
+MISSED = {
+    ("sm_100a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r603], %r604, 10000000;"): (
+        "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
+        "products of both"
+    ),
+    ("sm_90a prefill", "drop fence", "wgmma.fence.sync.aligned;"): (
+        "needed from the second turn of its loop over masked KV tiles on; a causal mask gives it one at most"
+    ),
+    ("sm_90a decode", "drop barrier", "bar.sync 1, 128;"): (
+        "what it orders and no other barrier does is written by lane 0 and read by lanes of the same warp, which are one actor here"
+    ),
+}
+
+
+def why_missed(target: Target, mutant: Mutant) -> str:
+    """What inspection found about a fault that counts as missed."""
+    return MISSED.get((target.name, mutant.kind, " ".join(mutant.text.split())), "")
+
+
 def vacuous(target: Target, mutant: Mutant) -> str:
     """The reason, or "" when none is known."""
     if "tcgen05.wait::ld" in mutant.text and mutant.kind.startswith("drop"):

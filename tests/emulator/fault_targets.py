@@ -11,7 +11,7 @@ import torch
 
 from fa4_backend import emulator
 from fa4_backend.emulator import launch as emulator_launch
-from fa4_backend.emulator.launch import LoadedKernel
+from fa4_backend.emulator.programs import LoadedKernel, forget_programs
 
 
 @dataclass(frozen=True)
@@ -120,5 +120,4 @@ def planted(target: Target, ptx: str) -> Iterator[None]:
         for kernel in loaded:
             kernel.ptx = target.ptx
         # Parsed programs are kept for the life of the process: too many for hundreds of mutants.
-        for kept in (emulator_launch._kernels, emulator_launch._programs):
-            kept.clear()
+        forget_programs()
