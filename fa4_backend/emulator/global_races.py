@@ -59,7 +59,8 @@ class GlobalRaces:
         self.next_number = 1
         self.origins: dict[int, Origin] = {}  # by cluster number, since the shadow was last forgotten
         self.settled = self.first_of_launch = 1
-        self.dependents_launched = False  # by the launch that runs, or ran last
+        self.dependents_launched = False  # by the launch that runs, or ran last; and whether some CTA had waited before that
+        self.waited_before = False
 
     def close(self) -> None:
         if self.handle:
@@ -70,14 +71,16 @@ class GlobalRaces:
 
     def start_launch(self, grid: Grid) -> None:
         if grid.programmatic and self.dependents_launched:
-            self.settled = self.first_of_launch  # the predecessor started after these, whatever it knows of them itself
+            # A predecessor that waited before it launched its dependents vouches for all before it.
+            if self.waited_before:
+                self.settled = self.first_of_launch
         else:
             self.core.emu_global_forget(self.handle)
             self.edges.clear()
             self.origins.clear()
             self.settled = self.next_number
         self.first_of_launch = self.next_number
-        self.dependents_launched = False
+        self.dependents_launched = self.waited_before = False
 
     def start_cluster(self, cluster: Cluster) -> int:
         state, number = cluster.state, self.next_number
@@ -112,7 +115,7 @@ class GlobalRaces:
                 if semantics & SEM_ACQUIRE:
                     self.learn(warp, self.edges[key].items())
                 else:
-                    warp.unacquired.append({number: clock.copy() for number, clock in self.edges[key].items()})
+                    warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
             if writes:
                 released = warp.clock if semantics & SEM_RELEASE else warp.fence_clock
                 if released.size:
@@ -122,8 +125,8 @@ class GlobalRaces:
 
     def fence(self, warp: Warp) -> None:
         """A fence turns the strong reads before it into acquires."""
-        found, warp.unacquired = warp.unacquired, []
-        for clocks in found:
+        found, warp.unacquired = warp.unacquired, {}
+        for clocks in found.values():
             self.learn(warp, clocks.items())
 
     def dependency(self, warp: Warp, waits: bool) -> None:
@@ -131,7 +134,9 @@ class GlobalRaces:
         if waits:
             self.learn(warp, [(ALL_EARLIER, np.zeros(0, np.uint32))])
         else:
+            assert warp.races
             self.dependents_launched = True
+            self.waited_before |= any(k.number == ALL_EARLIER and warp.clock[k.actor] >= k.epoch for k in warp.races.learnt)
 
     def learn(self, warp: Warp, clocks: Iterable[tuple[int, np.ndarray]]) -> None:
         races = warp.races

@@ -58,7 +58,7 @@ class Warp:
         self.products = ProductRegisters(self)
         self.tmem_loads: list[tuple[int, np.ndarray, int]] = []  # loads that may not be over (race detector)
         self.clock = self.fence_clock = np.zeros(0, np.uint32)
-        self.unacquired: list[dict[int, np.ndarray]] = []  # what strong reads of global memory found; a fence acquires it
+        self.unacquired: dict[object, dict[int, np.ndarray]] = {}  # what strong reads found, by address; a fence acquires it
         if self.races:
             self.races.start_warp(self)
         self.start_registers(threads)

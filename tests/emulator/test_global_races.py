@@ -200,6 +200,16 @@ def test_a_dependent_launch_waits_before_it_reads(launch: str, wait: str, progra
         assert "of the earlier kernel" in report.races[0]
 
 
+@pytest.mark.parametrize(
+    ("middle", "races"),
+    [(f"{LAUNCH}\n{WAIT}", True), (f"{WAIT}\n{LAUNCH}", False), (LAUNCH, True)],
+    ids=["launch, wait", "wait, launch", "launch"],
+)
+def test_a_launch_between_two_vouches_for_the_first_only_when_it_waited(middle: str, races: bool) -> None:
+    launches = (program(PRODUCE.format(launch=LAUNCH)), program(middle, "middle"), program(CONSUME.format(wait=""), "reader"))
+    assert bool(report_of(*launches, programmatic=True).races) == races
+
+
 def test_detection_can_be_switched_off() -> None:
     p = program(STORE.format(store="st.global.u32 [%d0], %t;", stride=0), grid=2)
     with emulator.session(arch="sm_90a", detect_races=False) as session:
