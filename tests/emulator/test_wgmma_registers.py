@@ -79,3 +79,11 @@ def test_accumulators_are_withheld_until_the_wait() -> None:
     assert np.array_equal(run_program(early, seed=None)[0]["d"], right)
     assert not np.array_equal(run_program(early, seed=1)[0]["d"], right)
     assert np.array_equal(run_program(SHARED, seed=1)[0]["d"], right)
+
+
+@pytest.mark.parametrize(("barrier", "races"), [("bar.sync 0;", False), ("", True)])
+def test_a_in_shared_memory_is_read_by_the_whole_warpgroup(barrier: str, races: bool) -> None:
+    """A warp that has waited for its product may not overwrite even its own 16 rows of A: the ISA does not say who reads which rows."""
+    own_row = "mad.lo.u32 %r30, %warp, 2048, %r2;\nmad.lo.u32 %r30, %lane, 4, %r30;\nst.shared.u32 [%r30], %t;"
+    program = change(SHARED, (WAIT, f"{WAIT}\n{barrier}\n{own_row}"))
+    assert bool(run_program(program)[1].races) == races
