@@ -150,12 +150,11 @@ class Program:
 
     @functools.cached_property
     def register_accesses(self) -> dict[int, list[int]]:
-        """Instructions without a guard that read or write each register (by its index)."""
+        """Instructions that read or write each register (by its index)."""
         accesses: dict[int, list[int]] = {}
         for pc, instruction in enumerate(self.kernel.instructions):
-            if instruction.guard is None:
-                for register in {r.index for operand in instruction.operands for r in registers_in(operand)}:
-                    accesses.setdefault(register, []).append(pc)
+            for register in {r.index for operand in instruction.operands for r in registers_in(operand)}:
+                accesses.setdefault(register, []).append(pc)
         return accesses
 
     def describe(self, pc: int) -> str:

@@ -202,7 +202,7 @@ class WarpState(ctypes.Structure):
     """`Warp` of native/core.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "cluster", "param", "local")),
+        *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "skipped", "cluster", "param", "local")),
         *((name, ctypes.c_uint32) for name in ("param_bytes", "local_bytes", "cta_rank", "warp_in_cluster")),
         *((name, ctypes.c_uint32) for name in ("pc", "active", "alive", "parked", "diverged", "exec", "wait_pc")),
         ("lane_pc", ctypes.c_uint32 * 32),

@@ -221,7 +221,7 @@ class Races:
         """
         access = self.issue(warp, TMEM_LOAD, False, in_order=True)
         self.counters[access.actor] += 1
-        warp.tmem_loads.append((access.native.epoch, readers, int(warp.counts[readers].sum())))
+        warp.tmem_loads.append((access.native.epoch, readers, int(warp.executed(readers).sum())))
         return access
 
     def settle_loads(self, warp: Warp) -> None:
@@ -229,7 +229,7 @@ class Races:
         loads = warp.tmem_loads
         for i in range(len(loads) - 1, -1, -1):
             epoch, readers, before = loads[i]
-            if int(warp.counts[readers].sum()) != before:
+            if int(warp.executed(readers).sum()) != before:
                 self.acquire_groups(warp, TMEM_LOAD, epoch)
                 del loads[: i + 1]
                 return

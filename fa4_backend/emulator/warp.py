@@ -28,11 +28,12 @@ class Warp:
         self.races: Races | None = cta.cluster.races
         self.r = registers
         self.r64 = registers.reshape(-1).view(np.uint64)
-        self.counts = np.zeros(len(program.code), np.uint32)
+        self.counts, self.skipped = np.zeros((2, len(program.code)), np.uint32)
         self.local = np.zeros((32, max(16, program.local_bytes)), np.uint8)
         threads = min(32, cta.num_threads - 32 * index)
         state = self.state = native.WarpState()
         state.regs, state.code, state.aux = registers.ctypes.data, program.code.ctypes.data, program.aux.ctypes.data
+        state.skipped = self.skipped.ctypes.data
         state.counts, state.param, state.local = self.counts.ctypes.data, cta.grid.params.ctypes.data, self.local.ctypes.data
         state.cluster = ctypes.addressof(cta.cluster.state)
         state.param_bytes, state.local_bytes = cta.grid.params.size, program.local_bytes
@@ -117,6 +118,10 @@ class Warp:
             self.r64[slot * 16 : slot * 16 + 32] = np.asarray(value, np.int64).view(np.uint64) if not isinstance(value, int) else value
         else:
             self.r[slot] = np.asarray(value, np.int64) & 0xFFFFFFFF
+
+    def executed(self, instructions: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """How often each of some instructions ran in a lane at least."""
+        return self.counts[instructions] - self.skipped[instructions]
 
     # -- for instruction handlers -------------------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ The ISA exempts accumulators that products of one shape have in common. So are A
 writes them, and a product wider than 256 columns is two instructions with one A.
 
 Accesses are found by counting: every instruction that names one of the registers is known from the text, and how often a warp ran it is
-counted anyway. So nothing is asked of the loop that runs register instructions. Guarded instructions are left out, because a count does
-not tell whether the guard held.
+counted anyway. So nothing is asked of the loop that runs register instructions.
 
 With a random schedule the accumulators hold NaN until they are waited for, so that the data differ too.
 """
@@ -91,7 +90,7 @@ class ProductRegisters:
 
     def fence(self) -> None:
         if self.warp.races:
-            self.fenced = self.warp.counts.copy()
+            self.fenced = self.warp.executed()
 
     def issue(self) -> None:
         """The warp stands at a wgmma.mma_async."""
@@ -101,7 +100,7 @@ class ProductRegisters:
         pc = warp.state.pc
         known = _users.setdefault(warp.program, {})
         users = known[pc] = known[pc] if pc in known else find_users(warp.program, pc)
-        counts = warp.counts[users]
+        counts = warp.executed(users)
         if self.fenced is None:
             self.report(f"no wgmma.fence came before\n  the warp's first product: {warp.place(pc)}")
         else:
@@ -130,7 +129,7 @@ class ProductRegisters:
         self.check(product.pc, product.users, product.counts, "is accessed before a wgmma.wait_group covers the product that uses it")
 
     def check(self, pc: int, users: np.ndarray, before: np.ndarray, what: str) -> None:
-        ran = users[self.warp.counts[users] != before]
+        ran = users[self.warp.executed(users) != before]
         if ran.size:
             program = self.warp.program
             self.report(f"a register {what}\n  access:  {program.describe(int(ran[0]))}\n  product: {self.warp.place(pc)}")

@@ -38,6 +38,7 @@ WRONG = {
     "accumulator after the fence": ((FENCE, f"{FENCE}\n{TOUCH}"),),
     "A after the fence": ((FENCE, f"{FENCE}\n{TOUCH_A}"),),
     "accumulator before the wait": ((COMMIT, f"{COMMIT}\n{TOUCH}"),),
+    "accumulator before the wait, in one lane": ((COMMIT, f"{COMMIT}\nsetp.eq.u32 %q8, %t, 0;\n@%q8 {TOUCH}"),),
     "A before the wait": ((COMMIT, f"{COMMIT}\n{TOUCH_A}"),),
     "no wait": ((WAIT, ""),),
     "wait that allows the group": ((WAIT, WAIT.replace("0", "1")),),
@@ -48,6 +49,7 @@ RIGHT = {
     "accumulator before the fence": ((FENCE, f"{TOUCH}\n{FENCE}"),),
     "A after the wait": ((WAIT, f"{WAIT}\n{TOUCH_A}"),),
     "another register meanwhile": ((COMMIT, f"{COMMIT}\nmov.f32 %f1, 0f00000000;"),),
+    "access that no lane makes": ((COMMIT, f"{COMMIT}\nsetp.gt.u32 %q8, %t, 4096;\n@%q8 {TOUCH}"),),
     "an empty group besides": ((COMMIT, f"{COMMIT}\n{COMMIT}"), (WAIT, WAIT.replace("0", "1"))),
 }
 

@@ -73,7 +73,8 @@ typedef struct {
   u8* regs;
   const Inst* code;
   const i32* aux;
-  u32* counts;  // executions of each instruction by this warp
+  u32* counts;   // executions of each instruction by this warp
+  u32* skipped;  // those of them in which the guard held in no lane
   Cluster* cluster;
   u8* param;
   u8* local;

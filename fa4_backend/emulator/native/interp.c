@@ -195,6 +195,7 @@ int emu_run(Warp* w, i64 max_steps) {
     if (I->guard) {
       u32 bits = *(const u32*)SLOT(I->guard);
       m &= I->negated ? ~bits : bits;
+      if (!m) w->skipped[pc]++;
     }
     w->counts[pc]++;
     w->steps++;
