@@ -46,6 +46,12 @@ test-emulator-full: setup
 	$(PY) -m pytest -q -m "not gpu" tests/emulator tests/emulated
 	$(PY) -m tests.emulator.fault_injection --kernel sm100_prefill --clean-seeds 200 --out build/faults_sm100_prefill.json
 	$(PY) -m tests.emulator.fault_injection --kernel sm90_prefill --clean-seeds 200 --out build/faults_sm90_prefill.json
+	$(PY) -m tests.emulator.fault_injection --kernel sm90_decode --clean-seeds 200 --out build/faults_sm90_decode.json
+	@if $(PY) -c "import flash_attn.cute" 2>/dev/null; then \
+		$(PY) -m tests.device.upstream_sm90 compile --folder build/upstream_objects && \
+		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --clean-seeds 200 \
+			--out build/faults_upstream_causal.json; \
+	else echo "flash-attn-4 is not installed: its kernel is left out"; fi
 
 lint: setup
 	$(PY) -m ruff check .

@@ -15,8 +15,8 @@ The PTX that the CuTe-DSL compiler emitted and the host code it generated are ex
 * `emu.run(compiled, *args)`: torch CPU tensors and numpy arrays among the arguments are registered for the call; others pass through.
 * `emu.tensor(t, name, output=False)`: register a tensor for the whole session; the handle also works as an argument of `compiled` itself.
   `output=True` fills it with NaN and counts in `report.unwritten[name]` what was never written.
-* `emu.launch(ptx, grid, block, args, cluster=, smem=)`: run a kernel of a PTX text without host code.
-* `emu.report`: `races`, `notes` (leaks and other remarks), `instructions`, `opcodes()`, `seconds` (CPU time), `as_dict()`.
+* `emu.launch(ptx, grid, block, args, cluster=, smem=, programmatic=)`: run a kernel of a PTX text without host code.
+* `emu.report`: `races`, `notes` (leaks, reads of what nobody wrote), `instructions`, `opcodes()`, `seconds` (CPU time), `as_dict()`.
 * `register_program(ptx, cubin)`: needed once for objects that were loaded from disk and carry no PTX.
 
 Errors are named: see `errors.py`. An instruction, modifier or descriptor field that is not modelled raises `UnsupportedInstruction`.
@@ -35,7 +35,8 @@ from fa4_backend.emulator.errors import (
     UnknownProgram,
     UnsupportedInstruction,
 )
-from fa4_backend.emulator.launch import Session, install, load_program, poison, register_program, session
+from fa4_backend.emulator.launch import Session, install, poison, session
+from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.report import Report
 
 __all__ = [

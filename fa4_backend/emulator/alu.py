@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One instruction: types of its result and sources, the C expression, the section of the PTX ISA; see the module's docstring."""
+
     dst: str
     srcs: tuple[str, ...]
     expr: str

@@ -14,7 +14,8 @@ from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
+    from fa4_backend.emulator.warp import Warp
 
 NUM_NAMED_BARRIERS = 16
 Votes = list[tuple[int, int]]
@@ -172,13 +173,15 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     if unknown:
         raise UnsupportedInstruction(f"{ins.opcode}: modifier .{' .'.join(unknown)}")
     is_proxy = "proxy" in mods.parts and "async" in mods.parts
+    in_shared, in_global = {"shared::cta", "shared::cluster"} & set(mods.parts), "global" in mods.parts
+    everywhere = not in_shared and not in_global
     is_init = "mbarrier_init" in mods.parts
     is_memory = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts and "cta" not in mods.parts
 
     def handler(warp: Warp) -> None:
         if warp.races:
             if is_proxy:
-                warp.races.proxy_fence(warp)
+                warp.races.proxy_fence(warp, shared=everywhere or bool(in_shared), in_global=everywhere or in_global)
             elif is_init:
                 warp.races.barriers_fenced(warp)
             elif is_memory:

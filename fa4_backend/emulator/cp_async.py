@@ -12,7 +12,7 @@ from fa4_backend.emulator.mbarrier import find_barrier, value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Register
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 
 @handles("cp.async")
@@ -38,7 +38,7 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> None:
         cta, memory = warp.cta, warp.cta.grid.memory
-        copies = []
+        copies, sources = [], []
         for lane in warp.lanes():
             count = source_bytes(warp, lane) if source_bytes else num_bytes
             if ignored is not None and warp.predicate(ignored, lane):
@@ -50,8 +50,13 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 raise MemoryFault(f"cp.async to shared address {address:#x}; the CTA has {cta.smem.size} bytes")
             if address % num_bytes or (count and begin % num_bytes):
                 raise MemoryFault(f"cp.async of {num_bytes} bytes from {begin:#x} to {address:#x}: misaligned")
+            sources.append((begin, count))
             copies.append((address & 0xFFFFFF, memory.bytes_at(begin, count) if count else None, count))
         access = warp.races.issue_cp_async(warp) if warp.races else None
+        if access:
+            for size_read in {count for _, count in sources}:
+                begins = np.array([begin for begin, count in sources if count == size_read])
+                access.races.in_global.access(access, begins, size_read, write=False)
 
         def run() -> None:
             for offset, data, count in copies:

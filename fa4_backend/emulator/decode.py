@@ -7,7 +7,7 @@ addresses of variables have slots of their own after the registers, so that ever
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,20 +31,22 @@ from fa4_backend.emulator.parser import (
     Symbol,
     Vector,
 )
+from fa4_backend.emulator.undefined import registers_in, watch_list
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 INST = np.dtype(
     [
         ("op", np.uint16),
         ("negated", np.uint8),
-        ("aligned", np.uint8),
+        ("flags", np.uint8),  # INST_*
         *((name, np.int32) for name in ("guard", "d", "a", "b", "c", "e", "f", "target", "count")),
         ("imm", np.int64),
     ],
     align=True,
 )
+INST_ALIGNED, INST_WATCHED = 1, 2
 SINK_SLOT = 0  # two slots that swallow results written to `_`
 FIRST_SLOT = 2
 SHARED_WINDOW = 1 << 56  # generic address of shared::cluster address 0
@@ -109,7 +111,7 @@ class Modifiers:
             raise UnsupportedInstruction(f"{self.opcode}: modifier .{' .'.join(self.parts)}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A kernel ready to run. Everything here is independent of a launch."""
 
@@ -125,6 +127,8 @@ class Program:
     static_smem: int
     has_dynamic_smem: bool
     local_bytes: int
+    watched: np.ndarray  # accesses of registers that may be read before they are written: see undefined.py
+    watched_registers: list[int]
 
     @property
     def name(self) -> str:
@@ -138,33 +142,26 @@ class Program:
             stores = instruction.opcode.startswith(("st.", "red.", "tcgen05.st", "tcgen05.mma", "wgmma.mma"))
             for number, operand in enumerate(instruction.operands):
                 if number or stores or isinstance(operand, Address):
-                    for register in _registers_in(operand):
+                    for register in registers_in(operand):
                         readers.setdefault(register.index, []).append(pc)
             if instruction.guard is not None:
                 readers.setdefault(instruction.guard.index, []).append(pc)
         return readers
+
+    @functools.cached_property
+    def register_accesses(self) -> dict[int, list[int]]:
+        """Instructions that read or write each register (by its index)."""
+        accesses: dict[int, list[int]] = {}
+        for pc, instruction in enumerate(self.kernel.instructions):
+            for register in {r.index for operand in instruction.operands for r in registers_in(operand)}:
+                accesses.setdefault(register, []).append(pc)
+        return accesses
 
     def describe(self, pc: int) -> str:
         if 0 <= pc < len(self.kernel.instructions):
             instruction = self.kernel.instructions[pc]
             return f"instruction {pc} (PTX line {instruction.line}): {instruction.text[:160]}"
         return f"instruction {pc}"
-
-
-def _registers_in(operand: Operand | None) -> Iterator[Register]:
-    if isinstance(operand, Register):
-        yield operand
-    elif isinstance(operand, Vector):
-        for item in operand.items:
-            yield from _registers_in(item)
-    elif isinstance(operand, Pair):
-        yield from _registers_in(operand.first)
-        yield from _registers_in(operand.second)
-    elif isinstance(operand, Not):
-        yield from _registers_in(operand.operand)
-    elif isinstance(operand, Address):
-        for item in (operand.base, *operand.coords, *operand.extra):
-            yield from _registers_in(item)
 
 
 class Builder:
@@ -323,6 +320,8 @@ class Builder:
             for name, value in self.record.items():
                 row[name] = value
         code[count]["op"] = OP["EXIT"]  # a body that ends without ret
+        watched, watched_registers = watch_list(self.kernel)
+        code["flags"][watched["pc"]] |= INST_WATCHED
         constants = np.zeros((self.next_slot - self.const_start, 32), np.uint32)
         for (bits, num_bytes), slot in self.const_values.items():
             view = constants[slot - self.const_start : slot - self.const_start + max(1, num_bytes // 4)]
@@ -343,6 +342,8 @@ class Builder:
             self.static_smem,
             self.has_dynamic,
             self.local_bytes,
+            watched,
+            watched_registers,
         )
 
     def emit(self, op: str | int, **fields: int) -> None:
@@ -372,7 +373,7 @@ class Builder:
             if found is not None:
                 maker, aligned = found
                 handler = maker(self, ins, Modifiers(opcode, length))
-                self.emit("HANDLER", aligned=int(aligned))
+                self.emit("HANDLER", flags=INST_ALIGNED if aligned else 0)
                 return handler
         raise UnsupportedInstruction(f"unknown opcode {opcode}")
 

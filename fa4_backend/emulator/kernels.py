@@ -15,7 +15,8 @@ from typing import Any
 
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, link_shared
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.emulator.launch import install, register_program, session
+from fa4_backend.emulator.launch import install, session
+from fa4_backend.emulator.programs import register_program
 from fa4_backend.emulator.report import Report
 from fa4_backend.emulator.trace import Trace
 

@@ -7,7 +7,6 @@ session with the launch configuration and the kernel's arguments, as it would ca
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import random
 import struct
@@ -16,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,111 +23,28 @@ import torch
 
 # These modules register the handlers of their instructions.
 from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_moves, native_ops, remote, tcgen05, tma, wgmma  # noqa: F401
-from fa4_backend.emulator.cta import Cluster, Warp
-from fa4_backend.emulator.decode import RESERVED_SMEM, Program, decode
+from fa4_backend.emulator.cta import Cluster
+from fa4_backend.emulator.decode import RESERVED_SMEM, Program
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, LaunchError, RaceDetected, UnknownProgram
+from fa4_backend.emulator.global_races import GlobalRaces
 from fa4_backend.emulator.memory import GlobalMemory, host_array
 from fa4_backend.emulator.native_core import core, library_path
-from fa4_backend.emulator.parser import Kernel, Variable, parse_module
+from fa4_backend.emulator.parser import Variable
+from fa4_backend.emulator.programs import LoadedKernel, known_ptx, load_program, read_cubin, register_count, register_program
 from fa4_backend.emulator.races import Races
 from fa4_backend.emulator.report import Report
 from fa4_backend.emulator.tensors import device_tensor, extent, host_tensor
 from fa4_backend.emulator.trace import TimedRaces, Trace
+from fa4_backend.emulator.warp import Warp
 
 ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
 REGISTERS_PER_SM = 65536
 _LAUNCH_CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
+_LAUNCH_PROGRAMMATIC = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 _SET_MAX_DYNAMIC_SMEM = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
 _GET_STATIC_SMEM = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 ERROR_EMULATOR = 999
-
-
-# -- programs -------------------------------------------------------------------------------------------------------------
-
-_ptx_of_cubin: dict[str, str] = {}
-_kernels: dict[str, dict[str, Kernel]] = {}
-_programs: dict[tuple[str, str], Program] = {}
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def register_program(ptx: str, cubin: bytes) -> None:
-    """Tell the emulator which PTX a cubin was made from. `Session.run` does this for compiled functions that carry both."""
-    _ptx_of_cubin[_digest(cubin)] = ptx
-
-
-def load_program(ptx: str, kernel: str | None = None) -> Program:
-    """Parse and decode one kernel of a PTX text (the only one, when `kernel` is None); kept for the life of the process."""
-    text = _digest(ptx.encode())
-    if text not in _kernels:
-        _kernels[text] = parse_module(ptx)
-    name = kernel or next(iter(_kernels[text]))
-    if name not in _kernels[text]:
-        raise LaunchError(f"no kernel {name} in the PTX; it has {', '.join(_kernels[text])}")
-    if (text, name) not in _programs:
-        _programs[text, name] = decode(_kernels[text][name])
-    return _programs[text, name]
-
-
-def read_cubin(address: int) -> bytes:
-    """The ELF image at an address: bare, or the first entry of a fat binary (16-byte header; entry: kind, version, header size, size)."""
-    head = host_array(address, 64).tobytes()
-    if head[:4] == b"\x50\xed\x55\xba":
-        address += 16 + struct.unpack_from("<I", head, 20)[0]
-        head = host_array(address, 64).tobytes()
-    if head[:4] != b"\x7fELF":
-        raise UnknownProgram(f"the kernel image holds no plain cubin: {head[:8].hex()}")
-    program_headers, section_headers = struct.unpack_from("<QQ", head, 32)
-    entry, count, section_entry, sections = struct.unpack_from("<HHHH", head, 54)
-    return host_array(address, max(program_headers + entry * count, section_headers + section_entry * sections)).tobytes()
-
-
-def _find_dumped(cubin: bytes) -> str | None:
-    """PTX that the DSL kept beside the same cubin in its dump directory (CUTE_DSL_KEEP=ptx,cubin)."""
-    for path in Path(os.environ.get("CUTE_DSL_DUMP_DIR", ".")).glob("*.cubin"):
-        ptx = path.with_suffix(".ptx")
-        if ptx.exists() and path.stat().st_size == len(cubin) and path.read_bytes() == cubin:
-            return ptx.read_text()
-    return None
-
-
-def register_count(cubin: bytes, kernel: str) -> int | None:
-    """Registers a thread at launch, from the cubin's .nv.info (attribute 0x2f: symbol index, count)."""
-    try:
-        (section_table,) = struct.unpack_from("<Q", cubin, 40)
-        entry, count, names_index = struct.unpack_from("<HHH", cubin, 58)
-        headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, section_table + i * entry) for i in range(count)]
-        sections = {cubin[headers[names_index][4] + h[0] :].split(b"\0", 1)[0].decode(): h for h in headers}
-        info, symbols, strings = sections[".nv.info"], sections[".symtab"], sections[".strtab"]
-    except (struct.error, KeyError, IndexError):
-        return None
-    position, end = info[4], info[4] + info[5]
-    while position + 4 <= end:
-        form, attribute, size = struct.unpack_from("<BBH", cubin, position)
-        position += 4
-        if form != 4:
-            continue
-        if attribute == 0x2F:
-            symbol, registers = struct.unpack_from("<II", cubin, position)
-            (name_at,) = struct.unpack_from("<I", cubin, symbols[4] + 24 * symbol)
-            if cubin[strings[4] + name_at :].split(b"\0", 1)[0].decode() == kernel:
-                return registers
-        position += size
-    return None
-
-
-@dataclass(slots=True)
-class LoadedKernel:
-    ptx: str
-    cubin: bytes
-    name: str
-    max_dynamic_smem: int = 49152
-
-
-# -- a launch -------------------------------------------------------------------------------------------------------------
 
 
 class Grid:
@@ -145,11 +60,13 @@ class Grid:
         dynamic_smem: int,
         params: bytes,
         registers: int | None = None,
+        programmatic: bool = False,
     ) -> None:
         self.session, self.program, self.memory = session, program, session.memory
         self.grid, self.block, self.cluster = grid, block, cluster
         self.explicit_cluster = cluster != (1, 1, 1)
         self.num_sms, self.dynamic_smem = session.num_sms, dynamic_smem
+        self.programmatic = programmatic  # may start before the launch before it is complete
         self.number = session.num_launches
         session.num_launches += 1
         self.check()
@@ -199,7 +116,9 @@ class Grid:
         return self.globals[variable.name].ctypes.data
 
     def dependency(self, warp: Warp, action: str) -> None:
-        """griddepcontrol: launches of a stream run one after the other, so there is nothing to wait for."""
+        """griddepcontrol: launches run one after the other, so there is nothing to wait for but what the race detector knows."""
+        if warp.races:
+            self.session.global_races.dependency(warp, waits=action == "wait")
 
     def clusters(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         (gx, gy, gz), (cx, cy, cz) = self.grid, self.cluster
@@ -214,6 +133,7 @@ class Grid:
         for name in self.program.kernel.variables.values():
             if name.space in ("global", "const"):
                 self.global_symbol(name)
+        self.session.global_races.start_launch(self)
         with self.memory.temporarily("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True):
             waiting = self.waiting = deque(self.clusters())
             active: deque[Cluster] = deque()
@@ -261,6 +181,7 @@ class Session:
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
+        self.global_races = GlobalRaces(self.report)
         self.num_launches = 0
         self.error: BaseException | None = None
         self.kept: list[Any] = []
@@ -340,11 +261,15 @@ class Session:
         cluster: Any = (1, 1, 1),
         smem: int = 0,
         kernel: str | None = None,
+        programmatic: bool = False,
     ) -> None:
-        """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes."""
+        """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes.
+
+        `programmatic`: with programmatic stream serialization, so that it may start before the launch before it is complete.
+        """
         program = load_program(ptx, kernel)
         params = args if isinstance(args, bytes) else self.pack(program, args)
-        self.execute(Grid(self, program, _three(grid), _three(block), _three(cluster), smem, params))
+        self.execute(Grid(self, program, _three(grid), _three(block), _three(cluster), smem, params, programmatic=programmatic))
 
     def pack(self, program: Program, args: list[Any]) -> bytes:
         parameters = list(program.kernel.params.values())
@@ -377,6 +302,7 @@ class Session:
             raise RaceDetected(f"{len(self.report.races)} races, first: {self.report.races[0]}")
 
     def finish(self) -> None:
+        """Count what was never written of the outputs."""
         for name, tensor in self.outputs.items():
             self.report.unwritten[name] = count_poison(tensor)
 
@@ -395,11 +321,14 @@ class Session:
     def on_launch(self, config: int, kernel: LoadedKernel, args: int) -> None:
         numbers = struct.unpack("<6IQQQI", host_array(config, 52).tobytes())
         grid, block, smem, attributes, count = numbers[:3], numbers[3:6], numbers[6], numbers[8], numbers[9]
-        cluster = (1, 1, 1)
+        cluster, programmatic = (1, 1, 1), False
         for i in range(count):
             raw = host_array(attributes + 72 * i, 72).tobytes()
-            if struct.unpack_from("<I", raw)[0] == _LAUNCH_CLUSTER_DIMENSION:
+            attribute = struct.unpack_from("<I", raw)[0]
+            if attribute == _LAUNCH_CLUSTER_DIMENSION:
                 cluster = struct.unpack_from("<3I", raw, 8)
+            elif attribute == _LAUNCH_PROGRAMMATIC:
+                programmatic = bool(struct.unpack_from("<I", raw, 8)[0])
         program = load_program(kernel.ptx, kernel.name)
         required = program.kernel.directives.get("reqnctapercluster")
         if required and cluster == (1, 1, 1):
@@ -412,7 +341,7 @@ class Session:
             end = parameter.offset + parameter.num_bytes
             block_of_params[parameter.offset : end] = host_array(int(pointer), parameter.num_bytes).tobytes()
         registers = register_count(kernel.cubin, kernel.name)
-        self.execute(Grid(self, program, grid, block, cluster, smem, bytes(block_of_params), registers))
+        self.execute(Grid(self, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic))
 
     def device_attribute(self, number: int) -> int:
         major, minor = ARCHS[self.arch]
@@ -436,6 +365,7 @@ def poison(tensor: torch.Tensor) -> None:
 
 
 def count_poison(tensor: torch.Tensor) -> int:
+    """Elements that still hold what `poison` wrote."""
     return int((_words(tensor) == _POISON[tensor.element_size()]).sum())
 
 
@@ -472,7 +402,7 @@ def _guard(function: Any) -> Any:
 
 def _on_load(session: Session, image: int, library: Any) -> None:
     cubin = read_cubin(image)
-    ptx = _ptx_of_cubin.get(_digest(cubin)) or _find_dumped(cubin)
+    ptx = known_ptx(cubin)
     if ptx is None:
         raise UnknownProgram(
             f"no PTX is known for a cubin of {len(cubin)} bytes: compile with CUTE_DSL_KEEP=ptx,cubin, or call register_program(ptx, cubin)"
@@ -550,4 +480,5 @@ def session(
         yield emu
         emu.finish()
     finally:
+        emu.global_races.close()
         _open.remove(emu)

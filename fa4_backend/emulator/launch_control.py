@@ -15,7 +15,7 @@ from fa4_backend.emulator.mbarrier import find_barrier
 from fa4_backend.emulator.parser import Instruction, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 
 @handles("clusterlaunchcontrol.try_cancel")

@@ -18,6 +18,8 @@ SWIZZLES = {"none": (16, 0), "32B": (32, 1), "64B": (64, 3), "128B": (128, 7)}
 
 @dataclass(frozen=True, slots=True)
 class SmemDescriptor:
+    """Where and how a matrix operand lies in shared memory."""
+
     start: int  # byte offset in shared memory
     leading: int  # bytes
     stride: int  # bytes
@@ -25,6 +27,7 @@ class SmemDescriptor:
 
 
 def wgmma_descriptor(bits: int) -> SmemDescriptor:
+    """Decode a matrix descriptor of wgmma. 9.7.15.5.1.2.2"""
     if bits >> 49 & 7:
         raise UnsupportedInstruction(f"wgmma descriptor {bits:#018x}: base offset {bits >> 49 & 7}")
     swizzle = ("none", "128B", "64B", "32B")[bits >> 62 & 3]
@@ -32,6 +35,7 @@ def wgmma_descriptor(bits: int) -> SmemDescriptor:
 
 
 def tcgen05_descriptor(bits: int) -> SmemDescriptor:
+    """Decode a shared memory descriptor of tcgen05. 9.7.16.4.1"""
     if bits >> 46 & 7 != 1:
         raise UnsupportedInstruction(f"tcgen05 descriptor {bits:#018x}: bits 46-48 are {bits >> 46 & 7}, expected 1")
     if bits >> 49 & 7 or bits >> 52 & 1:
@@ -108,6 +112,7 @@ RAW_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def to_float32(raw: np.ndarray, kind: str) -> np.ndarray:
+    """Values of elements given as bit patterns of a float format."""
     if kind == "bf16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     if kind == "f16":
@@ -134,6 +139,8 @@ class InstructionDescriptor:
 
 @functools.lru_cache(maxsize=256)
 def instruction_descriptor(bits: int, kind: str) -> InstructionDescriptor:
+    """Decode the instruction descriptor of tcgen05.mma. 9.7.16.4.2"""
+
     def refuse(why: str) -> UnsupportedInstruction:
         return UnsupportedInstruction(f"tcgen05.mma kind::{kind} instruction descriptor {bits:#010x}: {why}")
 

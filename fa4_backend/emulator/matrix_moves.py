@@ -11,7 +11,7 @@ from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
 from fa4_backend.emulator.parser import Instruction, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 
 def _decode(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handler:

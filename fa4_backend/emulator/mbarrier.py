@@ -10,7 +10,8 @@ from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
 from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
+    from fa4_backend.emulator.warp import Warp
 
 MAX_COUNT = (1 << 20) - 1
 Reader = Callable[["Warp", int], int]
@@ -89,6 +90,7 @@ def value_reader(b: Builder, operand: Operand) -> Reader:
 
 
 def value_reader_16(b: Builder, operand: Operand) -> Reader:
+    """Reader of an unsigned 16-bit operand for one lane."""
     if isinstance(operand, Immediate):
         value = operand.bits & 0xFFFF
         return lambda warp, lane: value

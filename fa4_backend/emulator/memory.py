@@ -19,6 +19,8 @@ from fa4_backend.emulator.native_core import Region
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
+    """A range of host memory that kernels may touch."""
+
     name: str
     base: int
     num_bytes: int

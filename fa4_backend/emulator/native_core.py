@@ -21,7 +21,7 @@ from fa4_backend.emulator.errors import NativeBuildError
 
 NUM_UNITS = 4  # generated C units, compiled side by side
 SOURCES = Path(__file__).parent / "native"
-UNITS = ("shim.c", "memory.c", "races.c", "interp.c")
+UNITS = ("shim.c", "memory.c", "races.c", "global_races.c", "undefined.c", "interp.c")
 FLAGS = (
     "-O2",
     "-ftree-vectorize",
@@ -178,24 +178,31 @@ def _run(command: list[str]) -> None:
 
 
 class Region(ctypes.Structure):
+    """`Region` of native/core.h."""
+
     _fields_ = (("base", ctypes.c_uint64), ("end", ctypes.c_uint64), ("read_only", ctypes.c_uint32), ("pad", ctypes.c_uint32))
 
 
 class ClusterState(ctypes.Structure):
+    """`Cluster` of native/core.h."""
+
     _fields_ = (
         ("smem", ctypes.c_void_p * 16),
         ("smem_bytes", ctypes.c_uint32),
         ("size", ctypes.c_uint32),
         ("regions", ctypes.c_void_p),
         ("num_regions", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
-        ("race", ctypes.c_void_p),
+        ("num_knowledge", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "pad")),
     )
 
 
 class WarpState(ctypes.Structure):
+    """`Warp` of native/core.h."""
+
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "cluster", "param", "local")),
+        *((name, ctypes.c_void_p) for name in ("regs", "code", "aux", "counts", "skipped", "cluster", "param", "local")),
         *((name, ctypes.c_uint32) for name in ("param_bytes", "local_bytes", "cta_rank", "warp_in_cluster")),
         *((name, ctypes.c_uint32) for name in ("pc", "active", "alive", "parked", "diverged", "exec", "wait_pc")),
         ("lane_pc", ctypes.c_uint32 * 32),
@@ -206,22 +213,41 @@ class WarpState(ctypes.Structure):
         ("actor", ctypes.c_uint32),
         ("clock", ctypes.c_void_p),
         ("pc_now", ctypes.c_uint32),
+        ("strong_mask", ctypes.c_uint32),
+        ("strong_addresses", ctypes.c_uint64 * 32),
+        *((name, ctypes.c_void_p) for name in ("watched", "written", "read_unwritten")),
+        ("num_watched", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
     )
 
 
 class Accessor(ctypes.Structure):
-    _fields_ = (("clock", ctypes.c_void_p), *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial")))
+    """`Accessor` of native/races.h."""
+
+    _fields_ = (
+        ("clock", ctypes.c_void_p),
+        *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "pad")),
+        ("cluster", ctypes.c_void_p),
+    )
+
+
+class Knowledge(ctypes.Structure):
+    """`Knowledge` of native/races.h."""
+
+    _fields_ = (*((n, ctypes.c_uint32) for n in ("actor", "epoch", "cluster", "pad")), ("clock", ctypes.c_void_p))
 
 
 class Conflict(ctypes.Structure):
+    """`Conflict` of native/races.h."""
+
     _fields_ = tuple(
-        (n, ctypes.c_uint32) for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp")))
+        (n, ctypes.c_uint32)
+        for n in ("kind", "cell", *(f"{o}_{f}" for o in ("old", "new") for f in ("actor", "epoch", "pc", "warp", "cluster")))
     )
 
 
 MAX_CONFLICTS = 64
-EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED = range(5)
+EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG = range(6)
 FAULTS = (
     "none",
     "address outside every registered buffer",
@@ -255,4 +281,9 @@ def core() -> ctypes.CDLL:
     library.emu_race_access.restype = None
     library.emu_race_tmem.argtypes = (pointer, word, word, word, word, word, pointer, flag)
     library.emu_race_tmem.restype = None
+    library.emu_global_new.argtypes, library.emu_global_new.restype = (), pointer
+    for name in ("emu_global_forget", "emu_global_free"):
+        getattr(library, name).argtypes, getattr(library, name).restype = (pointer,), None
+    library.emu_global_access.argtypes = (pointer, pointer, word, word, pointer, flag)
+    library.emu_global_access.restype = None
     return library

@@ -18,6 +18,7 @@ from fa4_backend.emulator.decode import (
     register_native,
 )
 from fa4_backend.emulator.errors import UnsupportedInstruction
+from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.parser import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
 
 _IGNORED_MEMORY = frozenset(
@@ -25,7 +26,6 @@ _IGNORED_MEMORY = frozenset(
     "L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
     "L2::64B L2::128B L2::256B L2::cache_hint L2::evict_last L2::evict_normal L2::evict_first".split()
 )
-SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG = 1, 2, 4
 
 
 def _semantics(mods: Modifiers) -> int:
@@ -37,6 +37,8 @@ def _semantics(mods: Modifiers) -> int:
         sem |= SEM_RELEASE
     if sem or {"relaxed", "volatile", "mmio"} & set(mods.parts):
         sem |= SEM_STRONG
+    if "cta" in mods.parts:
+        sem |= SEM_CTA
     mods.parts = [p for p in mods.parts if p not in _IGNORED_MEMORY]
     return sem
 

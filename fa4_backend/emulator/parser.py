@@ -99,6 +99,8 @@ Operand = Register | Immediate | Special | Symbol | Address | Vector | Pair | No
 
 @dataclass(slots=True)
 class Instruction:
+    """One statement with its names resolved; `line` and `text` are those of the PTX."""
+
     opcode: str
     operands: tuple[Operand, ...]
     guard: Register | None
@@ -123,6 +125,8 @@ class Variable:
 
 @dataclass(slots=True)
 class Parameter:
+    """A kernel parameter and its place in the parameter block."""
+
     name: str
     num_bytes: int
     align: int
@@ -131,6 +135,8 @@ class Parameter:
 
 @dataclass(slots=True)
 class Kernel:
+    """An `.entry`: its instructions in order, and what they refer to."""
+
     name: str
     target: str
     params: dict[str, Parameter]

@@ -10,7 +10,8 @@ Proxies: what a warp writes with generic stores, the asynchronous proxy (TMA sto
 Bytes written by cp.async need no fence once its completion is known: released kernels (page sizes below a tile) leave it out.
 Epochs: a generic epoch ends when the warp releases or fences; an asynchronous one when its group or commit ends.
 
-Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are one actor. Global memory is not covered.
+Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are one actor. Global memory is covered by
+`global_races.py`, with the clocks kept here.
 Shadow memory lies in `native/races.c`. PTX ISA 9.0: 8 (memory consistency model), 9.7.16.6 (tcgen05 memory consistency).
 """
 
@@ -18,22 +19,42 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cluster, Cta, Warp
+    from fa4_backend.emulator.cta import Cluster, Cta
+    from fa4_backend.emulator.warp import Warp
 
 READ, WRITE = 0, 1
 KINDS = ("is overwritten while it may still be read", "is written twice without order", "is read before its write is known to be complete")
 # Actors of every warp, in this order; a barrier's copies come after all warps'.
-GENERIC, FENCED, TENSOR, TMEM_LOAD, TMEM_STORE, WGMMA, BULK, CP_ASYNC = range(8)
-PER_WARP = 8
-NAMES = ("generic access", "fenced write", "MMA", "tcgen05.ld", "tcgen05.st", "wgmma", "bulk store", "cp.async")
+# FENCED, FENCED_GLOBAL: its writes to shared and to global memory that the asynchronous proxy sees. BULK, BULK_WRITE: its bulk stores as
+# readers of shared memory and as writers of global memory. ACQUIRED: what it learnt of other clusters.
+GENERIC, FENCED, FENCED_GLOBAL, TENSOR, TMEM_LOAD, TMEM_STORE, WGMMA, BULK, BULK_WRITE, CP_ASYNC, ACQUIRED = range(11)
+PER_WARP = 11
+NAMES = (
+    "generic access", "fenced write", "fenced write", "MMA", "tcgen05.ld", "tcgen05.st", "wgmma", "bulk store", "bulk store", "cp.async",
+    "acquire",
+)  # fmt: skip
 BARRIERS_PER_CTA = 96
+
+
+def kind_of(actor: int, num_warps: int) -> str:
+    """What the actor of a cluster of `num_warps` warps does."""
+    return NAMES[actor % PER_WARP] if actor < PER_WARP * num_warps else "copy"
+
+
+class Learnt(NamedTuple):
+    """From epoch `epoch` of `actor` on, `clock` of cluster `number` is known."""
+
+    actor: int
+    epoch: int
+    number: int
+    clock: np.ndarray
 
 
 class Access:
@@ -43,7 +64,7 @@ class Access:
 
     def __init__(self, races: Races, clock: np.ndarray, actor: int, epoch: int, warp: Warp, through_async: bool) -> None:
         self.races, self.clock, self.actor = races, clock, actor
-        self.native = native.Accessor(clock.ctypes.data, actor, epoch, warp.state.pc, warp.actor, int(through_async), 0)
+        self.native = native.Accessor(clock.ctypes.data, actor, epoch, warp.state.pc, warp.actor, int(through_async), 0, 0, 0, races.state)
         self.releases: np.ndarray | None = None
 
 
@@ -57,23 +78,27 @@ class Races:
         self.unfenced_barriers: list[Any] = []
         self.barrier_actors: dict[tuple[int, int], int] = {}
         self.counters = np.ones(self.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
-        self.fenced = np.arange(self.num_actors, dtype=np.uint32)
-        for warp in range(cluster.num_warps):
-            base = PER_WARP * warp
-            self.fenced[base + GENERIC] = base + FENCED
-            self.clocks[warp, base + GENERIC] = 1
-        generic = PER_WARP * np.arange(cluster.num_warps)
-        self.unfenced, self.after_fence = generic + GENERIC, generic + FENCED
+        generic = PER_WARP * np.arange(cluster.num_warps) + GENERIC
+        self.clocks[np.arange(cluster.num_warps), generic] = 1
+        self.generic = generic
+        # Actor -> the actor that stands for its writes that the asynchronous proxy sees, in shared and in global memory.
+        self.fenced, self.fenced_global = (np.arange(self.num_actors, dtype=np.uint32) for _ in range(2))
+        self.fenced[generic], self.fenced_global[generic] = generic + FENCED, generic + FENCED_GLOBAL
         self.core = native.core()
         cells = -(-cluster.grid.smem_bytes // 4)
         self.handle = self.core.emu_race_new(self.fenced.ctypes.data, cluster.size, cells, 8 * 512)
+        self.state = ctypes.addressof(cluster.state)
         cluster.state.race = self.handle
+        cluster.state.fenced_global = self.fenced_global.ctypes.data
+        self.in_global = cluster.grid.session.global_races
+        self.number = self.in_global.start_cluster(cluster)
+        self.learnt: list[Learnt] = []  # what warps of this cluster know of other clusters
         self.conflicts = (native.Conflict * native.MAX_CONFLICTS)()
 
     def close(self) -> None:
         if self.handle:
             self.collect()
-            self.cluster.state.race = None
+            self.cluster.state.race = self.cluster.state.global_race = None
             self.core.emu_race_free(self.handle)
             self.handle = None
 
@@ -89,6 +114,10 @@ class Races:
         if warp.tmem_loads:
             self.settle_loads(warp)
         self.join(edge, warp.clock)
+        self.new_epoch(warp)
+
+    def new_epoch(self, warp: Warp) -> None:
+        """What the warp does from here on is not covered by what it has released."""
         warp.clock[PER_WARP * warp.actor + GENERIC] += 1
 
     def initialised(self, warp: Warp, barrier: Any) -> None:
@@ -134,17 +163,31 @@ class Races:
         if edge.done_clock is not None:
             np.maximum(warp.clock, edge.done_clock, out=warp.clock)
 
-    def proxy_fence(self, warp: Warp) -> None:
+    def proxy_fence(self, warp: Warp, shared: bool = True, in_global: bool = True) -> None:
         """fence.proxy.async: every generic write that the warp knows of is visible to the asynchronous proxy."""
         self.barriers_fenced(warp)
         clock = warp.clock
-        clock[self.after_fence] = np.maximum(clock[self.after_fence], clock[self.unfenced])
-        clock[PER_WARP * warp.actor + GENERIC] += 1
+        for wanted, actor in ((shared, FENCED), (in_global, FENCED_GLOBAL)):
+            if wanted:
+                clock[self.generic + actor] = np.maximum(clock[self.generic + actor], clock[self.generic])
+        self.new_epoch(warp)
 
     def memory_fence(self, warp: Warp) -> None:
         """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them."""
+        if warp.unacquired:
+            self.in_global.fence(warp)
         warp.fence_clock = warp.clock.copy()
-        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        self.new_epoch(warp)
+
+    def acquired_actor(self, warp: Warp) -> int:
+        return PER_WARP * warp.actor + ACQUIRED
+
+    def publish_learnt(self) -> None:
+        """Show the native detector what is known of other clusters."""
+        self.known = (native.Knowledge * len(self.learnt))(
+            *(native.Knowledge(k.actor, k.epoch, k.number, 0, k.clock.ctypes.data) for k in self.learnt)
+        )
+        self.cluster.state.knowledge, self.cluster.state.num_knowledge = ctypes.addressof(self.known), len(self.learnt)
 
     # -- asynchronous operations --------------------------------------------------------------------------------
 
@@ -168,8 +211,7 @@ class Races:
         access = self.issue(warp, TENSOR, True, in_order=True)
         self.counters[access.actor] += 1
         access.releases = access.clock
-        # What the warp does from here on is not covered by the commit.
-        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        self.new_epoch(warp)
         return access
 
     def tmem_load(self, warp: Warp, readers: np.ndarray) -> Access:
@@ -179,7 +221,7 @@ class Races:
         """
         access = self.issue(warp, TMEM_LOAD, False, in_order=True)
         self.counters[access.actor] += 1
-        warp.tmem_loads.append((access.native.epoch, readers, int(warp.counts[readers].sum())))
+        warp.tmem_loads.append((access.native.epoch, readers, int(warp.executed(readers).sum())))
         return access
 
     def settle_loads(self, warp: Warp) -> None:
@@ -187,7 +229,7 @@ class Races:
         loads = warp.tmem_loads
         for i in range(len(loads) - 1, -1, -1):
             epoch, readers, before = loads[i]
-            if int(warp.counts[readers].sum()) != before:
+            if int(warp.executed(readers).sum()) != before:
                 self.acquire_groups(warp, TMEM_LOAD, epoch)
                 del loads[: i + 1]
                 return
@@ -224,8 +266,17 @@ class Races:
         self.counters[actor] += 1
         return int(self.counters[actor]) - 1
 
-    def acquire_bulk(self, warp: Warp, epoch: int) -> None:
+    def acquire_bulk(self, warp: Warp, epoch: int, only_read: bool) -> None:
+        """Bulk stores have read their sources, and unless `only_read` written what they write."""
         self.acquire_groups(warp, BULK, epoch)
+        if not only_read:
+            self.acquire_groups(warp, BULK_WRITE, epoch)
+
+    def issue_bulk_write(self, warp: Warp) -> Access:
+        """The writing half of what `issue_bulk_read` reads. What one group writes is in order: kernels store a tile from all lanes."""
+        access = self.issue(warp, BULK_WRITE, True)
+        access.native.epoch = access.clock[access.actor] = int(self.counters[PER_WARP * warp.actor + BULK])
+        return access
 
     def issue_cp_async(self, warp: Warp) -> Access:
         return self.issue(warp, CP_ASYNC, False, in_order=True)
@@ -242,7 +293,7 @@ class Races:
         access = self.issue(warp, CP_ASYNC, False, in_order=True)
         self.counters[access.actor] += 1
         access.releases = access.clock
-        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        self.new_epoch(warp)
         return access
 
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
@@ -255,7 +306,7 @@ class Races:
         access = Access(self, clock, actor, barrier.phase + 1, warp, True)
         access.releases = clock.copy()
         access.releases[actor] = barrier.phase + 1
-        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        self.new_epoch(warp)
         return access
 
     def complete(self, access: Access, barrier: Any) -> None:
@@ -298,6 +349,7 @@ class Races:
 
     def collect(self) -> None:
         """Turn conflicts found since the last call into findings."""
+        self.in_global.collect()
         if not self.core.emu_race_num_conflicts(self.handle):
             return
         count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
@@ -313,6 +365,6 @@ class Races:
     def who(self, actor: int, warp: int, pc: int) -> str:
         per_cta = self.cluster.ctas[0].num_warps
         program = self.cluster.grid.program
-        kind = NAMES[actor % PER_WARP] if actor < PER_WARP * self.cluster.num_warps else "copy"
+        kind = kind_of(actor, self.cluster.num_warps)
         rank = f" of CTA rank {warp // per_cta}" if self.cluster.size > 1 else ""
         return f"{kind} by warp {warp % per_cta}{rank}, {program.describe(pc)}"

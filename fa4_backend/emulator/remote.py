@@ -13,9 +13,10 @@ from fa4_backend.emulator.mbarrier import find_barrier
 from fa4_backend.emulator.parser import TYPE_BYTES, Instruction, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
     from fa4_backend.emulator.mbarrier import MBarrier
     from fa4_backend.emulator.races import Access
+    from fa4_backend.emulator.warp import Warp
 
 
 @handles("st.async")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
     from fa4_backend.emulator.decode import Program
+    from fa4_backend.emulator.warp import Warp
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,9 @@ from fa4_backend.emulator.mbarrier import find_barrier, value_reader, value_read
 from fa4_backend.emulator.parser import Address, Instruction, Operand, Register, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta, Warp
+    from fa4_backend.emulator.cta import Cta
     from fa4_backend.emulator.races import Access
+    from fa4_backend.emulator.warp import Warp
 
 LANES, COLUMNS = 128, 512
 
@@ -134,6 +135,7 @@ def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 
 def check_allocated(cta: Cta, column: int, columns: int) -> None:
+    """Raise `MemoryFault` unless all these columns belong to an allocation."""
     if column + columns > COLUMNS:
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1}: there are {COLUMNS}")
     if not all(cta.tmem_owner[column : column + columns]):

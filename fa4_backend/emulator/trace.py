@@ -18,7 +18,8 @@ import numpy as np
 from fa4_backend.emulator.races import Access, Races
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cluster, Cta, Warp
+    from fa4_backend.emulator.cta import Cluster, Cta
+    from fa4_backend.emulator.warp import Warp
 
 # Cycles of a warp instruction on its scheduler. MUFU: 16 lanes a clock and SM on sm_90 and sm_100 (CUDA programming guide, throughput of
 # native arithmetic instructions), so 8 a scheduler's warp; conversions to 16 bits run at half rate.

@@ -1,7 +1,8 @@
 """Warpgroup matrix products of sm_90a. PTX ISA 9.0, 9.7.15.
 
 A warpgroup is four consecutive warps; each warp holds 16 of the 64 rows of D (and of A, when A is in registers). The emulator
-computes the rows of a warp when that warp executes the instruction; products are exact and summed in float32.
+computes the rows of a warp when that warp executes the instruction; products are exact and summed in float32. What its registers need:
+`wgmma_registers.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand
 from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Warp
+    from fa4_backend.emulator.warp import Warp
 
 ROWS = 16  # rows of one warp
 
@@ -89,6 +90,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> None:
         cta, lane = warp.cta, warp.first_lane()
+        warp.products.issue()
         access = warp.races.issue_wgmma(warp) if warp.races else None
         raw, chunks = load_operand(cta.smem16, wgmma_descriptor(int(warp.r64[b_desc_slot * 16 + lane])), n, k, size, b_major)
         b_matrix = to_float32(raw, b_kind)
@@ -102,19 +104,20 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             first = warp.index % 4 * ROWS
             a_matrix = to_float32(raw[first : first + ROWS], a_kind)
             if access:
-                access.races.smem_chunks(access, cta, chunks if a_major else chunks[first : first + ROWS], write=False)
+                # The ISA does not say which warp of a warpgroup reads which rows of A.
+                access.races.smem_chunks(access, cta, chunks, write=False)
         product = matrix_product(-a_matrix if signs[0] != signs[1] else a_matrix, b_matrix.T)
         registers = product[d_row, d_column]
         add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]
         if half:
             pairs = registers.reshape(-1, 2, 32).transpose(0, 2, 1)
             if add:
-                pairs = pairs + np.ascontiguousarray(warp.r[d_slots]).view(np.float16).reshape(pairs.shape)
-            warp.r[d_slots] = np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)[..., 0]
+                pairs = pairs + np.ascontiguousarray(warp.products.read(d_slots)).view(np.float16).reshape(pairs.shape)
+            warp.products.write(d_slots, np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)[..., 0])
         else:
             if add:
-                registers += warp.r[d_slots].view(np.float32)
-            warp.r[d_slots] = registers.view(np.uint32)
+                registers += warp.products.read(d_slots).view(np.float32)
+            warp.products.write(d_slots, registers.view(np.uint32))
         cta.grid.session.report.tensor_flops += 2 * ROWS * n * k
 
     return handler
@@ -122,11 +125,11 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("wgmma.fence", aligned=True)
 def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    """9.7.15.7.1: orders registers between wgmma and other instructions; registers are always in order here."""
+    """9.7.15.7.1: orders registers between wgmma and other instructions."""
     mods.one("sync")
     mods.one("aligned")
     mods.done()
-    return lambda warp: None
+    return lambda warp: warp.products.fence()
 
 
 @handles("wgmma.commit_group", aligned=True)
@@ -137,6 +140,7 @@ def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     mods.done()
 
     def handler(warp: Warp) -> None:
+        warp.products.commit()
         if warp.races:
             warp.races.commit_wgmma(warp)
 
@@ -152,6 +156,7 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     allowed = _constant(ins.operands[0])
 
     def handler(warp: Warp) -> None:
+        warp.products.wait(allowed)
         if warp.races:
             warp.races.wait_wgmma(warp, allowed)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fa4_backend import emulator
-from fa4_backend.emulator.tma import decode_tensor_map
+from fa4_backend.emulator.tensor_maps import decode_tensor_map
 from tests.emulator.harness import HARDWARE_DTYPES, encode_tensor_map
 from tests.emulator.programs.program import TensorMap
 

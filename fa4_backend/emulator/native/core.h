@@ -20,7 +20,7 @@ typedef double f64;
 #define MAX_CLUSTER 16
 
 // Why emu_run came back.
-enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED };
+enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG };
 // Faults.
 enum {
   FAULT_NONE, FAULT_GLOBAL, FAULT_SHARED, FAULT_MISALIGNED, FAULT_LOCAL, FAULT_PARAM, FAULT_READ_ONLY, FAULT_REMOTE,
@@ -31,7 +31,7 @@ enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_CLUSTER, SPACE_LOCAL, SP
 typedef struct {
   u16 op;
   u8 negated;   // guard is @!p
-  u8 aligned;   // every live lane of the warp must take part
+  u8 flags;     // INST_*
   i32 guard;    // slot of the guard predicate, 0: none
   i32 d, a, b, c, e, f;
   i32 target;   // branch target, or index into aux
@@ -39,26 +39,42 @@ typedef struct {
   i64 imm;
 } Inst;
 
+enum { INST_ALIGNED = 1, INST_WATCHED = 2 };  // every live lane of the warp must take part; it touches watched registers
+
+typedef struct {
+  u32 pc, kind, reg, source;
+} Watched;  // see undefined.py
+
 typedef struct {
   u64 base, end;
   u32 read_only, pad;
 } Region;
 
 struct Race;
+struct Knowledge;
 
 typedef struct {
   u8* smem[MAX_CLUSTER];
   u32 smem_bytes, size;
   Region* regions;  // sorted by base
-  u32 num_regions, pad;
+  u32 num_regions, num_knowledge;
   struct Race* race;  // NULL: no detector
+  // Races over global memory, see global_races.c.
+  struct Race* global;
+  const struct Knowledge* knowledge;
+  const u32* fenced_global;  // as Race.fenced, for global memory
+  u32 number;                // of this cluster, in the order of their starts
+  u32 first_of_launch;       // the number of the launch's first cluster
+  u32 settled;               // all clusters with lower numbers happened before this launch
+  u32 pad;
 } Cluster;
 
 typedef struct {
   u8* regs;
   const Inst* code;
   const i32* aux;
-  u32* counts;  // executions of each instruction by this warp
+  u32* counts;   // executions of each instruction by this warp
+  u32* skipped;  // those of them in which the guard held in no lane
   Cluster* cluster;
   u8* param;
   u8* local;
@@ -72,10 +88,17 @@ typedef struct {
   u32 last_region;
   u32 actor;   // of its generic accesses, in the race detector
   u32* clock;  // its vector clock
-  u32 pc_now, pad;
+  u32 pc_now;
+  u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
+  u64 strong_addresses[LANES];
+  const Watched* watched;
+  u32* written;         // lanes, of each watched register
+  u32* read_unwritten;  // lanes, of each entry of `watched`
+  u32 num_watched, pad;
 } Warp;
 
 u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write);
 int regroup(Warp* w);
+void watch_registers(Warp* w, u32 pc, u32 m);
 int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store);
 int atomic_access(Warp* w, const Inst* inst, u32 mask);

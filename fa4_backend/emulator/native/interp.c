@@ -195,9 +195,11 @@ int emu_run(Warp* w, i64 max_steps) {
     if (I->guard) {
       u32 bits = *(const u32*)SLOT(I->guard);
       m &= I->negated ? ~bits : bits;
+      if (!m) w->skipped[pc]++;
     }
     w->counts[pc]++;
     w->steps++;
+    if (I->flags & INST_WATCHED && w->num_watched) watch_registers(w, pc, m);
     if (I->op < NUM_ALU) {
       if (m) alu_table[I->op](R, I, m, w->cta_rank);
       pc++;
@@ -257,10 +259,12 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_STORE:
         w->pc_now = pc;
         if (m && !memory_access(w, I, m, I->op == OP_STORE)) { w->pc = pc; return EV_FAULT; }
+        if (w->strong_mask) { w->pc = pc + 1; return EV_STRONG; }
         break;
       case OP_ATOMIC:
         w->pc_now = pc;
         if (m && !atomic_access(w, I, m)) { w->pc = pc; return EV_FAULT; }
+        if (w->strong_mask) { w->pc = pc + 1; return EV_STRONG; }
         break;
       case OP_BRANCH: {
         u32 stay = w->active & ~m;
@@ -400,7 +404,7 @@ int emu_run(Warp* w, i64 max_steps) {
         break;
       case OP_HANDLER:
         if (!m) break;
-        if (I->aligned) CONVERGE(FULL);
+        if (I->flags & INST_ALIGNED) CONVERGE(FULL);
         w->pc = pc;
         w->exec = m;
         return EV_HANDLER;

@@ -64,6 +64,8 @@ u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write) {
   }
 }
 
+#define SEM_STRONG 4
+
 static inline u64 address_of(const u8* regs, const Inst* inst, int lane) {
   u64 base = 0;
   if (inst->a) base = inst->e & 2 ? ((const u64*)(regs + (i64)inst->a * SLOT_BYTES))[lane] : ((const u32*)(regs + (i64)inst->a * SLOT_BYTES))[lane];
@@ -71,7 +73,7 @@ static inline u64 address_of(const u8* regs, const Inst* inst, int lane) {
 }
 
 // inst: b space, c element bytes, count registers listed in aux[target..] as (slot << 4 | log2 register bytes),
-// e bit 0: sign-extend, bit 1: 64-bit address.
+// e bit 0: sign-extend, bit 1: 64-bit address, f ordering (SEM_STRONG and others in native_ops.py).
 int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
   u8* regs = w->regs;
   const u32 element = inst->c, total = element * inst->count;
@@ -98,7 +100,7 @@ int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
     }
   }
   if (w->cluster->race && inst->b != SPACE_PARAM && inst->b != SPACE_LOCAL)
-    race_lanes(w, inst->b, addresses, mask, total, is_store ? RACE_WRITE : RACE_READ);
+    race_lanes(w, inst->b, addresses, mask, total, is_store ? RACE_WRITE : RACE_READ, inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG);
   return 1;
 }
 
@@ -162,6 +164,6 @@ int atomic_access(Warp* w, const Inst* inst, u32 mask) {
       if (inst->d) memcpy(w->regs + (i64)inst->d * SLOT_BYTES + lane * lane_bytes, &old, lane_bytes);
     }
   }
-  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_ATOMIC);
+  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, 1);
   return 1;
 }

@@ -1,30 +1,9 @@
-// Shadow memory of the race detector. Each cell remembers its last write and the reads since, as numbers of records, so that a
-// tile touched by one instruction costs one comparison a cell. Vector clocks are kept by races.py.
+// Shadow memory of the race detector. Each cell remembers its last write and the reads since, as numbers of records. Vector clocks are
+// kept by races.py; global memory has its shadow in global_races.c.
 #include "races.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-typedef struct {
-  u32 actor, epoch, pc, warp;
-  u32 next;  // reads only: the rest of the list, 0 at its end
-  u16 atomic, partial;
-} Record;
-
-typedef struct {
-  u32 *writes, *reads;  // record numbers, 0: none
-  u32 num_cells;
-} Shadow;
-
-#define MAX_CONFLICTS 64
-typedef struct Race {
-  Record* records;
-  u32 num_records, capacity;
-  const u32* fenced;  // actor -> the actor that stands for its writes made visible to the asynchronous proxy
-  Shadow smem[MAX_CLUSTER], tmem[MAX_CLUSTER];
-  u32 num_conflicts;
-  Conflict conflicts[MAX_CONFLICTS];
-} Race;
 
 Race* emu_race_new(const u32* fenced, u32 size, u32 smem_cells, u32 tmem_cells) {
   Race* race = calloc(1, sizeof(Race));
@@ -61,87 +40,112 @@ u32 emu_race_take(Race* race, Conflict* out) {
   return count;
 }
 
-static u32 add_record(Race* race, const Accessor* who, u32 next, int atomic) {
+static u32 add_record(Race* race, Record record) {
   if (race->num_records == race->capacity) {
     race->capacity *= 2;
     race->records = realloc(race->records, race->capacity * sizeof(Record));
   }
-  race->records[race->num_records] = (Record){who->actor, who->epoch, who->pc, who->warp, next, (u16)atomic, (u16)who->partial};
+  race->records[race->num_records] = record;
   return race->num_records++;
+}
+
+static Record record_of(const Accessor* who, u32 next) {
+  return (Record){who->actor, who->epoch, who->pc, who->warp, who->cluster->number, next, (u16)who->strong, (u16)who->partial};
 }
 
 static void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Accessor* who) {
   for (u32 i = 0; i < race->num_conflicts; i++) {  // one report for a pair of instructions
     const Conflict* c = &race->conflicts[i];
-    if (c->kind == kind && c->new_pc == who->pc && c->new_warp == who->warp && (!old || c->old_pc == old->pc)) return;
+    if (c->kind == kind && c->new_pc == who->pc && c->new_warp == who->warp && (!old || (c->old_pc == old->pc && c->old_cluster == old->cluster)))
+      return;
   }
   if (race->num_conflicts == MAX_CONFLICTS) return;
   Conflict* c = &race->conflicts[race->num_conflicts++];
-  *c = (Conflict){kind, cell, 0, 0, 0, 0, who->actor, who->epoch, who->pc, who->warp};
-  if (old) c->old_actor = old->actor, c->old_epoch = old->epoch, c->old_pc = old->pc, c->old_warp = old->warp;
+  *c = (Conflict){kind, cell, 0, 0, 0, 0, 0, who->actor, who->epoch, who->pc, who->warp, who->cluster->number};
+  if (old) c->old_actor = old->actor, c->old_epoch = old->epoch, c->old_pc = old->pc, c->old_warp = old->warp, c->old_cluster = old->cluster;
+}
+
+// What `actor` of the record's cluster did up to the record's epoch happened before the access.
+static int ordered(const Record* old, const Accessor* who, u32 actor) {
+  const Cluster* cluster = who->cluster;
+  if (old->cluster == cluster->number) return who->clock[actor] >= old->epoch;
+  if (old->cluster < cluster->settled) return 1;
+  for (u32 i = 0; i < cluster->num_knowledge; i++) {
+    const Knowledge* k = &cluster->knowledge[i];
+    if (who->clock[k->actor] < k->epoch) continue;
+    if (k->cluster == ALL_EARLIER ? old->cluster < cluster->first_of_launch : k->cluster == old->cluster && k->clock[actor] >= old->epoch) return 1;
+  }
+  return 0;
 }
 
 // The access happened after the recorded write, and the write is visible to it.
-static int after_write(const Race* race, const Record* old, const Accessor* who, int kind) {
-  if (kind == RACE_ATOMIC && old->atomic) return 1;
+static int after_write(const Race* race, const Record* old, const Accessor* who) {
+  if (who->strong && old->strong) return 1;
   if (who->partial && old->partial) return 1;
-  u32 actor = who->through_async ? race->fenced[old->actor] : old->actor;
-  return who->clock[actor] >= old->epoch;
+  const u32* fenced = race->fenced ? race->fenced : who->cluster->fenced_global;
+  return ordered(old, who, who->through_async ? fenced[old->actor] : old->actor);
 }
 
+static int after_read(const Record* old, const Accessor* who) {
+  return (who->strong && old->strong) || (who->partial && old->partial) || ordered(old, who, old->actor);
+}
+
+// Readers remembered of one cell. In global memory, what all CTAs read would have a reader a CTA: there the newest will do, because a
+// write that none of them is ordered with is found all the same.
+#define MOST_READERS 256
+#define MOST_GLOBAL_READERS 16
+
 // The list of readers with `who` in it; an older entry of the same actor is dropped.
-static u32 with_reader(Race* race, u32 list, const Accessor* who) {
+static u32 with_reader(Race* race, u32 list, const Accessor* who, u32 most) {
   const Record* head = &race->records[list];
-  if (list && head->actor == who->actor && head->epoch == who->epoch && head->pc == who->pc) return list;
+  const u32 cluster = who->cluster->number;
+  if (list && head->actor == who->actor && head->epoch == who->epoch && head->pc == who->pc && head->cluster == cluster) return list;
   u32 rest = 0;
-  u32 kept[256];
+  u32 kept[MOST_READERS];
   u32 n = 0;
-  for (u32 i = list; i; i = race->records[i].next)
-    if (race->records[i].actor != who->actor && n < 256) kept[n++] = i;
+  for (u32 i = list; i && n < most; i = race->records[i].next)
+    if (race->records[i].actor != who->actor || race->records[i].cluster != cluster) kept[n++] = i;
   // Lists are shared by cells, so entries before a dropped one are copied.
   int same = 1;
   for (u32 i = n; i-- > 0;) {
     Record r = race->records[kept[i]];
     if (r.next == rest && same) { rest = kept[i]; continue; }
     same = 0;
-    Accessor copy = {who->clock, r.actor, r.epoch, r.pc, r.warp, 0, r.partial};
-    rest = add_record(race, &copy, rest, r.atomic);
+    r.next = rest;
+    rest = add_record(race, r);
   }
-  return add_record(race, who, rest, 0);
+  return add_record(race, record_of(who, rest));
 }
 
-static void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, u32* record, u32 memo[6]) {
-  // memo: last write checked, last reader list checked (by a write), last reader list extended and its result
+void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo) {
   for (u32 end = cell + span; cell < end; cell++) {
     if (cell >= shadow->num_cells) return;
     u32 write = shadow->writes[cell], reads = shadow->reads[cell];
-    if (write != memo[0] || !memo[1]) {
+    if (write != memo->write || !memo->checked) {
       if (write) {
-        if (!after_write(race, &race->records[write], who, kind))
+        if (!after_write(race, &race->records[write], who))
           conflict(race, kind == RACE_READ ? CONFLICT_WRITE_READ : CONFLICT_WRITE_WRITE, cell, &race->records[write], who);
-      } else if (kind == RACE_READ) {
+      } else if (kind == RACE_READ && !shadow->is_global) {
         conflict(race, CONFLICT_UNWRITTEN, cell, NULL, who);
       }
-      memo[0] = write;
-      memo[1] = 1;
+      memo->write = write;
+      memo->checked = 1;
     }
     if (kind == RACE_READ) {
-      if (reads != memo[2] || !memo[3]) {
-        memo[2] = reads;
-        memo[3] = with_reader(race, reads, who);
+      if (reads != memo->reads || !memo->extended) {
+        memo->reads = reads;
+        memo->extended = with_reader(race, reads, who, shadow->is_global ? MOST_GLOBAL_READERS : MOST_READERS);
       }
-      shadow->reads[cell] = memo[3];
+      shadow->reads[cell] = memo->extended;
       continue;
     }
-    if (reads && reads != memo[4]) {
-      for (u32 i = reads; i; i = race->records[i].next) {
-        const Record* old = &race->records[i];
-        if (!(who->partial && old->partial) && who->clock[old->actor] < old->epoch) conflict(race, CONFLICT_READ_WRITE, cell, old, who);
-      }
-      memo[4] = reads;
+    if (reads && reads != memo->read_by) {
+      for (u32 i = reads; i; i = race->records[i].next)
+        if (!after_read(&race->records[i], who)) conflict(race, CONFLICT_READ_WRITE, cell, &race->records[i], who);
+      memo->read_by = reads;
     }
-    if (!*record) *record = add_record(race, who, 0, kind == RACE_ATOMIC);
-    shadow->writes[cell] = *record;
+    if (!memo->record) memo->record = add_record(race, record_of(who, 0));
+    shadow->writes[cell] = memo->record;
     shadow->reads[cell] = 0;
   }
 }
@@ -149,28 +153,31 @@ static void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor
 // `count` runs of `span` cells each, starting at cells[i] * scale, in shared memory (is_tmem 0) or TMEM of CTA `rank`.
 void emu_race_access(Race* race, int is_tmem, u32 rank, const i64* cells, u32 count, u32 scale, u32 span, const Accessor* who, int kind) {
   Shadow* shadow = is_tmem ? &race->tmem[rank] : &race->smem[rank];
-  u32 record = 0, memo[6] = {0};
-  for (u32 i = 0; i < count; i++) touch(race, shadow, (u32)(cells[i] * scale), span, who, kind, &record, memo);
+  Memo memo = {0};
+  for (u32 i = 0; i < count; i++) touch(race, shadow, (u32)(cells[i] * scale), span, who, kind, &memo);
 }
 
 // A rectangle of TMEM: `groups` groups of 16 lanes from `group`, `columns` columns from `column`.
 void emu_race_tmem(Race* race, u32 rank, u32 group, u32 groups, u32 column, u32 columns, const Accessor* who, int kind) {
-  u32 record = 0, memo[6] = {0};
-  for (u32 g = group; g < group + groups; g++) touch(race, &race->tmem[rank], g * 512 + column, columns, who, kind, &record, memo);
+  Memo memo = {0};
+  for (u32 g = group; g < group + groups; g++) touch(race, &race->tmem[rank], g * 512 + column, columns, who, kind, &memo);
 }
 
 // A load, store or atomic of one warp (called by the interpreter).
-void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind) {
+void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int strong) {
   Race* race = w->cluster->race;
-  Accessor who = {w->clock, w->actor, w->clock[w->actor], w->pc_now, w->warp_in_cluster, 0, bytes < 4};
-  u32 record = 0, memo[6] = {0};
+  Accessor who = {w->clock, w->actor, w->clock[w->actor], w->pc_now, w->warp_in_cluster, 0, bytes < 4, strong, 0, w->cluster};
+  Memo memo = {0};
+  u32 global = 0;
   for (int lane = 0; lane < LANES; lane++) {
     if (!(mask >> lane & 1)) continue;
     u64 address = addresses[lane];
-    if (space == SPACE_GENERIC && address >> 56 != 1) continue;
-    if (space == SPACE_GLOBAL) continue;
+    u64 window = space == SPACE_GENERIC ? address >> 56 : space == SPACE_GLOBAL ? 0 : 1;
+    if (!window) global |= 1u << lane;
+    if (window != 1) continue;
     u32 rank = (u32)address >> 24, offset = (u32)address & 0xffffff;
     u32 first = offset >> 2, last = (offset + bytes - 1) >> 2;
-    touch(race, &race->smem[rank], first, last - first + 1, &who, kind, &record, memo);
+    touch(race, &race->smem[rank], first, last - first + 1, &who, kind, &memo);
   }
+  if (global && w->cluster->global) global_lanes(w, addresses, global, bytes, kind, strong);
 }

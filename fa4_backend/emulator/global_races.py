@@ -1,0 +1,186 @@
+"""Happens-before race detector for global memory: between warps, CTAs and launches.
+
+Within a cluster the vector clocks of `races.py` order accesses. What a warp knows of *other* clusters it learnt at a strong access of
+global memory: a release leaves the releasing warp's clock at the address, an acquire takes what lies there. The warp has an actor of its
+own for that (ACQUIRED), with an epoch for each thing it learnt; barriers hand these epochs on like any other, so whoever is ordered after
+the acquire knows what it brought, and a later release passes it all on.
+
+PTX ISA 9.0, 8.8 to 8.10: a release is `.release`, `.acq_rel`, or a fence of gpu scope and a strong write after it by the same warp, and
+covers what its warp knows of by then; an acquire mirrors it. Two strong accesses do not race. Accesses of scope `.cta` order nothing
+between clusters.
+
+Launches follow each other, unless one is launched with programmatic stream serialization and its predecessor has executed
+`griddepcontrol.launch_dependents`: then nothing of the predecessor is known before `griddepcontrol.wait`. The two are not run at once;
+that what the later one does before its wait is unordered shows all the same.
+
+Cells are 4 bytes; two accesses of less than a cell do not race, nor do lanes of one warp. Shadow memory: `native/global_races.c`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fa4_backend.emulator import native_core as native
+from fa4_backend.emulator.races import KINDS, Access, Learnt, Races, kind_of
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cluster
+    from fa4_backend.emulator.decode import Program
+    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.report import Report
+    from fa4_backend.emulator.warp import Warp
+
+SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA = 1, 2, 4, 8  # ordering of a memory instruction
+ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches
+Clocks = dict[int, np.ndarray]  # cluster number -> clock of that cluster's actors
+
+
+class Origin(NamedTuple):
+    """A cluster, for reports."""
+
+    program: Program
+    ctas: list[str]
+    warps_of_a_cta: int
+
+
+class GlobalRaces:
+    """Global memory of a session: its shadow, and what strong accesses left at their addresses."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.core = native.core()
+        self.handle = self.core.emu_global_new()
+        self.conflicts = (native.Conflict * native.MAX_CONFLICTS)()
+        self.edges: dict[Any, Clocks] = {}  # by address; by address and cluster for the scope of a CTA
+        self.next_number = 1
+        self.origins: dict[int, Origin] = {}  # by cluster number, since the shadow was last forgotten
+        self.settled = self.first_of_launch = 1
+        self.dependents_launched = False  # by the launch that runs, or ran last; and whether some CTA had waited before that
+        self.waited_before = False
+
+    def close(self) -> None:
+        if self.handle:
+            self.core.emu_global_free(self.handle)
+            self.handle = None
+
+    # -- launches and clusters ----------------------------------------------------------------------------------
+
+    def start_launch(self, grid: Grid) -> None:
+        if grid.programmatic and self.dependents_launched:
+            # A predecessor that waited before it launched its dependents vouches for all before it.
+            if self.waited_before:
+                self.settled = self.first_of_launch
+        else:
+            self.core.emu_global_forget(self.handle)
+            self.edges.clear()
+            self.origins.clear()
+            self.settled = self.next_number
+        self.first_of_launch = self.next_number
+        self.dependents_launched = self.waited_before = False
+
+    def start_cluster(self, cluster: Cluster) -> int:
+        state, number = cluster.state, self.next_number
+        self.next_number += 1
+        state.global_race, state.number = self.handle, number
+        state.settled, state.first_of_launch = self.settled, self.first_of_launch
+        self.origins[number] = Origin(cluster.grid.program, [cta.name for cta in cluster.ctas], cluster.ctas[0].num_warps)
+        return number
+
+    # -- accesses -----------------------------------------------------------------------------------------------
+
+    def access(self, access: Access, addresses: np.ndarray, num_bytes: int, write: bool, strong: bool = False) -> None:
+        """Runs of `num_bytes` bytes at some addresses."""
+        if num_bytes and addresses.size:
+            where = np.ascontiguousarray(addresses, np.uint64)
+            access.native.strong = int(strong)
+            self.core.emu_global_access(self.handle, where.ctypes.data, where.size, num_bytes, ctypes.addressof(access.native), int(write))
+            access.native.strong = 0
+
+    # -- order --------------------------------------------------------------------------------------------------
+
+    def strong_access(self, warp: Warp, semantics: int) -> None:
+        """The warp has just made a strong access of global memory."""
+        state, races = warp.state, warp.races
+        assert races
+        mask, state.strong_mask = state.strong_mask, 0
+        opcode = warp.program.kernel.instructions[state.pc_now].opcode
+        reads, writes = not opcode.startswith(("st", "red")), not opcode.startswith("ld")
+        for address in {state.strong_addresses[lane] for lane in range(32) if mask >> lane & 1}:
+            key = (address, races.number) if semantics & SEM_CTA else address
+            if reads and key in self.edges:
+                if semantics & SEM_ACQUIRE:
+                    self.learn(warp, self.edges[key].items())
+                else:
+                    warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
+            if writes:
+                released = warp.clock if semantics & SEM_RELEASE else warp.fence_clock
+                if released.size:
+                    merge(self.edges.setdefault(key, {}), known_by(races, released))
+        if writes and semantics & SEM_RELEASE:
+            races.new_epoch(warp)
+
+    def fence(self, warp: Warp) -> None:
+        """A fence turns the strong reads before it into acquires."""
+        found, warp.unacquired = warp.unacquired, {}
+        for clocks in found.values():
+            self.learn(warp, clocks.items())
+
+    def dependency(self, warp: Warp, waits: bool) -> None:
+        """griddepcontrol"""
+        if waits:
+            self.learn(warp, [(ALL_EARLIER, np.zeros(0, np.uint32))])
+        else:
+            assert warp.races
+            self.dependents_launched = True
+            self.waited_before |= any(k.number == ALL_EARLIER and warp.clock[k.actor] >= k.epoch for k in warp.races.learnt)
+
+    def learn(self, warp: Warp, clocks: Iterable[tuple[int, np.ndarray]]) -> None:
+        races = warp.races
+        assert races
+        new = []
+        for number, clock in clocks:
+            if number == races.number:
+                np.maximum(warp.clock, clock, out=warp.clock)
+            elif not any(k.number == number and warp.clock[k.actor] >= k.epoch and (k.clock >= clock).all() for k in races.learnt):
+                new.append((number, clock))
+        if new:
+            actor = races.acquired_actor(warp)
+            warp.clock[actor] += 1
+            races.learnt += [Learnt(actor, int(warp.clock[actor]), number, clock.copy()) for number, clock in new]
+            races.publish_learnt()
+
+    # -- reports ------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        if not self.core.emu_race_num_conflicts(self.handle):
+            return
+        count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
+        for c in self.conflicts[:count]:
+            earlier = self.who(c.old_cluster, c.old_actor, c.old_warp, c.old_pc)
+            later = self.who(c.new_cluster, c.new_actor, c.new_warp, c.new_pc)
+            self.report.note("race", f"global memory {KINDS[c.kind]}\n  first:  {earlier}\n  second: {later}")
+
+    def who(self, number: int, actor: int, warp: int, pc: int) -> str:
+        program, ctas, per_cta = self.origins[number]
+        launch = "" if number >= self.first_of_launch else f" of the earlier kernel {program.name[:80]}"
+        kind = kind_of(actor, per_cta * len(ctas))
+        return f"{kind} by {ctas[warp // per_cta]}{launch}, warp {warp % per_cta}, {program.describe(pc)}"
+
+
+def known_by(races: Races, clock: np.ndarray) -> Clocks:
+    """All that whoever has this clock knows."""
+    known: Clocks = {races.number: clock.copy()}
+    for item in races.learnt:
+        if clock[item.actor] >= item.epoch:
+            merge(known, {item.number: item.clock})
+    return known
+
+
+def merge(into: Clocks, other: Clocks) -> None:
+    """Add what `other` knows."""
+    for number, clock in other.items():
+        into[number] = np.maximum(into[number], clock) if number in into else clock.copy()

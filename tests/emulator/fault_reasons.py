@@ -1,0 +1,191 @@
+"""Why a fault that no run showed changes nothing: each reason is proven, from the text or by runs of the right program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from fa4_backend import emulator
+from fa4_backend.emulator.mbarrier import MBarrier
+from fa4_backend.emulator.parser import Instruction, Kernel, Vector, parse_module
+from fa4_backend.emulator.races import Races
+from fa4_backend.emulator.undefined import registers_in, successors
+from tests.emulator.fault_mutations import WAIT, Mutant, one_statement_a_line
+from tests.emulator.fault_targets import Target, planted
+
+SEEDS = range(100, 110)
+NOT_MODELLED = "not modelled"
+STATIC_REASONS = re.compile(r"tcgen05\.(wait::ld|fence)")  # of these, the text alone tells
+
+
+# What is missed, by kernel, kind and statement, and why; these count as missed.
+MISSED = {
+    ("sm_100a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r603], %r604, 10000000;"): (
+        "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
+        "products of both"
+    ),
+    ("sm_90a prefill", "drop fence", "wgmma.fence.sync.aligned;"): (
+        "needed from the second turn of its loop over masked KV tiles on; a causal mask gives it one at most"
+    ),
+    ("sm_90a decode", "drop barrier", "bar.sync 1, 128;"): (
+        "what it orders and no other barrier does is written by lane 0 and read by lanes of the same warp, which are one actor here"
+    ),
+}
+
+
+def why_missed(target: Target, mutant: Mutant) -> str:
+    """What inspection found about a fault that counts as missed."""
+    return MISSED.get((target.name, mutant.kind, " ".join(mutant.text.split())), "")
+
+
+def vacuous(target: Target, mutant: Mutant) -> str:
+    """The reason, or "" when none is known."""
+    if "tcgen05.wait::ld" in mutant.text and mutant.kind.startswith("drop"):
+        # flash-attn-4's sm100 kernels, right on silicon, have no wait::ld at all: ptxas orders the use of a result behind its load.
+        return "the use of a loaded register waits for it"
+    if "tcgen05.fence" in mutant.text:
+        return f"{NOT_MODELLED}: tcgen05.fence (flash-attn-4's kernels, right on silicon, have none)"
+    if "tcgen05.wait::st" in mutant.text and later_wait_covers(target, mutant):
+        return "a later tcgen05.wait::st comes before anything is released"
+    if "wgmma.fence" in mutant.text:
+        if other_fence_covers(target, mutant):
+            return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
+        return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
+    if mutant.kind == "drop wait":
+        if only_exit_follows(target, mutant):
+            return "the warp does nothing after it but exit"
+        if never_blocks(target, mutant):
+            return f"the wait is satisfied whenever it is reached, in {len(SEEDS)} random schedules"
+    if mutant.kind == "drop arrive" and nobody_waits(target, mutant):
+        return f"no wait needs the phases that it arrives at, in {len(SEEDS)} random schedules"
+    return ""
+
+
+def later_wait_covers(target: Target, mutant: Mutant) -> bool:
+    """Another tcgen05.wait::st follows before anything that could tell others of the stores."""
+    for line in one_statement_a_line(target.ptx).split("\n")[mutant.line :]:
+        if "tcgen05.wait::st" in line:
+            return True
+        if re.search(r"mbarrier\.arrive|\bbar(rier)?\.(?!warp)|commit|\bbra\b|ret;", line):
+            return False
+    return False
+
+
+def _at(target: Target, mutant: Mutant) -> tuple[Kernel, int]:
+    """The kernel of the mutant's line and the instruction there."""
+    for kernel in parse_module(one_statement_a_line(target.ptx)).values():
+        for pc, instruction in enumerate(kernel.instructions):
+            if instruction.line == mutant.line:
+                return kernel, pc
+    raise AssertionError(f"no instruction at line {mutant.line}: {mutant.text}")
+
+
+def _walk(kernel: Kernel, start: int, goes_on: Callable[[Instruction], bool]) -> set[int]:
+    """Instructions that can follow `start`, not past those where `goes_on` is false."""
+    seen: set[int] = set()
+    work = successors(kernel, start)
+    while work:
+        pc = work.pop()
+        if pc not in seen:
+            seen.add(pc)
+            if goes_on(kernel.instructions[pc]):
+                work += successors(kernel, pc)
+    return seen
+
+
+def other_fence_covers(target: Target, mutant: Mutant) -> bool:
+    """No path leads from an access of a product's registers to the product past the dropped wgmma.fence and no other."""
+    kernel, dropped = _at(target, mutant)
+    instructions = kernel.instructions
+
+    def is_fence(instruction: Instruction) -> bool:
+        return instruction.opcode.startswith("wgmma.fence")
+
+    after = [pc for pc in _walk(kernel, dropped, lambda i: not is_fence(i)) if instructions[pc].opcode.startswith("wgmma.mma_async")]
+    needed = {r.index for pc in after for o in instructions[pc].operands[:2] if isinstance(o, Vector) for r in registers_in(o)}
+    before: list[list[int]] = [[] for _ in instructions]
+    for pc in range(len(instructions)):
+        for after_pc in successors(kernel, pc):
+            before[after_pc].append(pc)
+    seen: set[int] = set()
+    work = list(before[dropped])
+    while work:  # backwards, up to other fences
+        pc = work.pop()
+        if pc in seen or (is_fence(instructions[pc]) and pc != dropped):
+            continue
+        seen.add(pc)
+        work += before[pc]
+    if 0 in seen:
+        return False  # the kernel's first fence
+    return not any(
+        needed & {r.index for operand in instructions[pc].operands for r in registers_in(operand)}
+        for pc in seen
+        if not instructions[pc].opcode.startswith("wgmma.mma_async")
+    )
+
+
+def atomics_order(target: Target, mutant: Mutant) -> bool:
+    """Without this fence, the kernel races as soon as its atomics are relaxed: theirs is the order. PTX ISA 8.9.5, causality order."""
+    assert ".acq_rel" in mutant.ptx
+    with planted(target, re.sub(r"(atom[\w.:]*?)\.acq_rel", r"\1.relaxed", mutant.ptx)):
+        return bool(target.run(None)[1].races)
+
+
+def only_exit_follows(target: Target, mutant: Mutant) -> bool:
+    """After the wait there are only other waits and register instructions up to the warp's end, and the CTA has no peers."""
+    if "cluster" in "".join(re.findall(r"^\.(?:reqnctapercluster|explicitcluster).*$", target.ptx, re.M)):
+        return False
+    kernel, pc = _at(target, mutant)
+    harmless = re.compile(
+        r"bra|ret|exit|mbarrier\.(try|test)_wait|nanosleep|(add|sub|mul|mad|mov|selp|setp|not|and|or|xor|shl|shr|cvt|min|max)\."
+    )
+    return all(harmless.match(kernel.instructions[after].opcode) for after in _walk(kernel, pc, lambda _: True))
+
+
+def never_blocks(target: Target, mutant: Mutant) -> bool:
+    """Whether the wait has nothing to wait for: a trap in its place, taken when the phase is not complete, never fires."""
+    lines = one_statement_a_line(target.ptx).split("\n")
+    line = lines[mutant.line - 1]
+    match = WAIT.search(line)
+    assert match
+    test = line.replace("try_wait", "test_wait")
+    operands = test.rsplit(",", 1) if test.count(",") == 3 else [test.rstrip("; ")]  # a suspend-time hint is not for test_wait
+    lines[mutant.line - 1] = f"{operands[0]};\n@!{match.group(1)} trap;"
+    with planted(target, "\n".join(lines)):
+        for seed in SEEDS:
+            try:
+                target.run(seed)
+            except emulator.KernelFault:
+                return False
+    return True
+
+
+def nobody_waits(target: Target, mutant: Mutant) -> bool:
+    """In the right program, no wait passes after the completion of a phase that the arrival takes part in."""
+    _, site = _at(target, mutant)
+    arrived: set[tuple[MBarrier, int]] = set()
+    passed: dict[MBarrier, int] = {}  # the highest phase that a wait saw open when it passed
+    release, acquire = Races.release, Races.acquire
+
+    def watch_release(races: Races, warp: Any, edge: Any) -> None:
+        if isinstance(edge, MBarrier) and warp.state.pc == site:
+            arrived.add((edge, edge.phase))
+        release(races, warp, edge)
+
+    def watch_acquire(races: Races, warp: Any, edge: Any) -> None:
+        if isinstance(edge, MBarrier):
+            passed[edge] = max(passed.get(edge, 0), edge.phase)
+        acquire(races, warp, edge)
+
+    with (
+        planted(target, one_statement_a_line(target.ptx)),
+        mock.patch.object(Races, "release", watch_release),
+        mock.patch.object(Races, "acquire", watch_acquire),
+    ):
+        for seed in (None, *SEEDS):
+            target.run(seed)
+    assert arrived, mutant.name
+    return not any(passed.get(barrier, 0) > phase for barrier, phase in arrived)
