@@ -315,6 +315,22 @@ def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Valu
     return list(branch.results)
 
 
+def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> list[ir.Value]:
+    """`when` for float32 vectors whose elements join one by one.
+
+    LLVM would join pairs of registers, which ptxas cannot keep where a TMEM load has put them: it then copies them.
+    """
+    n = ir.VectorType(vectors[0].type).shape[0]
+    flat = [element(v, i) for v in vectors for i in range(n)]
+
+    def change_flat(values: list[ir.Value]) -> list[ir.Value]:
+        changed = change([from_elements(values[at : at + n]) for at in range(0, len(values), n)])
+        return [element(v, i) for v in changed for i in range(n)]
+
+    joined = when(condition, flat, change_flat)
+    return [from_elements(joined[at : at + n]) for at in range(0, len(joined), n)]
+
+
 def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:
     """A do-while loop: `one_pass(flag, *values)` returns (again, results); when repeated, flag is true and values are the first results."""
     inits = [Boolean(flag).ir_value(), *values]

@@ -47,7 +47,7 @@ class EpilogueWarp:
         elems = CHUNK_BYTES // config.element_bytes
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
         num_chunks = tokens * config.q_per_kv * chunks
-        for chunk in range(place.lane_idx, num_chunks, 32, unroll=4):
+        for chunk in range(place.lane_idx, num_chunks, 32, unroll=2):
             row, column = chunk // chunks, chunk % chunks
             words = ptx.load_shared_v4(source + row * o_pitch(config) + column * CHUNK_BYTES)
             packed = self.geometry.pack.row(row, m_block, seqlen)

@@ -29,8 +29,8 @@ class Sm100Tuning:
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 32 columns of O.
     softmax_registers: int = 200
-    correction_registers: int = 64
-    other_registers: int = 48
+    correction_registers: int = 56
+    other_registers: int = 56
 
     def __post_init__(self) -> None:
         total = 32 * (8 * self.softmax_registers + 4 * self.correction_registers + 4 * self.other_registers)
