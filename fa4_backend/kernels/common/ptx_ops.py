@@ -284,6 +284,14 @@ def keep_here(value: Int32) -> Int32:
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
 
 
+def keep_in_loop(value: Int32) -> Int32:
+    """The same value, which ptxas takes for a new one as well: keeps what is computed from it out of the loop's registers.
+
+    All 32 lanes are active, which ptxas cannot know; a copy it would see through.
+    """
+    return Int32(inline_asm("{ .reg .b32 lanes; activemask.b32 lanes; and.b32 $0, $1, lanes; }", [value], T.i32(), "=r"))
+
+
 def shift_left(value: Int32, count: Int32) -> Int32:
     """value << count with counts above 31 giving 0 (PTX ISA, "shl")."""
     return Int32(inline_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))

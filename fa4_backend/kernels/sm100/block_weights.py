@@ -72,9 +72,8 @@ class BlockWeights:
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference, scale_log2)
-            # In this order: the raw scores that are asked here need not outlive their weights.
-            unseen = Float32(self._unseen_max(s)) * scale_log2 - offset
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
+            unseen = Float32(self._unseen_max(s)) * scale_log2 - offset
             too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.

@@ -149,7 +149,7 @@ class SoftmaxWarps:
         first_col = n_block * tile_n
         if config.has_alibi:
             # Kept inside the pass: hoisted, the 128 distances would take the registers of the scores.
-            to_diagonal = alibi.diagonal - cute.arch.make_warp_uniform(first_col)
+            to_diagonal = ptx.keep_in_loop(alibi.diagonal - first_col)
             s = [add_alibi(v, to_diagonal - base, alibi.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
 
         def masked(values: list) -> list:
