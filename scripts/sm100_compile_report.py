@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.compile import compile_to_object, cpu_seconds, find_cuda_tool, resource_usage
+from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import prefill_key
 from tests.support.paged_case import PagedCase
 
@@ -37,7 +38,10 @@ OURS = {
     "causal d128 alibi": replace(BASE, alibi=True),
     "causal d128 all score features": replace(BASE, window_left=100, softcap=30.0, sinks=True, alibi=True),
     "causal d128 sm_103a": replace(BASE, arch="emulated-sm_103a"),
+    "causal d128 CTA pairs": BASE,
+    "causal d192 and 128 one CTA": replace(BASE, num_q_heads=1, head_dim=192, head_dim_v=128),
 }
+CTA_GROUPS = {"causal d128 CTA pairs": 2, "causal d192 and 128 one CTA": 1}  # where another than the tuned one is asked for
 UPSTREAM: dict[str, dict[str, int]] = {
     "causal d128": {},
     "causal d128 varlen paged 128": {"paged": 128},
@@ -57,13 +61,19 @@ def sass_counts(cubin: Path) -> dict[str, int]:
     return {"total": len(lines), **{name: counts[name] for name in OPCODES}}
 
 
+def our_key(name: str) -> Sm100Config:
+    """Compile key of one of OURS."""
+    key = Sm100Config.of(prefill_key(OURS[name].plan()))
+    return key.with_tuning(cta_group=CTA_GROUPS.get(name, key.tuning.cta_group))
+
+
 def compile_ours(name: str) -> dict[str, Any]:
     """Compile one key cold, then once more warm."""
     import cutlass.cute  # noqa: F401
     import torch  # noqa: F401
     import tvm_ffi  # noqa: F401
 
-    key = prefill_key(OURS[name].plan())
+    key = our_key(name)
     with tempfile.TemporaryDirectory() as folder:
         cold = compile_to_object(key, Path(folder) / "cold")
         warm = compile_to_object(key, Path(folder) / "warm")

@@ -32,9 +32,9 @@ from fa4_backend.emulator.memory import GlobalMemory, host_array
 from fa4_backend.emulator.native_core import core, library_path
 from fa4_backend.emulator.parser import Kernel, Variable, parse_module
 from fa4_backend.emulator.races import Races
+from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.report import Report
 from fa4_backend.emulator.tensors import device_tensor, extent, host_tensor
-from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.trace import Trace
 
 ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}
@@ -543,7 +543,7 @@ def session(
     step_limit: int = 50_000_000,
     trace: Trace | Recording | None = None,
 ) -> Iterator[Session]:
-    """An emulated device for the time of a `with` block; see the package docstring. `trace` collects a timeline or a recording, without a seed."""
+    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then)."""
     emu = Session(arch, num_sms, seed, detect_races, step_limit, trace)
     install()
     _open.append(emu)

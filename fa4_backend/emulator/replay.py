@@ -6,7 +6,7 @@ A discrete-event model, not a measurement. Rules:
 * A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
   not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive COPY_LATENCY later.
 * A wait ends `latency` cycles after the last arrival of its phase. Commits arrive when the products before them are done.
-No instruction has a latency of its own, and there are no bank conflicts, caches, or clocks that fall: kind about time, fair between kernels.
+No instruction has a latency of its own; no bank conflicts, caches, or clocks that fall: kind about time, fair between kernels.
 """
 
 from __future__ import annotations

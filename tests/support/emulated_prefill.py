@@ -11,7 +11,8 @@ from fa4_backend import emulator
 from fa4_backend.compile import CompileKey
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
-from fa4_backend.kernels.tuning import prefill_key, prefill_tile, tokens_per_work_item
+from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.tuning import cta_group, prefill_key, prefill_tile, tokens_per_work_item
 from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
@@ -55,6 +56,7 @@ def run_prefill(
     """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
 
     Args:
+        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
         seed: of the emulator's schedule; None: deterministic.
         key: another compile key than the plan's, for ablations.
         trace: filled with what the warps did.
@@ -76,11 +78,14 @@ def run_built(
     plan = case.plan(num_sms=num_ctas)
     problem = plan.problem
     function = load_function(key or prefill_key(plan))
-    tiles, begin = _work_list(case, num_ctas, tokens_per_work_item(problem), prefill_tile(problem).tile_n)
+    default = cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v)
+    cluster = key.tuning.cta_group if isinstance(key, Sm100Config) else default
+    tokens = tokens_per_work_item(problem) // default * cluster
+    tiles, begin = _work_list(case, num_ctas, tokens, prefill_tile(problem).tile_n)
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
-    with emulator.session(arch=problem.target_arch, num_sms=num_ctas, seed=seed, detect_races=detect_races, trace=trace) as emu:
+    with emulator.session(arch=problem.target_arch, num_sms=num_ctas * cluster, seed=seed, detect_races=detect_races, trace=trace) as emu:
         emu.run(
             function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
             a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,

@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import cute_nvgpu as cute_nvgpu_ir
 from cutlass._mlir.dialects import math as math_ir
 from cutlass.cutlass_dsl import T
 
-SMEM_SPACE, TMEM_SPACE = 3, 6  # LLVM address spaces of the NVPTX target
+SMEM_SPACE, TMEM_SPACE, CLUSTER_SPACE = 3, 6, 7  # LLVM address spaces of the NVPTX target
 FULL_WARP = 0xFFFFFFFF
 WAIT_TICKS = 10_000_000  # ns a try_wait may suspend before it looks again; any value is correct
 
@@ -35,9 +35,9 @@ def inline_asm(text: str, operands: Sequence[Int32], result: ir.Type | None = No
 # ---- shared memory, mbarriers, TMA -------------------------------------------------------------------------------------------
 
 
-def smem_pointer(address: Int32) -> ir.Value:
-    """LLVM pointer to a shared-memory address."""
-    return llvm.inttoptr(llvm.PointerType.get(SMEM_SPACE), Int32(address).ir_value())
+def smem_pointer(address: Int32, *, cluster: bool = False) -> ir.Value:
+    """LLVM pointer to a shared-memory address of the CTA, or of the cluster."""
+    return llvm.inttoptr(llvm.PointerType.get(CLUSTER_SPACE if cluster else SMEM_SPACE), Int32(address).ir_value())
 
 
 def mbarrier_init(address: Int32, arrivals: int) -> None:
@@ -154,15 +154,15 @@ def tmem_wait_store() -> None:
     nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.STORE)
 
 
-def tmem_alloc(smem_address: Int32, columns: int) -> None:
+def tmem_alloc(smem_address: Int32, columns: int, group: nvvm.CTAGroupKind) -> None:
     """Allocate TMEM columns and give up the right to allocate more; the whole warp calls. The address goes to shared memory."""
-    nvvm.tcgen05_alloc(smem_pointer(smem_address), Int32(columns).ir_value())
-    nvvm.tcgen05_relinquish_alloc_permit()
+    nvvm.tcgen05_alloc(smem_pointer(smem_address), Int32(columns).ir_value(), group=group)
+    nvvm.tcgen05_relinquish_alloc_permit(group=group)
 
 
-def tmem_dealloc(address: Int32, columns: int) -> None:
+def tmem_dealloc(address: Int32, columns: int, group: nvvm.CTAGroupKind) -> None:
     """Free what `tmem_alloc` allocated; the same warp calls."""
-    nvvm.tcgen05_dealloc(_tmem_pointer(address), Int32(columns).ir_value())
+    nvvm.tcgen05_dealloc(_tmem_pointer(address), Int32(columns).ir_value(), group=group)
 
 
 def tcgen05_fence_before_sync() -> None:
@@ -200,6 +200,11 @@ def words(n: int) -> ir.Type:
 def f32() -> ir.Type:
     """The float32 type."""
     return T.f32()
+
+
+def i32() -> ir.Type:
+    """The int32 type."""
+    return T.i32()
 
 
 def from_elements(elements: Sequence[ir.Value]) -> ir.Value:

@@ -14,10 +14,9 @@ from cutlass._mlir.dialects import math as math_ir
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
-from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 LANE_SHIFT = 16  # lane field of a TMEM address
@@ -58,13 +57,13 @@ class SoftmaxWarps:
         scale_log2 = scores.softmax_scale * LOG2_E
         if const_expr(config.has_softcap):
             scale_log2 = scores.softcap * LOG2_E
-        begin, end = tile_range(work.mBegin)
+        begin, end = g.item_range(work)
         s_phase, stats_phase = Int32(0), Int32(0)
         block = BlockWeights(g.config)
         p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            packed = g.pack.row(ptx.keep_here(row), item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             alibi = self.alibi_of(scores, item, packed.token, head, packed.is_valid, scale_log2)
             # A row without a query token must not ask for a second pass, whatever its scores are.
@@ -76,7 +75,7 @@ class SoftmaxWarps:
                 barrier = g.full(place, "s_mma_to_softmax", q_idx)
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
-                columns = functools.partial(self.columns, work, item, row, q_idx)
+                columns = functools.partial(self.columns, place, work, item, row, q_idx)
                 load = functools.partial(self.load_scores, s_tmem, scores, alibi, columns, item, n_block, barrier, s_phase)
                 weights = block.decide(load, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
@@ -89,7 +88,7 @@ class SoftmaxWarps:
                 s_phase ^= 1
             # Read and worked out again instead of kept through the loop, whose registers are all taken.
             item = g.read_item(work, ptx.keep_here(index))
-            packed = g.pack.row(ptx.keep_here(row), item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             sink = self.sink_of(scores, head, packed.is_valid)
             result = finalize_row(row_max, row_sum, scale_log2, sink)
@@ -113,10 +112,10 @@ class SoftmaxWarps:
             alibi = Alibi(item.tile.seqlen.diagonal + token, slope)
         return alibi
 
-    def columns(self, work: WorkTensors, item: WorkItem, row: Int32, q_idx: Int32) -> Columns:
+    def columns(self, place: Place, work: WorkTensors, item: WorkItem, row: Int32, q_idx: Int32) -> Columns:
         """Columns that a row sees, worked out where it stands; idle rows are treated as their token would be."""
         g, seqlen = self.geometry, item.tile.seqlen
-        packed = g.pack.row(ptx.keep_here(row), item.tile.m_block * Q_STAGE + q_idx, seqlen)
+        packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), seqlen)
         return g.block_info.mask.columns(packed.token, seqlen, work.window_left, work.window_right)
 
     @cute.jit
@@ -169,11 +168,12 @@ class SoftmaxWarps:
 
     def store_weights(self, place: Place, q_idx: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
+        g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
             ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
         ptx.tmem_wait_store()
         ptx.tcgen05_fence_before_sync()
-        ptx.warp_arrive(self.geometry.full(place, edge, q_idx), place.lane_idx)
+        g.group.warp_arrive(g.full_at_leader(place, edge, q_idx), place.lane_idx)
 
     def rescale(self, o_tmem: Int32, factor: Float32) -> None:
         """O *= factor, this thread's row."""
