@@ -39,6 +39,12 @@ PAIRED = {
     "CTA pairs, causal": replace(BASE, query_lens=(70, 40)),
     "CTA pairs, full attention, page 64": replace(BASE, query_lens=(140, 40), is_causal=False, page_size=64),
     "CTA pairs, d192 and 128, page 256": replace(BASE, query_lens=(300, 40), head_dim=192, head_dim_v=128, num_q_heads=1, page_size=256),
+    "CTA pairs, d192 and 128, full attention, page 16": replace(
+        BASE, query_lens=(300, 140), head_dim=192, head_dim_v=128, num_q_heads=1, is_causal=False
+    ),
+    "CTA pairs, d192 and 128, fp16, 3 to 1, window": replace(
+        BASE, query_lens=(100, 40), head_dim=192, head_dim_v=128, num_q_heads=3, window_left=90, dtype="float16"
+    ),
     "CTA pairs, fp16, 5 to 1": replace(BASE, dtype="float16", num_q_heads=5),
     "CTA pairs, windows": replace(BASE, query_lens=(70, 40), is_causal=False, window_left=90, window_right=20),
     "CTA pairs, all score features": replace(BASE, query_lens=(70, 40), sinks=True, alibi=True, softcap=20.0, window_left=60),

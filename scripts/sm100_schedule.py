@@ -49,6 +49,7 @@ SHAPES = {
     "causal d128": Shape(128, 128, True),
     "full attention d128": Shape(128, 128, False),
     "causal d64": Shape(64, 64, True),
+    "causal d96": Shape(96, 96, True),
     "causal d192 and 128": Shape(192, 128, True),
     "full attention d192 and 128": Shape(192, 128, False),
 }
@@ -76,14 +77,14 @@ def upstream(shape: Shape, num_blocks: int) -> Recording:
     return recording
 
 
-def per_block(short: Times, long: Times) -> dict[str, Any]:
-    """One KV block of one CTA."""
+def per_block(short: Times, long: Times, ctas: int) -> dict[str, Any]:
+    """One KV block of one CTA; ctas: of the cluster, whose roles are added up in `busy` and `waits`."""
 
     def rate(after: float, before: float) -> float:
         return round((after - before) / (LONG - SHORT), 1)
 
-    def rates(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
-        found = {name: rate(after[name], before.get(name, 0.0)) for name in after}
+    def rates(after: dict[str, float], before: dict[str, float], share: int = 1) -> dict[str, float]:
+        found = {name: round(rate(after[name], before.get(name, 0.0)) / share, 1) for name in after}
         return {name: cycles for name, cycles in sorted(found.items(), key=lambda item: -item[1]) if abs(cycles) >= 1}
 
     return {
@@ -92,17 +93,20 @@ def per_block(short: Times, long: Times) -> dict[str, Any]:
         "shared-memory port busy": rate(long.smem_busy, short.smem_busy),
         "tensor core idle while the mma warp": rates(long.tensor_idle, short.tensor_idle),
         "critical path": rates(long.critical, short.critical),
-        "busy": {role: rates(pipes, short.busy.get(role, {})) for role, pipes in long.busy.items()},
-        "waits, warps added up": {role: rates(whom, short.waits.get(role, {})) for role, whom in long.waits.items()},
+        "busy": {role: rates(pipes, short.busy.get(role, {}), ctas) for role, pipes in long.busy.items()},
+        "waits, warps added up": {role: rates(whom, short.waits.get(role, {}), ctas) for role, whom in long.waits.items()},
     }
 
 
 def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str, Any]:
     """A kernel's figures under each latency."""
     short, long = record(shape, SHORT), record(shape, LONG)
-    result: dict[str, Any] = {"CTAs of a cluster": len(long.warps) // long.warps_per_cta}
+    ctas = len(long.warps) // long.warps_per_cta
+    result: dict[str, Any] = {"CTAs of a cluster": ctas}
+    for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
+        result[f"shared memory, {name}"] = (long.smem_bytes(kind) - short.smem_bytes(kind)) // (LONG - SHORT)
     for latency in LATENCIES:
-        result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)))
+        result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)), ctas)
     return result
 
 

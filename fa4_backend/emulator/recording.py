@@ -23,6 +23,8 @@ PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 MUFU = {"sm_90a": 8, "sm_100a": 8, "sm_103a": 4}
 FMA, FMA_PACKED, ALU = 1, 2, 2
 ARITHMETIC = ("fma", "add", "sub", "mul")
+# What a role is known by: the first row whose instruction one of its warps executed.
+ROLES = (("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
 FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
 ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "fence", "elect", "vote", "tcgen05", "cp", "setmaxnreg")
 
@@ -64,6 +66,10 @@ class Recording:
     warps: list[list[Step]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     warps_per_cta: int = 0
+
+    def smem_bytes(self, kind: str) -> int:
+        """Bytes of CTA 0's shared memory that products ("mma") read or copies ("copy") write."""
+        return sum(step.smem_bytes.get(0, 0) for steps in self.warps for step in steps if step.kind == kind)
 
     def races(self, cluster: Cluster) -> Races:
         """The race detector that fills this recording."""
@@ -168,9 +174,5 @@ class RecordedRaces(Races):
         super().close()
 
     def role(self, warp: Warp) -> str:
-        executed = {self.opcodes[i].split(".")[0] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])}
-        names = {self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])}
-        for role, starts in (("softmax", "ex2"), ("mma", "tcgen05.mma"), ("load", "cp.async.bulk.tensor"), ("correction", "tcgen05.ld")):
-            if starts in executed or any(name.startswith(starts) for name in names):
-                return role
-        return "other"
+        executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]
+        return next((role for start, role in ROLES if any(opcode.startswith(start) for opcode in executed)), "other")

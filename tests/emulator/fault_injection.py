@@ -161,8 +161,8 @@ class Target:
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
 
 
-def own_prefill(arch: str) -> Target:
-    """This package's prefill kernel for `arch`: two sequences over pages, causal; one CTA has several tiles, so that every ring wraps."""
+def own_prefill(name: str, arch: str, head_dim: int) -> Target:
+    """This package's prefill kernel: two sequences over pages, causal; one CTA (or pair) has several items, so that every ring wraps."""
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
     from fa4_backend.kernels.tuning import prefill_key
@@ -170,7 +170,7 @@ def own_prefill(arch: str) -> Target:
     from tests.support.paged_case import PagedCase
 
     case = PagedCase(
-        query_lens=(300, 200), kv_lens=(500, 450), num_q_heads=2, num_kv_heads=1, head_dim=128, page_size=64, arch=f"emulated-{arch}"
+        (300, 200), (500, 450), num_q_heads=2, num_kv_heads=1, head_dim=head_dim, head_dim_v=128, page_size=64, arch=f"emulated-{arch}"
     )
     built = case.build()
     library = ensure_object(prefill_key(case.plan(num_sms=1)))
@@ -179,7 +179,7 @@ def own_prefill(arch: str) -> Target:
         result = run_built(built, num_ctas=1, seed=seed)
         return [result.out.clone(), result.lse.clone()], result.report
 
-    return Target(f"{arch} prefill", library.with_suffix(".ptx").read_text(), run)
+    return Target(name, library.with_suffix(".ptx").read_text(), run)
 
 
 def upstream(name: str, folder: Path) -> Target:
@@ -202,8 +202,12 @@ def upstream(name: str, folder: Path) -> Target:
 
 
 def load_target(name: str, folder: Path) -> Target:
-    own = {"sm100_prefill": "sm_100a", "sm90_prefill": "sm_90a"}
-    return own_prefill(own[name]) if name in own else upstream(name.removeprefix("upstream_"), folder)
+    own = {
+        "sm100_prefill": ("sm_100a prefill", "sm_100a", 128),
+        "sm100_pair": ("sm_100a prefill, CTA pairs", "sm_100a", 192),  # the head dimension that runs as pairs
+        "sm90_prefill": ("sm_90a prefill", "sm_90a", 128),
+    }
+    return own_prefill(*own[name]) if name in own else upstream(name.removeprefix("upstream_"), folder)
 
 
 # -- judging --------------------------------------------------------------------------------------------------------------
@@ -402,7 +406,7 @@ def clean_runs(target: Target, count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", required=True, help="sm100_prefill, sm90_prefill, or upstream_<case>")
+    parser.add_argument("--kernel", required=True, help="sm100_prefill, sm100_pair, sm90_prefill, or upstream_<case>")
     parser.add_argument("--folder", type=Path, default=Path("upstream_objects"))
     parser.add_argument("--seeds", type=int, default=4, help="random schedules after the deterministic one")
     parser.add_argument("--clean-seeds", type=int, default=0)

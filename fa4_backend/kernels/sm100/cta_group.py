@@ -53,8 +53,8 @@ class CtaGroup:
             ptx.mbarrier_wait(barrier, parity)
             return
         ptx.inline_asm(
-            "{ .reg .pred over; AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [$0], $1, $2; "
-            "@over bra.uni OVER; bra.uni AGAIN; OVER: }",
+            "{ .reg .pred over;\n AGAIN:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [$0], $1, $2; "
+            "@over bra.uni OVER; bra.uni AGAIN;\n OVER: }",
             [barrier, parity, Int32(ptx.WAIT_TICKS)],
         )
 
