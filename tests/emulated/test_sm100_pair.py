@@ -11,6 +11,7 @@ import torch
 
 from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import prefill_key
+from fa4_backend.kernels.work_list import work_shape
 from tests.emulated.test_sm100_prefill import BASE, FEATURES, SHAPES, case, repaged
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
@@ -67,3 +68,13 @@ def test_no_race_under_random_schedules(seed: int) -> None:
 def test_refused_where_v_has_no_whole_half() -> None:
     with pytest.raises(ValueError, match="cta_group 2: expected a head_dim_v of whole parts for each CTA, got 64"):
         pair_key(replace(BASE, head_dim=64))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 5])  # one pair even of one SM; an SM that is left over
+def test_the_operator_runs_pairs_where_they_are_tuned(num_sms: int) -> None:
+    """Plan, device-made list and launch agree on pairs: head_dim 192, with a row for the decode kernel's threshold besides."""
+    problem = case((130, 3, 1), (300, 65, 40), head_dim=192, head_dim_v=128, num_q_heads=2)
+    plan = problem.plan(num_sms=num_sms)
+    assert Sm100Config.of(prefill_key(plan)).tuning.cta_group == 2 and work_shape(plan).num_ctas == max(1, num_sms // 2)
+    built = problem.build()
+    built.check(*built.run(plan))

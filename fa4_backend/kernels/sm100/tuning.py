@@ -31,7 +31,7 @@ class Sm100Tuning:
     cta_group: int = 1  # CTAs that share a product; `kernels/tuning.py` says where 2
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 16 columns of O, an epilogue thread two 16-byte
-    # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 the epilogue of head_dim 192 does.
+    # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 an epilogue of four pieces did.
     softmax_registers: int = 200
     correction_registers: int = 56
     other_registers: int = 56
