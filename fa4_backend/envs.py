@@ -9,6 +9,7 @@ from pathlib import Path
 VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_STRICT": ("0", "1: any degradation (a compile after warm-up, a slower kernel than planned) is an error"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
+    "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
     "FA4_BACKEND_CACHE_DIR": ("~/.cache/fa4-backend", "folder of compiled kernels and converted models"),
     "FA4_BACKEND_TRACE_FILE": ("", "append one line a process and forward kernel to this file: which kernel really ran"),
 }
@@ -24,6 +25,11 @@ def _read(name: str) -> str:
 def strict() -> bool:
     """Whether a degradation is an error instead of a logged warning."""
     return _read("FA4_BACKEND_STRICT") == "1"
+
+
+def exact() -> bool:
+    """Whether batch invariance shall hold between decode and prefill too."""
+    return _read("FA4_BACKEND_EXACT") == "1"
 
 
 def cpu_kernel() -> str:

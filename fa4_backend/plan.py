@@ -39,6 +39,10 @@ class AttentionPlan:
     kernel_name: str  # as people read it: "torch reference", "sm90 kernels", ...
     num_ctas: int  # CTAs of a persistent launch: one per SM; 1 on the reference
 
+    def __hash__(self) -> int:
+        # Looked up in every call: a few of the numbers tell plans apart, and all 19 fields take a microsecond.
+        return hash((self.num_ctas, self.problem.num_q_heads, self.problem.head_dim, self.limits.max_num_tokens))
+
     def describe(self) -> str:
         """One line for a log: which kernel runs, where, for what."""
         p = self.problem

@@ -40,6 +40,7 @@ class AttentionProblem:
     has_alibi: bool = False
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
+    exact: bool = False  # nor on whether its token came alone or in a chunk of a prompt: one kernel serves decode and prefill rows
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_q_heads < 1 or self.num_q_heads % self.num_kv_heads:
@@ -54,6 +55,8 @@ class AttentionProblem:
             raise UnsupportedProblem(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
+        if self.exact and not self.batch_invariant:
+            raise UnsupportedProblem("exact: expected batch_invariant=True with it, got False")
         if self.is_causal and self.has_window_right:
             raise UnsupportedProblem("has_window_right: expected False for causal attention (the diagonal already bounds it), got True")
 

@@ -13,9 +13,15 @@ from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
 from fa4_backend.bench.decode_peers import Call, installed, prepare
-from fa4_backend.bench.timing import capture, copy_bandwidth, median_us
+from fa4_backend.bench.peers import ready
+from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
 
-OURS = ("fa4", "fa4 invariant")
+# Name -> flags of its problem.
+OURS: dict[str, dict[str, bool]] = {
+    "fa4": {},
+    "fa4 invariant": {"batch_invariant": True},
+    "fa4 exact": {"batch_invariant": True, "exact": True},
+}
 MAX_ERROR = 0.02  # of bf16 outputs of unit values; a wrong kernel is far above, so no figure stands for a wrong result
 
 
@@ -40,13 +46,13 @@ class Ours:
     call: Call
 
     @classmethod
-    def make(cls, batch: DecodeBatch, t: BatchTensors, *, batch_invariant: bool) -> Ours:
+    def make(cls, batch: DecodeBatch, t: BatchTensors, **flags: bool) -> Ours:
         """Plan, allocate and refresh."""
         device = torch.cuda.get_device_properties(0)
         problem = AttentionProblem(
             num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
             dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-            batch_invariant=batch_invariant,
+            **flags,
         )  # fmt: skip
         limits = BatchLimits(max(256, len(batch.kv_lens)), max(8192, t.q.shape[0]), 131072, batch.decode_query_len)
         plan = plan_attention(problem, limits, num_sms=device.multi_processor_count)
@@ -66,7 +72,9 @@ class Ours:
         )
 
 
-def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseconds: float = 30.0) -> Iterator[list[Timing]]:
+def run(
+    batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseconds: float = 30.0, flush: Flush = Flush.WRITE
+) -> Iterator[list[Timing]]:
     """Time every kernel on every batch; yields one list a batch.
 
     Raises:
@@ -77,8 +85,10 @@ def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseco
     torch.manual_seed(0)
     for batch in batches:
         tensors = BatchTensors.make(batch)
-        calls = {name: Ours.make(batch, tensors, batch_invariant=name != "fa4").call for name in OURS}
-        calls |= {peer: call for peer in peers if (call := prepare(peer, batch, tensors)) is not None}
+        calls = {name: Ours.make(batch, tensors, **flags).call for name, flags in OURS.items()}
+        for peer in peers:
+            if (call := ready(peer, batch.label, lambda: prepare(peer, batch, tensors))) is not None:  # noqa: B023 (called at once)
+                calls[peer] = call
         measured: dict[str, tuple[float, float]] = {}
         for name, call in calls.items():
             tensors.out.fill_(float("nan"))
@@ -86,7 +96,7 @@ def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseco
             error = tensors.error(batch)
             if name in OURS and not error <= MAX_ERROR:
                 raise RuntimeError(f"{name} on {batch.label}: expected an error of at most {MAX_ERROR}, got {error}")
-            measured[name] = (median_us(capture(call), milliseconds=milliseconds), error)
+            measured[name] = (median_us(capture(call), milliseconds=milliseconds, flush=flush), error)
         best = min((us for name, (us, _) in measured.items() if name not in OURS), default=None)
         timings = []
         for name, (us, error) in measured.items():
@@ -98,7 +108,7 @@ def run(batches: list[DecodeBatch], *, peers: list[str] | None = None, milliseco
 
 def time_refresh(batch: DecodeBatch) -> float:
     """Device time of a step's metadata, in microseconds."""
-    return median_us(capture(Ours.make(batch, BatchTensors.make(batch), batch_invariant=False).refresh))
+    return median_us(capture(Ours.make(batch, BatchTensors.make(batch)).refresh))
 
 
 def format_line(timings: list[Timing]) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.bench.peers import ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
 from fa4_backend.bench.prefill_peers import PAGED, Call, installed, prepare
 from fa4_backend.bench.timing import capture
@@ -69,10 +70,11 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
         kept: list[object] = []  # a graph holds addresses, not tensors: what a call reads and writes must outlive its replays
         for name in [OURS, *peers]:
             tensors.out = torch.full_like(tensors.q, float("nan"))
-            call = ours(batch, tensors) if name == OURS else prepare(name, batch, tensors)
-            if call is None:
+            if name == OURS:
+                call = ours(batch, tensors)
+                call()
+            elif (call := ready(name, batch.label, lambda: prepare(name, batch, tensors))) is None:  # noqa: B023 (called at once)
                 continue
-            call()
             errors[name] = tensors.error(batch)
             if name == OURS and not errors[name] <= MAX_ERROR:
                 raise RuntimeError(f"{batch.label}: expected an error of at most {MAX_ERROR}, got {errors[name]}")

@@ -29,13 +29,24 @@ def prefill(batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot:
 
 
 @bench.command()
-def decode(batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False) -> None:
+def decode(
+    batches: Sets = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
+) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
     from fa4_backend.bench import decode as module
     from fa4_backend.bench.decode_batches import issue_batches
+    from fa4_backend.bench.timing import Flush
 
     _require_gpu()
-    _run(module, issue_batches(), batches, peers, csv_path, plot, json_output)
+    if flush not in list(Flush):
+        typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
+        raise typer.Exit(2)
+    _run(module, issue_batches(), batches, peers, csv_path, plot, json_output, flush=Flush(flush))
 
 
 def _require_gpu() -> None:
@@ -46,7 +57,9 @@ def _require_gpu() -> None:
         raise typer.Exit(2)
 
 
-def _run(module: Any, sets: dict, names: str, peers: str | None, csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
+def _run(
+    module: Any, sets: dict, names: str, peers: str | None, csv_path: Path | None, plot: Path | None, json_output: bool, **options: Any
+) -> None:
     """Run the chosen sets of one benchmark and write what was asked for."""
     chosen = names.split(",") if names else list(sets)
     unknown = [name for name in chosen if name not in sets]
@@ -55,7 +68,7 @@ def _run(module: Any, sets: dict, names: str, peers: str | None, csv_path: Path 
         raise typer.Exit(2)
     every = []
     for timings in module.run(
-        [b for name in chosen for b in sets[name]], peers=None if peers is None else [p for p in peers.split(",") if p]
+        [b for name in chosen for b in sets[name]], peers=None if peers is None else [p for p in peers.split(",") if p], **options
     ):
         every += timings
         if not json_output:

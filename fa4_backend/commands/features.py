@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, object]] = {
     "ALiBi": {"has_alibi": True},
     "log-sum-exp output": {"has_lse": True},
     "batch-invariant mode": {"batch_invariant": True},
+    "exact mode": {"batch_invariant": True, "exact": True},
 }
 COLUMNS = (REFERENCE_ARCH, *ARCHS)
 

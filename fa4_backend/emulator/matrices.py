@@ -162,3 +162,11 @@ def check_shape(desc: InstructionDescriptor, cta_group: int) -> None:
     step = {(1, 64): 8, (1, 128): 16, (2, 128): 16, (2, 256): 16}.get((cta_group, desc.m))
     if step is None or not step <= desc.n <= 256 or desc.n % step:
         raise KernelFault(f"tcgen05.mma with M={desc.m}, N={desc.n}, cta_group::{cta_group} is not a legal shape")
+
+
+def matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a @ b` in float32, each element's products added in float64 and rounded once.
+
+    So a row's result does not depend on its place in the tile: BLAS in float32 does not promise that, tensor cores keep it.
+    """
+    return np.matmul(a, b, dtype=np.float64).astype(np.float32)

@@ -21,6 +21,7 @@ from fa4_backend.emulator.matrices import (
     check_shape,
     instruction_descriptor,
     load_operand,
+    matrix_product,
     tcgen05_descriptor,
     to_float32,
 )
@@ -378,7 +379,7 @@ def multiply(
     width = desc.n // 2 if split else desc.n
     for cta in ctas:
         a_matrix = _operand_a(cta, desc, rows, k, a_where, a_in_tmem, access)
-        product = (-a_matrix if desc.negate_a != desc.negate_b else a_matrix) @ b_matrix.T
+        product = matrix_product(-a_matrix if desc.negate_a != desc.negate_b else a_matrix, b_matrix.T)
         check_allocated(cta, column, width)
         if access:
             access.races.tmem_access(access, cta, range(8), column, width, write=True, read=add)

@@ -14,7 +14,7 @@ import numpy as np
 from fa4_backend.emulator.barriers import predicate_source
 from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand, to_float32, wgmma_descriptor
+from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand, matrix_product, to_float32, wgmma_descriptor
 from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             a_matrix = to_float32(raw[first : first + ROWS], a_kind)
             if access:
                 access.races.smem_chunks(access, cta, chunks if a_major else chunks[first : first + ROWS], write=False)
-        product = (-a_matrix if signs[0] != signs[1] else a_matrix) @ b_matrix.T
+        product = matrix_product(-a_matrix if signs[0] != signs[1] else a_matrix, b_matrix.T)
         registers = product[d_row, d_column]
         add = accumulate if isinstance(accumulate, bool) else warp.predicate(accumulate[0], lane) != accumulate[1]
         if half:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Float32, Int32
 
+from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
+# Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
+# CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.
+# 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
+# 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
+PARTS_RATIO = 5
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
 
 
@@ -42,6 +48,7 @@ class ScheduleParams(NamedTuple):
     l2_tokens: Int32
     window_left: Int32  # NO_WINDOW: none
     window_right: Int32  # 0 for causal attention, NO_WINDOW: none
+    slot_vectors: Int32  # 16-byte vectors of a slot that each thread of a combining CTA adds
 
 
 class RowTables(NamedTuple):
@@ -90,12 +97,13 @@ class ScheduleKernel:
         l2_tokens: Int32,
         window_left: Int32,
         window_right: Int32,
+        slot_vectors: Int32,
         stream,
     ):
         """Launch; the scalars are the fields of `ScheduleParams`."""
         params = ScheduleParams(
             num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
-            split_blocks, item_overhead, l2_tokens, window_left, window_right,
+            split_blocks, item_overhead, l2_tokens, window_left, window_right, slot_vectors,
         )  # fmt: skip
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_first, params).launch(
@@ -175,7 +183,8 @@ class ScheduleKernel:
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams) -> Int32:
         """CTAs to cut the line for. Where all rows are equally long, a few CTAs less may give every one the same whole
-        share of row groups (or row groups the same number of parts), which saves the splits; ends with a barrier."""
+        share of row groups (or row groups the same number of parts), which saves the splits, and few row groups are not cut
+        into more parts than it pays to add up; ends with a barrier."""
         tidx, _, _ = cute.arch.thread_idx()
         if tidx == 0:
             sums[0] = Int32(0)
@@ -195,6 +204,9 @@ class ScheduleKernel:
                     usable = items // share
         if usable * 8 < num_ctas * 7:
             usable = num_ctas
+        if sums[0] == 0 and items > 0 and params.split_blocks == 0:
+            parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
+            usable = cutlass.min(usable, items * cutlass.max(parts, 1))
         cute.arch.sync_threads()
         return usable
 
@@ -219,10 +231,9 @@ class ScheduleKernel:
                 blocks = rows.decode_blocks[row]
                 begin = rows.decode_begin[row]
                 if params.split_blocks > 0:
-                    split = params.split_blocks
                     if block > 0:
-                        block = (begin + block + split // 2) // split * split - begin
-                    pieces = (begin + blocks + split - 1) // split - begin // split
+                        block = nearest_piece(begin + block, params) - begin
+                    pieces = piece_idx(begin + cutlass.max(blocks, 1) - 1, params) + 1 - piece_idx(begin, params)
                 if block <= 0:
                     block = Int32(0)
                 elif block >= blocks:
@@ -296,8 +307,7 @@ class ScheduleKernel:
                     pieces = cuts.slot[next_cut] - first_slot
                     piece = Int32(0)
                     if params.split_blocks > 0:
-                        split = params.split_blocks
-                        piece = (begin_block + block) // split - begin_block // split
+                        piece = piece_idx(begin_block + block, params) - piece_idx(begin_block, params)
                     elif block > 0:
                         piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
                     slot = first_slot + piece
@@ -392,6 +402,37 @@ class ScheduleKernel:
                 cta = num_ctas - 1 - cta
             values = (seq_idx, head, m_block, begin, end, Int32(-1), Int32(0), Int32(1))
             store_tile(prefill_tiles, deal_begin(cta, total, num_ctas) + turn, values)
+
+
+@cute.jit
+def square_root(value: Int32) -> Int32:
+    """Largest integer whose square is at most `value`, which is below 2^24."""
+    root = Int32(cute.math.sqrt(Float32(value)))
+    if root * root > value:
+        root -= 1
+    if (root + 1) * (root + 1) <= value:
+        root += 1
+    return root
+
+
+def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:
+    """Piece of a row's KV that holds `tile` (batch-invariant mode)."""
+    return piece_of(tile, piece_rule(params), cutlass.min, cutlass.max)
+
+
+def piece_rule(params: ScheduleParams) -> PieceRule:
+    """The plan's rule, which the decode kernel follows too (`Merge.rule`)."""
+    return PieceRule(short_piece(params.slot_vectors, cutlass.min), params.split_blocks)
+
+
+@cute.jit
+def nearest_piece(tile: Int32, params: ScheduleParams) -> Int32:
+    """The beginning of a piece that is nearest to `tile`."""
+    piece = piece_idx(tile, params)
+    begin, end = (piece_begin(piece + i, piece_rule(params), cutlass.min, cutlass.max) for i in (0, 1))
+    if 2 * tile >= begin + end:
+        begin = end
+    return begin
 
 
 @cute.jit

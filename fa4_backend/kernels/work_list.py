@@ -16,7 +16,7 @@ int32, one of the decode list DECODE_INTS (the names below index both; the secon
                              where its second one stands. So a CTA reaches its first page with one look-up less.
 
 A *row group* is one (sequence, KV head, query block). With `split_blocks` > 0 (batch invariance) a row group's KV is
-cut at multiples of `split_blocks` tiles whatever the batch is, and each such piece has a slot of its own; else an
+cut at fixed tiles whatever the batch is (`common/kv_pieces.py`), and each such piece has a slot of its own; else an
 entry is one piece.
 """
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class WorkShape:
     decode_query_len: int  # longest query of a decode row; 0: every row goes to the prefill list
     decode_tile_n: int  # keys of a decode n_block
     decode_rows: int  # packed rows of a split-KV slot: `decode_query_len * q_per_kv`
-    split_blocks: int  # decode n_blocks of a piece in batch-invariant mode; 0: cut where it balances best
+    split_blocks: int  # decode n_blocks of a long piece in batch-invariant mode; 0: cut where it balances best
+    slot_vectors: int  # 16-byte vectors of a slot that each thread of a combining CTA adds
     item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
     l2_tokens: int  # KV tokens of one head that fit the share of L2 that prefill tiles running together may use
 
@@ -76,7 +78,7 @@ class WorkShape:
         if self.split_blocks == 0:
             return max(1, 2 * cuts)
         blocks = -(-max_seqlen_k // self.decode_tile_n)
-        return max(1, cuts * -(-blocks // self.split_blocks))
+        return max(1, cuts * (piece_of(max(blocks, 1) - 1, PieceRule(short_piece(self.slot_vectors), self.split_blocks)) + 1))
 
 
 @dataclass
@@ -117,7 +119,7 @@ class WorkLists:
 
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
-    from fa4_backend.kernels.decode.config import TILE_N, decode_config, split_tiles
+    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_vectors, split_tiles
     from fa4_backend.kernels.tuning import prefill_groups, prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
@@ -134,6 +136,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
         decode_tile_n=TILE_N,
         decode_rows=decode.rows if decode else 0,
         split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
+        slot_vectors=slot_vectors(decode) if decode else 1,
         item_overhead=ITEM_OVERHEAD,
         l2_tokens=L2_SHARE_BYTES // bytes_per_token,
     )

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from fa4_backend import AttentionProblem, paged_attention
+from fa4_backend import envs as fa4_envs
 from fa4_backend.problem import UnsupportedProblem
 from fa4_backend.validation import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache, write_kv
@@ -88,6 +89,7 @@ class FA4Impl(AttentionImpl):
             has_sinks=self.mask.has_sinks,
             has_alibi=self.mask.has_alibi,
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+            exact=bool(envs.VLLM_BATCH_INVARIANT) and fa4_envs.exact(),
         )
 
     def forward(

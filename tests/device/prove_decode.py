@@ -73,10 +73,11 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def check_fuzz(arch: str, batches: int) -> dict[str, Any]:
-    """`batches` fuzzed batches over all setups, against the float32 oracle."""
+def check_fuzz(arch: str, batches: int, shard: tuple[int, int]) -> dict[str, Any]:
+    """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every `shard[1]`-th from `shard[0]` on."""
     every = setups(arch)
-    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in every]
+    chosen = every[shard[0] :: shard[1]]
+    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
     failed = [r for r in results if r.failures]
     assert not failed, "\n".join(str(r) for r in failed)
     return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
@@ -111,6 +112,47 @@ def check_bits(arch: str, rounds: int) -> dict[str, Any]:
             batch.out.fill_(7)
             assert torch.equal(replayed, batch.step(batch.rows)), "a replayed graph differs from eager"
     return {"rounds": rounds}
+
+
+def check_exact(arch: str, rounds: int) -> dict[str, Any]:
+    """Exact mode: tokens of a prompt, cut at random into chunks and single tokens beside each other, keep the whole prompt's bits."""
+    draw = random.Random(0)
+    prompt, heads, kv_heads, dim = 3000, 8, 2, 128
+    problem = AttentionProblem(
+        num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, head_dim_v=dim, dtype="bfloat16", page_size=16, arch=arch, has_lse=True,
+        batch_invariant=True, exact=True,
+    )  # fmt: skip
+    plan = plan_of(problem, 64, 8192, prompt, 1)
+    metadata = AttentionMetadata.allocate(plan, DEVICE)
+    q = torch.randn(prompt, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    pages = -(-prompt // 16)
+    k, v = torch.randn(pages, 16, kv_heads, 2 * dim, device=DEVICE, dtype=torch.bfloat16).split(dim, -1)
+    table = torch.randperm(pages, device=DEVICE).int()
+
+    def attend(ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        lens = [end - begin for begin, end in ranges]
+        cu_seqlens_q = torch.tensor([0, *lens]).cumsum(0).int().to(DEVICE)
+        seqused_k = torch.tensor([end for _, end in ranges], dtype=torch.int32, device=DEVICE)
+        metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max(lens), max_seqlen_k=prompt)
+        rows = torch.cat([q[begin:end] for begin, end in ranges])
+        out, lse = paged_attention(
+            rows, k, v, table.expand(len(ranges), -1).contiguous(), cu_seqlens_q, seqused_k, plan=plan, metadata=metadata
+        )
+        assert lse is not None
+        return out, lse
+
+    whole, whole_lse = attend([(0, prompt)])
+    tokens = 0
+    for _ in range(rounds):
+        ranges = []
+        for _ in range(draw.randint(1, 64)):
+            end = draw.randint(1, prompt)
+            ranges.append((max(0, end - draw.choice((1, 1, 2, 17, 100))), end))
+        out, lse = attend(ranges)
+        at = torch.cat([torch.arange(begin, end) for begin, end in ranges]).to(DEVICE)
+        assert torch.equal(out, whole[at]) and torch.equal(lse, whole_lse[:, at]), ranges
+        tokens += len(at)
+    return {"rounds": rounds, "tokens": tokens}
 
 
 class Batch:
@@ -186,16 +228,20 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,bits")
+    parser.add_argument("--parts", default="lists,fuzz,bits,exact")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
+    parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
+    begin, step = (int(part) for part in options.shard.split("/"))
+    shard = (begin, step)
     arch = arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(arch, options.batches),
+        "fuzz": lambda: check_fuzz(arch, options.batches, shard),
         "bits": lambda: check_bits(arch, 100),
+        "exact": lambda: check_exact(arch, 100),
     }
     seen: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     for name in options.parts.split(","):

@@ -23,7 +23,8 @@ from typing import Any
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama
 
-MEMORY_SHARE = 0.08  # of the GPU, for each of the engines that run side by side
+# Of each of the engines that run side by side. A fixed size: vLLM otherwise measures the memory that is free while others take theirs.
+KV_CACHE_BYTES = 1 << 30
 CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 EAGER: dict[str, Any] = {"enforce_eager": True}
 # Decode steps and mixed steps both replay one captured graph: what AttentionCGSupport.ALWAYS promises.
@@ -33,6 +34,7 @@ FULL_GRAPHS: dict[str, Any] = {
 DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLASH_ATTN": ("FLASH_ATTN", EAGER),
+    "TRITON_ATTN": ("TRITON_ATTN", EAGER),  # the yardstick: how far two right kernels part
     "FA4": ("FA4", EAGER),
     "FA4, full graphs": ("FA4", FULL_GRAPHS),
     "FA4, drafts": ("FA4", {**EAGER, **DRAFTS}),
@@ -40,7 +42,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FA4, scale 5% off": ("FA4", EAGER),
 }
 
-RUNS_OF = {"llama": list(RUNS), "gemma2": ["FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, scale 5% off"]}
+RUNS_OF = {"llama": list(RUNS), "gemma2": ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs", "FA4, scale 5% off"]}
 
 
 def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: float, prompts: list[Any]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: f
 
     arguments = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
     begin = time.perf_counter()
-    llm = LLM(model, attention_backend=backend, gpu_memory_utilization=MEMORY_SHARE, **{**arguments, **engine_args})
+    llm = LLM(model, attention_backend=backend, kv_cache_memory_bytes=KV_CACHE_BYTES, **{**arguments, **engine_args})
     started = time.perf_counter() - begin
     sampling = SamplingParams(temperature=0, max_tokens=32, logprobs=1, ignore_eos=isinstance(prompts[0], list))
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
@@ -76,13 +78,14 @@ def in_own_process(model: Path, run: str, prompts: list[Any], folder: Path) -> d
     backend, engine_args = RUNS[run]
     scale_error = 1.05 if "off" in run else 1.0
     request = {"model": str(model), "backend": backend, "engine_args": engine_args, "prompts": prompts, "scale_error": scale_error}
-    stem = folder / f"{model.name}-{run.replace(' ', '_').replace('%', '')}"
-    trace = stem.with_suffix(".trace")
+    own = folder / f"{model.name}-{run.replace(' ', '_').replace('%', '')}"
+    own.mkdir()
+    trace = own / "trace"
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(trace)}
-    stem.with_suffix(".request").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "tests.device.serve_tokens", "--request", str(stem.with_suffix(".request"))]
+    (own / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "tests.device.serve_tokens", "--request", str(own / "request.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    answers = stem.with_suffix(".answers")
+    answers = own / "answers.json"
     if done.returncode or not answers.exists():
         return {"failed": (done.stdout + done.stderr)[-2500:]}
     return json.loads(answers.read_text())
@@ -114,13 +117,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.request:
         request = json.loads(options.request.read_text())
-        options.request.with_suffix(".answers").write_text(json.dumps(answer(**request)))
+        options.request.with_name("answers.json").write_text(json.dumps(answer(**request)))
         return 0
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.model:
-            models = [(options.model, [CHAT], ["FLASH_ATTN", "FA4", "FA4, full graphs"])]
+            models = [(options.model, [CHAT], ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs"])]
         else:
             models = [
                 (write(folder / kind), make_prompts(), RUNS_OF[kind]) for kind, write in (("llama", write_llama), ("gemma2", write_gemma2))

@@ -25,7 +25,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     shape = WorkShape(
         num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=draw.choice((1, 7, 33)), decode_num_ctas=draw.choice((1, 7, 33)),
         tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
-        decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), item_overhead=draw.choice((0, 2)), l2_tokens=1000,
+        decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
+        item_overhead=draw.choice((0, 2)), l2_tokens=1000,
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -61,14 +62,25 @@ def test_more_rows_than_threads() -> None:
 
 
 def test_decode_is_balanced() -> None:
-    """No CTA has more KV tiles than its equal share and one, whatever the lengths."""
+    """No CTA has more KV tiles than its equal share and one, whatever the lengths of several rows."""
     for seed in range(50):
-        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 0, 1000)
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000)
         draw = random.Random(seed)
-        kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((1, 8, 64)))]
+        kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((2, 8, 64)))]
         lists = host_lists(shape, [1] * len(kv_lens), kv_lens)
         load, at = [], 0
         for count in lists.decode_first[:, 11]:
             load.append(int((lists.decode_tiles[at : at + count, 4] - lists.decode_tiles[at : at + count, 3]).sum()))
             at += count
         assert max(load) <= -(-sum(load) // 264) * 8 // 7 + 1
+
+
+@pytest.mark.parametrize("slot_vectors", [1, 4])
+def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None:
+    """n parts of a row of b tiles where n * n * slot_vectors <= 5 * b, or as many as there are CTAs for."""
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 0, 1000)
+    for tiles in (1, 2, 16, 64, 500):
+        lists = host_lists(shape, [1], [64 * tiles])
+        parts = len(lists.decode_tiles) // 8
+        most = max(n for n in range(1, 34) if n == 1 or n * n * slot_vectors <= 5 * tiles)
+        assert parts == min(most, tiles), (tiles, parts, most)

@@ -14,7 +14,7 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.kernels.decode.config import decode_config
 from fa4_backend.kernels.schedule_launch import schedule_key
 from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
-from tests.support.host_schedule import HostLists, make_lists
+from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
 UNWRITTEN = -7  # what every int of a list holds before the schedule
@@ -89,7 +89,7 @@ def run_schedule(
             load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
             work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
             s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
-            s.l2_tokens, window_left, window_right,
+            s.l2_tokens, window_left, window_right, s.slot_vectors,
         )  # fmt: skip
     return emu.report
 
@@ -128,8 +128,7 @@ def host_lists(
     for seq_idx, head, _, begin, end, slot, first_slot, num_pieces, *_ in lists.decode_tiles.tolist():
         covered.setdefault((seq_idx, head), []).append((begin, end))
         if slot >= 0:
-            split = shape.split_blocks
-            here = -(-end // split) - begin // split if split else 1
+            here = len(pieces_between(shape, begin, end)) if shape.split_blocks else 1
             slots += range(slot, slot + here)
             assert first_slot <= slot and slot + here <= first_slot + num_pieces
     assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots(max([*kv_lens, 1]))

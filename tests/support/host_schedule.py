@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +71,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     cost = [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total, ctas = int(starts[-1]), shape.decode_num_ctas
-    used = _usable_ctas(cost, ctas)
+    used = _usable_ctas(shape, cost)
     cuts = []
     for c in range(ctas + 1):
         position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
@@ -80,7 +82,8 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
         _, _, begin, end = groups[item]
         block = position - int(starts[item]) - shape.item_overhead  # blocks of the item before the cut
         if shape.split_blocks and block > 0:
-            block = (begin + block + shape.split_blocks // 2) // shape.split_blocks * shape.split_blocks - begin
+            starts_of = piece_starts(shape, end)
+            block = min(starts_of, key=lambda start: (abs(start - begin - block), -start)) - begin
         if block <= 0:
             cuts.append((item, 0))
         elif block >= end - begin:
@@ -96,8 +99,7 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     slot, first_slots, pieces = 0, {}, {}
     for item in sorted(bounds):
         _, _, begin, end = groups[item]
-        split = shape.split_blocks
-        pieces[item] = -(-end // split) - begin // split if split else len(bounds[item])
+        pieces[item] = len(pieces_between(shape, begin, end)) if shape.split_blocks else len(bounds[item])
         first_slots[item] = slot
         slot += pieces[item]
     lists: list[list] = [[] for _ in range(ctas)]
@@ -108,8 +110,8 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
             stop = cuts[c + 1][1] if item == cuts[c + 1][0] else end - begin
             where = (-1, 0, 1)
             if item in bounds:
-                split = shape.split_blocks
-                piece = (begin + block) // split - begin // split if split else bounds[item].index(block)
+                at_cut = bounds[item].index(block) if block in bounds[item] else 0
+                piece = len(pieces_between(shape, begin, begin + block)) if shape.split_blocks else at_cut
                 where = (first_slots[item] + piece, first_slots[item], pieces[item])
             lists[c].append((seq_idx, head, 0, begin + block, begin + stop, *where, *lengths[seq_idx]))
             item, block = item + 1, 0
@@ -125,9 +127,24 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
     return tiles, first
 
 
-def _usable_ctas(cost: list[int], ctas: int) -> int:
-    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost."""
-    items = len(cost)
+def piece_starts(shape: WorkShape, end: int) -> list[int]:
+    """First tiles of a row's pieces (batch-invariant mode), up to the first that is not below `end`."""
+    short = 2 if shape.slot_vectors == 1 else 4
+    starts = [0]
+    while starts[-1] < end:
+        starts.append(starts[-1] + (short if starts[-1] < 16 else 2 * short if starts[-1] < 64 else shape.split_blocks))
+    return starts
+
+
+def pieces_between(shape: WorkShape, begin: int, end: int) -> list[tuple[int, int]]:
+    """The pieces that tiles `begin` .. `end` lie in."""
+    return [(a, b) for a, b in itertools.pairwise(piece_starts(shape, end)) if max(a, begin) < min(b, end)]
+
+
+def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
+    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost, and no more
+    parts of a row group than pay."""
+    items, ctas = len(cost), shape.decode_num_ctas
     if not items or len(set(cost)) > 1:
         return ctas
     used = ctas
@@ -137,7 +154,10 @@ def _usable_ctas(cost: list[int], ctas: int) -> int:
         share = -(-items // ctas)
         if items % share == 0:
             used = items // share
-    return used if used * 8 >= ctas * 7 else ctas
+    used = used if used * 8 >= ctas * 7 else ctas
+    if shape.split_blocks:
+        return used
+    return min(used, items * max(1, math.isqrt(5 * cost[0] // shape.slot_vectors)))
 
 
 def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ BOXES = 4  # boxes of a KV tile, one a key warp
 TILE_N = BOX_KEYS * BOXES
 MMA_ROWS = 16  # packed query rows of one mma.sync
 MAX_ROWS = 64  # packed query rows: four row groups of four key warps
+VEC = 4  # float32 of a vector that a thread of the merge holds: 16 bytes
 MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
@@ -128,8 +129,11 @@ class DecodeConfig:
 def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two KV tiles do not fit.
+    That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two
+    KV tiles do not fit.
     """
+    if problem.exact:
+        return None
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
         return None
     if problem.head_dim % 16 or problem.head_dim_v % 16 or max(problem.head_dim, problem.head_dim_v) > 256:
@@ -160,9 +164,14 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
     return config if config.kv_stage >= 2 else None
 
 
-def split_tiles(limits: BatchLimits) -> int:
-    """KV tiles of a piece in batch-invariant mode: a constant of the plan, so that a row's bits know nothing of its batch.
+def slot_vectors(config: DecodeConfig) -> int:
+    """Vectors of `VEC` float32 of a split-KV slot that each consumer thread holds while slots are added up."""
+    return -(-config.rows * (config.head_dim_v // VEC) // (32 * config.num_consumer_warps))
 
-    512 keys; more where a row may be so long that its pieces would outgrow the workspace (128 pieces a row).
+
+def split_tiles(limits: BatchLimits) -> int:
+    """KV tiles of a long piece in batch-invariant mode: a constant of the plan, so that a row's bits know nothing of its batch.
+
+    512 keys; more where a row may be so long that its pieces would outgrow the workspace (128 long pieces a row).
     """
     return max(512 // TILE_N, -(-limits.max_seqlen_k // (128 * TILE_N)))

@@ -50,7 +50,10 @@ class ConsumerWarps:
         results: ResultTensors,
         shared: SharedTensors,
     ):
-        """Work off this CTA's entries: waits for an entry and its Q, then for each tile; attends; releases both."""
+        """Work off this CTA's entries: waits for an entry and its Q, then for each tile; attends; releases both.
+
+        Meets the load warp once, at the barrier after which mbarriers may be used.
+        """
         c = self.config
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         cta, _, _ = cute.arch.block_idx()
@@ -64,7 +67,9 @@ class ConsumerWarps:
         slot, phase = Int32(0), Int32(0)
         stage, entry_phase = Int32(0), Int32(0)
         num_pending = Int32(0)
-        for _ in cutlass.range(step.mFirst[cta, NUM_ENTRIES], unroll=1):
+        num_entries = step.mFirst[cta, NUM_ENTRIES]
+        cute.arch.sync_threads()
+        for _ in cutlass.range(num_entries, unroll=1):
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
             entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)

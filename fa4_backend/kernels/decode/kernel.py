@@ -114,7 +114,7 @@ class DecodeKernel:
         values: CallValues,
         results: ResultTensors,
     ):
-        """Set up, then one role a warp."""
+        """Set up, then one role a warp; the roles meet before they use a barrier."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = self.storage.allocate()
         if warp == self.config.num_consumer_warps:
@@ -123,7 +123,6 @@ class DecodeKernel:
         if warp == 0:
             with cute.arch.elect_one():
                 self.storage.init_barriers(shared)
-        cute.arch.sync_threads()
         if warp == self.config.num_consumer_warps:
             self.load_warp.run(step, values, maps, shared)
         else:

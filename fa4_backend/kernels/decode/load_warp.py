@@ -1,4 +1,8 @@
-"""The load warp: walks the CTA's entries and keeps the ring of KV tiles filled, a box of 16 keys a TMA, four lanes issuing."""
+"""The load warp: walks the CTA's entries and keeps the ring of KV tiles filled, a box of 16 keys a TMA, four lanes issuing.
+
+What it needs of global memory before a TMA is asked for early: the first entry and its pages while the CTA still sets up its
+barriers, later pages eight tiles ahead.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,13 @@ class TensorMaps(NamedTuple):
     q: cute.CopyAtom
     k: cute.CopyAtom
     v: cute.CopyAtom
+
+
+class BoxPlaces(NamedTuple):
+    """A lane's box of `TILES_A_LOOKUP` KV tiles: where it lies in the pool."""
+
+    page: Int32
+    row: Int32  # in the page
 
 
 class QueryMode(Enum):
@@ -54,7 +65,10 @@ class LoadWarp:
 
     @cute.jit
     def run(self, step: StepTensors, values: CallValues, maps: TensorMaps, shared: SharedTensors):
-        """Publish every entry of this CTA with its Q, then load its visible tiles; boxes past the last token are left out."""
+        """Publish every entry of this CTA with its Q, then load its visible tiles; boxes past the last token are left out.
+
+        Meets the CTA's other warps once, at the barrier after which mbarriers may be used.
+        """
         c = self.storage.config
         box_bytes = cutlass.const_expr(sum(self.storage.box_bytes))
         q_map, k_map, v_map = (ptx.tma_descriptor(atom) for atom in maps)
@@ -66,12 +80,18 @@ class LoadWarp:
         word = step.mFirst[cta, lane % DECODE_INTS]
         num_entries = cute.arch.shuffle_sync(word, NUM_ENTRIES)
         next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
+        here = BoxPlaces(Int32(0), Int32(0))
+        if num_entries > 0:
+            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field))
+            here = self._find_boxes(step, first, self.visible.clip(first, values)[0])
+        cute.arch.sync_threads()
         for index in cutlass.range(num_entries, unroll=1):
             entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field))  # noqa: B023 (called at once)
             cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
             if lane < DECODE_INTS:
                 shared.sEntry[stage, lane] = word
-            cute.arch.sync_warp()
+                if lane > 0:  # each lane releases what it wrote
+                    cute.arch.mbarrier_arrive(shared.entry_full + stage)
             if lane == 0:
                 cute.arch.mbarrier_arrive_and_expect_tx(shared.entry_full + stage, c.rows * c.head_dim * c.element_bytes)
                 ptx.tma_load(q_map, self.storage.q_tile(shared, stage), (shared.entry_full + stage).toint(), self._query_coords(entry))
@@ -83,19 +103,17 @@ class LoadWarp:
                 word = step.mTiles[next_entry + index, lane % DECODE_INTS]
 
             begin, end = self.visible.clip(entry, values)
-            page, row = Int32(0), Int32(0)
+            if index > 0:
+                here = self._find_boxes(step, entry, begin)
+            ahead = self._find_boxes(step, entry, begin + TILES_A_LOOKUP)
             for n_block in cutlass.range(begin, end, unroll=1):
                 since = (n_block - begin) % TILES_A_LOOKUP
-                if since == 0:
-                    token = n_block * TILE_N + lane * BOX_KEYS
-                    logical = token // step.page_size
-                    row = token - logical * step.page_size
-                    # Entries past the sequence's pages are not ours to read.
-                    if token < entry.seqlen.seqlen_k:
-                        page = step.mPageTable[entry.seq_idx, logical]
+                if since == 0 and n_block > begin:
+                    here = ahead
+                    ahead = self._find_boxes(step, entry, n_block + TILES_A_LOOKUP)
                 source = since * BOXES + lane % BOXES
-                box_page = cute.arch.shuffle_sync(page, source)
-                box_row = cute.arch.shuffle_sync(row, source)
+                box_page = cute.arch.shuffle_sync(here.page, source)
+                box_row = cute.arch.shuffle_sync(here.row, source)
                 tokens = entry.seqlen.seqlen_k - n_block * TILE_N
                 num_boxes = cutlass.min((tokens + BOX_KEYS - 1) // BOX_KEYS, BOXES)
                 cute.arch.mbarrier_wait(shared.kv_empty + slot, phase ^ 1)
@@ -111,6 +129,17 @@ class LoadWarp:
                 if slot == c.kv_stage:
                     slot = Int32(0)
                     phase ^= 1
+
+    @cute.jit
+    def _find_boxes(self, step: StepTensors, entry: Entry, n_block: Int32) -> BoxPlaces:
+        """Places of the boxes of `TILES_A_LOOKUP` KV tiles from `n_block` on, a box a lane."""
+        token = n_block * TILE_N + cute.arch.lane_idx() * BOX_KEYS
+        logical = token // step.page_size
+        page = Int32(0)
+        # Page-table entries past the sequence's pages are not ours to read.
+        if token < entry.seqlen.seqlen_k:
+            page = step.mPageTable[entry.seq_idx, logical]
+        return BoxPlaces(page, token - logical * step.page_size)
 
     def _query_coords(self, entry: Entry) -> tuple[Int32 | int, ...]:
         """Coordinates of an entry's Q in its tensor map."""

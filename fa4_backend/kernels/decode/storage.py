@@ -82,7 +82,7 @@ class DecodeStorage:
             cute.arch.mbarrier_init(shared.kv_full + stage, 1)
             cute.arch.mbarrier_init(shared.kv_empty + stage, self.config.num_consumer_warps)
         for stage in cutlass.range_constexpr(ENTRY_STAGE):
-            cute.arch.mbarrier_init(shared.entry_full + stage, 1)
+            cute.arch.mbarrier_init(shared.entry_full + stage, DECODE_INTS)
             cute.arch.mbarrier_init(shared.entry_empty + stage, self.config.num_consumer_warps)
         cute.arch.mbarrier_init_fence()
 

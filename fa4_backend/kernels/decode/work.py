@@ -43,7 +43,7 @@ class CallValues(NamedTuple):
     softcap: Float32
     window_left: Int32
     window_right: Int32  # 0 for causal
-    split_blocks: Int32  # KV tiles of a piece; 0: an entry is one piece
+    split_blocks: Int32  # KV tiles of a long piece (`common/kv_pieces.py`); 0: an entry is one piece
 
 
 class Entry(NamedTuple):

@@ -1,0 +1,46 @@
+"""Where a row's KV is cut in batch-invariant mode: at fixed tiles, counted from the sequence's first key.
+
+Pieces are short where a row is short of work for the GPU and long where a row is long, so that neither the parallelism of
+short rows nor the slots of long ones suffer:
+
+    tiles 0 .. 16      pieces of `short` tiles
+    tiles 16 .. 64     pieces of `2 * short` tiles
+    tiles 64 ..        pieces of `long` tiles
+
+Both numbers are constants of a plan. The rule knows neither the row's length nor its batch, so a token's bits do not depend on
+tokens after it either. The functions work on ints of the host and, given the compiler's `minimum` and `maximum`, on those of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+SHORT_END, MIDDLE_END = 16, 64  # first tiles past the short pieces and past those of twice their size
+MAX_SHORT = 4  # tiles; 2 * MAX_SHORT divides both ends
+
+
+class PieceRule(NamedTuple):
+    """The two numbers of a plan."""
+
+    short: Any  # tiles of a piece below SHORT_END: 2 or 4
+    long: Any  # tiles of a piece from MIDDLE_END on
+
+
+def short_piece(slot_vectors: Any, minimum: Callable[..., Any] = min) -> Any:
+    """Tiles of a short piece: 2, or 4 where a slot is more than one vector a thread, and costs as much more to write and to add."""
+    return minimum(2 * slot_vectors, MAX_SHORT)
+
+
+def piece_of(tile: Any, rule: PieceRule, minimum: Callable[..., Any] = min, maximum: Callable[..., Any] = max) -> Any:
+    """Piece that holds `tile`."""
+    middle = (minimum(maximum(tile, SHORT_END), MIDDLE_END) - SHORT_END) // (2 * rule.short)
+    return minimum(tile, SHORT_END) // rule.short + middle + (maximum(tile, MIDDLE_END) - MIDDLE_END) // rule.long
+
+
+def piece_begin(piece: Any, rule: PieceRule, minimum: Callable[..., Any] = min, maximum: Callable[..., Any] = max) -> Any:
+    """First tile of `piece`."""
+    middle_begin = SHORT_END // rule.short
+    long_begin = middle_begin + (MIDDLE_END - SHORT_END) // (2 * rule.short)
+    middle = minimum(maximum(piece, middle_begin), long_begin) - middle_begin
+    return rule.short * (minimum(piece, middle_begin) + 2 * middle) + (maximum(piece, long_begin) - long_begin) * rule.long

@@ -1,0 +1,82 @@
+"""Exact mode: a token's bits are the same from a whole prompt, from a later chunk of it, alone as a decode row, and beside others.
+
+Run on the emulator for both chips. Tokens sit at the edges of a KV block (128 keys) and of a query tile (32 tokens of 4 heads).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
+from fa4_backend.kernels.decode.config import decode_config
+from fa4_backend.validation import check_problem
+
+pytestmark = pytest.mark.emulated
+
+PROMPT, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE = 290, 8, 2, 64, 16
+PROBLEM = {
+    "num_q_heads": NUM_Q_HEADS, "num_kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM, "head_dim_v": HEAD_DIM, "dtype": "bfloat16",
+    "page_size": PAGE, "has_lse": True, "batch_invariant": True,
+}  # fmt: skip
+
+
+class Prompt:
+    """One sequence in a pool; `attend` computes any ranges of its tokens in one batch, as an engine might cut them."""
+
+    def __init__(self, arch: str, **flags: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pages = -(-PROMPT // PAGE)
+        self.q = torch.randn(PROMPT, NUM_Q_HEADS, HEAD_DIM, generator=generator).bfloat16()
+        pool = torch.randn(pages + 2, PAGE, NUM_KV_HEADS, 2 * HEAD_DIM, generator=generator).bfloat16()
+        self.k, self.v = pool.split(HEAD_DIM, dim=-1)
+        self.table = torch.randperm(pages + 2, generator=generator)[:pages].int()
+        problem = AttentionProblem(arch=f"emulated-{arch}", **PROBLEM, **flags)  # type: ignore[arg-type]
+        self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=3)
+
+    def attend(self, *ranges: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """O and lse of tokens `begin .. end` of each range, a row of the batch each."""
+        lens = [end - begin for begin, end in ranges]
+        q = torch.cat([self.q[begin:end] for begin, end in ranges])
+        cu_seqlens_q = torch.tensor([0, *lens]).cumsum(0).int()
+        seqused_k = torch.tensor([end for _, end in ranges], dtype=torch.int32)
+        metadata = AttentionMetadata.allocate(self.plan, "cpu")
+        metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max(lens), max_seqlen_k=PROMPT)
+        out, lse = torch.full_like(q, math.nan), torch.full((NUM_Q_HEADS, len(q)), math.nan)
+        table = self.table.expand(len(ranges), -1).contiguous()
+        paged_attention(q, self.k, self.v, table, cu_seqlens_q, seqused_k, plan=self.plan, metadata=metadata, out=out, lse=lse)
+        return list(zip(out.split(lens), lse.split(lens, dim=1), strict=True))
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(arch: str) -> None:
+    prompt = Prompt(arch, exact=True)
+    ((whole, whole_lse),) = prompt.attend((0, PROMPT))
+    cuts = [(127, 128), (128, 129), (PROMPT - 1, PROMPT), (31, 33), (100, 230)]
+    for begin_end, (out, lse) in zip(cuts, prompt.attend(*cuts), strict=True):
+        begin, end = begin_end
+        assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), begin_end
+    ((alone, alone_lse),) = prompt.attend((PROMPT - 1, PROMPT))
+    assert torch.equal(alone, whole[-1:]) and torch.equal(alone_lse, whole_lse[:, -1:])
+
+
+def test_without_it_decode_and_prefill_differ() -> None:
+    """The control: the decode kernel has tiles of its own, so the comparison above can fail."""
+    prompt = Prompt("sm_90a")
+    ((_, whole_lse),) = prompt.attend((0, PROMPT))
+    ((_, alone_lse),) = prompt.attend((PROMPT - 1, PROMPT))
+    assert not torch.equal(alone_lse, whole_lse[:, -1:])
+
+
+def test_every_row_goes_to_the_prefill_kernel() -> None:
+    prompt = Prompt("sm_90a", exact=True)
+    assert decode_config(prompt.plan.problem, prompt.plan.limits) is None
+
+
+def test_refusals() -> None:
+    with pytest.raises(UnsupportedProblem, match="exact: expected batch_invariant=True"):
+        AttentionProblem(arch="sm_90a", exact=True, **{**PROBLEM, "batch_invariant": False})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedProblem, match="exact on cpu: expected False"):
+        check_problem(AttentionProblem(arch="cpu", exact=True, **PROBLEM))  # type: ignore[arg-type]
