@@ -34,6 +34,7 @@ from tests.support.paged_case import PagedCase  # noqa: E402
 ARCH, ROWS, BLOCK = "sm_100a", 256, 128
 SHORT, LONG = 8, 24  # KV blocks
 LATENCIES = (0, 64)
+COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone, with barriers that cost nothing
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result: dict[str, Any] = {"CTAs of a cluster": ctas}
     for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
         result[f"shared memory, {name}"] = (long.smem_bytes(kind) - short.smem_bytes(kind)) // (LONG - SHORT)
+    cycles = {}
+    for copy_latency in COPY_LATENCIES:
+        runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
+        cycles[copy_latency] = round((next(runs) - next(runs)) / (LONG - SHORT), 1)
+    result["cycles by copy latency"] = cycles
     for latency in LATENCIES:
         result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)), ctas)
     return result

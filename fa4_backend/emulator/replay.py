@@ -4,7 +4,7 @@ A discrete-event model, not a measurement. Rules:
 * A warp's instructions run in order. Each occupies an issue slot and its unit's share on the warp's scheduler (warp w of a CTA: w mod 4),
   which that scheduler's warps share. Work is served in pieces of about QUANTUM instructions, within which units overlap.
 * A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
-  not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive COPY_LATENCY later.
+  not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive `copy_latency` later.
 * A wait ends `latency` cycles after the last arrival of its phase. Commits arrive when the products before them are done.
 No instruction has a latency of its own; no bank conflicts, caches, or clocks that fall: kind about time, fair between kernels.
 """
@@ -87,9 +87,9 @@ class Times:
 class Replay:
     """One replay of a recording."""
 
-    def __init__(self, recording: Recording, arch: str, latency: float = 0.0) -> None:
+    def __init__(self, recording: Recording, arch: str, latency: float = 0.0, copy_latency: float = COPY_LATENCY) -> None:
         """latency: cycles from the last arrival of a phase to the end of a wait."""
-        self.recording, self.arch, self.latency = recording, arch, latency
+        self.recording, self.arch, self.latency, self.copy_latency = recording, arch, latency, copy_latency
         warps = recording.warps
         self.at, self.now, self.pieces = [0] * len(warps), [START] * len(warps), [-1] * len(warps)
         self.share = [np.zeros(len(PIPES))] * len(warps)
@@ -235,7 +235,7 @@ class Replay:
         written = self.pipes[cta, "smem"].serve(ready, piece / SMEM_BYTES_A_CYCLE, "shared-memory port")
         engine.now = later(ready.then(piece / COPY_BYTES_A_CYCLE, "copies"), written)
         if not engine.left:
-            self.arrive(step, engine.now.then(COPY_LATENCY, "copy latency"), "copies")
+            self.arrive(step, engine.now.then(self.copy_latency, "copy latency"), "copies")
         return not engine.left
 
     # -- results ------------------------------------------------------------------------------------------------
