@@ -45,6 +45,7 @@ test-slow: setup
 test-emulator-full: setup
 	$(PY) -m pytest -q -m "not gpu" tests/emulator tests/emulated
 	$(PY) -m tests.emulator.fault_injection --kernel sm100_prefill --clean-seeds 200 --out build/faults_sm100_prefill.json
+	$(PY) -m tests.emulator.fault_injection --kernel sm100_pair --clean-seeds 200 --out build/faults_sm100_pair.json
 	$(PY) -m tests.emulator.fault_injection --kernel sm90_prefill --clean-seeds 200 --out build/faults_sm90_prefill.json
 	$(PY) -m tests.emulator.fault_injection --kernel sm90_decode --clean-seeds 200 --out build/faults_sm90_decode.json
 	@if $(PY) -c "import flash_attn.cute" 2>/dev/null; then \

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.compile import compile_to_object, cpu_seconds, find_cuda_tool, resource_usage
+from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import prefill_key
 from tests.support.paged_case import PagedCase
 
@@ -37,7 +38,10 @@ OURS = {
     "causal d128 alibi": replace(BASE, alibi=True),
     "causal d128 all score features": replace(BASE, window_left=100, softcap=30.0, sinks=True, alibi=True),
     "causal d128 sm_103a": replace(BASE, arch="emulated-sm_103a"),
+    "causal d128 CTA pairs": BASE,
+    "causal d192 and 128 one CTA": replace(BASE, num_q_heads=1, head_dim=192, head_dim_v=128),
 }
+CTA_GROUPS = {"causal d128 CTA pairs": 2, "causal d192 and 128 one CTA": 1}  # where another than the tuned one is asked for
 UPSTREAM: dict[str, dict[str, int]] = {
     "causal d128": {},
     "causal d128 varlen paged 128": {"paged": 128},
@@ -46,15 +50,24 @@ UPSTREAM: dict[str, dict[str, int]] = {
 OPCODES = ("MUFU", "FFMA2", "FADD2", "FMUL2", "FMNMX3", "F2FP", "UTCHMMA", "LDTM", "STTM", "UTMALDG", "R2UR", "IMAD", "SYNCS")
 
 
-def sass_counts(cubin: Path) -> dict[str, int]:
-    """Static SASS opcodes of a cubin, the interesting ones and the total; empty where cuobjdump is missing."""
+def sass_facts(cubin: Path) -> dict[str, Any]:
+    """What a cubin's SASS says: registers that roles are given (setmaxnreg, softmax first), the highest one used, and opcodes."""
     tool = find_cuda_tool("cuobjdump")
     if tool is None:
         return {}
     text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", text, flags=re.M)
-    counts = Counter(lines)
-    return {"total": len(lines), **{name: counts[name] for name in OPCODES}}
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, flags=re.M)
+    counts = Counter(re.sub(r"^@!?U?P\w+ ", "", line).split(maxsplit=1)[0].split(".")[0] for line in code)
+    given = [int(found[1], 16) for line in code if (found := re.search(r"USETMAXREG.* (0x[0-9a-f]+)", line))]
+    used = max(int(number) for line in code for number in re.findall(r"\bR(\d+)\b", line))
+    sass = {"total": len(code), **{name: counts[name] for name in OPCODES}}
+    return {"setmaxnreg": given, "highest_register": used, "sass": sass}
+
+
+def our_key(name: str) -> Sm100Config:
+    """Compile key of one of OURS."""
+    key = Sm100Config.of(prefill_key(OURS[name].plan()))
+    return key.with_tuning(cta_group=CTA_GROUPS.get(name, key.tuning.cta_group))
 
 
 def compile_ours(name: str) -> dict[str, Any]:
@@ -63,20 +76,27 @@ def compile_ours(name: str) -> dict[str, Any]:
     import torch  # noqa: F401
     import tvm_ffi  # noqa: F401
 
-    key = prefill_key(OURS[name].plan())
+    from fa4_backend.kernels.sm100.kernel import O_STAGE
+    from fa4_backend.kernels.sm100.storage import Storage
+    from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
+    from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+
+    key = our_key(name)
     with tempfile.TemporaryDirectory() as folder:
         cold = compile_to_object(key, Path(folder) / "cold")
         warm = compile_to_object(key, Path(folder) / "warm")
         usage = resource_usage(Path(folder) / "warm.cubin")
-        sass = sass_counts(Path(folder) / "warm.cubin")
+        facts = sass_facts(Path(folder) / "warm.cubin")
     return {
         "key": key.name,
         "cold_cpu_seconds": cold.cpu_seconds,
         "warm_cpu_seconds": warm.cpu_seconds,
         "registers": usage.get("REG"),
         "spill_bytes": usage.get("STACK"),
+        "smem_bytes": Storage.of(key, Q_STAGE, O_STAGE).num_bytes,
+        "tmem_columns": TmemLayout.of(key.kernel).end,
         "ptx_instructions": warm.ptx_instructions,
-        "sass": sass,
+        **facts,
     }
 
 
@@ -110,8 +130,8 @@ def compile_upstream(name: str) -> dict[str, Any]:
             cpu = cpu_seconds() - before
         cubins = [path for path in Path(folder).rglob("*.cubin") if "Forward" in path.name or "flash" in path.name.lower()]
         cubin = max(cubins, key=lambda path: path.stat().st_size)
-        usage, sass = resource_usage(cubin), sass_counts(cubin)
-    return {"cold_cpu_seconds": round(cpu, 3), "registers": usage.get("REG"), "spill_bytes": usage.get("STACK"), "sass": sass}
+        usage, facts = resource_usage(cubin), sass_facts(cubin)
+    return {"cold_cpu_seconds": round(cpu, 3), "registers": usage.get("REG"), "spill_bytes": usage.get("STACK"), **facts}
 
 
 def main() -> int:

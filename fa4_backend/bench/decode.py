@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,9 +87,7 @@ def run(
     for batch in batches:
         tensors = BatchTensors.make(batch)
         calls = {name: Ours.make(batch, tensors, **flags).call for name, flags in OURS.items()}
-        for peer in peers:
-            if (call := ready(peer, batch.label, lambda: prepare(peer, batch, tensors))) is not None:  # noqa: B023 (called at once)
-                calls[peer] = call
+        calls |= {peer: call for peer in peers if (call := ready(peer, batch.label, partial(prepare, peer, batch, tensors))) is not None}
         measured: dict[str, tuple[float, float]] = {}
         for name, call in calls.items():
             tensors.out.fill_(float("nan"))

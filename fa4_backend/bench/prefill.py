@@ -10,6 +10,7 @@ import csv
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,10 +71,9 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
         kept: list[object] = []  # a graph holds addresses, not tensors: what a call reads and writes must outlive its replays
         for name in [OURS, *peers]:
             tensors.out = torch.full_like(tensors.q, float("nan"))
-            if name == OURS:
-                call = ours(batch, tensors)
-                call()
-            elif (call := ready(name, batch.label, lambda: prepare(name, batch, tensors))) is None:  # noqa: B023 (called at once)
+            maker = ours if name == OURS else partial(prepare, name)
+            call = ready(name, batch.label, partial(maker, batch, tensors), must_run=name == OURS)
+            if call is None:
                 continue
             errors[name] = tensors.error(batch)
             if name == OURS and not errors[name] <= MAX_ERROR:

@@ -32,9 +32,10 @@ from fa4_backend.emulator.native_core import core, library_path
 from fa4_backend.emulator.parser import Variable
 from fa4_backend.emulator.programs import LoadedKernel, known_ptx, load_program, read_cubin, register_count, register_program
 from fa4_backend.emulator.races import Races
+from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.report import Report
 from fa4_backend.emulator.tensors import device_tensor, extent, host_tensor
-from fa4_backend.emulator.trace import TimedRaces, Trace
+from fa4_backend.emulator.trace import Trace
 from fa4_backend.emulator.warp import Warp
 
 ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}
@@ -169,7 +170,7 @@ class Session:
         seed: int | None,
         detect_races: bool | str,
         step_limit: int,
-        trace: Trace | None = None,
+        trace: Trace | Recording | None = None,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
@@ -192,7 +193,7 @@ class Session:
 
     def new_races(self, cluster: Cluster) -> Races | None:
         if self.trace is not None:
-            return TimedRaces(cluster, self.trace)
+            return self.trace.races(cluster)
         return Races(cluster) if self.detect_races else None
 
     # -- tensors ------------------------------------------------------------------------------------------------
@@ -470,9 +471,9 @@ def session(
     seed: int | None = None,
     detect_races: bool | str = True,
     step_limit: int = 50_000_000,
-    trace: Trace | None = None,
+    trace: Trace | Recording | None = None,
 ) -> Iterator[Session]:
-    """An emulated device for the time of a `with` block; see the package docstring. `trace` collects a timeline, without a seed."""
+    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then)."""
     emu = Session(arch, num_sms, seed, detect_races, step_limit, trace)
     install()
     _open.append(emu)

@@ -57,6 +57,10 @@ class Trace:
     events: list[dict[str, Any]] = field(default_factory=list)
     num_clusters: int = 0
 
+    def races(self, cluster: Cluster) -> Races:
+        """The race detector that fills this timeline."""
+        return TimedRaces(cluster, self)
+
     def save(self, path: Path) -> None:
         """Write JSON that ui.perfetto.dev and chrome://tracing open."""
         data = {"traceEvents": self.events, "otherData": {"time": "modelled cycles, one a microsecond of the viewer; not measured"}}

@@ -35,7 +35,13 @@ SM100_TILES: dict[tuple[int, int], TileShape] = {
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4),
     (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=2),
 }
-SM100_Q_TILES = 2  # query tiles of a work item on Blackwell, in ping-pong
+SM100_Q_TILES = 2  # query tiles of a CTA in a work item on Blackwell, in ping-pong
+
+# (head_dim, head_dim_v) -> CTAs that share a product; 1 where nothing is said. Modelled cycles of a KV block (docs/sm100.md), 1 and 2 CTAs:
+#   192 and 128: 4026 and 2560. Shared memory holds two K/V tiles of one CTA but four halves of a pair, and one CTA's port needs 2688 cycles
+#   for the 2560 of the tensor core. The other side: a pair walks to the end of the longer of its CTAs' rows, 2 more blocks a causal item.
+#   128: 2218 and 2048, but items of 512 packed rows leave a CTA of the pair idle for queries of fewer than 256, so 1.
+SM100_CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2}
 
 
 def prefill_tile(problem: AttentionProblem) -> TileShape:
@@ -44,10 +50,23 @@ def prefill_tile(problem: AttentionProblem) -> TileShape:
     return tiles[problem.head_dim, problem.head_dim_v]
 
 
+def cta_group(arch: str, head_dim: int, head_dim_v: int) -> int:
+    """CTAs that work on an entry of the prefill list together."""
+    return 1 if arch == "sm_90a" else SM100_CTA_GROUP.get((head_dim, head_dim_v), 1)
+
+
+def prefill_groups(plan: AttentionPlan) -> int:
+    """CTAs, or groups of CTAs, that share the prefill list."""
+    problem = plan.problem
+    return max(1, plan.num_ctas // cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v))
+
+
 def tokens_per_work_item(problem: AttentionProblem) -> int:
     """Query tokens of an entry of the prefill list: what its `m_block` counts in."""
     q_tiles = 1 if problem.target_arch == "sm_90a" else SM100_Q_TILES
-    return q_tiles * (prefill_tile(problem).tile_m // problem.q_per_kv)
+    return (
+        cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v) * q_tiles * (prefill_tile(problem).tile_m // problem.q_per_kv)
+    )
 
 
 def prefill_key(plan: AttentionPlan) -> KernelConfig:

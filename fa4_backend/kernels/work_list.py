@@ -48,7 +48,7 @@ class WorkShape:
     """What the schedule must know of the kernels that read its lists, and of the batch's limits."""
 
     num_kv_heads: int
-    num_ctas: int  # CTAs of the prefill kernel
+    num_ctas: int  # CTAs of the prefill kernel, or CTA pairs
     decode_num_ctas: int  # CTAs of the decode kernel
     tokens_per_tile: int  # query tokens of a prefill tile, `tile_m // q_per_kv`
     prefill_tile_n: int  # keys of a prefill n_block
@@ -120,7 +120,7 @@ class WorkLists:
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
     from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_vectors, split_tiles
-    from fa4_backend.kernels.tuning import prefill_tile, tokens_per_work_item
+    from fa4_backend.kernels.tuning import prefill_groups, prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
     tile = prefill_tile(problem)
@@ -128,7 +128,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
     bytes_per_token = (problem.head_dim + problem.head_dim_v) * DTYPE_BYTES[problem.dtype]
     return WorkShape(
         num_kv_heads=problem.num_kv_heads,
-        num_ctas=plan.num_ctas,
+        num_ctas=prefill_groups(plan),
         decode_num_ctas=plan.num_ctas * (decode.ctas_per_sm if decode else 1),
         tokens_per_tile=tokens_per_work_item(problem),
         prefill_tile_n=tile.tile_n,

@@ -4,11 +4,13 @@ Sizes sit at the kernel's edges: 128 keys a KV block, 128 packed rows a query ti
 sizes are left out: they run the same code as the edges' first blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fa4_backend.compile import CompileKey
 from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import prefill_key
 from tests.support.emulated_prefill import run_prefill
@@ -78,7 +80,7 @@ def test_rows_of_one_dominant_key() -> None:
     run_prefill(case((40, 5), (300, 77), peaked=20.0)).check()
 
 
-def _repaged(page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def repaged(page_size: int, key_of: Callable[[PagedCase], CompileKey] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The same keys and values for every page size: one sequence whose tokens are drawn before they are paged."""
     from tests.support import emulated_prefill
 
@@ -92,16 +94,16 @@ def _repaged(page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
             rows = tokens[logical * page_size : (logical + 1) * page_size]
             cache[int(a.page_table[0, logical]), : rows.shape[0]] = rows
     a.q[:40] = torch.randn(a.q[:40].shape, generator=generator).to(a.q.dtype)
-    done = emulated_prefill.run_built(built)
+    done = emulated_prefill.run_built(built, key=key_of(paged) if key_of else None)
     done.check()
     return done.out, done.lse
 
 
 @pytest.mark.slow
 def test_bits_do_not_depend_on_the_page_size() -> None:
-    out, lse = _repaged(16)
+    out, lse = repaged(16)
     for page_size in (32, 48, 64, 128, 256, 528, 784):
-        other, other_lse = _repaged(page_size)
+        other, other_lse = repaged(page_size)
         assert torch.equal(out[:40], other[:40]) and torch.equal(lse[:, :40], other_lse[:, :40]), f"{page_size=}"
 
 

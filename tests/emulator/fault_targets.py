@@ -23,11 +23,11 @@ class Target:
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
 
 
-def own_prefill(arch: str, num_kv_heads: int) -> Target:
+def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Target:
     """This package's prefill kernel for `arch`: three sequences over pages, causal.
 
-    One CTA has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own barriers order it
-    behind the tile before.
+    One CTA (or pair) has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own
+    barriers order it behind the tile before.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
@@ -40,7 +40,8 @@ def own_prefill(arch: str, num_kv_heads: int) -> Target:
         kv_lens=(500, 450, 128),
         num_q_heads=2,
         num_kv_heads=num_kv_heads,
-        head_dim=128,
+        head_dim=head_dim,
+        head_dim_v=128,
         page_size=64,
         arch=f"emulated-{arch}",
     )
@@ -51,7 +52,7 @@ def own_prefill(arch: str, num_kv_heads: int) -> Target:
         result = run_built(built, num_ctas=1, seed=seed)
         return [result.out.clone(), result.lse.clone()], result.report
 
-    return Target(f"{arch} prefill", library.with_suffix(".ptx").read_text(), run)
+    return Target(name, library.with_suffix(".ptx").read_text(), run)
 
 
 def own_decode(arch: str) -> Target:
@@ -99,9 +100,11 @@ def upstream(name: str, folder: Path) -> Target:
 
 def load_target(name: str, folder: Path) -> Target:
     own = {
-        "sm100_prefill": lambda: own_prefill("sm_100a", num_kv_heads=1),
+        "sm100_prefill": lambda: own_prefill("sm_100a prefill", "sm_100a", num_kv_heads=1, head_dim=128),
+        # The head dimension that runs as pairs.
+        "sm100_pair": lambda: own_prefill("sm_100a prefill, CTA pairs", "sm_100a", num_kv_heads=1, head_dim=192),
         # 128 tokens a tile: with two heads packed, every key after the 64th of the second masked tile is masked.
-        "sm90_prefill": lambda: own_prefill("sm_90a", num_kv_heads=2),
+        "sm90_prefill": lambda: own_prefill("sm_90a prefill", "sm_90a", num_kv_heads=2, head_dim=128),
         "sm90_decode": lambda: own_decode("sm_90a"),
     }
     return own[name]() if name in own else upstream(name.removeprefix("upstream_"), folder)

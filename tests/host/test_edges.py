@@ -5,19 +5,21 @@ import pytest
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.config import KernelConfig, TileShape
 from fa4_backend.kernels.sm100.storage import Storage, TileBytes
+from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
 
-def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4) -> KernelConfig:
-    return KernelConfig(
+def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4, cta_group: int = 1) -> Sm100Config:
+    kernel = KernelConfig(
         arch="sm_100a", dtype="bfloat16", head_dim=head_dim, head_dim_v=head_dim_v, q_per_kv=q_per_kv, tile=TileShape(128, 128, kv_stage),
         box_rows=16, is_causal=True, has_window_left=False, has_window_right=False, has_softcap=False, has_sinks=False, has_alibi=False,
         has_lse=True,
     )  # fmt: skip
+    return Sm100Config.of(kernel).with_tuning(cta_group=cta_group)
 
 
 def test_counts_by_hand() -> None:
-    edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), kv_stage=4, o_stage=1)}
+    edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), kv_stage=4, o_stage=1, ctas=1)}
     # (full, empty): one elected thread for TMA and commits, one arrival a warp elsewhere.
     assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
         "q_load_to_mma": (1, 1),
@@ -30,6 +32,24 @@ def test_counts_by_hand() -> None:
         "o_mma_to_correction": (1, 4),
         "o_correction_to_epilogue": (4, 1),
     }
+
+
+def test_counts_of_a_cta_pair_by_hand() -> None:
+    sizes = TileBytes.of(config(192, 128, cta_group=2))
+    edges = {edge.name: edge for edge in pipeline_edges(sizes, kv_stage=4, o_stage=1, ctas=2)}
+    # Both CTAs signal what the mma warp waits for; all else stays within a CTA.
+    assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "q_load_to_mma": (2, 1),
+        "kv_load_to_mma": (2, 1),
+        "v_tail_load_to_value_tail": (1, 1),
+        "s_mma_to_softmax": (1, 0),
+        "p_softmax_to_mma": (8, 0),
+        "p_rest_softmax_to_mma": (8, 0),
+        "stats_softmax_to_correction": (1, 1),
+        "o_mma_to_correction": (1, 8),
+        "o_correction_to_epilogue": (4, 1),
+    }
+    assert (sizes.q_tx_bytes, sizes.k_tx_bytes, sizes.v_tx_bytes) == (49152, 24576, 16384)  # 64 rows of K, 64 columns of V
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.compile import CompileKey
 from fa4_backend.emulator.kernels import load_function
-from fa4_backend.kernels.tuning import prefill_key, prefill_tile, tokens_per_work_item
+from fa4_backend.emulator.recording import Recording
+from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.tuning import cta_group, prefill_key, prefill_tile, tokens_per_work_item
 from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
@@ -43,30 +45,47 @@ class EmulatedRun:
 
 
 def run_prefill(
-    case: PagedCase, *, num_ctas: int = 2, seed: int | None = None, detect_races: bool = True, key: CompileKey | None = None
+    case: PagedCase,
+    *,
+    num_ctas: int = 2,
+    seed: int | None = None,
+    detect_races: bool = True,
+    key: CompileKey | None = None,
+    trace: Recording | None = None,
 ) -> EmulatedRun:
     """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
 
     Args:
+        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
         seed: of the emulator's schedule; None: deterministic.
         key: another compile key than the plan's, for ablations.
+        trace: filled with what the warps did.
     """
-    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key)
+    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace)
 
 
 def run_built(
-    built: BuiltCase, *, num_ctas: int = 2, seed: int | None = None, detect_races: bool = True, key: CompileKey | None = None
+    built: BuiltCase,
+    *,
+    num_ctas: int = 2,
+    seed: int | None = None,
+    detect_races: bool = True,
+    key: CompileKey | None = None,
+    trace: Recording | None = None,
 ) -> EmulatedRun:
     """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=num_ctas)
     problem = plan.problem
     function = load_function(key or prefill_key(plan))
-    tiles, begin = _work_list(case, num_ctas, tokens_per_work_item(problem), prefill_tile(problem).tile_n)
+    default = cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v)
+    cluster = key.tuning.cta_group if isinstance(key, Sm100Config) else default
+    tokens = tokens_per_work_item(problem) // default * cluster
+    tiles, begin = _work_list(case, num_ctas, tokens, prefill_tile(problem).tile_n)
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
-    with emulator.session(arch=problem.target_arch, num_sms=num_ctas, seed=seed, detect_races=detect_races) as emu:
+    with emulator.session(arch=problem.target_arch, num_sms=num_ctas * cluster, seed=seed, detect_races=detect_races, trace=trace) as emu:
         emu.run(
             function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
             a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,

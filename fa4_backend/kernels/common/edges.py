@@ -30,7 +30,8 @@ class Party:
 
     role: str
     signal: Signal
-    warps: int = 1  # warps that signal one buffer; 1 for TMA and COMMIT, which one elected thread issues
+    warps: int = 1  # warps of a CTA that signal one buffer; 1 for TMA and COMMIT, which one elected thread issues
+    ctas: int = 1  # CTAs of a cluster whose warps signal it; each announces its own TMA bytes
 
     def __post_init__(self) -> None:
         if self.warps < 1 or (self.signal is not Signal.WARPS and self.warps != 1):
@@ -39,7 +40,7 @@ class Party:
     @property
     def arrivals(self) -> int:
         """What this party adds to the arrive count of a barrier."""
-        return self.warps
+        return self.warps * self.ctas
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PipelineEdge:
     stages: int
     full_by: tuple[Party, ...]
     empty_by: tuple[Party, ...] = ()  # empty: `drained_by` says why no barrier is needed
-    tx_bytes: int = 0  # bytes one buffer's TMA boxes deliver; boxes out of bounds count in full
+    tx_bytes: int = 0  # bytes that the TMA boxes of a CTA deliver to one buffer; boxes out of bounds count in full
     drained_by: str = ""  # the edge whose full barrier proves that a buffer was read
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import cute_nvgpu as cute_nvgpu_ir
 from cutlass._mlir.dialects import math as math_ir
 from cutlass.cutlass_dsl import T
 
-SMEM_SPACE, TMEM_SPACE = 3, 6  # LLVM address spaces of the NVPTX target
+SMEM_SPACE, TMEM_SPACE, CLUSTER_SPACE = 3, 6, 7  # LLVM address spaces of the NVPTX target
 FULL_WARP = 0xFFFFFFFF
 WAIT_TICKS = 10_000_000  # ns a try_wait may suspend before it looks again; any value is correct
 
@@ -35,9 +35,9 @@ def inline_asm(text: str, operands: Sequence[Int32], result: ir.Type | None = No
 # ---- shared memory, mbarriers, TMA -------------------------------------------------------------------------------------------
 
 
-def smem_pointer(address: Int32) -> ir.Value:
-    """LLVM pointer to a shared-memory address."""
-    return llvm.inttoptr(llvm.PointerType.get(SMEM_SPACE), Int32(address).ir_value())
+def smem_pointer(address: Int32, *, cluster: bool = False) -> ir.Value:
+    """LLVM pointer to a shared-memory address of the CTA, or of the cluster."""
+    return llvm.inttoptr(llvm.PointerType.get(CLUSTER_SPACE if cluster else SMEM_SPACE), Int32(address).ir_value())
 
 
 def mbarrier_init(address: Int32, arrivals: int) -> None:
@@ -154,15 +154,15 @@ def tmem_wait_store() -> None:
     nvvm.tcgen05_wait(nvvm.Tcgen05WaitKind.STORE)
 
 
-def tmem_alloc(smem_address: Int32, columns: int) -> None:
+def tmem_alloc(smem_address: Int32, columns: int, group: nvvm.CTAGroupKind) -> None:
     """Allocate TMEM columns and give up the right to allocate more; the whole warp calls. The address goes to shared memory."""
-    nvvm.tcgen05_alloc(smem_pointer(smem_address), Int32(columns).ir_value())
-    nvvm.tcgen05_relinquish_alloc_permit()
+    nvvm.tcgen05_alloc(smem_pointer(smem_address), Int32(columns).ir_value(), group=group)
+    nvvm.tcgen05_relinquish_alloc_permit(group=group)
 
 
-def tmem_dealloc(address: Int32, columns: int) -> None:
+def tmem_dealloc(address: Int32, columns: int, group: nvvm.CTAGroupKind) -> None:
     """Free what `tmem_alloc` allocated; the same warp calls."""
-    nvvm.tcgen05_dealloc(_tmem_pointer(address), Int32(columns).ir_value())
+    nvvm.tcgen05_dealloc(_tmem_pointer(address), Int32(columns).ir_value(), group=group)
 
 
 def tcgen05_fence_before_sync() -> None:
@@ -200,6 +200,11 @@ def words(n: int) -> ir.Type:
 def f32() -> ir.Type:
     """The float32 type."""
     return T.f32()
+
+
+def i32() -> ir.Type:
+    """The int32 type."""
+    return T.i32()
 
 
 def from_elements(elements: Sequence[ir.Value]) -> ir.Value:
@@ -284,6 +289,14 @@ def keep_here(value: Int32) -> Int32:
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
 
 
+def keep_in_loop(value: Int32) -> Int32:
+    """The same value, which ptxas takes for a new one as well: keeps what is computed from it out of the loop's registers.
+
+    All 32 lanes are active, which ptxas cannot know; a copy it would see through.
+    """
+    return Int32(inline_asm("{ .reg .b32 lanes; activemask.b32 lanes; and.b32 $0, $1, lanes; }", [value], T.i32(), "=r"))
+
+
 def shift_left(value: Int32, count: Int32) -> Int32:
     """value << count with counts above 31 giving 0 (PTX ISA, "shl")."""
     return Int32(inline_asm("shl.b32 $0, $1, $2;", [value, count], T.i32(), "=r", pure=True))
@@ -313,6 +326,22 @@ def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Valu
     with ir.InsertionPoint(branch.else_block):
         scf.yield_(list(values))
     return list(branch.results)
+
+
+def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> list[ir.Value]:
+    """`when` for float32 vectors whose elements join one by one.
+
+    LLVM would join pairs of registers, which ptxas cannot keep where a TMEM load has put them: it then copies them.
+    """
+    n = ir.VectorType(vectors[0].type).shape[0]
+    flat = [element(v, i) for v in vectors for i in range(n)]
+
+    def change_flat(values: list[ir.Value]) -> list[ir.Value]:
+        changed = change([from_elements(values[at : at + n]) for at in range(0, len(values), n)])
+        return [element(v, i) for v in changed for i in range(n)]
+
+    joined = when(condition, flat, change_flat)
+    return [from_elements(joined[at : at + n]) for at in range(0, len(joined), n)]
 
 
 def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:

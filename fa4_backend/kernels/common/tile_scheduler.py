@@ -22,9 +22,11 @@ class WorkTile(NamedTuple):
     seqlen: SeqlenInfo
 
 
-def tile_range(mBegin: cute.Tensor) -> tuple[Int32, Int32]:
-    """Entries `begin .. end` of this CTA. mBegin: (num_ctas + 1,) int32."""
+def tile_range(mBegin: cute.Tensor, cluster_size: int = 1) -> tuple[Int32, Int32]:
+    """Entries `begin .. end` of this CTA, or of its cluster. mBegin: (num_ctas + 1,) or (num_clusters + 1,) int32."""
     cta_idx, _, _ = cute.arch.block_idx()
+    if cluster_size > 1:
+        cta_idx = cta_idx // cluster_size
     return mBegin[cta_idx], mBegin[cta_idx + 1]
 
 

@@ -11,7 +11,6 @@ from cutlass import Float32, Int32
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
@@ -40,7 +39,7 @@ class CorrectionWarps:
         row = warp * 32 + place.lane_idx
         lanes = warp * 32 << LANE_SHIFT
         stats = place.smem_base + g.storage.stats + row * o_pitch(config)
-        begin, end = tile_range(work.mBegin)
+        begin, end = g.item_range(work)
         stats_phase, o_phase = Int32(0), Int32(0)
         out_stage, out_phase = Int32(0), Int32(0)
         for _ in range(begin, end, unroll=1):
@@ -55,7 +54,7 @@ class CorrectionWarps:
                 target = place.smem_base + g.storage.o + out_stage * g.storage.sizes.o
                 self.finish_rows(g.tmem.o_at(place, q_idx) + lanes, target + row * o_pitch(config), scale)
                 ptx.tcgen05_fence_before_sync()
-                ptx.warp_arrive(g.empty(place, "o_mma_to_correction", q_idx), place.lane_idx)
+                g.group.warp_arrive(g.empty_at_leader(place, "o_mma_to_correction", q_idx), place.lane_idx)
                 ptx.warp_arrive(g.full(place, "o_correction_to_epilogue", out_stage), place.lane_idx)
                 out_stage += 1
                 if out_stage == self.o_stage:

@@ -7,7 +7,6 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.correction_warps import CHUNK_BYTES
 from fa4_backend.kernels.sm100.storage import o_pitch
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
@@ -25,14 +24,14 @@ class EpilogueWarp:
     def run(self, place: Place, work: WorkTensors, mO: cute.Tensor):
         """Walk the work list; owns the consumer side of `o_correction_to_epilogue`."""
         g = self.geometry
-        begin, end = tile_range(work.mBegin)
+        begin, end = g.item_range(work)
         stage, phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             for q_idx in range(Q_STAGE, unroll=1):
                 ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", stage), phase)
                 source = place.smem_base + g.storage.o + stage * g.storage.sizes.o
-                self.store_tile(place, mO, item, item.tile.m_block * Q_STAGE + q_idx, source)
+                self.store_tile(place, mO, item, g.q_tile(place, item.tile, q_idx), source)
                 ptx.warp_arrive(g.empty(place, "o_correction_to_epilogue", stage), place.lane_idx)
                 stage += 1
                 if stage == self.o_stage:
@@ -47,7 +46,7 @@ class EpilogueWarp:
         elems = CHUNK_BYTES // config.element_bytes
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
         num_chunks = tokens * config.q_per_kv * chunks
-        for chunk in range(place.lane_idx, num_chunks, 32, unroll=4):
+        for chunk in range(place.lane_idx, num_chunks, 32, unroll=2):
             row, column = chunk // chunks, chunk % chunks
             words = ptx.load_shared_v4(source + row * o_pitch(config) + column * CHUNK_BYTES)
             packed = self.geometry.pack.row(row, m_block, seqlen)

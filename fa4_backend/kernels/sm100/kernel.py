@@ -15,6 +15,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
+from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
@@ -56,11 +57,11 @@ class PrefillKernel:
         window_right: Int32,
         stream,
     ):
-        """Launch one CTA for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
-        kernel = self.config.kernel
+        """Launch one CTA, or one CTA pair, for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        kernel, ctas = self.config.kernel, self.config.tuning.cta_group
         operands = Operands(
             make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
-            make_kv_atom(mK, kernel.box_rows),
+            make_kv_atom(mK, self.config.k_box_rows),
             make_kv_atom(mV, kernel.box_rows),
             mPageTable,
             Int32(cute.size(mK, mode=[1])),
@@ -70,7 +71,8 @@ class PrefillKernel:
         work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, mSeqUsedK, window_left, right)
         scores = Scores(softmax_scale, softcap, mLse, mSinks, mSlopes)
         self.kernel(operands, work, scores, mO).launch(
-            grid=[cute.size(mBegin, mode=[0]) - 1, 1, 1],
+            grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
+            cluster=[ctas, 1, 1] if ctas > 1 else None,
             block=[ROLES.num_threads, 1, 1],
             smem=Geometry.of(self.config, O_STAGE).storage.num_bytes,
             min_blocks_per_mp=1,
@@ -92,11 +94,11 @@ class PrefillKernel:
                     ptx.mbarrier_init(smem_base + offset, count)
                 cute.arch.mbarrier_init_fence()
         if warp_idx == ROLES.mma:
-            ptx.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
+            g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
         ptx.tcgen05_fence_before_sync()
-        cute.arch.sync_threads()
+        g.group.sync_all()
         ptx.tcgen05_fence_after_sync()
-        place = Place(smem_base, Int32(TMEM_BASE), warp_idx, lane_idx)
+        place = Place(smem_base, g.group.leader_base(smem_base), g.group.rank(), Int32(TMEM_BASE), warp_idx, lane_idx)
         if warp_idx < ROLES.correction_first:
             cute.arch.setmaxregister_increase(tuning.softmax_registers)
             SoftmaxWarps(g).run(place, work, scores)
@@ -106,7 +108,8 @@ class PrefillKernel:
         else:
             cute.arch.setmaxregister_decrease(tuning.other_registers)
             if warp_idx == ROLES.mma:
-                MmaWarp(g).run(place, work)
+                if const_expr(g.group.ctas == 1) or place.cta_rank == LEADER:
+                    MmaWarp(g).run(place, work)
             elif warp_idx == ROLES.load:
                 LoadWarp(g).run(place, work, operands)
             elif warp_idx == ROLES.epilogue:
@@ -114,10 +117,10 @@ class PrefillKernel:
             else:
                 ValueTailWarp(g).run(place, work)
         ptx.tcgen05_fence_before_sync()
-        cute.arch.sync_threads()
+        g.group.sync_all()
         if warp_idx == ROLES.mma:
             ptx.tcgen05_fence_after_sync()
-            ptx.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
+            g.group.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
 
 
 def build(config: KernelConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:

@@ -10,9 +10,8 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.tile_scheduler import tile_range
-from fa4_backend.kernels.sm100.storage import PART_ELEMS, ROW_BYTES, num_parts
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.sm100.tuning import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -27,12 +26,24 @@ class Operands(NamedTuple):
     num_pages: Int32
 
 
+class Share(NamedTuple):
+    """What of a KV tile this CTA holds: all of it, or in a CTA pair half of K's rows and half of V's columns."""
+
+    first_row: Int32 | int
+    rows: int
+    box_rows: int
+    first_part: Int32 | int
+    parts: int
+    part_bytes: int
+    tx_bytes: int
+
+
 class PageBox(NamedTuple):
-    """The box of a KV tile that a lane fetches."""
+    """The box of a share that a lane fetches."""
 
     page: Int32  # physical page; num_pages (out of bounds: zeros, no memory read) for a box without tokens
     row: Int32  # first row within the page
-    row_box: Int32  # index of the box along the tile's rows
+    row_box: Int32  # index of the box along the share's rows
     part: Int32  # index along the head dimension
 
 
@@ -81,74 +92,84 @@ class LoadWarp:
     def run(self, place: Place, work: WorkTensors, operands: Operands):
         """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with a tail."""
         g, storage = self.geometry, self.geometry.storage
-        sizes, config = storage.sizes, g.config.kernel
-        begin, end = tile_range(work.mBegin)
+        config = g.config.kernel
+        k_share, v_share = self.shares(place)
+        begin, end = g.item_range(work)
         stage, phase, q_phase, tail_phase = Int32(0), Int32(0), Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             tile, seqlen = item.tile, item.tile.seqlen
             for i in range(item.num_blocks, unroll=1):
-                box = self.find_box(place, operands, tile.seq_idx, item.blocks.end - 1 - i, seqlen.seqlen_k)
+                n_block = item.blocks.end - 1 - i
+                k_box = self.find_box(place, operands, tile.seq_idx, n_block, seqlen.seqlen_k, k_share)
+                v_box = k_box
+                if const_expr(g.group.ctas > 1):
+                    v_box = self.find_box(place, operands, tile.seq_idx, n_block, seqlen.seqlen_k, v_share)
                 for is_v in cutlass.range_constexpr(2):
                     if i == 0:
                         ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
-                        barrier = g.full(place, "q_load_to_mma", is_v)
-                        token = seqlen.q_begin + (tile.m_block * Q_STAGE + is_v) * config.tokens_per_tile
+                        barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
+                        token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
                         self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
                     ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
-                    barrier = g.full(place, "kv_load_to_mma", stage)
+                    barrier = g.full_at_leader(place, "kv_load_to_mma", stage)
                     if const_expr(is_v == 1):
                         if i == 0 and g.has_v_tail(item):
                             # The value tail warp fills the ring's buffer once the tile is clean.
                             ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
                             barrier = g.full(place, "v_tail_load_to_value_tail")
                             tail_phase ^= 1
-                    atom, tx_bytes, head_dim = (
-                        (operands.v_atom, sizes.v_tx_bytes, config.head_dim_v)
-                        if is_v
-                        else (operands.k_atom, sizes.k_tx_bytes, config.head_dim)
-                    )
+                    atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
                     slot = place.smem_base + storage.kv + stage * storage.kv_stride
-                    self.load_kv(place, atom, barrier, slot, tx_bytes, num_parts(head_dim), tile.kv_head_idx, box)
+                    self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
                     stage += 1
-                    if stage == config.tile.kv_stage:
+                    if stage == g.config.kv_stage:
                         stage = Int32(0)
                         phase ^= 1
             q_phase ^= 1
 
+    def shares(self, place: Place) -> tuple[Share, Share]:
+        """This CTA's shares of a K and of a V tile."""
+        config, sizes = self.geometry.config, self.geometry.storage.sizes
+        kernel, first_row, first_part = config.kernel, 0, 0
+        if self.geometry.group.ctas > 1:
+            first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * config.v_parts
+        parts = num_parts(kernel.head_dim)
+        return (
+            Share(first_row, config.k_rows, config.k_box_rows, 0, parts, sizes.k_part, sizes.k_tx_bytes),
+            Share(0, kernel.tile.tile_n, kernel.box_rows, first_part, config.v_parts, sizes.part, sizes.v_tx_bytes),
+        )
+
     @cute.jit
     def load_q(self, place: Place, operands: Operands, barrier: Int32, q_idx: int, kv_head_idx: Int32, token: Int32):
         """One query tile; boxes past the end of q bring zeros. token: row of q of the tile's first token."""
-        config, storage = self.geometry.config.kernel, self.geometry.storage
+        config, storage, group = self.geometry.config.kernel, self.geometry.storage, self.geometry.group
         if place.lane_idx == 0:
-            ptx.mbarrier_arrive_expect_tx(barrier, storage.sizes.q_tx_bytes)
+            group.announce(barrier, storage.sizes.q_tx_bytes)
         cute.arch.sync_warp()
         if place.lane_idx < num_parts(config.head_dim):
             slot = place.smem_base + storage.q + q_idx * storage.sizes.q + place.lane_idx * storage.sizes.part
             coords = (place.lane_idx * PART_ELEMS, kv_head_idx * config.q_per_kv, token)
-            ptx.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
+            group.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
 
     @cute.jit
-    def load_kv(
-        self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, tx_bytes: int, parts: int, kv_head_idx: Int32, box: PageBox
-    ):
-        """One K or V tile into `slot`."""
-        config = self.geometry.config.kernel
+    def load_kv(self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, share: Share, kv_head_idx: Int32, box: PageBox):
+        """A share of one K or V tile into `slot`."""
+        group = self.geometry.group
         if place.lane_idx == 0:
-            ptx.mbarrier_arrive_expect_tx(barrier, tx_bytes)
+            group.announce(barrier, share.tx_bytes)
         cute.arch.sync_warp()
-        if box.part < parts:
-            target = slot + box.part * self.geometry.storage.sizes.part + box.row_box * (config.box_rows * ROW_BYTES)
-            coords = (box.part * PART_ELEMS, box.row, kv_head_idx, box.page)
-            ptx.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
+        if box.part < share.parts:
+            target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * ROW_BYTES)
+            coords = ((share.first_part + box.part) * PART_ELEMS, box.row, kv_head_idx, box.page)
+            group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit
-    def find_box(self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, seqlen_k: Int32):
-        """This lane's box of KV block `n_block`; the page table is read only for pages that hold tokens."""
-        config = self.geometry.config.kernel
-        row_boxes = config.tile.tile_n // config.box_rows
+    def find_box(self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, seqlen_k: Int32, share: Share):
+        """This lane's box of a share of KV block `n_block`; the page table is read only for pages that hold tokens."""
+        row_boxes = share.rows // share.box_rows
         row_box = place.lane_idx % row_boxes
-        token = n_block * config.tile.tile_n + row_box * config.box_rows
+        token = n_block * self.geometry.config.kernel.tile.tile_n + share.first_row + row_box * share.box_rows
         page, row = operands.num_pages, Int32(0)
         if token < seqlen_k:
             page_idx = token // operands.page_size

@@ -10,7 +10,6 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100 import umma
 from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
@@ -18,58 +17,58 @@ from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 @dataclass(frozen=True)
 class MmaWarp:
-    """One elected thread issues; the whole warp walks the loop."""
+    """One elected thread issues; the whole warp walks the loop. Of a CTA pair, the leader's mma warp alone."""
 
     geometry: Geometry
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
         """Walk the work list; owns the consumer sides of Q, KV and P, and the producer sides of S and O."""
-        g, config = self.geometry, self.geometry.config.kernel
-        begin, end = tile_range(work.mBegin)
+        g, kv_stage = self.geometry, self.geometry.config.kv_stage
+        begin, end = g.item_range(work)
         stage, phase = Int32(0), Int32(0)
         q_phase, p_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             num_blocks = item.num_blocks
-            ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", stage), phase)
+            g.group.wait(g.full(place, "kv_load_to_mma", stage), phase)
             for q_idx in range(Q_STAGE, unroll=1):
-                ptx.mbarrier_wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
+                g.group.wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
                 self.issue_qk(place, q_idx, stage)
-            ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", stage))
+            g.group.commit(g.empty(place, "kv_load_to_mma", stage))
             for i in range(num_blocks, unroll=1):
                 k_stage, k_phase = stage + 1, phase
-                if k_stage == config.tile.kv_stage:
+                if k_stage == kv_stage:
                     k_stage, k_phase = Int32(0), phase ^ 1
                 v_stage, v_phase = k_stage, k_phase
                 k_stage = v_stage + 1
-                if k_stage == config.tile.kv_stage:
+                if k_stage == kv_stage:
                     k_stage, k_phase = Int32(0), v_phase ^ 1
                 is_last = i == num_blocks - 1
                 if is_last:
                     for q_idx in range(Q_STAGE, unroll=1):
-                        ptx.tcgen05_commit(g.empty(place, "q_load_to_mma", q_idx))
-                ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
+                        g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
+                g.group.wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
                 for q_idx in range(Q_STAGE, unroll=1):
                     if i == 0:
-                        ptx.mbarrier_wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
-                    ptx.mbarrier_wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
+                        g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
+                    g.group.wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=False, accumulate=i)
-                    ptx.mbarrier_wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
+                    g.group.wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
                     if is_last:
-                        ptx.tcgen05_commit(g.full(place, "o_mma_to_correction", q_idx))
+                        g.group.commit(g.full(place, "o_mma_to_correction", q_idx))
                     else:
                         if q_idx == 0:
-                            ptx.mbarrier_wait(g.full(place, "kv_load_to_mma", k_stage), k_phase)
+                            g.group.wait(g.full(place, "kv_load_to_mma", k_stage), k_phase)
                         self.issue_qk(place, q_idx, k_stage)
-                ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", v_stage))
+                g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
                 p_phase ^= 1
                 stage, phase = k_stage, k_phase
                 if not is_last:
-                    ptx.tcgen05_commit(g.empty(place, "kv_load_to_mma", k_stage))
+                    g.group.commit(g.empty(place, "kv_load_to_mma", k_stage))
             q_phase ^= 1
 
     def issue_qk(self, place: Place, q_idx: Int32, stage: Int32) -> None:
@@ -77,10 +76,10 @@ class MmaWarp:
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         q_low = umma.descriptor_low(place.smem_base + storage.q + q_idx * storage.sizes.q)
         k_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride)
-        steps = umma.k_major_steps(config.head_dim, storage.sizes.part)
-        idesc = umma.instruction_descriptor(config.dtype, config.tile.tile_n, b_mn_major=False)
-        umma.mma_ss(g.tmem.s_at(place, q_idx), q_low, k_low, steps, idesc)
-        ptx.tcgen05_commit(g.full(place, "s_mma_to_softmax", q_idx))
+        q_steps, k_steps = (umma.k_major_steps(config.head_dim, part) for part in (storage.sizes.part, storage.sizes.k_part))
+        idesc = umma.instruction_descriptor(config.dtype, config.tile.tile_n, b_mn_major=False, ctas=g.group.ctas)
+        umma.mma_ss(g.group.ctas, g.tmem.s_at(place, q_idx), q_low, k_low, q_steps, k_steps, idesc)
+        g.group.commit(g.full(place, "s_mma_to_softmax", q_idx))
 
     def issue_pv(self, place: Place, q_idx: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
         """First or last part of O += P V for query tile `q_idx` with the V tile in `stage`."""
@@ -88,5 +87,5 @@ class MmaWarp:
         v_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride, storage.sizes.part)
         cut = g.config.tuning.p_first_columns // umma.MMA_K
         k_steps = range(cut, config.tile.tile_n // umma.MMA_K) if is_rest else range(cut)
-        idesc = umma.instruction_descriptor(config.dtype, config.head_dim_v, b_mn_major=True)
-        umma.mma_ts(g.tmem.o_at(place, q_idx), g.tmem.p_at(place, q_idx), v_low, k_steps, idesc, accumulate)
+        idesc = umma.instruction_descriptor(config.dtype, config.head_dim_v, b_mn_major=True, ctas=g.group.ctas)
+        umma.mma_ts(g.group.ctas, g.tmem.o_at(place, q_idx), g.tmem.p_at(place, q_idx), v_low, k_steps, idesc, accumulate)

@@ -1,6 +1,7 @@
 """Softmax warps: two groups of four, a query tile each, a row a thread. S from TMEM, P back over it, O kept at the reference's scale."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +12,11 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
-from fa4_backend.kernels.common.tile_scheduler import tile_range
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 LANE_SHIFT = 16  # lane field of a TMEM address
@@ -31,13 +32,11 @@ class Scores(NamedTuple):
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
 
 
-class RowMask(NamedTuple):
-    """What this thread's row sees."""
+class Alibi(NamedTuple):
+    """A row's linear bias."""
 
-    col_begin: Int32
-    col_end: Int32
     diagonal: Int32  # KV column of the row's own token
-    slope: Float32  # ALiBi slope in units of a score; 0 without ALiBi
+    slope: Float32  # in units of a score
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,15 @@ class SoftmaxWarps:
         scale_log2 = scores.softmax_scale * LOG2_E
         if const_expr(config.has_softcap):
             scale_log2 = scores.softcap * LOG2_E
-        begin, end = tile_range(work.mBegin)
+        begin, end = g.item_range(work)
         s_phase, stats_phase = Int32(0), Int32(0)
         block = BlockWeights(g.config)
         p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            packed = g.pack.row(row, item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
-            mask = self.row_mask(work, scores, item, packed.token, head, packed.is_valid, scale_log2)
+            alibi = self.alibi_of(scores, item, packed.token, head, packed.is_valid, scale_log2)
             # A row without a query token must not ask for a second pass, whatever its scores are.
             row_max, row_sum = -Float32.inf, Float32(0.0)
             if not packed.is_valid:
@@ -76,7 +75,8 @@ class SoftmaxWarps:
                 barrier = g.full(place, "s_mma_to_softmax", q_idx)
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
-                load = functools.partial(self.load_scores, s_tmem, scores, mask, item, n_block, barrier, s_phase)
+                columns = functools.partial(self.columns, place, work, item, row, q_idx)
+                load = functools.partial(self.load_scores, s_tmem, scores, alibi, columns, item, n_block, barrier, s_phase)
                 weights = block.decide(load, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
                     # S of this block has arrived, so PV of the block before it is done.
@@ -86,8 +86,9 @@ class SoftmaxWarps:
                 self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
                 row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
                 s_phase ^= 1
-            # Worked out again instead of kept through the loop, whose registers are all taken.
-            packed = g.pack.row(ptx.keep_here(row), item.tile.m_block * Q_STAGE + q_idx, item.tile.seqlen)
+            # Read and worked out again instead of kept through the loop, whose registers are all taken.
+            item = g.read_item(work, ptx.keep_here(index))
+            packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             sink = self.sink_of(scores, head, packed.is_valid)
             result = finalize_row(row_max, row_sum, scale_log2, sink)
@@ -101,17 +102,21 @@ class SoftmaxWarps:
                     scores.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
 
     @cute.jit
-    def row_mask(
-        self, work: WorkTensors, scores: Scores, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32
-    ):
-        """Columns that this thread's row sees; idle rows are treated as their token would be."""
-        seqlen = item.tile.seqlen
-        columns = self.geometry.block_info.mask.columns(token, seqlen, work.window_left, work.window_right)
-        slope = Float32(0.0)
+    def alibi_of(self, scores: Scores, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):
+        """The row's bias; None without ALiBi."""
+        alibi = None
         if const_expr(self.geometry.config.kernel.has_alibi):
+            slope = Float32(0.0)
             if is_valid:
                 slope = scores.mSlopes[head] * LOG2_E / scale_log2
-        return RowMask(columns.begin, columns.end, seqlen.diagonal + token, slope)
+            alibi = Alibi(item.tile.seqlen.diagonal + token, slope)
+        return alibi
+
+    def columns(self, place: Place, work: WorkTensors, item: WorkItem, row: Int32, q_idx: Int32) -> Columns:
+        """Columns that a row sees, worked out where it stands; idle rows are treated as their token would be."""
+        g, seqlen = self.geometry, item.tile.seqlen
+        packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), seqlen)
+        return g.block_info.mask.columns(packed.token, seqlen, work.window_left, work.window_right)
 
     @cute.jit
     def sink_of(self, scores: Scores, head: Int32, is_valid: Boolean):
@@ -124,9 +129,17 @@ class SoftmaxWarps:
         return sink
 
     def load_scores(
-        self, s_tmem: Int32, scores: Scores, mask: RowMask, item: WorkItem, n_block: Int32, barrier: Int32, s_phase: Int32
+        self,
+        s_tmem: Int32,
+        scores: Scores,
+        alibi: Alibi | None,
+        columns: Callable[[], Columns],  # of this thread's row
+        item: WorkItem,
+        n_block: Int32,
+        barrier: Int32,  # that was waited for, in phase s_phase
+        s_phase: Int32,
     ) -> list:
-        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf); barrier, s_phase: what was waited for."""
+        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf)."""
         config = self.geometry.config.kernel
         tile_n = config.tile.tile_n
         s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
@@ -134,30 +147,33 @@ class SoftmaxWarps:
             s = [soft_cap(v, scores.softmax_scale * (2 * LOG2_E) / scores.softcap) for v in s]
         first_col = n_block * tile_n
         if config.has_alibi:
-            s = [add_alibi(v, mask.diagonal - first_col - base, mask.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
+            # Kept inside the pass: hoisted, the 128 distances would take the registers of the scores.
+            to_diagonal = ptx.keep_in_loop(alibi.diagonal - first_col)
+            s = [add_alibi(v, to_diagonal - base, alibi.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
 
         def masked(values: list) -> list:
             # This wait is over at once. It keeps the branch a branch: ptxas predicates even hundreds of instructions, which then cost
             # their issue slots in every block, but it cannot predicate a loop.
             ptx.mbarrier_wait(barrier, s_phase)
-            first = ptx.keep_here(first_col)
+            first, seen = ptx.keep_here(first_col), columns()
             out = []
             for base, v in zip(range(0, tile_n, CHUNK), values, strict=True):
-                bits = interval_bits(mask.col_begin - first - base, mask.col_end - first - base)
+                bits = interval_bits(seen.begin - first - base, seen.end - first - base)
                 out.append(ptx.select_by_bits(bits, v, float("-inf")))
             return out
 
         # Only blocks that some row does not see whole take the branch.
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
-        return ptx.when(needs_mask, s, masked)
+        return ptx.when_scalars(needs_mask, s, masked)
 
     def store_weights(self, place: Place, q_idx: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
+        g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
             ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
         ptx.tmem_wait_store()
         ptx.tcgen05_fence_before_sync()
-        ptx.warp_arrive(self.geometry.full(place, edge, q_idx), place.lane_idx)
+        g.group.warp_arrive(g.full_at_leader(place, edge, q_idx), place.lane_idx)
 
     def rescale(self, o_tmem: Int32, factor: Float32) -> None:
         """O *= factor, this thread's row."""

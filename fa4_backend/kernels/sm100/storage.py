@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
 from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.sm100.tuning import Sm100Config, num_parts
 
-PART_ELEMS = 64  # 16-bit elements of a 128-byte row
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
 STATS_BYTES = 4  # one float32 a row
@@ -23,11 +23,6 @@ O_PAD_BYTES = 16
 TMEM_POINTER_BYTES = 8
 
 
-def num_parts(head_dim: int) -> int:
-    """Parts of 64 elements that a head takes."""
-    return -(-head_dim // PART_ELEMS)
-
-
 def o_pitch(config: KernelConfig) -> int:
     """Bytes from a row of O to the next in shared memory."""
     return config.head_dim_v * config.element_bytes + O_PAD_BYTES
@@ -35,9 +30,10 @@ def o_pitch(config: KernelConfig) -> int:
 
 @dataclass(frozen=True)
 class TileBytes:
-    """Bytes of one buffer of each payload, and what TMA delivers to it."""
+    """Bytes of one buffer of each payload in this CTA, and what TMA delivers to it."""
 
-    part: int  # one part of an operand tile
+    part: int  # one part of a Q or V tile
+    k_part: int  # one part of the rows of K that this CTA holds
     q: int
     k: int
     v: int
@@ -47,20 +43,22 @@ class TileBytes:
     v_tx_bytes: int
 
     @staticmethod
-    def of(config: KernelConfig) -> TileBytes:
+    def of(resolved: Sm100Config) -> TileBytes:
         """Sizes for a config; K and V tiles are fetched whole, Q tiles without their idle rows."""
-        part = config.tile.tile_n * ROW_BYTES
+        config = resolved.kernel
+        part, k_part = config.tile.tile_n * ROW_BYTES, resolved.k_rows * ROW_BYTES
         assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
-        qk_parts, v_parts = num_parts(config.head_dim), num_parts(config.head_dim_v)
+        qk_parts, v_parts = num_parts(config.head_dim), resolved.v_parts
         rows = config.tokens_per_tile * config.q_per_kv
         return TileBytes(
             part=part,
+            k_part=k_part,
             q=qk_parts * part,
-            k=qk_parts * part,
+            k=qk_parts * k_part,
             v=v_parts * part,
             o=config.tile.tile_m * o_pitch(config),
             q_tx_bytes=qk_parts * rows * ROW_BYTES,
-            k_tx_bytes=qk_parts * part,
+            k_tx_bytes=qk_parts * k_part,
             v_tx_bytes=v_parts * part,
         )
 
@@ -80,7 +78,7 @@ class Storage:
     num_bytes: int
 
     @staticmethod
-    def of(config: KernelConfig, q_stage: int, o_stage: int) -> Storage:
+    def of(resolved: Sm100Config, q_stage: int, o_stage: int) -> Storage:
         """Lay out the buffers.
 
         Raises:
@@ -88,15 +86,16 @@ class Storage:
         """
         from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
-        sizes = TileBytes.of(config)
-        kv_stage = config.tile.kv_stage
+        config = resolved.kernel
+        sizes = TileBytes.of(resolved)
+        kv_stage = resolved.kv_stage
         kv = q_stage * sizes.q
         kv_stride = max(sizes.k, sizes.v)
         o = kv + kv_stage * kv_stride
         assert q_stage * STATS_BYTES <= O_PAD_BYTES, f"{q_stage=}"
         stats = o + o_pitch(config) - O_PAD_BYTES
         tmem_pointer = o + o_stage * sizes.o
-        barriers = EdgeBarriers(pipeline_edges(sizes, kv_stage, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
+        barriers = EdgeBarriers(pipeline_edges(sizes, kv_stage, o_stage, resolved.tuning.cta_group), tmem_pointer + TMEM_POINTER_BYTES)
         limit = ARCHS[config.arch].smem_bytes
         if barriers.end_bytes > limit:
             raise ValueError(f"shared memory of {config.name}: expected at most {limit} bytes, got {barriers.end_bytes}")

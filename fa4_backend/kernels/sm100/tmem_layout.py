@@ -29,9 +29,13 @@ class TmemLayout:
         """Columns for a config; two tiles of S and O must fit."""
         tile_n, head_dim_v = config.tile.tile_n, config.head_dim_v
         layout = TmemLayout(s=0, p=tile_n // 2, o=2 * tile_n, s_stride=tile_n, o_stride=head_dim_v)
-        end = layout.o + 2 * layout.o_stride
-        assert end <= ARCHS[config.arch].tmem_columns, f"{end=}"
+        assert layout.end <= ARCHS[config.arch].tmem_columns, f"{layout.end=}"
         return layout
+
+    @property
+    def end(self) -> int:
+        """Columns in use."""
+        return self.o + 2 * self.o_stride
 
     def s_at(self, place, q_idx):
         """TMEM address of S of query tile `q_idx` (runtime)."""

@@ -1,4 +1,4 @@
-"""Issue of tcgen05.mma: descriptors and one block of instructions a product. Kind f16, one CTA, M = 128, float32 accumulators.
+"""Issue of tcgen05.mma: descriptors and one block of instructions a product. Kind f16, M = 128 rows a CTA, float32 accumulators.
 
 PTX ISA: "tcgen05.mma", "Shared memory descriptor", "Instruction descriptor", "Canonical layouts".
 """
@@ -12,7 +12,7 @@ from cutlass import Int32
 from fa4_backend.kernels.common.ptx_ops import inline_asm
 from fa4_backend.kernels.sm100.storage import ROW_BYTES
 
-MMA_M, MMA_K = 128, 16  # rows, and 16-bit elements of the reduction, of one instruction
+MMA_M, MMA_K = 128, 16  # rows of a CTA, and 16-bit elements of the reduction, of one instruction
 EIGHT_ROWS = 8 * ROW_BYTES
 SWIZZLE_128B = 2 << 29  # layout type, bits 61-63 of the descriptor
 DESCRIPTOR_VERSION = 1 << 14  # bits 46-47: tcgen05
@@ -32,10 +32,10 @@ def descriptor_low(smem_address: Int32, leading_bytes: int = 16) -> Int32:
     return ((smem_address >> 4) & 0x3FFF) | ((leading_bytes >> 4) << 16)
 
 
-def instruction_descriptor(dtype: str, n: int, *, b_mn_major: bool) -> int:
-    """Instruction descriptor of D (128 x n, float32) = A (128 x 16) B (n x 16)^T."""
+def instruction_descriptor(dtype: str, n: int, *, b_mn_major: bool, ctas: int) -> int:
+    """Instruction descriptor of D (128 ctas x n, float32) = A (128 ctas x 16) B (n x 16)^T."""
     code = FORMAT_CODE[dtype]
-    return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((MMA_M >> 4) << 24)
+    return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((MMA_M * ctas >> 4) << 24)
 
 
 def k_major_steps(head_dim: int, part_bytes: int) -> list[int]:
@@ -44,7 +44,9 @@ def k_major_steps(head_dim: int, part_bytes: int) -> list[int]:
     return [(i // steps_per_part * part_bytes + i % steps_per_part * K_STEP_BYTES) >> 4 for i in range(head_dim // MMA_K)]
 
 
-def _issue(a_operand: str, a_setup: Sequence[str], b_steps: Sequence[int], idesc: int, operands: Sequence[Int32], first: str) -> None:
+def _issue(
+    ctas: int, a_operand: str, a_setup: Sequence[str], b_steps: Sequence[int], idesc: int, operands: Sequence[Int32], first: str
+) -> None:
     lines = [
         ".reg .pred issue, first, always;",
         ".reg .b32 low, high, idesc;",
@@ -60,18 +62,18 @@ def _issue(a_operand: str, a_setup: Sequence[str], b_steps: Sequence[int], idesc
             a_setup[i],
             f"add.u32 low, $2, {b_step};",
             "mov.b64 b, {low, high};",
-            f"@issue tcgen05.mma.cta_group::1.kind::f16 [$0], {a_operand}, b, idesc, {'first' if i == 0 else 'always'};",
+            f"@issue tcgen05.mma.cta_group::{ctas}.kind::f16 [$0], {a_operand}, b, idesc, {'first' if i == 0 else 'always'};",
         ]
     inline_asm("{ " + " ".join(lines) + " }", operands)
 
 
-def mma_ss(d_tmem: Int32, a_low: Int32, b_low: Int32, steps: Sequence[int], idesc: int) -> None:
-    """D = A B^T with both operands K-major in shared memory; `steps`: offsets of the reduction steps, the same in A and B."""
-    setup = [f"add.u32 low, $1, {step}; mov.b64 a, {{low, high}};" for step in steps]
-    _issue("a", setup, steps, idesc, [d_tmem, a_low, b_low], "0")
+def mma_ss(ctas: int, d_tmem: Int32, a_low: Int32, b_low: Int32, a_steps: Sequence[int], b_steps: Sequence[int], idesc: int) -> None:
+    """D = A B^T with both operands K-major in shared memory; steps: offsets of the reduction steps."""
+    setup = [f"add.u32 low, $1, {step}; mov.b64 a, {{low, high}};" for step in a_steps]
+    _issue(ctas, "a", setup, b_steps, idesc, [d_tmem, a_low, b_low], "0")
 
 
-def mma_ts(d_tmem: Int32, a_tmem: Int32, b_low: Int32, k_steps: range, idesc: int, accumulate: Int32) -> None:
+def mma_ts(ctas: int, d_tmem: Int32, a_tmem: Int32, b_low: Int32, k_steps: range, idesc: int, accumulate: Int32) -> None:
     """D (+)= A B with A (128 x k, 16-bit pairs) in TMEM and B (k x n) contiguous along n in shared memory.
 
     Args:
@@ -80,4 +82,4 @@ def mma_ts(d_tmem: Int32, a_tmem: Int32, b_low: Int32, k_steps: range, idesc: in
     """
     setup = [f"add.u32 low, $1, {step * MMA_K // 2};  mov.b32 a_col, low;" for step in k_steps]
     setup[0] = ".reg .b32 a_col; " + setup[0]
-    _issue("[a_col]", setup, [(step * MMA_K * ROW_BYTES) >> 4 for step in k_steps], idesc, [d_tmem, a_tmem, b_low, accumulate], "$3")
+    _issue(ctas, "[a_col]", setup, [(step * MMA_K * ROW_BYTES) >> 4 for step in k_steps], idesc, [d_tmem, a_tmem, b_low, accumulate], "$3")

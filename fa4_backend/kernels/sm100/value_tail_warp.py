@@ -12,8 +12,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.tile_scheduler import tile_range
-from fa4_backend.kernels.sm100.storage import ROW_BYTES, num_parts
+from fa4_backend.kernels.sm100.storage import ROW_BYTES
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 STORE_BYTES = 16
@@ -30,8 +29,8 @@ class ValueTailWarp:
     def run(self, place: Place, work: WorkTensors):
         """Walk the work list; owns the consumer side of `v_tail_load_to_value_tail`, and hands each tile on in `kv_load_to_mma`."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
-        kv_stage = config.tile.kv_stage
-        begin, end = tile_range(work.mBegin)
+        kv_stage = g.config.kv_stage
+        begin, end = g.item_range(work)
         stage, tail_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
@@ -41,7 +40,7 @@ class ValueTailWarp:
                 base = place.smem_base + storage.kv + v_stage * storage.kv_stride
                 self.zero_rows(place, base, item.tile.seqlen.seqlen_k - (item.blocks.end - 1) * config.tile.tile_n)
                 ptx.fence_proxy_async_shared()
-                ptx.warp_arrive(g.full(place, "kv_load_to_mma", v_stage), place.lane_idx)
+                g.group.warp_arrive(g.full_at_leader(place, "kv_load_to_mma", v_stage), place.lane_idx)
                 ptx.warp_arrive(g.empty(place, "v_tail_load_to_value_tail"), place.lane_idx)
                 tail_phase ^= 1
             stage = (stage + 2 * item.num_blocks) % kv_stage
@@ -55,5 +54,5 @@ class ValueTailWarp:
         last = (first + box_bytes - 1) // box_bytes * box_bytes
         zero = Int32(0).ir_value()
         for offset in range(first + place.lane_idx * STORE_BYTES, last, WARP_BYTES, unroll=1):
-            for part in cutlass.range_constexpr(num_parts(config.head_dim_v)):
+            for part in cutlass.range_constexpr(self.geometry.config.v_parts):
                 ptx.store_shared_v4(base + part * self.geometry.storage.sizes.part + offset, [zero] * 4)

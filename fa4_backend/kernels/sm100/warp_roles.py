@@ -39,27 +39,28 @@ class WarpRoles:
 ROLES = WarpRoles()
 
 
-def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int) -> tuple[PipelineEdge, ...]:
-    """Every pipeline of the kernel; `docs/sm100.md` draws them."""
-    softmax = Party("softmax", Signal.WARPS, WARPGROUP)
+def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int, ctas: int) -> tuple[PipelineEdge, ...]:
+    """Every pipeline of the kernel; `docs/sm100.md` draws them. ctas: that share products; all of them signal to the mma warp."""
+    softmax_all = Party("softmax", Signal.WARPS, WARPGROUP, ctas)
     softmax_warp = Party("softmax", Signal.WARPS, 1)
     correction = Party("correction", Signal.WARPS, WARPGROUP)
     correction_warp = Party("correction", Signal.WARPS, 1)
+    correction_all = Party("correction", Signal.WARPS, WARPGROUP, ctas)
     mma = Party("mma", Signal.COMMIT)
-    load = Party("load", Signal.TMA)
+    load, load_all = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=ctas)
     return (
-        PipelineEdge("q_load_to_mma", Q_STAGE, (load,), (mma,), sizes.q_tx_bytes),
+        PipelineEdge("q_load_to_mma", Q_STAGE, (load_all,), (mma,), sizes.q_tx_bytes),
         # K and V tiles share the ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes. The
         # arrival for a V tile with a tail is the value tail warp's instead.
-        PipelineEdge("kv_load_to_mma", kv_stage, (load,), (mma,), max(sizes.k_tx_bytes, sizes.v_tx_bytes)),
+        PipelineEdge("kv_load_to_mma", kv_stage, (load_all,), (mma,), max(sizes.k_tx_bytes, sizes.v_tx_bytes)),
         PipelineEdge("v_tail_load_to_value_tail", 1, (load,), (Party("value_tail", Signal.WARPS, 1),), sizes.v_tx_bytes),
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
         PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
         # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.
-        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax,), drained_by="s_mma_to_softmax"),
-        PipelineEdge("p_rest_softmax_to_mma", Q_STAGE, (softmax,), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_rest_softmax_to_mma", Q_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
         # One buffer a warp: lane i of a correction warp reads what lane i of its softmax warp wrote.
         PipelineEdge("stats_softmax_to_correction", Q_STAGE * WARPGROUP, (softmax_warp,), (correction_warp,)),
-        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), (correction,)),
+        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), (correction_all,)),
         PipelineEdge("o_correction_to_epilogue", o_stage, (correction,), (Party("epilogue", Signal.WARPS, 1),)),
     )

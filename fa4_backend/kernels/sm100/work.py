@@ -10,7 +10,8 @@ from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile
+from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
+from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 from fa4_backend.kernels.sm100.tuning import Sm100Config
@@ -32,13 +33,15 @@ class Place(NamedTuple):
     """Who and where a thread is."""
 
     smem_base: Int32  # shared address of Storage's offset 0
+    leader_base: Int32  # the same of the CTA that issues the products; for arrivals and copies
+    cta_rank: Int32 | int  # within the CTAs that share products
     tmem_base: Int32  # TMEM address of column 0
     warp_idx: Int32  # warp-uniform
     lane_idx: Int32
 
 
 class WorkItem(NamedTuple):
-    """One entry of the work list: Q_STAGE query tiles of one KV head against `blocks`, from the last block to the first."""
+    """One entry of the work list: Q_STAGE query tiles a CTA of one KV head against `blocks`, from the last block to the first."""
 
     tile: WorkTile
     blocks: BlockRange
@@ -54,6 +57,7 @@ class Geometry:
     """The compile-time side of a kernel, resolved once."""
 
     config: Sm100Config
+    group: CtaGroup
     storage: Storage
     tmem: TmemLayout
     pack: PackGqa
@@ -64,8 +68,9 @@ class Geometry:
         """Resolve a config."""
         kernel = config.kernel
         pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
-        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, tokens_per_item(kernel))
-        return Geometry(config, Storage.of(kernel, Q_STAGE, o_stage), TmemLayout.of(kernel), pack, blocks)
+        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, tokens_per_item(config))
+        group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
+        return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
 
     def full(self, place: Place, edge: str, index=0) -> Int32:
         """Shared address of an edge's full barrier."""
@@ -74,6 +79,24 @@ class Geometry:
     def empty(self, place: Place, edge: str, index=0) -> Int32:
         """Shared address of an edge's empty barrier."""
         return place.smem_base + self.storage.barriers.empty_offset(edge) + index * 8
+
+    def full_at_leader(self, place: Place, edge: str, index=0) -> Int32:
+        """Address of the full barrier that the mma warp waits for."""
+        return place.leader_base + self.storage.barriers.full_offset(edge) + index * 8
+
+    def empty_at_leader(self, place: Place, edge: str, index=0) -> Int32:
+        """Address of the empty barrier that the mma warp waits for."""
+        return place.leader_base + self.storage.barriers.empty_offset(edge) + index * 8
+
+    def item_range(self, work: WorkTensors) -> tuple[Int32, Int32]:
+        """Entries `begin .. end` of the work list that this CTA, or its pair, walks."""
+        return tile_range(work.mBegin, self.group.ctas)
+
+    def q_tile(self, place: Place, tile: WorkTile, q_idx) -> Int32:
+        """Index, in tiles of the sequence, of this CTA's query tile `q_idx` of an item."""
+        if self.group.ctas == 1:
+            return tile.m_block * Q_STAGE + q_idx
+        return (tile.m_block * self.group.ctas + place.cta_rank) * Q_STAGE + q_idx
 
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""
@@ -95,6 +118,6 @@ def uniform(tile: WorkTile) -> WorkTile:
     return WorkTile(*same, SeqlenInfo(*(cute.arch.make_warp_uniform(field) for field in tile.seqlen)))
 
 
-def tokens_per_item(kernel) -> int:
+def tokens_per_item(config: Sm100Config) -> int:
     """Query tokens of a work item: what `m_block` counts in."""
-    return Q_STAGE * kernel.tokens_per_tile
+    return Q_STAGE * config.tuning.cta_group * config.kernel.tokens_per_tile

@@ -1,0 +1,178 @@
+"""What the warps of a kernel did in one run, as steps that `replay` can give modelled times.
+
+A step is the instructions that a warp issued since its last step, as cycles of each pipe, and then an event: an arrival, a wait, a matrix
+product, a commit, a copy. Which phase of which barrier an event concerns is kept, so the steps can be put in another order in time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fa4_backend.emulator.races import Access, Races
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.cta import Cluster, Cta, Warp
+
+PIPES = ("issue", "mufu", "fma", "alu", "tmem")
+# Cycles a warp instruction occupies its scheduler's share of a pipe, from lanes a clock and SM: MUFU 16 (32 on sm_103a), FMA 128, minimum,
+# maximum, integer and conversions to 16 bits 64 (CUDA programming guide, "Throughput of Native Arithmetic Instructions"). A column of
+# TMEM, 128 bytes a warp, takes one cycle: an assumption, since no rate is published.
+MUFU = {"sm_90a": 8, "sm_100a": 8, "sm_103a": 4}
+FMA, FMA_PACKED, ALU = 1, 2, 2
+ARITHMETIC = ("fma", "add", "sub", "mul")
+# What a role is known by: the first row whose instruction one of its warps executed.
+ROLES = (("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
+FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
+ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "fence", "elect", "vote", "tcgen05", "cp", "setmaxnreg")
+
+
+def tmem_columns(opcode: str) -> int:
+    """Columns that a TMEM load or store of shape 32x32b moves."""
+    return next((int(part[1:]) for part in opcode.split(".") if part[:1] == "x" and part[1:].isdigit()), 0)
+
+
+def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
+    """Cycles of each of PIPES that one warp instruction takes."""
+    base = opcode.split(".")[0]
+    if opcode.startswith(FREE):
+        return (0, 0, 0, 0, 0)
+    if opcode.startswith(("tcgen05.ld", "tcgen05.st")):
+        return (1, 0, 0, 0, tmem_columns(opcode))
+    if base in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"):
+        return (1, MUFU[arch], 0, 0, 0)
+    if base in ARITHMETIC and ".f32" in opcode:
+        return (1, 0, FMA_PACKED if ".f32x2" in opcode else FMA, 0, 0)
+    return (1, 0, 0, 0 if base in ISSUE_ONLY else ALU, 0)
+
+
+@dataclass(slots=True)
+class Step:
+    """Work of a warp, then one event. `edges`: (number of a barrier, its phase) that the event arrives on, or the one it waits for."""
+
+    kind: str  # arrive, wait, mma, commit, copy, end
+    work: np.ndarray  # cycles of PIPES
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    flops: dict[int, int] = field(default_factory=dict)  # by CTA of the cluster
+    smem_bytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Recording:
+    """Steps of the warps of the first cluster of a session's last launch; give it to `session(trace=...)`."""
+
+    warps: list[list[Step]] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
+    warps_per_cta: int = 0
+
+    def smem_bytes(self, kind: str) -> int:
+        """Bytes of CTA 0's shared memory that products ("mma") read or copies ("copy") write."""
+        return sum(step.smem_bytes.get(0, 0) for steps in self.warps for step in steps if step.kind == kind)
+
+    def races(self, cluster: Cluster) -> Races:
+        """The race detector that fills this recording."""
+        return RecordedRaces(cluster, self)
+
+
+class RecordedRaces(Races):
+    """The race detector that also keeps every warp's steps."""
+
+    def __init__(self, cluster: Cluster, recording: Recording) -> None:
+        super().__init__(cluster)
+        program, arch = cluster.grid.program, cluster.grid.session.arch
+        self.opcodes = [i.opcode for i in program.kernel.instructions]
+        self.cycles = np.array([pipe_cycles(opcode, arch) for opcode in self.opcodes], np.int64)
+        self.seen = [np.zeros(len(self.opcodes), np.int64) for _ in range(cluster.num_warps)]
+        self.numbers: dict[int, int] = {}  # id of a barrier -> its number
+        self.kept: list[Any] = []  # so that no id is used twice
+        self.open: dict[int, Step] = {}  # id of an access -> its step
+        self.recording = recording
+        recording.warps = [[] for _ in range(cluster.num_warps)]
+
+    def step(self, warp: Warp, kind: str) -> Step:
+        counts = warp.counts[: len(self.opcodes)].astype(np.int64)
+        work = (counts - self.seen[warp.actor]) @ self.cycles
+        self.seen[warp.actor] = counts
+        steps = self.recording.warps[warp.actor]
+        steps.append(Step(kind, work))
+        return steps[-1]
+
+    def phase(self, edge: Any) -> tuple[int, int]:
+        """(number of the barrier, phase it is in)."""
+        if id(edge) not in self.numbers:
+            self.numbers[id(edge)] = len(self.numbers)
+            self.kept.append(edge)
+        if edge is self.cluster.barrier_edge:
+            return self.numbers[id(edge)], self.cluster.barrier_generation
+        return self.numbers[id(edge)], edge.phase if hasattr(edge, "phase") else edge.generation
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def release(self, warp: Warp, edge: Any) -> None:
+        super().release(warp, edge)
+        self.step(warp, "arrive").edges.append(self.phase(edge))
+
+    def release_cluster(self, warp: Warp, edge: Any, releases: bool) -> None:
+        super().release_cluster(warp, edge, releases)
+        if not releases:
+            self.step(warp, "arrive").edges.append(self.phase(edge))
+
+    def acquire(self, warp: Warp, edge: Any) -> None:
+        super().acquire(warp, edge)
+        number, phase = self.phase(edge)
+        steps = self.recording.warps[warp.actor]
+        if phase and not (steps and steps[-1].kind == "wait" and steps[-1].edges == [(number, phase - 1)]):
+            self.step(warp, "wait").edges.append((number, phase - 1))
+
+    def issue_mma(self, warp: Warp) -> Access:
+        access = super().issue_mma(warp)
+        self.open[id(access)] = self.step(warp, "mma")
+        self.kept.append(access)
+        return access
+
+    def issue_commit(self, warp: Warp) -> Access:
+        access = super().issue_commit(warp)
+        self.open[id(access)] = self.step(warp, "commit")
+        self.kept.append(access)
+        return access
+
+    def issue_copy(self, warp: Warp, barrier: Any) -> Access:
+        access = super().issue_copy(warp, barrier)
+        step = self.open[id(access)] = self.step(warp, "copy")
+        step.edges.append(self.phase(barrier))
+        self.kept.append(access)
+        return access
+
+    def complete(self, access: Access, barrier: Any) -> None:
+        super().complete(access, barrier)
+        step = self.open.get(id(access))
+        if step is not None and step.kind == "commit":
+            step.edges.append(self.phase(barrier))
+
+    def smem_chunks(self, access: Access, cta: Cta, chunks: np.ndarray, write: bool) -> None:
+        super().smem_chunks(access, cta, chunks, write)
+        step = self.open.get(id(access))
+        if step is not None:
+            step.smem_bytes[cta.rank] = step.smem_bytes.get(cta.rank, 0) + 16 * np.size(chunks)
+
+    def tmem_access(self, access: Access, cta: Cta, groups: Any, column: int, columns: int, write: bool, read: bool = False) -> None:
+        super().tmem_access(access, cta, groups, column, columns, write, read)
+        step = self.open.get(id(access))
+        if step is not None and write:
+            # 16 lanes a group, and the 16 steps of the reduction of one 16-bit product.
+            step.flops[cta.rank] = step.flops.get(cta.rank, 0) + 2 * 16 * len(groups) * columns * 16
+
+    def close(self) -> None:
+        if self.handle:
+            for cta in self.cluster.ctas:
+                for warp in cta.warps:
+                    self.step(warp, "end")
+                    self.recording.roles.append(self.role(warp))
+            self.recording.warps_per_cta = self.cluster.ctas[0].num_warps
+        super().close()
+
+    def role(self, warp: Warp) -> str:
+        executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]
+        return next((role for start, role in ROLES if any(opcode.startswith(start) for opcode in executed)), "other")

@@ -1,0 +1,264 @@
+"""Modelled times of a recorded run: who is busy, who waits for whom, and what the critical path consists of.
+
+A discrete-event model, not a measurement. Rules:
+* A warp's instructions run in order. Each occupies an issue slot and its unit's share on the warp's scheduler (warp w of a CTA: w mod 4),
+  which that scheduler's warps share. Work is served in pieces of about QUANTUM instructions, within which units overlap.
+* A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
+  not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive `copy_latency` later.
+* A wait ends `latency` cycles after the last arrival of its phase. Commits arrive when the products before them are done.
+No instruction has a latency of its own; no bank conflicts, caches, or clocks that fall: kind about time, fair between kernels.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from fa4_backend.emulator.recording import PIPES, Recording, Step
+from fa4_backend.emulator.trace import COPY_BYTES_A_CYCLE, COPY_LATENCY, FLOPS_A_CYCLE
+
+QUANTUM = 16
+SMEM_BYTES_A_CYCLE = 128  # of an SM (CUDA programming guide, "Shared Memory": 32 banks of 4 bytes)
+COPY_PIECE_BYTES = 1024
+SCHEDULERS = 4
+Edge = tuple[int, int]  # number of a barrier, phase
+
+
+class Moment(NamedTuple):
+    """When something was over, and what decided it: the chain of these is a critical path."""
+
+    time: float
+    label: str
+    before: Moment | None
+
+    def then(self, cycles: float, label: str) -> Moment:
+        """What is over some cycles later."""
+        return Moment(self.time + cycles, label, self) if cycles else self
+
+
+START = Moment(0.0, "start", None)
+
+
+def later(*moments: Moment) -> Moment:
+    """The last of some moments."""
+    return max(moments, key=lambda moment: moment.time)
+
+
+@dataclass
+class Pipe:
+    """A unit that serves one thing at a time."""
+
+    free: Moment = START
+    busy: float = 0.0
+
+    def serve(self, ready: Moment, cycles: float, label: str) -> Moment:
+        """Take `cycles` from `ready` on, or from when the unit is free."""
+        self.busy += cycles
+        self.free = later(ready, self.free).then(cycles, label)
+        return self.free
+
+
+@dataclass
+class Engine:
+    """Works through what warps gave it, in order, beside them: the tensor core of a CTA or CTA pair, the copies of a CTA."""
+
+    queue: deque[tuple[Moment, int, Step]] = field(default_factory=deque)  # issued when, by which warp, what
+    now: Moment = START
+    left: int = 0  # bytes of the copy under way
+
+
+@dataclass
+class Times:
+    """Modelled cycles; of CTA 0 where a unit is meant."""
+
+    total: float
+    tensor_busy: float
+    tensor_idle: Counter[str]  # by what the issuing warp did meanwhile
+    smem_busy: float
+    busy: dict[str, Counter[str]]  # role -> pipe -> cycles, summed over the role's warps
+    waits: dict[str, Counter[str]]  # role -> who came last -> cycles, summed over the role's warps
+    critical: Counter[str]  # what the longest chain consists of
+
+
+class Replay:
+    """One replay of a recording."""
+
+    def __init__(self, recording: Recording, arch: str, latency: float = 0.0, copy_latency: float = COPY_LATENCY) -> None:
+        """latency: cycles from the last arrival of a phase to the end of a wait."""
+        self.recording, self.arch, self.latency, self.copy_latency = recording, arch, latency, copy_latency
+        warps = recording.warps
+        self.at, self.now, self.pieces = [0] * len(warps), [START] * len(warps), [-1] * len(warps)
+        self.share = [np.zeros(len(PIPES))] * len(warps)
+        self.missing: Counter[Edge] = Counter()  # arrivals a phase still lacks
+        self.arrived: dict[Edge, tuple[Moment, str]] = {}  # latest arrival, and who
+        self.sleepers: dict[Edge, list[int]] = defaultdict(list)
+        self.pipes: dict[tuple[object, ...], Pipe] = defaultdict(Pipe)
+        self.engines: dict[tuple[str, int], Engine] = defaultdict(Engine)
+        self.busy: dict[str, Counter[str]] = defaultdict(Counter)
+        self.waits: dict[str, Counter[str]] = defaultdict(Counter)
+        self.products: list[tuple[float, float]] = []  # of CTA 0
+        self.issuer: list[tuple[float, float, str]] = []  # what the mma warp of CTA 0 did
+        self.events: list[tuple[float, int, object]] = []
+        self.num_events = 0
+        for steps in warps:
+            for step in steps:
+                if step.kind != "wait":
+                    self.missing.update(step.edges)
+
+    def run(self) -> Times:
+        """Replay everything."""
+        for warp in range(len(self.recording.warps)):
+            self.schedule(0.0, warp)
+        while self.events:
+            _, _, actor = heapq.heappop(self.events)
+            if isinstance(actor, int):
+                self.advance(actor)
+            else:
+                self.serve(actor)
+        unfinished = [warp for warp, at in enumerate(self.at) if at < len(self.recording.warps[warp])]
+        assert not unfinished, f"expected every warp to end, these wait: {unfinished}"
+        return self.times()
+
+    def schedule(self, time: float, actor: object) -> None:
+        self.num_events += 1
+        heapq.heappush(self.events, (time, self.num_events, actor))
+
+    # -- warps --------------------------------------------------------------------------------------------------
+
+    def advance(self, warp: int) -> None:
+        """The warp's next piece of work, or the event behind it."""
+        steps, index = self.recording.warps[warp], self.at[warp]
+        if index == len(steps):
+            return
+        step = steps[index]
+        if self.pieces[warp] < 0:
+            self.pieces[warp] = -(-int(step.work[0]) // QUANTUM)
+            self.share[warp] = step.work / max(1, self.pieces[warp])
+        if self.pieces[warp]:
+            self.work(warp)
+        elif step.kind == "wait" and self.missing[step.edges[0]]:
+            self.sleepers[step.edges[0]].append(warp)
+            return
+        else:
+            self.at[warp], self.pieces[warp] = index + 1, -1
+            self.event(warp, step)
+        self.schedule(self.now[warp].time, warp)
+
+    def work(self, warp: int) -> None:
+        """Serve one piece of the step's instructions."""
+        role, cta = self.recording.roles[warp], warp // self.recording.warps_per_cta
+        begin, needs = self.now[warp], [(pipe, float(c)) for pipe, c in zip(PIPES, self.share[warp], strict=True) if c]
+        self.now[warp] = later(
+            *(self.pipes[cta, warp % SCHEDULERS, pipe].serve(begin, cycles, f"{role}: {pipe}") for pipe, cycles in needs)
+        )
+        self.busy[role].update(dict(needs))
+        self.pieces[warp] -= 1
+        self.note(warp, begin.time, "it issues")
+
+    def event(self, warp: int, step: Step) -> None:
+        cta = warp // self.recording.warps_per_cta
+        if step.kind == "wait":
+            last, who = self.arrived[step.edges[0]]
+            begin = self.now[warp].time
+            if last.time + self.latency > begin:
+                self.now[warp] = last.then(self.latency, "barriers")
+                self.waits[self.recording.roles[warp]][who] += self.now[warp].time - begin
+                self.note(warp, begin, f"it waits for {who}")
+        elif step.kind == "arrive":
+            self.arrive(step, self.now[warp], self.recording.roles[warp])
+        elif step.kind in ("mma", "commit"):
+            self.give(("tensor core", cta), warp, step)
+        elif step.kind == "copy":
+            self.give(("copies", cta), warp, step)
+
+    def note(self, warp: int, begin: float, what: str) -> None:
+        if self.recording.roles[warp] == "mma" and warp < self.recording.warps_per_cta:
+            self.issuer.append((begin, self.now[warp].time, what))
+
+    def arrive(self, step: Step, moment: Moment, who: str) -> None:
+        for edge in step.edges:
+            self.missing[edge] -= 1
+            if edge not in self.arrived or self.arrived[edge][0].time <= moment.time:
+                self.arrived[edge] = (moment, who)
+            if not self.missing[edge]:
+                for warp in self.sleepers.pop(edge, []):
+                    self.schedule(max(self.arrived[edge][0].time, self.now[warp].time), warp)
+
+    # -- engines ------------------------------------------------------------------------------------------------
+
+    def give(self, name: tuple[str, int], warp: int, step: Step) -> None:
+        engine = self.engines[name]
+        engine.queue.append((self.now[warp], warp, step))
+        if len(engine.queue) == 1:
+            self.schedule(max(engine.now.time, self.now[warp].time), name)
+
+    def serve(self, name: object) -> None:
+        """The engine's next product, commit or piece of a copy."""
+        engine = self.engines[name]  # type: ignore[index]
+        issued, _, step = engine.queue[0]
+        ready = later(issued, engine.now)
+        if step.kind == "copy":
+            over = self.copy_piece(engine, step, ready)
+        else:
+            over = True
+            if step.kind == "mma":
+                engine.now = self.multiply(step, ready)
+            else:
+                self.arrive(step, ready, "tensor core")
+        if over:
+            engine.queue.popleft()
+        if engine.queue:
+            self.schedule(later(engine.queue[0][0], engine.now).time, name)
+
+    def multiply(self, step: Step, ready: Moment) -> Moment:
+        """Run one product; the end."""
+        ends = []
+        for cta, flops in step.flops.items():
+            cycles = flops / FLOPS_A_CYCLE[self.arch]
+            self.pipes[cta, "tensor"].busy += cycles
+            ends.append(ready.then(cycles, "tensor core"))
+            ends.append(self.pipes[cta, "smem"].serve(ready, step.smem_bytes.get(cta, 0) / SMEM_BYTES_A_CYCLE, "shared-memory port"))
+        if 0 in step.flops:
+            self.products.append((ready.time, later(*ends).time))
+        return later(*ends)
+
+    def copy_piece(self, engine: Engine, step: Step, ready: Moment) -> bool:
+        """Write one piece; whether it was the last."""
+        ((cta, num_bytes),) = step.smem_bytes.items()
+        engine.left = engine.left or num_bytes
+        piece = min(engine.left, COPY_PIECE_BYTES)
+        engine.left -= piece
+        written = self.pipes[cta, "smem"].serve(ready, piece / SMEM_BYTES_A_CYCLE, "shared-memory port")
+        engine.now = later(ready.then(piece / COPY_BYTES_A_CYCLE, "copies"), written)
+        if not engine.left:
+            self.arrive(step, engine.now.then(self.copy_latency, "copy latency"), "copies")
+        return not engine.left
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def times(self) -> Times:
+        last = later(*self.now)
+        critical: Counter[str] = Counter()
+        moment = last
+        while moment.before is not None:
+            critical[moment.label] += moment.time - moment.before.time
+            moment = moment.before
+        tensor, smem = self.pipes[0, "tensor"].busy, self.pipes[0, "smem"].busy
+        return Times(last.time, tensor, self.idle(), smem, dict(self.busy), dict(self.waits), critical)
+
+    def idle(self) -> Counter[str]:
+        """Gaps between the tensor core's products, by what the issuing warp did in them."""
+        gaps: Counter[str] = Counter()
+        doing = deque(sorted(self.issuer))
+        for (_, end), (begin, _) in zip(self.products, self.products[1:], strict=False):
+            while doing and doing[0][1] <= end:
+                doing.popleft()
+            for first, last, what in doing:
+                if first >= begin:
+                    break
+                gaps[what] += min(begin, last) - max(end, first)
+        return gaps

@@ -1,0 +1,132 @@
+"""Modelled cycles of one KV block in steady state, ours beside upstream flash-attn-4's: where the tensor core idles, and for whom.
+
+    python -m scripts.sm100_schedule > docs/data/sm100_schedule.json
+
+The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`, which
+states the rules). Each kernel works on 256 query rows a CTA (one head, bf16, page 128) against 8 and against 24 KV blocks of 128; a figure
+is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of a range.
+Nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tests.support import emulator_upstream
+
+emulator_upstream.prepare("sm_100a")
+
+import torch  # noqa: E402
+
+from fa4_backend import emulator  # noqa: E402
+from fa4_backend.emulator.recording import Recording  # noqa: E402
+from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
+from fa4_backend.kernels.sm100.tuning import Sm100Config  # noqa: E402
+from fa4_backend.kernels.tuning import prefill_key  # noqa: E402
+from tests.support.emulated_prefill import run_prefill  # noqa: E402
+from tests.support.paged_case import PagedCase  # noqa: E402
+
+ARCH, ROWS, BLOCK = "sm_100a", 256, 128
+SHORT, LONG = 8, 24  # KV blocks
+LATENCIES = (0, 64)
+COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone, with barriers that cost nothing
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A problem; upstream works on CTA pairs, so it gets the rows of two CTAs."""
+
+    head_dim: int
+    head_dim_v: int
+    is_causal: bool
+
+
+SHAPES = {
+    "causal d128": Shape(128, 128, True),
+    "full attention d128": Shape(128, 128, False),
+    "causal d64": Shape(64, 64, True),
+    "causal d96": Shape(96, 96, True),
+    "causal d192 and 128": Shape(192, 128, True),
+    "full attention d192 and 128": Shape(192, 128, False),
+}
+
+
+def ours(shape: Shape, num_blocks: int, cta_group: int = 1) -> Recording:
+    """Our kernel's steps."""
+    rows, keys = ROWS * cta_group, num_blocks * BLOCK
+    dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
+    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", **dims)
+    recording = Recording()
+    key = Sm100Config.of(prefill_key(case.plan())).with_tuning(cta_group=cta_group)
+    run_prefill(case, num_ctas=1, key=key, trace=recording).check()
+    return recording
+
+
+def upstream(shape: Shape, num_blocks: int) -> Recording:
+    """Steps of flash-attn-4's dense kernel."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2 * ROWS, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
+    q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).bfloat16() for rows, columns in sizes)
+    recording = Recording()
+    with emulator.session(arch=ARCH, num_sms=emulator_upstream.NUM_SMS, trace=recording) as emu:
+        emulator_upstream.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True)
+    return recording
+
+
+def per_block(short: Times, long: Times, ctas: int) -> dict[str, Any]:
+    """One KV block of one CTA; ctas: of the cluster, whose roles are added up in `busy` and `waits`."""
+
+    def rate(after: float, before: float) -> float:
+        return round((after - before) / (LONG - SHORT), 1)
+
+    def rates(after: dict[str, float], before: dict[str, float], share: int = 1) -> dict[str, float]:
+        found = {name: round(rate(after[name], before.get(name, 0.0)) / share, 1) for name in after}
+        return {name: cycles for name, cycles in sorted(found.items(), key=lambda item: -item[1]) if abs(cycles) >= 1}
+
+    return {
+        "cycles": rate(long.total, short.total),
+        "tensor core busy": rate(long.tensor_busy, short.tensor_busy),
+        "shared-memory port busy": rate(long.smem_busy, short.smem_busy),
+        "tensor core idle while the mma warp": rates(long.tensor_idle, short.tensor_idle),
+        "critical path": rates(long.critical, short.critical),
+        "busy": {role: rates(pipes, short.busy.get(role, {}), ctas) for role, pipes in long.busy.items()},
+        "waits, warps added up": {role: rates(whom, short.waits.get(role, {}), ctas) for role, whom in long.waits.items()},
+    }
+
+
+def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str, Any]:
+    """A kernel's figures under each latency."""
+    short, long = record(shape, SHORT), record(shape, LONG)
+    ctas = len(long.warps) // long.warps_per_cta
+    result: dict[str, Any] = {"CTAs of a cluster": ctas}
+    for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
+        result[f"shared memory, {name}"] = (long.smem_bytes(kind) - short.smem_bytes(kind)) // (LONG - SHORT)
+    cycles = {}
+    for copy_latency in COPY_LATENCIES:
+        runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
+        cycles[copy_latency] = round((next(runs) - next(runs)) / (LONG - SHORT), 1)
+    result["cycles by copy latency"] = cycles
+    for latency in LATENCIES:
+        result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)), ctas)
+    return result
+
+
+def main() -> int:
+    """Print the figures as JSON."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, shape in SHAPES.items():
+        results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
+        if shape.head_dim_v == 128:
+            results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
+    json.dump({"note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
