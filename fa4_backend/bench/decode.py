@@ -139,9 +139,10 @@ def write_plot(path: Path, timings: list[Timing]) -> None:
         at = [row + i * height for row in range(len(batches))]
         axes.barh(at, [us.get((batch, kernel), 0.0) / us[batch, "fa4"] for batch in batches], height, label=kernel)
     axes.set_yticks([row + 0.4 for row in range(len(batches))], batches, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlim(0, 4)
     axes.set_xlabel("time relative to fa4 (below 1: faster)")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -160,9 +160,10 @@ def write_plot(path: Path, timings: list[Timing]) -> None:
         at = [row + i * height for row in range(len(batches))]
         axes.barh(at, [rates.get((batch, kernel), 0.0) for batch in batches], height, label=kernel)
     axes.set_yticks([row + 0.4 for row in range(len(batches))], batches, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("TFLOP/s")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

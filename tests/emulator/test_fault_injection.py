@@ -108,9 +108,9 @@ def test_recorded_scores(path: Path) -> None:
     assert result["clean_seeds"] == 200 and result["false_alarms"] == []
 
 
-def test_the_scores_are_of_four_kernels() -> None:
+def test_the_scores_are_of_five_kernels() -> None:
     names = {path.stem.removeprefix("faults_") for path in RESULTS}
-    assert names == {"sm100_prefill", "sm90_prefill", "sm90_decode", "upstream_causal"}
+    assert names == {"sm100_prefill", "sm100_pair", "sm90_prefill", "sm90_decode", "upstream_causal"}
 
 
 HAND_OVER = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 
 from fa4_backend import compile_cache
 from fa4_backend.compile import CompileError, link_shared
-from fa4_backend.kernel_facts import sass_counts
+from fa4_backend.kernel_facts import disassemble, sass_counts
 from fa4_backend.kernels.config import KernelConfig, box_rows_of
 from fa4_backend.kernels.tuning import SM90_TILES
+from tests.support.sass import product_loops
 
 BASE = KernelConfig(
     "sm_90a", "bfloat16", 128, 128, 4, SM90_TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
@@ -119,12 +121,12 @@ def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest
     facts, ptx, sass = _facts_and_code(BASE, tmp_path, monkeypatch)
     assert facts.registers == 168 and facts.spills == 0  # 65536 registers / 384 threads, rounded down to 8
     assert "setmaxnreg.dec.sync.aligned.u32 \t40" in ptx and "setmaxnreg.inc.sync.aligned.u32 \t232" in ptx
-    # First block, masked and whole blocks: 8 wgmma for S each; 8 for O in both loops and after them.
-    assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 6 * 8
+    # The stream's first block, masked blocks, whole ones, a tile's first: 8 wgmma for S each; 8 for O with all but the first.
+    assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 7 * 8
     # 8 boxes of 16 keys, of half a head for K and of a whole one for V.
     assert ptx.count("cp.async.bulk.tensor.5d") == 16 + 8
     if sass:
-        assert sass["HGMMA"] == 6 * 8 and sass["LDL"] == sass["STL"] == 0
+        assert sass["HGMMA"] == 7 * 8 and sass["LDL"] == sass["STL"] == 0
 
 
 @pytest.mark.slow
@@ -134,9 +136,12 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
 ) -> None:
     key = replace(BASE, head_dim=dims[0], head_dim_v=dims[1], tile=SM90_TILES[dims])
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
-    assert facts.spills is not None and facts.spills <= 64, facts  # d256 keeps 64 bytes of per-tile values outside the loop
+    assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     if sass:
-        assert sass["HGMMA"] > 0
+        num_wgmma = key.head_dim // 16 + key.tile.tile_n // 16
+        loops = product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), num_wgmma)
+        assert len(loops) == 2, "over masked and over whole blocks"
+        assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
 
 
 BUILDERS = (

@@ -1,0 +1,37 @@
+"""Loops in a disassembly."""
+
+from __future__ import annotations
+
+import re
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
+_LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
+
+
+def product_loops(sass: str, num_wgmma: int) -> list[list[str]]:
+    """Bodies of the loops that hold `num_wgmma` wgmma (HGMMA), in address order: the loops over KV blocks, both products in each.
+
+    A backward branch closes a loop. ptxas moves the retries of barrier waits behind the code, and their branches back span everything
+    between; so shorter loops are taken first, and what overlaps one already taken is none.
+    """
+    lines = sass.splitlines()
+    labels, addresses, texts, jumps = {}, [], [], []
+    pending: list[str] = []
+    for line in lines:
+        if label := _LABEL.match(line):
+            pending.append(label.group(1))
+        elif instruction := _INSTRUCTION.search(line):
+            address, text = int(instruction.group(1), 16), instruction.group(2).strip()
+            labels |= dict.fromkeys(pending, address)
+            pending = []
+            addresses.append(address)
+            texts.append(text)
+            if target := re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", text):
+                jumps.append((address, target.group(1)))
+    spans = sorted(((labels[to], at) for at, to in jumps if labels.get(to, at + 1) <= at), key=lambda span: span[1] - span[0])
+    taken: list[tuple[int, int]] = []
+    for begin, end in spans:
+        body = [text for address, text in zip(addresses, texts, strict=True) if begin <= address <= end]
+        if sum("HGMMA" in text for text in body) == num_wgmma and all(end < b or e < begin for b, e in taken):
+            taken.append((begin, end))
+    return [[text for address, text in zip(addresses, texts, strict=True) if b <= address <= e] for b, e in sorted(taken)]
