@@ -11,8 +11,8 @@ _LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 def product_loops(sass: str, num_wgmma: int) -> list[list[str]]:
     """Bodies of the loops that hold `num_wgmma` wgmma (HGMMA), in address order: the loops over KV blocks, both products in each.
 
-    A backward branch closes a loop. ptxas moves the retries of barrier waits behind the code, and their branches back span everything
-    between; so shorter loops are taken first, and what overlaps one already taken is none.
+    A backward branch closes a loop. ptxas moves the retries of barrier waits behind the kernel's end, and their branches back span
+    everything between, EXIT included; so what holds an EXIT is no loop, and what overlaps a shorter loop is not innermost.
     """
     lines = sass.splitlines()
     labels, addresses, texts, jumps = {}, [], [], []
@@ -28,10 +28,14 @@ def product_loops(sass: str, num_wgmma: int) -> list[list[str]]:
             texts.append(text)
             if target := re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", text):
                 jumps.append((address, target.group(1)))
+    if pending:  # a label behind the last instruction
+        labels |= dict.fromkeys(pending, addresses[-1] + 1)
     spans = sorted(((labels[to], at) for at, to in jumps if labels.get(to, at + 1) <= at), key=lambda span: span[1] - span[0])
     taken: list[tuple[int, int]] = []
     for begin, end in spans:
         body = [text for address, text in zip(addresses, texts, strict=True) if begin <= address <= end]
+        if any(re.search(r"\bEXIT\b", text) for text in body):
+            continue
         if sum("HGMMA" in text for text in body) == num_wgmma and all(end < b or e < begin for b, e in taken):
             taken.append((begin, end))
     return [[text for address, text in zip(addresses, texts, strict=True) if b <= address <= e] for b, e in sorted(taken)]

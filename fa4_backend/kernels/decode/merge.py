@@ -219,7 +219,7 @@ class Merge:
         """Arrive at the slots of every pending entry; sFlag tells where this CTA is the last. Ends with a barrier of the consumers.
 
         The barriers before and after carry the release and the acquire of the one thread's atomic to all consumers (PTX ISA,
-        "Causality order"): fences of their own cost 0.7 us on an H100.
+        "Causality order"). Without fences of their own, and without reading slots past the last, 1 x 1K went from 12.7 to 11.9 us (H100).
         """
         tidx, _, _ = cute.arch.thread_idx()
         self._barrier()
