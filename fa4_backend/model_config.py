@@ -27,11 +27,12 @@ class LayerGroup:
     window: int | None  # visible tokens including the row's own, as configs count; None: all
 
 
-def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = None) -> list[LayerGroup]:
+def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = None, **modes: bool) -> list[LayerGroup]:
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
         dtype: a key of `DTYPE_BYTES`; default: the config's own, bfloat16 where it says none.
+        modes: what no config says, such as `batch_invariant`; fields of `AttentionProblem`.
 
     Raises:
         ModelConfigError: the file is missing, not JSON, or lacks a field.
@@ -58,6 +59,7 @@ def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = N
                 arch=arch,
                 has_window_left=window is not None,
                 has_softcap=bool(config.get("attn_logit_softcapping")),
+                **modes,
                 has_sinks=model_type in SINK_MODELS,
                 has_alibi=model_type in ALIBI_MODELS or bool(config.get("alibi")),
             ),

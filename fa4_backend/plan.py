@@ -47,9 +47,10 @@ class AttentionPlan:
         """One line for a log: which kernel runs, where, for what."""
         p = self.problem
         where = f"cpu (emulating {p.target_arch})" if p.is_emulated else p.arch
+        mode = ", exact" if p.exact else ", batch-invariant" if p.batch_invariant else ""
         return (
             f"FA4: {self.kernel_name} on {where}, {p.num_q_heads}/{p.num_kv_heads} heads, "
-            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}, page {p.page_size}"
+            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}, page {p.page_size}{mode}"
         )
 
 

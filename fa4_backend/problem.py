@@ -56,7 +56,7 @@ class AttentionProblem:
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
         if self.exact and not self.batch_invariant:
-            raise UnsupportedProblem("exact: expected batch_invariant=True with it, got False")
+            raise UnsupportedProblem("exact: expected batch_invariant=True with it (in vLLM: VLLM_BATCH_INVARIANT=1), got False")
         if self.is_causal and self.has_window_right:
             raise UnsupportedProblem("has_window_right: expected False for causal attention (the diagonal already bounds it), got True")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,20 +27,22 @@ def compile(
     max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
     causal: Annotated[bool, typer.Option(help="causal mask")] = True,
     lse: Annotated[bool, typer.Option(help="write the log of the denominator")] = False,
+    batch_invariant: Annotated[bool, typer.Option(help="a token's bits do not depend on the batch")] = False,
+    exact: Annotated[bool, typer.Option(help="nor on how its prompt was cut; implies --batch-invariant")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served, 2 when the config cannot be read."""
     limits = BatchLimits(max_num_seqs, 8192, 32768)
+    modes = {"batch_invariant": batch_invariant or exact, "exact": exact}
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     try:
         if model is not None:
-            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None)]
+            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes)]
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
-            problems = [
-                AttentionProblem(num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, is_causal=causal, has_lse=lse)
-            ]
+            shape = AttentionProblem(num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, is_causal=causal, has_lse=lse)
+            problems = [replace(shape, batch_invariant=batch_invariant or exact, exact=exact)]
         plans = [plan_attention(problem, limits) for problem in problems]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)

@@ -24,12 +24,15 @@ def plan(
     max_num_tokens: Annotated[int, typer.Option(help="query tokens of a step")] = 8192,
     max_seqlen_k: Annotated[int, typer.Option(help="KV tokens of a sequence")] = 32768,
     speculative_tokens: Annotated[int, typer.Option(help="draft tokens a decode row may carry")] = 0,
+    batch_invariant: Annotated[bool, typer.Option(help="a token's bits do not depend on the batch")] = False,
+    exact: Annotated[bool, typer.Option(help="nor on how its prompt was cut; implies --batch-invariant")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show the kernel of each group of layers. Exits 1 when a group is not served, 2 when the config cannot be read."""
     try:
         limits = BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens)
-        groups = layer_groups(model, arch=arch, page_size=page_size, dtype=dtype)
+        modes = {"batch_invariant": batch_invariant or exact, "exact": exact}
+        groups = layer_groups(model, arch=arch, page_size=page_size, dtype=dtype, **modes)
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 plan: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None

@@ -59,6 +59,7 @@ class RowTables(NamedTuple):
     decode_blocks: cute.Tensor  # n_blocks it sees
     decode_cost: cute.Tensor  # (max_num_seqs + 1,) cost of one head of all earlier decode rows
     prefill_seq: cute.Tensor  # sequence of the i-th prefill row
+    prefill_kv: cute.Tensor  # its KV tokens
     prefill_order: cute.Tensor  # the same, longest KV first
     prefill_tiles: cute.Tensor  # (max_num_seqs + 1,) query blocks of all earlier rows of `prefill_order`
 
@@ -127,7 +128,7 @@ class ScheduleKernel:
         def ints(n: int) -> cute.Tensor:
             return smem.allocate_tensor(Int32, cute.make_layout(n), byte_alignment=16)
 
-        rows = RowTables(ints(size), ints(size), ints(size), ints(size + 1), ints(size), ints(size), ints(size + 1))
+        rows = RowTables(ints(size), ints(size), ints(size), ints(size + 1), ints(size), ints(size), ints(size), ints(size + 1))
         cuts = CutTables(ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS))
         sums = ints(NUM_WARPS)
 
@@ -136,7 +137,7 @@ class ScheduleKernel:
         self.cut_decode(rows, cuts, sums, num_decode, num_cuts, params)
         self.write_decode(cu_seqlens_q, seqused_k, rows, cuts, decode_tiles, decode_first, num_cuts, params)
         if num_prefill > 0:
-            self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
+            self.order_prefill(cu_seqlens_q, rows, sums, num_prefill, params)
         self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, params)
 
     @cute.jit
@@ -172,6 +173,7 @@ class ScheduleKernel:
                 rows.decode_cost[at] = cost_done + cost_at
             if is_prefill == 1:
                 rows.prefill_seq[prefill_done + prefill_at] = seq_idx
+                rows.prefill_kv[prefill_done + prefill_at] = kv_len
             decode_done += num_decode
             prefill_done += num_prefill
             cost_done += cost_all
@@ -321,7 +323,6 @@ class ScheduleKernel:
     def order_prefill(
         self,
         cu_seqlens_q: cute.Tensor,
-        seqused_k: cute.Tensor,
         rows: RowTables,
         sums: cute.Tensor,
         num_prefill: Int32,
@@ -329,16 +330,15 @@ class ScheduleKernel:
     ):
         """Order the prefill rows, longest KV first (ties by sequence), and sum up their query blocks; ends with a barrier."""
         tidx, _, _ = cute.arch.thread_idx()
-        # Rank by counting: a step holds few prefill rows, each of at least two tokens.
+        # Rank by counting: few rows in most steps, all rows in exact mode.
         for mine in range(tidx, num_prefill, NUM_THREADS):
-            seq_idx = rows.prefill_seq[mine]
-            kv_len = seqused_k[seq_idx]
+            kv_len = rows.prefill_kv[mine]
             rank = Int32(0)
-            for other in range(num_prefill):
-                other_len = seqused_k[rows.prefill_seq[other]]
+            for other in cutlass.range(num_prefill, unroll=4):
+                other_len = rows.prefill_kv[other]
                 if other_len > kv_len or (other_len == kv_len and other < mine):
                     rank += 1
-            rows.prefill_order[rank] = seq_idx
+            rows.prefill_order[rank] = rows.prefill_seq[mine]
         cute.arch.sync_threads()
         done = Int32(0)
         for base in range(0, num_prefill, NUM_THREADS):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fa4_backend.plan import AttentionPlan
     from fa4_backend.problem import AttentionProblem
 
-# (head_dim, head_dim_v) -> tile on sm_90a. The ring takes the shared memory that Q and O leave of 227 KiB.
+# (head_dim, head_dim_v) -> tile on sm_90a. The ring takes the shared memory that two Q buffers leave of 227 KiB.
 # Tried on an H200 (page 16, causal, interleaved medians of 7 rounds, TFLOP/s of 8 x 4K / 2 x 16K / 1 x 32K, FA3 beside it in the same run):
 #   d128, 32/8 heads, FA3 529 / 599 / 609
 #     tile_n 128 in turns 580 / 626 / 648, without turns 564 / 620 / 640; without turns 144: 543 / 597 / 624, 160: 550 / 596 / 621

@@ -74,7 +74,7 @@ class WorkShape:
 
         Only row groups that a cut between two CTAs divides have slots: at most one a cut.
         """
-        cuts = self.decode_num_ctas - 1
+        cuts = self.decode_num_ctas - 1 if self.decode_query_len else 0
         if self.split_blocks == 0:
             return max(1, 2 * cuts)
         blocks = -(-max_seqlen_k // self.decode_tile_n)

@@ -89,7 +89,7 @@ class FA4Impl(AttentionImpl):
             has_sinks=self.mask.has_sinks,
             has_alibi=self.mask.has_alibi,
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
-            exact=bool(envs.VLLM_BATCH_INVARIANT) and fa4_envs.exact(),
+            exact=fa4_envs.exact(),
         )
 
     def forward(

@@ -6,6 +6,7 @@ Run on the emulator for both chips. Tokens sit at the edges of a KV block (128 k
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,23 @@ PROBLEM = {
 class Prompt:
     """One sequence in a pool; `attend` computes any ranges of its tokens in one batch, as an engine might cut them."""
 
-    def __init__(self, arch: str, **flags: bool) -> None:
+    def __init__(self, arch: str, *, window_left: int | None = None, growing: bool = False, **flags: bool) -> None:
+        """`growing`: the first key's score is 10 (even tokens) or 20 (odd ones) log2 units above all others, which are seen before it."""
         generator = torch.Generator().manual_seed(0)
         pages = -(-PROMPT // PAGE)
         self.q = torch.randn(PROMPT, NUM_Q_HEADS, HEAD_DIM, generator=generator).bfloat16()
         pool = torch.randn(pages + 2, PAGE, NUM_KV_HEADS, 2 * HEAD_DIM, generator=generator).bfloat16()
         self.k, self.v = pool.split(HEAD_DIM, dim=-1)
         self.table = torch.randperm(pages + 2, generator=generator)[:pages].int()
+        if growing:
+            self.q *= 0.1
+            self.k[..., 0] = 0.0
+            self.k[self.table[0], 0] = 0.0
+            self.k[self.table[0], 0, :, 0] = 8.0
+            log2_units = torch.where(torch.arange(PROMPT) % 2 == 0, 10.0, 20.0)
+            self.q[..., 0] = (log2_units / (8.0 * HEAD_DIM**-0.5 * math.log2(math.e))).bfloat16()[:, None]
+        self.window_left = window_left
+        flags |= {"has_window_left": window_left is not None}
         problem = AttentionProblem(arch=f"emulated-{arch}", **PROBLEM, **flags)  # type: ignore[arg-type]
         self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=3)
 
@@ -46,20 +57,38 @@ class Prompt:
         metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max(lens), max_seqlen_k=PROMPT)
         out, lse = torch.full_like(q, math.nan), torch.full((NUM_Q_HEADS, len(q)), math.nan)
         table = self.table.expand(len(ranges), -1).contiguous()
-        paged_attention(q, self.k, self.v, table, cu_seqlens_q, seqused_k, plan=self.plan, metadata=metadata, out=out, lse=lse)
+        paged_attention(
+            q,
+            self.k,
+            self.v,
+            table,
+            cu_seqlens_q,
+            seqused_k,
+            plan=self.plan,
+            metadata=metadata,
+            window_left=self.window_left,
+            out=out,
+            lse=lse,
+        )
         return list(zip(out.split(lens), lse.split(lens, dim=1), strict=True))
 
 
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window_left": 150},  # blocks that only other rows of a tile see
+    "growing": {"growing": True},  # rows that move their maximum beside rows that need not
+}
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(arch: str) -> None:
-    prompt = Prompt(arch, exact=True)
+@pytest.mark.parametrize("name", CASES)
+def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(name: str, arch: str) -> None:
+    prompt = Prompt(arch, exact=True, **CASES[name])
     ((whole, whole_lse),) = prompt.attend((0, PROMPT))
-    cuts = [(127, 128), (128, 129), (PROMPT - 1, PROMPT), (31, 33), (100, 230)]
-    for begin_end, (out, lse) in zip(cuts, prompt.attend(*cuts), strict=True):
-        begin, end = begin_end
-        assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), begin_end
-    ((alone, alone_lse),) = prompt.attend((PROMPT - 1, PROMPT))
-    assert torch.equal(alone, whole[-1:]) and torch.equal(alone_lse, whole_lse[:, -1:])
+    cuts = [(127, 128), (128, 129), (PROMPT - 1, PROMPT), (31, 33), (100, 230), (130, 131)]
+    alone = [prompt.attend(cut)[0] for cut in cuts]
+    for (begin, end), (out, lse) in zip([*cuts, *cuts], [*prompt.attend(*cuts), *alone], strict=True):
+        assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), (begin, end)
 
 
 def test_without_it_decode_and_prefill_differ() -> None:

@@ -192,6 +192,13 @@ def test_layers_that_cannot_be_served_are_refused_at_start(arguments: dict[str, 
         FA4Backend.get_impl_cls()(**{**ordinary, **arguments})
 
 
+def test_exact_mode_needs_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for alone it is refused, not forgotten."""
+    monkeypatch.setenv("FA4_BACKEND_EXACT", "1")
+    with pytest.raises(UnsupportedProblem, match="VLLM_BATCH_INVARIANT=1"):
+        FA4Backend.get_impl_cls()(num_heads=4, head_size=64, scale=0.1, num_kv_heads=2)
+
+
 def test_other_kv_caches_are_refused_at_start() -> None:
     spec = CrossAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedProblem, match="expected FullAttentionSpec or SlidingWindowSpec, got CrossAttentionSpec"):

@@ -76,6 +76,27 @@ def test_plan_names_the_compile_keys_of_an_arch(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
+    ("flags", "kinds", "mode"),
+    [
+        ((), {"schedule", "decode", "prefill"}, ""),
+        (("--batch-invariant",), {"schedule", "decode", "prefill"}, "batch-invariant"),
+        (("--exact",), {"schedule", "prefill"}, "exact"),
+    ],
+    ids=["normal", "batch invariant", "exact"],
+)
+def test_plan_of_a_mode(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: tuple[str, ...], kinds: set[str], mode: str) -> None:
+    """Each mode has its kernels and says its name."""
+    config = {**GEMMA_2, "head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = run(capsys, "plan", "--model", str(tmp_path), "--arch", "sm_90a", "--json", *flags)
+    assert code == 0
+    for row in json.loads(out):
+        assert {name.split("-")[0] for name in row["kernels"]} == kinds
+        assert row["plan"].endswith(f", {mode}" if mode else ", page 16")
+        assert [name.endswith("pieces") for name in row["kernels"] if name.startswith("decode")] == [bool(flags)] * ("decode" in kinds)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "expected JSON"),

@@ -49,7 +49,9 @@ def update_max(
     offset = finite_max * scale_log2
     factor = Float32(1.0)
     if const_expr(not is_first):
-        factor = cute.math.exp2(row_max * scale_log2 - offset, fastmath=True)
+        # Of the difference: as `row_max * scale_log2 - offset`, ptxas makes it one FMA, which is off 0 by the rounding of `offset` where
+        # the maximum stayed, and the factor off 1. Rows that see nothing of a block must keep their bits.
+        factor = cute.math.exp2((row_max - finite_max) * scale_log2, fastmath=True)
     return MaxUpdate(new_max, offset, factor)
 
 

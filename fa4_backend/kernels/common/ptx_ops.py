@@ -197,6 +197,11 @@ def words(n: int) -> ir.Type:
     return ir.VectorType.get([n], T.i32())
 
 
+def i1() -> ir.Type:
+    """The type of a Boolean."""
+    return T.bool()
+
+
 def f32() -> ir.Type:
     """The float32 type."""
     return T.f32()

@@ -203,7 +203,7 @@ class Merge:
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
-        """Note an entry whose slots are written; its arrival waits until the CTA is done, so that all share one fence."""
+        """Note an entry whose slots are written; its arrival waits until the CTA is done, so that all share its barriers."""
         tidx, _, _ = cute.arch.thread_idx()
         if tidx == 0:
             q = entry.seqlen

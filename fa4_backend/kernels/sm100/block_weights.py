@@ -5,8 +5,8 @@ block. Then even the maximum is rarely needed: the weights are computed with the
 anyway, shows whether they may stand: a sum of 96 weights above 96 * 2^8 holds a weight above 2^8. Only then does the warp go over the
 block a second time, with the block's maximum. S is still in TMEM for it, since P is written after that decision. What the sum cannot show
 is asked of the raw scores: columns of the polynomial, whose exponent field would wrap, and the last columns, whose weights are computed
-while PV already works on the first ones. The second pass moves the reference of a row only if its own maximum grew by more than the
-threshold and repeats the weights of all others, so a row's bits do not depend on the rows beside it.
+while PV already works on the first ones. The second pass moves the reference of those rows only whose own weights asked for it, and
+repeats the weights of all others, so a row's bits do not depend on the rows beside it.
 """
 
 import math
@@ -63,12 +63,20 @@ class BlockWeights:
         assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
         chunks = self.config.kernel.tile.tile_n // CHUNK
         word_type, score_type = ptx.words(CHUNK // 2), ptx.vec(CHUNK)
-        results = [ptx.f32()] * 3 + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
+        scalars = [ptx.f32(), ptx.f32(), ptx.i1(), ptx.f32()]
+        results = scalars + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
 
-        def one_pass(needs_max: ir.Value, row_max: ir.Value, row_sum: ir.Value) -> tuple[Boolean, list[ir.Value]]:
+        def one_pass(
+            needs_max: ir.Value,  # the warp looks at maxima
+            row_max: ir.Value,
+            row_sum: ir.Value,
+            may_move: ir.Value,  # this row asked for it
+        ) -> tuple[Boolean, list[ir.Value]]:
             s = load_scores()
             moved = ptx.when(
-                Boolean(needs_max), [row_max, row_sum, Float32(1.0).ir_value()], lambda values: self._move(s, *values[:2], scale_log2)
+                Boolean(needs_max),
+                [row_max, row_sum, Float32(1.0).ir_value()],
+                lambda values: self._move(s, *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference, scale_log2)
@@ -78,12 +86,13 @@ class BlockWeights:
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
             total = cutlass.select_(again, total, total + part_sum)
-            return again, [reference.ir_value(), total.ir_value(), factor.ir_value(), *first, *s[self.first_chunks :]]
+            return again, [reference.ir_value(), total.ir_value(), too_large.ir_value(), factor.ir_value(), *first, *s[self.first_chunks :]]
 
-        needs_max = Boolean(True) if threshold == 0 else is_first
-        values = ptx.repeat_once(one_pass, needs_max, [row_max.ir_value(), row_sum.ir_value()], results)
-        cut = 3 + self.first_chunks
-        return Weights(*(Float32(value) for value in values[:3]), values[3:cut], values[cut:])
+        needs_max = Boolean(True) if threshold == 0 else Boolean(is_first)
+        values = ptx.repeat_once(one_pass, needs_max, [row_max.ir_value(), row_sum.ir_value(), needs_max.ir_value()], results)
+        reference, total, factor = (Float32(values[i]) for i in (0, 1, 3))
+        cut = len(scalars) + self.first_chunks
+        return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
 
     def offset(self, row_max: Float32, scale_log2: Float32) -> Float32:
         """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf."""
@@ -111,12 +120,12 @@ class BlockWeights:
         total = ptx.add2(sums[0], sums[1])
         return packed, Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
 
-    def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, scale_log2: Float32) -> list[ir.Value]:
+    def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
         """Reference, sum and factor after the block's maximum was looked at."""
         old = Float32(row_max)
         largest = ptx.max_of(s, old)
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
-        grew = (largest - old) * scale_log2 > self.config.kernel.tile.rescale_threshold
+        grew = may_move & ((largest - old) * scale_log2 > self.config.kernel.tile.rescale_threshold)
         new = cutlass.select_(grew, largest, old)
         factor = cutlass.select_(grew, cute.math.exp2((old - new) * scale_log2, fastmath=True), Float32(1.0))
         return [new.ir_value(), (Float32(row_sum) * factor).ir_value(), factor.ir_value()]

@@ -52,7 +52,9 @@ class Storage:
     config: KernelConfig
 
     def __post_init__(self) -> None:
-        assert self.config.head_dim_v <= self.config.head_dim, f"O must fit Q's buffer: {self.config=}"
+        c = self.config
+        # A warpgroup's rows of O must lie where its own rows of Q lay.
+        assert c.head_dim_v <= c.head_dim and c.part_elems(c.head_dim_v) == c.part_elems(c.head_dim), f"O must fit Q's buffer: {c=}"
         limit = ARCHS[self.config.arch].smem_bytes
         assert self.num_bytes <= limit, f"{self.num_bytes=} {limit=} {self.config=}"
 
