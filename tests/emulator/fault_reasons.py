@@ -20,14 +20,20 @@ NOT_MODELLED = "not modelled"
 STATIC_REASONS = re.compile(r"tcgen05\.(wait::ld|fence)")  # of these, the text alone tells
 
 
+_SECOND_QUERY_TILE = (
+    "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
+    "products of both"
+)
+
 # What is missed, by kernel, kind and statement, and why; these count as missed.
 MISSED = {
-    ("sm_100a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r603], %r604, 10000000;"): (
-        "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
-        "products of both"
+    ("sm_100a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r418], %r419, 10000000;"): _SECOND_QUERY_TILE,
+    ("sm_100a prefill, CTA pairs", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r442], %r443, 10000000;"): _SECOND_QUERY_TILE,
+    ("sm_90a prefill", "drop barrier", "bar.sync %r2134, 128;"): (
+        "before it, the warpgroup met in its turn, when each of its warps had seen its last product of Q end"
     ),
-    ("sm_90a prefill", "drop fence", "wgmma.fence.sync.aligned;"): (
-        "needed from the second turn of its loop over masked KV tiles on; a causal mask gives it one at most"
+    ("sm_90a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r2389], %r2473, 10000000;"): (
+        "the empty tile behind the last brings no Q, and the numbers it replaces were read before the last tile's buffer was free"
     ),
     ("sm_90a decode", "drop barrier", "bar.sync 1, 128;"): (
         "what it orders and no other barrier does is written by lane 0 and read by lanes of the same warp, which are one actor here"
