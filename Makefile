@@ -12,7 +12,7 @@ help:
 	@echo "make demo-emulated  two layers of it with the compiled Blackwell kernels on the emulator, tokens compared"
 	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
 	@echo "make test-slow   the tests that take minutes"
-	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (an hour)"
+	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (a quarter of an hour)"
 	@echo "make lint types  ruff; mypy"
 	@echo "make setup       only the environment; PYTHON=python3.12 chooses the interpreter"
 
@@ -41,7 +41,7 @@ test-engines: setup
 test-slow: setup
 	$(PY) -m pytest -q -m "slow and not gpu"
 
-# The emulator's whole proof: about an hour. Other people's kernels need flash-attn-4.
+# The emulator's whole proof: about a quarter of an hour on two cores. Other people's kernels need flash-attn-4.
 test-emulator-full: setup
 	$(PY) -m pytest -q -m "not gpu" tests/emulator tests/emulated
 	$(PY) -m tests.emulator.fault_injection --kernel sm100_prefill --clean-seeds 200 --out build/faults_sm100_prefill.json
