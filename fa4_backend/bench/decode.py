@@ -13,8 +13,8 @@ import torch
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
-from fa4_backend.bench.decode_peers import Call, installed, prepare
-from fa4_backend.bench.peers import ready
+from fa4_backend.bench.decode_peers import installed, prepare
+from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
 
 # Name -> flags of its problem.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from fa4_backend.bench.decode_batches import DTYPE, BatchTensors, DecodeBatch
+from fa4_backend.bench.peers import Call
 
-Call = Callable[[], object]
 TRITON_SEGMENTS = 16
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
 

@@ -17,9 +17,9 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.bench.peers import ready
+from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
-from fa4_backend.bench.prefill_peers import PAGED, Call, installed, prepare
+from fa4_backend.bench.prefill_peers import PAGED, installed, prepare
 from fa4_backend.bench.timing import capture
 
 OURS = "fa4"

@@ -6,14 +6,13 @@ The dense peers read contiguous K and V, without a page table: a bound for a pag
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
+from fa4_backend.bench.peers import Call
 from fa4_backend.bench.prefill_batches import DTYPE, PrefillBatch, PrefillTensors
 
-Call = Callable[[], object]
 PAGED = ("fa3", "flashinfer", "triton")
 DENSE = ("fa4-sm90 dense", "cudnn dense")
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
