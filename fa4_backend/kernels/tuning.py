@@ -38,7 +38,7 @@ SM100_TILES: dict[tuple[int, int], TileShape] = {
 SM100_Q_TILES = 2  # query tiles of a CTA in a work item on Blackwell, in ping-pong
 
 # (head_dim, head_dim_v) -> CTAs that share a product; 1 where nothing is said. Modelled cycles of a KV block (docs/sm100.md), 1 and 2 CTAs:
-#   192 and 128: 4026 and 2560. Shared memory holds two K/V tiles of one CTA but four halves of a pair, and one CTA's port needs 2688 cycles
+#   192 and 128: 4027 and 2560. Shared memory holds two K/V tiles of one CTA but four halves of a pair, and one CTA's port needs 2688 cycles
 #   for the 2560 of the tensor core. The other side: a pair walks to the end of the longer of its CTAs' rows, 2 more blocks a causal item.
 #   128: 2218 and 2048, but items of 512 packed rows leave a CTA of the pair idle for queries of fewer than 256, so 1.
 SM100_CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2}
