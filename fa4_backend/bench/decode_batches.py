@@ -50,6 +50,11 @@ def uniform(rows: int, kv_len: int, query_len: int = 1) -> DecodeBatch:
     return DecodeBatch(f"{rows} x {_short(kv_len)}{queries}", (kv_len,) * rows, (query_len,) * rows)
 
 
+def with_chunk(name: str, rows: int, kv_len: int, chunk_len: int, chunk_kv_len: int) -> DecodeBatch:
+    """`rows` equal decode rows and one prefill chunk behind them."""
+    return DecodeBatch(name, (kv_len,) * rows + (chunk_kv_len,), (1,) * rows + (chunk_len,))
+
+
 def ragged_batches() -> list[DecodeBatch]:
     """The batches where schedules differ; the same lengths in every run."""
     draw = random.Random(7)
@@ -79,7 +84,14 @@ def issue_batches() -> dict[str, list[DecodeBatch]]:
         *(replace(b, page_size=64) for b in some),
         *(uniform(rows, 4096, query_len) for rows in (1, 32) for query_len in (2, 4)),
     ]
-    mixed = [DecodeBatch("32 x 4K + a 2K chunk of 6K", (4096,) * 32 + (6144,), (1,) * 32 + (2048,))]
+    mixed = [
+        with_chunk("32 x 4K + a 2K chunk of 6K", 32, 4096, 2048, 6144),
+        with_chunk("16 x 2K + a prompt of 8K", 16, 2048, 8000, 8000),
+        with_chunk("128 x 1K + a prompt of 2K", 128, 1024, 2048, 2048),
+        with_chunk("250 x 2K + a 2K chunk of 4K", 250, 2048, 2048, 4096),
+        with_chunk("64 x 8K + a 512 chunk of 4K", 64, 8192, 512, 4096),
+        with_chunk("8 x 16K + a 512 chunk of 512", 8, 16384, 512, 512),
+    ]
     return {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed}
 
 

@@ -45,6 +45,7 @@ class KernelConfig:
     has_sinks: bool
     has_alibi: bool
     has_lse: bool
+    is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -63,7 +64,8 @@ class KernelConfig:
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
+        dependent = "-dependent" if self.is_dependent else ""
+        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{dependent}"
 
     @property
     def element_bytes(self) -> int:
@@ -89,8 +91,8 @@ def box_rows_of(page_size: int, tile_n: int) -> int:
     return common & -common
 
 
-def prefill_config(problem: AttentionProblem, tile: TileShape) -> KernelConfig:
-    """The compile key of `problem`'s prefill kernel with the given tile."""
+def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool = False) -> KernelConfig:
+    """The compile key of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
     assert problem.target_arch in ARCHS, problem.target_arch
     return KernelConfig(
         arch=problem.target_arch,
@@ -107,4 +109,5 @@ def prefill_config(problem: AttentionProblem, tile: TileShape) -> KernelConfig:
         has_sinks=problem.has_sinks,
         has_alibi=problem.has_alibi,
         has_lse=problem.has_lse,
+        is_dependent=is_dependent,
     )

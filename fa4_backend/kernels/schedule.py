@@ -9,6 +9,9 @@ own length in batch-invariant mode, from balance alone otherwise.
 
 Prefill: longest sequences first and late query blocks first (they see most keys), heads in groups whose KV fits L2,
 dealt out back and forth over the CTAs.
+
+Steps with both: decode waits for memory and prefill for the tensor cores, so they run side by side. `share_chip` gives some SMs
+to decode for a while; the prefill kernel's last CTAs, which start when those SMs are free again, get fewer tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
-from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
+from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TICKS, TILE_INTS
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule_launch import ScheduleConfig
@@ -32,6 +35,7 @@ NUM_WARPS = NUM_THREADS // 32
 # 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
 # 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
 PARTS_RATIO = 5
+MOST_TILES = 1 << 20  # of a decode CTA when times are compared: far more than any step has, and no product passes 2^31
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
 
 
@@ -49,6 +53,9 @@ class ScheduleParams(NamedTuple):
     window_left: Int32  # NO_WINDOW: none
     window_right: Int32  # 0 for causal attention, NO_WINDOW: none
     slot_vectors: Int32  # 16-byte vectors of a slot that each thread of a combining CTA adds
+    num_sms: Int32
+    decode_tile_ticks: Int32  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
+    decode_full_sms: Int32  # SMs whose decode CTAs keep the memory busy
 
 
 class RowTables(NamedTuple):
@@ -71,6 +78,14 @@ class CutTables(NamedTuple):
     block: cute.Tensor  # n_blocks of it before the cut; 0: the cut is at its start
     inner: cute.Tensor  # distinct cuts inside a row group up to this one
     slot: cute.Tensor  # slots of all row groups whose cuts come before this one
+
+
+class Share(NamedTuple):
+    """How decode and prefill share the SMs in a step that has both."""
+
+    decode_sms: Int32  # SMs that decode gets, a CTA each; 0: all of them, and prefill comes after
+    early_ctas: Int32  # prefill CTAs that start at once; the others when decode has left
+    early_rounds: Int32  # prefill tiles that each early CTA gets before the others get one
 
 
 class ScheduleKernel:
@@ -99,12 +114,16 @@ class ScheduleKernel:
         window_left: Int32,
         window_right: Int32,
         slot_vectors: Int32,
+        num_sms: Int32,
+        decode_tile_ticks: Int32,
+        decode_full_sms: Int32,
         stream,
     ):
         """Launch; the scalars are the fields of `ScheduleParams`."""
         params = ScheduleParams(
             num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
             split_blocks, item_overhead, l2_tokens, window_left, window_right, slot_vectors,
+            num_sms, decode_tile_ticks, decode_full_sms,
         )  # fmt: skip
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_first, params).launch(
@@ -133,12 +152,18 @@ class ScheduleKernel:
         sums = ints(NUM_WARPS)
 
         num_decode, num_prefill = self.scan_rows(cu_seqlens_q, seqused_k, rows, sums, params)
-        num_cuts = self.usable_ctas(rows, sums, num_decode, decode_first.shape[0], params)
+        num_groups = cute.size(prefill_begin) - 1
+        share = Share(Int32(0), num_groups, Int32(0))
+        if num_prefill > 0:
+            tiles, blocks = self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
+            if num_decode > 0:
+                share = self.share_chip(rows.decode_cost[num_decode], tiles, blocks, num_groups, sums, params)
+        num_cuts = share.decode_sms
+        if share.decode_sms == 0:
+            num_cuts = self.usable_ctas(rows, sums, num_decode, decode_first.shape[0], params)
         self.cut_decode(rows, cuts, sums, num_decode, num_cuts, params)
         self.write_decode(cu_seqlens_q, seqused_k, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        if num_prefill > 0:
-            self.order_prefill(cu_seqlens_q, rows, sums, num_prefill, params)
-        self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, params)
+        self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, share, params)
 
     @cute.jit
     def scan_rows(self, cu_seqlens_q: cute.Tensor, seqused_k: cute.Tensor, rows: RowTables, sums: cute.Tensor, params: ScheduleParams):
@@ -232,10 +257,8 @@ class ScheduleKernel:
                 block = offset - head * cost - params.item_overhead
                 blocks = rows.decode_blocks[row]
                 begin = rows.decode_begin[row]
-                if params.split_blocks > 0:
-                    if block > 0:
-                        block = nearest_piece(begin + block, params) - begin
-                    pieces = piece_idx(begin + cutlass.max(blocks, 1) - 1, params) + 1 - piece_idx(begin, params)
+                if params.split_blocks > 0 and block > 0:
+                    block = nearest_piece(begin + block, params) - begin
                 if block <= 0:
                     block = Int32(0)
                 elif block >= blocks:
@@ -244,6 +267,29 @@ class ScheduleKernel:
         cuts.item[cta] = item
         cuts.block[cta] = block
         cute.arch.sync_threads()
+        if params.split_blocks > 0:
+            # Cuts that were moved to one place leave CTAs without work. Those go behind the others, so that no two CTAs with work
+            # share an SM while another SM has none.
+            has_work = Int32(0)
+            if cta < num_ctas:
+                if cuts.item[cta + 1] != item or cuts.block[cta + 1] != block:
+                    has_work = Int32(1)
+            place, count = block_scan(has_work, sums)
+            if has_work == 1:
+                cuts.item[place] = item
+                cuts.block[place] = block
+            if cta >= count:
+                cuts.item[cta] = num_decode * heads
+                cuts.block[cta] = Int32(0)
+            cute.arch.sync_threads()
+            item, block = cuts.item[cta], cuts.block[cta]
+            # What a first cut tells of its row group follows from the row group.
+            pieces = Int32(0)
+            if block > 0:
+                row = item // heads
+                begin = rows.decode_begin[row]
+                last = begin + cutlass.max(rows.decode_blocks[row], 1) - 1
+                pieces = piece_idx(last, params) + 1 - piece_idx(begin, params)
 
         is_inner, is_first = Int32(0), Int32(0)
         if block > 0:
@@ -323,12 +369,16 @@ class ScheduleKernel:
     def order_prefill(
         self,
         cu_seqlens_q: cute.Tensor,
+        seqused_k: cute.Tensor,
         rows: RowTables,
         sums: cute.Tensor,
         num_prefill: Int32,
         params: ScheduleParams,
     ):
-        """Order the prefill rows, longest KV first (ties by sequence), and sum up their query blocks; ends with a barrier."""
+        """Order the prefill rows, longest KV first (ties by sequence), and sum up their query blocks; ends with a barrier.
+
+        Returns the query blocks of one head, and about how many n_blocks they see.
+        """
         tidx, _, _ = cute.arch.thread_idx()
         # Rank by counting: few rows in most steps, all rows in exact mode.
         for mine in range(tidx, num_prefill, NUM_THREADS):
@@ -340,21 +390,70 @@ class ScheduleKernel:
                     rank += 1
             rows.prefill_order[rank] = rows.prefill_seq[mine]
         cute.arch.sync_threads()
-        done = Int32(0)
+        done, seen = Int32(0), Int32(0)
         for base in range(0, num_prefill, NUM_THREADS):
             at = base + tidx
-            m_blocks = Int32(0)
+            m_blocks, n_blocks = Int32(0), Int32(0)
             if at < num_prefill:
                 seq_idx = rows.prefill_order[at]
                 query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
                 m_blocks = (query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
+                kv_len = seqused_k[seq_idx]
+                first = visible_blocks(Int32(0), query_len, kv_len, params)
+                last = visible_blocks(m_blocks - 1, query_len, kv_len, params)
+                n_blocks = m_blocks * (first[1] - first[0] + last[1] - last[0]) // 2
             before, all_blocks = block_scan(m_blocks, sums)
+            _, all_seen = block_scan(n_blocks, sums)
             if at < num_prefill:
                 rows.prefill_tiles[at] = done + before
             done += all_blocks
+            seen += all_seen
         if tidx == 0:
             rows.prefill_tiles[num_prefill] = done
         cute.arch.sync_threads()
+        return done, seen
+
+    @cute.jit
+    def share_chip(self, decode_cost: Int32, tiles: Int32, blocks: Int32, num_groups: Int32, sums: cute.Tensor, params: ScheduleParams):
+        """The `Share` that ends soonest: a thread tries one number of SMs for decode, and prefill rounds without the late CTAs
+        rounded up or down. Every thread of the CTA must call.
+
+        Args:
+            decode_cost: n_blocks of one head of all decode rows.
+            tiles, blocks: query blocks of one head of all prefill rows, and the n_blocks they see.
+            num_groups: prefill CTAs, or CTA pairs.
+        """
+        tidx, _, _ = cute.arch.thread_idx()
+        sms_a_group = params.num_sms // num_groups
+        most = params.num_sms - params.num_sms // 4  # decode leaves prefill a quarter of the SMs
+        total = tiles * params.num_kv_heads
+        tile_ticks = TICKS * (blocks // tiles + 1)  # one n_block for beginning and end
+        candidate = cutlass.min(tidx // 2, most)
+        share = Share(Int32(0), num_groups, Int32(0))
+        fifths = 5 * params.decode_full_sms
+        if candidate > 0:
+            # Two thirds of the SMs that keep the memory busy are as fast each as one alone, the next ones two fifths as fast.
+            fifths = cutlass.min(cutlass.min(5 * candidate, 2 * (params.decode_full_sms + candidate)), fifths)
+        decode_tiles = decode_cost * params.num_kv_heads
+        decode_tiles = decode_tiles // fifths * 5 + decode_tiles % fifths * 5 // fifths + 1
+        decode_ticks = cutlass.min(decode_tiles, MOST_TILES) * params.decode_tile_ticks
+        rounds = (total + num_groups - 1) // num_groups
+        late_ticks = decode_ticks + rounds * tile_ticks
+        ticks = late_ticks
+        if candidate > 0:
+            early = num_groups - (candidate + sms_a_group - 1) // sms_a_group
+            early_rounds = decode_ticks // tile_ticks + tidx % 2
+            share = Share(candidate, early, early_rounds)
+            rounds = (total + early - 1) // early
+            if total > early_rounds * early:
+                rounds = early_rounds + (total - early_rounds * early + num_groups - 1) // num_groups
+            late_ticks = decode_ticks + cutlass.max(rounds - early_rounds, 0) * tile_ticks
+            ticks = cutlass.max(rounds * tile_ticks, late_ticks)
+        # Of shares that end at one time, the one whose late CTAs have most time to spare.
+        ticks += late_ticks // 16
+        least = block_min(ticks, sums)
+        chosen = block_min(cutlass.select_(ticks == least, tidx, Int32(NUM_THREADS)), sums)
+        return Share(*(broadcast(value, chosen, sums) for value in share))
 
     @cute.jit
     def write_prefill(
@@ -365,6 +464,7 @@ class ScheduleKernel:
         prefill_tiles: cute.Tensor,
         prefill_begin: cute.Tensor,
         num_prefill: Int32,
+        share: Share,
         params: ScheduleParams,
     ):
         """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone."""
@@ -377,8 +477,12 @@ class ScheduleKernel:
         total = Int32(0)
         if num_prefill > 0:
             total = rows.prefill_tiles[num_prefill] * heads
+        # The first rounds go to the early CTAs, what is left to all.
+        early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
+        late_total = total - early_total
         if thread <= num_ctas:
-            prefill_begin[thread] = deal_begin(thread, total, num_ctas)
+            early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
+            prefill_begin[thread] = early + deal_begin(thread, late_total, num_ctas)
         for rank in range(thread, total, grid * NUM_THREADS):
             row = upper_bound(rows.prefill_tiles, num_prefill + 1, rank // heads) - 1
             seq_idx = rows.prefill_order[row]
@@ -392,16 +496,26 @@ class ScheduleKernel:
             within -= head_begin * m_blocks
             m_block = m_blocks - 1 - within // group
             head = head_begin + within % group
-            first = kv_len - query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
-            begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
-            end = cutlass.max(cutlass.min(kv_len, first + params.tokens_per_tile + params.window_right), 0)
-            end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
-            turn = rank // num_ctas
-            cta = rank % num_ctas
-            if turn % 2 == 1:
-                cta = num_ctas - 1 - cta
+            begin, end = visible_blocks(m_block, query_len, kv_len, params)
             values = (seq_idx, head, m_block, begin, end, Int32(-1), Int32(0), Int32(1))
-            store_tile(prefill_tiles, deal_begin(cta, total, num_ctas) + turn, values)
+            cta, turn = deal(rank, share.early_ctas)
+            early_begin = deal_begin(cta, early_total, share.early_ctas)
+            place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
+            if rank >= early_total:
+                cta, turn = deal(rank - early_total, num_ctas)
+                early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
+                place = early_end + deal_begin(cta, late_total, num_ctas) + turn
+            store_tile(prefill_tiles, place, values)
+
+
+@cute.jit
+def visible_blocks(m_block: Int32, query_len: Int32, kv_len: Int32, params: ScheduleParams):
+    """The n_blocks that a prefill tile sees, half-open."""
+    first = kv_len - query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
+    begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
+    end = cutlass.max(cutlass.min(kv_len, first + params.tokens_per_tile + params.window_right), 0)
+    end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
+    return begin, end
 
 
 @cute.jit
@@ -433,6 +547,13 @@ def nearest_piece(tile: Int32, params: ScheduleParams) -> Int32:
     if 2 * tile >= begin + end:
         begin = end
     return begin
+
+
+def deal(rank: Int32, num_ctas: Int32) -> tuple[Int32, Int32]:
+    """CTA and round of the entry `rank` when entries are dealt out back and forth."""
+    turn = rank // num_ctas
+    place = rank - turn * num_ctas
+    return cutlass.select_(turn % 2 == 1, num_ctas - 1 - place, place), turn
 
 
 @cute.jit
@@ -467,6 +588,33 @@ def block_scan(value: Int32, sums: cute.Tensor):  # sums: (NUM_WARPS,) int32 of 
         total += part
     cute.arch.sync_threads()  # the next scan reuses `sums`
     return before + inclusive - value, total
+
+
+@cute.jit
+def block_min(value: Int32, sums: cute.Tensor) -> Int32:  # sums: (NUM_WARPS,) int32 of shared memory
+    """Least `value` of all threads; every thread of the CTA must call."""
+    tidx, _, _ = cute.arch.thread_idx()
+    for step in cutlass.range_constexpr(5):
+        value = cutlass.min(value, cute.arch.shuffle_sync_bfly(value, 1 << step))
+    if tidx % 32 == 0:
+        sums[tidx // 32] = value
+    cute.arch.sync_threads()
+    for other in cutlass.range_constexpr(NUM_WARPS):
+        value = cutlass.min(value, sums[other])
+    cute.arch.sync_threads()  # the next one reuses `sums`
+    return value
+
+
+@cute.jit
+def broadcast(value: Int32, thread: Int32, sums: cute.Tensor) -> Int32:
+    """What `value` is in one thread; every thread of the CTA must call."""
+    tidx, _, _ = cute.arch.thread_idx()
+    if tidx == thread:
+        sums[0] = value
+    cute.arch.sync_threads()
+    value = sums[0]
+    cute.arch.sync_threads()
+    return value
 
 
 @cute.jit

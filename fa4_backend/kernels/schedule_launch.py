@@ -54,6 +54,7 @@ def run_schedule(
         cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
         s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
         s.l2_tokens, NO_WINDOW if window_left is None else window_left, 0 if plan.problem.is_causal else NO_WINDOW, s.slot_vectors,
+        s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
     )  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fa4_backend.kernels.config import KernelConfig, TileShape, prefill_config
+from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from fa4_backend.plan import AttentionPlan
@@ -69,6 +71,49 @@ def tokens_per_work_item(problem: AttentionProblem) -> int:
     )
 
 
+@dataclass(frozen=True)
+class ChipRates:
+    """What an SM and the chip do where decode and prefill run side by side (`schedule.share_chip`)."""
+
+    prefill_tflops: float  # of an SM: products of visible and masked keys alike
+    decode_gb: float  # GB/s of one SM whose CTA decodes while others do not
+    memory_gb: float  # GB/s that decode CTAs reach together
+
+
+# sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 65.4,
+# 61.7, 52.2 and 40.2 GB/s a CTA, on all SMs 2,780 GB/s together. A step of both, the chunk beside the 32 rows, takes 354 us with these
+# rates and 447 one kernel after the other; 353 to 407 with either rate 20 to 40 % off. Blackwell is modelled: prefill from the cycles of a block
+# (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
+CHIP_RATES = {
+    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, memory_gb=2750),
+    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, memory_gb=7000),
+    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, memory_gb=7000),
+}
+
+
+def decode_tile_ticks(problem: AttentionProblem) -> int:
+    """Time of a decode n_block on an SM of its own, in TICKS of a prefill n_block."""
+    from fa4_backend.kernels.decode.config import TILE_N
+    from fa4_backend.kernels.work_list import TICKS
+
+    rates, tile = CHIP_RATES[problem.target_arch], prefill_tile(problem)
+    ctas = cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v)
+    elements = problem.head_dim + problem.head_dim_v
+    rows = tokens_per_work_item(problem) * problem.q_per_kv
+    prefill_us = 2 * rows * tile.tile_n * elements / (ctas * rates.prefill_tflops * 1e6)
+    decode_us = TILE_N * elements * DTYPE_BYTES[problem.dtype] / (rates.decode_gb * 1e3)
+    return max(1, round(TICKS * decode_us / prefill_us))
+
+
+def decode_full_sms(plan: AttentionPlan) -> int:
+    """SMs whose decode CTAs keep the memory busy: more are no faster."""
+    rates = CHIP_RATES[plan.problem.target_arch]
+    return max(1, min(plan.num_ctas, round(rates.memory_gb / rates.decode_gb)))
+
+
 def prefill_key(plan: AttentionPlan) -> KernelConfig:
     """Compile key of the plan's prefill kernel."""
-    return prefill_config(plan.problem, prefill_tile(plan.problem))
+    from fa4_backend.kernels.decode.config import decode_config
+
+    is_dependent = decode_config(plan.problem, plan.limits) is not None
+    return prefill_config(plan.problem, prefill_tile(plan.problem), is_dependent=is_dependent)

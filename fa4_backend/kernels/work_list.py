@@ -40,6 +40,7 @@ Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY = range(TILE_INTS, TILE_INTS
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
 ITEM_OVERHEAD = 0  # KV tiles; beginning and ending a row group hides behind the next one's loads
+TICKS = 64  # time units in which a prefill n_block is measured
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 
 
@@ -59,6 +60,9 @@ class WorkShape:
     slot_vectors: int  # 16-byte vectors of a slot that each thread of a combining CTA adds
     item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
     l2_tokens: int  # KV tokens of one head that fit the share of L2 that prefill tiles running together may use
+    num_sms: int  # of the device
+    decode_tile_ticks: int  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
+    decode_full_sms: int  # SMs whose decode CTAs keep the memory busy: more are no faster
 
     def max_prefill_tiles(self, max_num_tokens: int, max_num_seqs: int) -> int:
         """Entries of the longest prefill list within the limits."""
@@ -120,7 +124,7 @@ class WorkLists:
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
     from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_vectors, split_tiles
-    from fa4_backend.kernels.tuning import prefill_groups, prefill_tile, tokens_per_work_item
+    from fa4_backend.kernels.tuning import decode_full_sms, decode_tile_ticks, prefill_groups, prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
     tile = prefill_tile(problem)
@@ -139,4 +143,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
         slot_vectors=slot_vectors(decode) if decode else 1,
         item_overhead=ITEM_OVERHEAD,
         l2_tokens=L2_SHARE_BYTES // bytes_per_token,
+        num_sms=plan.num_ctas,
+        decode_tile_ticks=decode_tile_ticks(problem),
+        decode_full_sms=decode_full_sms(plan),
     )

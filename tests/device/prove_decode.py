@@ -1,7 +1,8 @@
 """Proof of schedule and decode kernel on a GPU: `python -m tests.device.prove_decode --batches 20000 --json FILE`.
 
 Prints one line a part. Parts: the device's lists against the host's; fuzzed poisoned batches of many short rows (several entries a
-CTA) and of long ones; the same bits for every page size, alone and in a batch (batch invariance), and from a replayed graph.
+CTA) and of long ones; batches of decode and prefill rows; the same bits for every page size, alone and in a batch (batch invariance),
+and from a replayed graph.
 """
 
 from __future__ import annotations
@@ -48,6 +49,30 @@ def setups(arch: str) -> list[tuple[FuzzSetup, int]]:
     return out
 
 
+def mixed_setups(arch: str) -> list[FuzzSetup]:
+    """Problems whose batches have decode rows beside prefill rows: both kernels at once, sharing the SMs."""
+    problems: dict[str, tuple[tuple[int, int, int], int, dict[str, bool]]] = {
+        "32/8 d128 q1": ((32, 8, 128), 1, {}),
+        "8/2 d128 q4": ((8, 2, 128), 4, {}),
+        "8/2 d128 q4 window": ((8, 2, 128), 4, {"has_window_left": True}),
+        "8/2 d128 q4 batch_invariant": ((8, 2, 128), 4, {"batch_invariant": True}),
+        "9/3 d64 q1": ((9, 3, 64), 1, {}),
+        "8/2 d96 q2": ((8, 2, 96), 2, {}),
+        "4/2 d256 q1": ((4, 2, 256), 1, {}),
+    }
+    out = []
+    for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
+        problem = AttentionProblem(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
+            has_lse=True, **features,
+        )  # fmt: skip
+        setup = FuzzSetup(
+            f"mixed {name}", problem, max_seqs=16, max_query=100, max_kv=900, decode_query_len=query_len, decode_share=0.7
+        )  # fmt: skip
+        out.append(setup)
+    return out
+
+
 def check_lists(arch: str, steps: int) -> dict[str, Any]:
     """Random steps: every entry the device writes is the host's."""
     draw = random.Random(0)
@@ -78,6 +103,14 @@ def check_fuzz(arch: str, batches: int, shard: tuple[int, int]) -> dict[str, Any
     every = setups(arch)
     chosen = every[shard[0] :: shard[1]]
     results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
+    failed = [r for r in results if r.failures]
+    assert not failed, "\n".join(str(r) for r in failed)
+    return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
+
+
+def check_mixed(batches: int, setups_of_arch: list[FuzzSetup]) -> dict[str, Any]:
+    """`batches` fuzzed batches of decode rows beside prefill rows, against the float32 oracle."""
+    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(setups_of_arch)), seed=1) for setup in setups_of_arch]
     failed = [r for r in results if r.failures]
     assert not failed, "\n".join(str(r) for r in failed)
     return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
@@ -228,8 +261,9 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,bits,exact")
+    parser.add_argument("--parts", default="lists,fuzz,mixed,bits,exact")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
+    parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
     parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
@@ -240,6 +274,7 @@ def main() -> int:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
         "fuzz": lambda: check_fuzz(arch, options.batches, shard),
+        "mixed": lambda: check_mixed(options.mixed_batches, mixed_setups(arch)),
         "bits": lambda: check_bits(arch, 100),
         "exact": lambda: check_exact(arch, 100),
     }

@@ -21,8 +21,7 @@ from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernels.launch import launch_prefill, load
 from fa4_backend.kernels.schedule_launch import run_schedule
-from fa4_backend.kernels.tuning import prefill_key
-from tests.support.fuzz import Fuzzer, prefill_setups
+from tests.support.fuzz import Fuzzer, lone_prefill_key, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
 LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
@@ -38,7 +37,7 @@ def run_case(built: BuiltCase) -> None:
     work.shape = replace(work.shape, decode_query_len=0)
     run_schedule(plan, work, a.cu_seqlens_q, a.seqused_k)
     a.out.fill_(math.nan)
-    launch_prefill(load(plan, prefill_key(plan)), a, work.prefill_tiles, work.prefill_begin)
+    launch_prefill(load(plan, lone_prefill_key(plan)), a, work.prefill_tiles, work.prefill_begin)
     torch.cuda.synchronize()
 
 

@@ -22,11 +22,13 @@ KV_EDGES = (0, 1, 63, 64, 65, 500, 3000)
 def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     """Shape, query lengths, KV lengths and window of a random step."""
     draw = random.Random(seed)
+    num_ctas, sms_a_group = draw.choice((1, 7, 33)), draw.choice((1, 2))
     shape = WorkShape(
-        num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=draw.choice((1, 7, 33)), decode_num_ctas=draw.choice((1, 7, 33)),
+        num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
         tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
         decode_rows=8, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
-        item_overhead=draw.choice((0, 2)), l2_tokens=1000,
+        item_overhead=draw.choice((0, 2)), l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
+        decode_full_sms=draw.choice((1, 3, 20)),
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -64,7 +66,7 @@ def test_more_rows_than_threads() -> None:
 def test_decode_is_balanced() -> None:
     """No CTA has more KV tiles than its equal share and one, whatever the lengths of several rows."""
     for seed in range(50):
-        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000)
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000, 132, 20, 46)
         draw = random.Random(seed)
         kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((2, 8, 64)))]
         lists = host_lists(shape, [1] * len(kv_lens), kv_lens)
@@ -78,7 +80,7 @@ def test_decode_is_balanced() -> None:
 @pytest.mark.parametrize("slot_vectors", [1, 4])
 def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None:
     """n parts of a row of b tiles where n * n * slot_vectors <= 5 * b, or as many as there are CTAs for."""
-    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 0, 1000)
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 0, 1000, 132, 20, 46)
     for tiles in (1, 2, 16, 64, 500):
         lists = host_lists(shape, [1], [64 * tiles])
         parts = len(lists.decode_tiles) // 8

@@ -89,7 +89,7 @@ def run_schedule(
             load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
             work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
             s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
-            s.l2_tokens, window_left, window_right, s.slot_vectors,
+            s.l2_tokens, window_left, window_right, s.slot_vectors, s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
         )  # fmt: skip
     return emu.report
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
+from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.launch import launch_prefill, load
 from fa4_backend.kernels.schedule_launch import run_schedule
 from fa4_backend.kernels.tuning import prefill_key
@@ -33,6 +34,7 @@ class FuzzSetup:
     min_query: int = 0
     prefill_only: bool = False  # rows of one token go to the prefill kernel too
     decode_query_len: int = 1
+    decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Fuzzer:
         rng = np.random.default_rng(seed)
         num_seqs = int(rng.integers(1, s.max_seqs + 1))
         query = rng.integers(s.min_query, s.max_query + 1, num_seqs)
+        if s.decode_share:
+            query = np.where(rng.random(num_seqs) < s.decode_share, rng.integers(0, s.decode_query_len + 1, num_seqs), query)
         # Edges of tiles, pages and boxes more often than chance.
         kv = np.where(rng.random(num_seqs) < 0.4, rng.integers(0, s.max_kv // 16 + 1, num_seqs) * 16 + rng.integers(-1, 2, num_seqs), 0)
         kv = np.where(kv > 0, kv, rng.integers(0, s.max_kv + 1, num_seqs))
@@ -124,7 +128,7 @@ class Fuzzer:
             work = self.metadata.work
             assert work is not None
             run_schedule(self.plan, work, a.cu_seqlens_q, a.seqused_k)
-            launch_prefill(load(self.plan, prefill_key(self.plan)), a, work.prefill_tiles, work.prefill_begin)
+            launch_prefill(load(self.plan, lone_prefill_key(self.plan)), a, work.prefill_tiles, work.prefill_begin)
             return
         self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes")}
@@ -201,6 +205,11 @@ class Fuzzer:
             bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isnan().all()
         self.failed.append(bad)
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
+
+
+def lone_prefill_key(plan: AttentionPlan) -> KernelConfig:
+    """The plan's prefill kernel for a launch without a decode kernel before it: it starts when the schedule has ended."""
+    return replace(prefill_key(plan), is_dependent=False)
 
 
 def _num_sms(device: str) -> int | None:

@@ -37,14 +37,57 @@ def make_lists(
     decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
     prefill = [row for row in rows if row[1] > shape.decode_query_len]
     q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
-    return HostLists(*_prefill(shape, prefill, window_left, window_right), *_decode(shape, decode, window_left, q_begins))
+    tiles, blocks = _prefill_tiles(shape, prefill, window_left, window_right)
+    groups = _row_groups(shape, decode, window_left)
+    share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
+    return HostLists(*_deal(shape, tiles, share), *_decode(shape, decode, groups, q_begins, share))
 
 
-def _prefill(shape: WorkShape, rows: list, window_left: int, window_right: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class HostShare:
+    """SMs for decode; prefill CTAs that do not wait for them, and tiles that each of those gets before the others get one."""
+
+    decode_sms: int
+    early_ctas: int
+    early_rounds: int
+
+
+def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> HostShare | None:
+    """The share of SMs that ends soonest, None where decode on all SMs and prefill behind it does.
+
+    Args:
+        decode_cost: KV tiles of all decode row groups.
+        tiles: prefill tiles.
+        blocks: n_blocks that one head's prefill tiles see, as `_prefill_tiles` estimates.
+    """
+    tile_ticks = 64 * (blocks // (tiles // shape.num_kv_heads) + 1)
+
+    def decode_ticks(sms: int) -> int:
+        fifths = min(5 * sms, 2 * (shape.decode_full_sms + sms), 5 * shape.decode_full_sms)
+        return (5 * decode_cost // fifths + 1) * shape.decode_tile_ticks
+
+    late = (decode_cost // shape.decode_full_sms + 1) * shape.decode_tile_ticks + -(-tiles // shape.num_ctas) * tile_ticks
+    best, chosen = late + late // 16, None
+    for sms in range(1, min(shape.num_sms - shape.num_sms // 4, 255) + 1):
+        early = shape.num_ctas - -(-sms // (shape.num_sms // shape.num_ctas))
+        for early_rounds in (decode_ticks(sms) // tile_ticks, decode_ticks(sms) // tile_ticks + 1):
+            left = tiles - early * early_rounds
+            rounds = early_rounds + -(-left // shape.num_ctas) if left > 0 else -(-tiles // early)
+            late = decode_ticks(sms) + max(rounds - early_rounds, 0) * tile_ticks
+            ticks = max(rounds * tile_ticks, late) + late // 16
+            if ticks < best:
+                best, chosen = ticks, HostShare(sms, early, early_rounds)
+    return chosen
+
+
+def _prefill_tiles(shape: WorkShape, rows: list, window_left: int, window_right: int) -> tuple[list[tuple], int]:
+    """The prefill list's entries in the order in which they are dealt out, and about how many n_blocks those of one head see."""
+    blocks = 0
     order = sorted(rows, key=lambda row: -row[2])  # stable: longest KV first
     tiles = []
     for seq_idx, query_len, kv_len in order:
         m_blocks = -(-query_len // shape.tokens_per_tile)
+        seen = []
         group = min(max(shape.l2_tokens // max(kv_len, 1), 1), shape.num_kv_heads)
         for head_begin in range(0, shape.num_kv_heads, group):
             heads = range(head_begin, min(head_begin + group, shape.num_kv_heads))
@@ -54,24 +97,43 @@ def _prefill(shape: WorkShape, rows: list, window_left: int, window_right: int) 
                 begin = max(first - window_left, 0) // shape.prefill_tile_n
                 end = max(-(-end // shape.prefill_tile_n), begin)
                 tiles += [(seq_idx, head, m_block, begin, end, -1, 0, 1) for head in heads]
+                seen.append(end - begin)
+        blocks += m_blocks * (seen[m_blocks - 1] + seen[0]) // 2  # of the first and the last query block
+    return tiles, blocks
+
+
+def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:
+    """Dealt out back and forth, so that no CTA gets the longer tile of every round; the first rounds to early CTAs alone."""
     ctas: list[list] = [[] for _ in range(shape.num_ctas)]
-    for rank, tile in enumerate(tiles):  # dealt out back and forth, so that no CTA gets the longer tile of every round
-        turn, place = divmod(rank, shape.num_ctas)
-        ctas[place if turn % 2 == 0 else shape.num_ctas - 1 - place].append(tile)
+    early = 0 if share is None else share.early_ctas * share.early_rounds
+    for part, players in ((tiles[:early], 0 if share is None else share.early_ctas), (tiles[early:], shape.num_ctas)):
+        for rank, tile in enumerate(part):
+            turn, place = divmod(rank, players)
+            ctas[place if turn % 2 == 0 else players - 1 - place].append(tile)
     return _flatten(ctas)
 
 
-def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
+def _row_groups(shape: WorkShape, rows: list, window_left: int) -> list[tuple[int, int, int, int]]:
     groups = []  # (seq_idx, head, first n_block, end n_block)
     for seq_idx, query_len, kv_len in rows:
         begin = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
         end = -(-kv_len // shape.decode_tile_n)
         groups += [(seq_idx, head, begin, end) for head in range(shape.num_kv_heads)]
-    cost = [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
+    return groups
+
+
+def _cost(shape: WorkShape, groups: list[tuple[int, int, int, int]]) -> list[int]:
+    return [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
+
+
+def _decode(
+    shape: WorkShape, rows: list, groups: list[tuple[int, int, int, int]], q_begins: np.ndarray, share: HostShare | None
+) -> tuple[np.ndarray, np.ndarray]:
+    lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
+    cost = _cost(shape, groups)
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total, ctas = int(starts[-1]), shape.decode_num_ctas
-    used = _usable_ctas(shape, cost)
+    used = _usable_ctas(shape, cost) if share is None else share.decode_sms
     cuts = []
     for c in range(ctas + 1):
         position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
@@ -90,6 +152,9 @@ def _decode(shape: WorkShape, rows: list, window_left: int, q_begins: np.ndarray
             cuts.append((item + 1, 0))
         else:
             cuts.append((item, block))
+    if shape.split_blocks:  # CTAs without work behind the others
+        distinct = list(dict.fromkeys(cuts))
+        cuts = distinct + [(len(groups), 0)] * (len(cuts) - len(distinct))
     bounds: dict[int, list[int]] = {}  # item -> its blocks where an entry begins or ends
     for item, block in cuts:
         if block:

@@ -151,11 +151,13 @@ class ConsumerWarps:
         k_layout = const_expr(BoxLayout(c.part_elems(c.head_dim) * c.element_bytes))
         v_layout = const_expr(BoxLayout(c.part_elems(c.head_dim_v) * c.element_bytes))
         k_address = k_box + k_layout.key_matrices(lane)
-        halves = [[Float32(0.0)] * 4, [Float32(0.0)] * 4]  # keys 0-7 and 8-15
+        # Keys 0-7 and 8-15; even and odd steps apart, so that a product waits for half as many before it.
+        sums = [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(2)]
         for step in cutlass.range_constexpr(c.head_dim // 16):
             words = load_matrices(k_layout.step_address(k_address, step), transpose=False)
             a = [rQ[4 * step + i] for i in range(4)]
-            halves = [mma(c.dtype, halves[i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
+            sums[step % 2] = [mma(c.dtype, sums[step % 2][i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
+        halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
 
         scale_log2 = self.scores.scale_log2(values)
         factors, p, moved = [], [None] * 4, Boolean(False)
@@ -179,15 +181,22 @@ class ConsumerWarps:
             for i in cutlass.range_constexpr(c.head_dim_v // 2):
                 state.rO[i] = state.rO[i] * factors[i // 2 % 2]
 
-        # Keys past the sequence hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
-        low = keep_pair(column + 2 * pair, seqlen_k)
-        high = keep_pair(column + 8 + 2 * pair, seqlen_k)
         v_address = v_box + v_layout.value_matrices(lane)
+        # Keys past the sequence hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
+        keep = (keep_pair(column + 2 * pair, seqlen_k), keep_pair(column + 8 + 2 * pair, seqlen_k))
+        self._add_values(v_address, v_layout, p, keep, state)
+
+    @cute.jit
+    def _add_values(self, v_address: Int32, v_layout: cutlass.Constexpr, p, keep, state: RowState):
+        """O += P V. keep: bits to keep of the words that hold keys 0-7 and 8-15, None: all."""
+        c = self.config
         for step in cutlass.range_constexpr(c.head_dim_v // 16):
             words = load_matrices(v_layout.step_address(v_address, step), transpose=True)
+            if const_expr(keep is not None):
+                words = [words[i] & keep[i % 2] for i in range(4)]
             for i in cutlass.range_constexpr(2):
                 at = 8 * step + 4 * i
-                o = mma(c.dtype, [state.rO[at + e] for e in range(4)], p, (words[2 * i] & low, words[2 * i + 1] & high))
+                o = mma(c.dtype, [state.rO[at + e] for e in range(4)], p, (words[2 * i], words[2 * i + 1]))
                 for e in cutlass.range_constexpr(4):
                     state.rO[at + e] = o[e]
 

@@ -115,6 +115,8 @@ class DecodeKernel:
         results: ResultTensors,
     ):
         """Set up, then one role a warp; the roles meet before they use a barrier."""
+        # The prefill kernel of the same call reads nothing of ours: it may take the SMs that have no decode rows at once.
+        cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = self.storage.allocate()
         if warp == self.config.num_consumer_warps:

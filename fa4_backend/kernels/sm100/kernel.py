@@ -76,6 +76,7 @@ class PrefillKernel:
             block=[ROLES.num_threads, 1, 1],
             smem=Geometry.of(self.config, O_STAGE).storage.num_bytes,
             min_blocks_per_mp=1,
+            use_pdl=kernel.is_dependent,
             stream=stream,
         )
 
@@ -121,6 +122,9 @@ class PrefillKernel:
         if warp_idx == ROLES.mma:
             ptx.tcgen05_fence_after_sync()
             g.group.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
+        if const_expr(self.config.kernel.is_dependent):
+            # Whoever waits for this grid in the stream waits for the decode kernel too.
+            cute.arch.griddepcontrol_wait()
 
 
 def build(config: KernelConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:

@@ -77,6 +77,7 @@ class PrefillKernel:
             grid=[cute.size(mBegin, mode=[0]) - 1, 1, 1],
             block=[WarpRoles.of(c).threads, 1, 1],
             min_blocks_per_mp=1,
+            use_pdl=c.is_dependent,
             stream=stream,
         )
 
@@ -119,6 +120,9 @@ class PrefillKernel:
             for loads_v in cutlass.range_constexpr(2):
                 if warp == loads_v:
                     load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
+            if const_expr(c.is_dependent):
+                # Whoever waits for this grid in the stream waits for the decode kernel too.
+                cute.arch.griddepcontrol_wait()
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)

@@ -1,0 +1,65 @@
+"""Steps with decode rows beside prefill rows: the prefill kernel starts behind the decode kernel's start, on the SMs it left free.
+
+Both chips; the launches are programmatic, so the race detector holds the prefill kernel to touching nothing of the decode kernel's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa4_backend.kernels.decode.config import decode_config
+from fa4_backend.kernels.tuning import prefill_key
+from fa4_backend.kernels.work_list import PARTIAL_SLOT
+from tests.support.emulated_mixed import run_mixed
+from tests.support.paged_case import PagedCase
+
+pytestmark = pytest.mark.emulated
+
+CASE = PagedCase(
+    query_lens=(1, 130, 1, 0, 70, 1, 1), kv_lens=(500, 333, 64, 0, 700, 1, 900), num_q_heads=8, num_kv_heads=2, head_dim=128
+)
+
+
+@pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_mixed_step(arch: str, seed: int | None) -> None:
+    run = run_mixed(replace(CASE, arch=arch), seed=seed)
+    run.check()
+    assert len(run.report.kernels) == 2
+    assert run.report.opcodes()["griddepcontrol.launch_dependents"] > 0 and run.report.opcodes()["griddepcontrol.wait"] > 0
+    # Not every CTA decodes, and those that do split rows.
+    assert 0 < run.decode_ctas < len(run.work.decode_first)
+    assert (run.work.decode_tiles[:, PARTIAL_SLOT] >= 0).any()
+
+
+@pytest.mark.parametrize("changes", [{"decode_query_len": 4, "query_lens": (4, 130, 2, 0, 70, 1, 3)}, {"head_dim": 64, "layout": "hnd"}])
+def test_mixed_step_of_drafts_and_other_heads(changes: dict) -> None:
+    run_mixed(replace(CASE, arch="emulated-sm_90a", **changes), seed=2).check()
+
+
+def test_cta_pairs_beside_decode() -> None:
+    """(192, 128) on Blackwell: a decode CTA keeps a whole pair of prefill CTAs waiting."""
+    case = replace(CASE, arch="emulated-sm_100a", head_dim=192, head_dim_v=128, num_q_heads=4, num_kv_heads=1)
+    run = run_mixed(case, num_sms=12, seed=3)
+    run.check()
+    assert 0 < run.decode_ctas < len(run.work.decode_first)
+
+
+def test_batch_invariant_rows_keep_their_bits_beside_prefill() -> None:
+    """A decode row's bits do not depend on the SMs that prefill leaves to decode."""
+    case = replace(CASE, arch="emulated-sm_90a", batch_invariant=True)
+    mixed = run_mixed(case)
+    many = run_mixed(case, num_sms=9)
+    rows = [0, 131, 202, 203]  # the decode rows' tokens
+    assert mixed.decode_ctas != many.decode_ctas
+    assert torch.equal(mixed.built.arguments.out[rows], many.built.arguments.out[rows])
+
+
+def test_exact_mode_has_no_decode_kernel_to_run_beside() -> None:
+    plan = replace(CASE, arch="sm_90a").plan()
+    assert prefill_key(plan).is_dependent
+    exact = replace(plan, problem=replace(plan.problem, batch_invariant=True, exact=True))
+    assert decode_config(exact.problem, exact.limits) is None and not prefill_key(exact).is_dependent
