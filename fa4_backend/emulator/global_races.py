@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
-from fa4_backend.emulator.races import KINDS, Access, Learnt, Races, kind_of
+from fa4_backend.emulator.races import FENCED_GLOBAL, GENERIC, KINDS, PER_WARP, Access, Learnt, Races, kind_of
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster
@@ -129,6 +129,20 @@ class GlobalRaces:
         for clocks in found.values():
             self.learn(warp, clocks.items())
 
+    def proxy_fence(self, warp: Warp) -> None:
+        """The fence lies on the path from other clusters' writes that the warp knows of to what it does next (8.9.6, "Proxy-preserved
+        base causality order")."""
+        fenced = []
+        for number, clock in known_by_warp(warp):
+            if number not in self.origins:
+                continue  # of an earlier launch, which has ended
+            origin, seen = self.origins[number], clock.copy()
+            generic = PER_WARP * np.arange(origin.warps_of_a_cta * len(origin.ctas)) + GENERIC
+            visible = generic + FENCED_GLOBAL
+            seen[visible] = np.maximum(seen[visible], seen[generic])
+            fenced.append((number, seen))
+        self.learn(warp, fenced)
+
     def dependency(self, warp: Warp, waits: bool) -> None:
         """griddepcontrol"""
         if waits:
@@ -169,6 +183,13 @@ class GlobalRaces:
         launch = "" if number >= self.first_of_launch else f" of the earlier kernel {program.name[:80]}"
         kind = kind_of(actor, per_cta * len(ctas))
         return f"{kind} by {ctas[warp // per_cta]}{launch}, warp {warp % per_cta}, {program.describe(pc)}"
+
+
+def known_by_warp(warp: Warp) -> list[tuple[int, np.ndarray]]:
+    """What a warp knows of other clusters."""
+    races = warp.races
+    assert races
+    return [(item.number, item.clock) for item in races.learnt if warp.clock[item.actor] >= item.epoch]
 
 
 def known_by(races: Races, clock: np.ndarray) -> Clocks:

@@ -126,7 +126,12 @@ class Races:
         self.unfenced_barriers.append(barrier)
 
     def barriers_fenced(self, warp: Warp) -> None:
-        """fence.mbarrier_init or fence.proxy.async: inits that the warp knows of are visible to asynchronous operations."""
+        """fence.mbarrier_init: inits that the warp knows of are visible to asynchronous operations and to whoever acquires."""
+        self.inits_fenced(warp)
+        self.memory_fence(warp)
+
+    def inits_fenced(self, warp: Warp) -> None:
+        """Inits that the warp knows of are visible to asynchronous operations."""
         left = []
         for barrier in self.unfenced_barriers:
             if warp.clock[barrier.init_by] >= barrier.init_epoch:
@@ -134,7 +139,6 @@ class Races:
             else:
                 left.append(barrier)
         self.unfenced_barriers = left
-        self.memory_fence(warp)
 
     def check_init(self, warp: Warp, barrier: Any, asynchronous: bool) -> None:
         if warp.clock[barrier.init_by] < barrier.init_epoch:
@@ -165,7 +169,9 @@ class Races:
 
     def proxy_fence(self, warp: Warp, shared: bool = True, in_global: bool = True) -> None:
         """fence.proxy.async: every generic write that the warp knows of is visible to the asynchronous proxy."""
-        self.barriers_fenced(warp)
+        self.inits_fenced(warp)
+        if in_global:
+            self.in_global.proxy_fence(warp)
         clock = warp.clock
         for wanted, actor in ((shared, FENCED), (in_global, FENCED_GLOBAL)):
             if wanted:

@@ -82,8 +82,8 @@ class ChipRates:
 
 # sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 65.4,
 # 61.7, 52.2 and 40.2 GB/s a CTA, on all SMs 2,780 GB/s together. A step of both, the chunk beside the 32 rows, takes 354 us with these
-# rates and 447 one kernel after the other; 353 to 407 with either rate 20 to 40 % off. Blackwell is modelled: prefill from the cycles of a block
-# (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
+# rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407. Blackwell is modelled: prefill from the cycles of a
+# block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
 CHIP_RATES = {
     "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, memory_gb=2750),
     "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, memory_gb=7000),

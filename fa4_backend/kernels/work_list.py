@@ -55,7 +55,7 @@ class WorkShape:
     prefill_tile_n: int  # keys of a prefill n_block
     decode_query_len: int  # longest query of a decode row; 0: every row goes to the prefill list
     decode_tile_n: int  # keys of a decode n_block
-    decode_rows: int  # packed rows of a split-KV slot: `decode_query_len * q_per_kv`
+    slot_floats: int  # float32 of a split-KV slot
     split_blocks: int  # decode n_blocks of a long piece in batch-invariant mode; 0: cut where it balances best
     slot_vectors: int  # 16-byte vectors of a slot that each thread of a combining CTA adds
     item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
@@ -94,8 +94,7 @@ class WorkLists:
     prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
-    o_partial: torch.Tensor  # (max_slots, decode_rows, head_dim_v) float32, divided by its own denominator
-    lse_partial: torch.Tensor  # (max_slots, decode_rows) float32, log2 of the denominator
+    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, divided by its own denominator, then log2 of the denominator
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
 
     @classmethod
@@ -115,15 +114,14 @@ class WorkLists:
             prefill_begin=ints(shape.num_ctas + 1),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
-            o_partial=torch.empty(slots, max(1, shape.decode_rows), plan.problem.head_dim_v, dtype=torch.float32, device=device),
-            lse_partial=torch.empty(slots, max(1, shape.decode_rows), dtype=torch.float32, device=device),
+            slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
         )
 
 
 def work_shape(plan: AttentionPlan) -> WorkShape:
     """What the plan's kernels ask of their lists."""
-    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_vectors, split_tiles
+    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_floats, slot_vectors, split_tiles
     from fa4_backend.kernels.tuning import decode_full_sms, decode_tile_ticks, prefill_groups, prefill_tile, tokens_per_work_item
 
     problem, limits = plan.problem, plan.limits
@@ -138,7 +136,7 @@ def work_shape(plan: AttentionPlan) -> WorkShape:
         prefill_tile_n=tile.tile_n,
         decode_query_len=limits.decode_query_len if decode else 0,
         decode_tile_n=TILE_N,
-        decode_rows=decode.rows if decode else 0,
+        slot_floats=slot_floats(decode) if decode else 0,
         split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
         slot_vectors=slot_vectors(decode) if decode else 1,
         item_overhead=ITEM_OVERHEAD,

@@ -148,12 +148,18 @@ def check_bits(arch: str, rounds: int) -> dict[str, Any]:
 
 
 def check_exact(arch: str, rounds: int) -> dict[str, Any]:
-    """Exact mode: tokens of a prompt, cut at random into chunks and single tokens beside each other, keep the whole prompt's bits."""
+    """Exact mode, with and without a window: tokens of a prompt, cut at random into chunks and single tokens beside each other, keep the
+    whole prompt's bits."""
+    return {"rounds": 2 * rounds, "tokens": _check_exact(arch, rounds, None) + _check_exact(arch, rounds, 700)}
+
+
+def _check_exact(arch: str, rounds: int, window_left: int | None) -> int:
+    """Tokens compared."""
     draw = random.Random(0)
     prompt, heads, kv_heads, dim = 3000, 8, 2, 128
     problem = AttentionProblem(
         num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, head_dim_v=dim, dtype="bfloat16", page_size=16, arch=arch, has_lse=True,
-        batch_invariant=True, exact=True,
+        batch_invariant=True, exact=True, has_window_left=window_left is not None,
     )  # fmt: skip
     plan = plan_of(problem, 64, 8192, prompt, 1)
     metadata = AttentionMetadata.allocate(plan, DEVICE)
@@ -169,8 +175,9 @@ def check_exact(arch: str, rounds: int) -> dict[str, Any]:
         metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max(lens), max_seqlen_k=prompt)
         rows = torch.cat([q[begin:end] for begin, end in ranges])
         out, lse = paged_attention(
-            rows, k, v, table.expand(len(ranges), -1).contiguous(), cu_seqlens_q, seqused_k, plan=plan, metadata=metadata
-        )
+            rows, k, v, table.expand(len(ranges), -1).contiguous(), cu_seqlens_q, seqused_k, plan=plan, metadata=metadata,
+            window_left=window_left,
+        )  # fmt: skip
         assert lse is not None
         return out, lse
 
@@ -185,7 +192,7 @@ def check_exact(arch: str, rounds: int) -> dict[str, Any]:
         at = torch.cat([torch.arange(begin, end) for begin, end in ranges]).to(DEVICE)
         assert torch.equal(out, whole[at]) and torch.equal(lse, whole_lse[:, at]), ranges
         tokens += len(at)
-    return {"rounds": rounds, "tokens": tokens}
+    return tokens
 
 
 class Batch:

@@ -183,6 +183,48 @@ def test_bulk_load_of_what_a_thread_stored_needs_a_proxy_fence(fence: str, races
     assert bool(report_of(program(BULK_LOAD.format(fence=fence), smem_bytes=1024)).races) == races
 
 
+# CTA 0 writes data and raises a flag; CTA 1 waits for the flag and copies the data to its shared memory.
+BULK_MESSAGE = MESSAGE.replace(
+    "ld.global.u32 %r4, [%d0];",
+    """
+mov.u32 %r5, smem;
+@%q1 bra end;
+mbarrier.init.shared.b64 [%r5], 1;
+fence.mbarrier_init.release.cluster;
+mbarrier.arrive.expect_tx.shared.b64 %d5, [%r5], 128;
+cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r5+16], [%p0], 128, [%r5];
+arrived:
+mbarrier.try_wait.parity.shared.b64 %q3, [%r5], 0;
+@!%q3 bra arrived;
+""",
+)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "races"),
+    [
+        ("", "fence.proxy.async;", False),
+        ("fence.proxy.async.global;", "", False),
+        ("", "fence.proxy.async.shared::cta;", True),
+        ("", "", True),
+    ],
+    ids=["reader fences", "writer fences", "shared memory only", "none"],
+)
+def test_bulk_load_of_what_another_cta_stored_needs_a_proxy_fence_on_the_way(writer: str, reader: str, races: bool) -> None:
+    body = BULK_MESSAGE.format(before=f"{writer}\nbar.warp.sync 0xffffffff;", look=ACQUIRE, after=reader, **{"raise": RELEASE})
+    report = report_of(program(body, grid=2, smem_bytes=1024))
+    assert bool(report.races) == races, report.races[:1]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_proxy_fence_before_the_acquire_does_not_help(early: bool) -> None:
+    look = f"{ACQUIRE}\nfence.proxy.async;" if not early else f"fence.proxy.async;\n{ACQUIRE}"
+    body = BULK_MESSAGE.format(before="", look=look, after="", **{"raise": RELEASE})
+    # A spin that looks twice fences after its first look; a flag that is up at once shows the order.
+    report = report_of(program(body, grid=2, smem_bytes=1024), seed=None)
+    assert bool(report.races) == early, report.races[:1]
+
+
 PRODUCE = "mad.wide.u32 %d0, %t, 4, %p0;\n{launch}\nst.global.u32 [%d0], %t;"
 CONSUME = "mad.wide.u32 %d0, %t, 4, %p0;\n{wait}\nld.global.u32 %r1, [%d0];"
 LAUNCH, WAIT = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"

@@ -56,7 +56,7 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
     key = decode_config(plan.problem, plan.limits)
     assert key is not None, case
     work = WorkLists.allocate(plan, "cpu")
-    for poisoned in (a.out, a.lse, work.o_partial, work.lse_partial):
+    for poisoned in (a.out, a.lse, work.slots):
         poisoned.fill_(math.nan)
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
@@ -64,7 +64,7 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
     with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
         emu.run(
             load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
-            work.decode_tiles, work.decode_first, work.o_partial, work.lse_partial, work.arrivals, a.sinks, a.alibi_slopes,
+            work.decode_tiles, work.decode_first, work.slots, work.arrivals, a.sinks, a.alibi_slopes,
             a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
         )  # fmt: skip
     return DecodeRun(built, work, (scheduled, emu.report))

@@ -51,7 +51,7 @@ def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None) -> 
     assert decode is not None and prefill.is_dependent, case
     work = WorkLists.allocate(plan, "cpu")
     assert a.lse is not None
-    for poisoned in (a.out, a.lse, work.o_partial, work.lse_partial):
+    for poisoned in (a.out, a.lse, work.slots):
         poisoned.fill_(math.nan)
     arch = plan.problem.target_arch
     scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), seed=seed)

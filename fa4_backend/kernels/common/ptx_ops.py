@@ -83,6 +83,16 @@ def tma_load(descriptor: ir.Value, smem_address: Int32, barrier: Int32, coords: 
     )
 
 
+def bulk_load(source: cute.Pointer, smem_address: Int32, barrier: cute.Pointer, num_bytes: Int32) -> None:
+    """Copy consecutive bytes of global to shared memory; completes them on `barrier`. Addresses and bytes are multiples of 16.
+
+    PTX ISA, "cp.async.bulk". Issued by each thread that gets here.
+    """
+    nvvm.cp_async_bulk_shared_cluster_global(
+        smem_pointer(smem_address, cluster=True), source.to_llvm_ptr(), barrier.to_llvm_ptr(), Int32(num_bytes).ir_value()
+    )
+
+
 def store_shared_v4(address: Int32, words: Sequence[ir.Value]) -> None:
     """Store four 32-bit words at a 16-byte aligned shared address."""
     value = vector.from_elements(ir.VectorType.get([4], T.i32()), list(words))
@@ -102,6 +112,12 @@ def store_shared_f32(address: Int32, value: Float32) -> None:
 def load_shared_f32(address: Int32) -> Float32:
     """Load one float32 from shared memory."""
     return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))
+
+
+def load_shared_f32x4(address: Int32) -> list[Float32]:
+    """Four float32 from a 16-byte aligned shared address."""
+    value = llvm.load(ir.VectorType.get([4], T.f32()), smem_pointer(address), alignment=16)
+    return [Float32(vector.extract(value, [], [i])) for i in range(4)]
 
 
 def load_shared_i32(address: Int32) -> Int32:

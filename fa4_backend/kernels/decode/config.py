@@ -21,6 +21,7 @@ MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
+MAX_SLOT_STAGE = 3
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
@@ -117,6 +118,26 @@ class DecodeConfig:
         """KV tiles in flight: as many as fit. A tile of d128 is 32 KB; the H200 needs about 45 KB in flight an SM (4.8 TB/s, 1.2 us)."""
         return self._kv_stage(self.merge_buffers)
 
+    @property
+    def slot_bytes(self) -> int:
+        """A split-KV slot."""
+        return 4 * slot_floats(self)
+
+    @property
+    def slot_stage(self) -> int:
+        """Parts of the KV ring's memory that take slots in turns when they are added up: a copy flies while another is read."""
+        return min(MAX_SLOT_STAGE, self.kv_stage * self.kv_stage_bytes // self.slot_bytes)
+
+    @property
+    def slot_stage_bytes(self) -> int:
+        """Such a part, of whole 128 bytes."""
+        return self.kv_stage * self.kv_stage_bytes // self.slot_stage // 128 * 128
+
+    @property
+    def stage_slots(self) -> int:
+        """Slots in such a part."""
+        return self.slot_stage_bytes // self.slot_bytes
+
     def _merge_bytes(self, buffers: int) -> int:
         return buffers * self.row_groups * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
 
@@ -162,6 +183,11 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
     if fits_registers and pair.kv_stage >= 2:
         return pair
     return config if config.kv_stage >= 2 else None
+
+
+def slot_floats(config: DecodeConfig) -> int:
+    """Float32 of a split-KV slot: rows of O, then a log2 denominator a row, to the next 16 bytes."""
+    return config.rows * config.head_dim_v + -(-config.rows // VEC) * VEC
 
 
 def slot_vectors(config: DecodeConfig) -> int:

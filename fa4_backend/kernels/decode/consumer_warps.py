@@ -23,7 +23,7 @@ from fa4_backend.kernels.common.online_softmax import update_max
 from fa4_backend.kernels.decode.config import BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
-from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
+from fa4_backend.kernels.decode.storage import DecodeStorage, RingPosition, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
 from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, entry_of
 from fa4_backend.kernels.work_list import NUM_ENTRIES
@@ -113,9 +113,11 @@ class ConsumerWarps:
                 entry_phase ^= 1
         if num_pending > 0:
             self.merge.arrive(num_pending, shared, results)
+            ring = RingPosition(Int32(0), Int32(0))
             for pending in cutlass.range(num_pending, unroll=1):
                 if shared.sFlag[pending] == 1:
-                    self.merge.combine(entry_of(lambda field: shared.sPending[pending, field]), totals, results)  # noqa: B023
+                    entry = entry_of(lambda field: shared.sPending[pending, field])  # noqa: B023
+                    ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit
     def _load_query(self, q_address: Int32, row_group: Int32, rQ: cute.Tensor):

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig
+from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_floats
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
 from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
@@ -45,8 +45,7 @@ class DecodeKernel:
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
         mTiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         mFirst: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
-        mOPartial: cute.Tensor,  # (max_slots, decode_rows, head_dim_v) float32
-        mLsePartial: cute.Tensor,  # (max_slots, decode_rows) float32
+        mSlots: cute.Tensor,  # (max_slots, slot_floats) float32
         mArrivals: cute.Tensor,  # (max_slots,) int32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
@@ -61,7 +60,7 @@ class DecodeKernel:
         maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
         step = StepTensors(mPageTable, mTiles, mFirst, Int32(mK.shape[1]))
         values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
-        results = ResultTensors(mO, mLse, mOPartial, mLsePartial, mArrivals, mSinks)
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks)
         self.kernel(maps, mSlopes, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),
@@ -161,8 +160,7 @@ def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
         make_fake_tensor(fp32, (n(), n()), stride=(wide(), 1), assumed_align=4) if c.has_lse else None,
         dense(Int32, n(), DECODE_INTS, align=16),
         dense(Int32, n(), DECODE_INTS, align=16),
-        dense(fp32, n(), c.rows, c.head_dim_v, align=16),
-        dense(fp32, n(), c.rows),
+        dense(fp32, n(), slot_floats(c), align=16),
         dense(Int32, n()),
         dense(fp32, n()) if c.has_sinks else None,
         dense(fp32, n()) if c.has_alibi else None,

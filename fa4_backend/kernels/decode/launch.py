@@ -13,7 +13,7 @@ def launch_decode(kernel: Callable[..., None], arguments: AttentionArguments, wo
     a = arguments
     kernel(
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
-        work.decode_tiles, work.decode_first, work.o_partial, work.lse_partial, work.arrivals,
+        work.decode_tiles, work.decode_first, work.slots, work.arrivals,
         None if a.sinks is None else a.sinks.float(),
         None if a.alibi_slopes is None else a.alibi_slopes.float(),
         a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,

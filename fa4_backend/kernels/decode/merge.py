@@ -16,16 +16,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
-from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_vectors
-from fa4_backend.kernels.decode.storage import SharedTensors
+from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
+from fa4_backend.kernels.decode.storage import RingPosition, SharedTensors, advance
 from fa4_backend.kernels.decode.work import CallValues, Entry
 from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
+FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
 PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
-COMBINE_LOADS = 24  # 16-byte loads of slots that a thread has in flight together
 
 
 class ResultTensors(NamedTuple):
@@ -33,8 +34,7 @@ class ResultTensors(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mOPartial: cute.Tensor  # (max_slots, decode_rows, head_dim_v) float32
-    mLsePartial: cute.Tensor  # (max_slots, decode_rows) float32, log2
+    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: rows of O, then log2 of each row's denominator
     mArrivals: cute.Tensor  # (max_slots,) int32
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
 
@@ -181,7 +181,7 @@ class Merge:
                 if const_expr(c.has_pieces):
                     o, lse_log2 = self._normalize(o, row_max, row_sum)
                     if entry.partial_slot < 0:
-                        self._fold(totals, v, o, lse_log2)
+                        self._fold(totals, v, [(o, lse_log2)])
                     else:
                         self._store_partial(results, entry.partial_slot + piece_in_entry, row, at, o, lse_log2)
                 else:
@@ -234,31 +234,67 @@ class Merge:
         self._barrier()
 
     @cute.jit
-    def combine(self, entry: Entry, totals: Totals, results: ResultTensors):
-        """Add up all slots of a row group and write it."""
+    def combine(self, entry: Entry, ring: RingPosition, totals: Totals, shared: SharedTensors, results: ResultTensors) -> RingPosition:
+        """Add up all slots of a row group and write it. Slots come by bulk copies to where KV tiles were; returns the position of that
+        ring behind them."""
         c = self.config
-        batch = const_expr(max(1, COMBINE_LOADS // self.vectors))
-        fold_batch = const_expr(self._fold_in_order if c.has_pieces else self._fold_together)
+        tidx, _, _ = cute.arch.thread_idx()
+        stages = (entry.num_pieces + c.stage_slots - 1) // c.stage_slots
+        if tidx == 0:
+            # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads of tiles before
+            # what they write.
+            cute.arch.fence_proxy("async")
+            fetched_to = ring
+            for stage in cutlass.range(cutlass.min(stages, c.slot_stage), unroll=1):
+                self._fetch_slots(entry, stage, fetched_to.slot, shared, results)
+                fetched_to = advance(fetched_to, c.slot_stage)
         self.reset(totals)
-        for base in cutlass.range(0, entry.num_pieces, batch, unroll=1):
-            fetched = []
-            for i in cutlass.range_constexpr(batch):
-                slot = entry.first_slot + base + i
+        for stage in cutlass.range(stages, unroll=1):
+            cute.arch.mbarrier_wait(shared.slot_full + ring.slot, ring.phase)
+            base = shared.kv_address + ring.slot * c.slot_stage_bytes
+            here = cutlass.min(entry.num_pieces - stage * c.stage_slots, c.stage_slots)
+            for first in cutlass.range(0, here, self.fold_parts, unroll=1):
                 for v in cutlass.range_constexpr(self.vectors):
-                    row, at = self._vector(v)
-                    row = cutlass.min(row, c.rows - 1)
-                    # Past the last piece: nothing, without weight.
-                    lse_log2, r = -Float32.inf, cute.make_rmem_tensor(VEC, Float32)
-                    r.fill(0.0)
-                    if base + i < entry.num_pieces:
-                        lse_log2 = results.mLsePartial[slot, row]
-                        cute.autovec_copy(self._row_vector(results.mOPartial[slot, row, None], at), r)
-                    fetched.append((v, r, lse_log2))
-            fold_batch(totals, fetched)
+                    self._fold(totals, v, [self._slot_vector(base, first + i, here, v) for i in range(self.fold_parts)])
+            if stage + c.slot_stage < stages:
+                self._barrier()
+                if tidx == 0:
+                    cute.arch.fence_proxy("async")
+                    self._fetch_slots(entry, stage + c.slot_stage, ring.slot, shared, results)
+            ring = advance(ring, c.slot_stage)
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
                 self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
+        return ring
+
+    @property
+    def fold_parts(self) -> int:
+        """Slots that are added up at once."""
+        return max(1, FOLD_VECTORS // self.vectors)
+
+    def _slot_vector(self, base: Int32, index: Int32, count: Int32, v: int) -> tuple[list[Float32], Float32]:
+        """Values and lse_log2 of a vector of the `index`-th slot in a stage; past the `count` slots nothing, without weight."""
+        c = self.config
+        row, at = self._vector(v)
+        row = cutlass.min(row, c.rows - 1)
+        # What lies past the last slot may be anything, but it lies in the stage.
+        address = base + cutlass.min(index, c.stage_slots - 1) * c.slot_bytes
+        is_part = index < count
+        values = ptx.load_shared_f32x4(address + 4 * (row * c.head_dim_v + at * VEC))
+        lse_log2 = ptx.load_shared_f32(address + 4 * (c.rows * c.head_dim_v + row))
+        return [cutlass.select_(is_part, value, Float32(0.0)) for value in values], cutlass.select_(is_part, lse_log2, -Float32.inf)
+
+    @cute.jit
+    def _fetch_slots(self, entry: Entry, stage: Int32, ring_slot: Int32, shared: SharedTensors, results: ResultTensors):
+        """Start the copy of the `stage`-th slots of a row group to a stage of the ring; one thread calls."""
+        c = self.config
+        first = stage * c.stage_slots
+        num_bytes = cutlass.min(entry.num_pieces - first, c.stage_slots) * c.slot_bytes
+        barrier = shared.slot_full + ring_slot
+        cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes)
+        source = results.mSlots.iterator + cutlass.Int64(entry.first_slot + first) * slot_floats(c)
+        ptx.bulk_load(source, shared.kv_address + ring_slot * c.slot_stage_bytes, barrier, num_bytes)
 
     def _vector(self, v: int) -> tuple[Int32, Int32]:
         """Row and place in the row (in vectors) of the thread's v-th vector."""
@@ -290,40 +326,25 @@ class Merge:
         result = finalize_row(row_max, row_sum, Float32(1.0), None)
         return [x * result.o_scale for x in o], result.lse * (1.0 / LN_2)
 
-    def _fold_in_order(self, totals: Totals, fetched: list) -> None:
-        """Add pieces (vector, values, lse_log2) one after the other, as a CTA does that holds them all."""
-        for v, r, lse_log2 in fetched:
-            self._fold(totals, v, [r[e] for e in range(VEC)], lse_log2)
+    def _fold(self, totals: Totals, v: int, parts: list[tuple[list[Float32], Float32]]) -> None:
+        """Add parts (values, lse_log2) to the totals of a vector, one after the other.
 
-    def _fold_together(self, totals: Totals, fetched: list) -> None:
-        """Add pieces relative to their common maximum: one rescale for all of them, and weights that wait for nothing else."""
-        for v in range(self.vectors):
-            mine = [(r, lse_log2) for vector, r, lse_log2 in fetched if vector == v]
-            new_max = totals.rMax[v]
-            for _, lse_log2 in mine:
-                new_max = cute.arch.fmax(new_max, lse_log2)
-            finite = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
-            old_weight = cute.math.exp2(totals.rMax[v] - finite, fastmath=True)
-            row_sum, o = totals.rSum[v] * old_weight, [totals.rO[v, e] * old_weight for e in range(VEC)]
-            for r, lse_log2 in mine:
-                weight = cute.math.exp2(lse_log2 - finite, fastmath=True)
-                row_sum = row_sum + weight
-                o = [cute.math.fma(r[e], weight, o[e]) for e in range(VEC)]
-            for e in range(VEC):
-                totals.rO[v, e] = o[e]
-            totals.rSum[v], totals.rMax[v] = row_sum, new_max
-
-    @cute.jit
-    def _fold(self, totals: Totals, v: cutlass.Constexpr[int], o: list[Float32], lse_log2: Float32):
-        """Add a piece to the totals."""
-        new_max = cute.arch.fmax(totals.rMax[v], lse_log2)
-        finite = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
-        old_weight = cute.math.exp2(totals.rMax[v] - finite, fastmath=True)
-        weight = cute.math.exp2(lse_log2 - finite, fastmath=True)
-        for e in cutlass.range_constexpr(VEC):
-            totals.rO[v, e] = cute.math.fma(o[e], weight, totals.rO[v, e] * old_weight)
-        totals.rSum[v] = cute.math.fma(totals.rSum[v], old_weight, weight)
-        totals.rMax[v] = new_max
+        The same arithmetic whether they come at once or one by one. At once, all weights are computed before the first is needed: a part
+        then costs a multiplication and an FMA of latency instead of two exponentials too.
+        """
+        maxima = [totals.rMax[v]]
+        for _, lse_log2 in parts:
+            maxima.append(cute.arch.fmax(maxima[-1], lse_log2))
+        finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
+        old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
+        weights = [cute.math.exp2(lse_log2 - zero, fastmath=True) for (_, lse_log2), zero in zip(parts, finite, strict=True)]
+        o, row_sum = [totals.rO[v, e] for e in range(VEC)], totals.rSum[v]
+        for (values, _), old_weight, weight in zip(parts, old_weights, weights, strict=True):
+            o = [cute.math.fma(values[e], weight, o[e] * old_weight) for e in range(VEC)]
+            row_sum = cute.math.fma(row_sum, old_weight, weight)
+        for e in range(VEC):
+            totals.rO[v, e] = o[e]
+        totals.rSum[v], totals.rMax[v] = row_sum, maxima[-1]
 
     @cute.jit
     def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, o: list[Float32], row_max: Float32, row_sum: Float32):
@@ -347,12 +368,15 @@ class Merge:
     @cute.jit
     def _store_partial(self, results: ResultTensors, slot: Int32, row: Int32, at: Int32, o: list[Float32], lse_log2: Float32):
         """One vector of a piece to its slot."""
+        rows, dim = const_expr(self.config.rows), const_expr(self.config.head_dim_v)
         r = cute.make_rmem_tensor(VEC, Float32)
         for e in cutlass.range_constexpr(VEC):
             r[e] = o[e]
-        cute.autovec_copy(r, self._row_vector(results.mOPartial[slot, row, None], at))
+        values = results.mSlots.iterator + cutlass.Int64(slot) * const_expr(slot_floats(self.config))
+        denominators = cute.make_tensor(values + rows * dim, cute.make_layout(rows))
+        cute.autovec_copy(r, self._row_vector(cute.make_tensor(values + row * dim, cute.make_layout(dim)), at))
         if at == 0:
-            results.mLsePartial[slot, row] = lse_log2
+            denominators[row] = lse_log2
 
     def _row_vector(self, row: cute.Tensor, at: Int32) -> cute.Tensor:
         """Vector `at` of a row, known to be aligned to its size."""

@@ -15,12 +15,27 @@ from fa4_backend.kernels.work_list import DECODE_INTS
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 
+class RingPosition(NamedTuple):
+    """A stage of a ring, and the parity of the phase in which it is filled next."""
+
+    slot: Int32
+    phase: Int32
+
+
+def advance(position: RingPosition, stages: int) -> RingPosition:
+    """The next stage."""
+    slot = position.slot + 1
+    wraps = slot == stages
+    return RingPosition(cutlass.select_(wraps, Int32(0), slot), cutlass.select_(wraps, position.phase ^ 1, position.phase))
+
+
 class SharedTensors(NamedTuple):
     """Views of one CTA's shared memory; addresses are Int32 in the shared window."""
 
     kv_address: Int32  # kv_stage tiles, each 4 boxes of K, then 4 boxes of V
     kv_full: cute.Pointer  # kv_stage mbarriers: a tile has arrived
     kv_empty: cute.Pointer  # kv_stage mbarriers: every consumer warp is done with it
+    slot_full: cute.Pointer  # slot_stage mbarriers: split-KV slots have arrived where KV tiles were
     q_address: Int32  # ENTRY_STAGE tiles of Q: parts of a head, each all packed rows one behind the other, swizzled
     entry_full: cute.Pointer  # ENTRY_STAGE mbarriers: an entry's ints and its Q have arrived
     entry_empty: cute.Pointer  # ENTRY_STAGE mbarriers: every consumer warp has them in registers
@@ -51,7 +66,7 @@ class DecodeStorage:
         smem = cutlass.utils.SmemAllocator()
         tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=1024)
         queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=1024)
-        barriers = smem.allocate_array(cutlass.Int64, 2 * (c.kv_stage + ENTRY_STAGE), byte_alignment=8)
+        barriers = smem.allocate_array(cutlass.Int64, 2 * (c.kv_stage + ENTRY_STAGE) + c.slot_stage, byte_alignment=8)
         buffers, pitch = c.row_groups * c.merge_buffers, c.head_dim_v + MERGE_PAD
         merged = cute.make_layout((buffers, c.merge_rows, c.head_dim_v), stride=(c.merge_rows * pitch, pitch, 1))
         rows = cute.make_layout((buffers, c.merge_rows), stride=(c.merge_rows, 1))
@@ -64,6 +79,7 @@ class DecodeStorage:
             tiles.toint(),
             barriers,
             barriers + c.kv_stage,
+            barriers + 2 * (c.kv_stage + ENTRY_STAGE),
             queries.toint(),
             barriers + 2 * c.kv_stage,
             barriers + 2 * c.kv_stage + ENTRY_STAGE,
@@ -81,6 +97,8 @@ class DecodeStorage:
         for stage in cutlass.range_constexpr(self.config.kv_stage):
             cute.arch.mbarrier_init(shared.kv_full + stage, 1)
             cute.arch.mbarrier_init(shared.kv_empty + stage, self.config.num_consumer_warps)
+        for stage in cutlass.range_constexpr(self.config.slot_stage):
+            cute.arch.mbarrier_init(shared.slot_full + stage, 1)
         for stage in cutlass.range_constexpr(ENTRY_STAGE):
             cute.arch.mbarrier_init(shared.entry_full + stage, DECODE_INTS)
             cute.arch.mbarrier_init(shared.entry_empty + stage, self.config.num_consumer_warps)
