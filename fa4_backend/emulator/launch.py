@@ -136,7 +136,7 @@ class Grid:
                 self.global_symbol(name)
         self.session.global_races.start_launch(self)
         with self.memory.temporarily("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True):
-            waiting = self.waiting = deque(self.clusters())
+            waiting = self.waiting = deque(self.session.in_order(self))
             active: deque[Cluster] = deque()
             limit = self.session.max_resident
             while waiting or active:
@@ -190,6 +190,13 @@ class Session:
 
     def rng_for(self, launch: int, cluster: int) -> random.Random | None:
         return None if self.seed is None else random.Random(f"{self.seed}/{launch}/{cluster}")
+
+    def in_order(self, grid: Grid) -> list[tuple[int, tuple[int, int, int]]]:
+        """A grid's clusters as they start: nothing promises an order, so a seed draws one."""
+        clusters = list(grid.clusters())
+        if self.seed is not None:
+            random.Random(f"{self.seed}/{self.num_launches}").shuffle(clusters)
+        return clusters
 
     def new_races(self, cluster: Cluster) -> Races | None:
         if self.trace is not None:

@@ -98,9 +98,9 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def check_fuzz(arch: str, batches: int, shard: tuple[int, int]) -> dict[str, Any]:
+def check_fuzz(arch: str, batches: int, shard: tuple[int, int], only: str) -> dict[str, Any]:
     """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every `shard[1]`-th from `shard[0]` on."""
-    every = setups(arch)
+    every = [(setup, query_len) for setup, query_len in setups(arch) if setup.name.startswith(only)]
     chosen = every[shard[0] :: shard[1]]
     results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
     failed = [r for r in results if r.failures]
@@ -271,6 +271,7 @@ def main() -> int:
     parser.add_argument("--parts", default="lists,fuzz,mixed,bits,exact")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
+    parser.add_argument("--only", default="", help="fuzz problems whose name begins so (both kinds of batches)")
     parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
@@ -280,8 +281,8 @@ def main() -> int:
     assert arch is not None, torch.cuda.get_device_name()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(arch, options.batches, shard),
-        "mixed": lambda: check_mixed(options.mixed_batches, mixed_setups(arch)),
+        "fuzz": lambda: check_fuzz(arch, options.batches, shard, options.only),
+        "mixed": lambda: check_mixed(options.mixed_batches, [setup for setup in mixed_setups(arch) if setup.name.startswith(options.only)]),
         "bits": lambda: check_bits(arch, 100),
         "exact": lambda: check_exact(arch, 100),
     }

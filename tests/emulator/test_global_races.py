@@ -252,6 +252,25 @@ def test_a_launch_between_two_vouches_for_the_first_only_when_it_waited(middle: 
     assert bool(report_of(*launches, programmatic=True).races) == races
 
 
+def test_a_seed_draws_the_order_in_which_ctas_start() -> None:
+    """Each CTA takes a number from a counter; without a seed they come in the order of their indices."""
+    body = """
+mov.u32 %r1, %ctaid.x;
+atom.relaxed.gpu.global.add.u32 %r2, [%p1], 1;
+mad.wide.u32 %d0, %r1, 4, %p0;
+st.global.u32 [%d0], %r2;
+"""
+    take = program(body, grid=6, block=1)
+    orders = []
+    for seed in (None, 1, 2, 2):
+        buffers = [aligned_copy(b.data) for b in take.args]  # type: ignore[union-attr]
+        with emulator.session(arch="sm_90a", num_sms=6, seed=seed) as session:
+            session.launch(take.ptx, take.grid, take.block, list(buffers))
+        orders.append(buffers[0][:6].tolist())
+    assert orders[0] == list(range(6)) and sorted(orders[1]) == list(range(6))
+    assert len({tuple(order) for order in orders[:3]}) == 3 and orders[2] == orders[3]
+
+
 def test_detection_can_be_switched_off() -> None:
     p = program(STORE.format(store="st.global.u32 [%d0], %t;", stride=0), grid=2)
     with emulator.session(arch="sm_90a", detect_races=False) as session:

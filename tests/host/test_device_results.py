@@ -25,9 +25,10 @@ def test_prefill() -> None:
 
 def test_decode() -> None:
     seen = load("decode_h100.json")
-    assert sum(f["batches"] for f in seen["fuzz"]) > 19000 and not any(f["failures"] for f in seen["fuzz"])
-    assert all(f["worst_out"] <= 1 and f["worst_lse"] <= 1 for f in seen["fuzz"])
-    assert all(seen[part]["ok"] for part in ("lists", "bits", "exact")) and seen["exact"]["tokens"] > 50000
+    for part, at_least in (("fuzz", 19000), ("mixed", 7000)):
+        assert sum(f["batches"] for f in seen[part]) >= at_least and not any(f["failures"] for f in seen[part])
+        assert all(f["worst_out"] <= 1 and f["worst_lse"] <= 1 for f in seen[part])
+    assert all(seen[part]["ok"] for part in ("lists", "bits", "exact")) and seen["exact"]["tokens"] > 100000
 
 
 def test_engines() -> None:

@@ -103,7 +103,7 @@ def empty_lists(shape: WorkShape, num_seqs: int, num_tokens: int) -> WorkLists:
     none = torch.empty(0)
     return WorkLists(
         shape, ints(max(shape.max_prefill_tiles(num_tokens, num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
-        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), none, none, none,
+        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), none, none,
     )  # fmt: skip
 
 

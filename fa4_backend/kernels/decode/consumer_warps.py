@@ -116,6 +116,8 @@ class ConsumerWarps:
             ring = RingPosition(Int32(0), Int32(0))
             for pending in cutlass.range(num_pending, unroll=1):
                 if shared.sFlag[pending] == 1:
+                    if pending > 0:
+                        self.merge.join()
                     entry = entry_of(lambda field: shared.sPending[pending, field])  # noqa: B023
                     ring = self.merge.combine(entry, ring, totals, shared, results)
 

@@ -233,6 +233,10 @@ class Merge:
             shared.sFlag[tidx] = is_last
         self._barrier()
 
+    def join(self):
+        """All consumers have read the slots of the pending entry before, whose place the next one's take."""
+        self._barrier()
+
     @cute.jit
     def combine(self, entry: Entry, ring: RingPosition, totals: Totals, shared: SharedTensors, results: ResultTensors) -> RingPosition:
         """Add up all slots of a row group and write it. Slots come by bulk copies to where KV tiles were; returns the position of that
