@@ -46,6 +46,7 @@ class KernelConfig:
     has_alibi: bool
     has_lse: bool
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
+    is_invariant: bool = False  # a row's bits do not depend on which rows share its tile
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -64,8 +65,8 @@ class KernelConfig:
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        dependent = "-dependent" if self.is_dependent else ""
-        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{dependent}"
+        modes = "-dependent" * self.is_dependent + "-invariant" * self.is_invariant
+        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{modes}"
 
     @property
     def element_bytes(self) -> int:
@@ -110,4 +111,5 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         has_alibi=problem.has_alibi,
         has_lse=problem.has_lse,
         is_dependent=is_dependent,
+        is_invariant=problem.batch_invariant,
     )

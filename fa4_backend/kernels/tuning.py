@@ -91,6 +91,10 @@ CHIP_RATES = {
 }
 
 
+# Batch-invariant mode ends a piece every few tiles, which a lone CTA cannot hide.
+PIECES_COST = 1.3
+
+
 def decode_tile_ticks(problem: AttentionProblem) -> int:
     """Time of a decode n_block on an SM of its own, in TICKS of a prefill n_block."""
     from fa4_backend.kernels.decode.config import TILE_N
@@ -102,6 +106,8 @@ def decode_tile_ticks(problem: AttentionProblem) -> int:
     rows = tokens_per_work_item(problem) * problem.q_per_kv
     prefill_us = 2 * rows * tile.tile_n * elements / (ctas * rates.prefill_tflops * 1e6)
     decode_us = TILE_N * elements * DTYPE_BYTES[problem.dtype] / (rates.decode_gb * 1e3)
+    if problem.batch_invariant:
+        decode_us *= PIECES_COST
     return max(1, round(TICKS * decode_us / prefill_us))
 
 

@@ -50,7 +50,7 @@ def cases(arch: str) -> dict[str, PagedCase]:
             **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
             page_size=p.page_size, arch=arch, is_causal=p.is_causal, window_left=70 if p.has_window_left else None,
             window_right=9 if p.has_window_right else None, softcap=20.0 if p.has_softcap else 0.0, sinks=p.has_sinks, alibi=p.has_alibi,
-            layout=("nhd", "hnd", "separate")[len(out) % 3],
+            layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant,
         )  # fmt: skip
     first = out["d128 page 16"]
     out["d128 empty rows"] = replace(first, query_lens=(40, 3, 7, 200), kv_lens=(9, 0, 7, 100))

@@ -233,6 +233,7 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
         setup("d128 both windows page 128", (8, 2), (128, 128), 128, is_causal=False, has_window_left=True, has_window_right=True),
         setup("d128 soft cap, sinks, ALiBi", (8, 2), (128, 128), 16, has_softcap=True, has_sinks=True, has_alibi=True),
         setup("d128 sinks, left window page 528", (8, 2), (128, 128), 528, has_sinks=True, has_window_left=True),
+        setup("d128 left window, invariant", (8, 2), (128, 128), 16, has_window_left=True, batch_invariant=True),
         setup("d64 ratio 3 page 16", (9, 3), (64, 64), 16),
         setup("d64 ratio 8 sinks fp16", (16, 2), (64, 64), 16, "float16", has_sinks=True, has_window_left=True),
         setup("d96 page 16", (4, 2), (96, 96), 16),

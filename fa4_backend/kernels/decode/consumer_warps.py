@@ -155,13 +155,17 @@ class ConsumerWarps:
         k_layout = const_expr(BoxLayout(c.part_elems(c.head_dim) * c.element_bytes))
         v_layout = const_expr(BoxLayout(c.part_elems(c.head_dim_v) * c.element_bytes))
         k_address = k_box + k_layout.key_matrices(lane)
-        # Keys 0-7 and 8-15; even and odd steps apart, so that a product waits for half as many before it.
-        sums = [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(2)]
+        # Keys 0-7 and 8-15; in two chains even and odd steps apart, so that a product waits for half as many before it.
+        chains = const_expr(c.score_chains)
+        sums = [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(chains)]
         for step in cutlass.range_constexpr(c.head_dim // 16):
             words = load_matrices(k_layout.step_address(k_address, step), transpose=False)
             a = [rQ[4 * step + i] for i in range(4)]
-            sums[step % 2] = [mma(c.dtype, sums[step % 2][i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
-        halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
+            chain = step % chains
+            sums[chain] = [mma(c.dtype, sums[chain][i], a, (words[2 * i], words[2 * i + 1])) for i in range(2)]
+        halves = sums[0]
+        if const_expr(chains == 2):
+            halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
 
         scale_log2 = self.scores.scale_log2(values)
         factors, p, moved = [], [None] * 4, Boolean(False)
@@ -171,7 +175,10 @@ class ConsumerWarps:
                 key = column + 8 * (i // 2) + 2 * pair + i % 2
                 seen.append(self.scores.apply(halves[i // 2][2 * h + i % 2], key, rows[h], values))
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
-            update = update_max(block_max, state.rMax[h], scale_log2, may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD)
+            update = update_max(
+                block_max, state.rMax[h], scale_log2,
+                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD, exact_factor=False,
+            )  # fmt: skip
             weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
             moved = moved | (update.row_max > state.rMax[h])

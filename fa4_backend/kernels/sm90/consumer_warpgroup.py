@@ -99,7 +99,7 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold)
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, exact_factor=c.is_invariant)
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),

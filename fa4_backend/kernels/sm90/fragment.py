@@ -30,6 +30,7 @@ class RowFragment:
 
     n: int
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
+    exact_factor: bool = False  # see `update_max`
 
     def _row(self, i: int) -> range:
         """Flat indices of row half `i`, in column order."""
@@ -44,7 +45,7 @@ class RowFragment:
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
             update = update_max(
                 block_max, stats.row_max[i], scale_log2,
-                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold,
+                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold, exact_factor=self.exact_factor,
             )  # fmt: skip
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
