@@ -77,22 +77,24 @@ class ChipRates:
 
     prefill_tflops: float  # of an SM: products of visible and masked keys alike
     decode_gb: float  # GB/s of one SM whose CTA decodes while others do not
+    decode_pieces_gb: float  # the same in batch-invariant mode, where pieces end every few tiles
     memory_gb: float  # GB/s that decode CTAs reach together
 
+    def lone_decode_gb(self, problem: AttentionProblem) -> float:
+        """GB/s of an SM that decodes alone."""
+        return self.decode_pieces_gb if problem.batch_invariant else self.decode_gb
 
-# sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 65.4,
-# 61.7, 52.2 and 40.2 GB/s a CTA, on all SMs 2,780 GB/s together. A step of both, the chunk beside the 32 rows, takes 354 us with these
-# rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407. Blackwell is modelled: prefill from the cycles of a
-# block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
+
+# sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 66.3,
+# 61.7, 52.1 and 40.2 GB/s a CTA, in batch-invariant mode 43.9, 43.0, 41.6 and 37.8, on all SMs 2,780 GB/s together. A step of both, the
+# chunk beside the 32 rows, takes 350 us with these rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407. In
+# batch-invariant mode 388, with the other mode's rate 454. Blackwell is modelled: prefill from the cycles of a block (docs/sm100.md) at
+# 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
 CHIP_RATES = {
-    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, memory_gb=2750),
-    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, memory_gb=7000),
-    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, memory_gb=7000),
+    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, decode_pieces_gb=39, memory_gb=2750),
+    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
+    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
 }
-
-
-# Batch-invariant mode ends a piece every few tiles, which a lone CTA cannot hide.
-PIECES_COST = 1.3
 
 
 def decode_tile_ticks(problem: AttentionProblem) -> int:
@@ -105,9 +107,7 @@ def decode_tile_ticks(problem: AttentionProblem) -> int:
     elements = problem.head_dim + problem.head_dim_v
     rows = tokens_per_work_item(problem) * problem.q_per_kv
     prefill_us = 2 * rows * tile.tile_n * elements / (ctas * rates.prefill_tflops * 1e6)
-    decode_us = TILE_N * elements * DTYPE_BYTES[problem.dtype] / (rates.decode_gb * 1e3)
-    if problem.batch_invariant:
-        decode_us *= PIECES_COST
+    decode_us = TILE_N * elements * DTYPE_BYTES[problem.dtype] / (rates.lone_decode_gb(problem) * 1e3)
     return max(1, round(TICKS * decode_us / prefill_us))
 
 
