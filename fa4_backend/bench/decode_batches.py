@@ -89,6 +89,7 @@ def issue_batches() -> dict[str, list[DecodeBatch]]:
         with_chunk("16 x 2K + a prompt of 8K", 16, 2048, 8000, 8000),
         with_chunk("128 x 1K + a prompt of 2K", 128, 1024, 2048, 2048),
         with_chunk("250 x 2K + a 2K chunk of 4K", 250, 2048, 2048, 4096),
+        with_chunk("128 x 4K + a 2K chunk of 8K", 128, 4096, 1920, 8000),
         with_chunk("64 x 8K + a 512 chunk of 4K", 64, 8192, 512, 4096),
         with_chunk("8 x 16K + a 512 chunk of 512", 8, 16384, 512, 512),
     ]

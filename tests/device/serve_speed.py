@@ -1,4 +1,4 @@
-"""Steps of a whole vLLM engine with FA4 and with its own attention backends: prefill, decode, and decode beside a prompt in chunks.
+"""A whole vLLM engine with FA4 and with its own attention backends: a prompt in chunks, alone and beside decoding requests; decode steps.
 
     python -m tests.device.serve_speed --out speed.json
 
@@ -85,13 +85,16 @@ class Steps:
         while self.step()[1] < rows:
             pass
 
-    def prefill_ms(self) -> float:
-        """A prompt's first token, in chunks."""
+    def first_token_ms(self, rows: int) -> float:
+        """From a prompt's arrival to its first token, while `rows` requests decode. All steps together: the engine prepares a step while
+        the one before runs, so a single step's time says little."""
         self.add(PROMPT, 1)
         total = 0.0
-        while self.engine.has_unfinished_requests():
-            total += self.step()[0]
-        return total
+        while True:
+            milliseconds, tokens = self.step()
+            total += milliseconds
+            if tokens > rows:
+                return total
 
     def decode_ms(self, rows: int) -> float:
         """A step of `rows` decode rows."""
@@ -100,30 +103,24 @@ class Steps:
         self.drain()
         return statistics.median(times[4:])
 
-    def mixed_ms(self, rows: int) -> float:
-        """A step of `rows` decode rows and a chunk of a prompt: the median over the chunks of ROUNDS prompts."""
-        chunks = PROMPT // (CHUNK - rows)  # whole ones
-        self.start_decoding(rows, ROUNDS * (chunks + 2))
-        times = []
-        for _ in range(ROUNDS):
-            self.add(PROMPT, 1)
-            times += [self.step()[0] for _ in range(chunks)]
-            while self.step()[1] == rows:
-                pass
+    def prompt_ms(self, rows: int) -> float:
+        """A prompt's first token beside `rows` decoding requests; the median of ROUNDS prompts."""
+        chunks = PROMPT // (CHUNK - rows) + 1
+        if rows:
+            self.start_decoding(rows, (ROUNDS + 1) * (chunks + 4))
+        times = [self.first_token_ms(rows) for _ in range(ROUNDS + 1)]
         self.drain()
-        return statistics.median(times)
+        return statistics.median(times[1:])
 
 
 def measure(model: str, backend: str) -> dict[str, Any]:
     """All figures of one backend, in milliseconds; which kernels ran is read from our trace file."""
     steps = Steps(model, backend)
-    steps.prefill_ms()
-    figures: dict[str, Any] = {f"prefill of {PROMPT} in chunks of {CHUNK}": statistics.median(steps.prefill_ms() for _ in range(ROUNDS))}
+    figures: dict[str, Any] = {}
+    for rows in (0, *BATCHES[1:]):
+        figures[f"first token of a prompt of {PROMPT} beside {rows} x {CONTEXT}"] = steps.prompt_ms(rows)
     for rows in BATCHES:
         figures[f"decode step, {rows} x {CONTEXT}"] = steps.decode_ms(rows)
-    for rows in BATCHES[1:]:
-        name = f"step of {rows} x {CONTEXT} and a chunk of a prompt of {PROMPT}"
-        figures[name] = steps.mixed_ms(rows)
     trace = Path(os.environ["FA4_BACKEND_TRACE_FILE"])
     kernels = sorted({line.split(" ", 1)[1] for line in trace.read_text().splitlines()}) if trace.exists() else []
     return {"ms": {name: round(ms, 3) for name, ms in figures.items()}, "kernels": kernels}
