@@ -39,6 +39,9 @@ CASES = {
 }
 
 
+TWO_ROWS = case((4, 4), (1500, 1700), decode_query_len=4, num_q_heads=8, num_kv_heads=1, arch="emulated-sm_90a")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_edges_and_features(name: str) -> None:
     run_decode(CASES[name], seed=1).check()
@@ -46,9 +49,8 @@ def test_edges_and_features(name: str) -> None:
 
 def test_a_cta_that_arrives_last_for_two_rows() -> None:
     """Its second row's slots take the place of the first one's, which some warps may still read: 4 and 3 stages of them share 3 places."""
-    two_rows = case((4, 4), (1500, 1700), decode_query_len=4, num_q_heads=8, num_kv_heads=1, arch="emulated-sm_90a")
     for seed in range(12):
-        run_decode(two_rows, num_ctas=15, seed=seed).check()
+        run_decode(TWO_ROWS, num_ctas=15, seed=seed).check()
 
 
 def test_hopper_runs_the_same() -> None:
