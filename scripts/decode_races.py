@@ -25,7 +25,7 @@ from tests.support.emulated_mixed import run_mixed
 ARCH = "emulated-sm_100a"
 # CTAs that arrive last for two rows, each cut into more slots than fit at once, are among these.
 RUNS: dict[str, Callable[..., Any]] = {
-    **{name: partial(run_decode, replace(case, arch=ARCH)) for name, case in test_decode.CASES.items()},
+    **{name: partial(run_decode, case) for name, case in test_decode.CASES.items()},  # on Blackwell but for d256, which is Hopper's
     "two rows over 15 CTAs": partial(run_decode, replace(test_decode.TWO_ROWS, arch=ARCH), num_ctas=15),
     "decode beside prefill": partial(run_mixed, replace(test_mixed.CASE, arch=ARCH)),
 }
