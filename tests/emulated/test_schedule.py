@@ -86,3 +86,18 @@ def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None
         parts = len(lists.decode_tiles) // 8
         most = max(n for n in range(1, 34) if n == 1 or n * n * slot_vectors <= 5 * tiles)
         assert parts == min(most, tiles), (tiles, parts, most)
+
+
+def test_a_step_of_both_kinds_shares_the_sms() -> None:
+    """Some SMs decode, a CTA each; prefill CTAs that wait for them get fewer tiles than the others, which get about the same number."""
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 0, 49152, 132, 20, 53)
+    lists = host_lists(shape, [1] * 32 + [2048], [4096] * 32 + [6144])
+    decoding = int((lists.decode_first[:, 11] > 0).sum())
+    tiles = (lists.prefill_begin[1:] - lists.prefill_begin[:-1]).tolist()
+    early, late = tiles[: 132 - decoding], tiles[132 - decoding :]
+    assert 20 <= decoding <= 46 and sum(tiles) == 512
+    assert max(late) < min(early) and max(early) - min(early) <= 1
+    # Alone, each kind has the whole chip.
+    assert (host_lists(shape, [1] * 32, [4096] * 32).decode_first[:, 11] > 0).sum() == 256
+    alone = host_lists(shape, [2048], [6144]).prefill_begin
+    assert set((alone[1:] - alone[:-1]).tolist()) == {3, 4}
