@@ -20,42 +20,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
-from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TICKS, TILE_INTS
+from fa4_backend.kernels.schedule_block import NUM_THREADS, NUM_WARPS, block_scan, square_root, store_tile, upper_bound
+from fa4_backend.kernels.schedule_params import ScheduleParams
+from fa4_backend.kernels.schedule_share import Share, deal, deal_begin, share_chip
+from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule_launch import ScheduleConfig
 
-NUM_THREADS = 512
-NUM_WARPS = NUM_THREADS // 32
 # Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
 # CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.
 # 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
 # 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
 PARTS_RATIO = 5
-MOST_TILES = 1 << 20  # of a decode CTA when times are compared: far more than any step has, and no product passes 2^31
 MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
-
-
-class ScheduleParams(NamedTuple):
-    """`WorkShape` and the step's mask as runtime values (int32); see there for units."""
-
-    num_kv_heads: Int32
-    tokens_per_tile: Int32
-    prefill_tile_n: Int32
-    decode_query_len: Int32  # 0: no decode list
-    decode_tile_n: Int32
-    split_blocks: Int32
-    item_overhead: Int32
-    l2_tokens: Int32
-    window_left: Int32  # NO_WINDOW: none
-    window_right: Int32  # 0 for causal attention, NO_WINDOW: none
-    slot_vectors: Int32  # 16-byte vectors of a slot that each thread of a combining CTA adds
-    num_sms: Int32
-    decode_tile_ticks: Int32  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
-    decode_full_sms: Int32  # SMs whose decode CTAs keep the memory busy
 
 
 class RowTables(NamedTuple):
@@ -78,14 +59,6 @@ class CutTables(NamedTuple):
     block: cute.Tensor  # n_blocks of it before the cut; 0: the cut is at its start
     inner: cute.Tensor  # distinct cuts inside a row group up to this one
     slot: cute.Tensor  # slots of all row groups whose cuts come before this one
-
-
-class Share(NamedTuple):
-    """How decode and prefill share the SMs in a step that has both."""
-
-    decode_sms: Int32  # SMs that decode gets, a CTA each; 0: all of them, and prefill comes after
-    early_ctas: Int32  # prefill CTAs that start at once; the others when decode has left
-    early_rounds: Int32  # prefill tiles that each early CTA gets before the others get one
 
 
 class ScheduleKernel:
@@ -157,7 +130,7 @@ class ScheduleKernel:
         if num_prefill > 0:
             tiles, blocks = self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
             if num_decode > 0:
-                share = self.share_chip(rows.decode_cost[num_decode], tiles, blocks, num_groups, sums, params)
+                share = share_chip(rows.decode_cost[num_decode], tiles, blocks, num_groups, sums, params)
         num_cuts = share.decode_sms
         if share.decode_sms == 0:
             num_cuts = self.usable_ctas(rows, sums, num_decode, decode_first.shape[0], params)
@@ -414,48 +387,6 @@ class ScheduleKernel:
         return done, seen
 
     @cute.jit
-    def share_chip(self, decode_cost: Int32, tiles: Int32, blocks: Int32, num_groups: Int32, sums: cute.Tensor, params: ScheduleParams):
-        """The `Share` that ends soonest: a thread tries one number of SMs for decode, and prefill rounds without the late CTAs
-        rounded up or down. Every thread of the CTA must call.
-
-        Args:
-            decode_cost: n_blocks of one head of all decode rows.
-            tiles, blocks: query blocks of one head of all prefill rows, and the n_blocks they see.
-            num_groups: prefill CTAs, or CTA pairs.
-        """
-        tidx, _, _ = cute.arch.thread_idx()
-        sms_a_group = params.num_sms // num_groups
-        most = params.num_sms - params.num_sms // 4  # decode leaves prefill a quarter of the SMs
-        total = tiles * params.num_kv_heads
-        tile_ticks = TICKS * (blocks // tiles + 1)  # one n_block for beginning and end
-        candidate = cutlass.min(tidx // 2, most)
-        share = Share(Int32(0), num_groups, Int32(0))
-        fifths = 5 * params.decode_full_sms
-        if candidate > 0:
-            # Two thirds of the SMs that keep the memory busy are as fast each as one alone, the next ones two fifths as fast.
-            fifths = cutlass.min(cutlass.min(5 * candidate, 2 * (params.decode_full_sms + candidate)), fifths)
-        decode_tiles = decode_cost * params.num_kv_heads
-        decode_tiles = decode_tiles // fifths * 5 + decode_tiles % fifths * 5 // fifths + 1
-        decode_ticks = cutlass.min(decode_tiles, MOST_TILES) * params.decode_tile_ticks
-        rounds = (total + num_groups - 1) // num_groups
-        late_ticks = decode_ticks + rounds * tile_ticks
-        ticks = late_ticks
-        if candidate > 0:
-            early = num_groups - (candidate + sms_a_group - 1) // sms_a_group
-            early_rounds = decode_ticks // tile_ticks + tidx % 2
-            share = Share(candidate, early, early_rounds)
-            rounds = (total + early - 1) // early
-            if total > early_rounds * early:
-                rounds = early_rounds + (total - early_rounds * early + num_groups - 1) // num_groups
-            late_ticks = decode_ticks + cutlass.max(rounds - early_rounds, 0) * tile_ticks
-            ticks = cutlass.max(rounds * tile_ticks, late_ticks)
-        # Of shares that end at one time, the one whose late CTAs have most time to spare.
-        ticks += late_ticks // 16
-        least = block_min(ticks, sums)
-        chosen = block_min(cutlass.select_(ticks == least, tidx, Int32(NUM_THREADS)), sums)
-        return Share(*(broadcast(value, chosen, sums) for value in share))
-
-    @cute.jit
     def write_prefill(
         self,
         cu_seqlens_q: cute.Tensor,
@@ -518,17 +449,6 @@ def visible_blocks(m_block: Int32, query_len: Int32, kv_len: Int32, params: Sche
     return begin, end
 
 
-@cute.jit
-def square_root(value: Int32) -> Int32:
-    """Largest integer whose square is at most `value`, which is below 2^24."""
-    root = Int32(cute.math.sqrt(Float32(value)))
-    if root * root > value:
-        root -= 1
-    if (root + 1) * (root + 1) <= value:
-        root += 1
-    return root
-
-
 def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:
     """Piece of a row's KV that holds `tile` (batch-invariant mode)."""
     return piece_of(tile, piece_rule(params), cutlass.min, cutlass.max)
@@ -549,87 +469,6 @@ def nearest_piece(tile: Int32, params: ScheduleParams) -> Int32:
     return begin
 
 
-def deal(rank: Int32, num_ctas: Int32) -> tuple[Int32, Int32]:
-    """CTA and round of the entry `rank` when entries are dealt out back and forth."""
-    turn = rank // num_ctas
-    place = rank - turn * num_ctas
-    return cutlass.select_(turn % 2 == 1, num_ctas - 1 - place, place), turn
-
-
-@cute.jit
-def deal_begin(cta: Int32, total: Int32, num_ctas: Int32) -> Int32:
-    """First entry of a CTA when `total` entries are dealt out back and forth: whole rounds, then one each from either end."""
-    rounds = total // num_ctas
-    left = total % num_ctas
-    extra = cutlass.min(cta, left)
-    if rounds % 2 == 1:
-        extra = cutlass.max(cta - (num_ctas - left), 0)
-    return cta * rounds + extra
-
-
-@cute.jit
-def block_scan(value: Int32, sums: cute.Tensor):  # sums: (NUM_WARPS,) int32 of shared memory
-    """Sum of `value` over the threads before this one, and over all threads; every thread of the CTA must call."""
-    tidx, _, _ = cute.arch.thread_idx()
-    lane, warp = tidx % 32, tidx // 32
-    inclusive = value
-    for step in cutlass.range_constexpr(5):
-        below = cute.arch.shuffle_sync_up(inclusive, 1 << step, mask_and_clamp=0)
-        if lane >= 1 << step:
-            inclusive += below
-    if lane == 31:
-        sums[warp] = inclusive
-    cute.arch.sync_threads()
-    before, total = Int32(0), Int32(0)
-    for other in cutlass.range_constexpr(NUM_WARPS):
-        part = sums[other]
-        if other < warp:
-            before += part
-        total += part
-    cute.arch.sync_threads()  # the next scan reuses `sums`
-    return before + inclusive - value, total
-
-
-@cute.jit
-def block_min(value: Int32, sums: cute.Tensor) -> Int32:  # sums: (NUM_WARPS,) int32 of shared memory
-    """Least `value` of all threads; every thread of the CTA must call."""
-    tidx, _, _ = cute.arch.thread_idx()
-    for step in cutlass.range_constexpr(5):
-        value = cutlass.min(value, cute.arch.shuffle_sync_bfly(value, 1 << step))
-    if tidx % 32 == 0:
-        sums[tidx // 32] = value
-    cute.arch.sync_threads()
-    for other in cutlass.range_constexpr(NUM_WARPS):
-        value = cutlass.min(value, sums[other])
-    cute.arch.sync_threads()  # the next one reuses `sums`
-    return value
-
-
-@cute.jit
-def broadcast(value: Int32, thread: Int32, sums: cute.Tensor) -> Int32:
-    """What `value` is in one thread; every thread of the CTA must call."""
-    tidx, _, _ = cute.arch.thread_idx()
-    if tidx == thread:
-        sums[0] = value
-    cute.arch.sync_threads()
-    value = sums[0]
-    cute.arch.sync_threads()
-    return value
-
-
-@cute.jit
-def upper_bound(table: cute.Tensor, length: Int32, value: Int32) -> Int32:
-    """Number of entries of the ascending `table[0 .. length]` that are at most `value`."""
-    low, high = Int32(0), length
-    while low < high:
-        middle = (low + high) // 2
-        if table[middle] <= value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
 @cute.jit
 def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -> Int32:
     """First cut at or behind (item, block)."""
@@ -644,18 +483,6 @@ def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -
         else:
             high = middle
     return low
-
-
-@cute.jit
-def store_tile(tiles: cute.Tensor, index: Int32, values: tuple):
-    """Write one entry with 16-byte stores."""
-    size = cutlass.const_expr(len(values))
-    entry = cute.make_rmem_tensor(size, Int32)
-    for i in cutlass.range_constexpr(size):
-        entry[i] = values[i]
-    target = cute.make_tensor(tiles.iterator + cutlass.Int64(index) * size, cute.make_layout(size))
-    target = cute.make_tensor(target.iterator.align(16), target.layout)
-    cute.autovec_copy(entry, target)
 
 
 def build(config: ScheduleConfig) -> tuple[ScheduleKernel, tuple[Any, ...]]:

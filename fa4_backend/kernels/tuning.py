@@ -88,7 +88,7 @@ class ChipRates:
 # sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 66.3,
 # 61.7, 52.1 and 40.2 GB/s a CTA, in batch-invariant mode 43.9, 43.0, 41.6 and 37.8, on all SMs 2,780 GB/s together. A step of both, the
 # chunk beside the 32 rows, takes 350 us with these rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407.
-# In batch-invariant mode 388, with the other mode's rate 454. Where decode is nearly all, more SMs than saturate the memory are a little
+# In batch-invariant mode 392, with the other mode's rate 454. Where decode is nearly all, more SMs than saturate the memory are a little
 # faster still: 64 x 8K beside a 512 chunk on 58, 69, 80 and 99 SMs 800, 807, 764 and 812 us. Blackwell is modelled: prefill from the cycles
 # of a block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
 CHIP_RATES = {

@@ -75,6 +75,24 @@ def test_batch_invariant_bits_do_not_depend_on_the_gpu_or_the_batch() -> None:
     assert not torch.equal(*normal), "the comparison cannot see a different cut"
 
 
+def test_batch_invariant_bits_do_not_depend_on_drafts_beside_a_token() -> None:
+    """Tokens 126 to 129 of a sequence, on both sides of a KV tile's end: together as drafts, and each alone."""
+    drafts = case((4,), (130,), batch_invariant=True, decode_query_len=4, window_left=70)
+    built, plan = drafts.build(), drafts.plan(num_sms=3)
+    a, metadata = built.arguments, AttentionMetadata.allocate(plan, "cpu")
+
+    def attend(begin: int, end: int) -> torch.Tensor:
+        cu_seqlens_q = torch.tensor([0, end - begin], dtype=torch.int32)
+        seqused_k = torch.tensor([126 + end], dtype=torch.int32)
+        metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=end - begin, max_seqlen_k=130)
+        q = a.q[begin:end].contiguous()
+        return paged_attention(q, *a[1:4], cu_seqlens_q, seqused_k, plan=plan, metadata=metadata, window_left=70)[0]
+
+    together = attend(0, 4)
+    for token in range(4):
+        assert torch.equal(attend(token, token + 1)[0], together[token])
+
+
 def test_schedule_may_know_the_window() -> None:
     """The lists leave out keys before the widest window; a call with a wider one is refused."""
     windowed = case((1, 2), (900, 300), decode_query_len=2, window_left=100)

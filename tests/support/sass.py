@@ -8,8 +8,8 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
 _LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 
 
-def product_loops(sass: str, num_wgmma: int) -> list[list[str]]:
-    """Bodies of the loops that hold `num_wgmma` wgmma (HGMMA), in address order: the loops over KV blocks, both products in each.
+def product_loops(sass: str, num_products: int, opcode: str = "HGMMA") -> list[list[str]]:
+    """Bodies of the loops that hold `num_products` wgmma (HGMMA) or mma.sync (HMMA), in order: over KV blocks, both products in each.
 
     A backward branch closes a loop. ptxas moves the retries of barrier waits behind the kernel's end, and their branches back span
     everything between, EXIT included; so what holds an EXIT is no loop, and what overlaps a shorter loop is not innermost.
@@ -36,6 +36,6 @@ def product_loops(sass: str, num_wgmma: int) -> list[list[str]]:
         body = [text for address, text in zip(addresses, texts, strict=True) if begin <= address <= end]
         if any(re.search(r"\bEXIT\b", text) for text in body):
             continue
-        if sum("HGMMA" in text for text in body) == num_wgmma and all(end < b or e < begin for b, e in taken):
+        if sum(opcode in text for text in body) == num_products and all(end < b or e < begin for b, e in taken):
             taken.append((begin, end))
     return [[text for address, text in zip(addresses, texts, strict=True) if b <= address <= e] for b, e in sorted(taken)]

@@ -21,7 +21,7 @@ MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
-MAX_SLOT_STAGE = 3
+MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
@@ -81,9 +81,10 @@ class DecodeConfig:
         """Chains of products that a box's scores are summed in.
 
         Two make a lone CTA 5 % faster (32 x 4K on 16 CTAs of an H100: 513 us for 542) but take 8 registers: beside running totals of
-        several vectors 80 bytes spill (64 x 4K of 16/2 heads: 119 us for 113).
+        several vectors 80 bytes spill (64 x 4K of 16/2 heads: 119 us for 113), and for sm_100a ptxas spills 8 to 16 bytes more in any case.
         """
-        return 1 if self.has_pieces and slot_vectors(self) > 1 else 2
+        spills = self.arch != "sm_90a" or (self.has_pieces and slot_vectors(self) > 1)
+        return 1 if spills else 2
 
     @property
     def merge_rows(self) -> int:

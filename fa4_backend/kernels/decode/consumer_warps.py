@@ -177,7 +177,7 @@ class ConsumerWarps:
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(
                 block_max, state.rMax[h], scale_log2,
-                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD, exact_factor=False,
+                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD, exact_factor=c.has_pieces,
             )  # fmt: skip
             weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
