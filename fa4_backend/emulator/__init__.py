@@ -35,9 +35,11 @@ from fa4_backend.emulator.errors import (
     UnknownProgram,
     UnsupportedInstruction,
 )
-from fa4_backend.emulator.launch import Session, install, poison, session
+from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.report import Report
+from fa4_backend.emulator.session import Session, session
+from fa4_backend.emulator.tensors import poison
 
 __all__ = [
     "BarrierMisuse",

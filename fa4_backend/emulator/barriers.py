@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
 

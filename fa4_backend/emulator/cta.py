@@ -23,7 +23,7 @@ from fa4_backend.emulator.mbarrier import MBarrier
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.grid import Grid
     from fa4_backend.emulator.races import Races
 
 POISON = 0xFF  # shared memory, TMEM and registers start as NaN

@@ -29,8 +29,8 @@ from fa4_backend.emulator.races import FENCED_GLOBAL, GENERIC, KINDS, PER_WARP, 
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster
-    from fa4_backend.emulator.decode import Program
-    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.grid import Grid
+    from fa4_backend.emulator.lowering import Program
     from fa4_backend.emulator.report import Report
     from fa4_backend.emulator.warp import Warp
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, link_shared
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.emulator.launch import install, session
+from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.programs import register_program
 from fa4_backend.emulator.report import Report
+from fa4_backend.emulator.session import session
 from fa4_backend.emulator.trace import Trace
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Programs: which PTX a loaded kernel image was made from, parsed and decoded once for the life of the process."""
+"""Programs: which PTX a loaded kernel image was made from, parsed and lowered once for the life of the process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from fa4_backend.emulator.decode import Program, decode
 from fa4_backend.emulator.errors import LaunchError, UnknownProgram
+from fa4_backend.emulator.lowering import Program, lower
 from fa4_backend.emulator.memory import host_array
 from fa4_backend.emulator.parser import Kernel, parse_module
 
@@ -28,7 +28,7 @@ def register_program(ptx: str, cubin: bytes) -> None:
 
 
 def load_program(ptx: str, kernel: str | None = None) -> Program:
-    """Parse and decode one kernel of a PTX text (the only one, when `kernel` is None); kept for the life of the process."""
+    """Parse and lower one kernel of a PTX text (the only one, when `kernel` is None); kept for the life of the process."""
     text = _digest(ptx.encode())
     if text not in _kernels:
         _kernels[text] = parse_module(ptx)
@@ -36,7 +36,7 @@ def load_program(ptx: str, kernel: str | None = None) -> Program:
     if name not in _kernels[text]:
         raise LaunchError(f"no kernel {name} in the PTX; it has {', '.join(_kernels[text])}")
     if (text, name) not in _programs:
-        _programs[text, name] = decode(_kernels[text][name])
+        _programs[text, name] = lower(_kernels[text][name])
     return _programs[text, name]
 
 

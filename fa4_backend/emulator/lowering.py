@@ -497,8 +497,8 @@ def immediate_bits(operand: Immediate, kind: str) -> int:
     return operand.bits
 
 
-def decode(kernel: Kernel) -> Program:
-    """Decode a parsed kernel. Raises `UnsupportedInstruction` for anything that is not modelled."""
+def lower(kernel: Kernel) -> Program:
+    """Lower a parsed kernel. Raises `UnsupportedInstruction` for anything that is not modelled."""
     if not kernel.instructions:
         raise LaunchError(f"kernel {kernel.name} has no instructions")
     return Builder(kernel).build()
