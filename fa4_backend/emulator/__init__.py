@@ -12,6 +12,8 @@ The PTX that the CuTe-DSL compiler emitted and the host code it generated are ex
 
 * `session(arch, num_sms, seed=None, detect_races=True)`: `seed=None` is a deterministic schedule; an integer makes warps run at random
   speeds and asynchronous operations finish at random legal times. `detect_races="raise"` raises `RaceDetected` after the launch.
+* `session(..., contraction="never")`: which products and sums run as one FMA, as ptxas may make them: "never", "always" or a seed
+  (`contraction.py`).
 * `emu.run(compiled, *args)`: torch CPU tensors and numpy arrays among the arguments are registered for the call; others pass through.
 * `emu.tensor(t, name, output=False)`: register a tensor for the whole session; the handle also works as an argument of `compiled` itself.
   `output=True` fills it with NaN and counts in `report.unwritten[name]` what was never written.

@@ -133,4 +133,5 @@ class Grid:
 def three(value: object) -> tuple[int, int, int]:
     """A number or up to three of them as dimensions in x, y and z."""
     numbers = (value,) if isinstance(value, int) else tuple(value)  # type: ignore[call-overload]
-    return (*numbers, 1, 1, 1)[:3]
+    x, y, z = (*numbers, 1, 1, 1)[:3]
+    return x, y, z

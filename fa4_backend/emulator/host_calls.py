@@ -82,7 +82,7 @@ def _on_launch(session: Session, config: int, kernel: int, args: int) -> None:
             cluster = struct.unpack_from("<3I", raw, 8)
         elif attribute == _LAUNCH_PROGRAMMATIC:
             programmatic = bool(struct.unpack_from("<I", raw, 8)[0])
-    program = load_program(loaded.ptx, loaded.name)
+    program = load_program(loaded.ptx, loaded.name, session.contraction)
     required = program.kernel.directives.get("reqnctapercluster")
     if required and cluster == (1, 1, 1):
         cluster = three(required)

@@ -14,6 +14,7 @@ import torch
 
 # These modules register the handlers of their instructions.
 from fa4_backend.emulator import barriers, cp_async, launch_control, matrix_moves, native_ops, remote, tcgen05, tma, wgmma  # noqa: F401
+from fa4_backend.emulator.contraction import NEVER, Contraction, check_contraction
 from fa4_backend.emulator.cta import Cluster
 from fa4_backend.emulator.errors import LaunchError, RaceDetected
 from fa4_backend.emulator.global_races import GlobalRaces
@@ -40,6 +41,7 @@ class Session:
         detect_races: bool | str,
         step_limit: int,
         trace: Trace | Recording | None = None,
+        contraction: Contraction = NEVER,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
@@ -48,6 +50,7 @@ class Session:
         self.arch, self.num_sms, self.seed = arch, num_sms, seed
         self.detect_races, self.step_limit = detect_races, step_limit
         self.trace = trace
+        self.contraction = check_contraction(contraction)
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
@@ -144,7 +147,7 @@ class Session:
 
         `programmatic`: with programmatic stream serialization, so that it may start before the launch before it is complete.
         """
-        program = load_program(ptx, kernel)
+        program = load_program(ptx, kernel, self.contraction)
         params = args if isinstance(args, bytes) else self.pack(program, args)
         self.execute(Grid(self, program, three(grid), three(block), three(cluster), smem, params, programmatic=programmatic))
 
@@ -202,9 +205,10 @@ def session(
     detect_races: bool | str = True,
     step_limit: int = 50_000_000,
     trace: Trace | Recording | None = None,
+    contraction: Contraction = NEVER,
 ) -> Iterator[Session]:
     """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then)."""
-    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace)
+    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace, contraction)
     install()
     open_sessions.append(emu)
     try:

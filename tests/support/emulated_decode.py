@@ -44,14 +44,18 @@ class DecodeRun:
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
 
-def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+def run_decode(
+    case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, contraction: str | int = "never", built: BuiltCase | None = None
+) -> DecodeRun:
     """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Workspaces are poisoned.
 
     Args:
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
+        built: tensors of `case`, when they are not what `case.build` draws.
     """
-    built = case.build()
+    built = built or case.build()
     plan, a = case.plan(num_sms=num_ctas), built.arguments
     key = decode_config(plan.problem, plan.limits)
     assert key is not None, case
@@ -61,7 +65,7 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
     scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
-    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
+    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True, contraction=contraction) as emu:
         emu.run(
             load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
             work.decode_tiles, work.decode_first, work.slots, work.arrivals, a.sinks, a.alibi_slopes,

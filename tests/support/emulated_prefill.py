@@ -52,6 +52,7 @@ def run_prefill(
     detect_races: bool = True,
     key: CompileKey | None = None,
     trace: Recording | None = None,
+    contraction: str | int = "never",
 ) -> EmulatedRun:
     """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
 
@@ -60,8 +61,9 @@ def run_prefill(
         seed: of the emulator's schedule; None: deterministic.
         key: another compile key than the plan's, for ablations.
         trace: filled with what the warps did.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
     """
-    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace)
+    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace, contraction=contraction)
 
 
 def run_built(
@@ -72,6 +74,7 @@ def run_built(
     detect_races: bool = True,
     key: CompileKey | None = None,
     trace: Recording | None = None,
+    contraction: str | int = "never",
 ) -> EmulatedRun:
     """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
     case, a = built.case, built.arguments
@@ -85,7 +88,14 @@ def run_built(
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
-    with emulator.session(arch=problem.target_arch, num_sms=num_ctas * cluster, seed=seed, detect_races=detect_races, trace=trace) as emu:
+    with emulator.session(
+        arch=problem.target_arch,
+        num_sms=num_ctas * cluster,
+        seed=seed,
+        detect_races=detect_races,
+        trace=trace,
+        contraction=contraction,
+    ) as emu:
         emu.run(
             function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
             a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
