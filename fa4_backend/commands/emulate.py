@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.emulator import Report
     from fa4_backend.emulator.trace import Trace

@@ -49,7 +49,7 @@ class NamedBarrier:
             raise BarrierMisuse(f"over-arrival: {self}")
         self.cta.cluster.progress += 1
         if warp.races:
-            warp.races.release(warp, self)
+            warp.races.release(warp, self, warp.exec)
         if self.arrived == threads:
             self.arrived = self.expected = 0
             self.generation += 1
@@ -88,7 +88,8 @@ def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 return True
             warp.barrier_ticket = None
             if warp.races:
-                warp.races.acquire(warp, waited)
+                warp.races.acquire(warp, waited, warp.exec)
+                warp.races.synchronise(warp, warp.exec)
             if reduction:
                 reduction[1](warp, waited.result)
             return None
@@ -154,7 +155,7 @@ def _cluster(ins: Instruction, mods: Modifiers) -> Handler:
             return True
         warp.cluster_ticket = None
         if warp.races:
-            warp.races.acquire(warp, cluster.barrier_edge)
+            warp.races.acquire(warp, cluster.barrier_edge, warp.exec)
         return None
 
     return arrive if action == "arrive" else wait

@@ -310,7 +310,10 @@ class Builder:
         for pc, instruction in enumerate(self.kernel.instructions):
             self.record = {}
             try:
-                handlers[pc] = self.fuse(self.fusions[pc]) if pc in self.fusions else self.instruction(instruction)
+                if pc in self.fusions:
+                    self.fuse(self.fusions[pc])
+                else:
+                    handlers[pc] = self.instruction(instruction)
             except UnsupportedInstruction as error:
                 where = f"{self.kernel.name[:80]}, PTX line {instruction.line}: {instruction.text[:200]}"
                 raise UnsupportedInstruction(f"{error}\n  in {where}") from None
