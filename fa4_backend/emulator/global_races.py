@@ -140,7 +140,7 @@ class GlobalRaces:
                 else:
                     warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
             if writes:
-                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes)
+                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes, in_cta=False)
                 if released is not None:
                     merge(self.edges.setdefault(key, {}), known_by(races, released))
         if writes and semantics & SEM_RELEASE:

@@ -17,8 +17,9 @@ int regroup(Warp* w) {
     if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
   if (w->split) {
     w->split = w->split * 1664525u + 1013904223u | 1;
-    int lane = w->split >> 27;
-    if (ready >> lane & 1) low = w->lane_pc[lane];
+    u32 left = ready;
+    for (u32 skip = (w->split >> 8) % (u32)__builtin_popcount(ready); skip; skip--) left &= left - 1;
+    low = w->lane_pc[__builtin_ctz(left)];
   }
   w->active = 0;
   for (int lane = 0; lane < LANES; lane++) {
