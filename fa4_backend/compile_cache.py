@@ -36,7 +36,7 @@ def seal() -> None:
 
 
 # What kernels share, beside `kernels/common`: read into every fingerprint.
-_SHARED_SOURCES = ("kernels/config.py", "kernels/work_list.py", "problem.py", "arch.py", "compile.py")
+_SHARED_SOURCES = ("kernels/schedule/work_list.py", "problem.py", "arch.py", "compile.py")
 
 
 def fingerprinted_files(builder: str) -> list[Path]:
@@ -45,7 +45,6 @@ def fingerprinted_files(builder: str) -> list[Path]:
     That is its own folder (its own file where it lies directly in `kernels`), `kernels/common` and `_SHARED_SOURCES`.
     """
     module = _PACKAGE.joinpath(*builder.split(":")[0].split(".")[1:]).with_suffix(".py")
-    # schedule.py has its key in schedule_launch.py.
     own = sorted(module.parent.glob(f"{module.stem}*.py" if module.parent.name == "kernels" else "*.py"))
     return [*own, *sorted((_PACKAGE / "kernels" / "common").glob("*.py")), *(_PACKAGE / name for name in _SHARED_SOURCES)]
 

@@ -11,7 +11,7 @@ from fa4_backend.plan import AttentionPlan
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.kernels.work_list import WorkLists
+    from fa4_backend.kernels.schedule.work_list import WorkLists
 
 
 class StepBounds(NamedTuple):
@@ -43,7 +43,7 @@ class AttentionMetadata:
         device = torch.device(device)
         if plan.problem.arch == REFERENCE_ARCH:
             return cls(plan, device)
-        from fa4_backend.kernels.work_list import WorkLists
+        from fa4_backend.kernels.schedule.work_list import WorkLists
 
         return cls(plan, device, WorkLists.allocate(plan, device))
 

@@ -17,7 +17,7 @@ from fa4_backend.plan import AttentionPlan
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.kernels.work_list import WorkLists
+    from fa4_backend.kernels.schedule.work_list import WorkLists
     from fa4_backend.metadata import AttentionMetadata
 
 
@@ -48,14 +48,14 @@ def launch_schedule(
     plan: AttentionPlan, work: WorkLists, window_left: int | None, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor
 ) -> None:
     """Make the step's work lists on the device, for keys that a window of `window_left` lets anyone see."""
-    from fa4_backend.kernels.schedule_launch import run_schedule
+    from fa4_backend.kernels.schedule.launch import run_schedule
 
     run_schedule(plan, work, cu_seqlens_q, seqused_k, window_left)
 
 
 def keys_of(plan: AttentionPlan) -> list[CompileKey]:
     """Compile keys of every kernel that `plan` launches."""
-    from fa4_backend.kernels.schedule_launch import schedule_key
+    from fa4_backend.kernels.schedule.launch import schedule_key
 
     decode = decode_config(plan.problem, plan.limits)
     return [schedule_key(plan), *([] if decode is None else [decode]), prefill_key(plan)]

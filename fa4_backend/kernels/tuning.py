@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fa4_backend.kernels.config import KernelConfig, TileShape, prefill_config
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape, prefill_config
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ CHIP_RATES = {
 def decode_tile_ticks(problem: AttentionProblem) -> int:
     """Time of a decode n_block on an SM of its own, in TICKS of a prefill n_block."""
     from fa4_backend.kernels.decode.config import TILE_N
-    from fa4_backend.kernels.work_list import TICKS
+    from fa4_backend.kernels.schedule.work_list import TICKS
 
     rates, tile = CHIP_RATES[problem.target_arch], prefill_tile(problem)
     ctas = cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v)
@@ -118,7 +118,7 @@ def decode_full_sms(plan: AttentionPlan) -> int:
     return max(1, min(plan.num_ctas, round(rates.memory_gb / rates.decode_gb)))
 
 
-def prefill_key(plan: AttentionPlan) -> KernelConfig:
+def prefill_key(plan: AttentionPlan) -> PrefillConfig:
     """Compile key of the plan's prefill kernel."""
     from fa4_backend.kernels.decode.config import decode_config
 

@@ -20,8 +20,8 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.kernels.schedule_launch import run_schedule
-from fa4_backend.kernels.work_list import work_shape
+from fa4_backend.kernels.schedule.launch import run_schedule
+from fa4_backend.kernels.schedule.work_list import work_shape
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
 from tests.support.fuzz import Fuzzer, FuzzSetup
 from tests.support.paged_case import PagedCase

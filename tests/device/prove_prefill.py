@@ -20,7 +20,7 @@ import torch
 from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernels.launch import launch_prefill, load
-from fa4_backend.kernels.schedule_launch import run_schedule
+from fa4_backend.kernels.schedule.launch import run_schedule
 from tests.support.fuzz import Fuzzer, lone_prefill_key, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fa4_backend.kernels.decode.config import decode_config
+from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
 from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import PARTIAL_SLOT
 from tests.support.emulated_mixed import run_mixed
 from tests.support.paged_case import PagedCase
 

@@ -10,8 +10,8 @@ import random
 
 import pytest
 
-from fa4_backend.kernels.schedule_launch import ScheduleConfig
-from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
+from fa4_backend.kernels.schedule.launch import ScheduleConfig
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkShape
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
 
 pytestmark = pytest.mark.emulated

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fa4_backend.kernels.schedule.work_list import work_shape
 from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import work_shape
 from tests.emulated.test_sm100_prefill import BASE, FEATURES, SHAPES, case, repaged
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase

@@ -13,11 +13,11 @@ import pytest
 from fa4_backend import compile_cache
 from fa4_backend.compile import CompileError, link_shared
 from fa4_backend.kernel_facts import disassemble, sass_counts
-from fa4_backend.kernels.config import KernelConfig, box_rows_of
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.tuning import SM90_TILES
 from tests.support.sass import product_loops
 
-BASE = KernelConfig(
+BASE = PrefillConfig(
     "sm_90a", "bfloat16", 128, 128, 4, SM90_TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
     has_softcap=False, has_sinks=False, has_alibi=False, has_lse=True,
 )  # fmt: skip
@@ -109,7 +109,7 @@ def test_boxes_divide_page_and_tile(page_size: int, tile_n: int, rows: int) -> N
 
 
 def _facts_and_code(
-    key: KernelConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+    key: PrefillConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[compile_cache.KernelFacts, str, dict[str, int]]:
     monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(folder))
     library = compile_cache.ensure_object(key)
@@ -152,7 +152,7 @@ BUILDERS = (
     "fa4_backend.kernels.sm90.kernel:build",
     "fa4_backend.kernels.sm100.kernel:build",
     "fa4_backend.kernels.decode.kernel:build",
-    "fa4_backend.kernels.schedule:build",
+    "fa4_backend.kernels.schedule.kernel:build",
 )
 # Imported for the types of arguments that only host code around a kernel touches, or to size buffers for a plan.
 HOST_ONLY = {"arguments.py", "plan.py", "metadata.py", "kernels/tuning.py", "kernels/launch.py", "kernels/decode/config.py"}

@@ -12,8 +12,8 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.schedule_launch import schedule_key
-from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.launch import schedule_key
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
 from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 

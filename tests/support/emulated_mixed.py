@@ -11,9 +11,9 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.kernels.decode.config import decode_config
 from fa4_backend.kernels.decode.launch import launch_decode
 from fa4_backend.kernels.launch import launch_prefill
-from fa4_backend.kernels.schedule_launch import schedule_key
+from fa4_backend.kernels.schedule.launch import schedule_key
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, WorkLists
 from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import NUM_ENTRIES, WorkLists
 from tests.support.emulated_decode import run_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 

@@ -11,9 +11,9 @@ from fa4_backend import emulator
 from fa4_backend.compile import CompileKey
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkShape
 from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.tuning import cta_group, prefill_key, prefill_tile, tokens_per_work_item
-from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 

@@ -14,9 +14,9 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.launch import launch_prefill, load
-from fa4_backend.kernels.schedule_launch import run_schedule
+from fa4_backend.kernels.schedule.launch import run_schedule
 from fa4_backend.kernels.tuning import prefill_key
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
@@ -207,7 +207,7 @@ class Fuzzer:
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
 
 
-def lone_prefill_key(plan: AttentionPlan) -> KernelConfig:
+def lone_prefill_key(plan: AttentionPlan) -> PrefillConfig:
     """The plan's prefill kernel for a launch without a decode kernel before it: it starts when the schedule has ended."""
     return replace(prefill_key(plan), is_dependent=False)
 

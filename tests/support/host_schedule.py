@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkShape
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkShape
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import cutlass
 from cutlass import Int32
 
 from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.config import KernelConfig
 
 
 class BlockRange(NamedTuple):
@@ -31,7 +31,7 @@ class BlockInfo:
     tokens_per_tile: int
 
     @staticmethod
-    def of(config: KernelConfig) -> BlockInfo:
+    def of(config: PrefillConfig) -> BlockInfo:
         """The block arithmetic of a kernel."""
         return BlockInfo(MaskSpec.of(config), config.tile.tile_n, config.tokens_per_tile)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Int32, const_expr
 
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.config import KernelConfig
 
 
 class Columns(NamedTuple):
@@ -30,7 +30,7 @@ class MaskSpec:
     has_right: bool  # a causal mask is a right window of 0
 
     @staticmethod
-    def of(config: KernelConfig) -> MaskSpec:
+    def of(config: PrefillConfig) -> MaskSpec:
         """The mask of a kernel."""
         return MaskSpec(config.has_window_left, config.is_causal or config.has_window_right)
 

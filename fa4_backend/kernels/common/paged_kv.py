@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 
 class PageBoxes(NamedTuple):
@@ -43,7 +43,7 @@ class PagedKv:
     whole_rows: bool  # a box holds whole heads (one part after the other), else one part
 
     @staticmethod
-    def of(config: KernelConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
+    def of(config: PrefillConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
         """Geometry for rows of `head_dim` elements."""
         part = config.part_elems(head_dim)
         return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage, whole_rows)

@@ -1,4 +1,4 @@
-"""A CTA's entries of the work list (`fa4_backend.kernels.work_list`), read by its load warp."""
+"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`), read by its load warp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX
+from fa4_backend.kernels.schedule.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX
 
 
 class WorkTile(NamedTuple):

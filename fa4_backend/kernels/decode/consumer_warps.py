@@ -26,7 +26,7 @@ from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage, RingPosition, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
 from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, entry_of
-from fa4_backend.kernels.work_list import NUM_ENTRIES
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
 RESCALE_THRESHOLD = 8.0  # log2 units a row's maximum may grow before O is rescaled; weights reach 2^8, exact in the end
 

@@ -18,7 +18,7 @@ from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import ELEMENT_TYPES, DecodeStorage
 from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
-from fa4_backend.kernels.work_list import DECODE_INTS
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS
 
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.kernels.work_list import WorkLists
+from fa4_backend.kernels.schedule.work_list import WorkLists
 
 
 def launch_decode(kernel: Callable[..., None], arguments: AttentionArguments, work: WorkLists) -> None:

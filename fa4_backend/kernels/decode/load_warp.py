@@ -18,7 +18,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, entry_of
-from fa4_backend.kernels.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
 
 TILES_A_LOOKUP = 32 // BOXES  # KV tiles whose pages one read of the page table finds, a box a lane
 

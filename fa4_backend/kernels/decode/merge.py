@@ -22,7 +22,7 @@ from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.storage import RingPosition, SharedTensors, advance
 from fa4_backend.kernels.decode.work import CallValues, Entry
-from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
+from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)

@@ -13,7 +13,7 @@ from cutlass import Float32, Int32
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.decode.config import TILE_N
-from fa4_backend.kernels.work_list import (
+from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
     KV_HEAD_IDX,
     KV_LEN,

@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
 from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
@@ -45,7 +45,7 @@ class PrefillKernel:
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mSeqUsedK: cute.Tensor,  # (batch,) int32
-        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.work_list
+        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
@@ -127,9 +127,9 @@ class PrefillKernel:
             cute.arch.griddepcontrol_wait()
 
 
-def build(config: KernelConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:
+def build(config: PrefillConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
-    if isinstance(config, KernelConfig):
+    if isinstance(config, PrefillConfig):
         config = Sm100Config.of(config)
     kernel = config.kernel
     dtype = DTYPES[kernel.dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.tuning import cta_group
 
 NUM_WARPS = 16
@@ -63,7 +63,7 @@ ROWS: dict[str, Sm100Tuning] = {
 class Sm100Config:
     """Compile key of a Blackwell prefill kernel with tuned numbers of its own, for ablations."""
 
-    kernel: KernelConfig
+    kernel: PrefillConfig
     tuning: Sm100Tuning
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Sm100Config:
         return num_parts(self.kernel.head_dim_v) // self.tuning.cta_group
 
     @staticmethod
-    def of(kernel: KernelConfig) -> Sm100Config:
+    def of(kernel: PrefillConfig) -> Sm100Config:
         """The config of a kernel with the tuning of its arch and head dimensions."""
         return Sm100Config(kernel, replace(ROWS[kernel.arch], cta_group=cta_group(kernel.arch, kernel.head_dim, kernel.head_dim_v)))
 

@@ -26,9 +26,9 @@ from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
-from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
 from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, Storage, advance, tensor_at
@@ -76,7 +76,7 @@ class TileState(NamedTuple):
 class ConsumerWarpgroup:
     """Role of warpgroups 1 and up."""
 
-    config: KernelConfig
+    config: PrefillConfig
     roles: WarpRoles
     storage: Storage
     blocks: BlockInfo

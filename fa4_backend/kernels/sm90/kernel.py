@@ -16,7 +16,7 @@ from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
@@ -28,7 +28,7 @@ from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, W
 class PrefillKernel:
     """The kernel of one config; `__call__` is the host side."""
 
-    config: KernelConfig
+    config: PrefillConfig
 
     @property
     def smem_bytes(self) -> int:
@@ -44,7 +44,7 @@ class PrefillKernel:
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mSeqUsedK: cute.Tensor,  # (batch,) int32
-        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.work_list
+        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
@@ -138,7 +138,7 @@ class PrefillKernel:
         return PackGqa.of(c), k_pages, v_pages
 
 
-def build(config: KernelConfig) -> tuple[PrefillKernel, tuple]:
+def build(config: PrefillConfig) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
     dtype = Storage(config).dtype
     total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()

@@ -15,7 +15,7 @@ from cutlass.utils import LayoutEnum
 from cutlass.utils.hopper_helpers import get_smem_layout_atom
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 8  # fields of a tile handed to the consumers
@@ -49,7 +49,7 @@ class Barriers(NamedTuple):
 class Storage:
     """Sizes and layouts of one kernel's shared memory."""
 
-    config: KernelConfig
+    config: PrefillConfig
 
     def __post_init__(self) -> None:
         c = self.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 WARPGROUP_THREADS = 128
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
@@ -21,7 +21,7 @@ class WarpRoles:
     num_consumers: int
 
     @staticmethod
-    def of(config: KernelConfig) -> WarpRoles:
+    def of(config: PrefillConfig) -> WarpRoles:
         """The roles of a kernel: a consumer warpgroup for each 64 rows of the tile."""
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         return WarpRoles(config.tile.tile_m // WGMMA_ROWS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from fa4_backend.kernels.work_list import NO_WINDOW, WorkLists
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkLists
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ class ScheduleConfig:
     @property
     def builder(self) -> str:
         """Where the kernel is: see `fa4_backend.compile`."""
-        return "fa4_backend.kernels.schedule:build"
+        return "fa4_backend.kernels.schedule.kernel:build"
 
     @property
     def name(self) -> str:

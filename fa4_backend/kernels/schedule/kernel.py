@@ -23,13 +23,13 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
-from fa4_backend.kernels.schedule_block import NUM_THREADS, NUM_WARPS, block_scan, square_root, store_tile, upper_bound
-from fa4_backend.kernels.schedule_params import ScheduleParams
-from fa4_backend.kernels.schedule_share import Share, deal, deal_begin, share_chip
-from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
+from fa4_backend.kernels.schedule.block_ops import NUM_THREADS, NUM_WARPS, block_scan, square_root, store_tile, upper_bound
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.share import Share, deal, deal_begin, share_chip
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
-    from fa4_backend.kernels.schedule_launch import ScheduleConfig
+    from fa4_backend.kernels.schedule.launch import ScheduleConfig
 
 # Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
 # CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.

@@ -28,7 +28,7 @@ class TileShape:
 
 
 @dataclass(frozen=True)
-class KernelConfig:
+class PrefillConfig:
     """Compile key of a prefill kernel."""
 
     arch: str
@@ -92,10 +92,10 @@ def box_rows_of(page_size: int, tile_n: int) -> int:
     return common & -common
 
 
-def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool = False) -> KernelConfig:
+def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool = False) -> PrefillConfig:
     """The compile key of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
     assert problem.target_arch in ARCHS, problem.target_arch
-    return KernelConfig(
+    return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
         head_dim=problem.head_dim,
