@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures
 
 ALIBI_MODELS = ("bloom", "falcon-rw", "mpt")
 SINK_MODELS = ("gpt_oss",)
@@ -27,7 +27,7 @@ class LayerGroup:
     window: int | None  # visible tokens including the row's own, as configs count; None: all
 
 
-def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = None, **modes: bool) -> list[LayerGroup]:
+def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = None, **modes: Any) -> list[LayerGroup]:
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
@@ -57,11 +57,13 @@ def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = N
                 dtype=dtype,
                 page_size=page_size,
                 arch=arch,
-                has_window_left=window is not None,
-                has_softcap=bool(config.get("attn_logit_softcapping")),
+                mask=MaskFeatures(
+                    has_window_left=window is not None,
+                    has_softcap=bool(config.get("attn_logit_softcapping")),
+                    has_sinks=model_type in SINK_MODELS,
+                    has_alibi=model_type in ALIBI_MODELS or bool(config.get("alibi")),
+                ),
                 **modes,
-                has_sinks=model_type in SINK_MODELS,
-                has_alibi=model_type in ALIBI_MODELS or bool(config.get("alibi")),
             ),
             num_layers,
             window,

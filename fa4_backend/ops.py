@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, CallTensors
+from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
-from fa4_backend.trace import trace_forward
-from fa4_backend.validation import check_call_values, check_tensors
+from fa4_backend.trace import announce
+from fa4_backend.validation import check_tensors, check_values, clamp_window
 
 
 def paged_attention(
@@ -47,9 +47,10 @@ def paged_attention(
         plan: from `plan_attention`; says which mask features are compiled in.
         metadata: `AttentionMetadata.allocate(plan, device)`, refreshed for this step's lengths.
         softmax_scale: multiplies raw logits; default `head_dim ** -0.5`.
-        window_left, window_right: keys visible besides the diagonal key; given exactly when the plan has them.
+        window_left, window_right: keys visible besides the diagonal key, 0 or more; given exactly when the plan has them.
         softcap: logits become `softcap * tanh(logits / softcap)`; above 0 exactly when the plan has it.
-        sinks: (num_q_heads,) logit that joins each row's softmax without a value; given exactly when the plan has it.
+        sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
+            plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
         out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor, NaN-free only up to `cu_seqlens_q[-1]`.
         lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
@@ -60,26 +61,33 @@ def paged_attention(
     Raises:
         ValueError: a tensor or value does not fit the plan; nothing was launched.
     """
-    check_tensors(plan, q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out)
-    check_call_values(plan, metadata, seqused_k, q.shape[0], window_left, window_right, softcap, sinks, alibi_slopes, lse)
+    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
+    check_tensors(plan, metadata, tensors)
+    scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
     if out is None:
         out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
-    scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:  # the kernels take maxima of raw logits and mask with -inf before they scale
-        raise ValueError(f"softmax_scale: expected a number above 0, got {scale}")
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
-        scale, window_left, window_right, softcap, sinks, alibi_slopes,
+        scale, clamp_window(window_left), clamp_window(window_right), softcap, sinks, alibi_slopes,
     )  # fmt: skip
-    trace_forward(plan, metadata)
-    if plan.problem.arch == REFERENCE_ARCH:
+    announce(metadata)
+    if metadata.kernels is None:
         from fa4_backend.kernels.torch_reference import run_reference
 
         run_reference(plan.problem, arguments)
     else:
-        from fa4_backend.kernels.launch import launch_attention
-
-        launch_attention(plan, metadata, arguments)
+        _launch(metadata, arguments)
     return out, lse
+
+
+def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
+    """Run the plan's kernels over the work lists that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
+    kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
+    assert kernels is not None and work is not None and bounds is not None, metadata.plan
+    if kernels.decode is not None:
+        kernels.decode(*decode_arguments(arguments, work))
+    if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+        kernels.prefill(*prefill_arguments(arguments, work.prefill_tiles, work.prefill_begin))

@@ -13,8 +13,8 @@ import typer
 
 from fa4_backend.compile import CompileKey
 from fa4_backend.model_config import ModelConfigError, layer_groups
-from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
-from fa4_backend.problem import AttentionProblem, UnsupportedProblem
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 
 def compile(
@@ -41,7 +41,9 @@ def compile(
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
-            shape = AttentionProblem(num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, is_causal=causal, has_lse=lse)
+            shape = AttentionProblem(
+                num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, mask=MaskFeatures(is_causal=causal), has_lse=lse
+            )
             problems = [replace(shape, batch_invariant=batch_invariant or exact, exact=exact)]
         plans = [plan_attention(problem, limits) for problem in problems]
     except (ModelConfigError, ValueError) as error:
@@ -62,10 +64,9 @@ def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
     """Compile what the plans need and the cache lacks; facts of every kernel, one entry each."""
     from fa4_backend.compile_cache import ensure_object, read_facts
     from fa4_backend.kernel_facts import sass_counts
-    from fa4_backend.kernels.launch import keys_of
 
     kernels = []
-    for key in dict.fromkeys(key for plan in plans for key in keys_of(plan)):
+    for key in dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys):
         facts = asdict(read_facts(key))
         counts: Counter[str] = sass_counts(ensure_object(key).with_suffix(".cubin"))
         kernels.append({**facts, **_launch_facts(key), "sass_counts": counts})

@@ -71,7 +71,7 @@ def _torch_and_device() -> list[Finding]:
 
 
 def _gpu(properties: Any) -> Finding:
-    from fa4_backend.validation import SUPPORT
+    from fa4_backend.support import SUPPORT
 
     capability = (properties.major, properties.minor)
     arch = arch_of_capability(*capability)
@@ -84,7 +84,7 @@ def _gpu(properties: Any) -> Finding:
 
 
 def _cpu_kernel() -> Finding:
-    from fa4_backend.validation import SUPPORT
+    from fa4_backend.support import SUPPORT
 
     try:
         kernel = envs.cpu_kernel()

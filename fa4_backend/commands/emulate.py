@@ -105,8 +105,8 @@ def build_case(
     import torch
 
     from fa4_backend.arguments import AttentionArguments
-    from fa4_backend.plan import BatchLimits, plan_attention
-    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem
+    from fa4_backend.plan import plan_attention
+    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
 
     if len(q_lens) != len(kv_lens) or any(q > kv for q, kv in zip(q_lens, kv_lens, strict=False)):
         raise ValueError(f"--q-lens, --kv-lens: expected as many of each, queries at most keys, got {q_lens} and {kv_lens}")
@@ -116,7 +116,8 @@ def build_case(
     num_q_heads, num_kv_heads = (int(p) for p in parts)
     problem = AttentionProblem(
         num_q_heads, num_kv_heads, head_dim, head_dim, dtype, page_size, EMULATED_PREFIX + arch,
-        is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks, has_lse=True,
+        mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
+        has_lse=True,
     )  # fmt: skip
     limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(kv_lens))
     plan = plan_attention(problem, limits, num_sms=num_sms)
@@ -180,7 +181,7 @@ def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
 
     from fa4_backend.reference import attention_oracle
 
-    a, causal = arguments, plan.problem.is_causal
+    a, causal = arguments, plan.problem.mask.is_causal
     assert a.lse is not None
     rows = slice(0, int(a.cu_seqlens_q[-1]))
     want, want_lse = attention_oracle(a, is_causal=causal)

@@ -11,8 +11,8 @@ import typer
 
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.model_config import LayerGroup, ModelConfigError, layer_groups
-from fa4_backend.plan import BatchLimits, plan_attention
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.plan import plan_attention
+from fa4_backend.problem import BatchLimits, UnsupportedProblem
 
 
 def plan(
@@ -49,10 +49,11 @@ def plan(
 
 
 def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
+    facts = asdict(group.problem)
     row: dict[str, Any] = {
         "num_layers": group.num_layers,
         "window": group.window,
-        "problem": asdict(group.problem),
+        "problem": {**facts, **facts.pop("mask")},
         "plan": None,
         "kernels": [],
         "refusal": None,
@@ -63,8 +64,5 @@ def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
         row["refusal"] = str(error)
         return row
     row["plan"] = served.describe()
-    if group.problem.arch != REFERENCE_ARCH:
-        from fa4_backend.kernels.launch import keys_of
-
-        row["kernels"] = [key.name for key in keys_of(served)]
+    row["kernels"] = list(served.kernel_names)
     return row

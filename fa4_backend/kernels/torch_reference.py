@@ -37,7 +37,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
 def _run_chunk(problem: AttentionProblem, a: AttentionArguments, rows: slice, k: torch.Tensor, v: torch.Tensor, diagonal: int) -> None:
     """Rows `rows` of q against k (num_kv_heads, seqlen_k, d) and v (num_kv_heads, seqlen_k, dv)."""
     num_rows, seqlen_k = rows.stop - rows.start, k.shape[1]
-    right = 0 if problem.is_causal else a.window_right
+    right = 0 if problem.mask.is_causal else a.window_right
     first = 0 if a.window_left is None else min(max(0, diagonal - a.window_left), seqlen_k)
     last = seqlen_k if right is None else max(min(seqlen_k, diagonal + num_rows + right), first)
     if first == last:

@@ -11,13 +11,12 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
-from fa4_backend.arch import REFERENCE_ARCH
+from fa4_backend import AttentionMetadata, BatchLimits, plan_attention
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:
-    from fa4_integration.vllm_backend.impl import MaskFeatures
+    from fa4_backend import MaskFeatures
 
 # Specs whose pages hold one sequence's tokens in order, each once: what the operator's page table describes.
 SERVED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
@@ -58,7 +57,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         for layer in layers.values():
             if layer.impl.mask not in self.steps:
                 problem = layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype)
-                self.steps[layer.impl.mask] = start(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+                self.steps[layer.impl.mask] = AttentionMetadata.allocate(plan_attention(problem, limits, num_sms=count_sms(device)), device)
         for mask, step in self.steps.items():
             windows = [layer.impl.window_left for layer in layers.values() if layer.impl.mask == mask]
             step.window_left = max(windows) if mask.has_window_left else None
@@ -103,15 +102,6 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             scheduler.max_num_seqs * decode_query_len,
         )
         return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
-
-
-def start(plan: AttentionPlan, device: torch.device) -> AttentionMetadata:
-    """The plan's buffers, its kernels loaded: vLLM captures its graphs and serves right after this, and a step must not compile."""
-    if plan.problem.arch != REFERENCE_ARCH:
-        from fa4_backend.kernels.launch import warm_up
-
-        warm_up(plan)
-    return AttentionMetadata.allocate(plan, device)
 
 
 def count_sms(device: torch.device) -> int | None:

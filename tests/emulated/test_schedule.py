@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from fa4_backend.kernels.schedule.launch import ScheduleConfig
+from fa4_backend.kernels.schedule.config import ScheduleConfig
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkShape
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
 

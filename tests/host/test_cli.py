@@ -10,7 +10,7 @@ import pytest
 from fa4_backend.arch import ARCHS
 from fa4_backend.cli import main
 from fa4_backend.commands import features
-from fa4_backend.validation import SUPPORT
+from fa4_backend.support import SUPPORT
 
 GEMMA_2 = {
     "model_type": "gemma2", "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2304, "head_dim": 256,
@@ -47,7 +47,7 @@ def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[
     import dataclasses
 
     assert features.support_matrix()["attention sinks"]["cpu"] is None
-    poorer = dataclasses.replace(SUPPORT["cpu"], features=SUPPORT["cpu"].features - {"has_sinks"})
+    poorer = dataclasses.replace(SUPPORT["cpu"], masks=SUPPORT["cpu"].masks - {"has_sinks"})
     monkeypatch.setitem(SUPPORT, "cpu", poorer)
     code, out, _ = run(capsys, "features", "--json")
     matrix = json.loads(out)

@@ -14,12 +14,12 @@ from fa4_backend import compile_cache
 from fa4_backend.compile import CompileError, link_shared
 from fa4_backend.kernel_facts import disassemble, sass_counts
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
-from fa4_backend.kernels.tuning import SM90_TILES
+from fa4_backend.kernels.sm90.tuning import TILES
 from tests.support.sass import product_loops
 
 BASE = PrefillConfig(
-    "sm_90a", "bfloat16", 128, 128, 4, SM90_TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
-    has_softcap=False, has_sinks=False, has_alibi=False, has_lse=True,
+    "sm_90a", "bfloat16", 128, 128, 4, TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
+    has_softcap=False, has_sinks=False, has_alibi=False, has_lse=True, sinks_dtype="float32",
 )  # fmt: skip
 
 
@@ -134,11 +134,11 @@ def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", list(SM90_TILES))
+@pytest.mark.parametrize("dims", list(TILES))
 def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
     dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = replace(BASE, head_dim=dims[0], head_dim_v=dims[1], tile=SM90_TILES[dims])
+    key = replace(BASE, head_dim=dims[0], head_dim_v=dims[1], tile=TILES[dims])
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     if sass:

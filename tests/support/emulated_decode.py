@@ -11,8 +11,7 @@ import torch
 
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.schedule.launch import schedule_key
+from fa4_backend.kernels.launch_abi import decode_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
 from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
@@ -53,20 +52,16 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
     """
     built = case.build()
     plan, a = case.plan(num_sms=num_ctas), built.arguments
-    key = decode_config(plan.problem, plan.limits)
-    assert key is not None, case
-    work = WorkLists.allocate(plan, "cpu")
+    assert plan.kernels is not None and plan.kernels.decode is not None, case
+    key = plan.kernels.decode
+    work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
     for poisoned in (a.out, a.lse, work.slots):
         poisoned.fill_(math.nan)
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
-    scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
+    scheduled = run_schedule(arch, plan.kernels.schedule, work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
     with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
-        emu.run(
-            load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
-            work.decode_tiles, work.decode_first, work.slots, work.arrivals, a.sinks, a.alibi_slopes,
-            a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
-        )  # fmt: skip
+        emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
 
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.launch import launch_prefill, load
-from fa4_backend.kernels.schedule.launch import run_schedule
-from fa4_backend.kernels.tuning import prefill_key
+from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
+from fa4_backend.kernels.loading import load
+from tests.support.problems import make_problem
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
 
@@ -108,11 +107,11 @@ class Fuzzer:
         out = torch.full((total_q + 3, p.num_q_heads, p.head_dim_v), math.nan, dtype=self.dtype, device=device)
         lse = torch.full((p.num_q_heads, total_q + 3), math.nan, device=device)
         values = {
-            "window_left": int(rng.integers(0, 200)) if p.has_window_left else None,
-            "window_right": int(rng.integers(0, 60)) if p.has_window_right else None,
-            "softcap": float(rng.uniform(5, 50)) if p.has_softcap else 0.0,
-            "sinks": torch.randn(p.num_q_heads, device=device) if p.has_sinks else None,
-            "alibi_slopes": torch.rand(p.num_q_heads, device=device) if p.has_alibi else None,
+            "window_left": int(rng.integers(0, 200)) if p.mask.has_window_left else None,
+            "window_right": int(rng.integers(0, 60)) if p.mask.has_window_right else None,
+            "softcap": float(rng.uniform(5, 50)) if p.mask.has_softcap else 0.0,
+            "sinks": torch.randn(p.num_q_heads, device=device) if p.mask.has_sinks else None,
+            "alibi_slopes": torch.rand(p.num_q_heads, device=device) if p.mask.has_alibi else None,
         }
         arguments = AttentionArguments(
             q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, out, lse if p.has_lse else None, p.head_dim**-0.5, **values
@@ -125,10 +124,7 @@ class Fuzzer:
     def _launch(self, a: AttentionArguments, max_seqlen_q: int, max_seqlen_k: int) -> None:
         """The public operator, or the schedule and the prefill kernel alone."""
         if self.setup.prefill_only:
-            work = self.metadata.work
-            assert work is not None
-            run_schedule(self.plan, work, a.cu_seqlens_q, a.seqused_k)
-            launch_prefill(load(self.plan, lone_prefill_key(self.plan)), a, work.prefill_tiles, work.prefill_begin)
+            prefill_alone(self.metadata, a)
             return
         self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes")}
@@ -207,9 +203,13 @@ class Fuzzer:
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
 
 
-def lone_prefill_key(plan: AttentionPlan) -> PrefillConfig:
-    """The plan's prefill kernel for a launch without a decode kernel before it: it starts when the schedule has ended."""
-    return replace(prefill_key(plan), is_dependent=False)
+def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:
+    """The schedule, then the plan's prefill kernel without a decode kernel before it: it starts when the schedule has ended."""
+    kernels, work, problem = metadata.plan.kernels, metadata.work, metadata.plan.problem
+    assert kernels is not None and metadata.kernels is not None and work is not None
+    metadata.kernels.schedule(*schedule_arguments(work, a.cu_seqlens_q, a.seqused_k, None, is_causal=problem.mask.is_causal))
+    alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
+    load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
 
 
 def _num_sms(device: str) -> int | None:
@@ -220,7 +220,7 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
     """Problems that cover every head dimension, dtype, ratio, page size and mask feature of the prefill kernel at least once."""
 
     def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], page: int, dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
-        problem = AttentionProblem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
+        problem = make_problem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
         return FuzzSetup(name, problem, prefill_only=True)
 
     return [

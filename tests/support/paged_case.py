@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.reference import attention_oracle, gather_pages
 
@@ -50,12 +50,14 @@ class PagedCase:
             dtype=self.dtype,
             page_size=self.page_size,
             arch=self.arch,
-            is_causal=self.is_causal,
-            has_window_left=self.window_left is not None,
-            has_window_right=self.window_right is not None,
-            has_softcap=self.softcap > 0,
-            has_sinks=self.sinks,
-            has_alibi=self.alibi,
+            mask=MaskFeatures(
+                is_causal=self.is_causal,
+                has_window_left=self.window_left is not None,
+                has_window_right=self.window_right is not None,
+                has_softcap=self.softcap > 0,
+                has_sinks=self.sinks,
+                has_alibi=self.alibi,
+            ),
             has_lse=True,
             batch_invariant=self.batch_invariant,
         )

@@ -1,4 +1,4 @@
-"""What is compiled into an attention kernel. Frozen and complete before tracing; everything else is an argument of each launch.
+"""What is compiled into a prefill kernel of any chip. Frozen and complete before tracing; everything else is an argument of each launch.
 
 Runtime values, never part of a key: lengths, window sizes, scales, the soft cap, strides, page size, number of pages and of heads.
 """
@@ -11,14 +11,12 @@ from math import gcd
 from fa4_backend.arch import ARCHS
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
 
-BUILDERS = {"sm_90a": "fa4_backend.kernels.sm90.kernel:build", "sm_100a": "fa4_backend.kernels.sm100.kernel:build"}
-BUILDERS["sm_103a"] = BUILDERS["sm_100a"]
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """The tuned part of a config; `fa4_backend.kernels.tuning` chooses it."""
+    """The tuned part of a config; an arch's `tuning` chooses it."""
 
     tile_m: int  # packed query rows a CTA works on
     tile_n: int  # KV tokens a step
@@ -29,7 +27,7 @@ class TileShape:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Compile key of a prefill kernel."""
+    """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
     dtype: str
@@ -45,17 +43,13 @@ class PrefillConfig:
     has_sinks: bool
     has_alibi: bool
     has_lse: bool
+    sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     is_invariant: bool = False  # a row's bits do not depend on which rows share its tile
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
         assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
-
-    @property
-    def builder(self) -> str:
-        """Where the kernel is: see `fa4_backend.compile`."""
-        return BUILDERS[self.arch]
 
     @property
     def name(self) -> str:
@@ -92,8 +86,8 @@ def box_rows_of(page_size: int, tile_n: int) -> int:
     return common & -common
 
 
-def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool = False) -> PrefillConfig:
-    """The compile key of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
+def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool) -> PrefillConfig:
+    """The common part of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
     assert problem.target_arch in ARCHS, problem.target_arch
     return PrefillConfig(
         arch=problem.target_arch,
@@ -103,13 +97,14 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         q_per_kv=problem.q_per_kv,
         tile=tile,
         box_rows=box_rows_of(problem.page_size, tile.tile_n),
-        is_causal=problem.is_causal,
-        has_window_left=problem.has_window_left,
-        has_window_right=problem.has_window_right,
-        has_softcap=problem.has_softcap,
-        has_sinks=problem.has_sinks,
-        has_alibi=problem.has_alibi,
+        is_causal=problem.mask.is_causal,
+        has_window_left=problem.mask.has_window_left,
+        has_window_right=problem.mask.has_window_right,
+        has_softcap=problem.mask.has_softcap,
+        has_sinks=problem.mask.has_sinks,
+        has_alibi=problem.mask.has_alibi,
         has_lse=problem.has_lse,
+        sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
         is_invariant=problem.batch_invariant,
     )

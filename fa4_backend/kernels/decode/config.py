@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.plan import BatchLimits
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -43,6 +42,7 @@ class DecodeConfig:
     has_sinks: bool
     has_alibi: bool
     has_lse: bool
+    sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
 
     def __post_init__(self) -> None:
@@ -157,7 +157,7 @@ class DecodeConfig:
         return min(8, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
 
 
-def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
+def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
     That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two
@@ -177,13 +177,14 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
         q_per_kv=problem.q_per_kv,
         query_len=limits.decode_query_len,
         ctas_per_sm=1,
-        is_causal=problem.is_causal,
-        has_window_left=problem.has_window_left,
-        has_window_right=problem.has_window_right,
-        has_softcap=problem.has_softcap,
-        has_sinks=problem.has_sinks,
-        has_alibi=problem.has_alibi,
+        is_causal=problem.mask.is_causal,
+        has_window_left=problem.mask.has_window_left,
+        has_window_right=problem.mask.has_window_right,
+        has_softcap=problem.mask.has_softcap,
+        has_sinks=problem.mask.has_sinks,
+        has_alibi=problem.mask.has_alibi,
         has_lse=problem.has_lse,
+        sinks_dtype=problem.sinks_dtype,
         has_pieces=problem.batch_invariant,
     )
     # Two small CTAs hide each other's beginnings and ends: 32/8 d128 page 16 on an H200, against one CTA with the same bytes in

@@ -29,7 +29,7 @@ from fa4_backend.kernels.schedule.share import Share, deal, deal_begin, share_ch
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
 
 if TYPE_CHECKING:
-    from fa4_backend.kernels.schedule.launch import ScheduleConfig
+    from fa4_backend.kernels.schedule.config import ScheduleConfig
 
 # Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
 # CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.

@@ -10,7 +10,7 @@ from cutlass import Int32
 
 from fa4_backend.kernels.schedule.block_ops import NUM_THREADS, block_min, broadcast
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.work_list import TICKS
+from fa4_backend.kernels.schedule.rates import TICKS
 
 MOST_TILES = 1 << 20  # of a decode CTA when times are compared: far more than any step has, and no product passes 2^31
 

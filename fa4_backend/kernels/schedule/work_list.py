@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
-from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.plan import AttentionPlan
+    from fa4_backend.problem import BatchLimits
 
 TILE_INTS = 8
 SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(TILE_INTS)
@@ -40,7 +39,6 @@ Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY = range(TILE_INTS, TILE_INTS
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
 ITEM_OVERHEAD = 0  # KV tiles; beginning and ending a row group hides behind the next one's loads
-TICKS = 64  # time units in which a prefill n_block is measured
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 
 
@@ -98,11 +96,9 @@ class WorkLists:
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
 
     @classmethod
-    def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> WorkLists:
-        """Make the buffers for every batch within `plan.limits`; the lists are empty until the first schedule."""
+    def allocate(cls, shape: WorkShape, limits: BatchLimits, device: torch.device | str) -> WorkLists:
+        """Make the buffers for every batch within `limits`; the lists are empty until the first schedule."""
         import torch
-
-        shape, limits = work_shape(plan), plan.limits
 
         def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
@@ -117,31 +113,3 @@ class WorkLists:
             slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
         )
-
-
-def work_shape(plan: AttentionPlan) -> WorkShape:
-    """What the plan's kernels ask of their lists."""
-    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_floats, slot_vectors, split_tiles
-    from fa4_backend.kernels.tuning import decode_full_sms, decode_tile_ticks, prefill_groups, prefill_tile, tokens_per_work_item
-
-    problem, limits = plan.problem, plan.limits
-    tile = prefill_tile(problem)
-    decode = decode_config(problem, limits)
-    bytes_per_token = (problem.head_dim + problem.head_dim_v) * DTYPE_BYTES[problem.dtype]
-    return WorkShape(
-        num_kv_heads=problem.num_kv_heads,
-        num_ctas=prefill_groups(plan),
-        decode_num_ctas=plan.num_ctas * (decode.ctas_per_sm if decode else 1),
-        tokens_per_tile=tokens_per_work_item(problem),
-        prefill_tile_n=tile.tile_n,
-        decode_query_len=limits.decode_query_len if decode else 0,
-        decode_tile_n=TILE_N,
-        slot_floats=slot_floats(decode) if decode else 0,
-        split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
-        slot_vectors=slot_vectors(decode) if decode else 1,
-        item_overhead=ITEM_OVERHEAD,
-        l2_tokens=L2_SHARE_BYTES // bytes_per_token,
-        num_sms=plan.num_ctas,
-        decode_tile_ticks=decode_tile_ticks(problem),
-        decode_full_sms=decode_full_sms(plan),
-    )

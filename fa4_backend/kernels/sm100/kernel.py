@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float16, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
 from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
@@ -21,13 +21,11 @@ from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
 from fa4_backend.kernels.sm100.softmax_warps import Scores, SoftmaxWarps
 from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
-from fa4_backend.kernels.sm100.tuning import Sm100Config
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 O_STAGE = 1  # buffers of finished tiles; the shared memory that a second one would take holds a KV stage
-DTYPES = {"bfloat16": BFloat16, "float16": Float16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class PrefillKernel:
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
-        mSinks: cute.Tensor | None,  # (num_q_heads,) float32
+        mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
@@ -127,41 +125,6 @@ class PrefillKernel:
             cute.arch.griddepcontrol_wait()
 
 
-def build(config: PrefillConfig | Sm100Config) -> tuple[PrefillKernel, tuple]:
-    """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
-    if isinstance(config, PrefillConfig):
-        config = Sm100Config.of(config)
-    kernel = config.kernel
-    dtype = DTYPES[kernel.dtype]
-    total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    pages, page_size, kv_heads = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-
-    def rows(*shape):
-        """A tensor with any strides of 16 bytes but the last."""
-        strides = tuple(cute.sym_int64(divisibility=16 // kernel.element_bytes) for _ in shape[:-1])
-        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
-
-    def plain(element_type, *shape):
-        strides = tuple(cute.sym_int64() for _ in shape[:-1])
-        return make_fake_tensor(element_type, shape, (*strides, 1), assumed_align=4)
-
-    arguments = (
-        rows(total_q, heads, kernel.head_dim),
-        rows(pages, page_size, kv_heads, kernel.head_dim),
-        rows(pages, page_size, kv_heads, kernel.head_dim_v),
-        plain(Int32, batch, cute.sym_int32()),
-        plain(Int32, cute.sym_int32()),
-        plain(Int32, batch),
-        make_fake_tensor(Int32, (cute.sym_int32(), 8), (8, 1), assumed_align=16),
-        plain(Int32, cute.sym_int32()),
-        rows(total_q, heads, kernel.head_dim_v),
-        plain(Float32, heads, total_q) if kernel.has_lse else None,
-        plain(Float32, heads) if kernel.has_sinks else None,
-        plain(Float32, heads) if kernel.has_alibi else None,
-        Float32(1.0),
-        Float32(0.0),
-        Int32(0),
-        Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-    return PrefillKernel(config), arguments
+def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
+    """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
+    return PrefillKernel(config), prefill_fakes(config.kernel)

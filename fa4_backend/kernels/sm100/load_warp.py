@@ -10,8 +10,8 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.storage import ROW_BYTES
-from fa4_backend.kernels.sm100.tuning import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 

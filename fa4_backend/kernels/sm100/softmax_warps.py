@@ -28,7 +28,7 @@ class Scores(NamedTuple):
     softmax_scale: Float32
     softcap: Float32
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
 
 

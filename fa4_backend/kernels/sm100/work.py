@@ -11,11 +11,10 @@ from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
+from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 
 
 class WorkTensors(NamedTuple):
@@ -68,7 +67,7 @@ class Geometry:
         """Resolve a config."""
         kernel = config.kernel
         pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
-        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, tokens_per_item(config))
+        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, config.tokens_per_item)
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
         return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
 
@@ -116,8 +115,3 @@ def uniform(tile: WorkTile) -> WorkTile:
     """The same entry in uniform registers: every lane has read the same, but the compiler cannot know it."""
     same = [cute.arch.make_warp_uniform(field) for field in tile[:-1]]
     return WorkTile(*same, SeqlenInfo(*(cute.arch.make_warp_uniform(field) for field in tile.seqlen)))
-
-
-def tokens_per_item(config: Sm100Config) -> int:
-    """Query tokens of a work item: what `m_block` counts in."""
-    return Q_STAGE * config.tuning.cta_group * config.kernel.tokens_per_tile

@@ -32,5 +32,5 @@ class Outputs(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32

@@ -366,7 +366,7 @@ class ConsumerWarpgroup:
             head = work.kv_head_idx * self.pack.q_per_kv + packed.head
             sink = None
             if const_expr(c.has_sinks):
-                sink = outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)]
+                sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
             result = finalize_row(stats.row_max[i], row_sum, scale_log2, sink)
             scales[i] = result.o_scale

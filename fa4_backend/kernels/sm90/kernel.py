@@ -9,7 +9,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from fa4_backend.kernels.common.block_info import BlockInfo
@@ -17,7 +16,9 @@ from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
+from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.storage import Q_STAGE, WORK_INTS, Storage
@@ -48,7 +49,7 @@ class PrefillKernel:
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
-        mSinks: cute.Tensor | None,  # (num_q_heads,) float32
+        mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
@@ -138,44 +139,6 @@ class PrefillKernel:
         return PackGqa.of(c), k_pages, v_pages
 
 
-def build(config: PrefillConfig) -> tuple[PrefillKernel, tuple]:
-    """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
-    dtype = Storage(config).dtype
-    total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    pages, page_size, kv_heads = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-
-    def rows(*shape):
-        """A tensor with any strides of 16 bytes but the last."""
-        strides = tuple(cute.sym_int64(divisibility=16 // config.element_bytes) for _ in shape[:-1])
-        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
-
-    def ints(*shape):
-        strides = tuple(cute.sym_int64() for _ in shape[:-1])
-        return make_fake_tensor(Int32, shape, (*strides, 1), assumed_align=4)
-
-    def floats(present: bool, *shape):
-        if not present:
-            return None
-        strides = tuple(cute.sym_int64() for _ in shape[:-1])
-        return make_fake_tensor(Float32, shape, (*strides, 1), assumed_align=4)
-
-    arguments = (
-        rows(total_q, heads, config.head_dim),
-        rows(pages, page_size, kv_heads, config.head_dim),
-        rows(pages, page_size, kv_heads, config.head_dim_v),
-        ints(batch, cute.sym_int32()),
-        ints(cute.sym_int32()),
-        ints(batch),
-        make_fake_tensor(Int32, (cute.sym_int32(), 8), (8, 1), assumed_align=16),
-        ints(cute.sym_int32()),
-        rows(total_q, heads, config.head_dim_v),
-        floats(config.has_lse, heads, total_q),
-        floats(config.has_sinks, heads),
-        floats(config.has_alibi, heads),
-        Float32(1.0),
-        Float32(0.0),
-        Int32(0),
-        Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-    return PrefillKernel(config), arguments
+def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
+    """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel)
