@@ -114,6 +114,12 @@ def load_shared_f32(address: Int32) -> Float32:
     return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))
 
 
+def load_shared_f32x2(address: Int32) -> list[Float32]:
+    """Two float32 from an 8-byte aligned shared address."""
+    value = llvm.load(vec(2), smem_pointer(address), alignment=8)
+    return [Float32(vector.extract(value, [], [i])) for i in range(2)]
+
+
 def load_shared_f32x4(address: Int32) -> list[Float32]:
     """Four float32 from a 16-byte aligned shared address."""
     value = llvm.load(ir.VectorType.get([4], T.f32()), smem_pointer(address), alignment=16)
@@ -200,6 +206,11 @@ def tcgen05_commit(barrier: Int32) -> None:
     )
 
 
+def mul_rn(a: Float32, b: Float32) -> Float32:
+    """a * b, rounded: PTX forbids to fuse a product with a rounding modifier into the sum or difference that uses it."""
+    return cute.math.mul(Float32(a), Float32(b), rounding=cute.math.RoundingMode.NEAREST_EVEN)
+
+
 # ---- float32 pairs and vectors -----------------------------------------------------------------------------------------------
 
 
@@ -255,12 +266,12 @@ def from_pairs(pairs: Sequence[ir.Value]) -> ir.Value:
 
 def fma2(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c on a pair, one instruction (fma.rn.f32x2)."""
-    return nvvm.fma_packed_f32x2(a, b, c, rnd=nvvm.FPRoundingMode.RN)
+    return nvvm.fma_packed_f32x2(a, b, c, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
 
 
 def add2(a: ir.Value, b: ir.Value) -> ir.Value:
     """a + b on a pair."""
-    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
+    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
 
 
 def add2_down(a: ir.Value, b: ir.Value) -> ir.Value:
@@ -270,7 +281,7 @@ def add2_down(a: ir.Value, b: ir.Value) -> ir.Value:
 
 def mul2(a: ir.Value, b: ir.Value) -> ir.Value:
     """a * b on a pair."""
-    return nvvm.mul_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
+    return nvvm.mul_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
 
 
 def max_of(vectors: Sequence[ir.Value], start: Float32) -> Float32:

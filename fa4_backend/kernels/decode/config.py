@@ -197,8 +197,8 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | No
 
 
 def slot_floats(config: DecodeConfig) -> int:
-    """Float32 of a split-KV slot: rows of O, then a log2 denominator a row, to the next 16 bytes."""
-    return config.rows * config.head_dim_v + -(-config.rows // VEC) * VEC
+    """Float32 of a split-KV slot: rows of O, then row_max and row_sum of each row, to the next 16 bytes."""
+    return config.rows * config.head_dim_v + -(-2 * config.rows // VEC) * VEC
 
 
 def slot_vectors(config: DecodeConfig) -> int:

@@ -19,7 +19,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.online_softmax import update_max
+from fa4_backend.kernels.common.online_softmax import exponent, update_max
 from fa4_backend.kernels.decode.config import BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
@@ -96,7 +96,7 @@ class ConsumerWarps:
                     if slot == c.kv_stage:
                         slot = Int32(0)
                         phase ^= 1
-                self.merge.meet(state, shared, self.scores.scale_log2(values))
+                self.merge.meet(state, shared)
                 self.merge.finish_piece(entry, piece - first_piece, shared, totals, results)
             if entry.partial_slot >= 0:
                 self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
@@ -177,13 +177,13 @@ class ConsumerWarps:
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(
                 block_max, state.rMax[h], scale_log2,
-                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD, exact_factor=c.has_pieces,
+                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD,
             )  # fmt: skip
-            weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
+            weights = [cute.math.exp2(exponent(score, scale_log2, update.offset), fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
             moved = moved | (update.row_max > state.rMax[h])
             state.rMax[h] = update.row_max
-            state.rSum[h] = state.rSum[h] * update.factor + ((weights[0] + weights[1]) + (weights[2] + weights[3]))
+            state.rSum[h] = cute.math.fma(state.rSum[h], update.factor, (weights[0] + weights[1]) + (weights[2] + weights[3]))
             p[h] = pack_pair(c.dtype, weights[0], weights[1])
             p[2 + h] = pack_pair(c.dtype, weights[2], weights[3])
             factors.append(update.factor)

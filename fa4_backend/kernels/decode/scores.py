@@ -9,6 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.online_softmax import LOG2_E
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
@@ -42,9 +43,9 @@ class ScoreTransform:
         """Scores leave `apply` in log2 units already, since they were changed after scaling."""
         return self.config.has_softcap or self.config.has_alibi
 
-    def scale_log2(self, values: CallValues) -> Float32:
-        """Factor from a transformed score to the exponent of 2."""
-        return Float32(1.0) if self.is_log2 else values.softmax_scale * LOG2_E
+    def scale_log2(self, values: CallValues) -> Float32 | None:
+        """Factor from a transformed score to the exponent of 2; None: it is one already."""
+        return None if self.is_log2 else values.softmax_scale * LOG2_E
 
     def row(self, row: Int32, seqlen: SeqlenInfo, kv_head_idx: Int32, values: CallValues, slopes: cute.Tensor | None) -> RowView:
         """Packed row `row` of a row group; rows past the query see nothing."""
@@ -62,11 +63,11 @@ class ScoreTransform:
         """The transformed score of one key; -inf where the row does not see it (NaN of an unused key included)."""
         if const_expr(self.config.has_softcap):
             scaled = score * (values.softmax_scale / values.softcap)
-            score = cute.math.tanh(scaled) * (values.softcap * LOG2_E)
+            score = ptx.mul_rn(cute.math.tanh(scaled), values.softcap * LOG2_E)
         elif const_expr(self.config.has_alibi):
-            score = score * (values.softmax_scale * LOG2_E)
+            score = ptx.mul_rn(score, values.softmax_scale * LOG2_E)
         if const_expr(self.config.has_alibi):
             distance = cutlass.max(row.diagonal - column, column - row.diagonal)
-            score = score - row.slope_log2 * Float32(distance)
+            score = cute.math.fma(Float32(distance), -row.slope_log2, score)
         is_seen = (column >= row.begin) & (column < row.end)
         return cutlass.select_(is_seen, score, -Float32.inf)

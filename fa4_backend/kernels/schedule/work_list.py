@@ -92,7 +92,7 @@ class WorkLists:
     prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
-    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, divided by its own denominator, then log2 of the denominator
+    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
 
     @classmethod

@@ -99,7 +99,7 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, exact_factor=c.is_invariant)
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold)
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -108,7 +108,7 @@ class ConsumerWarpgroup:
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
         # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
-        scale_log2 = Float32(1.0) if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
+        scale_log2 = None if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         tile_begin, tile_end = tile_range(mBegin)
         if tile_begin < tile_end:
@@ -157,7 +157,7 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
-                self._finish(products, stats, scale_log2, tiles, outputs, tile.work, q, group, thread)
+                self._finish(products, stats, tiles, outputs, tile.work, q, group, thread)
                 self._release_query(barriers.q_empty + q.slot)
                 products.rO.fill(0.0)
                 for i in cutlass.range_constexpr(2):
@@ -198,7 +198,7 @@ class ConsumerWarpgroup:
         n_block: Int32,
         values: MaskValues,
         tile: TileState,
-        scale_log2: Float32,
+        scale_log2: Float32 | None,
         is_masked: cutlass.Constexpr[bool],
     ):
         """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
@@ -230,7 +230,7 @@ class ConsumerWarpgroup:
         return rS
 
     def _first_weights(
-        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32
+        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32 | None
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
@@ -349,7 +349,6 @@ class ConsumerWarpgroup:
         self,
         products: Products,
         stats: RowStats,
-        scale_log2: Float32,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -368,7 +367,7 @@ class ConsumerWarpgroup:
             if const_expr(c.has_sinks):
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
-            result = finalize_row(stats.row_max[i], row_sum, scale_log2, sink)
+            result = finalize_row(stats.row_max[i], row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:

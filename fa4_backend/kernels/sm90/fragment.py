@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common.mask import Columns
-from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
+from fa4_backend.kernels.common.online_softmax import LOG2_E, exponent, update_max
 
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
@@ -20,7 +20,7 @@ CHAINS = 2  # independent sums and maxima a row, to hide the latency of a depend
 class RowStats(NamedTuple):
     """Running statistics of a thread's two rows."""
 
-    row_max: cute.Tensor  # (2,) reference maximum, raw scores; the same in all four lanes of a quad
+    row_max: cute.Tensor  # (2,) reference maximum, log2 units; the same in all four lanes of a quad
     row_sum: cute.Tensor  # (2,) sum of weights of this lane's columns only
 
 
@@ -30,13 +30,12 @@ class RowFragment:
 
     n: int
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
-    exact_factor: bool = False  # see `update_max`
 
     def _row(self, i: int) -> range:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
-    def softmax(self, rS: cute.Tensor, stats: RowStats, scale_log2: Float32, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+    def softmax(self, rS: cute.Tensor, stats: RowStats, scale_log2: Float32 | None, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks."""
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
@@ -45,17 +44,17 @@ class RowFragment:
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
             update = update_max(
                 block_max, stats.row_max[i], scale_log2,
-                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold, exact_factor=self.exact_factor,
+                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold,
             )  # fmt: skip
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
             for j in row:
-                s[j] = cute.math.exp2(s[j] * scale_log2 - update.offset, fastmath=True)
+                s[j] = cute.math.exp2(exponent(s[j], scale_log2, update.offset), fastmath=True)
             total = _tree([s[j] for j in row], lambda a, b: a + b)
             if const_expr(is_first):
                 stats.row_sum[i] = total
             else:
-                stats.row_sum[i] = stats.row_sum[i] * update.factor + total
+                stats.row_sum[i] = cute.math.fma(stats.row_sum[i], update.factor, total)
         return factors
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
@@ -84,7 +83,7 @@ class RowFragment:
         outer = softcap * LOG2_E
         for j in range(self.n // 2):
             denominator = cute.math.exp2(s[j] * inner, fastmath=True) + 1.0
-            s[j] = outer - 2.0 * outer * cute.arch.rcp_approx(denominator)
+            s[j] = cute.math.fma(cute.arch.rcp_approx(denominator), -2.0 * outer, outer)
 
     def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
         """Subtract slope * |column - diagonal|; scores and slopes in log2 units."""
@@ -94,7 +93,7 @@ class RowFragment:
             distance = (lane_column - diagonals[i]).to(Float32)
             for j in self._row(i):
                 far = distance + float(8 * (j // 4) + j % 2)
-                s[j] = s[j] - slopes[i] * cute.arch.fmax(far, -far)
+                s[j] = cute.math.fma(cute.arch.fmax(far, -far), -slopes[i], s[j])
 
     def mask(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns]) -> None:
         """-inf where a row does not see the column."""
