@@ -51,13 +51,19 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
     """
-    built = case.build()
-    plan, a = case.plan(num_sms=num_ctas), built.arguments
+    return run_decode_built(case.build(), num_ctas=num_ctas, seed=seed)
+
+
+def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+    """`run_decode` on tensors that the caller may have changed."""
+    case, a = built.case, built.arguments
+    plan = case.plan(num_sms=num_ctas)
     key = decode_config(plan.problem, plan.limits)
     assert key is not None, case
     work = WorkLists.allocate(plan, "cpu")
     for poisoned in (a.out, a.lse, work.slots):
         poisoned.fill_(math.nan)
+    built.oracle = None
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
     scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
