@@ -83,8 +83,7 @@ class VisibleTiles:
     def keys(self, entry: Entry, values: CallValues) -> Columns:
         """Columns from the first that any row of an entry sees to the sequence's end. What lies outside may hold anything, NaN too,
         and the page table anything there."""
-        first = self.mask.columns(Int32(0), entry.seqlen, values.window_left, values.window_right)
-        return Columns(first.begin, entry.seqlen.seqlen_k)
+        return Columns(self.mask.first_key(Int32(0), entry.seqlen, values.window_left), entry.seqlen.seqlen_k)
 
     def has_any(self, keys: Columns, column: Int32, count: int) -> Boolean:
         """Whether some of `count` columns from `column` on are in `keys`."""
