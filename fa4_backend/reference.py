@@ -36,16 +36,23 @@ def attention_oracle(
         rows = slice(bounds[seq_idx], bounds[seq_idx + 1])
         if rows.start == rows.stop:
             continue
-        k, v = (gather_pages(cache, a.page_table[seq_idx], seqlen_k) for cache in (a.k_cache, a.v_cache))
+        first_key = visible_columns(rows.stop - rows.start, seqlen_k, is_causal, a.window_left, a.window_right)[0][0]
+        k, v = (gather_pages(cache, a.page_table[seq_idx], seqlen_k, first_key) for cache in (a.k_cache, a.v_cache))
         out[rows], lse[:, rows] = _one_sequence(a, a.q[rows], k, v, is_causal, dtype, accumulate)
     return out, lse
 
 
-def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seqlen_k: int) -> torch.Tensor:
-    """The first `seqlen_k` tokens of a sequence: (seqlen_k, num_kv_heads, head_dim), from pages listed in `pages`."""
+def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seqlen_k: int, first_key: int = 0) -> torch.Tensor:
+    """The first `seqlen_k` tokens of a sequence: (seqlen_k, num_kv_heads, head_dim), from pages listed in `pages`.
+
+    Tokens before `first_key`, which no row sees, come out as zeros, whatever they hold and whatever stands in `pages` for them.
+    """
     page_size = cache.shape[1]
-    num_pages = -(-seqlen_k // page_size)
-    return cache[pages[:num_pages].long()].flatten(0, 1)[:seqlen_k]
+    first_page, num_pages = first_key // page_size, -(-seqlen_k // page_size)
+    skipped = first_page * page_size
+    tokens = cache[pages[first_page:num_pages].long()].flatten(0, 1)
+    tokens[: first_key - skipped] = 0
+    return torch.cat([tokens.new_zeros((skipped, *tokens.shape[1:])), tokens])[:seqlen_k]
 
 
 def visible_columns(

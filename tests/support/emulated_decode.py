@@ -50,13 +50,19 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
     """
-    built = case.build()
-    plan, a = case.plan(num_sms=num_ctas), built.arguments
+    return run_decode_built(case.build(), num_ctas=num_ctas, seed=seed)
+
+
+def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+    """`run_decode` on tensors that the caller may have changed."""
+    case, a = built.case, built.arguments
+    plan = case.plan(num_sms=num_ctas)
     assert plan.kernels is not None and plan.kernels.decode is not None, case
     key = plan.kernels.decode
     work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
     for poisoned in (a.out, a.lse, work.slots):
         poisoned.fill_(math.nan)
+    built.oracle = None
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
     scheduled = run_schedule(arch, plan.kernels.schedule, work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)

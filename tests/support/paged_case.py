@@ -11,7 +11,8 @@ from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, Batc
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.reference import attention_oracle, gather_pages
 
-NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
+NO_PAGE = 2**30  # page-table entries of pages that no row sees: following one is an access far outside
+POISON = torch.tensor([math.nan, math.inf, -math.inf])  # what keys left of a window hold
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class PagedCase:
         return plan_attention(self.problem(), limits, num_sms=num_sms)
 
     def build(self, device: torch.device | str = "cpu") -> BuiltCase:
-        """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN; unused table entries `NO_PAGE`."""
+        """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN; unused table entries `NO_PAGE`.
+
+        Keys left of what any row sees hold NaN, Inf and -Inf; pages of such keys alone stand in the table, or -1 or `NO_PAGE` does.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
         pages_of = [-(-n // self.page_size) for n in self.kv_lens]
@@ -82,13 +86,19 @@ class PagedCase:
         page_table = torch.full((len(self.kv_lens), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
         # Pages are drawn apart from values: the same sequences in pages of another size.
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
+        poison = torch.Generator().manual_seed(self.seed + 2)
         for seq_idx, kv_len in enumerate(self.kv_lens):
             values = [
                 torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator).to(dtype) for cache in (k_cache, v_cache)
             ]
+            first_key = self.first_key(seq_idx)
+            for tokens in values:
+                tokens[:first_key] = POISON[torch.randint(len(POISON), tokens[:first_key].shape, generator=poison)].to(dtype)
             for logical in range(pages_of[seq_idx]):
                 page = free.pop()
-                page_table[seq_idx, logical] = page
+                is_unseen = (logical + 1) * self.page_size <= first_key
+                choices = (page, -1, NO_PAGE) if is_unseen else (page,)
+                page_table[seq_idx, logical] = choices[int(torch.randint(len(choices), (), generator=poison))]
                 rows = slice(logical * self.page_size, min((logical + 1) * self.page_size, kv_len))
                 for cache, drawn in zip((k_cache, v_cache), values, strict=True):
                     cache[page, : rows.stop - rows.start] = drawn[rows]
@@ -106,6 +116,12 @@ class PagedCase:
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
+
+    def first_key(self, seq_idx: int) -> int:
+        """First key of a sequence that any of its rows sees; keys before it are poisoned."""
+        if self.window_left is None or self.arch == "cpu":
+            return 0
+        return min(max(self.kv_lens[seq_idx] - self.query_lens[seq_idx] - self.window_left, 0), self.kv_lens[seq_idx])
 
     def _empty_caches(self, num_pages: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         d, dv = self.head_dim, self.head_dim_v or self.head_dim
@@ -199,10 +215,12 @@ def repage(built: BuiltCase, page_size: int) -> BuiltCase:
     page_table = torch.full((len(pages_of), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
     page = 1
     for seq_idx, kv_len in enumerate(case.kv_lens):
+        first_key = case.first_key(seq_idx)
         for old, new in zip((a.k_cache, a.v_cache), caches, strict=True):
-            tokens = gather_pages(old, a.page_table[seq_idx], kv_len).cpu()
-            new[page : page + pages_of[seq_idx]].flatten(0, 1)[:kv_len] = tokens
-        page_table[seq_idx, : pages_of[seq_idx]] = torch.arange(page, page + pages_of[seq_idx])
+            tokens = gather_pages(old, a.page_table[seq_idx], kv_len, first_key).cpu()
+            new[page : page + pages_of[seq_idx]].flatten(0, 1)[first_key:kv_len] = tokens[first_key:]
+        first_page = first_key // page_size
+        page_table[seq_idx, first_page : pages_of[seq_idx]] = torch.arange(page + first_page, page + pages_of[seq_idx])
         page += pages_of[seq_idx]
     k_cache, v_cache, table = (x.to(a.q.device) for x in (*caches, page_table))
     return BuiltCase(case, a._replace(k_cache=k_cache, v_cache=v_cache, page_table=table), built.total_q)

@@ -55,5 +55,9 @@ class BlockInfo:
         full_begin = self._ceil_blocks(last.begin)
         return BlockRange(begin, end, full_begin, full_end)
 
+    def first_key(self, m_block: Int32, seqlen: SeqlenInfo, window_left: Int32) -> Int32:
+        """First key that any row of query block `m_block` sees; keys before it may hold anything, and the page table anything there."""
+        return self.mask.first_key(m_block * self.tokens_per_tile, seqlen, window_left)
+
     def _ceil_blocks(self, tokens: Int32) -> Int32:
         return (tokens + self.tile_n - 1) // self.tile_n

@@ -37,9 +37,13 @@ class MaskSpec:
     def columns(self, token: Int32, seqlen: SeqlenInfo, window_left: Int32, window_right: Int32) -> Columns:
         """Columns that query token `token` of a sequence sees; `window_right` is 0 for causal. `end` may be negative."""
         diagonal = seqlen.diagonal + token
-        begin, end = Int32(0), seqlen.seqlen_k
+        end = seqlen.seqlen_k
         if const_expr(self.has_right):
             end = cutlass.min(end, diagonal + window_right + 1)
+        return Columns(self.first_key(token, seqlen, window_left), end)
+
+    def first_key(self, token: Int32, seqlen: SeqlenInfo, window_left: Int32) -> Int32:
+        """First column that query token `token`, and so any token behind it, sees."""
         if const_expr(self.has_left):
-            begin = cutlass.max(begin, diagonal - window_left)
-        return Columns(begin, end)
+            return cutlass.max(seqlen.diagonal + token - window_left, 0)
+        return Int32(0)

@@ -19,8 +19,9 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import exponent, update_max
-from fa4_backend.kernels.decode.config import BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
+from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage, RingPosition, SharedTensors
@@ -74,6 +75,7 @@ class ConsumerWarps:
             entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
             begin, end = self.visible.clip(entry, values)
+            keys = self.visible.keys(entry, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
             self.merge.reset(totals)
             first_piece, last_piece = self.merge.pieces(entry, values)
@@ -85,10 +87,10 @@ class ConsumerWarps:
                 for n_block in cutlass.range(piece_begin, piece_end, unroll=1):
                     cute.arch.mbarrier_wait(shared.kv_full + slot, phase)
                     column = n_block * TILE_N + key_warp * MMA_ROWS
-                    if column < entry.seqlen.seqlen_k:
+                    if self.visible.has_any(keys, column, BOX_KEYS):
                         k_box = self.storage.k_box(shared, slot, key_warp)
                         v_box = self.storage.v_box(shared, slot, key_warp)
-                        self._attend(k_box, v_box, column, entry.seqlen.seqlen_k, rows, values, rQ, state)
+                        self._attend(k_box, v_box, column, keys, rows, values, rQ, state)
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(shared.kv_empty + slot)
@@ -142,7 +144,7 @@ class ConsumerWarps:
         k_box: Int32,
         v_box: Int32,
         column: Int32,  # first of the box's 16 keys
-        seqlen_k: Int32,
+        keys: Columns,  # that any row may see
         rows: tuple[RowView, RowView],
         values: CallValues,
         rQ: cute.Tensor,
@@ -193,8 +195,8 @@ class ConsumerWarps:
                 state.rO[i] = state.rO[i] * factors[i // 2 % 2]
 
         v_address = v_box + v_layout.value_matrices(lane)
-        # Keys past the sequence hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
-        keep = (keep_pair(column + 2 * pair, seqlen_k), keep_pair(column + 8 + 2 * pair, seqlen_k))
+        # Other keys hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
+        keep = (self._keep_pair(column + 2 * pair, keys), self._keep_pair(column + 8 + 2 * pair, keys))
         self._add_values(v_address, v_layout, p, keep, state)
 
     @cute.jit
@@ -211,6 +213,12 @@ class ConsumerWarps:
                 for e in cutlass.range_constexpr(4):
                     state.rO[at + e] = o[e]
 
+    def _keep_pair(self, key: Int32, keys: Columns) -> Int32:
+        """Bits to keep of a word that holds V of keys `key` and `key + 1`."""
+        low = cutlass.select_(self.visible.has_any(keys, key, 1), Int32(0xFFFF), Int32(0))
+        high = cutlass.select_(self.visible.has_any(keys, key + 1, 1), Int32(-65536), Int32(0))
+        return low | high
+
 
 def quad_max(value: Float32) -> Float32:
     """Largest value of the four lanes that hold a row."""
@@ -223,10 +231,3 @@ def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
     """Two weights rounded to the element type, in one word."""
     values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
     return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))
-
-
-def keep_pair(key: Int32, seqlen_k: Int32) -> Int32:
-    """Bits to keep of a word that holds V of keys `key` and `key + 1`."""
-    low = cutlass.select_(key < seqlen_k, Int32(0xFFFF), Int32(0))
-    high = cutlass.select_(key + 1 < seqlen_k, Int32(-65536), Int32(0))
-    return low | high

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32, const_expr
 
-from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.mask import Columns, MaskSpec
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.decode.config import TILE_N
 from fa4_backend.kernels.schedule.work_list import (
@@ -79,3 +79,15 @@ class VisibleTiles:
         begin = cutlass.max(first.begin // TILE_N, entry.n_block_begin)
         end = cutlass.min((cutlass.max(last.end, 0) + TILE_N - 1) // TILE_N, entry.n_block_end)
         return begin, end
+
+    def keys(self, entry: Entry, values: CallValues) -> Columns:
+        """Columns from the first that any row of an entry sees to the sequence's end. What lies outside may hold anything, NaN too,
+        and the page table anything there."""
+        return Columns(self.mask.first_key(Int32(0), entry.seqlen, values.window_left), entry.seqlen.seqlen_k)
+
+    def has_any(self, keys: Columns, column: Int32, count: int) -> Boolean:
+        """Whether some of `count` columns from `column` on are in `keys`."""
+        has_any = column < keys.end
+        if const_expr(self.mask.has_left):
+            has_any = has_any & (column + count > keys.begin)
+        return has_any

@@ -149,6 +149,8 @@ class ConsumerWarpgroup:
                 q_next = advance(q, Q_STAGE)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
                 after = advance(position, stages)
+                if const_expr(self.blocks.mask.has_left):
+                    self._clear_head(tiles, barriers, after, tile, values, thread)
                 rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
@@ -328,21 +330,53 @@ class ConsumerWarpgroup:
         if first < end:
             value = advance(position, c.tile.kv_stage)
             cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
-            part = c.part_elems(c.head_dim_v)
-            chunk = 16 // c.element_bytes
-            row_chunks = part // chunk
-            zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
-            zeros.fill(0.0)
-            copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-            box = tiles.kv + value.slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
-            # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
-            for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
-                line = box + (part_idx * c.box_rows + first % c.box_rows) * part
-                for i in cutlass.range(thread, (end - first) * row_chunks, self.roles.consumer_threads, unroll=1):
-                    target = (line + i * chunk).align(16)
-                    cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
-            cute.arch.fence_proxy("async.shared", space="cta")
+            self._clear_rows(tiles, value.slot, first, end, thread, self.roles.consumer_threads)
             cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
+
+    @cute.jit
+    def _clear_head(
+        self,
+        tiles: SharedTiles,
+        barriers: Barriers,
+        value: RingPosition,  # of the V tile of the tile's first block
+        tile: TileState,
+        values: MaskValues,
+        thread: Int32,
+    ):
+        """Zero the V rows before the first key that a row of the tile sees, in the tile's first block, as `_clear_tail` does at the end.
+
+        Boxes that end before that key hold zeros already. The first warpgroup clears before its turn, and the turn that it gives tells
+        the others, so nobody waits for anybody else; without turns all clear and meet.
+        """
+        c = self.config
+        first_key = self.blocks.first_key(tile.work.m_block, tile.work.seqlen, values.window_left)
+        end = cutlass.max(first_key - tile.blocks.begin * c.tile.tile_n, 0)
+        first = end // c.box_rows * c.box_rows
+        clearing = const_expr(WARPGROUP_THREADS if c.tile.ping_pong else self.roles.consumer_threads)
+        if first < end and thread < clearing:
+            cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
+            self._clear_rows(tiles, value.slot, first, end, thread, clearing)
+            if const_expr(not c.tile.ping_pong):
+                cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
+
+    @cute.jit
+    def _clear_rows(self, tiles: SharedTiles, slot: Int32, first: Int32, end: Int32, thread: Int32, threads: cutlass.Constexpr[int]):
+        """Zero rows `first .. end` of one box of the V tile in `slot`, by `threads` threads; a barrier then shows it to the products."""
+        c = self.config
+        part = c.part_elems(c.head_dim_v)
+        chunk = 16 // c.element_bytes
+        row_chunks = part // chunk
+        zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
+        zeros.fill(0.0)
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
+        box = tiles.kv + slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
+        # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
+        for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
+            line = box + (part_idx * c.box_rows + first % c.box_rows) * part
+            for i in cutlass.range(thread, (end - first) * row_chunks, threads, unroll=1):
+                target = (line + i * chunk).align(16)
+                cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
+        cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def _finish(

@@ -69,10 +69,13 @@ class LoadWarp:
                 sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
                 self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
                 q_position = advance(q_position, Q_STAGE)
+            first_key = None
+            if const_expr(self.blocks.mask.has_left):
+                first_key = self.blocks.first_key(work.m_block, work.seqlen, values.window_left)
             num_blocks = blocks.end - blocks.begin
             for i in cutlass.range(num_blocks, unroll=1):
                 boxes = pages.find_boxes(
-                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, work.seqlen.seqlen_k, step.page_size, step.num_pages
+                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, first_key, work.seqlen.seqlen_k, step.page_size, step.num_pages
                 )
                 self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
                 position = self._after(position, pages.stages, loads_v, is_first)
