@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from fa4_backend.kernels.schedule.limits import table_size
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkLists
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class ScheduleConfig:
     """Compile key of the schedule: one kernel serves every problem of an arch."""
 
     arch: str
-    max_num_seqs: int  # a power of two
+    max_num_seqs: int  # `limits.table_size`
 
     @property
     def builder(self) -> str:
@@ -35,7 +36,7 @@ class ScheduleConfig:
 
 def schedule_key(plan: AttentionPlan) -> ScheduleConfig:
     """Compile key of the plan's schedule; few sizes, so that plans share it."""
-    return ScheduleConfig(plan.problem.target_arch, max(256, 1 << (plan.limits.max_num_seqs - 1).bit_length()))
+    return ScheduleConfig(plan.problem.target_arch, table_size(plan.problem.target_arch, plan.limits.max_num_seqs))
 
 
 def run_schedule(
@@ -51,10 +52,10 @@ def run_schedule(
     """
     s = work.shape
     _schedule_kernel(plan)(
-        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
-        s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
+        s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks,
         s.l2_tokens, NO_WINDOW if window_left is None else window_left, 0 if plan.problem.is_causal else NO_WINDOW, s.slot_vectors,
-        s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
+        s.num_sms, s.decode_tile_ticks, s.decode_full_sms, s.max_seqlen_k, s.max_num_tokens,
     )  # fmt: skip
 
 
