@@ -6,8 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from fa4_backend.kernels.launch_abi import schedule_arguments
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
-from fa4_backend.validation import check_step
+from fa4_backend.validation import check_step, clamp_window
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +84,6 @@ class AttentionMetadata:
         check_step(self, cu_seqlens_q, seqused_k, max_seqlen_q, max_seqlen_k)
         self.bounds = StepBounds(seqused_k.shape[0], max_seqlen_q, max_seqlen_k)
         if self.work is not None and self.kernels is not None:
-            from fa4_backend.kernels.launch_abi import schedule_arguments
-
-            is_causal = self.plan.problem.mask.is_causal
-            self.kernels.schedule(*schedule_arguments(self.work, cu_seqlens_q, seqused_k, self.window_left, is_causal=is_causal))
+            left = NO_WINDOW if self.window_left is None else clamp_window(self.window_left)
+            right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
+            self.kernels.schedule(*schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right))

@@ -48,6 +48,6 @@ def plan_attention(problem: AttentionProblem, limits: BatchLimits, *, num_sms: i
     check_problem(problem)
     if problem.arch == REFERENCE_ARCH:
         return AttentionPlan(problem, limits, 1, None)
-    check_limits(limits)
+    check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
     return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms))

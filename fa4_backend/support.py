@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
+from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
@@ -83,9 +84,15 @@ def _chips(arch: str) -> str:
     return ARCHS[arch].chips if arch in ARCHS else arch
 
 
-def check_limits(limits: BatchLimits) -> None:
+def check_limits(problem: AttentionProblem, limits: BatchLimits) -> None:
     """Check that the schedule's kernel can serve batches of these limits.
 
     Raises:
         UnsupportedProblem: it cannot; the message says what can be served.
     """
+    most = largest_num_seqs(problem.target_arch, limits.max_seqlen_k)
+    if limits.max_num_seqs > most:
+        raise UnsupportedProblem(
+            f"max_num_seqs on {problem.target_arch}: expected at most {most} for sequences of up to {limits.max_seqlen_k} tokens, "
+            f"got {limits.max_num_seqs}"
+        )

@@ -170,9 +170,9 @@ def check_values(
         raise ValueError(f"metadata: expected a refresh for {num_seqs} sequences, got one for {metadata.bounds.num_seqs}")
 
 
-def clamp_window(window: int | None) -> int | None:
+def clamp_window(window: int) -> int:
     """The same window for every sequence there can be, in a range in which no position overflows."""
-    return None if window is None else min(window, WIDEST_WINDOW)
+    return min(window, WIDEST_WINDOW)
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

@@ -20,7 +20,7 @@ from fa4_backend.kernels.decode import config as decode_family
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
 from fa4_backend.kernels.schedule.rates import decode_full_sms, decode_tile_ticks
-from fa4_backend.kernels.schedule.work_list import ITEM_OVERHEAD, L2_SHARE_BYTES, WorkShape
+from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
 from fa4_backend.problem import AttentionProblem, BatchLimits
@@ -105,9 +105,10 @@ def _work_shape(
         slot_floats=decode_family.slot_floats(decode) if decode else 0,
         split_blocks=decode_family.split_tiles(limits) if problem.batch_invariant else 0,
         slot_vectors=decode_family.slot_vectors(decode) if decode else 1,
-        item_overhead=ITEM_OVERHEAD,
         l2_tokens=L2_SHARE_BYTES // problem.kv_token_bytes,
         num_sms=num_sms,
         decode_tile_ticks=ticks,
         decode_full_sms=decode_full_sms(problem.target_arch, num_sms),
+        max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
+        max_num_tokens=limits.max_num_tokens,
     )

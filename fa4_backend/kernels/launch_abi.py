@@ -60,21 +60,24 @@ class DecodeArguments(NamedTuple):
     split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
 
 
-def schedule_arguments(work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, window_left: int | None, *, is_causal: bool) -> tuple[Any, ...]:
+def schedule_arguments(
+    work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, *, window_left: int = NO_WINDOW, window_right: int = 0
+) -> tuple[Any, ...]:
     """A call of the schedule, which makes both lists of `work` from a step's lengths.
 
     Args:
         cu_seqlens_q: (batch + 1,) int32.
         seqused_k: (batch,) int32.
-        window_left: keys before the diagonal that any row of the step sees; None: all. A window wider than a layer's is correct for it,
-            since the kernels apply their own.
+        window_left: keys before the diagonal that any row of the step sees. A window wider than a layer's is correct for it, since the
+            kernels apply their own.
+        window_right: keys after the diagonal, likewise; 0 for causal attention.
     """
     s = work.shape
     return (
-        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
-        s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
-        s.l2_tokens, NO_WINDOW if window_left is None else window_left, 0 if is_causal else NO_WINDOW, s.slot_vectors,
-        s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
+        s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks,
+        s.l2_tokens, window_left, window_right, s.slot_vectors,
+        s.num_sms, s.decode_tile_ticks, s.decode_full_sms, s.max_seqlen_k, s.max_num_tokens,
     )  # fmt: skip
 
 

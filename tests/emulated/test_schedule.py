@@ -27,8 +27,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
         num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
         tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
         slot_floats=520, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
-        item_overhead=draw.choice((0, 2)), l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
-        decode_full_sms=draw.choice((1, 3, 20)),
+        l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
+        decode_full_sms=draw.choice((1, 3, 20)), max_seqlen_k=draw.choice((4096, 400)), max_num_tokens=16384,
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -46,7 +46,7 @@ def test_device_lists_are_the_hosts() -> None:
     for seed in range(12):
         shape, query_lens, kv_lens, left, right = draw_step(seed)
         want = host_lists(shape, query_lens, kv_lens, window_left=left, window_right=right)
-        work = empty_lists(shape, len(kv_lens), sum(query_lens))
+        work = empty_lists(shape, len(kv_lens))
         key = ScheduleConfig("sm_90a", 256)
         report = run_schedule("sm_90a", key, work, query_lens, kv_lens, window_left=left, window_right=right, seed=seed)
         assert report.races == []
@@ -58,7 +58,7 @@ def test_more_rows_than_threads() -> None:
     shape = draw_step(3)[0]
     draw = random.Random(0)
     query_lens, kv_lens = [draw.choice((0, 1, 2, 9)) for _ in range(600)], [draw.choice(KV_EDGES) for _ in range(600)]
-    work = empty_lists(shape, 600, sum(query_lens))
+    work = empty_lists(shape, 600)
     run_schedule("sm_90a", ScheduleConfig("sm_90a", 1024), work, query_lens, kv_lens)
     assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
 
@@ -66,7 +66,7 @@ def test_more_rows_than_threads() -> None:
 def test_decode_is_balanced() -> None:
     """No CTA has more KV tiles than its equal share and one, whatever the lengths of several rows."""
     for seed in range(50):
-        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000, 132, 20, 46)
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 1000, 132, 20, 46, 1 << 17, 8192)
         draw = random.Random(seed)
         kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((2, 8, 64)))]
         lists = host_lists(shape, [1] * len(kv_lens), kv_lens)
@@ -80,7 +80,7 @@ def test_decode_is_balanced() -> None:
 @pytest.mark.parametrize("slot_vectors", [1, 4])
 def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None:
     """n parts of a row of b tiles where n * n * slot_vectors <= 5 * b, or as many as there are CTAs for."""
-    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 0, 1000, 132, 20, 46)
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 1000, 132, 20, 46, 1 << 17, 8192)
     for tiles in (1, 2, 16, 64, 500):
         lists = host_lists(shape, [1], [64 * tiles])
         parts = len(lists.decode_tiles) // 8
@@ -90,7 +90,7 @@ def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None
 
 def test_a_step_of_both_kinds_shares_the_sms() -> None:
     """Some SMs decode, a CTA each; prefill CTAs that wait for them get fewer tiles than the others, which get about the same number."""
-    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 0, 49152, 132, 20, 53)
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192)
     lists = host_lists(shape, [1] * 32 + [2048], [4096] * 32 + [6144])
     decoding = int((lists.decode_first[:, 11] > 0).sum())
     tiles = (lists.prefill_begin[1:] - lists.prefill_begin[:-1]).tolist()

@@ -11,8 +11,8 @@ import torch
 
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
-from fa4_backend.kernels.launch_abi import decode_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
+from fa4_backend.kernels.launch_abi import decode_arguments, schedule_arguments
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, TILE_INTS, TOTAL_Q, WorkLists, WorkShape
 from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -83,28 +83,22 @@ def run_schedule(
     seed: int | None = None,
 ) -> emulator.Report:
     """Make `work`'s lists with the compiled schedule."""
-    s = work.shape
     cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int()
-    with emulator.session(arch=arch, num_sms=s.num_ctas, seed=seed, detect_races=True) as emu:
-        emu.run(
-            load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
-            work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
-            s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
-            s.l2_tokens, window_left, window_right, s.slot_vectors, s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
-        )  # fmt: skip
+    with emulator.session(arch=arch, num_sms=work.shape.num_ctas, seed=seed, detect_races=True) as emu:
+        lengths = cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32)
+        emu.run(load_function(key), *schedule_arguments(work, *lengths, window_left=window_left, window_right=window_right))
     return emu.report
 
 
-def empty_lists(shape: WorkShape, num_seqs: int, num_tokens: int) -> WorkLists:
-    """Lists without a plan, every int UNWRITTEN; no workspace."""
+def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
+    """Lists without a plan, every int UNWRITTEN; no slots."""
 
     def ints(*size: int) -> torch.Tensor:
         return torch.full(size, UNWRITTEN, dtype=torch.int32)
 
-    none = torch.empty(0)
     return WorkLists(
-        shape, ints(max(shape.max_prefill_tiles(num_tokens, num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
-        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), none, none,
+        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
+        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
     )  # fmt: skip
 
 
@@ -114,7 +108,8 @@ def assert_same_lists(work: WorkLists, want: HostLists) -> None:
     assert np.array_equal(work.prefill_tiles[: len(want.prefill_tiles)].numpy(), want.prefill_tiles)
     counts, want_counts = work.decode_first[:, 11].numpy(), want.decode_first[:, 11]
     assert np.array_equal(counts, want_counts)
-    # A CTA without entries has a count and nothing else; unused ints are nobody's.
+    # A CTA without entries has a count and the step's tokens, and nothing else; unused ints are nobody's.
+    assert np.array_equal(work.decode_first[:, TOTAL_Q].numpy(), want.decode_first[:, TOTAL_Q])
     assert np.array_equal(work.decode_first.numpy()[counts > 0, :13], want.decode_first[counts > 0, :13])
     assert np.array_equal(work.decode_tiles[: len(want.decode_tiles), :11].numpy(), want.decode_tiles[:, :11])
 
@@ -132,8 +127,9 @@ def host_lists(
             here = len(pieces_between(shape, begin, end)) if shape.split_blocks else 1
             slots += range(slot, slot + here)
             assert first_slot <= slot and slot + here <= first_slot + num_pieces
-    assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots(max([*kv_lens, 1]))
+    assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots()
     for seq_idx, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        kv_len = min(kv_len, shape.max_seqlen_k)
         for head in range(shape.num_kv_heads):
             ranges = covered.get((seq_idx, head), [])
             if not 0 < query_len <= shape.decode_query_len:

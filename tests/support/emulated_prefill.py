@@ -93,7 +93,8 @@ def _work_list(case: PagedCase, num_ctas: int, tokens_per_item: int, tile_n: int
     shape = WorkShape(
         num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=tokens_per_item, prefill_tile_n=tile_n,
         decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
-        item_overhead=1, l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
+        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas, max_seqlen_k=NO_WINDOW,
+        max_num_tokens=NO_WINDOW,
     )  # fmt: skip
     left = NO_WINDOW if case.window_left is None else case.window_left
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right

@@ -16,6 +16,7 @@ from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from tests.support.problems import make_problem
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
@@ -207,7 +208,9 @@ def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:
     """The schedule, then the plan's prefill kernel without a decode kernel before it: it starts when the schedule has ended."""
     kernels, work, problem = metadata.plan.kernels, metadata.work, metadata.plan.problem
     assert kernels is not None and metadata.kernels is not None and work is not None
-    metadata.kernels.schedule(*schedule_arguments(work, a.cu_seqlens_q, a.seqused_k, None, is_causal=problem.mask.is_causal))
+    metadata.kernels.schedule(
+        *schedule_arguments(work, a.cu_seqlens_q, a.seqused_k, window_right=0 if problem.mask.is_causal else NO_WINDOW)
+    )
     alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
     load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
 

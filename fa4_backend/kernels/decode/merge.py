@@ -1,9 +1,9 @@
 """The end of an entry: the key warps' results are added up, written to `out` or to a split-KV slot, and slots are combined.
 
-Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across
-pieces. A part's O and denominator refer to its own maximum, and weigh exp2 of a difference of maxima: no rounded product or
-logarithm comes between, whatever the logits' size. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with
-the same arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
+Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across pieces. A part's O and
+denominator refer to its own maximum, and weigh exp2 of a difference of maxima: no rounded product or logarithm comes between, whatever the
+logits' size. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with the same
+arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
 
 Work is spread over the consumer threads in vectors of four elements of a row; a thread keeps its vectors throughout.
 """

@@ -6,8 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-NUM_THREADS = 512
-NUM_WARPS = NUM_THREADS // 32
+from fa4_backend.kernels.schedule.limits import NUM_WARPS
 
 
 @cute.jit

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fa4_backend.kernels.schedule.limits import table_size
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Compile key of the schedule: one kernel serves every problem of an arch."""
 
     arch: str
-    max_num_seqs: int  # a power of two
+    max_num_seqs: int  # `limits.table_size`
 
     @property
     def builder(self) -> str:
@@ -25,4 +27,4 @@ class ScheduleConfig:
 
 def schedule_config(arch: str, max_num_seqs: int) -> ScheduleConfig:
     """The schedule for batches of up to `max_num_seqs`; few sizes, so that plans share it."""
-    return ScheduleConfig(arch, max(256, 1 << (max_num_seqs - 1).bit_length()))
+    return ScheduleConfig(arch, table_size(arch, max_num_seqs))
