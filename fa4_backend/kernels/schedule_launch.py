@@ -30,7 +30,7 @@ class ScheduleConfig:
     @property
     def name(self) -> str:
         """Short name for people and file names."""
-        return f"schedule-s{self.max_num_seqs}"
+        return f"schedule-{self.arch}-s{self.max_num_seqs}"
 
 
 def schedule_key(plan: AttentionPlan) -> ScheduleConfig:

@@ -30,11 +30,6 @@ class PrefillKernel:
 
     config: KernelConfig
 
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA."""
-        return Storage(self.config).num_bytes
-
     @cute.jit
     def __call__(
         self,
