@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.compile import compile_to_object, cpu_seconds, find_cuda_tool, resource_usage
+from fa4_backend.compile import compile_to_object, cpu_seconds
+from fa4_backend.kernel_facts import find_cuda_tool, resource_usage
 from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.paged_case import PagedCase
 

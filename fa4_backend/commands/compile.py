@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from dataclasses import asdict, replace
@@ -11,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fa4_backend.compile import CompileKey
 from fa4_backend.model_config import ModelConfigError, layer_groups
 from fa4_backend.plan import AttentionPlan, plan_attention
 from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
@@ -56,7 +54,8 @@ def compile(
     for kernel in kernels:
         print(
             f"{kernel['name']}: {kernel['cpu_seconds']} CPU s, {kernel['registers']} registers, {kernel['spills']} bytes of spills, "
-            f"{kernel['smem_bytes']} bytes of shared memory, {kernel['ptx_instructions']} PTX instructions"
+            f"{kernel['smem_bytes']} bytes of shared memory, {kernel['tmem_columns']} columns of tensor memory, "
+            f"{kernel['ptx_instructions']} PTX instructions"
         )
 
 
@@ -69,13 +68,5 @@ def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys):
         facts = asdict(read_facts(key))
         counts: Counter[str] = sass_counts(ensure_object(key).with_suffix(".cubin"))
-        kernels.append({**facts, **_launch_facts(key), "sass_counts": counts})
+        kernels.append({**facts, "sass_counts": counts})
     return kernels
-
-
-def _launch_facts(key: CompileKey) -> dict[str, int]:
-    """What only the kernel's host side knows: dynamic shared memory, tensor memory."""
-    module, function = key.builder.split(":")
-    host, _ = getattr(importlib.import_module(module), function)(key)
-    found = {name: getattr(host, name, None) for name in ("smem_bytes", "tmem_columns")}
-    return {"tmem_columns": 0} | {name: value for name, value in found.items() if value is not None}

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fa4_backend.compile import find_cuda_tool
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernel_facts import disassemble
+from fa4_backend.kernel_facts import disassemble, find_cuda_tool
 from fa4_backend.kernels.decode.config import DecodeConfig, resolve
 from tests.support.paged_case import PagedCase
 from tests.support.sass import product_loops

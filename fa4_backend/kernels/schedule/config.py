@@ -22,7 +22,7 @@ class ScheduleConfig:
     @property
     def name(self) -> str:
         """Short name for people and file names."""
-        return f"schedule-s{self.max_num_seqs}"
+        return f"schedule-{self.arch}-s{self.max_num_seqs}"
 
 
 def schedule_config(arch: str, max_num_seqs: int) -> ScheduleConfig:

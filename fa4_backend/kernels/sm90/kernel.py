@@ -31,11 +31,6 @@ class PrefillKernel:
 
     config: PrefillConfig
 
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA."""
-        return Storage(self.config).num_bytes
-
     @cute.jit
     def __call__(
         self,
