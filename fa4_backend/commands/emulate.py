@@ -53,6 +53,7 @@ def emulate(
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault or a wrong result, 2 on a wrong call."""
+    from fa4_backend.cache.errors import CacheError
     from fa4_backend.emulator import EmulatorError
     from fa4_backend.emulator.trace import Trace
 
@@ -67,7 +68,7 @@ def emulate(
                 num_sms=num_sms,
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
-    except EmulatorError as error:
+    except (EmulatorError, CacheError) as error:
         typer.echo(f"fa4 emulate: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
