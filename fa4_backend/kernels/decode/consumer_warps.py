@@ -20,7 +20,7 @@ from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
-from fa4_backend.kernels.common.online_softmax import exponent, update_max
+from fa4_backend.kernels.common.online_softmax import update_max
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
@@ -169,7 +169,6 @@ class ConsumerWarps:
         if const_expr(chains == 2):
             halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
 
-        scale_log2 = self.scores.scale_log2(values)
         factors, p, moved = [], [None] * 4, Boolean(False)
         for h in cutlass.range_constexpr(2):
             seen = []
@@ -178,10 +177,9 @@ class ConsumerWarps:
                 seen.append(self.scores.apply(halves[i // 2][2 * h + i % 2], key, rows[h], values))
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(
-                block_max, state.rMax[h], scale_log2,
-                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD,
+                block_max, state.rMax[h], may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD
             )  # fmt: skip
-            weights = [cute.math.exp2(exponent(score, scale_log2, update.offset), fastmath=True) for score in seen]
+            weights = [cute.math.exp2(score - update.offset, fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
             moved = moved | (update.row_max > state.rMax[h])
             state.rMax[h] = update.row_max

@@ -1,4 +1,4 @@
-"""One row's weights of one KV block: P = exp2(s * scale_log2 - offset), with the reference maximum moved only when it must.
+"""One row's weights of one KV block: P = exp2(s * scale_log2 - row_max), with the reference maximum moved only when it must.
 
 Note [One pass]. FlashAttention-4 rescales O only when a row's maximum grew by more than 8 (log2 units), which is rare behind a row's first
 block. Then even the maximum is rarely needed: the weights are computed with the reference in use, and their sum, which the softmax needs
@@ -30,7 +30,7 @@ MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^1
 class Weights(NamedTuple):
     """What the decision left: the first columns' weights, and the scores of the rest with all that their weights need."""
 
-    row_max: Float32  # reference maximum, raw score; -inf: no key yet
+    row_max: Float32  # reference maximum, log2 units (`online_softmax`); -inf: no key yet
     row_sum: Float32  # of all earlier blocks and the first columns
     factor: Float32  # multiplies O of earlier blocks; 1 while the reference stays
     first: list[ir.Value]  # packed 16-bit weights, a chunk each
@@ -79,9 +79,9 @@ class BlockWeights:
                 lambda values: self._move(s, *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
-            offset = self.offset(reference, scale_log2)
+            offset = self.offset(reference)
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
-            unseen = Float32(self._unseen_max(s)) * scale_log2 - offset
+            unseen = cute.math.fma(Float32(self._unseen_max(s)), scale_log2, -offset)
             too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
@@ -94,9 +94,9 @@ class BlockWeights:
         cut = len(scalars) + self.first_chunks
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
 
-    def offset(self, row_max: Float32, scale_log2: Float32) -> Float32:
+    def offset(self, row_max: Float32) -> Float32:
         """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf."""
-        return cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) * scale_log2
+        return cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
 
     def weigh(self, s: list[ir.Value], first_chunk: int, scale_log2: Float32, offset: Float32) -> tuple[list[ir.Value], Float32]:
         """Packed weights of some chunks, and their sum.
@@ -123,12 +123,12 @@ class BlockWeights:
     def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
         """Reference, sum and factor after the block's maximum was looked at."""
         old = Float32(row_max)
-        largest = ptx.max_of(s, old)
+        largest = cute.arch.fmax(old, ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2))
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
-        grew = may_move & ((largest - old) * scale_log2 > self.config.kernel.tile.rescale_threshold)
+        grew = may_move & (largest - old > self.config.kernel.tile.rescale_threshold)
         new = cutlass.select_(grew, largest, old)
-        factor = cutlass.select_(grew, cute.math.exp2((old - new) * scale_log2, fastmath=True), Float32(1.0))
-        return [new.ir_value(), (Float32(row_sum) * factor).ir_value(), factor.ir_value()]
+        factor = cutlass.select_(grew, cute.math.exp2(old - new, fastmath=True), Float32(1.0))
+        return [new.ir_value(), ptx.mul_rn(row_sum, factor).ir_value(), factor.ir_value()]
 
     def _unseen_max(self, s: list[ir.Value]) -> ir.Value:
         """Largest score among those whose weight the sum of the first columns does not show."""

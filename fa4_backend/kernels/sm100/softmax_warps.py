@@ -82,7 +82,7 @@ class SoftmaxWarps:
                     # S of this block has arrived, so PV of the block before it is done.
                     self.rescale(g.tmem.o_at(place, q_idx) + (warp * 32 << LANE_SHIFT), weights.factor)
                 self.store_weights(place, q_idx, p_tmem, weights.first, 0, "p_softmax_to_mma")
-                rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max, scale_log2))
+                rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max))
                 self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
                 row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
                 s_phase ^= 1
@@ -91,7 +91,7 @@ class SoftmaxWarps:
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             sink = self.sink_of(scores, head, packed.is_valid)
-            result = finalize_row(row_max, row_sum, scale_log2, sink)
+            result = finalize_row(row_max, row_sum, sink)
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
             ptx.store_shared_f32(stats, result.o_scale)

@@ -30,7 +30,7 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
-from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
+from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, WaitedBarrier
 from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, Storage, advance, tensor_at
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -121,7 +121,7 @@ class ConsumerWarpgroup:
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values, scale_log2)
+            self._first_weights(fragment, rS, stats, tile, values, scale_log2, self._waited(barriers, q))
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             self._clear_tail(tiles, barriers, position, tile, thread)
@@ -155,7 +155,7 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2)
+                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2, self._waited(barriers, q_next))
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
@@ -210,7 +210,7 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, scale_log2, self._waited(barriers, q), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -231,12 +231,23 @@ class ConsumerWarpgroup:
             self._give_turn(turn)
         return rS
 
+    def _waited(self, barriers: Barriers, q: RingPosition) -> WaitedBarrier:
+        """The barrier of a tile's Q, until the tile is finished."""
+        return WaitedBarrier(barriers.q_full + q.slot, q.phase)
+
     def _first_weights(
-        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32 | None
+        self,
+        fragment: RowFragment,
+        rS: cute.Tensor,
+        stats: RowStats,
+        tile: TileState,
+        values: MaskValues,
+        scale_log2: Float32 | None,
+        waited: WaitedBarrier,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, scale_log2, waited, may_be_empty=True, is_first=True)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
