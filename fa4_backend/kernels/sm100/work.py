@@ -106,9 +106,30 @@ class Geometry:
         return WorkItem(tile, blocks)
 
     def has_v_tail(self, item: WorkItem) -> Boolean:
-        """Whether the first (rightmost) block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
+        """Whether the last block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
         kernel, seqlen_k = self.config.kernel, item.tile.seqlen.seqlen_k
         return (item.blocks.end * kernel.tile.tile_n > seqlen_k) & (seqlen_k % kernel.box_rows != 0)
+
+    def has_v_head(self, work: WorkTensors, item: WorkItem) -> Boolean:
+        """Whether what the item sees begins in its first block and within a box, whose first rows may hold anything."""
+        kernel, first_key = self.config.kernel, self.first_key(work, item)
+        return (item.blocks.begin * kernel.tile.tile_n < first_key) & (first_key % kernel.box_rows != 0)
+
+    def has_v_edge(self, work: WorkTensors, item: WorkItem, i: Int32) -> Boolean:
+        """Whether the item's V tile `i`, counted from its last block, has rows to clear."""
+        has_edge = (i == 0) & self.has_v_tail(item)
+        if self.has_window_left:
+            has_edge = has_edge | ((i == item.num_blocks - 1) & self.has_v_head(work, item))
+        return has_edge
+
+    def first_key(self, work: WorkTensors, item: WorkItem) -> Int32:
+        """First key that any row of an item sees."""
+        return self.block_info.first_key(item.tile.m_block, item.tile.seqlen, work.window_left)
+
+    @property
+    def has_window_left(self) -> bool:
+        """Whether items may begin behind a sequence's first key."""
+        return self.block_info.mask.has_left
 
 
 def uniform(tile: WorkTile) -> WorkTile:
