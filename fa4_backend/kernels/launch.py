@@ -37,7 +37,7 @@ def launch_prefill(kernel: Callable[..., None], arguments: AttentionArguments, t
     """Launch a prefill kernel over one work list: tiles (max_tiles, 8), begin (num_ctas + 1,), int32."""
     a = arguments
     kernel(
-        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
+        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, tiles, begin, a.out, a.lse,
         None if a.sinks is None else a.sinks.float(),
         None if a.alibi_slopes is None else a.alibi_slopes.float(),
         a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
