@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.emulated_decode import run_decode_built
 from tests.support.emulated_prefill import EmulatedRun, run_built
 from tests.support.paged_case import NO_PAGE, BuiltCase, PagedCase
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.emulated
 
 def run_pairs(built: BuiltCase, *, seed: int | None = None) -> EmulatedRun:
     """The Blackwell prefill kernel as CTA pairs."""
-    key = Sm100Config.of(prefill_key(built.case.plan())).with_tuning(cta_group=2)
+    key = built.case.plan().kernels.prefill.with_tuning(cta_group=2)
     return run_built(built, seed=seed, key=key)
 
 

@@ -169,14 +169,23 @@ class BuiltCase:
         assert lse is not None
         return out, lse
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
+    def check(self, out: torch.Tensor, lse: torch.Tensor, *, padding_is_zero: bool | None = None) -> Errors:
         """Judge a result against the float32 oracle.
 
+        Args:
+            padding_is_zero: rows past the last query are 0 and -inf; False: untouched, since another kernel of the call writes them.
+
         Raises:
-            AssertionError: padding was written, NaN or infinity stands where the oracle has none, or an error is over budget.
+            AssertionError: padding is not as it should be, NaN or infinity stands where the oracle has none, or an error is over budget.
         """
-        assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
-        assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
+        if padding_is_zero is None:
+            padding_is_zero = self.case.arch != "cpu"
+        if padding_is_zero:
+            assert (out[self.total_q :] == 0).all(), "rows of out past cu_seqlens_q[-1]: expected 0"
+            assert lse[:, self.total_q :].isneginf().all(), "columns of lse past cu_seqlens_q[-1]: expected -inf"
+        else:
+            assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
+            assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
         errors = self.errors(out, lse)
         assert errors.out <= errors.out_budget, f"out: {errors}"
         assert errors.lse <= errors.lse_budget, f"lse: {errors}"

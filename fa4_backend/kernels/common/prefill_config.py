@@ -45,7 +45,6 @@ class PrefillConfig:
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
-    is_invariant: bool = False  # a row's bits do not depend on which rows share its tile
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -59,7 +58,7 @@ class PrefillConfig:
         features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        modes = "-dependent" * self.is_dependent + "-invariant" * self.is_invariant
+        modes = "-dependent" * self.is_dependent
         return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{modes}"
 
     @property
@@ -106,5 +105,4 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         has_lse=problem.has_lse,
         sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
-        is_invariant=problem.batch_invariant,
     )

@@ -72,7 +72,7 @@ class ConsumerWarps:
         cute.arch.sync_threads()
         for _ in cutlass.range(num_entries, unroll=1):
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
-            entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
             begin, end = self.visible.clip(entry, values)
             keys = self.visible.keys(entry, values)
@@ -120,7 +120,7 @@ class ConsumerWarps:
                 if shared.sFlag[pending] == 1:
                     if pending > 0:
                         self.merge.join()
-                    entry = entry_of(lambda field: shared.sPending[pending, field])  # noqa: B023
+                    entry = entry_of(lambda field: shared.sPending[pending, field], step.bounds)  # noqa: B023
                     ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit

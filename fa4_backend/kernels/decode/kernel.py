@@ -11,6 +11,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_floats
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
 from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
@@ -19,6 +21,7 @@ from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
+from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 
@@ -58,7 +61,8 @@ class DecodeKernel:
     ):
         """Launch one CTA for each range of the work list."""
         maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
-        step = StepTensors(mPageTable, mTiles, mFirst, Int32(mK.shape[1]))
+        page_size = Int32(mK.shape[1])
+        step = StepTensors(mPageTable, mTiles, mFirst, page_size, SeqlenBounds.of(mO, mPageTable, page_size))
         values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
         results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks)
         self.kernel(maps, mSlopes, step, values, results).launch(
@@ -126,6 +130,7 @@ class DecodeKernel:
                 self.storage.init_barriers(shared)
         if warp == self.config.num_consumer_warps:
             self.load_warp.run(step, values, maps, shared)
+            zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
             self.consumer_warps.run(step, values, mSlopes, results, shared)
 

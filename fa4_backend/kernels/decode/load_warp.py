@@ -84,11 +84,11 @@ class LoadWarp:
         next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
         here = BoxPlaces(Int32(0), Int32(0))
         if num_entries > 0:
-            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field))
+            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)
             here = self._find_boxes(step, first, self.visible.keys(first, values), self.visible.clip(first, values)[0])
         cute.arch.sync_threads()
         for index in cutlass.range(num_entries, unroll=1):
-            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field))  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)  # noqa: B023 (called at once)
             cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
             if lane < DECODE_INTS:
                 shared.sEntry[stage, lane] = word

@@ -23,11 +23,12 @@ from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.storage import RingPosition, SharedTensors, advance
 from fa4_backend.kernels.decode.work import CallValues, Entry
-from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
-PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
+PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
+assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
 class ResultTensors(NamedTuple):

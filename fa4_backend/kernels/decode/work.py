@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common.mask import Columns, MaskSpec
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.decode.config import TILE_N
 from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
@@ -34,6 +34,7 @@ class StepTensors(NamedTuple):
     mTiles: cute.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     mFirst: cute.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     page_size: Int32  # tokens a page
+    bounds: SeqlenBounds
 
 
 class CallValues(NamedTuple):
@@ -59,9 +60,10 @@ class Entry(NamedTuple):
     seqlen: SeqlenInfo
 
 
-def entry_of(field: Callable[[int], Int32]) -> Entry:
+def entry_of(field: Callable[[int], Int32], bounds: SeqlenBounds) -> Entry:
     """The entry whose ints `field` reads: by shuffle from the lanes that hold them, or from shared memory."""
-    seqlen = SeqlenInfo(field(Q_BEGIN), field(QUERY_LEN), field(KV_LEN))
+    q_begin = field(Q_BEGIN)
+    seqlen = bounds.cut(q_begin, q_begin + field(QUERY_LEN), field(KV_LEN))
     order = (SEQ_IDX, KV_HEAD_IDX, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES)
     return Entry(*(field(i) for i in order), seqlen)
 

@@ -14,7 +14,7 @@ from fa4_backend.kernels.schedule.params import ScheduleParams
 
 # Prefill rows up to which a row's place is found by counting the longer ones; above, rows are sorted. Instructions of the busiest warp
 # (emulator, exact mode), counted and sorted: 32 rows COUNT32, 256 rows COUNT256, 512 rows COUNT512.
-COUNTED_ROWS = NUM_THREADS
+COUNTED_ROWS = 256
 
 
 class StepLengths(NamedTuple):

@@ -12,6 +12,8 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
@@ -42,7 +44,6 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
         mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -66,7 +67,8 @@ class PrefillKernel:
             Int32(cute.size(mK, mode=[0])),
         )
         right = Int32(0) if const_expr(kernel.is_causal) else window_right
-        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, mSeqUsedK, window_left, right)
+        bounds = SeqlenBounds.of(mO, mPageTable, operands.page_size)
+        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, window_left, right, bounds)
         scores = Scores(softmax_scale, softcap, mLse, mSinks, mSlopes)
         self.kernel(operands, work, scores, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
@@ -115,6 +117,8 @@ class PrefillKernel:
                 EpilogueWarp(g, O_STAGE).run(place, work, mO)
             else:
                 ValueTailWarp(g).run(place, work)
+                if const_expr(not self.config.kernel.is_dependent):
+                    zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, scores.mLse)
         ptx.tcgen05_fence_before_sync()
         g.group.sync_all()
         if warp_idx == ROLES.mma:

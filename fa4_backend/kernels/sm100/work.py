@@ -9,7 +9,7 @@ from cutlass import Boolean, Int32
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.pack_gqa import PackGqa
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
 from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
@@ -23,9 +23,9 @@ class WorkTensors(NamedTuple):
     mTiles: cute.Tensor  # (max_tiles, 8) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
     window_left: Int32
     window_right: Int32  # 0 for causal
+    bounds: SeqlenBounds
 
 
 class Place(NamedTuple):
@@ -99,7 +99,7 @@ class Geometry:
 
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""
-        tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, work.mSeqUsedK, index))
+        tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, index, work.bounds))
         blocks = self.block_info.blocks(
             tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
         )

@@ -5,17 +5,19 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+
 
 class Step(NamedTuple):
     """Tensors of the step that the load warp reads: page table, lengths and work list."""
 
     mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
     mTiles: cute.Tensor  # (max_tiles, 8) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
+    bounds: SeqlenBounds
 
 
 class MaskValues(NamedTuple):

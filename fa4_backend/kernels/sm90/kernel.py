@@ -14,8 +14,10 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
@@ -39,7 +41,6 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
         mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -59,7 +60,8 @@ class PrefillKernel:
         k_atom, mK_tma = k_pages.make_tma(mK, storage.row_atom(c.head_dim).inner)
         v_atom, mV_tma = v_pages.make_tma(mV, storage.row_atom(c.head_dim_v).inner)
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
-        step = Step(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(page_size), Int32(num_pages))
+        bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
         values = MaskValues(softmax_scale, softcap, window_left, Int32(0) if const_expr(c.is_causal) else window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes)
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
@@ -119,6 +121,8 @@ class PrefillKernel:
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
+            elif warp == 2:
+                zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)

@@ -59,7 +59,7 @@ class LoadWarp:
         q_position = RingPosition(Int32(0), Int32(0))
         tile_begin, tile_end = tile_range(step.mBegin)
         for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
-            work = read_tile(step.mTiles, step.mCuSeqlensQ, step.mSeqUsedK, tile_idx)
+            work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(
                 work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
             )
