@@ -14,6 +14,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
+from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.config import KernelConfig
 from fa4_backend.kernels.launch import launch_prefill, load
 from fa4_backend.kernels.schedule_launch import run_schedule
@@ -192,7 +193,7 @@ class Fuzzer:
         weights = torch.exp(scores - torch.where(empty, 0.0, want_lse)[..., None]).unflatten(1, (p.num_kv_heads, group))
         want = torch.einsum("thgn,tnhd->thgd", weights, v.float()).flatten(1, 2)
         rounded = torch.einsum("thgn,tnhd->thgd", weights.to(self.dtype).float(), v.float()).flatten(1, 2).to(self.dtype).float()
-        budget = 2 * (rounded - want).abs().max() + torch.finfo(self.dtype).eps * want.abs().max()
+        budget = rounding_budget(rounded, want, self.dtype)
         # A batch of empty rows has no budget; its rows must be 0, which is checked below.
         share = (out[:total_q].float() - want).abs().max() / budget.clamp(min=torch.finfo(torch.float32).tiny)
         bad = ~out[:total_q].isfinite().all() | ~out[total_q:].isnan().all() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
@@ -201,7 +202,7 @@ class Fuzzer:
             got = lse[:, :total_q].T
             finite = torch.where(empty, 0.0, want_lse)
             error = torch.where(empty, 0.0, got - finite).abs().max()
-            lse_share = error / (2e-5 * finite.abs().max().clamp(min=1.0))
+            lse_share = error / (LSE_RELATIVE * finite.abs().max().clamp(min=1.0))
             bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isnan().all()
         self.failed.append(bad)
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
