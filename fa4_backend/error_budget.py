@@ -18,9 +18,9 @@ import torch
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.reference import attention_oracle, logits, sequences, softmax_weights
 
-UNIT_ROUNDOFF = 2.0**-24  # float32: the largest relative error of one operation
-LARGEST_DEVIATION = 7.0  # standard deviations: 2 exp(-7^2 / 2) = 5e-11 for each element
-EXP_ROUNDINGS = 4  # of exp near 0, in units of UNIT_ROUNDOFF: torch's `exp_u20` has 2.7
+ROUNDING = 2.0**-24 / math.sqrt(3)  # float32: standard deviation of one operation's relative error, uniform within 2^-24
+LARGEST_DEVIATION = 7.0  # standard deviations; a normal variable exceeds them with probability 3e-12
+EXP_ROUNDINGS = 4  # of an exponential near 0, in units of ROUNDING: torch's `exp_u20` is within 2.7 * 2^-24
 LSE_RELATIVE = 2e-5
 
 
@@ -45,7 +45,7 @@ def judge(arguments: AttentionArguments, *, is_causal: bool) -> Judge:
         return Judge(out, lse, 0.0, 0.0)
     budget = rounding_budget(yardstick, out, dtype).item()
     if dtype == torch.float32:
-        budget += LARGEST_DEVIATION * UNIT_ROUNDOFF * float32_spread(a, is_causal=is_causal)
+        budget += LARGEST_DEVIATION * ROUNDING * float32_spread(a, is_causal=is_causal)
     largest_lse = lse[~lse.isneginf()].abs().max().item() if not lse.isneginf().all() else 0.0
     return Judge(out, lse, budget, LSE_RELATIVE * max(1.0, largest_lse))
 
@@ -56,19 +56,19 @@ def rounding_budget(yardstick: torch.Tensor, oracle: torch.Tensor, dtype: torch.
 
 
 def float32_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
-    """Bound on the standard deviation of an element of `out` computed in float32, in units of roundoff; the largest over all elements.
+    """Standard deviation of an element of `out` computed in float32, in units of `ROUNDING`; the largest over all elements.
 
-    To first order the error of O[c] is a sum over all roundings, each the result of one operation times its sensitivity. Roundings that
-    are independent with mean 0 (N. Higham and T. Mary, 2019: sums of n terms err by sqrt(n) u, not n u) exceed
-    t u sqrt(sum of squared sensitivities) with probability 2 exp(-t^2 / 2) at most (Azuma and Hoeffding). The squares, for the weights
-    P[j], sum of P = 1 with the sink's share:
+    To first order the error of O[c] is the sum of all roundings, each the result of one operation times the sensitivity of O[c] to it.
+    Taken as independent with mean 0 (so that n terms err by sqrt(n), not n, roundings: N. Higham and T. Mary, "A new approach to
+    probabilistic rounding error analysis", 2019) their variances add up. With P the weights, whose sum with a sink's share is 1:
 
-    * Score j moves O[c] by P[j] (V[j, c] - O[c]) for each unit of its own error. That is at most a product and a sum for each of `head_dim`
-      terms, on partial sums whose mean square, in an order that knows nothing of the data, is at most s[j]^2 + sum of (q[i] k[j, i])^2; and
-      scale, soft cap, ALiBi and the difference from the maximum: 4 operations on values up to |s|, |logit| and |logit - maximum|; and the
-      exponential, whose argument reduction costs up to |logit - maximum| and whose polynomial costs EXP_ROUNDINGS.
-    * O and the row sum take two roundings a key (one to add, one to rescale what was added before). Partial sums have mean squares of at
-      most O[c]^2 + sum of (P[j] V[j, c])^2 and, for the row sum, whose error moves O[c] by O[c], of 1.
+    * An error of logit[j] moves O[c] by P[j] (V[j, c] - O[c]) times that error. It has these variances:
+      the dot product s[j] of n = head_dim terms t[i], n products and n sums. In an order that knows nothing of the data, the partial sums
+      have a mean square of s^2 / 3 + sum(t^2) / 6: together n (s^2 / 3 + sum(t^2) / 6) + sum(t^2). Blocks and trees of sums make it less;
+      scale, soft cap, ALiBi, difference from the maximum, argument reduction: 4 operations on up to |s|, |logit| and |logit - maximum|;
+      the exponential: EXP_ROUNDINGS^2.
+    * O and the row sum take two roundings a key, one to add and one to rescale what was added before. By the same mean squares, of O[c]
+      for the one and of a sum of 1 that moves O[c] by O[c] for the other, n keys make n (2 O[c]^2 + sum((P[j] V[j, c])^2)) at most.
     """
     a, largest = arguments, 0.0
     for sequence in sequences(a, is_causal=is_causal):
@@ -82,14 +82,15 @@ def float32_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
         q = sequence.q.double().transpose(0, 1)
         k, v = (x.double().repeat_interleave(q_per_kv, dim=1).transpose(0, 1) for x in (sequence.k, sequence.v))
         out = p @ v
-        raw = (q @ k.transpose(1, 2) * a.softmax_scale).square()
-        dot = 2 * q.shape[-1] * (raw + q.square() @ k.square().transpose(1, 2) * a.softmax_scale**2)
+        dot = (q @ k.transpose(1, 2) * a.softmax_scale).square()
+        terms = q.square() @ k.square().transpose(1, 2) * a.softmax_scale**2
+        logit = scores.masked_fill(~seen, 0.0).square()
         below = (scores - scores.amax(-1, keepdim=True)).masked_fill(~seen, 0.0).square()
-        other = 4 * (raw + scores.masked_fill(~seen, 0.0).square() + below)
-        weight = p.square() * (dot + other + EXP_ROUNDINGS**2)
+        of_logit = q.shape[-1] * (dot / 3 + terms / 6) + terms + 4 * (dot + logit + below) + EXP_ROUNDINGS**2
+        weight = p.square() * of_logit
         # sum of weight (v - out)^2, without a tensor of (rows, keys, head_dim_v)
-        from_scores = weight @ v.square() - 2 * out * (weight @ v) + out.square() * weight.sum(-1, keepdim=True)
-        from_sums = 2 * num_keys * (2 * out.square() + p.square() @ v.square())
-        variance = (from_scores + from_sums).masked_fill(num_keys == 0, 0.0)
+        from_logits = weight @ v.square() - 2 * out * (weight @ v) + out.square() * weight.sum(-1, keepdim=True)
+        from_sums = num_keys * (2 * out.square() + p.square() @ v.square())
+        variance = (from_logits + from_sums).masked_fill(num_keys == 0, 0.0)
         largest = max(largest, variance.max().item())
     return math.sqrt(largest)
