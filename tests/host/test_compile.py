@@ -20,13 +20,12 @@ from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.tuning import TILES
 from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.plan import plan_attention
-from fa4_backend.problem import AttentionProblem, BatchLimits
+from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
 from tests.support.stub_kernels import StubKey, compile_stub
 
 KERNEL = PrefillConfig(
-    "sm_90a", "bfloat16", 128, 128, 4, TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
-    has_softcap=False, has_sinks=False, has_alibi=False, has_lse=True, sinks_dtype="float32",
+    "sm_90a", "bfloat16", 128, 128, 4, TILES[128, 128], 16, mask=MaskFeatures(), has_lse=True, sinks_dtype="float32",
 )  # fmt: skip
 BASE = Sm90Config(KERNEL)
 

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
@@ -23,8 +23,7 @@ class WorkTensors(NamedTuple):
     mTiles: cute.Tensor  # (max_tiles, 8) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
+    values: MaskValues
     bounds: SeqlenBounds
 
 
@@ -67,7 +66,7 @@ class Geometry:
         """Resolve a config."""
         kernel = config.kernel
         pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
-        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, config.tokens_per_item)
+        blocks = BlockInfo(MaskSpec(kernel.mask), kernel.tile.tile_n, config.tokens_per_item)
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
         return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
 
@@ -100,9 +99,7 @@ class Geometry:
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""
         tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, index, work.bounds))
-        blocks = self.block_info.blocks(
-            tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
-        )
+        blocks = self.block_info.blocks(tile.m_block, tile.seqlen, work.values, tile.n_block_begin, tile.n_block_end)
         return WorkItem(tile, blocks)
 
     def has_v_tail(self, item: WorkItem) -> Boolean:
@@ -124,7 +121,7 @@ class Geometry:
 
     def first_key(self, work: WorkTensors, item: WorkItem) -> Int32:
         """First key that any row of an item sees."""
-        return self.block_info.first_key(item.tile.m_block, item.tile.seqlen, work.window_left)
+        return self.block_info.first_key(item.tile.m_block, item.tile.seqlen, work.values)
 
     @property
     def has_window_left(self) -> bool:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Int32
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 
@@ -18,15 +18,6 @@ class Step(NamedTuple):
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
     bounds: SeqlenBounds
-
-
-class MaskValues(NamedTuple):
-    """Runtime values of the mask and of the score transforms."""
-
-    softmax_scale: Float32  # multiplies raw logits
-    softcap: Float32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
 
 
 class Outputs(NamedTuple):

@@ -12,6 +12,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.padding_rows import zero_rows
@@ -19,12 +20,12 @@ from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
-from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
+from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.storage import Q_STAGE, WORK_INTS, Storage
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PrefillKernel:
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
         bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
         step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
-        values = MaskValues(softmax_scale, softcap, window_left, Int32(0) if const_expr(c.is_causal) else window_right)
+        values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes)
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
@@ -99,7 +100,8 @@ class PrefillKernel:
         pack, k_pages, v_pages = self._geometry(storage)
         blocks = BlockInfo.of(c)
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
-        barriers = storage.barriers(shared.barriers.data_ptr())
+        barrier_base = shared.barriers.data_ptr()
+        barriers = storage.barriers(barrier_base)
         sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -107,7 +109,7 @@ class PrefillKernel:
             for atom in (q_atom, k_atom, v_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                storage.init_barriers(barriers, roles.consumer_warps)
+                storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
         if warp < WARPGROUP_THREADS // 32:
             cute.arch.setmaxregister_decrease(roles.load_registers)
