@@ -1,7 +1,7 @@
 """What each layer of a model asks of attention, as the libraries that know its config say: transformers, and vLLM where it is installed.
 
 transformers' config classes know kinds, windows, chunks and values that vary by layer; vLLM's convertors know head counts, MLA and the
-models whose images are seen in both directions. Only what neither says stands here by name: `_SINK_MODELS`, `_PLAIN_CONFIGS`, `_UNREADABLE`.
+models whose images are seen in both directions. Only what neither says stands here by name (`_SINK_MODELS` and what follows it).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 ATTENTION = "attention"
 # A layer of these kinds asks nothing of an attention backend.
@@ -50,8 +50,11 @@ _KINDS = {  # transformers' layer_types -> kind; any other name is its own kind,
     "minimax_m3_sparse": "sparse",
 }
 _SINK_MODELS = ("gpt_oss",)  # has sinks, says so in no field
+_MIMO = ("mimo_v2_flash", "mimo_v2")
 _PLAIN_CONFIGS = ("nemotron-nas", "mimo_v2")  # vLLM reads them, no library has a config class
-_UNREADABLE = ("gpt_neo", "recurrent_gemma", "zamba", "doge", "big_bird", "reformer", "xlnet", "blt", "diffllama")
+_UNREADABLE = (  # windows, biases or head dims that only the code of the model knows
+    "blt", "cpmant", "diffllama", "doge", "gpt_neo", "inkling_text", "recurrent_gemma", "reformer", "xlnet", "zamba",
+)  # fmt: skip
 _BIDIRECTIONAL = (True, "all")  # of Gemma's use_bidirectional_attention; "vision" is about images only
 _INSTALL = "install it with: pip install 'fa4-backend[{extra}]'"
 
@@ -111,14 +114,12 @@ def read_layers(path: Path, *, text_only: bool = False) -> ModelLayers:
         # vLLM logs to the stdout of its first import; stdout belongs to the command that asks.
         with contextlib.redirect_stdout(sys.stderr):
             config = _load_config(raw, with_engine)
-            _check_generates(config)
-            facts = _EngineFacts(config, text_only) if with_engine else _PlainFacts(config)
-            layers = _layers(config, facts)
+            layers = _layers(config, with_engine, text_only)
     except ModelConfigError:
         raise
     except Exception as error:  # config classes and convertors of hundreds of families raise errors of any type
         family = raw.get("model_type") or raw.get("architectures")
-        raise ModelConfigError(f"{family}: expected a config that transformers or vLLM can read, got {_first_line(error)}") from error
+        raise ModelConfigError(f"{family}: expected a config that transformers or vLLM can read, got {_in_a_line(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(_text(config), "dtype", None)
     return ModelLayers(layers, None if dtype is None else str(dtype).removeprefix("torch."))
 
@@ -141,20 +142,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_config(raw: dict[str, Any], with_engine: bool) -> Any:
     """The config object of the family's own class; code that comes with a model is never run."""
     from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    if with_engine:
+        import vllm.config  # noqa: F401  first: vllm.transformers_utils alone is a circular import
     if raw.get("model_type") in _PLAIN_CONFIGS:
         if not with_engine:
-            raise ModelConfigError(f"{raw['model_type']}: expected vLLM, which knows this family, got none; {_INSTALL.format(extra='vllm')}")
-        raw = json.loads(json.dumps(raw), object_hook=lambda item: item if "model_type" in item else SimpleNamespace(**item))
-        config = PreTrainedConfig.from_dict(raw)
+            _refuse_without_vllm(raw["model_type"], "has no config class in transformers")
+        config = PreTrainedConfig.from_dict({name: value for name, value in raw.items() if name != "block_configs"})
         config.model_type = raw["model_type"]
+        if "block_configs" in raw:  # vLLM reads its items as attributes
+            config.block_configs = json.loads(json.dumps(raw["block_configs"]), object_hook=lambda item: SimpleNamespace(**item))
         return config
     # The libraries read files; a folder of its own keeps them from whatever lies beside the file.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
-        if not with_engine:
+        if not with_engine or raw.get("model_type") in CONFIG_MAPPING_NAMES:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        import vllm.config  # noqa: F401  first: vllm.transformers_utils alone is a circular import
         from vllm.transformers_utils.config import HFConfigParser
 
         return HFConfigParser().parse(folder, trust_remote_code=False)[1]
@@ -165,24 +169,29 @@ def _text(config: Any) -> Any:
     return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
 
 
-def _check_generates(config: Any) -> None:
-    from transformers.models.auto import modeling_auto as auto
-
-    model_type, family = config.model_type, _text(config).model_type
+def _check_family(config: Any, with_engine: bool) -> None:
+    """Refuse a family whose layers would be guessed at."""
+    family = _text(config).model_type
     if family in _UNREADABLE:
         raise ModelConfigError(f"{family}: expected a family whose masks its config states, got one whose masks only its code knows")
-    known = (
+    # vLLM runs a family that it has no model of by transformers' code, which follows layer_types.
+    if getattr(_text(config), "layer_types", None):
+        return
+    if with_engine and config.architectures:
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        if ModelRegistry.get_supported_archs().isdisjoint(config.architectures):
+            raise ModelConfigError(f"{config.model_type}: expected an architecture that vLLM has a model of, got {config.architectures}")
+        return
+    from transformers.models.auto import modeling_auto as auto
+
+    named = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        _PLAIN_CONFIGS,
     )
-    by_engine = type(config).__module__.startswith("vllm.")
-    if not by_engine and not any(name in names for name in (model_type, family) for names in known):
-        raise ModelConfigError(f"{model_type}: expected a language model, got a family that transformers lists among none")
+    if not any(name in names for name in (config.model_type, family) for names in named):
+        raise ModelConfigError(f"{config.model_type}: expected a language model, got a family that transformers lists among none")
 
 
 class _EngineFacts:
@@ -211,47 +220,53 @@ class _PlainFacts:
     def __init__(self, config: Any) -> None:
         self.text = _text(config)
         if self.text is not config:
-            self._refuse(config.model_type, "is multimodal")
+            _refuse_without_vllm(config.model_type, "is multimodal")
         self.num_layers = config.num_hidden_layers
 
     def heads(self, layer_idx: int) -> tuple[int, int, int]:
         layer = _of_layer(self.text, layer_idx)
         if not hasattr(layer, "num_key_value_heads"):
-            self._refuse(self.text.model_type, "states no num_key_value_heads")
+            _refuse_without_vllm(self.text.model_type, "states no num_key_value_heads")
         num_q_heads = layer.num_attention_heads
         head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // num_q_heads
         return num_q_heads, layer.num_key_value_heads or num_q_heads, head_dim
 
-    def _refuse(self, family: str, what: str) -> None:
-        raise ModelConfigError(f"{family}: {what}; expected vLLM, which knows its heads, got none; {_INSTALL.format(extra='vllm')}")
+
+def _refuse_without_vllm(family: str, reason: str) -> NoReturn:
+    raise ModelConfigError(f"{family}: {reason}; expected vLLM, which knows its layers, got none; {_INSTALL.format(extra='vllm')}")
 
 
 def _of_layer(text: Any, layer_idx: int) -> Any:
     """The config as one layer sees it."""
-    return text.per_layer_config[layer_idx] if text.is_heterogeneous else text
+    return text.per_layer_config[layer_idx] if getattr(text, "is_heterogeneous", False) else text
 
 
-def _layers(config: Any, facts: _Facts) -> list[Layer]:
+def _layers(config: Any, with_engine: bool, text_only: bool) -> list[Layer]:
     text = _text(config)
-    if getattr(config, "is_encoder_decoder", False):
+    if text is config and getattr(config, "is_encoder_decoder", False):
         return _encoder_decoder(config)
-    if _is_encoder(config, text):
-        return [Layer("encoder")] * facts.num_layers
+    if _is_masked(text):
+        return [Layer("encoder")] * config.num_hidden_layers
+    _check_family(config, with_engine)
+    facts: _Facts = _EngineFacts(config, text_only) if with_engine else _PlainFacts(config)
+    if not facts.num_layers:
+        raise ModelConfigError(f"{config.model_type}: expected a number of layers, got {facts.num_layers}")
     layers = [_layer(text, facts, layer_idx) for layer_idx in range(facts.num_layers)]
-    if facts.has_image_prefix:
-        layers = [Layer("image-prefix") if layer.kind == ATTENTION else layer for layer in layers]
-    return layers
+    # An image's prefix first: PaliGemma states both, and its text is causal.
+    kind = "image-prefix" if facts.has_image_prefix else "encoder" if _is_bidirectional(config, text) else ATTENTION
+    return [Layer(kind) if layer.kind == ATTENTION and kind != ATTENTION else layer for layer in layers]
 
 
-def _is_encoder(config: Any, text: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+def _is_masked(text: Any) -> bool:
+    """Whether a model is trained to fill gaps, as BERT is."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return (
-        (text.model_type in MASKED and not getattr(text, "is_decoder", False))
-        or getattr(text, "is_causal", True) is False
-        or getattr(config, "is_causal", True) is False
-        or getattr(text, "use_bidirectional_attention", None) in _BIDIRECTIONAL
-    )
+    return text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False)
+
+
+def _is_bidirectional(config: Any, text: Any) -> bool:
+    states = [getattr(part, "is_causal", True) for part in (config, text)]
+    return False in states or getattr(text, "use_bidirectional_attention", None) in _BIDIRECTIONAL
 
 
 def _encoder_decoder(config: Any) -> list[Layer]:
@@ -276,11 +291,17 @@ def _layer(text: Any, facts: _Facts, layer_idx: int) -> Layer:
     slides = "sliding" in name
     num_q_heads, num_kv_heads, head_dim = facts.heads(layer_idx)
     head_dim_v = getattr(own, "v_head_dim", None) or head_dim
-    if slides and hasattr(own, "swa_num_key_value_heads"):  # MiMo V2: layers with a window have heads of their own
+    if slides and own.model_type in _MIMO:  # layers with a window have heads of their own
         num_q_heads, num_kv_heads = own.swa_num_attention_heads, own.swa_num_key_value_heads
         head_dim, head_dim_v = own.swa_head_dim, own.swa_v_head_dim
     if getattr(own, "block_configs", None):  # Nemotron-NAS
         num_kv_heads = num_q_heads // own.block_configs[layer_idx].attention.n_heads_in_group
+    if getattr(own, "num_attention_heads_per_layer", None):  # Laguna
+        num_q_heads = own.num_attention_heads_per_layer[layer_idx]
+    if min(num_q_heads, num_kv_heads, head_dim) < 1:
+        raise ModelConfigError(
+            f"{own.model_type}: expected attention heads in layer {layer_idx}, got {num_q_heads}/{num_kv_heads} of dim {head_dim}"
+        )
     return Layer(
         ATTENTION,
         num_q_heads,
@@ -290,13 +311,13 @@ def _layer(text: Any, facts: _Facts, layer_idx: int) -> Layer:
         window=own.sliding_window if slides else None,
         has_softcap=bool(getattr(own, "attn_logit_softcapping", None)),
         has_sinks=_has_sinks(own, slides),
-        has_alibi=_has_alibi(own),
+        has_alibi=own.model_type == "bloom" or bool(getattr(own, "alibi", False)),
     )
 
 
 def _kind_name(text: Any, own: Any, layer_idx: int) -> str:
     """One of transformers' layer_types."""
-    if getattr(text, "hybrid_layer_pattern", None) and hasattr(text, "swa_num_key_value_heads"):  # MiMo V2
+    if text.model_type in _MIMO:
         return "sliding_attention" if text.hybrid_layer_pattern[layer_idx] == 1 else "full_attention"
     if getattr(text, "block_configs", None):  # Nemotron-NAS
         attention = text.block_configs[layer_idx].attention
@@ -314,19 +335,12 @@ def _kind_name(text: Any, own: Any, layer_idx: int) -> str:
 
 
 def _has_sinks(own: Any, slides: bool) -> bool:
-    for flag in ("add_swa_attention_sink_bias" if slides else "add_full_attention_sink_bias",):
-        if hasattr(own, flag):
-            return bool(getattr(own, flag))
+    if own.model_type in _MIMO:
+        return bool(own.add_swa_attention_sink_bias if slides else own.add_full_attention_sink_bias)
     plan = getattr(own, "base_model_tp_plan", None) or {}
     return own.model_type in _SINK_MODELS or any(name.endswith(".sinks") for name in plan)
 
 
-def _has_alibi(own: Any) -> bool:
-    nested = getattr(own, "attn_config", None)  # MPT
-    nested = nested if isinstance(nested, dict) else vars(nested) if nested is not None else {}
-    return own.model_type == "bloom" or bool(getattr(own, "alibi", False)) or bool(nested.get("alibi", False))
-
-
-def _first_line(error: Exception) -> str:
+def _in_a_line(error: Exception) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}" if text else type(error).__name__

@@ -15,7 +15,6 @@ from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.problem import UnsupportedProblem
 from tests.support.model_configs import CONFIGS
 
-pytest.importorskip("transformers")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="these families are known to vLLM only")
 
 
@@ -48,6 +47,7 @@ FACTS: dict[str, tuple[list[Asked], dict[str, int]]] = {
     "MiMo-V2-Flash": ([Asked(9, "64/4", "192/128"), Asked(39, "64/8", "192/128", 128, masks("window_left", "sinks"))], {}),
     "Llama-4-Scout": ([Asked(12, "40/8", "128")], {"chunked": 36}),
     "Falcon-7B": ([Asked(32, "71/1", "64")], {}),
+    "Falcon-RW-1B": ([Asked(24, "32/32", "64", None, masks("alibi"))], {}),
     "Falcon-40B": ([Asked(60, "128/8", "64")], {}),
     "ChatGLM3-6B": ([Asked(28, "32/2", "128", dtype="float16")], {}),
     "Nemotron-NAS, eight layers": ([Asked(3, "64/8", "128"), Asked(1, "64/4", "128"), Asked(1, "64/2", "128")], {"none": 3}),
@@ -58,7 +58,8 @@ FACTS: dict[str, tuple[list[Asked], dict[str, int]]] = {
     "Command-R7B": ([Asked(24, "32/8", "128", 4096, masks("window_left")), Asked(8, "32/8", "128")], {}),
     "StarCoder": ([Asked(40, "48/1", "128")], {}),
     "BLOOM-7B1": ([Asked(30, "32/32", "128", None, masks("alibi"), "float16")], {}),
-    "MPT-7B": ([Asked(32, "32/32", "128", None, masks("alibi"))], {}),
+    "DBRX": ([Asked(40, "48/8", "128")], {}),
+    "PaliGemma-3B": ([], {"image-prefix": 18}),
     "GPT-2": ([Asked(12, "12/12", "64")], {}),
     "Mamba-2.8B": ([], {"linear": 64}),
     "BERT-base": ([], {"encoder": 12}),
@@ -75,11 +76,11 @@ TEXT_ONLY: dict[str, list[Asked]] = {
 NOT_SERVED = {
     "EmbeddingGemma-300M": "both directions", "Llama-4-Scout": "chunked attention", "DeepSeek-V3": "MLA", "Kimi-K2": "MLA",
     "BERT-base": "both directions", "Whisper-large-v3": "cross attention", "T5-small": "encoder-decoder", "Gemma-3-27B": "--text-only",
-    "Gemma-4-31B": "--text-only",
+    "Gemma-4-31B": "--text-only", "PaliGemma-3B": "--text-only",
 }  # fmt: skip
 ENGINE_ONLY = {  # heads under names of their own, text inside a multimodal config, or a config class that transformers lacks
     "Gemma-3-27B", "Gemma-4-31B", "Llama-4-Scout", "Falcon-7B", "Falcon-40B", "ChatGLM3-6B", "Nemotron-NAS, eight layers", "Kimi-K2",
-    "BLOOM-7B1", "MPT-7B", "GPT-2",
+    "BLOOM-7B1", "Falcon-RW-1B", "GPT-2", "PaliGemma-3B",
 }  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_tensor_parallel_heads_of_one_gpu(tmp_path: Path, tp: int, heads: str) -
 @needs_vllm
 @pytest.mark.parametrize(
     ("name", "tp", "words"),
-    [("Falcon-7B", 2, "expected a divisor of 71 query heads, got 2"), ("Gemma-2-9B", 3, "16 query heads"), ("MPT-7B", 64, "32 query heads")],
+    [("Falcon-7B", 2, "expected a divisor of 71 query heads, got 2"), ("Gemma-2-9B", 3, "16 query heads")],
 )
 def test_heads_that_cannot_be_shared(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, tp: int, words: str) -> None:
     code, out, _ = plan(capsys, "--model", str(write(tmp_path, name)), "--tp", str(tp), "--json")
@@ -192,7 +193,7 @@ def test_heads_that_cannot_be_shared(capsys: pytest.CaptureFixture[str], tmp_pat
 
 @needs_vllm
 def test_kv_heads_that_cannot_be_shared(tmp_path: Path) -> None:
-    path = write(tmp_path, "Llama-3.1-8B", num_attention_heads=36, num_key_value_heads=6, head_dim=128)
+    path = write(tmp_path, "Llama-3.1-8B", num_attention_heads=24, num_key_value_heads=6, hidden_size=3072)
     (group,) = layer_groups(path, arch="cpu", page_size=16, tp=4)
     assert group.refusal == "tp: expected a divisor or a multiple of 6 KV heads, got 4"
 
@@ -201,9 +202,15 @@ def test_kv_heads_that_cannot_be_shared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "num_attention_heads": 32}, "baichuan: expected a config that"),
+        (
+            {"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "num_attention_heads": 32},
+            "baichuan: expected a config that",
+        ),
         ({"model_type": "gpt_neo"}, "gpt_neo: expected a family whose masks its config states"),
         ({"model_type": "vit"}, "vit: expected a language model"),
+        ({"model_type": "rwkv"}, "rwkv: expected attention heads in layer 0"),
+        ({"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}, "ctrl: expected an architecture that vLLM has a model of"),
+        ({**CONFIGS["MiMo-V2-Flash"], "hybrid_layer_pattern": None}, "mimo_v2_flash: expected a config that"),
         ({**CONFIGS["Nemotron-NAS, eight layers"], "block_configs": []}, "nemotron-nas: expected a config that"),
     ],
 )
@@ -232,7 +239,9 @@ def test_without_vllm_the_same_answer_or_none(monkeypatch: pytest.MonkeyPatch, t
 
 def test_falcon_without_vllm_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ModelConfigError, match=r"falcon: states no num_key_value_heads; expected vLLM.*pip install 'fa4-backend\[vllm\]'"):
+    with pytest.raises(
+        ModelConfigError, match=r"falcon: states no num_key_value_heads; expected vLLM, which .*pip install 'fa4-backend\[vllm\]'"
+    ):
         layer_groups(write(tmp_path, "Falcon-7B"), arch="cpu", page_size=16)
 
 

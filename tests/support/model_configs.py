@@ -89,6 +89,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **BF16, "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32,
         "num_attention_heads": 71, "num_kv_heads": 71, "multi_query": True, "new_decoder_architecture": False, "alibi": False,
     },
+    "Falcon-RW-1B": {
+        **BF16, "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 2048, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_kv_heads": 32, "multi_query": False, "new_decoder_architecture": False, "alibi": True,
+    },
     "Falcon-40B": {
         **BF16, "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60,
         "num_attention_heads": 128, "num_kv_heads": 8, "multi_query": True, "new_decoder_architecture": True, "alibi": False,
@@ -135,13 +139,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["BloomForCausalLM"], "model_type": "bloom", "torch_dtype": "float16", "n_embed": 4096, "n_layer": 30,
         "num_attention_heads": 32,
     },
-    "MPT-7B": {
-        **BF16, "architectures": ["MPTForCausalLM"], "model_type": "mpt", "d_model": 4096, "n_layers": 32, "n_heads": 32,
-        "attn_config": {"alibi": True, "attn_impl": "torch"},
+    "DBRX": {
+        **BF16, "architectures": ["DbrxForCausalLM"], "model_type": "dbrx", "d_model": 6144, "n_heads": 48, "n_layers": 40,
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+    },
+    "PaliGemma-3B": {
+        "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "torch_dtype": "float32",
+        "text_config": {
+            "model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1,
+        },
+        "vision_config": {"model_type": "siglip_vision_model"},
     },
     "GPT-2": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12},
     "Mamba-2.8B": {
-        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "torch_dtype": "float32", "hidden_size": 2560, "num_hidden_layers": 64,
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 2560, "num_hidden_layers": 64,
     },
     "BERT-base": {
         "architectures": ["BertForMaskedLM"], "model_type": "bert", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
