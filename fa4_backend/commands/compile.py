@@ -12,7 +12,8 @@ import typer
 
 from fa4_backend.cache.errors import CacheError
 from fa4_backend.compile import CompileError
-from fa4_backend.model_config import ModelConfigError, layer_groups
+from fa4_backend.model_config import attention_problems, layer_groups
+from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
 from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
@@ -37,7 +38,7 @@ def compile(
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     try:
         if model is not None:
-            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes)]
+            problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes))
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]

@@ -156,7 +156,7 @@ def test_plan_of_a_mode(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag
     [
         ("{", "expected JSON"),
         ("[]", "expected a JSON object, got list"),
-        ("{}", "expected an integer num_attention_heads"),
+        ("{}", "expected a model_type or architectures"),
         (json.dumps({**GEMMA_2, "torch_dtype": "int4"}), "dtype: expected one of"),
     ],
 )
