@@ -20,13 +20,12 @@ CHECK = """
 from dataclasses import replace
 import torch
 from tests.support.paged_case import PagedCase
-case = PagedCase((1, 7, 40, 1), (50, 23, 300, 1000), num_q_heads=6, dtype="float32")
+case = PagedCase((1, 7, 40, 1), (50, 23, 200, 1000), num_q_heads=6, dtype="float32")
 features = {"softcap": 5.0, "window_left": 63, "sinks": True, "alibi": True}
 for head_dim in (64, 80, 96, 128, 192, 256):
-    for seed in range(3):
-        for more in ({}, features):
-            built = replace(case, head_dim=head_dim, seed=seed, **more).build()
-            built.check(*built.run())
+    for more in ({}, features):
+        built = replace(case, head_dim=head_dim, **more).build()
+        built.check(*built.run())
 print(torch.backends.cpu.get_cpu_capability())
 """
 

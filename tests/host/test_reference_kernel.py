@@ -76,8 +76,8 @@ def test_page_sizes_agree_bit_for_bit(window_left: int | None) -> None:
 # Together: one row each (decode), of similar and of very different lengths; drafts of 4 rows; a sequence shorter than its query, which goes
 # alone; short prompts. Windows: inside every sequence, inside some, beyond all; on and off page edges (16).
 TOGETHER = PagedCase(
-    (1, 1, 4, 1, 4, 1, 16, 16, 4, 1, 1, 17), (300, 16, 30, 17, 200, 1, 16, 40, 3, 2600, 0, 33), num_q_heads=6, num_kv_heads=2,
-    decode_query_len=4,
+    (1, 1, 4, 1, 4, 1, 16, 16, 4, 1, 1, 17), (300, 16, 30, 17, 200, 1, 16, 40, 3, 2600, 0, 33),
+    num_q_heads=6, num_kv_heads=2, decode_query_len=4,
 )  # fmt: skip
 
 
