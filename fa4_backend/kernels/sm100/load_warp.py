@@ -115,7 +115,10 @@ class LoadWarp:
                     ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
                     barrier = g.full_at_leader(place, "kv_load_to_mma", stage)
                     if const_expr(is_v == 1):
-                        if g.has_v_edge(work, item, i):
+                        has_edge = i == 0 and g.has_v_tail(item)
+                        if const_expr(g.has_window_left):
+                            has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
+                        if has_edge:
                             # The value tail warp fills the ring's buffer once the tile is clean.
                             ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
                             barrier = g.full(place, "v_tail_load_to_value_tail")

@@ -35,18 +35,20 @@ class ValueTailWarp:
         stage, tail_phase = Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            if g.has_v_edge(work, item, Int32(0)):
-                self.clean(place, work, item, Int32(0), (stage + 1) % kv_stage, tail_phase)
+            has_edge, last = g.has_v_tail(item), item.num_blocks - 1
+            if const_expr(g.has_window_left):
+                has_edge = has_edge | (last == 0) & g.has_v_head(work, item)
+            if has_edge:
+                self.clean(place, work, item, 0, (stage + 1) % kv_stage, tail_phase)
                 tail_phase ^= 1
             if const_expr(g.has_window_left):
-                last = item.num_blocks - 1
                 if (last > 0) & g.has_v_head(work, item):
                     self.clean(place, work, item, last, (stage + 1 + 2 * last) % kv_stage, tail_phase)
                     tail_phase ^= 1
             stage = (stage + 2 * item.num_blocks) % kv_stage
 
     @cute.jit
-    def clean(self, place: Place, work: WorkTensors, item: WorkItem, i: Int32, stage: Int32, tail_phase: Int32):
+    def clean(self, place: Place, work: WorkTensors, item: WorkItem, i: Int32 | int, stage: Int32, tail_phase: Int32):
         """The item's V tile `i` in buffer `stage` of the ring: wait for it, zero what no row sees, hand it to the mma warp."""
         g, storage, tile_n = self.geometry, self.geometry.storage, self.geometry.config.kernel.tile.tile_n
         box_bytes = g.config.kernel.box_rows * ROW_BYTES

@@ -112,13 +112,6 @@ class Geometry:
         kernel, first_key = self.config.kernel, self.first_key(work, item)
         return (item.blocks.begin * kernel.tile.tile_n < first_key) & (first_key % kernel.box_rows != 0)
 
-    def has_v_edge(self, work: WorkTensors, item: WorkItem, i: Int32) -> Boolean:
-        """Whether the item's V tile `i`, counted from its last block, has rows to clear."""
-        has_edge = (i == 0) & self.has_v_tail(item)
-        if self.has_window_left:
-            has_edge = has_edge | ((i == item.num_blocks - 1) & self.has_v_head(work, item))
-        return has_edge
-
     def first_key(self, work: WorkTensors, item: WorkItem) -> Int32:
         """First key that any row of an item sees."""
         return self.block_info.first_key(item.tile.m_block, item.tile.seqlen, work.values)
