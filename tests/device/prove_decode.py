@@ -87,8 +87,8 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         kv_lens = [draw.choice((0, 1, 63, 64, 65, draw.randint(0, 131072))) for _ in range(rows)]
         plan = plan_of(problem, max(rows, 1), max(sum(query_lens), query_len), 131072, query_len)
         shape = work_shape(plan)
-        work = empty_lists(shape, rows, sum(query_lens))
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+        work = empty_lists(shape, rows)
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         run_schedule(plan, work, cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE))

@@ -73,7 +73,9 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, b
         poisoned.fill_(math.nan)
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
-    scheduled = run_schedule(arch, schedule_key(plan), work, a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist(), window_right=right, seed=seed)
+    scheduled = run_schedule(
+        arch, schedule_key(plan), work, a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist(), window_right=right, seed=seed
+    )
     with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
         emu.run(
             load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
@@ -110,7 +112,8 @@ def run_schedule(
             load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
             work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
             s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks,
-            s.l2_tokens, window_left, window_right, s.slot_vectors, s.num_sms, s.decode_tile_ticks, s.decode_full_sms, s.max_seqlen_k, s.max_num_tokens,
+            s.l2_tokens, window_left, window_right, s.slot_vectors, s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
+            s.max_seqlen_k, s.max_num_tokens,
         )  # fmt: skip
     return emu.report
 

@@ -163,7 +163,7 @@ class Fuzzer:
         total_q: int,
         values: dict,
     ) -> None:
-        """Compare with a float32 oracle made from the clean pages; errors over budget, NaN and written padding are failures."""
+        """Compare with a float32 oracle made from the clean pages; errors over budget, NaN and padding that is not zero are failures."""
         p, device = self.setup.problem, self.device
         group = p.q_per_kv
         seq_of_row = torch.repeat_interleave(torch.arange(len(kv_lens), device=device), query_lens, output_size=total_q)
@@ -195,14 +195,14 @@ class Fuzzer:
         budget = 2 * (rounded - want).abs().max() + torch.finfo(self.dtype).eps * want.abs().max()
         # A batch of empty rows has no budget; its rows must be 0, which is checked below.
         share = (out[:total_q].float() - want).abs().max() / budget.clamp(min=torch.finfo(torch.float32).tiny)
-        bad = ~out[:total_q].isfinite().all() | ~out[total_q:].isnan().all() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
+        bad = ~out[:total_q].isfinite().all() | ~(out[total_q:] == 0).all() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
         lse_share = torch.zeros((), device=device)
         if p.has_lse:
             got = lse[:, :total_q].T
             finite = torch.where(empty, 0.0, want_lse)
             error = torch.where(empty, 0.0, got - finite).abs().max()
             lse_share = error / (2e-5 * finite.abs().max().clamp(min=1.0))
-            bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isnan().all()
+            bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isneginf().all()
         self.failed.append(bad)
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
 

@@ -15,8 +15,8 @@ from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
-from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
