@@ -34,8 +34,8 @@ def paged_attention(
     """Attention of ragged queries over a paged KV cache.
 
     Causal attention is aligned bottom-right: query i of a sequence sees keys up to `seqused_k - query_len + i`. A row that sees
-    no key gives O = 0 and lse = -inf. Page rows past `seqused_k` and rows of `out` past `cu_seqlens_q[-1]` are neither read into
-    a result nor written; they may hold NaN.
+    no key gives O = 0 and lse = -inf. Page rows past `seqused_k` and rows of q past `cu_seqlens_q[-1]` are not read into a result; they
+    may hold NaN. Rows of `out` past `cu_seqlens_q[-1]` are 0, of `lse` -inf. A KV length past the plan's limit or the page table is cut to it.
 
     Args:
         q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
@@ -51,7 +51,7 @@ def paged_attention(
         softcap: logits become `softcap * tanh(logits / softcap)`; above 0 exactly when the plan has it.
         sinks: (num_q_heads,) logit that joins each row's softmax without a value; given exactly when the plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor, NaN-free only up to `cu_seqlens_q[-1]`.
+        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor.
         lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
 
     Returns:
