@@ -37,7 +37,8 @@ def paged_attention(
     no key gives O = 0 and lse = -inf, and so does every row past `cu_seqlens_q[-1]`, as the padded batch of a captured graph has them.
 
     What no row of a sequence sees may hold anything, NaN and infinity included, and reaches no result: page rows past `seqused_k` or left
-    of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed.
+    of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
+    past the plan's limit or the page table is cut to it.
 
     Args:
         q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.

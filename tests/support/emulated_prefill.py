@@ -95,8 +95,8 @@ def _work_list(built: BuiltCase, num_ctas: int, tokens_per_item: int, tile_n: in
     shape = WorkShape(
         num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=tokens_per_item, prefill_tile_n=tile_n,
         decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
-        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas, max_seqlen_k=NO_WINDOW,
-        max_num_tokens=NO_WINDOW,
+        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
+        max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1,
     )  # fmt: skip
     left = NO_WINDOW if case.window_left is None else case.window_left
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right

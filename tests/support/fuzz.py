@@ -171,7 +171,7 @@ class Fuzzer:
         total_q: int,
         values: dict,
     ) -> None:
-        """Compare with a float32 oracle made from the clean pages; errors over budget, NaN and written padding are failures."""
+        """Compare with a float32 oracle made from the clean pages; errors over budget, NaN and padding that is not zero are failures."""
         p, device = self.setup.problem, self.device
         group = p.q_per_kv
         seq_of_row = torch.repeat_interleave(torch.arange(len(kv_lens), device=device), query_lens, output_size=total_q)
@@ -203,7 +203,7 @@ class Fuzzer:
         budget = rounding_budget(rounded, want, self.dtype)
         # A batch of empty rows has no budget; its rows must be 0, which is checked below.
         share = (out[:total_q].float() - want).abs().max() / budget.clamp(min=torch.finfo(torch.float32).tiny)
-        bad = ~out[:total_q].isfinite().all() | (out[total_q:] != 0).any() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
+        bad = ~out[:total_q].isfinite().all() | ~(out[total_q:] == 0).all() | ~(share <= 1) | (out[:total_q][empty] != 0).any()
         lse_share = torch.zeros((), device=device)
         if p.has_lse:
             got = lse[:, :total_q].T

@@ -1,7 +1,7 @@
 """Rows of the call past its last query, which a padded batch of a captured graph has: zero in `out`, -inf in `lse`.
 
-So nothing that looks at all rows (the maximum of a dynamic quantisation) meets what the memory held before. One kernel of a call does it:
-decode where the plan has it, since it is always launched, else prefill; by a warp that has nothing else left to do.
+So nothing that looks at all rows (the maximum of a dynamic quantisation) meets what the memory held before. One kernel of a call does
+it: decode where the plan has it, since it is always launched, else prefill; by a warp that has nothing else left to do.
 """
 
 from __future__ import annotations
