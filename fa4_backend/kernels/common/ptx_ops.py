@@ -315,6 +315,11 @@ def as_words(v: ir.Value) -> ir.Value:
     return vector.bitcast(ir.VectorType.get([ir.VectorType(v.type).shape[0]], T.i32()), v)
 
 
+def select(condition: Boolean, v: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """v where `condition` holds, else `otherwise`."""
+    return arith.select(Boolean(condition).ir_value(), v, otherwise)
+
+
 def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
     """A vector of zeros where `condition` holds, else v."""
     n = ir.VectorType(v.type).shape[0]

@@ -21,6 +21,7 @@ from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
+from fa4_backend.kernels.common.online_softmax import MAX_FUSED
 from fa4_backend.kernels.sm100.config import Sm100Config
 
 CHUNK = 32  # columns a TMEM instruction moves
@@ -49,12 +50,19 @@ class BlockWeights:
         return self.config.tuning.p_first_columns // CHUNK
 
     def decide(
-        self, load_scores: Callable[[], list[ir.Value]], is_first: Boolean, row_max: Float32, row_sum: Float32, scale_log2: Float32
+        self,
+        load_scores: Callable[[], list[ir.Value]],
+        wait_again: Callable[[], None],
+        is_first: Boolean,
+        row_max: Float32,
+        row_sum: Float32,
+        scale_log2: Float32,
     ) -> Weights:
         """Weights of the first columns with a reference that the block's weights do not pass by too much.
 
         Args:
             load_scores: emits the load of the row's scores, masked, in chunks; repeatable.
+            wait_again: emits a wait that is over at once.
             is_first: the row group's first block, which always needs its maximum.
         """
         threshold = self.config.kernel.tile.rescale_threshold
@@ -80,6 +88,7 @@ class BlockWeights:
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference)
+            s = self._relate(s, reference, scale_log2, wait_again)
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
             unseen = cute.math.fma(Float32(self._unseen_max(s)), scale_log2, -offset)
             too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
@@ -95,8 +104,25 @@ class BlockWeights:
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
 
     def offset(self, row_max: Float32) -> Float32:
-        """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf."""
-        return cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
+        """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf, and after `_relate`."""
+        return cutlass.select_(ptx.absolute(row_max) < MAX_FUSED, row_max, Float32(0.0))
+
+    def _relate(self, s: list[ir.Value], row_max: Float32, scale_log2: Float32, wait_again: Callable[[], None]) -> list[ir.Value]:
+        """Scores relative to a reference that is large (`online_softmax`, Note [Large scores]), their products rounded as it was."""
+        is_large = (ptx.absolute(row_max) >= MAX_FUSED) & (row_max != -Float32.inf)
+
+        def change(values: list[ir.Value]) -> list[ir.Value]:
+            wait_again()  # keeps the branch a branch: see `load_scores`
+            inverse = cute.arch.rcp_approx(scale_log2)
+            scale, shift, back = (ptx.broadcast(x, 2) for x in (scale_log2, -row_max, inverse))
+            related = []
+            for v in values:
+                pairs = [ptx.pair(v, j) for j in range(0, CHUNK, 2)]
+                relative = [ptx.mul2(ptx.add2(ptx.mul2(pair, scale), shift), back) for pair in pairs]
+                related.append(ptx.from_pairs([ptx.select(is_large, new, old) for new, old in zip(relative, pairs, strict=True)]))
+            return related
+
+        return ptx.when_scalars(cute.arch.vote_any_sync(is_large), s, change)
 
     def weigh(self, s: list[ir.Value], first_chunk: int, scale_log2: Float32, offset: Float32) -> tuple[list[ir.Value], Float32]:
         """Packed weights of some chunks, and their sum.

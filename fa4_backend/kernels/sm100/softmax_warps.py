@@ -75,7 +75,8 @@ class SoftmaxWarps:
                 ptx.tcgen05_fence_after_sync()
                 columns = functools.partial(self.columns, place, work, item, row, q_idx)
                 load = functools.partial(self.load_scores, s_tmem, work.values, alibi, columns, item, n_block, barrier, s_phase)
-                weights = block.decide(load, i == 0, row_max, row_sum, scale_log2)
+                wait_again = functools.partial(ptx.mbarrier_wait, barrier, s_phase)
+                weights = block.decide(load, wait_again, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
                     # S of this block has arrived, so PV of the block before it is done.
                     self.rescale(g.tmem.o_at(place, q_idx) + (warp * 32 << LANE_SHIFT), weights.factor)
