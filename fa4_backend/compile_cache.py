@@ -40,6 +40,12 @@ def seal() -> None:
     _sealed = True
 
 
+def reopen() -> None:
+    """Say that a warm-up begins: an engine starts, maybe not the first of this process."""
+    global _sealed
+    _sealed = False
+
+
 def fingerprinted_files() -> list[Path]:
     """Every source that can change what any builder generates or what is kept of it: all of `kernels`, and what it is made from."""
     outside = ("problem.py", "arch.py", "compile.py", "kernel_facts.py")

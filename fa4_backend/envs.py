@@ -11,7 +11,7 @@ from pathlib import Path
 
 # name -> (default, what it does); `fa4 doctor` prints this table.
 VARIABLES: dict[str, tuple[str, str]] = {
-    "FA4_BACKEND_STRICT": ("0", "1: any degradation (a compile after warm-up, a slower kernel than planned) is an error"),
+    "FA4_BACKEND_STRICT": ("0", "1: a compile after an engine's start is an error instead of a warning; the one degradation that there is"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
@@ -37,7 +37,7 @@ def settings() -> dict[str, str | None]:
 
 
 def strict() -> bool:
-    """Whether a degradation is an error instead of a logged warning."""
+    """Whether a degradation, which is a compile after warm-up, is an error instead of a logged warning."""
     return _read("FA4_BACKEND_STRICT") == "1"
 
 

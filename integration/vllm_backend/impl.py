@@ -11,6 +11,7 @@ from fa4_backend import AttentionProblem, MaskFeatures, paged_attention
 from fa4_backend import envs as fa4_envs
 from fa4_backend.problem import UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache, write_kv
 from fa4_integration.vllm_backend.metadata_builder import FA4Metadata
 from fa4_integration.vllm_backend.serving_arch import serving_arch
@@ -50,9 +51,9 @@ class FA4Impl(AttentionImpl):
         # vLLM counts the query's own token, the operator the tokens besides it.
         self.window_left = None if sliding_window is None else sliding_window - 1
         self.logits_soft_cap = logits_soft_cap or 0.0
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
-        # The engine's own parameter, in its dtype: whatever is loaded or reloaded into it later is what the kernels read.
-        self.sinks = None if sinks is None else sinks.detach()
+        self.given_slopes = None if alibi_slopes is None else tuple(alibi_slopes)
+        self.slopes: DeviceSlopes | None = None  # made by the builder, which restores them
+        self._sinks = sinks
         self.mask = MaskFeatures(
             has_window_left=self.window_left is not None,
             has_softcap=self.logits_soft_cap > 0,
@@ -61,6 +62,16 @@ class FA4Impl(AttentionImpl):
         )
         # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
         check_problem(self.problem(PAGE_MULTIPLE, torch.get_default_dtype()))
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """What the engine's own parameter holds, in its dtype, wherever its storage is: no copy that a reload would miss."""
+        return None if self._sinks is None else self._sinks.data
+
+    @property
+    def alibi_slopes(self) -> torch.Tensor | None:
+        """(num_q_heads,) float32 on the device; None without ALiBi, and until a builder serves the layer."""
+        return None if self.slopes is None else self.slopes.tensor
 
     def problem(self, page_size: int, dtype: torch.dtype) -> AttentionProblem:
         """What this layer asks of the operator, for pages of `page_size` tokens."""
@@ -75,7 +86,7 @@ class FA4Impl(AttentionImpl):
             page_size=page_size,
             arch=serving_arch(),
             mask=self.mask,
-            sinks_dtype="float32" if self.sinks is None else str(self.sinks.dtype).removeprefix("torch."),
+            sinks_dtype="float32" if self._sinks is None else str(self._sinks.dtype).removeprefix("torch."),
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
             exact=fa4_envs.exact(),
         )
