@@ -8,7 +8,6 @@ import pytest
 
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
 from fa4_backend.arch import ARCHS
-from fa4_backend.kernels.schedule.launch import schedule_key
 from fa4_backend.kernels.schedule.limits import FIXED_BYTES, MAX_DECODE_CTAS, SEQ_BYTES, largest_num_seqs, table_size
 from fa4_backend.kernels.schedule.work_list import work_shape
 
@@ -34,8 +33,8 @@ def test_sums_of_kv_tiles_bound_the_sequences_too() -> None:
 
 def test_a_plan_of_many_sequences_shares_the_kernel_of_its_size() -> None:
     limits = BatchLimits(max_num_seqs=9000, max_num_tokens=16384, max_seqlen_k=1 << 17)
-    assert schedule_key(plan_attention(PROBLEM, limits)).max_num_seqs == 16384
-    assert schedule_key(plan_attention(PROBLEM, replace(limits, max_num_seqs=3))).max_num_seqs == 256
+    assert plan_attention(PROBLEM, limits).kernels.schedule.max_num_seqs == 16384
+    assert plan_attention(PROBLEM, replace(limits, max_num_seqs=3)).kernels.schedule.max_num_seqs == 256
 
 
 def test_more_decode_ctas_than_cuts_are_refused() -> None:
