@@ -9,7 +9,6 @@ import pytest
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.schedule.limits import FIXED_BYTES, MAX_DECODE_CTAS, SEQ_BYTES, largest_num_seqs, table_size
-from fa4_backend.kernels.schedule.work_list import work_shape
 
 PROBLEM = AttentionProblem(
     num_q_heads=32, num_kv_heads=8, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch="sm_90a",
@@ -39,7 +38,7 @@ def test_a_plan_of_many_sequences_shares_the_kernel_of_its_size() -> None:
 
 def test_more_decode_ctas_than_cuts_are_refused() -> None:
     """A thread of the schedule stands for each cut; no chip here has as many SMs."""
-    shape = work_shape(plan_attention(PROBLEM, BatchLimits(8, 8, 1024)))
+    shape = plan_attention(PROBLEM, BatchLimits(8, 8, 1024)).kernels.work
     with pytest.raises(AssertionError, match=f"at most {MAX_DECODE_CTAS}"):
         replace(shape, decode_num_ctas=MAX_DECODE_CTAS + 1)
 
@@ -47,4 +46,4 @@ def test_more_decode_ctas_than_cuts_are_refused() -> None:
 def test_lengths_are_cut_at_whole_pages() -> None:
     """A row of the page table has room for whole pages, and an engine's dummy batch may name them all."""
     plan = plan_attention(PROBLEM, BatchLimits(max_num_seqs=8, max_num_tokens=8, max_seqlen_k=250))
-    assert work_shape(plan).max_seqlen_k == 256
+    assert plan.kernels.work.max_seqlen_k == 256
