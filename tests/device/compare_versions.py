@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 from fa4_backend.bench.decode_batches import BatchTensors, issue_batches, ragged_batches
-from fa4_backend.bench.prefill_batches import PrefillTensors
-from fa4_backend.bench.prefill_batches import issue_batches as prefill_batches
+from fa4_backend.bench.prefill_batches import PrefillTensors, named_batches
 from fa4_backend.bench.timing import Flush, capture, median_us
 
 OTHER = "fa4_other"  # the other checkout's package
@@ -51,7 +50,7 @@ def cases() -> Iterator[tuple[str, str, Any, dict[str, bool]]]:
         yield "decode", batch.label, batch, {}
     for batch in [*grid[:2], *ragged_batches()[2:]]:
         yield "decode", f"{batch.label}, invariant", batch, {"batch_invariant": True}
-    sets = prefill_batches()
+    sets = named_batches()
     for batch in [b for name in ("whole", "chunked", "heads") for b in sets[name]]:
         yield "prefill", batch.label, batch, {}
 
