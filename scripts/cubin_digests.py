@@ -53,17 +53,17 @@ def code_digest(cubin: Path) -> str:
 
 def digests_of(case: tuple[str, dict[str, object], int]) -> dict[str, str]:
     """name -> digest of every kernel that one problem's plan launches."""
-    from fa4_backend import AttentionProblem, BatchLimits, plan_attention
+    from fa4_backend import BatchLimits, plan_attention
     from fa4_backend.compile import compile_to_object
-    from fa4_backend.kernels.launch import keys_of
+    from tests.support.problems import make_problem
 
     arch, facts, decode_query_len = case
     ordinary = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": 16}
-    problem = AttentionProblem(arch=arch, **{**ordinary, **facts})
+    problem = make_problem(arch=arch, **{**ordinary, **facts})
     plan = plan_attention(problem, BatchLimits(256, 8192, 32768, decode_query_len))
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key in keys_of(plan):
+        for key in plan.kernels.keys if plan.kernels else ():
             compile_to_object(key, Path(folder) / key.name)
             found[f"{arch} {key.name}"] = code_digest(Path(folder) / f"{key.name}.cubin")
     return found

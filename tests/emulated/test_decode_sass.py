@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fa4_backend.compile import find_cuda_tool
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernel_facts import disassemble
-from fa4_backend.kernels.decode.config import DecodeConfig, decode_config
+from fa4_backend.kernel_facts import disassemble, find_cuda_tool
+from fa4_backend.kernels.decode.config import DecodeConfig, resolve
 from tests.support.paged_case import PagedCase
 from tests.support.sass import product_loops
 
@@ -33,7 +32,7 @@ KEYS = {
 def config_of(changes: dict[str, object]) -> DecodeConfig:
     fields = {"query_lens": (1,), "kv_lens": (1,), "head_dim": 128, "arch": "emulated-sm_90a", **changes}
     case = PagedCase(**fields)  # type: ignore[arg-type]
-    config = decode_config(case.problem(), case.plan().limits)
+    config = resolve(case.problem(), case.plan().limits)
     assert config is not None
     return config
 

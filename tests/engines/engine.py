@@ -36,7 +36,7 @@ def watch_operator(scale_error: float = 1.0) -> Iterator[OperatorCalls]:
     def watched(*args: Any, plan: Any, metadata: Any, softmax_scale: float, **kwargs: Any) -> Any:
         calls.count += 1
         calls.query_lens.add(metadata.bounds.max_seqlen_q)
-        calls.kernels.add(plan.kernel_name)
+        calls.kernels.add(plan.describe())
         calls.page_sizes.add(plan.problem.page_size)
         return paged_attention(*args, plan=plan, metadata=metadata, softmax_scale=softmax_scale * scale_error, **kwargs)
 

@@ -16,7 +16,6 @@ class ScheduleParams(NamedTuple):
     decode_query_len: Int32  # 0: no decode list
     decode_tile_n: Int32
     split_blocks: Int32
-    item_overhead: Int32
     l2_tokens: Int32
     window_left: Int32  # NO_WINDOW: none
     window_right: Int32  # 0 for causal attention, NO_WINDOW: none
@@ -24,3 +23,5 @@ class ScheduleParams(NamedTuple):
     num_sms: Int32
     decode_tile_ticks: Int32  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
     decode_full_sms: Int32  # SMs whose decode CTAs keep the memory busy
+    max_seqlen_k: Int32
+    max_num_tokens: Int32

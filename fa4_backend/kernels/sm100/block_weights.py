@@ -22,7 +22,7 @@ from cutlass._mlir import ir
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
 from fa4_backend.kernels.common.online_softmax import MAX_FUSED
-from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.sm100.config import Sm100Config
 
 CHUNK = 32  # columns a TMEM instruction moves
 MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V

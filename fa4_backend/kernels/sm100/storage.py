@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm100.tuning import Sm100Config, num_parts
+from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
 
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
