@@ -12,8 +12,6 @@ import torch
 
 from fa4_backend.compile import CompileKey
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.contraction import contractible
 from tests.support.large_logits import CHANNELS, build, check
 from tests.support.paged_case import PagedCase
@@ -27,9 +25,9 @@ PREFILL = {"query_lens": (70, 3), "kv_lens": (400, 129), "num_q_heads": 2, "num_
 def keys_of(arch: str, **changes: object) -> list[CompileKey]:
     """Decode and prefill kernel of a problem."""
     case = PagedCase((1,), (1,), num_q_heads=4, num_kv_heads=1, head_dim=128, arch=f"emulated-{arch}", **changes)  # type: ignore[arg-type]
-    decode = decode_config(case.problem(), case.plan().limits)
-    assert decode is not None
-    return [decode, prefill_key(case.plan())]
+    kernels = case.plan().kernels
+    assert kernels is not None and kernels.decode is not None
+    return [kernels.decode, kernels.prefill]
 
 
 FEATURES: dict[str, dict[str, object]] = {
