@@ -35,7 +35,7 @@ def paged_attention(
 
     Causal attention is aligned bottom-right: query i of a sequence sees keys up to `seqused_k - query_len + i`. A row that sees
     no key gives O = 0 and lse = -inf. Page rows past `seqused_k` and rows of q past `cu_seqlens_q[-1]` are not read into a result; they
-    may hold NaN. Rows of `out` past `cu_seqlens_q[-1]` are 0, of `lse` -inf. A KV length past the plan's limit or the page table is cut to it.
+    may hold NaN. Rows of `out` past `cu_seqlens_q[-1]` are 0, of `lse` -inf. A KV length past the plan's limit or the page table is cut.
 
     Args:
         q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
