@@ -62,6 +62,7 @@ def source_fingerprint() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def dsl_version() -> str | None:
     """Version of the compiler; None where it is not installed."""
     try:

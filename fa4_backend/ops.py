@@ -34,16 +34,19 @@ def paged_attention(
     """Attention of ragged queries over a paged KV cache.
 
     Causal attention is aligned bottom-right: query i of a sequence sees keys up to `seqused_k - query_len + i`. A row that sees
-    no key gives O = 0 and lse = -inf. Page rows past `seqused_k` and rows of `out` past `cu_seqlens_q[-1]` are neither read into
-    a result nor written; they may hold NaN.
+    no key gives O = 0 and lse = -inf, and so does every row past `cu_seqlens_q[-1]`, as the padded batch of a captured graph has them.
+
+    What no row of a sequence sees may hold anything, NaN and infinity included, and reaches no result: page rows past `seqused_k` or left
+    of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
+    past the plan's limit or the page table is cut to it.
 
     Args:
         q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), any page, row and head strides, last stride 1.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise; may share an allocation with `k_cache`.
-        page_table: (batch, max_pages_per_seq) int32, physical page of each logical page; entries past a sequence's pages are ignored.
+        page_table: (batch, max_pages_per_seq) int32, physical page of each logical page; any number where no row sees a key of the page.
         cu_seqlens_q: (batch + 1,) int32, exclusive prefix sum of query tokens, non-decreasing.
-        seqused_k: (batch,) int32, valid KV tokens, this step's included.
+        seqused_k: (batch,) int32, valid KV tokens, this step's included; more than the page table holds means all that it holds.
         plan: from `plan_attention`; says which mask features are compiled in.
         metadata: `AttentionMetadata.allocate(plan, device)`, refreshed for this step's lengths.
         softmax_scale: multiplies raw logits; default `head_dim ** -0.5`.
@@ -52,14 +55,15 @@ def paged_attention(
         sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
             plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor, NaN-free only up to `cu_seqlens_q[-1]`.
+        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor.
         lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
 
     Returns:
         `out` and `lse` (natural log of the softmax denominator, sink included; None unless the plan has it).
 
     Raises:
-        ValueError: a tensor or value does not fit the plan; nothing was launched.
+        ValueError: a tensor or value does not fit the plan; nothing was launched. On CPU tensors also: a row sees a page that the page
+            table puts outside the pool (kernels on a GPU cannot say so).
     """
     tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
     check_tensors(plan, metadata, tensors)

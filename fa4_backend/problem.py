@@ -41,6 +41,11 @@ class MaskFeatures:
         """Names of the features that are there, in order."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name))
 
+    @property
+    def short_name(self) -> str:
+        """The features in the name of a kernel: "-causal-windowleft", say."""
+        return "".join("-" + name.split("_", 1)[1].replace("_", "") for name in self.present)
+
 
 @dataclass(frozen=True)
 class AttentionProblem:

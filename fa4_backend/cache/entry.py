@@ -22,7 +22,7 @@ from filelock import FileLock
 from fa4_backend import envs
 from fa4_backend.cache import prune
 from fa4_backend.cache.errors import BrokenObjectError, CacheWriteError
-from fa4_backend.cache.trust import check_trusted, make_folder
+from fa4_backend.cache.trust import check_file, check_trusted, make_folder
 
 logger = logging.getLogger("fa4_backend")
 
@@ -51,11 +51,11 @@ def find_fault(entry: Entry) -> str | None:
         return MISSING
     folder = check_trusted(entry.folder)
     try:
-        record = json.loads(check_trusted(folder / prune.RECORD).read_bytes())
+        record = json.loads(check_file(folder / prune.RECORD).read_bytes())
         if record["identity"] != entry.identity:
             return f"{prune.RECORD} is of another key"
         for name in entry.files:
-            found, expected = _fingerprint(check_trusted(folder / name)), record["files"][name]
+            found, expected = _fingerprint(check_file(folder / name)), record["files"][name]
             if found != expected:
                 return f"{name}: expected {expected}, got {found}"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:

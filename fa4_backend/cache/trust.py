@@ -41,6 +41,20 @@ def check_trusted(path: Path) -> Path:
     return _walk(path, make=False)
 
 
+def check_file(path: Path) -> Path:
+    """The same for a file in a folder that was checked; the folders above are looked at again only where the file is a link.
+
+    Raises:
+        UntrustedCacheError: another user owns it, or others may write it.
+        OSError: it is missing or cannot be looked at.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return check_trusted(path)
+    _check(path, status, is_above=False)
+    return path
+
+
 def make_folder(folder: Path) -> Path:
     """Make `folder`, inside the cache folder, with those above that are missing; nobody but the owner may write them.
 
@@ -61,12 +75,11 @@ def _walk(path: Path, make: bool) -> Path:
         if make and not part.exists():
             # Path.mkdir(parents=True) would give the folders above the umask's mode, which may let the group write.
             part.mkdir(mode=0o755, exist_ok=True)
-        _check(part, is_above=not part.is_relative_to(root))
+        _check(part, part.stat(), is_above=not part.is_relative_to(root))
     return real
 
 
-def _check(path: Path, is_above: bool) -> None:
-    status = path.stat()
+def _check(path: Path, status: os.stat_result, is_above: bool) -> None:
     owners = {0, os.geteuid()} | ({_overflow_user()} if is_above else set())
     writers = status.st_mode & _OTHERS_WRITE
     if is_above and (status.st_mode & stat.S_ISVTX or (writers == stat.S_IWGRP and _is_private_group(status))):

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fa4_backend.model_config import ModelConfigError, layer_groups
+from fa4_backend.cache.errors import CacheError
+from fa4_backend.compile import CompileError
+from fa4_backend.model_config import attention_problems, layer_groups
+from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
 from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
@@ -29,13 +32,13 @@ def compile(
     exact: Annotated[bool, typer.Option(help="nor on how its prompt was cut; implies --batch-invariant")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Compile every kernel that a model or a shape needs. Exits 1 when it is not served, 2 when the config cannot be read."""
+    """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
     limits = BatchLimits(max_num_seqs, 8192, 32768)
     modes = {"batch_invariant": batch_invariant or exact, "exact": exact}
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     try:
         if model is not None:
-            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes)]
+            problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes))
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
@@ -47,7 +50,11 @@ def compile(
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
-    kernels = compile_plans(plans)
+    try:
+        kernels = compile_plans(plans)
+    except (CacheError, CompileError) as error:
+        typer.echo(f"fa4 compile: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
     if json_output:
         print(json.dumps({"kernels": kernels}, indent=1))
         return

@@ -25,7 +25,6 @@ class PrefillArguments(NamedTuple):
     mV: Any  # (num_pages, page_size, num_kv_heads, head_dim_v)
     mPageTable: Any  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: Any  # (batch + 1,) int32
-    mSeqUsedK: Any  # (batch,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
     mBegin: Any  # (num_ctas + 1,) int32
     mO: Any  # (total_q, num_q_heads, head_dim_v)
@@ -84,7 +83,7 @@ def schedule_arguments(
 def prefill_arguments(a: AttentionArguments, tiles: Any, begin: Any) -> PrefillArguments:
     """A call of a prefill kernel over the list `tiles`, `begin`."""
     return PrefillArguments(
-        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
+        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, tiles, begin, a.out, a.lse,
         a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
@@ -108,13 +107,12 @@ def prefill_fakes(config: PrefillConfig) -> tuple[Any, ...]:
         mV=fake.heads(config.dtype, pages, page_size, kv_heads, config.head_dim_v),
         mPageTable=fake.plain("int32", batch, fake.size()),
         mCuSeqlensQ=fake.plain("int32", fake.size()),
-        mSeqUsedK=fake.plain("int32", batch),
         mTiles=fake.entries(TILE_INTS),
         mBegin=fake.plain("int32", fake.size()),
         mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),
         mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
-        mSinks=fake.plain(config.sinks_dtype, heads) if config.has_sinks else None,
-        mSlopes=fake.plain("float32", heads) if config.has_alibi else None,
+        mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,
+        mSlopes=fake.plain("float32", heads) if config.mask.has_alibi else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -138,8 +136,8 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mFirst=fake.entries(DECODE_INTS),
         mSlots=fake.entries(slot_floats, "float32"),
         mArrivals=fake.plain("int32", n()),
-        mSinks=fake.plain(config.sinks_dtype, n()) if config.has_sinks else None,
-        mSlopes=fake.plain("float32", n()) if config.has_alibi else None,
+        mSinks=fake.plain(config.sinks_dtype, n()) if config.mask.has_sinks else None,
+        mSlopes=fake.plain("float32", n()) if config.mask.has_alibi else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),

@@ -89,8 +89,8 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         plan = plan_of(problem, max(rows, 1), max(sum(query_lens), query_len), 131072, query_len)
         assert plan.kernels is not None
         shape = plan.kernels.work
-        work = empty_lists(shape, rows, sum(query_lens))
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+        work = empty_lists(shape, rows)
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.emulated_decode import run_decode_built
 from tests.support.emulated_prefill import EmulatedRun, run_built
 from tests.support.paged_case import NO_PAGE, BuiltCase, PagedCase
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.emulated
 
 def run_pairs(built: BuiltCase, *, seed: int | None = None) -> EmulatedRun:
     """The Blackwell prefill kernel as CTA pairs."""
-    key = Sm100Config.of(prefill_key(built.case.plan())).with_tuning(cta_group=2)
+    key = built.case.plan().kernels.prefill.with_tuning(cta_group=2)
     return run_built(built, seed=seed, key=key)
 
 
@@ -51,7 +49,7 @@ EDGES: dict[str, tuple[int, int, int, int]] = {  # query_len, kv_len, window_lef
 def poisoned(built: BuiltCase, value: float | None) -> BuiltCase:
     """Keys that no row sees hold `value` (None: ordinary numbers), and their pages stand in the table."""
     a, case = built.arguments, built.case
-    first_key, page_size = case.first_key(0), case.page_size
+    first_key, page_size = case.num_hidden(0), case.page_size
     spare = [page for page in range(a.k_cache.shape[0]) if page not in a.page_table[0].tolist()]
     for logical in range(first_key // page_size):
         if int(a.page_table[0, logical]) in (-1, NO_PAGE):
@@ -73,7 +71,7 @@ def test_bits_are_those_of_finite_values(kernel: str, edge: str) -> None:
         (query_len,), (kv_len,), num_q_heads=1, num_kv_heads=1, head_dim=head_dim, page_size=page_size, arch=arch,
         window_left=window_left, decode_query_len=4,
     )  # fmt: skip
-    assert case.first_key(0) == kv_len - query_len - window_left > 0
+    assert case.num_hidden(0) == kv_len - query_len - window_left > 0
 
     def attend(built: BuiltCase) -> tuple[torch.Tensor, torch.Tensor]:
         done = run(built)
@@ -87,7 +85,7 @@ def test_bits_are_those_of_finite_values(kernel: str, edge: str) -> None:
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), value
     for entry in (-1, NO_PAGE):
         built = case.build()
-        built.arguments.page_table[0, : case.first_key(0) // page_size] = entry
+        built.arguments.page_table[0, : case.num_hidden(0) // page_size] = entry
         got = attend(built)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), entry
 

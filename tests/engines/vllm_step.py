@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.reference import attention_oracle
+from fa4_backend.error_budget import judge
 from fa4_integration.vllm_backend.backend import FA4Backend
 
 LAYER = "model.layers.0.self_attn.attn"
@@ -181,7 +181,7 @@ class BuiltStep:
         return output
 
     def check(self, output: torch.Tensor) -> None:
-        """Judge against the float32 oracle; at most twice the error of the same mathematics rounded to the dtype."""
+        """Judge against the oracle, by `fa4_backend.error_budget`."""
         step = self.step
         sinks = None if self.sinks is None else self.sinks.data
         slopes = None if self.slopes is None else torch.tensor(self.slopes)
@@ -193,12 +193,8 @@ class BuiltStep:
             self.query, pages[..., : step.head_dim], pages[..., step.head_dim :], d.block_table_tensor[rows], starts, lens, output, None,
             step.head_dim**-0.5, window, None, step.softcap or 0.0, sinks, slopes,
         )  # fmt: skip
-        # The oracle of a float32 kernel has to be better than float32.
-        exact = torch.float64 if step.dtype == torch.float32 else torch.float32
-        want, _ = attention_oracle(arguments, is_causal=True, dtype=exact, accumulate=exact)
-        rounded, _ = attention_oracle(arguments, is_causal=True, dtype=step.dtype)
-        got, want, rounded = output[:total_q].double(), want[:total_q].double(), rounded[:total_q].double()
+        want = judge(arguments, is_causal=True)
+        got = output[:total_q].double()
         assert got.isfinite().all(), f"{int((~got.isfinite()).sum())} values are not finite"
-        error = (got - want).abs().max().item()
-        budget = 2 * (rounded - want).abs().max().item() + torch.finfo(step.dtype).eps * want.abs().max().item()
-        assert error <= budget, f"expected an error of at most {budget:.3g}, got {error:.3g}"
+        error = (got - want.out).abs().max().item()
+        assert error <= want.out_budget, f"expected an error of at most {want.out_budget:.3g}, got {error:.3g}"

@@ -409,7 +409,8 @@ def _limit(monkeypatch: pytest.MonkeyPatch, num_entries: float) -> None:
 def test_the_least_recently_used_go(
     cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    object_of(0)  # a look-up is a use
+    object_of(0)
+    assert time.time() - (aged[0] / prune.RECORD).stat().st_mtime < 100, "a look-up is a use"
     entry._in_use.clear()
     _age(aged[0], 50 + prune.GRACE_SECONDS)
     _limit(monkeypatch, 3.5)

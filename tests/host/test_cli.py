@@ -69,6 +69,17 @@ def test_doctor_tells_where_the_cache_is_how_full_and_whether_it_is_trusted(
     folder.chmod(0o755)
 
 
+def test_compile_names_what_is_wrong_with_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No traceback, and nothing compiled first."""
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    code, out, err = run(capsys, "compile", "--arch", "sm_90a", "--json")
+    assert code == 1 and not out and err.startswith(f"fa4 compile: UntrustedCacheError: {tmp_path}: expected a folder of")
+    tmp_path.chmod(0o700)
+
+
 def test_every_environment_variable_is_read_in_envs() -> None:
     """`os.environ` and `os.getenv` are read nowhere else in what is installed; writing one for a library is no reading."""
     root = Path(envs.__file__).parents[1]
@@ -145,7 +156,7 @@ def test_plan_of_a_mode(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag
     [
         ("{", "expected JSON"),
         ("[]", "expected a JSON object, got list"),
-        ("{}", "expected an integer num_attention_heads"),
+        ("{}", "expected a model_type or architectures"),
         (json.dumps({**GEMMA_2, "torch_dtype": "int4"}), "dtype: expected one of"),
     ],
 )

@@ -12,7 +12,16 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.kernels.launch_abi import decode_arguments, schedule_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, TILE_INTS, TOTAL_Q, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import (
+    FIRST_SLOT,
+    NO_WINDOW,
+    NUM_ENTRIES,
+    PARTIAL_SLOT,
+    TILE_INTS,
+    TOTAL_Q,
+    WorkLists,
+    WorkShape,
+)
 from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -38,37 +47,50 @@ class DecodeRun:
         """Within the error budget, nothing written that is not ours, no race, counters back at 0."""
         for report in self.reports:
             assert report.races == [], "\n".join(str(race) for race in report.races[:3])
-        assert not self.work.arrivals.any(), "arrival counters: expected 0 after the launch"
+        entries = self.work.decode_tiles[: self.work.decode_first[:, NUM_ENTRIES].sum()]
+        first_slots = entries[entries[:, PARTIAL_SLOT] >= 0, FIRST_SLOT]
+        assert not self.work.arrivals[first_slots].any(), "arrival counters in use: expected 0 after the launch"
         assert self.built.arguments.lse is not None
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
 
-def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
-    """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Workspaces are poisoned.
+def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, built: BuiltCase | None = None) -> DecodeRun:
+    """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Work lists and workspaces hold garbage before.
 
     Args:
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
+        built: the case's tensors, where a test has changed them.
     """
-    return run_decode_built(case.build(), num_ctas=num_ctas, seed=seed)
-
-
-def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
-    """`run_decode` on tensors that the caller may have changed."""
-    case, a = built.case, built.arguments
-    plan = case.plan(num_sms=num_ctas)
+    built = built or case.build()
+    plan, a = case.plan(num_sms=num_ctas), built.arguments
     assert plan.kernels is not None and plan.kernels.decode is not None, case
     key = plan.kernels.decode
     work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
-    for poisoned in (a.out, a.lse, work.slots):
+    fill_with_garbage(work)
+    for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
     built.oracle = None
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
-    scheduled = run_schedule(arch, plan.kernels.schedule, work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
+    lengths = a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist()
+    scheduled = run_schedule(arch, plan.kernels.schedule, work, *lengths, window_right=right, seed=seed)
     with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
         emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
+
+
+def fill_with_garbage(work: WorkLists) -> None:
+    """What memory holds that an engine has discarded and mapped again: any ints, NaN."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals):
+        tensor.random_(-(2**31), 2**31, generator=generator)
+    work.slots.fill_(math.nan)
+
+
+def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+    """`run_decode` on tensors that the caller may have changed."""
+    return run_decode(built.case, num_ctas=num_ctas, seed=seed, built=built)
 
 
 def run_schedule(

@@ -25,6 +25,7 @@ class EmulatedRun:
 
     built: BuiltCase
     report: emulator.Report
+    zeroes_padding: bool  # rows past the last query: no decode kernel did it before
 
     @property
     def out(self) -> torch.Tensor:
@@ -40,7 +41,7 @@ class EmulatedRun:
     def check(self) -> Errors:
         """Within the error budget, nothing written that is not ours, no race."""
         assert self.report.races == [], "\n".join(str(race) for race in self.report.races[:3])
-        return self.built.check(self.out, self.lse)
+        return self.built.check(self.out, self.lse, padding_is_zero=self.zeroes_padding)
 
 
 def run_prefill(
@@ -78,7 +79,7 @@ def run_built(
     problem = plan.problem
     assert plan.kernels is not None
     chosen = key or plan.kernels.prefill
-    tiles, begin = _work_list(case, num_ctas, chosen.tokens_per_item, chosen.kernel.tile.tile_n)
+    tiles, begin = _work_list(built, num_ctas, chosen.tokens_per_item, chosen.kernel.tile.tile_n)
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
@@ -86,17 +87,20 @@ def run_built(
         arch=problem.target_arch, num_sms=num_ctas * chosen.ctas_per_item, seed=seed, detect_races=detect_races, trace=trace
     ) as emu:
         emu.run(load_function(chosen), *prefill_arguments(a, tiles, begin))
-    return EmulatedRun(built, emu.report)
+    return EmulatedRun(built, emu.report, zeroes_padding=not chosen.kernel.is_dependent)
 
 
-def _work_list(case: PagedCase, num_ctas: int, tokens_per_item: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _work_list(built: BuiltCase, num_ctas: int, tokens_per_item: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    case, lengths = built.case, built.arguments
     shape = WorkShape(
         num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=tokens_per_item, prefill_tile_n=tile_n,
         decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
-        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas, max_seqlen_k=NO_WINDOW,
-        max_num_tokens=NO_WINDOW,
+        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
+        max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1,
     )  # fmt: skip
     left = NO_WINDOW if case.window_left is None else case.window_left
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right
-    lists = host_schedule.make_lists(shape, list(case.query_lens), list(case.kv_lens), window_left=left, window_right=right)
+    lists = host_schedule.make_lists(
+        shape, lengths.cu_seqlens_q.diff().tolist(), lengths.seqused_k.tolist(), window_left=left, window_right=right
+    )
     return torch.from_numpy(lists.prefill_tiles.copy()), torch.from_numpy(lists.prefill_begin.copy())

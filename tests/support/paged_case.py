@@ -1,4 +1,4 @@
-"""Ragged paged batches with everything unused poisoned, and the error budget that judges a kernel on them."""
+"""Ragged paged batches with everything unused poisoned, and their judgement by `fa4_backend.error_budget`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
-from fa4_backend.reference import attention_oracle, gather_pages
+from fa4_backend.error_budget import Judge, judge
+from fa4_backend.reference import gather_pages
 
 NO_PAGE = 2**30  # page-table entries of pages that no row sees: following one is an access far outside
-POISON = torch.tensor([math.nan, math.inf, -math.inf])  # what keys left of a window hold
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class PagedCase:
     padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1]
     seed: int = 0
     peaked: float = 1.0  # factor on queries: large values give rows whose softmax is one key
+
+    def num_hidden(self, seq_idx: int) -> int:
+        """Keys at the start of a sequence that none of its rows sees, and which are poisoned therefore."""
+        query_len, kv_len = self.query_lens[seq_idx], self.kv_lens[seq_idx]
+        if self.window_left is None and query_len:
+            return 0
+        return kv_len if not query_len else min(max(0, kv_len - query_len - (self.window_left or 0)), kv_len)
 
     def problem(self) -> AttentionProblem:
         """The case's compile-time facts."""
@@ -76,7 +83,7 @@ class PagedCase:
     def build(self, device: torch.device | str = "cpu") -> BuiltCase:
         """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN; unused table entries `NO_PAGE`.
 
-        Keys left of what any row sees hold NaN, Inf and -Inf; pages of such keys alone stand in the table, or -1 or `NO_PAGE` does.
+        Keys that no row sees are NaN or infinite; pages that hold nothing else are entered as -1, as `NO_PAGE` or as themselves.
         """
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
@@ -84,21 +91,20 @@ class PagedCase:
         num_pages = sum(pages_of) + 2
         k_cache, v_cache = self._empty_caches(num_pages, dtype)
         page_table = torch.full((len(self.kv_lens), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
+        poison = torch.Generator().manual_seed(self.seed + 2)
         # Pages are drawn apart from values: the same sequences in pages of another size.
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
-        poison = torch.Generator().manual_seed(self.seed + 2)
         for seq_idx, kv_len in enumerate(self.kv_lens):
             values = [
                 torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator).to(dtype) for cache in (k_cache, v_cache)
             ]
-            first_key = self.first_key(seq_idx)
-            for tokens in values:
-                tokens[:first_key] = POISON[torch.randint(len(POISON), tokens[:first_key].shape, generator=poison)].to(dtype)
+            hidden = self.num_hidden(seq_idx)
+            for drawn in values:
+                drawn[:hidden] = torch.tensor([math.nan, math.inf, -math.inf])[torch.randint(3, (hidden, 1, 1), generator=poison)].to(dtype)
             for logical in range(pages_of[seq_idx]):
                 page = free.pop()
-                is_unseen = (logical + 1) * self.page_size <= first_key
-                choices = (page, -1, NO_PAGE) if is_unseen else (page,)
-                page_table[seq_idx, logical] = choices[int(torch.randint(len(choices), (), generator=poison))]
+                is_hidden = (logical + 1) * self.page_size <= hidden
+                page_table[seq_idx, logical] = (page, -1, NO_PAGE)[int(torch.randint(3, (), generator=poison)) if is_hidden else 0]
                 rows = slice(logical * self.page_size, min((logical + 1) * self.page_size, kv_len))
                 for cache, drawn in zip((k_cache, v_cache), values, strict=True):
                     cache[page, : rows.stop - rows.start] = drawn[rows]
@@ -116,12 +122,6 @@ class PagedCase:
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
-
-    def first_key(self, seq_idx: int) -> int:
-        """First key of a sequence that any of its rows sees; keys before it are poisoned."""
-        if self.window_left is None or self.arch == "cpu":
-            return 0
-        return min(max(self.kv_lens[seq_idx] - self.query_lens[seq_idx] - self.window_left, 0), self.kv_lens[seq_idx])
 
     def _empty_caches(self, num_pages: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         d, dv = self.head_dim, self.head_dim_v or self.head_dim
@@ -149,7 +149,7 @@ class BuiltCase:
     case: PagedCase
     arguments: AttentionArguments
     total_q: int
-    oracle: tuple[torch.Tensor, torch.Tensor] | None = field(default=None)
+    oracle: Judge | None = field(default=None)
 
     def run(self, plan: AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the operator as a user would; returns out and lse, padding rows included."""
@@ -169,14 +169,21 @@ class BuiltCase:
         assert lse is not None
         return out, lse
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
+    def check(self, out: torch.Tensor, lse: torch.Tensor, *, padding_is_zero: bool = True) -> Errors:
         """Judge a result against the float32 oracle.
 
+        Args:
+            padding_is_zero: rows past the last query are 0 and -inf; False: untouched, since another kernel of the call writes them.
+
         Raises:
-            AssertionError: padding was written, NaN or infinity stands where the oracle has none, or an error is over budget.
+            AssertionError: padding is not as it should be, NaN or infinity stands where the oracle has none, or an error is over budget.
         """
-        assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
-        assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
+        if padding_is_zero:
+            assert (out[self.total_q :] == 0).all(), "rows of out past cu_seqlens_q[-1]: expected 0"
+            assert lse[:, self.total_q :].isneginf().all(), "columns of lse past cu_seqlens_q[-1]: expected -inf"
+        else:
+            assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
+            assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
         errors = self.errors(out, lse)
         assert errors.out <= errors.out_budget, f"out: {errors}"
         assert errors.lse <= errors.lse_budget, f"lse: {errors}"
@@ -184,14 +191,10 @@ class BuiltCase:
 
     def errors(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
         """Largest errors and their budgets; NaN and infinity positions must match the oracle's first."""
-        dtype = getattr(torch, self.case.dtype)
         if self.oracle is None:
-            accumulate = torch.float64 if dtype == torch.float32 else torch.float32
-            self.oracle = attention_oracle(self.arguments, is_causal=self.case.is_causal, dtype=accumulate, accumulate=accumulate)
-        rounded, _ = attention_oracle(self.arguments, is_causal=self.case.is_causal, dtype=dtype)
-        rows = slice(0, self.total_q)
-        want, want_lse = self.oracle[0][rows], self.oracle[1][:, rows]
-        got, got_lse, yardstick = out[rows].float(), lse[:, rows], rounded[rows]
+            self.oracle = judge(self.arguments, is_causal=self.case.is_causal)
+        want, want_lse, out_budget, lse_budget = self.oracle
+        got, got_lse = out[: self.total_q].float(), lse[:, : self.total_q]
         assert got.isfinite().all(), f"out: {int((~got.isfinite()).sum())} values are not finite"
         assert torch.equal(got_lse.isneginf(), want_lse.isneginf()), "lse: -inf where the oracle has none, or the reverse"
         assert not got_lse.isnan().any(), f"lse: {int(got_lse.isnan().sum())} values are NaN"
@@ -199,12 +202,9 @@ class BuiltCase:
             return Errors(0.0, 0.0, 0.0, 0.0)
         empty = want_lse.isneginf().transpose(0, 1)
         assert (got[empty] == 0).all(), "rows without a key: expected 0"
-        rounding = torch.finfo(dtype).eps * want.abs().max().item()
-        budget = 2 * (yardstick - want).abs().max().item() + rounding
         finite = ~want_lse.isneginf()
         lse_error = (got_lse - want_lse)[finite].abs().max().item() if finite.any() else 0.0
-        lse_budget = 2e-5 * max(1.0, want_lse[finite].abs().max().item()) if finite.any() else 0.0
-        return Errors((got - want).abs().max().item(), budget, lse_error, lse_budget)
+        return Errors((got - want).abs().max().item(), out_budget, lse_error, lse_budget)
 
 
 def repage(built: BuiltCase, page_size: int) -> BuiltCase:
@@ -215,11 +215,11 @@ def repage(built: BuiltCase, page_size: int) -> BuiltCase:
     page_table = torch.full((len(pages_of), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
     page = 1
     for seq_idx, kv_len in enumerate(case.kv_lens):
-        first_key = case.first_key(seq_idx)
+        hidden = case.num_hidden(seq_idx)
         for old, new in zip((a.k_cache, a.v_cache), caches, strict=True):
-            tokens = gather_pages(old, a.page_table[seq_idx], kv_len, first_key).cpu()
-            new[page : page + pages_of[seq_idx]].flatten(0, 1)[first_key:kv_len] = tokens[first_key:]
-        first_page = first_key // page_size
+            tokens = gather_pages(old, a.page_table[seq_idx], hidden, kv_len).cpu()
+            new[page : page + pages_of[seq_idx]].flatten(0, 1)[hidden:kv_len] = tokens
+        first_page = hidden // page_size
         page_table[seq_idx, first_page : pages_of[seq_idx]] = torch.arange(page + first_page, page + pages_of[seq_idx])
         page += pages_of[seq_idx]
     k_cache, v_cache, table = (x.to(a.q.device) for x in (*caches, page_table))

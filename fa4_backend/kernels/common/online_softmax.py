@@ -8,6 +8,13 @@ two references, of which one is such a product, would then be off by that produc
 `row_sum` by up to 1 +- 2^-10, also where the maximum stays. So a reference is a product that is rounded by itself (mul.rn), which is
 what every weight, factor, part and lse refers to; factors are differences of two references; and what is to be fused is an fma.
 tests/emulated/test_contraction.py holds the compiled kernels to that.
+
+Note [Large scores]. exp2(fma(score, scale_log2, -row_max)) takes the product exactly and the reference rounded: all weights of a row
+share a factor 2^r, where r is that rounding. It is in row_sum and in O alike, but 16-bit weights are rounded with it, and from a
+reference of 2^31 on it overflows or leaves nothing (4 * 10^8 is a logit that fp16 can make, 10^38 one of bf16). So where a row's largest
+score of a block is `MAX_FUSED` or more in size, products are rounded as the reference was, which makes the largest weight 1. That is a
+function of the row alone; scores of less weigh nothing beside a reference of which r matters. Such rows are rare, so kernels whose
+time is exponents take a branch, and the others always round.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+MAX_FUSED = 2.0**15  # log2 units; below, r is at most 2^-10: half of what changes a weight of 1 in bfloat16
 
 
 class MaxUpdate(NamedTuple):
@@ -36,7 +44,6 @@ class MaxUpdate(NamedTuple):
 def update_max(
     block_max: Float32,
     row_max: Float32,
-    scale_log2: Float32 | None,
     *,
     may_be_empty: bool,
     is_first: bool,
@@ -48,14 +55,13 @@ def update_max(
     (FlashAttention-4, "conditional rescaling".)
 
     Args:
-        block_max: largest score of the block.
-        scale_log2: factor from a score to the exponent of 2, above 0; None: scores are exponents.
+        block_max: largest score of the block in log2 units. Rounding keeps the order of products with a scale above 0, so this is the
+            rounded product of the largest score.
         may_be_empty: the row may have seen no key so far, and its maximum may be -inf.
     """
-    # Rounding keeps the order of scores: the largest product is the product of the largest score.
-    new_max = block_max if const_expr(scale_log2 is None) else ptx.mul_rn(block_max, scale_log2)
+    new_max = block_max
     if const_expr(not is_first):
-        new_max = cute.arch.fmax(new_max, row_max)
+        new_max = cute.arch.fmax(block_max, row_max)
         if const_expr(threshold > 0):
             # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
             new_max = cutlass.select_(new_max - row_max > threshold, new_max, row_max)
@@ -64,11 +70,6 @@ def update_max(
         offset = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
     factor = Float32(1.0) if const_expr(is_first) else cute.math.exp2(row_max - offset, fastmath=True)
     return MaxUpdate(new_max, offset, factor)
-
-
-def exponent(score: Float32, scale_log2: Float32 | None, offset: Float32) -> Float32:
-    """score * scale_log2 - offset with one rounding."""
-    return score - offset if const_expr(scale_log2 is None) else cute.math.fma(score, scale_log2, -offset)
 
 
 class RowResult(NamedTuple):

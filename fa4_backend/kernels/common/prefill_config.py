@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures
 
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
@@ -36,16 +36,10 @@ class PrefillConfig:
     q_per_kv: int
     tile: TileShape
     box_rows: int  # tokens one TMA box of K or V fetches; divides page_size and tile_n
-    is_causal: bool
-    has_window_left: bool
-    has_window_right: bool
-    has_softcap: bool
-    has_sinks: bool
-    has_alibi: bool
+    mask: MaskFeatures
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
-    is_invariant: bool = False  # a row's bits do not depend on which rows share its tile
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -55,12 +49,10 @@ class PrefillConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
-        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse")
-        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
+        features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        modes = "-dependent" * self.is_dependent + "-invariant" * self.is_invariant
-        return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{modes}"
+        return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property
     def element_bytes(self) -> int:
@@ -97,14 +89,8 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         q_per_kv=problem.q_per_kv,
         tile=tile,
         box_rows=box_rows_of(problem.page_size, tile.tile_n),
-        is_causal=problem.mask.is_causal,
-        has_window_left=problem.mask.has_window_left,
-        has_window_right=problem.mask.has_window_right,
-        has_softcap=problem.mask.has_softcap,
-        has_sinks=problem.mask.has_sinks,
-        has_alibi=problem.mask.has_alibi,
+        mask=problem.mask,
         has_lse=problem.has_lse,
         sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
-        is_invariant=problem.batch_invariant,
     )

@@ -7,7 +7,7 @@ operations: they may be called from `@cute.jit` code with constant Python argume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -206,6 +206,11 @@ def tcgen05_commit(barrier: Int32) -> None:
     )
 
 
+def absolute(value: Float32) -> Float32:
+    """|value|, a modifier of the operand in most instructions."""
+    return Float32(math_ir.absf(Float32(value).ir_value()))
+
+
 def mul_rn(a: Float32, b: Float32) -> Float32:
     """a * b, rounded: PTX forbids to fuse a product with a rounding modifier into the sum or difference that uses it."""
     return cute.math.mul(Float32(a), Float32(b), rounding=cute.math.RoundingMode.NEAREST_EVEN)
@@ -266,12 +271,12 @@ def from_pairs(pairs: Sequence[ir.Value]) -> ir.Value:
 
 def fma2(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c on a pair, one instruction (fma.rn.f32x2)."""
-    return nvvm.fma_packed_f32x2(a, b, c, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
+    return nvvm.fma_packed_f32x2(a, b, c, rnd=nvvm.FPRoundingMode.RN)
 
 
 def add2(a: ir.Value, b: ir.Value) -> ir.Value:
     """a + b on a pair."""
-    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
+    return nvvm.add_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
 
 
 def add2_down(a: ir.Value, b: ir.Value) -> ir.Value:
@@ -281,7 +286,7 @@ def add2_down(a: ir.Value, b: ir.Value) -> ir.Value:
 
 def mul2(a: ir.Value, b: ir.Value) -> ir.Value:
     """a * b on a pair."""
-    return nvvm.mul_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.NEAREST_EVEN)
+    return nvvm.mul_packed_f32x2(a, b, rnd=nvvm.FPRoundingMode.RN)
 
 
 def max_of(vectors: Sequence[ir.Value], start: Float32) -> Float32:
@@ -308,6 +313,11 @@ def pack_16bit(v: ir.Value, dtype: str) -> ir.Value:
 def as_words(v: ir.Value) -> ir.Value:
     """The same bits as vector<n x i32>."""
     return vector.bitcast(ir.VectorType.get([ir.VectorType(v.type).shape[0]], T.i32()), v)
+
+
+def select(condition: Boolean, v: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """v where `condition` holds, else `otherwise`."""
+    return arith.select(Boolean(condition).ir_value(), v, otherwise)
 
 
 def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
@@ -350,14 +360,21 @@ def select_by_bits(bits: Int32, v: ir.Value, otherwise: float) -> ir.Value:
     return vector.from_elements(v.type, kept)
 
 
+def either(
+    condition: Boolean, types: Sequence[ir.Type], then: Callable[[], list[ir.Value]], otherwise: Callable[[], list[ir.Value]]
+) -> list[ir.Value]:
+    """What `then` returns where `condition` holds, else what `otherwise` does: a branch, not selects. Both return values of `types`."""
+    branch = scf.IfOp(Boolean(condition).ir_value(), list(types), has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(then())
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_(otherwise())
+    return list(branch.results)
+
+
 def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Value]:
     """`change(values)` where `condition` holds, else `values`: a branch, not selects. `change` maps a list to a list of its types."""
-    branch = scf.IfOp(Boolean(condition).ir_value(), [v.type for v in values], has_else=True)
-    with ir.InsertionPoint(branch.then_block):
-        scf.yield_(change(list(values)))
-    with ir.InsertionPoint(branch.else_block):
-        scf.yield_(list(values))
-    return list(branch.results)
+    return either(condition, [v.type for v in values], lambda: change(list(values)), lambda: list(values))
 
 
 def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> list[ir.Value]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -35,12 +35,7 @@ class DecodeConfig:
     q_per_kv: int
     query_len: int  # longest query of a decode row
     ctas_per_sm: int
-    is_causal: bool
-    has_window_left: bool
-    has_window_right: bool
-    has_softcap: bool
-    has_sinks: bool
-    has_alibi: bool
+    mask: MaskFeatures
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
@@ -57,8 +52,7 @@ class DecodeConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
-        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse", "has_pieces")
-        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
+        features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         return f"decode-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
@@ -177,12 +171,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | No
         q_per_kv=problem.q_per_kv,
         query_len=limits.decode_query_len,
         ctas_per_sm=1,
-        is_causal=problem.mask.is_causal,
-        has_window_left=problem.mask.has_window_left,
-        has_window_right=problem.mask.has_window_right,
-        has_softcap=problem.mask.has_softcap,
-        has_sinks=problem.mask.has_sinks,
-        has_alibi=problem.mask.has_alibi,
+        mask=problem.mask,
         has_lse=problem.has_lse,
         sinks_dtype=problem.sinks_dtype,
         has_pieces=problem.batch_invariant,

@@ -19,14 +19,15 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.mask import Columns
-from fa4_backend.kernels.common.online_softmax import exponent, update_max
+from fa4_backend.kernels.common.mask import Columns, MaskValues
+from fa4_backend.kernels.common.online_softmax import update_max
+from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
-from fa4_backend.kernels.decode.storage import DecodeStorage, RingPosition, SharedTensors
+from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
-from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles, entry_of
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
 RESCALE_THRESHOLD = 8.0  # log2 units a row's maximum may grow before O is rescaled; weights reach 2^8, exact in the end
@@ -46,7 +47,7 @@ class ConsumerWarps:
     def run(
         self,
         step: StepTensors,
-        values: CallValues,
+        values: MaskValues,
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         results: ResultTensors,
         shared: SharedTensors,
@@ -72,18 +73,18 @@ class ConsumerWarps:
         cute.arch.sync_threads()
         for _ in cutlass.range(num_entries, unroll=1):
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
-            entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
             begin, end = self.visible.clip(entry, values)
             keys = self.visible.keys(entry, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
             self.merge.reset(totals)
-            first_piece, last_piece = self.merge.pieces(entry, values)
+            first_piece, last_piece = self.merge.pieces(entry, step.split_blocks)
             for piece in cutlass.range(first_piece, last_piece, unroll=1):
                 state.rO.fill(0.0)
                 state.rMax.fill(-Float32.inf)
                 state.rSum.fill(0.0)
-                piece_begin, piece_end = self.merge.piece_tiles(piece, begin, end, values)
+                piece_begin, piece_end = self.merge.piece_tiles(piece, begin, end, step.split_blocks)
                 for n_block in cutlass.range(piece_begin, piece_end, unroll=1):
                     cute.arch.mbarrier_wait(shared.kv_full + slot, phase)
                     column = n_block * TILE_N + key_warp * MMA_ROWS
@@ -120,7 +121,7 @@ class ConsumerWarps:
                 if shared.sFlag[pending] == 1:
                     if pending > 0:
                         self.merge.join()
-                    entry = entry_of(lambda field: shared.sPending[pending, field])  # noqa: B023
+                    entry = entry_of(lambda field: shared.sPending[pending, field], step.bounds)  # noqa: B023
                     ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit
@@ -146,7 +147,7 @@ class ConsumerWarps:
         column: Int32,  # first of the box's 16 keys
         keys: Columns,  # that any row may see
         rows: tuple[RowView, RowView],
-        values: CallValues,
+        values: MaskValues,
         rQ: cute.Tensor,
         state: RowState,
     ):
@@ -169,7 +170,6 @@ class ConsumerWarps:
         if const_expr(chains == 2):
             halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
 
-        scale_log2 = self.scores.scale_log2(values)
         factors, p, moved = [], [None] * 4, Boolean(False)
         for h in cutlass.range_constexpr(2):
             seen = []
@@ -178,10 +178,9 @@ class ConsumerWarps:
                 seen.append(self.scores.apply(halves[i // 2][2 * h + i % 2], key, rows[h], values))
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(
-                block_max, state.rMax[h], scale_log2,
-                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD,
+                block_max, state.rMax[h], may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD
             )  # fmt: skip
-            weights = [cute.math.exp2(exponent(score, scale_log2, update.offset), fastmath=True) for score in seen]
+            weights = [cute.math.exp2(score - update.offset, fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
             moved = moved | (update.row_max > state.rMax[h])
             state.rMax[h] = update.row_max

@@ -11,14 +11,18 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.mask import MaskValues
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_floats
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
 from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage
-from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
+from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
+from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 
@@ -58,8 +62,9 @@ class DecodeKernel:
     ):
         """Launch one CTA for each range of the work list."""
         maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
-        step = StepTensors(mPageTable, mTiles, mFirst, Int32(mK.shape[1]))
-        values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
+        page_size = Int32(mK.shape[1])
+        step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
+        values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
         results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks)
         self.kernel(maps, mSlopes, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
@@ -110,7 +115,7 @@ class DecodeKernel:
         maps: TensorMaps,
         mSlopes: cute.Tensor | None,
         step: StepTensors,
-        values: CallValues,
+        values: MaskValues,
         results: ResultTensors,
     ):
         """Set up, then one role a warp; the roles meet before they use a barrier."""
@@ -126,6 +131,7 @@ class DecodeKernel:
                 self.storage.init_barriers(shared)
         if warp == self.config.num_consumer_warps:
             self.load_warp.run(step, values, maps, shared)
+            zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
             self.consumer_warps.run(step, values, mSlopes, results, shared)
 

@@ -15,10 +15,10 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.decode.work import Entry, StepTensors, VisibleTiles, entry_of
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
 
 TILES_A_LOOKUP = 32 // BOXES  # KV tiles whose pages one read of the page table finds, a box a lane
@@ -65,7 +65,7 @@ class LoadWarp:
     visible: VisibleTiles
 
     @cute.jit
-    def run(self, step: StepTensors, values: CallValues, maps: TensorMaps, shared: SharedTensors):
+    def run(self, step: StepTensors, values: MaskValues, maps: TensorMaps, shared: SharedTensors):
         """Publish every entry of this CTA with its Q, then load its visible tiles; boxes without a key that any row
         may see are left out.
 
@@ -84,11 +84,11 @@ class LoadWarp:
         next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
         here = BoxPlaces(Int32(0), Int32(0))
         if num_entries > 0:
-            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field))
+            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)
             here = self._find_boxes(step, first, self.visible.keys(first, values), self.visible.clip(first, values)[0])
         cute.arch.sync_threads()
         for index in cutlass.range(num_entries, unroll=1):
-            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field))  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)  # noqa: B023 (called at once)
             cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
             if lane < DECODE_INTS:
                 shared.sEntry[stage, lane] = word

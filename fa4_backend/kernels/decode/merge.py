@@ -20,14 +20,16 @@ from cutlass import Float32, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import finalize_row
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
-from fa4_backend.kernels.decode.storage import RingPosition, SharedTensors, advance
-from fa4_backend.kernels.decode.work import CallValues, Entry
-from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
+from fa4_backend.kernels.decode.storage import SharedTensors
+from fa4_backend.kernels.decode.work import Entry
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
-PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
+PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
+assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
 class ResultTensors(NamedTuple):
@@ -85,9 +87,9 @@ class Merge:
         """Vectors of a thread."""
         return slot_vectors(self.config)
 
-    def rule(self, values: CallValues) -> PieceRule:
+    def rule(self, split_blocks: Int32) -> PieceRule:
         """Where KV is cut into pieces; the schedule's `piece_rule`."""
-        return PieceRule(short_piece(self.vectors), values.split_blocks)
+        return PieceRule(short_piece(self.vectors), split_blocks)
 
     def make_totals(self) -> Totals:
         """Fresh registers."""
@@ -102,19 +104,19 @@ class Merge:
         totals.rMax.fill(-Float32.inf)
         totals.rSum.fill(0.0)
 
-    def pieces(self, entry: Entry, values: CallValues) -> tuple[Int32, Int32]:
+    def pieces(self, entry: Entry, split_blocks: Int32) -> tuple[Int32, Int32]:
         """Pieces of an entry, half-open; numbered from the sequence's first key in batch-invariant mode."""
         if const_expr(not self.config.has_pieces):
             return Int32(0), Int32(1)
-        first = piece_of(entry.n_block_begin, self.rule(values), cutlass.min, cutlass.max)
-        last = piece_of(entry.n_block_end - 1, self.rule(values), cutlass.min, cutlass.max)
+        first = piece_of(entry.n_block_begin, self.rule(split_blocks), cutlass.min, cutlass.max)
+        last = piece_of(entry.n_block_end - 1, self.rule(split_blocks), cutlass.min, cutlass.max)
         return first, cutlass.max(last, first) + 1
 
-    def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, values: CallValues) -> tuple[Int32, Int32]:
+    def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, split_blocks: Int32) -> tuple[Int32, Int32]:
         """Visible KV tiles of a piece."""
         if const_expr(not self.config.has_pieces):
             return begin, end
-        first, last = (piece_begin(piece + i, self.rule(values), cutlass.min, cutlass.max) for i in (0, 1))
+        first, last = (piece_begin(piece + i, self.rule(split_blocks), cutlass.min, cutlass.max) for i in (0, 1))
         return cutlass.max(begin, first), cutlass.min(end, last)
 
     @cute.jit

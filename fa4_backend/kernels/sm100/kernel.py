@@ -12,6 +12,9 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
@@ -19,7 +22,7 @@ from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
-from fa4_backend.kernels.sm100.softmax_warps import Scores, SoftmaxWarps
+from fa4_backend.kernels.sm100.softmax_warps import HeadTensors, SoftmaxWarps
 from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES
@@ -42,7 +45,6 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
         mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -65,10 +67,11 @@ class PrefillKernel:
             Int32(cute.size(mK, mode=[1])),
             Int32(cute.size(mK, mode=[0])),
         )
-        right = Int32(0) if const_expr(kernel.is_causal) else window_right
-        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, mSeqUsedK, window_left, right)
-        scores = Scores(softmax_scale, softcap, mLse, mSinks, mSlopes)
-        self.kernel(operands, work, scores, mO).launch(
+        values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
+        bounds = SeqlenBounds.of(mO, mPageTable, operands.page_size)
+        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
+        heads = HeadTensors(mLse, mSinks, mSlopes)
+        self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,
             block=[ROLES.num_threads, 1, 1],
@@ -79,7 +82,7 @@ class PrefillKernel:
         )
 
     @cute.kernel
-    def kernel(self, operands: Operands, work: WorkTensors, scores: Scores, mO: cute.Tensor):
+    def kernel(self, operands: Operands, work: WorkTensors, heads: HeadTensors, mO: cute.Tensor):
         """Set up barriers and TMEM, then send each warp to its role."""
         g, tuning = Geometry.of(self.config, O_STAGE), self.config.tuning
         smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=1024).toint())
@@ -100,7 +103,7 @@ class PrefillKernel:
         place = Place(smem_base, g.group.leader_base(smem_base), g.group.rank(), Int32(TMEM_BASE), warp_idx, lane_idx)
         if warp_idx < ROLES.correction_first:
             cute.arch.setmaxregister_increase(tuning.softmax_registers)
-            SoftmaxWarps(g).run(place, work, scores)
+            SoftmaxWarps(g).run(place, work, heads)
         elif warp_idx < ROLES.mma:
             cute.arch.setmaxregister_decrease(tuning.correction_registers)
             CorrectionWarps(g, O_STAGE).run(place, work)
@@ -115,6 +118,8 @@ class PrefillKernel:
                 EpilogueWarp(g, O_STAGE).run(place, work, mO)
             else:
                 ValueTailWarp(g).run(place, work)
+                if const_expr(not self.config.kernel.is_dependent):
+                    zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, heads.mLse)
         ptx.tcgen05_fence_before_sync()
         g.group.sync_all()
         if warp_idx == ROLES.mma:

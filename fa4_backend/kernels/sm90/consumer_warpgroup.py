@@ -22,17 +22,18 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
-from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
-from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
-from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, Storage, advance, tensor_at
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.arguments import Outputs
+from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, WaitedBarrier
+from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 class SharedTiles(NamedTuple):
@@ -108,7 +109,7 @@ class ConsumerWarpgroup:
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
         # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
-        scale_log2 = None if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
+        scale_log2 = None if const_expr(c.mask.has_softcap or c.mask.has_alibi) else values.softmax_scale * LOG2_E
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         tile_begin, tile_end = tile_range(mBegin)
         if tile_begin < tile_end:
@@ -121,7 +122,7 @@ class ConsumerWarpgroup:
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values, scale_log2)
+            self._first_weights(fragment, rS, stats, tile, values, scale_log2, self._waited(barriers, q))
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             self._clear_tail(tiles, barriers, position, tile, thread)
@@ -155,7 +156,7 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2)
+                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2, self._waited(barriers, q_next))
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
@@ -210,7 +211,7 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, scale_log2, self._waited(barriers, q), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -231,12 +232,23 @@ class ConsumerWarpgroup:
             self._give_turn(turn)
         return rS
 
+    def _waited(self, barriers: Barriers, q: RingPosition) -> WaitedBarrier:
+        """The barrier of a tile's Q, until the tile is finished."""
+        return WaitedBarrier(barriers.q_full + q.slot, q.phase)
+
     def _first_weights(
-        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32 | None
+        self,
+        fragment: RowFragment,
+        rS: cute.Tensor,
+        stats: RowStats,
+        tile: TileState,
+        values: MaskValues,
+        scale_log2: Float32 | None,
+        waited: WaitedBarrier,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, scale_log2, waited, may_be_empty=True, is_first=True)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -281,15 +293,14 @@ class ConsumerWarpgroup:
         n = [tiles.sWork[i, q.slot] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
-        windows = values.window_left, values.window_right
-        blocks = self.blocks.blocks(work.m_block, work.seqlen, *windows, work.n_block_begin, work.n_block_end)
+        blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
-            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, *windows))
+            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, values))
             diagonals.append(work.seqlen.diagonal + packed.token)
             slope = Float32(0.0)
-            if const_expr(self.config.has_alibi):
+            if const_expr(self.config.mask.has_alibi):
                 # Idle rows may lie past the last head; any slope does for them.
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
@@ -302,11 +313,11 @@ class ConsumerWarpgroup:
         """Soft cap, ALiBi and mask, in place; capped or biased scores leave scaled to log2 units."""
         c = self.config
         first_column = n_block * c.tile.tile_n
-        if const_expr(c.has_softcap):
+        if const_expr(c.mask.has_softcap):
             fragment.softcap(rS, values.softmax_scale, values.softcap)
-        elif const_expr(c.has_alibi):
+        elif const_expr(c.mask.has_alibi):
             fragment.scale(rS, values.softmax_scale * LOG2_E)
-        if const_expr(c.has_alibi):
+        if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
             fragment.mask(rS, first_column, state.columns)
@@ -349,7 +360,7 @@ class ConsumerWarpgroup:
         the others, so nobody waits for anybody else; without turns all clear and meet.
         """
         c = self.config
-        first_key = self.blocks.first_key(tile.work.m_block, tile.work.seqlen, values.window_left)
+        first_key = self.blocks.first_key(tile.work.m_block, tile.work.seqlen, values)
         end = cutlass.max(first_key - tile.blocks.begin * c.tile.tile_n, 0)
         first = end // c.box_rows * c.box_rows
         clearing = const_expr(WARPGROUP_THREADS if c.tile.ping_pong else self.roles.consumer_threads)
@@ -398,7 +409,7 @@ class ConsumerWarpgroup:
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
             head = work.kv_head_idx * self.pack.q_per_kv + packed.head
             sink = None
-            if const_expr(c.has_sinks):
+            if const_expr(c.mask.has_sinks):
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
             result = finalize_row(stats.row_max[i], row_sum, sink)

@@ -4,15 +4,17 @@ Value i of the fragment lies in row half (i // 2) % 2 and in column 8 * (i // 4)
 D fragment). The four lanes of a quad share both rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
-from fa4_backend.kernels.common.online_softmax import LOG2_E, exponent, update_max
+from fa4_backend.kernels.common.online_softmax import LOG2_E, MAX_FUSED, update_max
 
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
@@ -22,6 +24,13 @@ class RowStats(NamedTuple):
 
     row_max: cute.Tensor  # (2,) reference maximum, log2 units; the same in all four lanes of a quad
     row_sum: cute.Tensor  # (2,) sum of weights of this lane's columns only
+
+
+class WaitedBarrier(NamedTuple):
+    """An mbarrier whose phase is over, and stays the last one that is."""
+
+    barrier: cute.Pointer
+    phase: Int32
 
 
 @dataclass(frozen=True)
@@ -35,27 +44,94 @@ class RowFragment:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
-    def softmax(self, rS: cute.Tensor, stats: RowStats, scale_log2: Float32 | None, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+    def softmax(
+        self,
+        rS: cute.Tensor,
+        stats: RowStats,
+        scale_log2: Float32 | None,
+        waited: WaitedBarrier,
+        *,
+        may_be_empty: bool,
+        is_first: bool,
+    ) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks."""
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
+        lane_max = [_tree([s[j] for j in self._row(i)], cute.arch.fmax) for i in range(2)]
+        block_max, offsets = [], []
         for i in range(2):
-            row = self._row(i)
-            block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
+            block_max.append(_quad_max(lane_max[i]))
+            if const_expr(scale_log2 is not None):
+                block_max[i] = ptx.mul_rn(block_max[i], scale_log2)
             update = update_max(
-                block_max, stats.row_max[i], scale_log2,
-                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold,
-            )  # fmt: skip
+                block_max[i], stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold
+            )
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
-            for j in row:
-                s[j] = cute.math.exp2(exponent(s[j], scale_log2, update.offset), fastmath=True)
-            total = _tree([s[j] for j in row], lambda a, b: a + b)
-            if const_expr(is_first):
-                stats.row_sum[i] = total
-            else:
-                stats.row_sum[i] = cute.math.fma(stats.row_sum[i], update.factor, total)
+            offsets.append(update.offset)
+        if const_expr(scale_log2 is None):
+            totals = self._weigh(s, lambda score, i: score - offsets[i])
+        else:
+            totals = self._weigh_scaled(s, scale_log2, offsets, block_max, self._has_large(lane_max, scale_log2, may_be_empty), waited)
+        for i in range(2):
+            stats.row_sum[i] = totals[i] if const_expr(is_first) else cute.math.fma(stats.row_sum[i], factors[i], totals[i])
         return factors
+
+    def _has_large(self, lane_max: list[Float32], scale_log2: Float32, may_be_empty: bool) -> Boolean:
+        """Whether `MAX_FUSED` is reached by a row of this warp; asked of each lane's maxima, so that it is known before the quads' are."""
+        sizes = [ptx.absolute(value) for value in lane_max]
+        if not may_be_empty:
+            return cute.arch.vote_any_sync(cute.arch.fmax(*sizes) * scale_log2 >= MAX_FUSED)
+        # A lane that sees no key has -inf.
+        sizes = [cutlass.select_(value == -Float32.inf, Float32(0.0), size) for value, size in zip(lane_max, sizes, strict=True)]
+        return cute.arch.vote_any_sync(cute.arch.fmax(*sizes) * scale_log2 >= MAX_FUSED)
+
+    def _weigh(self, s: cute.Tensor, exponent: Callable[[Float32, int], Float32]) -> list[Float32]:
+        """Weights in place; returns this lane's sum of each row. `exponent` of a score and its row half."""
+        totals = []
+        for i in range(2):
+            row = self._row(i)
+            for j in row:
+                s[j] = cute.math.exp2(exponent(s[j], i), fastmath=True)
+            totals.append(_tree([s[j] for j in row], lambda a, b: a + b))
+        return totals
+
+    def _weigh_scaled(
+        self,
+        s: cute.Tensor,
+        scale_log2: Float32,
+        offsets: list[Float32],
+        block_max: list[Float32],
+        has_large: Boolean,
+        waited: WaitedBarrier,
+    ) -> list[Float32]:
+        """`_weigh` for raw scores: Note [Large scores]."""
+
+        def fused(score: Float32, i: int) -> Float32:
+            return cute.math.fma(score, scale_log2, -offsets[i])
+
+        def rounded(score: Float32, i: int) -> Float32:
+            is_large = ptx.absolute(block_max[i]) >= MAX_FUSED
+            return cutlass.select_(is_large, ptx.mul_rn(score, scale_log2) - offsets[i], fused(score, i))
+
+        def weigh(scores: list, exponent: Callable[[Float32, int], Float32]) -> list:
+            fragment = cute.make_rmem_tensor(self.n // 2, Float32)
+            for j, score in enumerate(scores):
+                fragment[j] = Float32(score)
+            totals = self._weigh(fragment, exponent)
+            return [value.ir_value() for value in (*(fragment[j] for j in range(self.n // 2)), *totals)]
+
+        def weigh_rounded(scores: list) -> list:
+            # Over at once; it keeps the branch a branch: ptxas predicates even hundreds of instructions, but no loop.
+            cute.arch.mbarrier_wait(waited.barrier, waited.phase)
+            return weigh(scores, rounded)
+
+        scores = [s[j].ir_value() for j in range(self.n // 2)]
+        types = [ptx.f32()] * (len(scores) + 2)
+        results = ptx.either(has_large, types, lambda: weigh_rounded(scores), lambda: weigh(scores, fused))
+        for j in range(self.n // 2):
+            s[j] = Float32(results[j])
+        return [Float32(value) for value in results[self.n // 2 :]]
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
         """Multiply each row by its factor."""

@@ -12,17 +12,20 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
-from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
+from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.storage import Q_STAGE, WORK_INTS, Storage
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
         mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -59,8 +61,9 @@ class PrefillKernel:
         k_atom, mK_tma = k_pages.make_tma(mK, storage.row_atom(c.head_dim).inner)
         v_atom, mV_tma = v_pages.make_tma(mV, storage.row_atom(c.head_dim_v).inner)
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
-        step = Step(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(page_size), Int32(num_pages))
-        values = MaskValues(softmax_scale, softcap, window_left, Int32(0) if const_expr(c.is_causal) else window_right)
+        bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
+        values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes)
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
@@ -97,7 +100,8 @@ class PrefillKernel:
         pack, k_pages, v_pages = self._geometry(storage)
         blocks = BlockInfo.of(c)
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
-        barriers = storage.barriers(shared.barriers.data_ptr())
+        barrier_base = shared.barriers.data_ptr()
+        barriers = storage.barriers(barrier_base)
         sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -105,7 +109,7 @@ class PrefillKernel:
             for atom in (q_atom, k_atom, v_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                storage.init_barriers(barriers, roles.consumer_warps)
+                storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
         if warp < WARPGROUP_THREADS // 32:
             cute.arch.setmaxregister_decrease(roles.load_registers)
@@ -119,6 +123,8 @@ class PrefillKernel:
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
+            elif warp == 2:
+                zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
