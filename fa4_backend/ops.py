@@ -34,7 +34,7 @@ def paged_attention(
     """Attention of ragged queries over a paged KV cache.
 
     Causal attention is aligned bottom-right: query i of a sequence sees keys up to `seqused_k - query_len + i`. A row that sees
-        no key gives O = 0 and lse = -inf, and so does every row past `cu_seqlens_q[-1]`, as the padded batch of a captured graph has them.
+    no key gives O = 0 and lse = -inf, and so does every row past `cu_seqlens_q[-1]`, as the padded batch of a captured graph has them.
 
     What no row of a sequence sees may hold anything, NaN and infinity included, and reaches no result: page rows past `seqused_k` or left
     of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
