@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fa4_backend.emulator.decode import SHARED_WINDOW, Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import SHARED_WINDOW, Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.parser import Instruction, Vector
 
 if TYPE_CHECKING:

@@ -6,7 +6,9 @@ Each function turns one family into a record for `native/interp.c`; the section 
 from __future__ import annotations
 
 from fa4_backend.emulator import alu
-from fa4_backend.emulator.decode import (
+from fa4_backend.emulator.errors import UnsupportedInstruction
+from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
+from fa4_backend.emulator.lowering import (
     LOCAL_WINDOW,
     SHARED_WINDOW,
     SINK_SLOT,
@@ -17,8 +19,6 @@ from fa4_backend.emulator.decode import (
     immediate_bits,
     register_native,
 )
-from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.parser import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
 
 _IGNORED_MEMORY = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -12,6 +13,7 @@ from fa4_backend import AttentionProblem, MaskFeatures
 from fa4_backend.problem import UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.impl import FA4Impl
+from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 from fa4_integration.vllm_backend.plugin import NAME
 from fa4_integration.vllm_backend.serving_arch import serving_arch
@@ -41,6 +43,11 @@ class FA4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        config = get_current_vllm_config_or_none()
+        if kv_cache_spec is not None and config is not None:
+            # Asked of all backends of a KV cache group at start. Where they have no size in common, vLLM stops here, before any builder
+            # is made; the line that says which layers chose another backend has to come first.
+            announce_layers(config)
         return [MultipleOf(PAGE_MULTIPLE)]
 
     @classmethod

@@ -18,6 +18,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.problem import MaskFeatures
 from tests.support.large_logits import CHANNELS, Channel
 
 DEVICE, HEAD_DIM, PAGE = "cuda", 128, 16
@@ -73,10 +74,10 @@ def ours(t: Tensors, setup: Setup, softcap: float) -> tuple[torch.Tensor, torch.
     arch = arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
     keys = t.k.shape[0]
+    mask = MaskFeatures(has_softcap=softcap > 0, has_sinks=t.sinks is not None, has_alibi=t.slopes is not None)
     problem = AttentionProblem(
         num_q_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, head_dim_v=HEAD_DIM, dtype=str(t.q.dtype).removeprefix("torch."),
-        page_size=PAGE, arch=arch, has_lse=True, batch_invariant=setup.batch_invariant, has_sinks=t.sinks is not None,
-        has_alibi=t.slopes is not None, has_softcap=softcap > 0,
+        page_size=PAGE, arch=arch, has_lse=True, batch_invariant=setup.batch_invariant, mask=mask,
     )  # fmt: skip
     limits = BatchLimits(max_num_seqs=setup.rows, max_num_tokens=t.q.shape[0], max_seqlen_k=keys, decode_query_len=1)
     plan = plan_attention(problem, limits, num_sms=torch.cuda.get_device_properties(0).multi_processor_count)

@@ -27,7 +27,7 @@ def keys_of(arch: str, **changes: object) -> list[CompileKey]:
     """Decode and prefill kernel of a problem."""
     case = PagedCase((1,), (1,), num_q_heads=4, num_kv_heads=1, head_dim=128, arch=f"emulated-{arch}", **changes)  # type: ignore[arg-type]
     kernels = case.plan().kernels
-    assert kernels.decode is not None and kernels.prefill is not None
+    assert kernels is not None and kernels.decode is not None
     return [kernels.decode, kernels.prefill]
 
 

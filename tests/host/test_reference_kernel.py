@@ -93,9 +93,10 @@ def test_short_queries_go_together(feature: str, window_left: int | None) -> Non
         built.check(*built.run())
 
 
-def test_groups_hold_what_they_may() -> None:
+@pytest.mark.parametrize("window_left", [None, 100])
+def test_groups_hold_what_they_may(window_left: int | None) -> None:
     """Rows as many, windows reached or not, padding and size within bounds; alone: nothing is shared."""
-    built = dataclasses.replace(TOGETHER, window_left=100).build()
+    built = dataclasses.replace(TOGETHER, window_left=window_left).build()
     spans = torch_reference._spans(built.arguments, right=0)
     groups = torch_reference._groups(spans, alone=False)
     assert sorted(span for group in groups for span in group) == spans

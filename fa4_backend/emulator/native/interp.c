@@ -179,6 +179,14 @@ __attribute__((constructor)) static void fill_table(void) {
   alu_fill_3(alu_table);
 }
 
+// An instruction that all lanes must execute has a guard that only lanes `m` pass.
+static int partial(Warp* w, u32 pc, u32 m) {
+  w->fault = FAULT_PARTIAL;
+  w->fault_lane = (u32)__builtin_ctz(w->active & ~m);
+  w->pc = pc;
+  return EV_FAULT;
+}
+
 int emu_run(Warp* w, i64 max_steps) {
   u8* R = w->regs;
   if (!w->alive) return EV_EXIT;
@@ -374,6 +382,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_MMA_SYNC:
         if (!m) break;
         CONVERGE(FULL);
+        if (m != w->active) return partial(w, pc, m);
         mma_sync(R, I, w->aux + I->target);
         break;
       case OP_ACTIVEMASK: {
@@ -385,6 +394,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_WARP_SYNC:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->a));
+        if (w->cluster->race) { w->exec = m; w->pc = pc + 1; return EV_WARP_SYNC; }
         break;
       case OP_CLOCK: {  // count is the register width; imm 1: nanoseconds. Time is the number of executed instructions.
         u64 t[LANES];
@@ -404,7 +414,10 @@ int emu_run(Warp* w, i64 max_steps) {
         break;
       case OP_HANDLER:
         if (!m) break;
-        if (I->flags & INST_ALIGNED) CONVERGE(FULL);
+        if (I->flags & INST_ALIGNED) {
+          CONVERGE(FULL);
+          if (m != w->active) return partial(w, pc, m);
+        }
         w->pc = pc;
         w->exec = m;
         return EV_HANDLER;
