@@ -13,6 +13,7 @@ import torch
 
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.problem import AttentionProblem
+from fa4_backend.reference import softmax_weights
 
 # Query tokens a chunk. SmolLM2-135M (9/3 heads, d64, bf16), 2 cores of an AVX-512 server: see docs/benchmarks.md, "CPU reference".
 QUERY_CHUNK = 256
@@ -236,8 +237,7 @@ def _softcapped_attention(
     if bias is not None:
         scores += bias
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    return torch.matmul(weights.to(v.dtype), v), lse
+    return torch.matmul(softmax_weights(scores, None).to(v.dtype), v), lse
 
 
 def _store(a: AttentionArguments, rows: slice | torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor) -> None:

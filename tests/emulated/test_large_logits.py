@@ -5,6 +5,7 @@ The emulator rounds each instruction by itself, so what ptxas may fuse is asked 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,8 @@ def test_no_product_may_be_fused_into_a_sum(features: str, arch: str) -> None:
     """One that may would make results depend on ptxas: a factor off 1, a sum that drifts (`online_softmax`, Note [Contraction])."""
     for key in keys_of(arch, **FEATURES[features]):
         ptx = ensure_object(key).with_suffix(".ptx").read_text()
-        assert "mul.rn.f32 " in ptx.replace("\t", " "), "the reference is a product that is rounded by itself"
+        if not {"softcap", "alibi"} & FEATURES[features].keys():
+            assert re.search(r"\bmul\.rn\.f32\b", ptx), "the reference is a product that is rounded by itself"
         assert contractible(ptx) == [], key.name
 
 
