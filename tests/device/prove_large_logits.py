@@ -117,7 +117,7 @@ def oracle(t: Tensors, q: torch.Tensor, softcap: float, rounded: torch.dtype = t
 
 
 def torch_sdpa(t: Tensors, q: torch.Tensor) -> torch.Tensor:
-    """(query_len, HEADS, HEAD_DIM) of torch's SDPA; it knows neither soft cap nor sinks, where the oracle with rounded weights stands in."""
+    """(query_len, HEADS, HEAD_DIM) of torch's SDPA; without soft cap and sinks, for which the rounded oracle stands in."""
     k, v = (x.transpose(0, 1)[None].expand(1, HEADS, -1, -1) for x in (t.k, t.v))
     bias = None if q.shape[0] == 1 and t.slopes is None else bias_of(t, q.shape[0]).to(q.dtype)[None]
     return torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=bias)[0].transpose(0, 1)
