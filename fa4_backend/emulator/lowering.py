@@ -32,7 +32,7 @@ from fa4_backend.emulator.parser import (
     Symbol,
     Vector,
 )
-from fa4_backend.emulator.undefined import registers_in, watch_list
+from fa4_backend.emulator.undefined import registers_in, results, watch_list
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
@@ -300,6 +300,24 @@ class Builder:
         if slot == 0:
             return lambda warp, lane: offset
         return lambda warp, lane: int(warp.r64[slot * 16 + lane]) + offset
+
+    @functools.cached_property
+    def read_registers(self) -> frozenset[int]:
+        """Registers (by index) that some instruction names besides writing them."""
+        read = set()
+        for instruction in self.kernel.instructions:
+            for operand in instruction.operands[len(results(instruction)) :]:
+                read |= {register.index for register in registers_in(operand)}
+            for operand in results(instruction):
+                if instruction.opcode.startswith("wgmma."):  # accumulators are read as well
+                    read |= {register.index for register in registers_in(operand)}
+            if instruction.guard is not None:
+                read.add(instruction.guard.index)
+        return frozenset(read)
+
+    def is_unused(self, operand: Operand) -> bool:
+        """A register that nothing reads: part of a wider load, for its alignment."""
+        return isinstance(operand, Register) and operand.index not in self.read_registers
 
     # -- records ------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ def _load_store(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
             raise UnsupportedInstruction(f"{ins.opcode}: operand {item!r}")
     slot, offset, wide_address = b.address(where)
     fields = {"a": slot, "imm": offset, "b": SPACES[space], "c": TYPE_BYTES[kind], "count": vector, "target": b.list_slots(slots), "f": sem}
-    b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), **fields)
+    unused = 0 if is_store else sum(1 << i for i, item in enumerate(items) if isinstance(item, Sink) or b.is_unused(item))
+    b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), d=unused, **fields)
     return None
 
 

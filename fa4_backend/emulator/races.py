@@ -243,9 +243,9 @@ class Races:
         """An access that the warp makes as a whole (`.sync.aligned`)."""
         return Access(self, warp.clocks.known(warp.exec), PER_WARP * warp.actor + GENERIC, warp.clocks.epoch, warp, False)
 
-    def by_lane(self, warp: Warp, lane: int) -> Access:
-        """An access of one lane."""
-        return Access(self, warp.clocks.known(1 << lane), self.layout.lane(warp.actor), warp.clocks.epoch, warp, False, lanes=1 << lane)
+    def by_lanes(self, warp: Warp, lanes: int) -> Access:
+        """An access that some lanes make together: another lane's later arrival does not cover it."""
+        return Access(self, warp.clocks.known(lanes), self.layout.lane(warp.actor), warp.clocks.epoch, warp, False, lanes)
 
     def issue(self, warp: Warp, kind: int, through_async: bool, in_order: bool = False) -> Access:
         """An operation of one of the warp's asynchronous actors; `in_order`: it follows the earlier ones of that actor."""
@@ -382,7 +382,7 @@ class Races:
 
     def shared_write(self, warp: Warp, cta: Cta, offset: int, num_bytes: int, lane: int | None) -> None:
         """A store by one lane, or by the warp as a whole."""
-        access = self.synchronous(warp) if lane is None else self.by_lane(warp, lane)
+        access = self.synchronous(warp) if lane is None else self.by_lanes(warp, 1 << lane)
         self.smem_cells(access, cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=True)
 
     def tmem_access(

@@ -43,6 +43,8 @@ class Warp:
         state.alive = state.active = (1 << threads) - 1
         self.ptr = ctypes.addressof(state)
         self.actor = state.warp_in_cluster
+        rng = cta.cluster.rng
+        state.split = rng.getrandbits(32) | 1 if rng and rng.random() < 0.5 else 0
         self.exited = False
         self.ready = True
         self.exec = 0

@@ -155,6 +155,12 @@ def test_lengths_are_clamped_by_the_page_table() -> None:
         assert torch.equal(mine, wanted)
 
 
+def test_a_table_without_columns_holds_no_key() -> None:
+    built = PagedCase((1, 2), (0, 0)).build()
+    built.arguments = built.arguments._replace(page_table=torch.empty(2, 0, dtype=torch.int32))
+    built.check(*built.run())
+
+
 def test_infinities_and_nan_left_of_a_window_change_no_bit() -> None:
     """The same batch with finite values and real pages left of the window."""
     case = dataclasses.replace(TOGETHER, window_left=17)

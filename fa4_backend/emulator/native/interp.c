@@ -6,8 +6,8 @@
 #include "ops.h"
 #include "races.h"
 
-// Pick the lanes with the lowest address among those that can run; merge every lane that stands there.
-// Returns 0 when every live lane is parked.
+// Pick the lanes with the lowest address among those that can run, or with a generator (`split`) those of any ready lane, since nothing
+// promises an order; merge every lane that stands there. Returns 0 when every live lane is parked.
 int regroup(Warp* w) {
   for (int lane = 0; lane < LANES; lane++)
     if (w->active >> lane & 1) w->lane_pc[lane] = w->pc;
@@ -15,11 +15,16 @@ int regroup(Warp* w) {
   if (!ready) { w->active = 0; return 0; }
   for (int lane = 0; lane < LANES; lane++)
     if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
+  if (w->split) {
+    w->split = w->split * 1664525u + 1013904223u | 1;
+    int lane = w->split >> 27;
+    if (ready >> lane & 1) low = w->lane_pc[lane];
+  }
   w->active = 0;
   for (int lane = 0; lane < LANES; lane++) {
     if (!(w->alive >> lane & 1)) continue;
     if (w->lane_pc[lane] == low) w->active |= 1u << lane;
-    else next = MIN(next, w->lane_pc[lane]);
+    else if (w->lane_pc[lane] > low) next = MIN(next, w->lane_pc[lane]);
   }
   w->parked &= ~w->active;
   w->pc = low;

@@ -54,7 +54,7 @@ class ScoreScale(NamedTuple):
 
     def true_max(self, row_max: Float32) -> Float32:
         """A row's reference maximum in log2 units, whichever scale it was made with."""
-        return cutlass.select_(ptx.absolute(row_max) >= HUGE, row_max * (self.log2 / self.power), row_max)
+        return cutlass.select_(ptx.absolute(row_max) >= HUGE, ptx.mul_rn(row_max, self.log2 / self.power), row_max)
 
 
 @dataclass(frozen=True)
