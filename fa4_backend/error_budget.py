@@ -74,8 +74,8 @@ def float32_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
     for sequence in sequences(a, is_causal=is_causal):
         if not sequence.k.shape[0]:
             continue
-        scores, lse = logits(a, sequence, is_causal, torch.float64, torch.float64)
-        p = softmax_weights(scores, lse)
+        scores, _ = logits(a, sequence, is_causal, torch.float64, torch.float64)
+        p = softmax_weights(scores, a.sinks)
         seen = ~scores.isneginf()
         num_keys = seen.sum(-1, keepdim=True)
         q_per_kv = sequence.q.shape[1] // sequence.k.shape[1]

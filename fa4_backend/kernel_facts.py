@@ -71,7 +71,7 @@ def tmem_columns(ptx: str) -> int | None:
 
 
 def find_cuda_tool(name: str) -> str | None:
-    """Path of `cuobjdump`, `nvdisasm` or `ptxas`: on PATH or in triton's package; None where there is none."""
+    """Path of `cuobjdump`, `nvdisasm`, `ptxas` or triton's `ptxas-blackwell`: on PATH or in triton's package; None where there is none."""
     if found := shutil.which(name):
         return found
     spec = importlib.util.find_spec("triton")

@@ -110,9 +110,19 @@ def logits(
     return scores, lse
 
 
-def softmax_weights(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """exp(scores - lse). A row without a key has lse = -inf; exp(-inf - 0) = 0 keeps its weights 0 instead of NaN."""
-    return torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
+def softmax_weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Weights of logits (num_q_heads, seqlen_q, keys), relative to the largest: exp(scores - lse) would be off by the lse's rounding, which
+    at large logits is more than the lse says. A row without a key has weights 0."""
+    largest = scores.amax(-1, keepdim=True)
+    sink = None if sinks is None else sinks.to(scores.dtype)[:, None, None]
+    if sink is not None:
+        largest = torch.maximum(largest, sink)
+    largest = torch.where(largest.isneginf(), 0.0, largest)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - largest)
+    return weights / torch.where(total == 0, 1.0, total)
 
 
 def _one_sequence(
@@ -122,5 +132,5 @@ def _one_sequence(
     scores, lse = logits(a, sequence, is_causal, dtype, accumulate)
     q_per_kv = sequence.q.shape[1] // sequence.v.shape[1]
     v = sequence.v.to(dtype).repeat_interleave(q_per_kv, dim=1).transpose(0, 1).to(accumulate)
-    out = torch.matmul(softmax_weights(scores, lse).to(dtype).to(accumulate), v)
+    out = torch.matmul(softmax_weights(scores, a.sinks).to(dtype).to(accumulate), v)
     return out.to(dtype).to(accumulate).transpose(0, 1), lse

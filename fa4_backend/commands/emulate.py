@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    import torch
-
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.emulator import Report
     from fa4_backend.emulator.trace import Trace
@@ -145,7 +143,8 @@ def build_case(
 
 
 def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, timeline: Trace | None) -> dict[str, Any]:
-    """Run the operator on the emulator, under the deterministic schedule and `seeds` random ones, and judge the result."""
+    """Run the operator on the emulator and judge the result: under the deterministic schedule and `seeds` random ones, whose bits must be
+    the same, then with every sum of a product fused."""
     import torch
 
     from fa4_backend.emulator.kernels import observed
@@ -154,11 +153,10 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
 
     a = arguments
     reports: list[tuple[str, Report]] = []
-    first: torch.Tensor | None = None
-    differing = 0
-    for seed in (None, *range(seeds)):
+
+    def run(seed: int | None, trace: Trace | None, contraction: str) -> None:
         a.out.fill_(torch.nan)
-        with observed(seed, timeline if seed is None else None) as seen:
+        with observed(seed, trace, contraction) as seen:
             metadata = AttentionMetadata.allocate(plan, "cpu")
             bounds = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
@@ -166,12 +164,20 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
                 *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, softcap=a.softcap,
                 sinks=a.sinks, out=a.out, lse=a.lse,
             )  # fmt: skip
-        reports += seen.reports
-        if first is None:
-            first = a.out.clone()
-        else:
-            differing += not torch.equal(first.view(torch.int16), a.out.view(torch.int16))
-    result = {"case": plan.describe(), **judge(plan, arguments), **collect(reports), "schedules": 1 + seeds, "differing": differing}
+        reports.extend(seen.reports)
+
+    run(None, timeline, "never")
+    first, differing = a.out.clone(), 0
+    for seed in range(seeds):
+        run(seed, None, "never")
+        differing += not torch.equal(first.view(torch.int16), a.out.view(torch.int16))
+    result = judge(plan, arguments)
+    run(None, None, "always")
+    fused = judge(plan, arguments)
+    for name in ("max_err", "lse_err"):
+        result[name] = max(result[name], fused[name], key=lambda error: (error != error, error))  # NaN is the worst
+    result["ok"] = result["ok"] and fused["ok"]
+    result = {"case": plan.describe(), **result, **collect(reports), "schedules": 1 + seeds, "differing": differing}
     result["ok"] = result["ok"] and not result["races"] and not differing
     return result
 

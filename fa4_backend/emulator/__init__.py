@@ -12,6 +12,8 @@ The PTX that the CuTe-DSL compiler emitted and the host code it generated are ex
 
 * `session(arch, num_sms, seed=None, detect_races=True)`: `seed=None` is a deterministic schedule; an integer makes warps run at random
   speeds and asynchronous operations finish at random legal times. `detect_races="raise"` raises `RaceDetected` after the launch.
+* `session(..., contraction="never")`: which products and sums run as one FMA, as ptxas may make them: "never", "always" or a seed
+  (`contraction.py`).
 * `emu.run(compiled, *args)`: torch CPU tensors and numpy arrays among the arguments are registered for the call; others pass through.
 * `emu.tensor(t, name, output=False)`: register a tensor for the whole session; the handle also works as an argument of `compiled` itself.
   `output=True` fills it with NaN and counts in `report.unwritten[name]` what was never written.
@@ -35,9 +37,11 @@ from fa4_backend.emulator.errors import (
     UnknownProgram,
     UnsupportedInstruction,
 )
-from fa4_backend.emulator.launch import Session, install, poison, session
+from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.report import Report
+from fa4_backend.emulator.session import Session, session
+from fa4_backend.emulator.tensors import poison
 
 __all__ = [
     "BarrierMisuse",

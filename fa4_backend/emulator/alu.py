@@ -366,6 +366,26 @@ def _conversions() -> None:
         _row(f"cvt.pack.sat.s16.{dst}", "u32", "i32 i32", "PAIR16(clamp_i16(b), clamp_i16(a))", "9.7.9.22")
 
 
-for _make in (_integers, _bits, _compares, _floats, _half_floats, _conversions):
+def contracted(kind: str, ftz: bool, sat: bool, negate_product: bool, negate_addend: bool) -> str:
+    """Name of the row of a product and a sum that were made one FMA (no PTX opcode has a blank): see contraction.py."""
+    signs = f"{'-' if negate_product else '+'}ab {'-' if negate_addend else '+'}c"
+    return f"fma{'.ftz' * ftz}{'.sat' * sat}.{kind} {signs}"
+
+
+def _contracted() -> None:
+    for kind in ("f32", "f32x2", "f64", "f16", "f16x2", "bf16", "bf16x2"):
+        for ftz in (False, True):
+            for sat in (False, True):
+                fma = TABLE.get(f"fma.rn{'.ftz' * ftz}{'.sat' * sat}.{kind}")
+                if fma is None:
+                    continue
+                for negate_product in (False, True):
+                    for negate_addend in (False, True):
+                        a, c = (f"NEGATED_{kind}({x})" if n else x for x, n in (("a", negate_product), ("c", negate_addend)))
+                        name = contracted(kind, ftz, sat, negate_product, negate_addend)
+                        _row(name, fma.dst, " ".join(fma.srcs), _substitute(fma.expr, a=a, c=c), fma.section, fma.rounding)
+
+
+for _make in (_integers, _bits, _compares, _floats, _half_floats, _conversions, _contracted):
     _make()
 OPCODES: dict[str, int] = {name: number for number, name in enumerate(TABLE)}

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
 
@@ -49,7 +49,7 @@ class NamedBarrier:
             raise BarrierMisuse(f"over-arrival: {self}")
         self.cta.cluster.progress += 1
         if warp.races:
-            warp.races.release(warp, self)
+            warp.races.release(warp, self, warp.exec)
         if self.arrived == threads:
             self.arrived = self.expected = 0
             self.generation += 1
@@ -88,7 +88,8 @@ def _named(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 return True
             warp.barrier_ticket = None
             if warp.races:
-                warp.races.acquire(warp, waited)
+                warp.races.acquire(warp, waited, warp.exec)
+                warp.races.synchronise(warp, warp.exec)
             if reduction:
                 reduction[1](warp, waited.result)
             return None
@@ -154,7 +155,7 @@ def _cluster(ins: Instruction, mods: Modifiers) -> Handler:
             return True
         warp.cluster_ticket = None
         if warp.races:
-            warp.races.acquire(warp, cluster.barrier_edge)
+            warp.races.acquire(warp, cluster.barrier_edge, warp.exec)
         return None
 
     return arrive if action == "arrive" else wait

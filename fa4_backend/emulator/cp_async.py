@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.mbarrier import find_barrier, value_reader
 from fa4_backend.emulator.parser import Immediate, Instruction, Register
 

@@ -23,7 +23,7 @@ from fa4_backend.emulator.mbarrier import MBarrier
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.grid import Grid
     from fa4_backend.emulator.races import Races
 
 POISON = 0xFF  # shared memory, TMEM and registers start as NaN
@@ -62,12 +62,13 @@ class Cta:
             self.tmem = np.full((TMEM_LANES, TMEM_COLUMNS), 0xFFFFFFFF, np.uint32)
         return self.tmem
 
-    def write_smem(self, offset: int, data: bytes, warp: Warp | None = None) -> None:
+    def write_smem(self, offset: int, data: bytes, warp: Warp, lane: int | None = None) -> None:
+        """A store by one lane of a warp, or by the warp as a whole."""
         if offset + len(data) > self.smem.size:
             raise MemoryFault(f"{len(data)} bytes at shared offset {offset:#x}: the CTA has {self.smem.size} bytes")
         self.smem[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        if warp is not None and warp.races:
-            warp.races.shared_write(warp, self, offset, len(data))
+        if warp.races:
+            warp.races.shared_write(warp, self, offset, len(data), lane)
 
     def at_exit(self, warp: Warp) -> None:
         """Bulk stores must have read shared memory before the CTA gives it back."""
@@ -149,6 +150,10 @@ class Cluster:
     def drain(self) -> None:
         while self.pending:
             self.complete_one()
+
+    def gives_up(self) -> bool:
+        """With a seed: whether a suspended wait returns before its phase completes."""
+        return self.rng is not None and self.rng.random() < 0.2
 
     # -- cluster barrier ----------------------------------------------------------------------------------------
 

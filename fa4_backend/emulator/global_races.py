@@ -13,7 +13,7 @@ Launches follow each other, unless one is launched with programmatic stream seri
 `griddepcontrol.launch_dependents`: then nothing of the predecessor is known before `griddepcontrol.wait`. The two are not run at once;
 that what the later one does before its wait is unordered shows all the same.
 
-Cells are 4 bytes; two accesses of less than a cell do not race, nor do lanes of one warp. Shadow memory: `native/global_races.c`.
+Cells are 4 bytes; two accesses of less than a cell do not race. Shadow memory: `native/global_races.c`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
-from fa4_backend.emulator.races import FENCED_GLOBAL, GENERIC, KINDS, PER_WARP, Access, Learnt, Races, kind_of
+from fa4_backend.emulator.lanes import indices
+from fa4_backend.emulator.races import KINDS, Access, Layout, Learnt, Races
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster
-    from fa4_backend.emulator.decode import Program
-    from fa4_backend.emulator.launch import Grid
+    from fa4_backend.emulator.grid import Grid
+    from fa4_backend.emulator.lowering import Program
     from fa4_backend.emulator.report import Report
     from fa4_backend.emulator.warp import Warp
 
@@ -44,7 +45,7 @@ class Origin(NamedTuple):
 
     program: Program
     ctas: list[str]
-    warps_of_a_cta: int
+    layout: Layout
 
 
 class GlobalRaces:
@@ -82,12 +83,12 @@ class GlobalRaces:
         self.first_of_launch = self.next_number
         self.dependents_launched = self.waited_before = False
 
-    def start_cluster(self, cluster: Cluster) -> int:
+    def start_cluster(self, cluster: Cluster, layout: Layout) -> int:
         state, number = cluster.state, self.next_number
         self.next_number += 1
         state.global_race, state.number = self.handle, number
         state.settled, state.first_of_launch = self.settled, self.first_of_launch
-        self.origins[number] = Origin(cluster.grid.program, [cta.name for cta in cluster.ctas], cluster.ctas[0].num_warps)
+        self.origins[number] = Origin(cluster.grid.program, [cta.name for cta in cluster.ctas], layout)
         return number
 
     # -- accesses -----------------------------------------------------------------------------------------------
@@ -109,16 +110,19 @@ class GlobalRaces:
         mask, state.strong_mask = state.strong_mask, 0
         opcode = warp.program.kernel.instructions[state.pc_now].opcode
         reads, writes = not opcode.startswith(("st", "red")), not opcode.startswith("ld")
-        for address in {state.strong_addresses[lane] for lane in range(32) if mask >> lane & 1}:
+        by_address: dict[int, int] = {}
+        for lane in indices(mask):
+            by_address[state.strong_addresses[lane]] = by_address.get(state.strong_addresses[lane], 0) | 1 << lane
+        for address, lanes in by_address.items():
             key = (address, races.number) if semantics & SEM_CTA else address
             if reads and key in self.edges:
                 if semantics & SEM_ACQUIRE:
-                    self.learn(warp, self.edges[key].items())
+                    self.learn(warp, self.edges[key].items(), lanes)
                 else:
                     warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
             if writes:
-                released = warp.clock if semantics & SEM_RELEASE else warp.fence_clock
-                if released.size:
+                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes)
+                if released is not None:
                     merge(self.edges.setdefault(key, {}), known_by(races, released))
         if writes and semantics & SEM_RELEASE:
             races.new_epoch(warp)
@@ -127,7 +131,7 @@ class GlobalRaces:
         """A fence turns the strong reads before it into acquires."""
         found, warp.unacquired = warp.unacquired, {}
         for clocks in found.values():
-            self.learn(warp, clocks.items())
+            self.learn(warp, clocks.items(), warp.exec)
 
     def proxy_fence(self, warp: Warp) -> None:
         """The fence lies on the path from other clusters' writes that the warp knows of to what it does next (8.9.6, "Proxy-preserved
@@ -137,34 +141,40 @@ class GlobalRaces:
             if number not in self.origins:
                 continue  # of an earlier launch, which has ended
             origin, seen = self.origins[number], clock.copy()
-            generic = PER_WARP * np.arange(origin.warps_of_a_cta * len(origin.ctas)) + GENERIC
-            visible = generic + FENCED_GLOBAL
+            generic, (_, visible) = origin.layout.generic, origin.layout.visible
             seen[visible] = np.maximum(seen[visible], seen[generic])
             fenced.append((number, seen))
-        self.learn(warp, fenced)
+        self.learn(warp, fenced, warp.exec)
 
     def dependency(self, warp: Warp, waits: bool) -> None:
         """griddepcontrol"""
         if waits:
-            self.learn(warp, [(ALL_EARLIER, np.zeros(0, np.uint32))])
+            self.learn(warp, [(ALL_EARLIER, np.zeros(0, np.uint32))], warp.exec)
         else:
             assert warp.races
             self.dependents_launched = True
-            self.waited_before |= any(k.number == ALL_EARLIER and warp.clock[k.actor] >= k.epoch for k in warp.races.learnt)
+            self.waited_before |= any(number == ALL_EARLIER for number, _ in known_by_warp(warp))
 
-    def learn(self, warp: Warp, clocks: Iterable[tuple[int, np.ndarray]]) -> None:
+    def learn(self, warp: Warp, clocks: Iterable[tuple[int, np.ndarray]], lanes: int) -> None:
+        """These lanes know what the clocks say of other clusters."""
         races = warp.races
         assert races
         new = []
+        known = {group.lanes: group.clock for group in warp.clocks.groups if group.lanes & lanes}
         for number, clock in clocks:
             if number == races.number:
-                np.maximum(warp.clock, clock, out=warp.clock)
-            elif not any(k.number == number and warp.clock[k.actor] >= k.epoch and (k.clock >= clock).all() for k in races.learnt):
+                warp.clocks.learn(lanes, clock)
+            elif not any(
+                k.number == number and all(own[k.actor] >= k.epoch for own in known.values()) and (k.clock >= clock).all()
+                for k in races.learnt
+            ):
                 new.append((number, clock))
         if new:
             actor = races.acquired_actor(warp)
-            warp.clock[actor] += 1
-            races.learnt += [Learnt(actor, int(warp.clock[actor]), number, clock.copy()) for number, clock in new]
+            epoch = int(races.counters[actor])
+            races.counters[actor] += 1
+            warp.clocks.learn_actor(lanes, actor, epoch)
+            races.learnt += [Learnt(actor, epoch, number, clock.copy()) for number, clock in new]
             races.publish_learnt()
 
     # -- reports ------------------------------------------------------------------------------------------------
@@ -179,17 +189,20 @@ class GlobalRaces:
             self.report.note("race", f"global memory {KINDS[c.kind]}\n  first:  {earlier}\n  second: {later}")
 
     def who(self, number: int, actor: int, warp: int, pc: int) -> str:
-        program, ctas, per_cta = self.origins[number]
+        program, ctas, layout = self.origins[number]
+        per_cta = layout.num_warps // len(ctas)
         launch = "" if number >= self.first_of_launch else f" of the earlier kernel {program.name[:80]}"
-        kind = kind_of(actor, per_cta * len(ctas))
-        return f"{kind} by {ctas[warp // per_cta]}{launch}, warp {warp % per_cta}, {program.describe(pc)}"
+        return f"{layout.name(actor)} by {ctas[warp // per_cta]}{launch}, warp {warp % per_cta}, {program.describe(pc)}"
 
 
 def known_by_warp(warp: Warp) -> list[tuple[int, np.ndarray]]:
-    """What a warp knows of other clusters."""
+    """What the running lanes of a warp know of other clusters."""
     races = warp.races
     assert races
-    return [(item.number, item.clock) for item in races.learnt if warp.clock[item.actor] >= item.epoch]
+    if not races.learnt:
+        return []
+    known = warp.clocks.known(warp.exec)
+    return [(item.number, item.clock) for item in races.learnt if known[item.actor] >= item.epoch]
 
 
 def known_by(races: Races, clock: np.ndarray) -> Clocks:

@@ -15,9 +15,11 @@ from typing import Any
 
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, link_shared
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.emulator.launch import install, session
+from fa4_backend.emulator.contraction import NEVER, Contraction
+from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.programs import register_program
 from fa4_backend.emulator.report import Report
+from fa4_backend.emulator.session import session
 from fa4_backend.emulator.trace import Trace
 
 
@@ -59,6 +61,7 @@ class Observation:
 
     seed: int | None = None
     trace: Trace | None = None
+    contraction: Contraction = NEVER
     reports: list[tuple[str, Report]] = field(default_factory=list)  # (kernel, report) of every launch, in order
 
 
@@ -66,9 +69,9 @@ _observation: ContextVar[Observation | None] = ContextVar("observation", default
 
 
 @contextmanager
-def observed(seed: int | None = None, trace: Trace | None = None) -> Iterator[Observation]:
+def observed(seed: int | None = None, trace: Trace | None = None, contraction: Contraction = NEVER) -> Iterator[Observation]:
     """Emulated launches inside run with race detection, under the schedule of `seed`; their reports are kept."""
-    observation = Observation(seed, trace)
+    observation = Observation(seed, trace, contraction)
     token = _observation.set(observation)
     try:
         yield observation
@@ -89,8 +92,8 @@ def load_emulated(key: CompileKey) -> Callable[..., None]:
 
     def launch(*arguments: object) -> None:
         seen = _observation.get()
-        seed, trace = (seen.seed, seen.trace) if seen else (None, None)
-        with session(arch=key.arch, seed=seed, detect_races=seen is not None, trace=trace) as emu:
+        options = {"seed": seen.seed, "trace": seen.trace, "contraction": seen.contraction} if seen else {}
+        with session(arch=key.arch, detect_races=seen is not None, **options) as emu:  # type: ignore[arg-type]
             emu.run(function, *arguments)
         if seen:
             seen.reports.append((key.name, emu.report))

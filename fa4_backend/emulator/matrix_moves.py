@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fa4_backend.emulator.decode import SHARED_WINDOW, Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import SHARED_WINDOW, Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.parser import Instruction, Vector
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _decode(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Han
     def load(warp: Warp) -> None:
         chunk = rows(warp)
         if warp.races:
-            warp.races.smem_chunks(warp.races.synchronous(warp), warp.cta, chunk, write=False)
+            warp.races.smem_chunks(warp.races.by_lanes(warp, warp.exec), warp.cta, chunk, write=False)
         tiles = warp.cta.smem16[chunk].view(np.uint16).reshape(count, 8, 8)
         if transposed:
             tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1))
@@ -57,7 +57,7 @@ def _decode(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Han
             tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1))
         warp.cta.smem16[chunk] = tiles.reshape(count * 8, 8).view(np.uint8)
         if warp.races:
-            warp.races.smem_chunks(warp.races.synchronous(warp), warp.cta, chunk, write=True)
+            warp.races.smem_chunks(warp.races.by_lanes(warp, warp.exec), warp.cta, chunk, write=True)
 
     return load if is_load else store
 

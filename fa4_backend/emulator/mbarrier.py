@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:
@@ -20,7 +20,21 @@ Reader = Callable[["Warp", int], int]
 class MBarrier:
     """State of one barrier: `pending` arrivals and `tx` bytes are missing in the phase numbered `phase`."""
 
-    __slots__ = ("clock", "count", "cta", "done_clock", "fenced", "init_by", "init_epoch", "offset", "pending", "phase", "tx", "waiters")
+    __slots__ = (
+        "clock",
+        "count",
+        "cta",
+        "done_clock",
+        "fenced",
+        "init_by",
+        "init_epoch",
+        "init_known",
+        "offset",
+        "pending",
+        "phase",
+        "tx",
+        "waiters",
+    )
 
     def __init__(self, cta: Cta, offset: int, count: int) -> None:
         self.cta, self.offset, self.count = cta, offset, count
@@ -28,6 +42,7 @@ class MBarrier:
         self.waiters: list[tuple[Warp, int]] = []
         self.init_by = -1  # generic actor and epoch of the init, and whether a fence made it visible to asynchronous operations
         self.init_epoch, self.fenced = 0, False
+        self.init_known: set[int] = set()  # warps whose lanes all know of the init
         self.clock: object = None  # what the arrivals of this phase released (race detector)
         self.done_clock: object = None  # what a waiter of the last complete phase acquires
 
@@ -98,12 +113,23 @@ def value_reader_16(b: Builder, operand: Operand) -> Reader:
     return lambda warp, lane: int(warp.r[slot, lane]) & 0xFFFF
 
 
-def _scope(mods: Modifiers) -> None:
+def _scope(mods: Modifiers) -> bool:
+    """Take what may follow the name of an mbarrier instruction; whether it is relaxed."""
+    relaxed = "relaxed" in mods.parts
     mods.has("release", "acquire", "relaxed")
     mods.has("cta", "cluster")
     mods.has("shared", "shared::cta", "shared::cluster")
     mods.one("b64")
     mods.done()
+    return relaxed
+
+
+def _by_barrier(lanes: list[int], barriers: list[MBarrier]) -> list[tuple[MBarrier, int]]:
+    """Each barrier with the lanes that name it."""
+    masks: dict[MBarrier, int] = {}
+    for lane, barrier in zip(lanes, barriers, strict=True):
+        masks[barrier] = masks.get(barrier, 0) | 1 << lane
+    return list(masks.items())
 
 
 @handles("mbarrier.init")
@@ -126,8 +152,8 @@ def _init(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 raise BarrierMisuse(f"mbarrier.init over a barrier in use: {known}")
             barrier = cta.mbarriers[offset] = MBarrier(cta, offset, number)
             if warp.races:
-                warp.races.initialised(warp, barrier)
-            cta.write_smem(offset, (0).to_bytes(8, "little"), warp)
+                warp.races.initialised(warp, barrier, lane)
+            cta.write_smem(offset, (0).to_bytes(8, "little"), warp, lane)
 
     return handler
 
@@ -172,12 +198,16 @@ def _arrive(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     """9.7.13.16.13 mbarrier.arrive, 9.7.13.16.14 mbarrier.arrive_drop"""
     drop = "arrive_drop" in ins.opcode
     expect, no_complete = mods.has("expect_tx"), mods.has("noComplete")
-    _scope(mods)
+    relaxed = _scope(mods)
     write, where, third = _arrival(b, ins.operands)
 
     def handler(warp: Warp) -> None:
-        for lane in warp.lanes():
-            barrier = find_barrier(warp, where(warp, lane))
+        lanes = warp.lanes()
+        barriers = [find_barrier(warp, where(warp, lane)) for lane in lanes]
+        if warp.races:
+            for barrier, some in _by_barrier(lanes, barriers):
+                warp.races.release(warp, barrier, some, relaxed)
+        for lane, barrier in zip(lanes, barriers, strict=True):
             amount = third(warp, lane) if third else None
             count, tx = (1, amount or 0) if expect else (1 if amount is None else amount, 0)
             if write:
@@ -186,8 +216,6 @@ def _arrive(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 raise BarrierMisuse(f"mbarrier.arrive.noComplete would complete the phase: {barrier}")
             if drop:
                 barrier.count -= count
-            if warp.races:
-                warp.races.release(warp, barrier)
             barrier.arrive(count, tx)
 
     return handler
@@ -216,7 +244,7 @@ def _complete_tx(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         for lane in warp.lanes():
             barrier = find_barrier(warp, where(warp, lane))
             if warp.races:
-                warp.races.release(warp, barrier)
+                warp.races.release(warp, barrier, 1 << lane)
             barrier.complete_tx(amount(warp, lane))
 
     return handler
@@ -238,10 +266,12 @@ def _pending_count(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("mbarrier.try_wait", "mbarrier.test_wait")
 def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    """9.7.13.16.16. try_wait suspends the warp until the phase completes; it gives up (false) when nothing else can happen."""
+    """9.7.13.16.16. try_wait suspends the warp until the phase completes; it gives up (false) when nothing else can
+    happen, and with a seed now and then before: how long it waits is the hardware's choice."""
     suspends = ".try_wait" in ins.opcode
     parity = mods.has("parity")
     mods.has("shared::cta")
+    relaxed = "relaxed" in mods.parts
     _scope(mods) if "b64" in mods.parts else mods.done()
     result = b.dest(ins.operands[0], "pred")
     where = b.smem_address(ins.operands[1])
@@ -262,14 +292,13 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     def handler(warp: Warp) -> bool | None:
         lanes = warp.lanes()
         barriers = [find_barrier(warp, where(warp, lane)) for lane in lanes]
-        passed = 0
-        for lane, barrier in zip(lanes, barriers, strict=True):
-            if done(warp, lane, barrier):
-                passed |= 1 << lane
-                if warp.races:
-                    warp.races.acquire(warp, barrier)
+        passed = sum(1 << lane for lane, barrier in zip(lanes, barriers, strict=True) if done(warp, lane, barrier))
+        if warp.races:
+            for barrier, some in _by_barrier(lanes, barriers):
+                if some & passed:
+                    warp.races.acquire(warp, barrier, some & passed, relaxed)
         waiting = warp.exec & ~passed
-        if waiting and suspends and not warp.timed_out:
+        if waiting and suspends and not warp.timed_out and not warp.cta.cluster.gives_up():
             first = (waiting & -waiting).bit_length() - 1
             barrier = barriers[lanes.index(first)]
             warp.wait(f"{'parity ' + str(expected(warp, first)) if parity else 'state'} of {barrier}", may_time_out=True)

@@ -213,10 +213,12 @@ class WarpState(ctypes.Structure):
         ("steps", ctypes.c_uint64),
         ("last_region", ctypes.c_uint32),
         ("actor", ctypes.c_uint32),
-        ("clock", ctypes.c_void_p),
+        ("lane_clocks", ctypes.c_uint64 * 32),
         ("pc_now", ctypes.c_uint32),
         ("strong_mask", ctypes.c_uint32),
         ("strong_addresses", ctypes.c_uint64 * 32),
+        ("epoch", ctypes.c_uint32),
+        ("split", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("watched", "written", "read_unwritten")),
         ("num_watched", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
@@ -228,7 +230,7 @@ class Accessor(ctypes.Structure):
 
     _fields_ = (
         ("clock", ctypes.c_void_p),
-        *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "pad")),
+        *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "lanes")),
         ("cluster", ctypes.c_void_p),
     )
 
@@ -249,7 +251,7 @@ class Conflict(ctypes.Structure):
 
 
 MAX_CONFLICTS = 64
-EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG = range(6)
+EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG, EV_WARP_SYNC = range(7)
 FAULTS = (
     "none",
     "address outside every registered buffer",
@@ -261,6 +263,7 @@ FAULTS = (
     "shared::cta access to the shared memory of another CTA",
     "trap",
     "unknown operation in the core",
+    "an instruction that all lanes of a warp must execute (.aligned) has a guard that only some pass",
 )
 SPACES = ("generic", "global", "shared", "shared::cluster", "local", "param")
 

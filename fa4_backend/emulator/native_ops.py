@@ -6,7 +6,9 @@ Each function turns one family into a record for `native/interp.c`; the section 
 from __future__ import annotations
 
 from fa4_backend.emulator import alu
-from fa4_backend.emulator.decode import (
+from fa4_backend.emulator.errors import UnsupportedInstruction
+from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
+from fa4_backend.emulator.lowering import (
     LOCAL_WINDOW,
     SHARED_WINDOW,
     SINK_SLOT,
@@ -17,8 +19,6 @@ from fa4_backend.emulator.decode import (
     immediate_bits,
     register_native,
 )
-from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.parser import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
 
 _IGNORED_MEMORY = frozenset(
@@ -75,7 +75,8 @@ def _load_store(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
             raise UnsupportedInstruction(f"{ins.opcode}: operand {item!r}")
     slot, offset, wide_address = b.address(where)
     fields = {"a": slot, "imm": offset, "b": SPACES[space], "c": TYPE_BYTES[kind], "count": vector, "target": b.list_slots(slots), "f": sem}
-    b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), **fields)
+    unused = 0 if is_store else sum(1 << i for i, item in enumerate(items) if isinstance(item, Sink) or b.is_unused(item))
+    b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), d=unused, **fields)
     return None
 
 

@@ -1,7 +1,7 @@
 """PTX text -> kernels made of instructions.
 
 Only structure is decided here: names are resolved to declarations (inline-assembly blocks in braces have their own
-registers and labels), operands get a shape. What an instruction means is decided in `decode.py`.
+registers and labels), operands get a shape. What an instruction means is decided in `lowering.py`.
 Grammar: PTX ISA 9.0, sections 4 (syntax), 5 (state spaces), 6 (operands).
 """
 

@@ -1,4 +1,4 @@
-"""Programs: which PTX a loaded kernel image was made from, parsed and decoded once for the life of the process."""
+"""Programs: which PTX a loaded kernel image was made from, parsed and lowered once for the life of the process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from fa4_backend import envs
 from fa4_backend.compile import elf_bytes
-from fa4_backend.emulator.decode import Program, decode
+from fa4_backend.emulator.contraction import NEVER, Contraction, choose
 from fa4_backend.emulator.errors import LaunchError, UnknownProgram
+from fa4_backend.emulator.lowering import Program, lower
 from fa4_backend.emulator.memory import host_array
 from fa4_backend.emulator.parser import Kernel, parse_module
 
 _ptx_of_cubin: dict[str, str] = {}
 _kernels: dict[str, dict[str, Kernel]] = {}
-_programs: dict[tuple[str, str], Program] = {}
+_programs: dict[tuple[str, str, Contraction], Program] = {}
 
 
 def _digest(data: bytes) -> str:
@@ -27,17 +28,19 @@ def register_program(ptx: str, cubin: bytes) -> None:
     _ptx_of_cubin[_digest(cubin)] = ptx
 
 
-def load_program(ptx: str, kernel: str | None = None) -> Program:
-    """Parse and decode one kernel of a PTX text (the only one, when `kernel` is None); kept for the life of the process."""
+def load_program(ptx: str, kernel: str | None = None, contraction: Contraction = NEVER) -> Program:
+    """Parse and lower one kernel of a PTX text (the only one, when `kernel` is None); kept for the life of the process."""
     text = _digest(ptx.encode())
     if text not in _kernels:
         _kernels[text] = parse_module(ptx)
     name = kernel or next(iter(_kernels[text]))
     if name not in _kernels[text]:
         raise LaunchError(f"no kernel {name} in the PTX; it has {', '.join(_kernels[text])}")
-    if (text, name) not in _programs:
-        _programs[text, name] = decode(_kernels[text][name])
-    return _programs[text, name]
+    key = text, name, contraction
+    if key not in _programs:
+        parsed = _kernels[text][name]
+        _programs[key] = lower(parsed, choose(parsed, contraction))
+    return _programs[key]
 
 
 def read_cubin(address: int) -> bytes:

@@ -10,8 +10,9 @@ Proxies: what a warp writes with generic stores, the asynchronous proxy (TMA sto
 Bytes written by cp.async need no fence once its completion is known: released kernels (page sizes below a tile) leave it out.
 Epochs: a generic epoch ends when the warp releases or fences; an asynchronous one when its group or commit ends.
 
-Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are one actor. Global memory is covered by
-`global_races.py`, with the clocks kept here.
+Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are actors of their own where they load, store,
+arrive, wait and fence (`lanes.py`); what the warp does as a whole is its generic actor's. Global memory is covered by `global_races.py`,
+with the clocks kept here.
 Shadow memory lies in `native/races.c`. PTX ISA 9.0: 8 (memory consistency model), 9.7.16.6 (tcgen05 memory consistency).
 """
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
+from fa4_backend.emulator.lanes import LaneClocks
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta
@@ -43,9 +45,28 @@ NAMES = (
 BARRIERS_PER_CTA = 96
 
 
-def kind_of(actor: int, num_warps: int) -> str:
-    """What the actor of a cluster of `num_warps` warps does."""
-    return NAMES[actor % PER_WARP] if actor < PER_WARP * num_warps else "copy"
+class Layout:
+    """Numbers of the actors of a cluster: PER_WARP a warp, then its barriers' copies, then 32 lanes a warp, three times: what they access,
+    and what of it the asynchronous proxy sees in shared and in global memory."""
+
+    def __init__(self, num_warps: int, size: int) -> None:
+        self.num_warps = num_warps
+        self.first_lane = PER_WARP * num_warps + BARRIERS_PER_CTA * size
+        self.num_actors = self.first_lane + 3 * 32 * num_warps
+        warps, lanes = PER_WARP * np.arange(num_warps), self.first_lane + np.arange(32 * num_warps)
+        self.generic = np.concatenate((warps + GENERIC, lanes))
+        # What stands for the writes of `generic` that the asynchronous proxy sees, in shared and in global memory.
+        self.visible = [np.concatenate((warps + kind, lanes + 32 * num_warps * step)) for kind, step in ((FENCED, 1), (FENCED_GLOBAL, 2))]
+
+    def lane(self, warp: int) -> int:
+        """The actor of a warp's lane 0."""
+        return self.first_lane + 32 * warp
+
+    def name(self, actor: int) -> str:
+        """What the actor does."""
+        if actor < PER_WARP * self.num_warps:
+            return NAMES[actor % PER_WARP]
+        return "copy" if actor < self.first_lane else NAMES[GENERIC]
 
 
 class Learnt(NamedTuple):
@@ -62,9 +83,10 @@ class Access:
 
     __slots__ = ("actor", "clock", "native", "races", "releases")
 
-    def __init__(self, races: Races, clock: np.ndarray, actor: int, epoch: int, warp: Warp, through_async: bool) -> None:
+    def __init__(self, races: Races, clock: np.ndarray, actor: int, epoch: int, warp: Warp, through_async: bool, lanes: int = 0) -> None:
         self.races, self.clock, self.actor = races, clock, actor
-        self.native = native.Accessor(clock.ctypes.data, actor, epoch, warp.state.pc, warp.actor, int(through_async), 0, 0, 0, races.state)
+        place = (warp.state.pc, warp.actor)
+        self.native = native.Accessor(clock.ctypes.data, actor, epoch, *place, int(through_async), 0, 0, lanes, races.state)
         self.releases: np.ndarray | None = None
 
 
@@ -73,17 +95,13 @@ class Races:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.num_actors = PER_WARP * cluster.num_warps + BARRIERS_PER_CTA * cluster.size
-        self.clocks = np.zeros((cluster.num_warps, self.num_actors), np.uint32)
+        self.layout = Layout(cluster.num_warps, cluster.size)
         self.unfenced_barriers: list[Any] = []
         self.barrier_actors: dict[tuple[int, int], int] = {}
-        self.counters = np.ones(self.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
-        generic = PER_WARP * np.arange(cluster.num_warps) + GENERIC
-        self.clocks[np.arange(cluster.num_warps), generic] = 1
-        self.generic = generic
+        self.counters = np.ones(self.layout.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
         # Actor -> the actor that stands for its writes that the asynchronous proxy sees, in shared and in global memory.
-        self.fenced, self.fenced_global = (np.arange(self.num_actors, dtype=np.uint32) for _ in range(2))
-        self.fenced[generic], self.fenced_global[generic] = generic + FENCED, generic + FENCED_GLOBAL
+        self.fenced, self.fenced_global = (np.arange(self.layout.num_actors, dtype=np.uint32) for _ in range(2))
+        self.fenced[self.layout.generic], self.fenced_global[self.layout.generic] = self.layout.visible
         self.core = native.core()
         cells = -(-cluster.grid.smem_bytes // 4)
         self.handle = self.core.emu_race_new(self.fenced.ctypes.data, cluster.size, cells, 8 * 512)
@@ -91,7 +109,7 @@ class Races:
         cluster.state.race = self.handle
         cluster.state.fenced_global = self.fenced_global.ctypes.data
         self.in_global = cluster.grid.session.global_races
-        self.number = self.in_global.start_cluster(cluster)
+        self.number = self.in_global.start_cluster(cluster, self.layout)
         self.learnt: list[Learnt] = []  # what warps of this cluster know of other clusters
         self.conflicts = (native.Conflict * native.MAX_CONFLICTS)()
 
@@ -103,26 +121,35 @@ class Races:
             self.handle = None
 
     def start_warp(self, warp: Warp) -> None:
-        warp.clock = self.clocks[warp.actor]
-        warp.state.clock = warp.clock.ctypes.data
-        warp.state.actor = PER_WARP * warp.actor + GENERIC
+        first, step = self.layout.lane(warp.actor), 32 * self.layout.num_warps
+        pointers = np.ctypeslib.as_array(warp.state.lane_clocks)
+        warp.clocks = LaneClocks(self.layout.num_actors, PER_WARP * warp.actor + GENERIC, first, (first + step, first + 2 * step), pointers)
+        warp.state.actor, warp.state.epoch = first, warp.clocks.epoch
 
     # -- edges between warps ------------------------------------------------------------------------------------
 
-    def release(self, warp: Warp, edge: Any) -> None:
-        """What the warp did happens before what acquires the edge."""
+    def release(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        """What these lanes did happens before what acquires the edge; `relaxed`: only what they fenced."""
         if warp.tmem_loads:
             self.settle_loads(warp)
-        self.join(edge, warp.clock)
+        clock = warp.clocks.known_at_fence(lanes) if relaxed else warp.clocks.known(lanes)
+        if clock is not None:
+            self.join(edge, clock)
         self.new_epoch(warp)
 
     def new_epoch(self, warp: Warp) -> None:
         """What the warp does from here on is not covered by what it has released."""
-        warp.clock[PER_WARP * warp.actor + GENERIC] += 1
+        warp.clocks.advance()
+        warp.state.epoch = warp.clocks.epoch
 
-    def initialised(self, warp: Warp, barrier: Any) -> None:
-        barrier.init_by = PER_WARP * warp.actor + GENERIC
-        barrier.init_epoch = int(warp.clock[barrier.init_by])
+    def synchronise(self, warp: Warp, lanes: int) -> None:
+        """bar.warp.sync, or a barrier of the CTA: lanes know what any of them did."""
+        warp.clocks.synchronise(lanes)
+        warp.state.epoch = warp.clocks.epoch
+
+    def initialised(self, warp: Warp, barrier: Any, lane: int) -> None:
+        barrier.init_by, barrier.init_epoch = self.layout.lane(warp.actor) + lane, warp.clocks.epoch
+        barrier.init_known = set()
         self.unfenced_barriers.append(barrier)
 
     def barriers_fenced(self, warp: Warp) -> None:
@@ -132,27 +159,31 @@ class Races:
 
     def inits_fenced(self, warp: Warp) -> None:
         """Inits that the warp knows of are visible to asynchronous operations."""
-        left = []
+        if not self.unfenced_barriers:
+            return
+        known, left = warp.clocks.known(warp.exec), []
         for barrier in self.unfenced_barriers:
-            if warp.clock[barrier.init_by] >= barrier.init_epoch:
+            if known[barrier.init_by] >= barrier.init_epoch:
                 barrier.fenced = True
             else:
                 left.append(barrier)
         self.unfenced_barriers = left
 
     def check_init(self, warp: Warp, barrier: Any, asynchronous: bool) -> None:
-        if warp.clock[barrier.init_by] < barrier.init_epoch:
-            self.cluster.grid.session.report.note("race", f"an mbarrier is used while its init may not be visible\n  by {warp.place()}")
-        elif asynchronous and not barrier.fenced:
+        """The running lanes know of the barrier's init, and an asynchronous operation may use it."""
+        if warp.actor not in barrier.init_known:
+            if not warp.clocks.knows(warp.exec, barrier.init_by, barrier.init_epoch):
+                self.cluster.grid.session.report.note("race", f"an mbarrier is used while its init may not be visible\n  by {warp.place()}")
+                return
+            if all(group.clock[barrier.init_by] >= barrier.init_epoch for group in warp.clocks.groups):
+                barrier.init_known.add(warp.actor)
+        if asynchronous and not barrier.fenced:
             text = f"an mbarrier is given to an asynchronous operation without a fence after its init\n  by {warp.place()}"
             self.cluster.grid.session.report.note("race", text)
 
     def release_cluster(self, warp: Warp, edge: Any, releases: bool) -> None:
         """barrier.cluster.arrive; `.relaxed` releases only what an earlier fence did."""
-        if releases:
-            self.release(warp, edge)
-        elif warp.fence_clock.size:
-            self.join(edge, warp.fence_clock)
+        self.release(warp, edge, warp.exec, relaxed=not releases)
 
     def join(self, edge: Any, clock: np.ndarray) -> None:
         if edge.clock is None:
@@ -163,27 +194,38 @@ class Races:
     def snapshot(self, edge: Any) -> np.ndarray:
         return edge.clock.copy()
 
-    def acquire(self, warp: Warp, edge: Any) -> None:
-        if edge.done_clock is not None:
-            np.maximum(warp.clock, edge.done_clock, out=warp.clock)
+    def acquire(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        """These lanes waited for the edge; `relaxed`: a fence of theirs must follow before they know what it brings."""
+        if edge.done_clock is None:
+            return
+        if relaxed:
+            warp.seen_relaxed.append((lanes, edge.done_clock))
+        else:
+            warp.clocks.learn(lanes, edge.done_clock)
 
     def proxy_fence(self, warp: Warp, shared: bool = True, in_global: bool = True) -> None:
         """fence.proxy.async: every generic write that the warp knows of is visible to the asynchronous proxy."""
         self.inits_fenced(warp)
         if in_global:
             self.in_global.proxy_fence(warp)
-        clock = warp.clock
-        for wanted, actor in ((shared, FENCED), (in_global, FENCED_GLOBAL)):
-            if wanted:
-                clock[self.generic + actor] = np.maximum(clock[self.generic + actor], clock[self.generic])
-        self.new_epoch(warp)
+        which = [kind for kind, wanted in enumerate((shared, in_global)) if wanted]
+        warp.clocks.fence_proxy(warp.exec, self.layout.generic, self.layout.visible, which)
+        warp.state.epoch = warp.clocks.epoch
 
     def memory_fence(self, warp: Warp) -> None:
-        """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them."""
+        """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them, and relaxed waits before
+        them are acquires."""
         if warp.unacquired:
             self.in_global.fence(warp)
-        warp.fence_clock = warp.clock.copy()
-        self.new_epoch(warp)
+        left = []
+        for lanes, clock in warp.seen_relaxed:
+            if lanes & warp.exec:
+                warp.clocks.learn(lanes & warp.exec, clock)
+            if lanes & ~warp.exec:
+                left.append((lanes & ~warp.exec, clock))
+        warp.seen_relaxed = left
+        warp.clocks.fence_memory(warp.exec)
+        warp.state.epoch = warp.clocks.epoch
 
     def acquired_actor(self, warp: Warp) -> int:
         return PER_WARP * warp.actor + ACQUIRED
@@ -198,13 +240,17 @@ class Races:
     # -- asynchronous operations --------------------------------------------------------------------------------
 
     def synchronous(self, warp: Warp) -> Access:
-        actor = PER_WARP * warp.actor + GENERIC
-        return Access(self, warp.clock, actor, int(warp.clock[actor]), warp, False)
+        """An access that the warp makes as a whole (`.sync.aligned`)."""
+        return Access(self, warp.clocks.known(warp.exec), PER_WARP * warp.actor + GENERIC, warp.clocks.epoch, warp, False)
+
+    def by_lanes(self, warp: Warp, lanes: int) -> Access:
+        """An access that some lanes make together: another lane's later arrival does not cover it."""
+        return Access(self, warp.clocks.known(lanes), self.layout.lane(warp.actor), warp.clocks.epoch, warp, False, lanes)
 
     def issue(self, warp: Warp, kind: int, through_async: bool, in_order: bool = False) -> Access:
         """An operation of one of the warp's asynchronous actors; `in_order`: it follows the earlier ones of that actor."""
         actor = PER_WARP * warp.actor + kind
-        clock = warp.clock.copy()
+        clock = warp.clocks.known(warp.exec)
         epoch = int(self.counters[actor])
         if in_order:
             clock[actor] = epoch
@@ -261,8 +307,7 @@ class Races:
         self.acquire_groups(warp, WGMMA, int(self.counters[PER_WARP * warp.actor + WGMMA]) - 1 - allowed)
 
     def acquire_groups(self, warp: Warp, kind: int, epoch: int) -> None:
-        actor = PER_WARP * warp.actor + kind
-        warp.clock[actor] = max(int(warp.clock[actor]), epoch)
+        warp.clocks.learn_actor(warp.exec, PER_WARP * warp.actor + kind, epoch)
 
     def issue_bulk_read(self, warp: Warp) -> Access:
         return self.issue(warp, BULK, True, in_order=True)
@@ -308,7 +353,7 @@ class Races:
         actor = self.barrier_actors.get(key)
         if actor is None:
             actor = self.barrier_actors[key] = PER_WARP * self.cluster.num_warps + len(self.barrier_actors)
-        clock = warp.clock.copy()
+        clock = warp.clocks.known(warp.exec)
         access = Access(self, clock, actor, barrier.phase + 1, warp, True)
         access.releases = clock.copy()
         access.releases[actor] = barrier.phase + 1
@@ -335,11 +380,10 @@ class Races:
             self.handle, 0, cta.rank, cells.ctypes.data, cells.size, 1, 1, ctypes.addressof(access.native), int(write)
         )
 
-    def shared_write(self, warp: Warp, cta: Cta, offset: int, num_bytes: int) -> None:
-        self.smem_cells(self.synchronous(warp), cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=True)
-
-    def shared_read(self, warp: Warp, cta: Cta, offset: int, num_bytes: int) -> None:
-        self.smem_cells(self.synchronous(warp), cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=False)
+    def shared_write(self, warp: Warp, cta: Cta, offset: int, num_bytes: int, lane: int | None) -> None:
+        """A store by one lane, or by the warp as a whole."""
+        access = self.synchronous(warp) if lane is None else self.by_lanes(warp, 1 << lane)
+        self.smem_cells(access, cta, np.arange(offset // 4, -(-(offset + num_bytes) // 4)), write=True)
 
     def tmem_access(
         self, access: Access, cta: Cta, groups: Sequence[int], column: int, columns: int, write: bool, read: bool = False
@@ -371,6 +415,6 @@ class Races:
     def who(self, actor: int, warp: int, pc: int) -> str:
         per_cta = self.cluster.ctas[0].num_warps
         program = self.cluster.grid.program
-        kind = kind_of(actor, self.cluster.num_warps)
+        kind = self.layout.name(actor)
         rank = f" of CTA rank {warp // per_cta}" if self.cluster.size > 1 else ""
         return f"{kind} by warp {warp % per_cta}{rank}, {program.describe(pc)}"

@@ -110,17 +110,12 @@ class RecordedRaces(Races):
 
     # -- events -------------------------------------------------------------------------------------------------
 
-    def release(self, warp: Warp, edge: Any) -> None:
-        super().release(warp, edge)
+    def release(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        super().release(warp, edge, lanes, relaxed)
         self.step(warp, "arrive").edges.append(self.phase(edge))
 
-    def release_cluster(self, warp: Warp, edge: Any, releases: bool) -> None:
-        super().release_cluster(warp, edge, releases)
-        if not releases:
-            self.step(warp, "arrive").edges.append(self.phase(edge))
-
-    def acquire(self, warp: Warp, edge: Any) -> None:
-        super().acquire(warp, edge)
+    def acquire(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        super().acquire(warp, edge, lanes, relaxed)
         number, phase = self.phase(edge)
         steps = self.recording.warps[warp.actor]
         if phase and not (steps and steps[-1].kind == "wait" and steps[-1].edges == [(number, phase - 1)]):

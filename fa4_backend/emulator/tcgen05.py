@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator.barriers import predicate_source
-from fa4_backend.emulator.decode import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
+from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
 from fa4_backend.emulator.matrices import (
     ELEMENT_BYTES,
     RAW_TYPES,

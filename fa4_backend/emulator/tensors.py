@@ -52,3 +52,20 @@ def device_tensor(tensor: torch.Tensor) -> Any:
     import tvm_ffi
 
     return tvm_ffi.from_dlpack(_ClaimsCuda(tensor), require_alignment=0, require_contiguous=False)
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Fill with a NaN (or, for integers, an odd number) that kernels do not write by chance."""
+    _words(tensor).fill_(_POISON[tensor.element_size()])
+
+
+def count_poison(tensor: torch.Tensor) -> int:
+    """Elements that still hold what `poison` wrote."""
+    return int((_words(tensor) == _POISON[tensor.element_size()]).sum())
+
+
+_POISON = {1: 0x7F, 2: 0x7FE7, 4: 0x7FE7A5C3, 8: 0x7FF7A5C37FE7A5C3}
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

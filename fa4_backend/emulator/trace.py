@@ -136,16 +136,16 @@ class TimedRaces(Races):
 
     # -- edges --------------------------------------------------------------------------------------------------
 
-    def release(self, warp: Warp, edge: Any) -> None:
-        super().release(warp, edge)
+    def release(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        super().release(warp, edge, lanes, relaxed)
         self.arrived(edge, self.now(warp))
 
     def snapshot(self, edge: Any) -> np.ndarray:
         self.complete_at[id(edge)] = self.arriving.pop(id(edge), 0.0)
         return super().snapshot(edge)
 
-    def acquire(self, warp: Warp, edge: Any) -> None:
-        super().acquire(warp, edge)
+    def acquire(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
+        super().acquire(warp, edge, lanes, relaxed)
         what = f"mbarrier {edge.offset:#x}" if hasattr(edge, "offset") else f"barrier {edge.index}"
         self.wait_until(warp, self.complete_at.get(id(edge), 0.0), what)
 

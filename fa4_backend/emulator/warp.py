@@ -12,6 +12,7 @@ import numpy as np
 from fa4_backend.emulator import native_core as native
 from fa4_backend.emulator.barriers import NamedBarrier
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, KernelFault, MemoryFault
+from fa4_backend.emulator.lanes import LaneClocks
 from fa4_backend.emulator.wgmma_registers import ProductRegisters
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Warp:
         state.alive = state.active = (1 << threads) - 1
         self.ptr = ctypes.addressof(state)
         self.actor = state.warp_in_cluster
+        rng = cta.cluster.rng
+        state.split = rng.getrandbits(32) | 1 if rng and rng.random() < 0.5 else 0
         self.exited = False
         self.ready = True
         self.exec = 0
@@ -58,7 +61,8 @@ class Warp:
         self.open_copies: list[Callable[[], None]] = []
         self.products = ProductRegisters(self)
         self.tmem_loads: list[tuple[int, np.ndarray, int]] = []  # loads that may not be over (race detector)
-        self.clock = self.fence_clock = np.zeros(0, np.uint32)
+        self.clocks: LaneClocks
+        self.seen_relaxed: list[tuple[int, np.ndarray]] = []  # lanes and what their relaxed waits would bring them; a fence acquires it
         self.unacquired: dict[object, dict[int, np.ndarray]] = {}  # what strong reads found, by address; a fence acquires it
         if self.races:
             self.races.start_warp(self)
@@ -212,6 +216,11 @@ class Warp:
                     cluster.complete_one()
                 if state.steps >= end:
                     return
+            elif event == native.EV_WARP_SYNC:
+                assert self.races
+                self.races.synchronise(self, state.exec)
+                if state.steps >= end:
+                    return
             elif event == native.EV_STRONG:
                 self.strong_access()
                 if state.steps >= end:
@@ -232,6 +241,7 @@ class Warp:
     def strong_access(self) -> None:
         """A strong access of global memory was made; its ordering lies where `native_ops.py` put it."""
         assert self.races
+        self.exec = self.state.strong_mask
         row = self.program.code[self.state.pc_now]
         semantics = int(row["e"]) >> 4 if row["op"] == native.OP["ATOMIC"] else int(row["f"])
         self.races.in_global.strong_access(self, semantics)
@@ -257,7 +267,7 @@ class Warp:
         state = self.state
         text = native.FAULTS[state.fault]
         place = self.place(state.pc, state.fault_lane)
-        if text in ("trap", "unknown operation in the core"):
+        if state.fault >= native.FAULTS.index("trap"):
             raise KernelFault(text, place)
         space = native.SPACES[state.fault_space]
         address = f"{state.fault_bytes} bytes at {space} address {state.fault_address:#x}"

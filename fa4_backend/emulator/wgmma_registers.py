@@ -24,7 +24,7 @@ import numpy as np
 from fa4_backend.emulator.parser import Register, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.decode import Program
+    from fa4_backend.emulator.lowering import Program
     from fa4_backend.emulator.warp import Warp
 
 POISON = 0xFFFFFFFF

@@ -13,6 +13,7 @@ import torch
 
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.problem import AttentionProblem
+from fa4_backend.reference import softmax_weights
 
 # Query tokens a chunk. SmolLM2-135M (9/3 heads, d64, bf16), 2 cores of an AVX-512 server: see docs/benchmarks.md, "CPU reference".
 QUERY_CHUNK = 256
@@ -51,9 +52,10 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
     num_tokens = int(a.cu_seqlens_q[-1])
     spans = _spans(a, right)
     page_table = _followed_pages(a, spans)
-    a.out[num_tokens:] = 0.0
-    if a.lse is not None:
-        a.lse[:, num_tokens:] = -math.inf
+    if num_tokens < a.q.shape[0]:
+        a.out[num_tokens:] = 0.0
+        if a.lse is not None:
+            a.lse[:, num_tokens:] = -math.inf
     for group in _groups(spans, alone=problem.batch_invariant):
         rows = _rows(group)
         if group[0].num_keys == 0:
@@ -83,9 +85,9 @@ def _spans(a: AttentionArguments, right: int | None) -> list[Span]:
 def _followed_pages(a: AttentionArguments, spans: list[Span]) -> torch.Tensor:
     """The page table with 0 in place of entries outside the pool, none of which a row may need."""
     num_pages, page_size = a.k_cache.shape[:2]
-    outside = (a.page_table < 0) | (a.page_table >= num_pages)
-    if not outside.any():
+    if not any(span.num_keys for span in spans) or all(0 <= int(page) < num_pages for page in torch.aminmax(a.page_table)):
         return a.page_table
+    outside = (a.page_table < 0) | (a.page_table >= num_pages)
     for span in spans:
         begin, end = span.first // page_size, -(-span.last // page_size)
         if span.num_keys and outside[span.seq_idx, begin:end].any():
@@ -150,9 +152,9 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, group: list[Span]) -> torc
         tokens = tokens[:, offsets[0] : offsets[0] + num_keys]
     else:
         tokens = torch.stack([one[offset : offset + num_keys] for one, offset in zip(tokens, offsets, strict=True)])
-    for one, span in zip(tokens, group, strict=True):
+    for i, span in enumerate(group):
         if span.num_keys < num_keys:
-            one[span.num_keys :] = 0.0
+            tokens[i, span.num_keys :].zero_()
     return tokens.transpose(1, 2)
 
 
@@ -235,8 +237,7 @@ def _softcapped_attention(
     if bias is not None:
         scores += bias
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    return torch.matmul(weights.to(v.dtype), v), lse
+    return torch.matmul(softmax_weights(scores, None).to(v.dtype), v), lse
 
 
 def _store(a: AttentionArguments, rows: slice | torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor) -> None:

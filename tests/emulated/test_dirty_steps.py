@@ -68,6 +68,18 @@ def run(arch: str, kind: str, seqused_k: list[int] | None = None, *, seed: int |
     return a.out.clone(), a.lse.clone()
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_a_page_table_narrower_than_the_limit_cuts_too(arch: str, kind: str) -> None:
+    """The schedule knows the plan's limit, the kernels alone the table of a call."""
+    built = build(arch, kind)
+    narrow = built.arguments.page_table[:, : PAGES - 5].contiguous()
+    built.arguments = built.arguments._replace(page_table=narrow)
+    done = RUNS[kind](built.case, built=built, seed=6)
+    built.arguments = built.arguments._replace(seqused_k=built.arguments.seqused_k.clamp(max=16 * narrow.shape[1]))
+    done.check()
+
+
 @pytest.mark.parametrize("kind", ["decode", "mixed"])
 def test_negative_lengths_are_empty_sequences(kind: str) -> None:
     built = build(ARCHS[0], kind, [-1, 100, -(2**31), 0, 5, 256, -300, 17])

@@ -34,6 +34,7 @@ DROPS = {
     "drop commit": re.compile(r"tcgen05\.commit|commit_group"),
     "drop fence": re.compile(r"\bfence\.|tcgen05\.fence|wgmma\.fence"),
     "drop barrier": re.compile(r"\b(bar\.sync|bar\.arrive|barrier\.)"),
+    "drop warp sync": re.compile(r"bar\.warp\.sync"),
     "drop wait_group": re.compile(r"wait_group|tcgen05\.wait::|cp\.async\.wait_all"),
 }
 ACCESS = re.compile(

@@ -176,15 +176,15 @@ def nobody_waits(target: Target, mutant: Mutant) -> bool:
     passed: dict[MBarrier, int] = {}  # the highest phase that a wait saw open when it passed
     release, acquire = Races.release, Races.acquire
 
-    def watch_release(races: Races, warp: Any, edge: Any) -> None:
+    def watch_release(races: Races, warp: Any, edge: Any, *more: Any) -> None:
         if isinstance(edge, MBarrier) and warp.state.pc == site:
             arrived.add((edge, edge.phase))
-        release(races, warp, edge)
+        release(races, warp, edge, *more)
 
-    def watch_acquire(races: Races, warp: Any, edge: Any) -> None:
+    def watch_acquire(races: Races, warp: Any, edge: Any, *more: Any) -> None:
         if isinstance(edge, MBarrier):
             passed[edge] = max(passed.get(edge, 0), edge.phase)
-        acquire(races, warp, edge)
+        acquire(races, warp, edge, *more)
 
     with (
         planted(target, one_statement_a_line(target.ptx)),

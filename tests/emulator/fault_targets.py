@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fa4_backend import emulator
-from fa4_backend.emulator import launch as emulator_launch
+from fa4_backend.emulator.host_calls import handles
 from fa4_backend.emulator.programs import LoadedKernel, forget_programs
 
 
@@ -111,7 +111,7 @@ def load_target(name: str, folder: Path) -> Target:
 @contextmanager
 def planted(target: Target, ptx: str) -> Iterator[None]:
     """Launches of the target's kernel run `ptx` inside; it must have run before, so that its image is loaded."""
-    loaded = [h for h in emulator_launch._handles if isinstance(h, LoadedKernel) and h.ptx == target.ptx]
+    loaded = [h for h in handles if isinstance(h, LoadedKernel) and h.ptx == target.ptx]
     assert loaded, f"{target.name}: no loaded kernel has this PTX"
     for kernel in loaded:
         kernel.ptx = ptx

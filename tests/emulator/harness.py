@@ -38,11 +38,13 @@ def encode_tensor_map(tensor: TensorMap, address: int) -> bytes:
     return (head + steps.to_bytes(3, "little") + bytes([*(b - 1 for b in tensor.box), *pad])).ljust(128, b"\0")
 
 
-def run_program(program: Program, *, seed: int | None = None, detect_races: bool = True) -> tuple[dict[str, np.ndarray], emulator.Report]:
-    """Run one program; returns the contents of its buffers by name, and the session's report."""
+def run_program(
+    program: Program, *, seed: int | None = None, detect_races: bool = True, **options: Any
+) -> tuple[dict[str, np.ndarray], emulator.Report]:
+    """Run one program; returns the contents of its buffers by name, and the session's report. `options`: more of the session's."""
     buffers = {b.name: aligned_copy(b.data) for b in program.buffers}
     args: list[Any] = []
-    with emulator.session(arch=program.target, num_sms=max(program.grid, 1), seed=seed, detect_races=detect_races) as session:
+    with emulator.session(arch=program.target, num_sms=max(program.grid, 1), seed=seed, detect_races=detect_races, **options) as session:
         for arg in program.args:
             if isinstance(arg, Buffer):
                 args.append(buffers[arg.name])

@@ -30,6 +30,7 @@ PTX = """
     wgmma.wait_group.sync.aligned 1;
     fence.proxy.async.shared::cta;
     bar.sync 1, 128;
+    bar.warp.sync 0xffffffff;
 """
 
 

@@ -60,6 +60,7 @@ setp.ne.u32 %q1, %t, 0;
 mad.wide.u32 %d0, %t, 4, %p0;
 @%q0 bra reader;
 st.global.u32 [%d0], %t;
+bar.warp.sync 0xffffffff;
 {before}
 @%q1 bra end;
 mov.u32 %r2, 1;
@@ -73,6 +74,7 @@ setp.eq.u32 %q2, %r3, 0;
 @%q2 bra spin;
 read:
 {after}
+bar.warp.sync 0xffffffff;
 ld.global.u32 %r4, [%d0];
 end:
 """
@@ -144,6 +146,7 @@ mov.u32 %r1, smem;
 setp.ne.u32 %q0, %t, 0;
 st.shared.u32 [%r1], %t;
 fence.proxy.async.shared::cta;
+bar.warp.sync 0xffffffff;
 @%q0 bra end;
 cp.async.bulk.global.shared::cta.bulk_group [%p0], [%r1], 16;
 cp.async.bulk.commit_group;

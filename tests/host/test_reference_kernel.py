@@ -93,9 +93,10 @@ def test_short_queries_go_together(feature: str, window_left: int | None) -> Non
         built.check(*built.run())
 
 
-def test_groups_hold_what_they_may() -> None:
+@pytest.mark.parametrize("window_left", [None, 100])
+def test_groups_hold_what_they_may(window_left: int | None) -> None:
     """Rows as many, windows reached or not, padding and size within bounds; alone: nothing is shared."""
-    built = dataclasses.replace(TOGETHER, window_left=100).build()
+    built = dataclasses.replace(TOGETHER, window_left=window_left).build()
     spans = torch_reference._spans(built.arguments, right=0)
     groups = torch_reference._groups(spans, alone=False)
     assert sorted(span for group in groups for span in group) == spans
@@ -152,6 +153,12 @@ def test_lengths_are_clamped_by_the_page_table() -> None:
     want = PagedCase((1, 5, 300), (16, 32, 32), dtype="float32").build()
     for mine, wanted in zip((out, lse), want.run(), strict=True):
         assert torch.equal(mine, wanted)
+
+
+def test_a_table_without_columns_holds_no_key() -> None:
+    built = PagedCase((1, 2), (0, 0)).build()
+    built.arguments = built.arguments._replace(page_table=torch.empty(2, 0, dtype=torch.int32))
+    built.check(*built.run())
 
 
 def test_infinities_and_nan_left_of_a_window_change_no_bit() -> None:

@@ -54,12 +54,15 @@ class DecodeRun:
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
 
-def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, built: BuiltCase | None = None) -> DecodeRun:
+def run_decode(
+    case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, contraction: str | int = "never", built: BuiltCase | None = None
+) -> DecodeRun:
     """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Work lists and workspaces hold garbage before.
 
     Args:
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
         built: the case's tensors, where a test has changed them.
     """
     built = built or case.build()
@@ -75,7 +78,7 @@ def run_decode(case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, b
     right = 0 if case.is_causal else NO_WINDOW
     lengths = a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist()
     scheduled = run_schedule(arch, plan.kernels.schedule, work, *lengths, window_right=right, seed=seed)
-    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True) as emu:
+    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True, contraction=contraction) as emu:
         emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
 

@@ -52,6 +52,7 @@ def run_prefill(
     detect_races: bool = True,
     key: PrefillKey | None = None,
     trace: Recording | None = None,
+    contraction: str | int = "never",
 ) -> EmulatedRun:
     """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
 
@@ -60,8 +61,9 @@ def run_prefill(
         seed: of the emulator's schedule; None: deterministic.
         key: another compile key than the plan's, for ablations.
         trace: filled with what the warps did.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
     """
-    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace)
+    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace, contraction=contraction)
 
 
 def run_built(
@@ -72,6 +74,7 @@ def run_built(
     detect_races: bool = True,
     key: PrefillKey | None = None,
     trace: Recording | None = None,
+    contraction: str | int = "never",
 ) -> EmulatedRun:
     """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
     case, a = built.case, built.arguments
@@ -84,7 +87,12 @@ def run_built(
         result.fill_(math.nan)
     built.oracle = None
     with emulator.session(
-        arch=problem.target_arch, num_sms=num_ctas * chosen.ctas_per_item, seed=seed, detect_races=detect_races, trace=trace
+        arch=problem.target_arch,
+        num_sms=num_ctas * chosen.ctas_per_item,
+        seed=seed,
+        detect_races=detect_races,
+        trace=trace,
+        contraction=contraction,
     ) as emu:
         emu.run(load_function(chosen), *prefill_arguments(a, tiles, begin))
     return EmulatedRun(built, emu.report, zeroes_padding=not chosen.kernel.is_dependent)

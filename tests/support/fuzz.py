@@ -187,7 +187,7 @@ class Fuzzer:
         if values["alibi_slopes"] is not None:
             scores = scores - values["alibi_slopes"][:, None] * (diagonal[:, None] - columns).abs()[:, None]
         seen = columns < kv_lens[seq_of_row][:, None]
-        right = 0 if p.is_causal else values["window_right"]
+        right = 0 if p.mask.is_causal else values["window_right"]
         if right is not None:
             seen &= columns <= diagonal[:, None] + right
         if values["window_left"] is not None:

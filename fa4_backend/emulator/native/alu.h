@@ -18,6 +18,15 @@ typedef void (*AluFunction)(u8* R, const Inst* I, u32 m, u32 cta_rank);
 #define min_op(x, y) MIN(x, y)
 #define max_op(x, y) MAX(x, y)
 
+// A source with its sign changed: lanes of scalar types are read as numbers, pairs of halves as bits.
+#define NEGATED_f32(x) (-(x))
+#define NEGATED_f32x2(x) (-(x))
+#define NEGATED_f64(x) (-(x))
+#define NEGATED_f16(x) (-(x))
+#define NEGATED_bf16(x) (-(x))
+#define NEGATED_f16x2(x) ((x) ^ 0x80008000u)
+#define NEGATED_bf16x2(x) ((x) ^ 0x80008000u)
+
 static inline i32 clamp_i32(i64 x) { return x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : (i32)x; }
 static inline i16 clamp_i16(i32 x) { return x > INT16_MAX ? INT16_MAX : x < INT16_MIN ? INT16_MIN : (i16)x; }
 #define LIMIT_i8 (-128), 127

@@ -20,11 +20,11 @@ typedef double f64;
 #define MAX_CLUSTER 16
 
 // Why emu_run came back.
-enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG };
+enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG, EV_WARP_SYNC };
 // Faults.
 enum {
   FAULT_NONE, FAULT_GLOBAL, FAULT_SHARED, FAULT_MISALIGNED, FAULT_LOCAL, FAULT_PARAM, FAULT_READ_ONLY, FAULT_REMOTE,
-  FAULT_TRAP, FAULT_CORE,
+  FAULT_TRAP, FAULT_CORE, FAULT_PARTIAL,
 };
 enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_CLUSTER, SPACE_LOCAL, SPACE_PARAM };
 
@@ -86,11 +86,12 @@ typedef struct {
   u64 fault_address;
   u64 steps;
   u32 last_region;
-  u32 actor;   // of its generic accesses, in the race detector
-  u32* clock;  // its vector clock
+  u32 actor;  // of lane 0's accesses, in the race detector; the other lanes follow
+  u64 lane_clocks[LANES];  // pointers to what each lane knows, one clock for lanes that know the same
   u32 pc_now;
   u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
   u64 strong_addresses[LANES];
+  u32 epoch, split;  // of the lanes' accesses; split: state of the generator that picks among diverged lanes, 0: lowest address first
   const Watched* watched;
   u32* written;         // lanes, of each watched register
   u32* read_unwritten;  // lanes, of each entry of `watched`

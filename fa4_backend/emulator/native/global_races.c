@@ -99,10 +99,13 @@ void emu_global_access(Race* race, const u64* addresses, u32 count, u32 bytes, c
 
 // A load, store or atomic of one warp. Strong ones are noted for Python, which knows what they order.
 void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int strong) {
-  Accessor who = {w->clock, w->actor, w->clock[w->actor], w->pc_now, w->warp_in_cluster, 0, bytes < 4, strong, 0, w->cluster};
-  Memo memo = {0};
-  for (int lane = 0; lane < LANES; lane++)
-    if (mask >> lane & 1) touch_bytes(w->cluster->global, addresses[lane], bytes, &who, kind, &memo);
+  const u32 start = w->cluster->global->num_records;
+  for (u32 left = mask, lanes; left; left &= ~lanes) {
+    lanes = lanes_together(w, addresses, left);
+    Accessor who = accessor_of(w, lanes, bytes, strong);
+    Memo memo = {start};
+    touch_bytes(w->cluster->global, addresses[__builtin_ctz(lanes)], bytes, &who, kind, &memo);
+  }
   if (!strong) return;
   w->strong_mask = mask;
   memcpy(w->strong_addresses, addresses, sizeof w->strong_addresses);

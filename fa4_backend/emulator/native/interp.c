@@ -6,8 +6,8 @@
 #include "ops.h"
 #include "races.h"
 
-// Pick the lanes with the lowest address among those that can run; merge every lane that stands there.
-// Returns 0 when every live lane is parked.
+// Pick the lanes with the lowest address among those that can run, or with a generator (`split`) those of any ready lane, since nothing
+// promises an order; merge every lane that stands there. Returns 0 when every live lane is parked.
 int regroup(Warp* w) {
   for (int lane = 0; lane < LANES; lane++)
     if (w->active >> lane & 1) w->lane_pc[lane] = w->pc;
@@ -15,11 +15,16 @@ int regroup(Warp* w) {
   if (!ready) { w->active = 0; return 0; }
   for (int lane = 0; lane < LANES; lane++)
     if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
+  if (w->split) {
+    w->split = w->split * 1664525u + 1013904223u | 1;
+    int lane = w->split >> 27;
+    if (ready >> lane & 1) low = w->lane_pc[lane];
+  }
   w->active = 0;
   for (int lane = 0; lane < LANES; lane++) {
     if (!(w->alive >> lane & 1)) continue;
     if (w->lane_pc[lane] == low) w->active |= 1u << lane;
-    else next = MIN(next, w->lane_pc[lane]);
+    else if (w->lane_pc[lane] > low) next = MIN(next, w->lane_pc[lane]);
   }
   w->parked &= ~w->active;
   w->pc = low;
@@ -177,6 +182,14 @@ __attribute__((constructor)) static void fill_table(void) {
   alu_fill_1(alu_table);
   alu_fill_2(alu_table);
   alu_fill_3(alu_table);
+}
+
+// An instruction that all lanes must execute has a guard that only lanes `m` pass.
+static int partial(Warp* w, u32 pc, u32 m) {
+  w->fault = FAULT_PARTIAL;
+  w->fault_lane = (u32)__builtin_ctz(w->active & ~m);
+  w->pc = pc;
+  return EV_FAULT;
 }
 
 int emu_run(Warp* w, i64 max_steps) {
@@ -374,6 +387,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_MMA_SYNC:
         if (!m) break;
         CONVERGE(FULL);
+        if (m != w->active) return partial(w, pc, m);
         mma_sync(R, I, w->aux + I->target);
         break;
       case OP_ACTIVEMASK: {
@@ -385,6 +399,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_WARP_SYNC:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->a));
+        if (w->cluster->race) { w->exec = m; w->pc = pc + 1; return EV_WARP_SYNC; }
         break;
       case OP_CLOCK: {  // count is the register width; imm 1: nanoseconds. Time is the number of executed instructions.
         u64 t[LANES];
@@ -404,7 +419,10 @@ int emu_run(Warp* w, i64 max_steps) {
         break;
       case OP_HANDLER:
         if (!m) break;
-        if (I->flags & INST_ALIGNED) CONVERGE(FULL);
+        if (I->flags & INST_ALIGNED) {
+          CONVERGE(FULL);
+          if (m != w->active) return partial(w, pc, m);
+        }
         w->pc = pc;
         w->exec = m;
         return EV_HANDLER;

@@ -72,8 +72,13 @@ static inline u64 address_of(const u8* regs, const Inst* inst, int lane) {
   return inst->e & 2 ? base + inst->imm : (u32)(base + inst->imm);
 }
 
+static void shift(u64* addresses, u32 mask, u32 bytes) {
+  for (int lane = 0; lane < LANES; lane++)
+    if (mask >> lane & 1) addresses[lane] += bytes;
+}
+
 // inst: b space, c element bytes, count registers listed in aux[target..] as (slot << 4 | log2 register bytes),
-// e bit 0: sign-extend, bit 1: 64-bit address, f ordering (SEM_STRONG and others in native_ops.py).
+// d: registers of a vector load that nothing reads, as bits, e bit 0: sign-extend, bit 1: 64-bit address, f ordering (SEM_STRONG and others in native_ops.py).
 int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
   u8* regs = w->regs;
   const u32 element = inst->c, total = element * inst->count;
@@ -99,8 +104,12 @@ int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
       }
     }
   }
-  if (w->cluster->race && inst->b != SPACE_PARAM && inst->b != SPACE_LOCAL)
-    race_lanes(w, inst->b, addresses, mask, total, is_store ? RACE_WRITE : RACE_READ, inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG);
+  if (w->cluster->race && inst->b != SPACE_PARAM && inst->b != SPACE_LOCAL) {
+    const int kind = is_store ? RACE_WRITE : RACE_READ, strong = inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG;
+    if (!inst->d) race_lanes(w, inst->b, addresses, mask, total, kind, strong);
+    for (int i = 0; inst->d && i < inst->count; i++, shift(addresses, mask, element))
+      if (!(inst->d >> i & 1)) race_lanes(w, inst->b, addresses, mask, element, kind, strong);
+  }
   return 1;
 }
 

@@ -50,7 +50,7 @@ static u32 add_record(Race* race, Record record) {
 }
 
 static Record record_of(const Accessor* who, u32 next) {
-  return (Record){who->actor, who->epoch, who->pc, who->warp, who->cluster->number, next, (u16)who->strong, (u16)who->partial};
+  return (Record){who->actor, who->epoch, who->pc, who->warp, who->cluster->number, next, who->lanes, (u16)who->strong, (u16)who->partial};
 }
 
 static void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Accessor* who) {
@@ -66,7 +66,7 @@ static void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Ac
 }
 
 // What `actor` of the record's cluster did up to the record's epoch happened before the access.
-static int ordered(const Record* old, const Accessor* who, u32 actor) {
+static int ordered_actor(const Record* old, const Accessor* who, u32 actor) {
   const Cluster* cluster = who->cluster;
   if (old->cluster == cluster->number) return who->clock[actor] >= old->epoch;
   if (old->cluster < cluster->settled) return 1;
@@ -78,16 +78,29 @@ static int ordered(const Record* old, const Accessor* who, u32 actor) {
   return 0;
 }
 
+// All that the record stands for happened before the access. `visible`: actor -> the actor that stands for its writes that are visible to
+// the asynchronous proxy; NULL where order is enough. A lane's own accesses are in order.
+static int ordered(const Record* old, const Accessor* who, const u32* visible) {
+  if (!old->lanes) return ordered_actor(old, who, visible ? visible[old->actor] : old->actor);
+  u32 lanes = old->lanes;
+  if (!visible && old->actor == who->actor && old->cluster == who->cluster->number && !(who->lanes & (who->lanes - 1))) lanes &= ~who->lanes;
+  for (; lanes; lanes &= lanes - 1) {
+    u32 actor = old->actor + (u32)__builtin_ctz(lanes);
+    if (!ordered_actor(old, who, visible ? visible[actor] : actor)) return 0;
+  }
+  return 1;
+}
+
 // The access happened after the recorded write, and the write is visible to it.
 static int after_write(const Race* race, const Record* old, const Accessor* who) {
   if (who->strong && old->strong) return 1;
   if (who->partial && old->partial) return 1;
   const u32* fenced = race->fenced ? race->fenced : who->cluster->fenced_global;
-  return ordered(old, who, who->through_async ? fenced[old->actor] : old->actor);
+  return ordered(old, who, who->through_async ? fenced : NULL);
 }
 
 static int after_read(const Record* old, const Accessor* who) {
-  return (who->strong && old->strong) || (who->partial && old->partial) || ordered(old, who, old->actor);
+  return (who->strong && old->strong) || (who->partial && old->partial) || ordered(old, who, NULL);
 }
 
 // Readers remembered of one cell. In global memory, what all CTAs read would have a reader a CTA: there the newest will do, because a
@@ -95,26 +108,40 @@ static int after_read(const Record* old, const Accessor* who) {
 #define MOST_READERS 256
 #define MOST_GLOBAL_READERS 16
 
-// The list of readers with `who` in it; an older entry of the same actor is dropped.
+// The list of readers with `who` in it; what it says of the same actor or lanes at an older epoch is dropped.
 static u32 with_reader(Race* race, u32 list, const Accessor* who, u32 most) {
   const Record* head = &race->records[list];
   const u32 cluster = who->cluster->number;
-  if (list && head->actor == who->actor && head->epoch == who->epoch && head->pc == who->pc && head->cluster == cluster) return list;
+  if (list && head->actor == who->actor && head->epoch == who->epoch && head->pc == who->pc && head->cluster == cluster &&
+      (head->lanes & who->lanes) == who->lanes)
+    return list;
   u32 rest = 0;
-  u32 kept[MOST_READERS];
+  u32 kept[MOST_READERS], lanes[MOST_READERS];
   u32 n = 0;
-  for (u32 i = list; i && n < most; i = race->records[i].next)
-    if (race->records[i].actor != who->actor || race->records[i].cluster != cluster) kept[n++] = i;
+  Record added = record_of(who, 0);
+  for (u32 i = list; i && n < most; i = race->records[i].next) {
+    const Record* old = &race->records[i];
+    u32 left = old->lanes;
+    if (old->actor == who->actor && old->cluster == cluster) {
+      left &= ~who->lanes;
+      if (left && old->epoch == who->epoch) added.lanes |= left, left = 0;
+      if (!left) continue;
+    }
+    lanes[n] = left;
+    kept[n++] = i;
+  }
   // Lists are shared by cells, so entries before a dropped one are copied.
   int same = 1;
   for (u32 i = n; i-- > 0;) {
     Record r = race->records[kept[i]];
-    if (r.next == rest && same) { rest = kept[i]; continue; }
+    if (r.next == rest && same && r.lanes == lanes[i]) { rest = kept[i]; continue; }
     same = 0;
     r.next = rest;
+    r.lanes = lanes[i];
     rest = add_record(race, r);
   }
-  return add_record(race, record_of(who, rest));
+  added.next = rest;
+  return add_record(race, added);
 }
 
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo) {
@@ -123,7 +150,8 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
     u32 write = shadow->writes[cell], reads = shadow->reads[cell];
     if (write != memo->write || !memo->checked) {
       if (write) {
-        if (!after_write(race, &race->records[write], who))
+        // Of lanes that write one cell by one instruction, one wins.
+        if (!(memo->first && write >= memo->first) && !after_write(race, &race->records[write], who))
           conflict(race, kind == RACE_READ ? CONFLICT_WRITE_READ : CONFLICT_WRITE_WRITE, cell, &race->records[write], who);
       } else if (kind == RACE_READ && !shadow->is_global) {
         conflict(race, CONFLICT_UNWRITTEN, cell, NULL, who);
@@ -166,18 +194,38 @@ void emu_race_tmem(Race* race, u32 rank, u32 group, u32 groups, u32 column, u32 
 // A load, store or atomic of one warp (called by the interpreter).
 void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int strong) {
   Race* race = w->cluster->race;
-  Accessor who = {w->clock, w->actor, w->clock[w->actor], w->pc_now, w->warp_in_cluster, 0, bytes < 4, strong, 0, w->cluster};
-  Memo memo = {0};
-  u32 global = 0;
+  u32 shared = 0, global = 0;
   for (int lane = 0; lane < LANES; lane++) {
     if (!(mask >> lane & 1)) continue;
-    u64 address = addresses[lane];
-    u64 window = space == SPACE_GENERIC ? address >> 56 : space == SPACE_GLOBAL ? 0 : 1;
-    if (!window) global |= 1u << lane;
-    if (window != 1) continue;
+    u64 window = space == SPACE_GENERIC ? addresses[lane] >> 56 : space == SPACE_GLOBAL ? 0 : 1;
+    if (window == 1) shared |= 1u << lane;
+    else if (!window) global |= 1u << lane;
+  }
+  const u32 start = race->num_records;
+  for (u32 left = shared, lanes; left; left &= ~lanes) {
+    lanes = lanes_together(w, addresses, left);
+    Accessor who = accessor_of(w, lanes, bytes, strong);
+    Memo memo = {start};
+    u64 address = addresses[__builtin_ctz(lanes)];
     u32 rank = (u32)address >> 24, offset = (u32)address & 0xffffff;
     u32 first = offset >> 2, last = (offset + bytes - 1) >> 2;
     touch(race, &race->smem[rank], first, last - first + 1, &who, kind, &memo);
   }
   if (global && w->cluster->global) global_lanes(w, addresses, global, bytes, kind, strong);
+}
+
+// Of these lanes, the first and those that access the same address and know the same.
+u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes) {
+  int first = __builtin_ctz(lanes);
+  u32 together = 1u << first;
+  for (u32 left = lanes & (lanes - 1); left; left &= left - 1) {
+    int lane = __builtin_ctz(left);
+    if (addresses[lane] == addresses[first] && w->lane_clocks[lane] == w->lane_clocks[first]) together |= 1u << lane;
+  }
+  return together;
+}
+
+Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int strong) {
+  const u32* clock = (const u32*)w->lane_clocks[__builtin_ctz(lanes)];
+  return (Accessor){clock, w->actor, w->epoch, w->pc_now, w->warp_in_cluster, 0, bytes < 4, strong, lanes, w->cluster};
 }

@@ -11,7 +11,8 @@ typedef struct {
   u32 actor, epoch, pc, warp;
   u32 through_async;  // the access is made by the asynchronous proxy
   u32 partial;        // covers less than a cell
-  u32 strong, pad;    // strong (atomics, relaxed, acquire, release): two of these do not race. PTX ISA 8.7
+  u32 strong;         // strong (atomics, relaxed, acquire, release): two of these do not race. PTX ISA 8.7
+  u32 lanes;          // lanes that access, each as actor + lane; 0: the actor itself does
   const Cluster* cluster;
 } Accessor;
 
@@ -31,7 +32,8 @@ typedef struct {
 
 typedef struct {
   u32 actor, epoch, pc, warp, cluster;
-  u32 next;  // reads only: the rest of the list, 0 at its end
+  u32 next;   // reads only: the rest of the list, 0 at its end
+  u32 lanes;  // as in Accessor
   u16 strong, partial;
 } Record;
 
@@ -56,6 +58,7 @@ typedef struct Race {
 // What an instruction has found so far, so that a tile touched by one instruction costs one comparison a cell: its record, the last write
 // checked, the last reader list checked (by a write), the last reader list extended and its result.
 typedef struct {
+  u32 first;  // records from here on are of the same instruction; 0: no two cells of it are the same
   u32 record;
   u32 write, checked;
   u32 reads, extended;
@@ -63,5 +66,7 @@ typedef struct {
 } Memo;
 
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo);
+u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes);
+Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int strong);
 void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int strong);
 void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int strong);

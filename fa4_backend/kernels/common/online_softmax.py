@@ -7,14 +7,14 @@ Note [Contraction]. PTX lets ptxas fuse a mul and the add or sub that uses it un
 two references, of which one is such a product, would then be off by that product's rounding: at a logit of 2e4 each tile would scale
 `row_sum` by up to 1 +- 2^-10, also where the maximum stays. So a reference is a product that is rounded by itself (mul.rn), which is
 what every weight, factor, part and lse refers to; factors are differences of two references; and what is to be fused is an fma.
-tests/emulated/test_contraction.py holds the compiled kernels to that.
+tests/emulated/test_large_logits.py holds the compiled kernels to that.
 
 Note [Large scores]. exp2(fma(score, scale_log2, -row_max)) takes the product exactly and the reference rounded: all weights of a row
 share a factor 2^r, where r is that rounding. It is in row_sum and in O alike, but 16-bit weights are rounded with it, and from a
 reference of 2^31 on it overflows or leaves nothing (4 * 10^8 is a logit that fp16 can make, 10^38 one of bf16). So where a row's largest
 score of a block is `MAX_FUSED` or more in size, products are rounded as the reference was, which makes the largest weight 1. That is a
-function of the row alone; scores of less weigh nothing beside a reference of which r matters. Such rows are rare, so kernels whose
-time is exponents take a branch, and the others always round.
+function of the row alone; scores of less weigh nothing beside a reference of which r matters. Decode, whose time is not exponents, always
+rounds; the Blackwell kernel takes a branch; the Hopper kernel needs neither (`sm90/fragment.py`, Note [Huge scores]).
 """
 
 from __future__ import annotations

@@ -211,6 +211,16 @@ def absolute(value: Float32) -> Float32:
     return Float32(math_ir.absf(Float32(value).ir_value()))
 
 
+def float_to_bits(value: Float32) -> Int32:
+    """The word that holds a float32."""
+    return Int32(arith.bitcast(T.i32(), Float32(value).ir_value()))
+
+
+def bits_to_float(bits: Int32) -> Float32:
+    """The float32 that a word holds."""
+    return Float32(arith.bitcast(T.f32(), Int32(bits).ir_value()))
+
+
 def mul_rn(a: Float32, b: Float32) -> Float32:
     """a * b, rounded: PTX forbids to fuse a product with a rounding modifier into the sum or difference that uses it."""
     return cute.math.mul(Float32(a), Float32(b), rounding=cute.math.RoundingMode.NEAREST_EVEN)

@@ -31,7 +31,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, WaitedBarrier
+from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
 from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -109,7 +109,7 @@ class ConsumerWarpgroup:
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
         # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
-        scale_log2 = None if const_expr(c.mask.has_softcap or c.mask.has_alibi) else values.softmax_scale * LOG2_E
+        scale = None if const_expr(c.mask.has_softcap or c.mask.has_alibi) else ScoreScale.make(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         tile_begin, tile_end = tile_range(mBegin)
         if tile_begin < tile_end:
@@ -122,7 +122,7 @@ class ConsumerWarpgroup:
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values, scale_log2, self._waited(barriers, q))
+            self._first_weights(fragment, rS, stats, tile, values, scale)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             self._clear_tail(tiles, barriers, position, tile, thread)
@@ -135,17 +135,15 @@ class ConsumerWarpgroup:
                 num_right = cutlass.max(n_block - full_end, 0)
                 for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
                 num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
                 for _ in cutlass.range(num_full, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, False)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, False)
                 if const_expr(self.blocks.mask.has_left):
                     for _ in cutlass.range(n_block - blocks.begin, unroll=1):
                         n_block -= 1
-                        position = self._block(
-                            products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True
-                        )
+                        position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
                 # Then into the next tile: its first scores with this tile's last product.
                 q_next = advance(q, Q_STAGE)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
@@ -156,11 +154,11 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2, self._waited(barriers, q_next))
+                self._first_weights(fragment, rS, next_stats, next_tile, values, scale)
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
-                self._finish(products, stats, tiles, outputs, tile.work, q, group, thread)
+                self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 self._release_query(barriers.q_empty + q.slot)
                 products.rO.fill(0.0)
                 for i in cutlass.range_constexpr(2):
@@ -201,7 +199,7 @@ class ConsumerWarpgroup:
         n_block: Int32,
         values: MaskValues,
         tile: TileState,
-        scale_log2: Float32 | None,
+        scale: ScoreScale | None,
         is_masked: cutlass.Constexpr[bool],
     ):
         """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
@@ -211,7 +209,7 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, scale_log2, self._waited(barriers, q), may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, scale, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -232,10 +230,6 @@ class ConsumerWarpgroup:
             self._give_turn(turn)
         return rS
 
-    def _waited(self, barriers: Barriers, q: RingPosition) -> WaitedBarrier:
-        """The barrier of a tile's Q, until the tile is finished."""
-        return WaitedBarrier(barriers.q_full + q.slot, q.phase)
-
     def _first_weights(
         self,
         fragment: RowFragment,
@@ -243,12 +237,11 @@ class ConsumerWarpgroup:
         stats: RowStats,
         tile: TileState,
         values: MaskValues,
-        scale_log2: Float32 | None,
-        waited: WaitedBarrier,
+        scale: ScoreScale | None,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, scale_log2, waited, may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, scale, may_be_empty=True, is_first=True)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -394,6 +387,7 @@ class ConsumerWarpgroup:
         self,
         products: Products,
         stats: RowStats,
+        scale: ScoreScale | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -412,7 +406,10 @@ class ConsumerWarpgroup:
             if const_expr(c.mask.has_sinks):
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
-            result = finalize_row(stats.row_max[i], row_sum, sink)
+            row_max = stats.row_max[i]
+            if const_expr(scale is not None and (c.has_lse or c.mask.has_sinks)):
+                row_max = scale.true_max(row_max)
+            result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:

@@ -4,18 +4,18 @@ Value i of the fragment lies in row half (i // 2) % 2 and in column 8 * (i // 4)
 D fragment). The four lanes of a quad share both rows.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
-from fa4_backend.kernels.common.online_softmax import LOG2_E, MAX_FUSED, update_max
+from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
+HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -26,11 +26,35 @@ class RowStats(NamedTuple):
     row_sum: cute.Tensor  # (2,) sum of weights of this lane's columns only
 
 
-class WaitedBarrier(NamedTuple):
-    """An mbarrier whose phase is over, and stays the last one that is."""
+class ScoreScale(NamedTuple):
+    """From raw scores to log2 units: Note [Huge scores].
 
-    barrier: cute.Pointer
-    phase: Int32
+    Note [Huge scores]. A weight is exp2(fma(score, log2, -row_max)) with row_max = log2 * largest score, rounded: all weights of a row
+    share a factor 2^r, where r is that rounding, in row_sum and in O alike. From a row_max of `HUGE` on, r may be 8 and more: 2^r leaves
+    what a 16-bit weight holds (fp16 inputs make logits of 4 * 10^8, bf16 of 10^38). Scores of such rows are 2^-23 of that, 32 log2 units
+    and more, apart: only those that equal the largest weigh anything, whatever the scale. So there the scale is the next power of two,
+    whose products are exact, and r is 0; the lse alone is brought back. The rows of a warp may differ in it: a select, no branch, which
+    would keep one row's exponentials from running under the other's maximum (H100, with a branch: d128 4 to 7 %, d64 7 to 15 % slower).
+    """
+
+    log2: Float32  # softmax_scale * log2(e)
+    power: Float32  # the next power of two, at most twice as large
+    huge: Float32  # raw scores of this size and more take `power`
+
+    @staticmethod
+    def make(softmax_scale: Float32) -> "ScoreScale":
+        """The scale of a call."""
+        log2 = softmax_scale * LOG2_E
+        power = ptx.bits_to_float((ptx.float_to_bits(log2) + 0x007FFFFF) & 0x7F800000)
+        return ScoreScale(log2, power, Float32(HUGE) / log2)
+
+    def of(self, largest: Float32) -> Float32:
+        """The scale of a row whose largest score of a block this is."""
+        return cutlass.select_(ptx.absolute(largest) >= self.huge, self.power, self.log2)
+
+    def true_max(self, row_max: Float32) -> Float32:
+        """A row's reference maximum in log2 units, whichever scale it was made with."""
+        return cutlass.select_(ptx.absolute(row_max) >= HUGE, ptx.mul_rn(row_max, self.log2 / self.power), row_max)
 
 
 @dataclass(frozen=True)
@@ -44,94 +68,29 @@ class RowFragment:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
-    def softmax(
-        self,
-        rS: cute.Tensor,
-        stats: RowStats,
-        scale_log2: Float32 | None,
-        waited: WaitedBarrier,
-        *,
-        may_be_empty: bool,
-        is_first: bool,
-    ) -> cute.Tensor:
-        """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks."""
+    def softmax(self, rS: cute.Tensor, stats: RowStats, scale: ScoreScale | None, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+        """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
+
+        Args:
+            scale: of raw scores; None: they are in log2 units already.
+        """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
-        lane_max = [_tree([s[j] for j in self._row(i)], cute.arch.fmax) for i in range(2)]
-        block_max, offsets = [], []
-        for i in range(2):
-            block_max.append(_quad_max(lane_max[i]))
-            if const_expr(scale_log2 is not None):
-                block_max[i] = ptx.mul_rn(block_max[i], scale_log2)
-            update = update_max(
-                block_max[i], stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold
-            )
-            stats.row_max[i] = update.row_max
-            factors[i] = update.factor
-            offsets.append(update.offset)
-        if const_expr(scale_log2 is None):
-            totals = self._weigh(s, lambda score, i: score - offsets[i])
-        else:
-            totals = self._weigh_scaled(s, scale_log2, offsets, block_max, self._has_large(lane_max, scale_log2, may_be_empty), waited)
-        for i in range(2):
-            stats.row_sum[i] = totals[i] if const_expr(is_first) else cute.math.fma(stats.row_sum[i], factors[i], totals[i])
-        return factors
-
-    def _has_large(self, lane_max: list[Float32], scale_log2: Float32, may_be_empty: bool) -> Boolean:
-        """Whether `MAX_FUSED` is reached by a row of this warp; asked of each lane's maxima, so that it is known before the quads' are."""
-        sizes = [ptx.absolute(value) for value in lane_max]
-        if not may_be_empty:
-            return cute.arch.vote_any_sync(cute.arch.fmax(*sizes) * scale_log2 >= MAX_FUSED)
-        # A lane that sees no key has -inf.
-        sizes = [cutlass.select_(value == -Float32.inf, Float32(0.0), size) for value, size in zip(lane_max, sizes, strict=True)]
-        return cute.arch.vote_any_sync(cute.arch.fmax(*sizes) * scale_log2 >= MAX_FUSED)
-
-    def _weigh(self, s: cute.Tensor, exponent: Callable[[Float32, int], Float32]) -> list[Float32]:
-        """Weights in place; returns this lane's sum of each row. `exponent` of a score and its row half."""
-        totals = []
         for i in range(2):
             row = self._row(i)
+            block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
+            if const_expr(scale is not None):
+                factor = scale.of(block_max)
+                block_max = ptx.mul_rn(block_max, factor)
+            update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)
+            stats.row_max[i] = update.row_max
+            factors[i] = update.factor
             for j in row:
-                s[j] = cute.math.exp2(exponent(s[j], i), fastmath=True)
-            totals.append(_tree([s[j] for j in row], lambda a, b: a + b))
-        return totals
-
-    def _weigh_scaled(
-        self,
-        s: cute.Tensor,
-        scale_log2: Float32,
-        offsets: list[Float32],
-        block_max: list[Float32],
-        has_large: Boolean,
-        waited: WaitedBarrier,
-    ) -> list[Float32]:
-        """`_weigh` for raw scores: Note [Large scores]."""
-
-        def fused(score: Float32, i: int) -> Float32:
-            return cute.math.fma(score, scale_log2, -offsets[i])
-
-        def rounded(score: Float32, i: int) -> Float32:
-            is_large = ptx.absolute(block_max[i]) >= MAX_FUSED
-            return cutlass.select_(is_large, ptx.mul_rn(score, scale_log2) - offsets[i], fused(score, i))
-
-        def weigh(scores: list, exponent: Callable[[Float32, int], Float32]) -> list:
-            fragment = cute.make_rmem_tensor(self.n // 2, Float32)
-            for j, score in enumerate(scores):
-                fragment[j] = Float32(score)
-            totals = self._weigh(fragment, exponent)
-            return [value.ir_value() for value in (*(fragment[j] for j in range(self.n // 2)), *totals)]
-
-        def weigh_rounded(scores: list) -> list:
-            # Over at once; it keeps the branch a branch: ptxas predicates even hundreds of instructions, but no loop.
-            cute.arch.mbarrier_wait(waited.barrier, waited.phase)
-            return weigh(scores, rounded)
-
-        scores = [s[j].ir_value() for j in range(self.n // 2)]
-        types = [ptx.f32()] * (len(scores) + 2)
-        results = ptx.either(has_large, types, lambda: weigh_rounded(scores), lambda: weigh(scores, fused))
-        for j in range(self.n // 2):
-            s[j] = Float32(results[j])
-        return [Float32(value) for value in results[self.n // 2 :]]
+                exponent = s[j] - update.offset if const_expr(scale is None) else cute.math.fma(s[j], factor, -update.offset)
+                s[j] = cute.math.exp2(exponent, fastmath=True)
+            total = _tree([s[j] for j in row], lambda a, b: a + b)
+            stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
+        return factors
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
         """Multiply each row by its factor."""

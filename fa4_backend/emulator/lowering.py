@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator import alu
+from fa4_backend.emulator.contraction import Fusion
 from fa4_backend.emulator.errors import LaunchError, PtxSyntaxError, UnsupportedInstruction
 from fa4_backend.emulator.native_core import OP, WIDE
 from fa4_backend.emulator.parser import (
@@ -31,7 +32,7 @@ from fa4_backend.emulator.parser import (
     Symbol,
     Vector,
 )
-from fa4_backend.emulator.undefined import registers_in, watch_list
+from fa4_backend.emulator.undefined import registers_in, results, watch_list
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
@@ -167,8 +168,8 @@ class Program:
 class Builder:
     """Turns operands into slots and instructions into records."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, fusions: dict[int, Fusion]) -> None:
+        self.kernel, self.fusions = kernel, fusions
         self.register_slots: list[int] = []
         slot = FIRST_SLOT
         for register in kernel.registers:
@@ -300,6 +301,24 @@ class Builder:
             return lambda warp, lane: offset
         return lambda warp, lane: int(warp.r64[slot * 16 + lane]) + offset
 
+    @functools.cached_property
+    def read_registers(self) -> frozenset[int]:
+        """Registers (by index) that some instruction names besides writing them."""
+        read = set()
+        for instruction in self.kernel.instructions:
+            for operand in instruction.operands[len(results(instruction)) :]:
+                read |= {register.index for register in registers_in(operand)}
+            for operand in results(instruction):
+                if instruction.opcode.startswith("wgmma."):  # accumulators are read as well
+                    read |= {register.index for register in registers_in(operand)}
+            if instruction.guard is not None:
+                read.add(instruction.guard.index)
+        return frozenset(read)
+
+    def is_unused(self, operand: Operand) -> bool:
+        """A register that nothing reads: part of a wider load, for its alignment."""
+        return isinstance(operand, Register) and operand.index not in self.read_registers
+
     # -- records ------------------------------------------------------------------------------------------------
 
     def build(self) -> Program:
@@ -309,7 +328,10 @@ class Builder:
         for pc, instruction in enumerate(self.kernel.instructions):
             self.record = {}
             try:
-                handlers[pc] = self.instruction(instruction)
+                if pc in self.fusions:
+                    self.fuse(self.fusions[pc])
+                else:
+                    handlers[pc] = self.instruction(instruction)
             except UnsupportedInstruction as error:
                 where = f"{self.kernel.name[:80]}, PTX line {instruction.line}: {instruction.text[:200]}"
                 raise UnsupportedInstruction(f"{error}\n  in {where}") from None
@@ -389,6 +411,14 @@ class Builder:
         for field, operand, kind in zip("abce", sources, row.srcs, strict=False):
             fields[field] = self.source(operand, kind)
         self.emit(alu.OPCODES[name], **fields)
+
+    def fuse(self, fusion: Fusion) -> None:
+        """The sum of a product as one FMA; the product's own instruction stays, for its other uses."""
+        name = alu.contracted(fusion.kind, fusion.ftz, fusion.sat, fusion.negate_product, fusion.negate_addend)
+        operands = (self.kernel.instructions[fusion.sum].operands[0], *fusion.factors, fusion.addend)
+        row = alu.TABLE[name]
+        fields = {field: self.source(operand, kind) for field, operand, kind in zip("abc", operands[1:], row.srcs, strict=True)}
+        self.emit(alu.OPCODES[name], d=self.dest(operands[0], row.dst), **fields)
 
     def compare(self, ins: Instruction) -> None:
         """setp.cmp.bool.type p|q, a, b, c: the row of setp.cmp.type, combined with predicate c. PTX ISA 9.7.6.2"""
@@ -497,8 +527,12 @@ def immediate_bits(operand: Immediate, kind: str) -> int:
     return operand.bits
 
 
-def decode(kernel: Kernel) -> Program:
-    """Decode a parsed kernel. Raises `UnsupportedInstruction` for anything that is not modelled."""
+def lower(kernel: Kernel, fusions: dict[int, Fusion] | None = None) -> Program:
+    """Lower a parsed kernel. `fusions`: sums of products that become one FMA, by the instruction of the sum.
+
+    Raises:
+        UnsupportedInstruction: something is not modelled.
+    """
     if not kernel.instructions:
         raise LaunchError(f"kernel {kernel.name} has no instructions")
-    return Builder(kernel).build()
+    return Builder(kernel, fusions or {}).build()
