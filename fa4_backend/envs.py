@@ -1,4 +1,8 @@
-"""Every environment variable this package reads, in one place. All are named FA4_BACKEND_*."""
+"""Every environment variable this package reads, in one place.
+
+Its own are named FA4_BACKEND_*. The others belong to conventions that it follows: XDG's cache folder, a C compiler named by CC, the
+folder where the DSL keeps what it was told to keep.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ from pathlib import Path
 
 # name -> (default, what it does); `fa4 doctor` prints this table.
 VARIABLES: dict[str, tuple[str, str]] = {
-    "FA4_BACKEND_STRICT": ("0", "1: any degradation (a compile after warm-up, a slower kernel than planned) is an error"),
+    "FA4_BACKEND_STRICT": ("0", "1: a compile after an engine's start is an error instead of a warning; the one degradation that there is"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
-    "FA4_BACKEND_CACHE_DIR": ("~/.cache/fa4-backend", "folder of compiled kernels and converted models"),
+    "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
+    "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),
     "FA4_BACKEND_TRACE_FILE": ("", "append one line a process and forward kernel to this file: which kernel really ran"),
+    "XDG_CACHE_HOME": ("~/.cache", "folder of all caches of this user; used where FA4_BACKEND_CACHE_DIR is not set"),
+    "CC": ("cc, gcc or clang", "C compiler that links kernels and builds the emulator's core, with its options"),
+    "CUTE_DSL_DUMP_DIR": (".", "where the emulator looks for the PTX of a cubin that nobody registered"),
 }
 
 # FA4_BACKEND_CPU -> arch whose kernels the emulator runs; None: the torch reference.
@@ -22,8 +30,14 @@ def _read(name: str) -> str:
     return os.environ.get(name, VARIABLES[name][0])
 
 
+def settings() -> dict[str, str | None]:
+    """Value of every variable of the table, None where it is not set; those named like ours that are not in it come last."""
+    unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in VARIABLES)
+    return {name: os.environ.get(name) for name in (*VARIABLES, *unknown)}
+
+
 def strict() -> bool:
-    """Whether a degradation is an error instead of a logged warning."""
+    """Whether a degradation, which is a compile after warm-up, is an error instead of a logged warning."""
     return _read("FA4_BACKEND_STRICT") == "1"
 
 
@@ -45,8 +59,38 @@ def cpu_kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """Folder of compiled kernels and converted models; not created here."""
-    return Path(_read("FA4_BACKEND_CACHE_DIR")).expanduser()
+    """Folder of all that this package keeps on disk; not created here. See `fa4_backend.cache`."""
+    if named := os.environ.get("FA4_BACKEND_CACHE_DIR"):
+        return Path(named).expanduser().absolute()
+    # The convention says that a relative path is no setting.
+    base = Path(_read("XDG_CACHE_HOME")).expanduser()
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fa4-backend"
+
+
+def cache_limit_bytes() -> int:
+    """Bytes that compiled kernels may take on disk.
+
+    Raises:
+        ValueError: the variable holds no positive number.
+    """
+    text = _read("FA4_BACKEND_CACHE_GIB")
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise ValueError(f"FA4_BACKEND_CACHE_GIB: expected a positive number of GiB, got {text!r}")
+    return int(gib * 2**30)
+
+
+def c_compiler() -> str | None:
+    """The C compiler that the user named, with its options; None: whichever is found."""
+    return os.environ.get("CC") or None
+
+
+def dsl_dump_dir() -> Path:
+    """Folder where the DSL keeps PTX and cubins when it is told to."""
+    return Path(_read("CUTE_DSL_DUMP_DIR"))
 
 
 def trace_file() -> Path | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from fa4_backend.arch import REFERENCE_ARCH
+from fa4_backend.kernels.launch_abi import schedule_arguments
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
+from fa4_backend.validation import check_step, clamp_window
 
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.kernels.work_list import WorkLists
+    from fa4_backend.kernels.loading import LoadedKernels
+    from fa4_backend.kernels.schedule.work_list import WorkLists
 
 
 class StepBounds(NamedTuple):
@@ -24,28 +28,40 @@ class StepBounds(NamedTuple):
 
 @dataclass
 class AttentionMetadata:
-    """Buffers of one plan on one device. `refresh` before the first layer of a step; then every layer may read them.
+    """Buffers and loaded kernels of one plan on one device. `refresh` before the first layer of a step; then every layer may read them.
 
     Addresses never change after `allocate`, so a captured CUDA graph follows each replay's lengths.
     """
 
     plan: AttentionPlan
     device: torch.device
+    kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
-    bounds: StepBounds | None = field(default=None)
+    bounds: StepBounds | None = None
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
+    passed: set[Hashable] = field(default_factory=set)  # facts of calls that `validation` found to fit
+    is_announced: bool = False  # the plan's log line was written
 
     @classmethod
     def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionMetadata:
-        """Make the buffers for every batch within `plan.limits`; the only allocation."""
+        """Make the buffers for every batch within `plan.limits` and load the kernels, compiling what the cache on disk lacks.
+
+        The only allocation and the only place that compiles: from here on the plan's steps do neither.
+
+        Raises:
+            CompileError: a kernel could not be compiled or linked.
+            RuntimeError: strict mode, warm-up is over (`fa4_backend.compile_cache.seal`) and the cache lacks a kernel.
+        """
         import torch
 
         device = torch.device(device)
-        if plan.problem.arch == REFERENCE_ARCH:
+        if plan.kernels is None:
             return cls(plan, device)
-        from fa4_backend.kernels.work_list import WorkLists
+        from fa4_backend.kernels.loading import load_kernels
+        from fa4_backend.kernels.schedule.work_list import WorkLists
 
-        return cls(plan, device, WorkLists.allocate(plan, device))
+        kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
+        return cls(plan, device, kernels, WorkLists.allocate(plan.kernels.work, plan.limits, device))
 
     def refresh(
         self,
@@ -59,25 +75,15 @@ class AttentionMetadata:
 
         Args:
             cu_seqlens_q: (batch + 1,) int32; padded batches repeat the last value.
-            seqused_k: (batch,) int32, valid KV tokens; 0 for padding.
+            seqused_k: (batch,) int32, valid KV tokens; 0 for padding. Kernels clamp it to what the page table holds.
             max_seqlen_q, max_seqlen_k: host upper bounds of the step's query and KV lengths.
 
         Raises:
-            ValueError: the batch is larger than the plan's limits.
+            ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
         """
-        limits = self.plan.limits
-        num_seqs = seqused_k.shape[0]
-        for name, got, limit in (
-            ("seqused_k rows", num_seqs, limits.max_num_seqs),
-            ("max_seqlen_q", max_seqlen_q, limits.max_num_tokens),
-            ("max_seqlen_k", max_seqlen_k, limits.max_seqlen_k),
-        ):
-            if got > limit:
-                raise ValueError(f"{name}: expected at most {limit} (the plan's limit), got {got}")
-        if cu_seqlens_q.shape[0] != num_seqs + 1:
-            raise ValueError(f"cu_seqlens_q: expected {num_seqs + 1} entries for {num_seqs} sequences, got {cu_seqlens_q.shape[0]}")
-        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k)
-        if self.work is not None:
-            from fa4_backend.kernels.launch import launch_schedule
-
-            launch_schedule(self.plan, self.work, self.window_left, cu_seqlens_q, seqused_k)
+        check_step(self, cu_seqlens_q, seqused_k, max_seqlen_q, max_seqlen_k)
+        self.bounds = StepBounds(seqused_k.shape[0], max_seqlen_q, max_seqlen_k)
+        if self.work is not None and self.kernels is not None:
+            left = NO_WINDOW if self.window_left is None else clamp_window(self.window_left)
+            right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
+            self.kernels.schedule(*schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right))

@@ -2,103 +2,92 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
-
-ALIBI_MODELS = ("bloom", "falcon-rw", "mpt")
-SINK_MODELS = ("gpt_oss",)
-
-
-class ModelConfigError(ValueError):
-    """The file is not a decoder model's config.json; the message says what is missing."""
+from fa4_backend.model_layers import ATTENTION, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures, UnsupportedProblem
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that ask the same of attention."""
+    """Layers that ask the same. Without a problem, `remark` says why; with a refusal too, the model is not served."""
 
-    problem: AttentionProblem
+    kind: str  # "attention", or what the layers are instead: "mla", "linear", "chunked", "encoder", "cross", ...
     num_layers: int
-    window: int | None  # visible tokens including the row's own, as configs count; None: all
+    problem: AttentionProblem | None = None
+    window: int | None = None  # visible tokens including the row's own, as configs count; None: all
+    remark: str | None = None  # a sentence about layers that ask nothing of attention
+    refusal: str | None = None  # a sentence about layers that no arch serves
 
 
-def layer_groups(path: Path, *, arch: str, page_size: int, dtype: str | None = None, **modes: bool) -> list[LayerGroup]:
+def layer_groups(
+    path: Path, *, arch: str, page_size: int, dtype: str | None = None, tp: int = 1, text_only: bool = False, **modes: Any
+) -> list[LayerGroup]:
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
-        dtype: a key of `DTYPE_BYTES`; default: the config's own, bfloat16 where it says none.
+        dtype: a key of `DTYPE_BYTES`; default: the config's own, bfloat16 where it says none or float32, as vLLM does.
+        tp: GPUs that share the heads (tensor parallelism); the problems are those of one GPU.
+        text_only: a multimodal model will be given no images.
         modes: what no config says, such as `batch_invariant`; fields of `AttentionProblem`.
 
     Raises:
-        ModelConfigError: the file is missing, not JSON, or lacks a field.
-        UnsupportedProblem: the config's numbers contradict each other.
+        ModelConfigError: the config cannot be read; see `read_layers`.
+        UnsupportedProblem: `arch`, `page_size`, `dtype` or `modes` are wrong for any model.
     """
-    config = _read(path)
-    num_q_heads = _integer(config, "num_attention_heads", "n_head")
-    num_kv_heads = int(config.get("num_key_value_heads") or num_q_heads)
-    head_dim = config.get("head_dim") or _integer(config, "hidden_size", "n_embd") // num_q_heads
-    dtype = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    model = read_layers(path, text_only=text_only)
+    dtype = dtype or {None: "bfloat16", "float32": "bfloat16"}.get(model.dtype, model.dtype)
     if dtype not in DTYPE_BYTES:
         raise ModelConfigError(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-    windows = Counter(_layer_windows(config))
-    model_type = str(config.get("model_type", ""))
-    return [
-        LayerGroup(
-            AttentionProblem(
-                num_q_heads=num_q_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=int(head_dim),
-                head_dim_v=int(config.get("v_head_dim") or head_dim),
-                dtype=dtype,
-                page_size=page_size,
-                arch=arch,
-                has_window_left=window is not None,
-                has_softcap=bool(config.get("attn_logit_softcapping")),
-                **modes,
-                has_sinks=model_type in SINK_MODELS,
-                has_alibi=model_type in ALIBI_MODELS or bool(config.get("alibi")),
-            ),
-            num_layers,
-            window,
-        )
-        for window, num_layers in windows.items()
-    ]
+    common = AttentionProblem(1, 1, 1, 1, dtype, page_size, arch, **modes)
+    return [_group(layer, count, common, tp) for layer, count in Counter(model.layers).items()]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
+def attention_problems(groups: Sequence[LayerGroup]) -> list[AttentionProblem]:
+    """The problems of a model's attention layers.
+
+    Raises:
+        UnsupportedProblem: some layers ask for attention that no arch serves; the message says which.
+    """
+    refusals = [f"{group.num_layers} layers ({group.kind}): {group.refusal}" for group in groups if group.refusal]
+    if refusals:
+        raise UnsupportedProblem("; ".join(refusals))
+    return [group.problem for group in groups if group.problem is not None]
+
+
+def _group(layer: Layer, num_layers: int, common: AttentionProblem, tp: int) -> LayerGroup:
+    if layer.kind in NOT_ATTENTION:
+        return LayerGroup(layer.kind, num_layers, remark=NOT_ATTENTION[layer.kind])
+    if layer.kind != ATTENTION:
+        refusal = NOT_SERVED.get(layer.kind, f"layers of kind {layer.kind} are not served")
+        return LayerGroup(layer.kind, num_layers, refusal=refusal)
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelConfigError(f"{path}: expected a readable config.json, got {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ModelConfigError(f"{path}: expected JSON, got an error in line {error.lineno}: {error.msg}") from error
-    if not isinstance(config, dict):
-        raise ModelConfigError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    # Multimodal models keep their language model's numbers one level down.
-    return config.get("text_config") or config
+        return LayerGroup(ATTENTION, num_layers, _problem(layer, common, tp), layer.window)
+    except UnsupportedProblem as error:
+        return LayerGroup(ATTENTION, num_layers, window=layer.window, refusal=str(error))
 
 
-def _integer(config: dict[str, Any], *names: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int):
-            return config[name]
-    raise ModelConfigError(f"expected an integer {' or '.join(names)}, got {[config.get(n) for n in names]}")
-
-
-def _layer_windows(config: dict[str, Any]) -> list[int | None]:
-    """Window of each layer, None where it sees everything."""
-    num_layers = _integer(config, "num_hidden_layers", "n_layer")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    kinds = config.get("layer_types")
-    if kinds is None and window and str(config.get("model_type")) == "gemma2":
-        # Gemma 2's own rule, for configs written before layer_types existed: even layers slide.
-        kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(num_layers)]
-    if kinds is None:
-        return [window] * num_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+def _problem(layer: Layer, common: AttentionProblem, tp: int) -> AttentionProblem:
+    """One GPU's share of a layer, split as vLLM splits it: a KV head is copied where there are fewer than GPUs."""
+    if layer.num_q_heads % tp:
+        raise UnsupportedProblem(f"tp: expected a divisor of {layer.num_q_heads} query heads, got {tp}")
+    if max(layer.num_kv_heads, tp) % min(layer.num_kv_heads, tp):
+        raise UnsupportedProblem(f"tp: expected a divisor or a multiple of {layer.num_kv_heads} KV heads, got {tp}")
+    return replace(
+        common,
+        num_q_heads=layer.num_q_heads // tp,
+        num_kv_heads=max(1, layer.num_kv_heads // tp),
+        head_dim=layer.head_dim,
+        head_dim_v=layer.head_dim_v,
+        mask=MaskFeatures(
+            has_window_left=layer.window is not None,
+            has_softcap=layer.has_softcap,
+            has_sinks=layer.has_sinks,
+            has_alibi=layer.has_alibi,
+        ),
+        sinks_dtype=common.dtype,  # engines keep sinks as they keep a model's other parameters
+    )

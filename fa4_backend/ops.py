@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, CallTensors
+from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
-from fa4_backend.trace import trace_forward
-from fa4_backend.validation import check_call_values, check_tensors
+from fa4_backend.trace import announce
+from fa4_backend.validation import check_tensors, check_values, clamp_window
 
 
 def paged_attention(
@@ -34,52 +34,67 @@ def paged_attention(
     """Attention of ragged queries over a paged KV cache.
 
     Causal attention is aligned bottom-right: query i of a sequence sees keys up to `seqused_k - query_len + i`. A row that sees
-    no key gives O = 0 and lse = -inf. Page rows past `seqused_k` and rows of `out` past `cu_seqlens_q[-1]` are neither read into
-    a result nor written; they may hold NaN.
+    no key gives O = 0 and lse = -inf, and so does every row past `cu_seqlens_q[-1]`, as the padded batch of a captured graph has them.
+
+    What no row of a sequence sees may hold anything, NaN and infinity included, and reaches no result: page rows past `seqused_k` or left
+    of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
+    past the plan's limit or the page table is cut to it.
 
     Args:
         q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), any page, row and head strides, last stride 1.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise; may share an allocation with `k_cache`.
-        page_table: (batch, max_pages_per_seq) int32, physical page of each logical page; entries past a sequence's pages are ignored.
+        page_table: (batch, max_pages_per_seq) int32, physical page of each logical page; any number where no row sees a key of the page.
         cu_seqlens_q: (batch + 1,) int32, exclusive prefix sum of query tokens, non-decreasing.
-        seqused_k: (batch,) int32, valid KV tokens, this step's included.
+        seqused_k: (batch,) int32, valid KV tokens, this step's included; more than the page table holds means all that it holds.
         plan: from `plan_attention`; says which mask features are compiled in.
         metadata: `AttentionMetadata.allocate(plan, device)`, refreshed for this step's lengths.
         softmax_scale: multiplies raw logits; default `head_dim ** -0.5`.
-        window_left, window_right: keys visible besides the diagonal key; given exactly when the plan has them.
+        window_left, window_right: keys visible besides the diagonal key, 0 or more; given exactly when the plan has them.
         softcap: logits become `softcap * tanh(logits / softcap)`; above 0 exactly when the plan has it.
-        sinks: (num_q_heads,) logit that joins each row's softmax without a value; given exactly when the plan has it.
+        sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
+            plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor, NaN-free only up to `cu_seqlens_q[-1]`.
+        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor.
         lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
 
     Returns:
         `out` and `lse` (natural log of the softmax denominator, sink included; None unless the plan has it).
 
     Raises:
-        ValueError: a tensor or value does not fit the plan; nothing was launched.
+        ValueError: a tensor or value does not fit the plan; nothing was launched. On CPU tensors also: a row sees a page that the page
+            table puts outside the pool (kernels on a GPU cannot say so).
     """
-    check_tensors(plan, q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out)
-    check_call_values(plan, metadata, seqused_k, q.shape[0], window_left, window_right, softcap, sinks, alibi_slopes, lse)
+    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
+    check_tensors(plan, metadata, tensors)
+    scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
     if out is None:
         out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
-    scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:  # the kernels take maxima of raw logits and mask with -inf before they scale
-        raise ValueError(f"softmax_scale: expected a number above 0, got {scale}")
+    if q.shape[0] == 0:
+        return out, lse  # a step without tokens; a tensor map cannot describe zero rows
+    left, right = (None if window is None else clamp_window(window) for window in (window_left, window_right))
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
-        scale, window_left, window_right, softcap, sinks, alibi_slopes,
+        scale, left, right, softcap, sinks, alibi_slopes,
     )  # fmt: skip
-    trace_forward(plan, metadata)
-    if plan.problem.arch == REFERENCE_ARCH:
+    announce(metadata)
+    if metadata.kernels is None:
         from fa4_backend.kernels.torch_reference import run_reference
 
         run_reference(plan.problem, arguments)
     else:
-        from fa4_backend.kernels.launch import launch_attention
-
-        launch_attention(plan, metadata, arguments)
+        _launch(metadata, arguments)
     return out, lse
+
+
+def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
+    """Run the plan's kernels over the work lists that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
+    kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
+    assert kernels is not None and work is not None and bounds is not None, metadata.plan
+    if kernels.decode is not None:
+        kernels.decode(*decode_arguments(arguments, work))
+    if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+        kernels.prefill(*prefill_arguments(arguments, work.prefill_tiles, work.prefill_begin))

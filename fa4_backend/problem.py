@@ -1,8 +1,8 @@
-"""What attention is asked for, without any tensor: the frozen facts that choose and shape a kernel."""
+"""What attention is asked for, without any tensor: the frozen facts that choose and shape a kernel, and how large a batch may be."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 
@@ -14,30 +14,58 @@ class UnsupportedProblem(ValueError):
     """A combination no kernel here serves; the message names the feature, what was expected and what to use instead."""
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
-    """Facts known when a model is loaded; everything that a compiled kernel may depend on.
+SAME_AS_Q = "auto"  # kv_dtype: K and V are stored in the dtype of q, as engines call it
 
-    Presence of a feature is stated here, its value (window size, cap, slopes) is an argument of each call.
+
+@dataclass(frozen=True)
+class MaskFeatures:
+    """What a layer's mask is made of: which bounds and score changes are there. Their values are arguments of each call.
 
     Raises:
-        UnsupportedProblem: the facts contradict each other (see `__post_init__`), on any arch. Whether a given arch serves
-            the problem is asked by `fa4_backend.validation.check_problem`.
+        UnsupportedProblem: the features contradict each other.
     """
 
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int  # elements of a query or key row
-    head_dim_v: int  # elements of a value or output row
-    dtype: str  # of q, k, v and out: a key of DTYPE_BYTES
-    page_size: int  # tokens a page
-    arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
     is_causal: bool = True
     has_window_left: bool = False
     has_window_right: bool = False
     has_softcap: bool = False
     has_sinks: bool = False
     has_alibi: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_causal and self.has_window_right:
+            raise UnsupportedProblem("has_window_right: expected False for causal attention (the diagonal already bounds it), got True")
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of the features that are there, in order."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name))
+
+    @property
+    def short_name(self) -> str:
+        """The features in the name of a kernel: "-causal-windowleft", say."""
+        return "".join("-" + name.split("_", 1)[1].replace("_", "") for name in self.present)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """Facts known when a model is loaded; everything that a compiled kernel may depend on.
+
+    Raises:
+        UnsupportedProblem: the facts contradict each other (see `__post_init__`), on any arch. Whether a given arch serves
+            the problem is asked by `fa4_backend.support.check_problem`.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int  # elements of a query or key row
+    head_dim_v: int  # elements of a value or output row
+    dtype: str  # of q and out: a key of DTYPE_BYTES
+    page_size: int  # tokens a page
+    arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
+    mask: MaskFeatures = MaskFeatures()
+    kv_dtype: str = SAME_AS_Q  # of K and V: a key of DTYPE_BYTES; after construction never "auto"
+    sinks_dtype: str = "float32"  # of the tensor of sinks, where the mask has them: kernels read the engine's own parameter
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
     exact: bool = False  # nor on whether its token came alone or in a chunk of a prompt: one kernel serves decode and prefill rows
@@ -51,19 +79,27 @@ class AttentionProblem:
         for name in ("head_dim", "head_dim_v", "page_size"):
             if getattr(self, name) < 1:
                 raise UnsupportedProblem(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if self.dtype not in DTYPE_BYTES:
-            raise UnsupportedProblem(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
+        if self.kv_dtype == SAME_AS_Q:
+            object.__setattr__(self, "kv_dtype", self.dtype)
+        if not self.mask.has_sinks:
+            object.__setattr__(self, "sinks_dtype", "float32")  # one key for all that have none
+        for name in ("dtype", "kv_dtype", "sinks_dtype"):
+            if getattr(self, name) not in DTYPE_BYTES:
+                raise UnsupportedProblem(f"{name}: expected one of {', '.join(DTYPE_BYTES)}, got {getattr(self, name)!r}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
         if self.exact and not self.batch_invariant:
             raise UnsupportedProblem("exact: expected batch_invariant=True with it (in vLLM: VLLM_BATCH_INVARIANT=1), got False")
-        if self.is_causal and self.has_window_right:
-            raise UnsupportedProblem("has_window_right: expected False for causal attention (the diagonal already bounds it), got True")
 
     @property
     def q_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's K and V of one KV head."""
+        return (self.head_dim + self.head_dim_v) * DTYPE_BYTES[self.kv_dtype]
 
     @property
     def is_emulated(self) -> bool:
@@ -74,3 +110,24 @@ class AttentionProblem:
     def target_arch(self) -> str:
         """The arch the kernel is compiled for: `arch` without the emulator's prefix."""
         return self.arch.removeprefix(EMULATED_PREFIX)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The largest batch that a plan's buffers are sized for.
+
+    Raises:
+        ValueError: a limit is not positive, or `decode_query_len` is above `max_num_tokens`.
+    """
+
+    max_num_seqs: int
+    max_num_tokens: int  # query tokens of a step, all sequences together
+    max_seqlen_k: int  # KV tokens of one sequence
+    decode_query_len: int = 1  # longest query that counts as a decode row: 1 + speculative tokens
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_tokens", "max_seqlen_k", "decode_query_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.decode_query_len > self.max_num_tokens:
+            raise ValueError(f"decode_query_len: expected at most max_num_tokens={self.max_num_tokens}, got {self.decode_query_len}")

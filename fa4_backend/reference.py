@@ -1,15 +1,44 @@
 """The oracle: attention in float32 (float64 on request), written to be read, against which every kernel is judged.
 
-Also the yardstick of the error budget: the same mathematics rounded to a kernel's dtype where a kernel would round.
+Also the yardstick of the error budget (`fa4_backend.error_budget`): the same mathematics rounded to a kernel's dtype where a kernel
+would round.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from fa4_backend.arguments import AttentionArguments
+
+
+class Sequence(NamedTuple):
+    """One sequence of a call, gathered: what its rows see and nothing else."""
+
+    rows: slice  # of q and out
+    q: torch.Tensor  # (seqlen_q, num_q_heads, head_dim)
+    k: torch.Tensor  # (last - first, num_kv_heads, head_dim)
+    v: torch.Tensor  # (last - first, num_kv_heads, head_dim_v)
+    first: int  # position of the first key that any row sees
+    seqlen_k: int  # one past the last
+
+
+def sequences(arguments: AttentionArguments, *, is_causal: bool) -> Iterator[Sequence]:
+    """The sequences of a call that have rows. Lengths are clamped by the page table's width; pages that no row sees are not followed."""
+    a = arguments
+    bounds = a.cu_seqlens_q.tolist()
+    width = a.page_table.shape[1] * a.k_cache.shape[1]
+    for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
+        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, width)
+        if rows.start == rows.stop:
+            continue
+        first_visible, _ = visible_columns(rows.stop - rows.start, seqlen_k, is_causal, a.window_left, a.window_right)
+        first = min(first_visible[0], seqlen_k)
+        k, v = (gather_pages(cache, a.page_table[seq_idx], first, seqlen_k) for cache in (a.k_cache, a.v_cache))
+        yield Sequence(rows, a.q[rows], k, v, first, seqlen_k)
 
 
 def attention_oracle(
@@ -25,27 +54,24 @@ def attention_oracle(
 
     Returns:
         out (total_q, num_q_heads, head_dim_v) and lse (num_q_heads, total_q), natural log, in `accumulate`; rows past
-        `cu_seqlens_q[-1]` are NaN.
+        `cu_seqlens_q[-1]` are 0 and -inf.
     """
     a = arguments
     total_q, num_q_heads, _ = a.q.shape
-    out = torch.full((total_q, num_q_heads, a.v_cache.shape[-1]), math.nan, dtype=accumulate, device=a.q.device)
-    lse = torch.full((num_q_heads, total_q), math.nan, dtype=accumulate, device=a.q.device)
-    bounds = a.cu_seqlens_q.tolist()
-    for seq_idx, seqlen_k in enumerate(a.seqused_k.tolist()):
-        rows = slice(bounds[seq_idx], bounds[seq_idx + 1])
-        if rows.start == rows.stop:
-            continue
-        k, v = (gather_pages(cache, a.page_table[seq_idx], seqlen_k) for cache in (a.k_cache, a.v_cache))
-        out[rows], lse[:, rows] = _one_sequence(a, a.q[rows], k, v, is_causal, dtype, accumulate)
+    out = torch.zeros((total_q, num_q_heads, a.v_cache.shape[-1]), dtype=accumulate, device=a.q.device)
+    lse = torch.full((num_q_heads, total_q), -math.inf, dtype=accumulate, device=a.q.device)
+    for sequence in sequences(a, is_causal=is_causal):
+        if sequence.k.shape[0]:
+            out[sequence.rows], lse[:, sequence.rows] = _one_sequence(a, sequence, is_causal, dtype, accumulate)
     return out, lse
 
 
-def gather_pages(cache: torch.Tensor, pages: torch.Tensor, seqlen_k: int) -> torch.Tensor:
-    """The first `seqlen_k` tokens of a sequence: (seqlen_k, num_kv_heads, head_dim), from pages listed in `pages`."""
+def gather_pages(cache: torch.Tensor, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Tokens `first` to `last` (exclusive) of a sequence: (last - first, num_kv_heads, head_dim), from pages listed in `pages`."""
     page_size = cache.shape[1]
-    num_pages = -(-seqlen_k // page_size)
-    return cache[pages[:num_pages].long()].flatten(0, 1)[:seqlen_k]
+    begin = first // page_size
+    listed = pages[begin : -(-last // page_size)].long()
+    return cache[listed].flatten(0, 1)[first - begin * page_size : last - begin * page_size]
 
 
 def visible_columns(
@@ -59,21 +85,17 @@ def visible_columns(
     return first, last
 
 
-def _one_sequence(
-    a: AttentionArguments, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, dtype: torch.dtype, accumulate: torch.dtype
+def logits(
+    a: AttentionArguments, sequence: Sequence, is_causal: bool, dtype: torch.dtype, accumulate: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (seqlen_q, num_q_heads, d), k and v (seqlen_k, num_kv_heads, d) -> out (seqlen_q, num_q_heads, dv), lse (num_q_heads, seqlen_q)."""
-    seqlen_q, num_q_heads, _ = q.shape
-    seqlen_k, num_kv_heads, head_dim_v = v.shape
-    if seqlen_k == 0:
-        out = q.new_zeros((seqlen_q, num_q_heads, head_dim_v), dtype=accumulate)
-        return out, q.new_full((num_q_heads, seqlen_q), -math.inf, dtype=accumulate)
-    q_per_kv = num_q_heads // num_kv_heads
-    k, v = (x.to(dtype).repeat_interleave(q_per_kv, dim=1).transpose(0, 1).to(accumulate) for x in (k, v))
-    scores = torch.matmul(q.to(dtype).transpose(0, 1).to(accumulate), k.transpose(1, 2)) * a.softmax_scale
+    """Logits of one sequence, (num_q_heads, seqlen_q, keys), -inf where masked, and their lse (num_q_heads, seqlen_q), sinks included."""
+    q, k, seqlen_k = sequence.q, sequence.k, sequence.seqlen_k
+    seqlen_q, q_per_kv = q.shape[0], q.shape[1] // k.shape[1]
+    keys = k.to(dtype).repeat_interleave(q_per_kv, dim=1).transpose(0, 1).to(accumulate)
+    scores = torch.matmul(q.to(dtype).transpose(0, 1).to(accumulate), keys.transpose(1, 2)) * a.softmax_scale
     if a.softcap > 0:
         scores = a.softcap * torch.tanh(scores / a.softcap)
-    columns = torch.arange(seqlen_k, device=q.device)
+    columns = torch.arange(sequence.first, seqlen_k, device=q.device)
     if a.alibi_slopes is not None:
         diagonal = torch.arange(seqlen_q, device=q.device) + seqlen_k - seqlen_q
         scores = scores - a.alibi_slopes.to(accumulate)[:, None, None] * (diagonal[:, None] - columns).abs()
@@ -85,7 +107,30 @@ def _one_sequence(
     if a.sinks is not None:
         # A row without a key stays neutral (O = 0, lse = -inf) even with a sink, so that merging parts never counts a sink twice.
         lse = torch.where(lse.isneginf(), lse, torch.logaddexp(lse, a.sinks.to(accumulate)[:, None].expand_as(lse)))
-    # A row without a key has lse = -inf; exp(-inf - 0) = 0 keeps its output 0 instead of NaN.
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None])
-    out = torch.matmul(weights.to(dtype).to(accumulate), v)
+    return scores, lse
+
+
+def softmax_weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Weights of logits (num_q_heads, seqlen_q, keys), relative to the largest: exp(scores - lse) would be off by the lse's rounding, which
+    at large logits is more than the lse says. A row without a key has weights 0."""
+    largest = scores.amax(-1, keepdim=True)
+    sink = None if sinks is None else sinks.to(scores.dtype)[:, None, None]
+    if sink is not None:
+        largest = torch.maximum(largest, sink)
+    largest = torch.where(largest.isneginf(), 0.0, largest)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - largest)
+    return weights / torch.where(total == 0, 1.0, total)
+
+
+def _one_sequence(
+    a: AttentionArguments, sequence: Sequence, is_causal: bool, dtype: torch.dtype, accumulate: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out (seqlen_q, num_q_heads, dv), lse (num_q_heads, seqlen_q)."""
+    scores, lse = logits(a, sequence, is_causal, dtype, accumulate)
+    q_per_kv = sequence.q.shape[1] // sequence.v.shape[1]
+    v = sequence.v.to(dtype).repeat_interleave(q_per_kv, dim=1).transpose(0, 1).to(accumulate)
+    out = torch.matmul(softmax_weights(scores, a.sinks).to(dtype).to(accumulate), v)
     return out.to(dtype).to(accumulate).transpose(0, 1), lse

@@ -1,4 +1,4 @@
-"""Which kernel really ran: one log line a plan, and on request one line in a file that tests read."""
+"""Which kernel really ran: one log line for the metadata of a plan, and on request one line in a file that tests read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from fa4_backend import envs
 
 if TYPE_CHECKING:
     from fa4_backend.metadata import AttentionMetadata
-    from fa4_backend.plan import AttentionPlan
 
 logger = logging.getLogger("fa4_backend")
 
-_announced: set[AttentionPlan] = set()
 
-
-def trace_forward(plan: AttentionPlan, metadata: AttentionMetadata) -> None:
-    """Log `plan` at its first forward in this process; append it to FA4_BACKEND_TRACE_FILE where that is set."""
-    if plan in _announced:
+def announce(metadata: AttentionMetadata) -> None:
+    """Log the plan at its first forward; append it to FA4_BACKEND_TRACE_FILE where that is set."""
+    if metadata.is_announced:
         return
-    _announced.add(plan)
+    metadata.is_announced = True
+    plan = metadata.plan
     logger.info(plan.describe())
     path = envs.trace_file()
     if path is not None:

@@ -1,196 +1,153 @@
-"""What each arch serves, and tensors against a problem. Every refusal says what was expected and what it got."""
+"""The tensors and values of a step and of a call against their plan. Every refusal says what was expected and what it got.
+
+Only shapes, strides, dtypes, devices and host numbers are looked at: values on the device are the kernels' to clamp.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fa4_backend.arch import ARCHS, REFERENCE_ARCH
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, UnsupportedProblem
+from fa4_backend.arch import REFERENCE_ARCH
+from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
+    from fa4_backend.arguments import CallTensors
     from fa4_backend.metadata import AttentionMetadata
     from fa4_backend.plan import AttentionPlan
 
-PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
-FEATURES = (
-    "is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse", "batch_invariant", "exact",
-)  # fmt: skip
+MAX_PASSED = 1024  # remembered facts of calls; layers and steps repeat theirs
+WIDEST_WINDOW = 1 << 30  # tokens: wider than any sequence, and a position plus it stays below 2^31
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
 
 
-@dataclass(frozen=True)
-class KernelSupport:
-    """What the kernels of one arch serve; the only place that says so."""
-
-    dtypes: tuple[str, ...]
-    head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
-    head_dim_multiple: int
-    max_q_per_kv: int | None  # query heads packed in one tile; None: any
-    features: frozenset[str]  # of FEATURES
-
-
-_BLACKWELL = KernelSupport(
-    ("bfloat16", "float16"), ((64, 64), (96, 96), (128, 128), (192, 128)), 32, max_q_per_kv=128, features=frozenset(FEATURES)
-)
-_HOPPER = KernelSupport(
-    dtypes=("bfloat16", "float16"),
-    head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
-    head_dim_multiple=32,
-    max_q_per_kv=128,  # rows of the smaller query tile
-    features=frozenset(FEATURES),
-)
-
-SUPPORT: dict[str, KernelSupport] = {
-    # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(tuple(DTYPE_BYTES), None, 8, None, frozenset(FEATURES) - {"exact"}),
-    "sm_90a": _HOPPER,
-    **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
-}
-
-
-def check_problem(problem: AttentionProblem) -> None:
-    """Check that a kernel of `problem.arch` serves `problem`.
+def check_step(
+    metadata: AttentionMetadata, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    """Check the lengths of a step.
 
     Raises:
-        UnsupportedProblem: it does not; the message names the feature, what is served and what to use instead.
+        ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
     """
-    arch = problem.target_arch
-    support = SUPPORT.get(arch)
-    if support is None:
-        served = ", ".join(SUPPORT)
-        raise UnsupportedProblem(f"arch: expected one of {served}, got {arch!r}; kernels for {_chips(arch)} are not in this version")
-    if problem.dtype not in support.dtypes:
-        raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}")
-    if problem.page_size % PAGE_MULTIPLE:
-        raise UnsupportedProblem(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {problem.page_size}")
-    dims = (problem.head_dim, problem.head_dim_v)
-    if support.head_dims is not None and dims not in support.head_dims:
-        served = ", ".join(str(d[0]) if d[0] == d[1] else f"{d[0]}/{d[1]}" for d in support.head_dims)
-        raise UnsupportedProblem(f"head_dim/head_dim_v on {arch}: expected one of {served}, got {dims[0]}/{dims[1]}")
-    if any(dim % support.head_dim_multiple for dim in dims):
-        raise UnsupportedProblem(f"head_dim on {arch}: expected a multiple of {support.head_dim_multiple}, got {dims[0]}/{dims[1]}")
-    if support.max_q_per_kv is not None and problem.q_per_kv > support.max_q_per_kv:
-        raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at most {support.max_q_per_kv}, got {problem.q_per_kv}")
-    for feature in FEATURES:
-        if feature != "is_causal" and getattr(problem, feature) and feature not in support.features:
-            raise UnsupportedProblem(f"{feature} on {arch}: expected False, got True; {_FEATURE_ADVICE}")
-    if not problem.is_causal and "is_causal" not in support.features:
-        raise UnsupportedProblem(f"is_causal on {arch}: expected True, got False; {_FEATURE_ADVICE}")
+    limits = metadata.plan.limits
+    facts = ("step", _facts(cu_seqlens_q), _facts(seqused_k))
+    if facts not in metadata.passed:
+        _expect_shape("seqused_k", seqused_k, (None,))
+        num_seqs = seqused_k.shape[0]
+        if num_seqs > limits.max_num_seqs:
+            raise ValueError(f"seqused_k: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
+        _expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+        for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
+            _expect_dtype(name, tensor, "int32")
+            _expect_dense(name, tensor)
+            _expect_device(name, tensor, metadata.device, "the metadata")
+        _remember(metadata, facts)
+    for name, got, limit_name, limit in (
+        ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
+        ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
+    ):
+        if not 0 <= got <= limit:
+            raise ValueError(f"{name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
 
 
-_FEATURE_ADVICE = "use another attention backend of the engine for this model"
-
-
-def _chips(arch: str) -> str:
-    return ARCHS[arch].chips if arch in ARCHS else arch
-
-
-def check_tensors(
-    plan: AttentionPlan,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    out: torch.Tensor | None,
-) -> None:
-    """Check the tensors of one call against its plan; reads shapes, strides, dtypes and devices only, never values.
-
-    Shapes as in `fa4_backend.ops.paged_attention`.
+def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: CallTensors) -> None:
+    """Check the tensors of one call against its plan; shapes as in `fa4_backend.ops.paged_attention`.
 
     Raises:
         ValueError: a tensor does not fit; the message says which, what was expected and what it got.
     """
+    if metadata.plan is not plan and metadata.plan != plan:
+        raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     # Layers and steps repeat their shapes; looking at everything each time was three quarters of a call's host time.
-    tensors = (q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out)
-    facts = (plan, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors])
-    if facts in _passed:
-        return
-    _check_tensors(plan, *tensors)
-    if len(_passed) >= MAX_PASSED:
-        _passed.clear()
-    _passed.add(facts)
+    facts = tuple(None if t is None else _facts(t) for t in tensors)
+    if facts not in metadata.passed:
+        _check_tensors(plan, metadata, tensors)
+        _remember(metadata, facts)
 
 
-MAX_PASSED = 1024
-_passed: set[tuple[object, ...]] = set()  # shapes, strides, dtypes, devices, alignments that fit their plan
+def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
 
 
-def _check_tensors(
-    plan: AttentionPlan,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    out: torch.Tensor | None,
-) -> None:
+def _remember(metadata: AttentionMetadata, facts: tuple[object, ...]) -> None:
+    if len(metadata.passed) >= MAX_PASSED:
+        metadata.passed.clear()
+    metadata.passed.add(facts)
+
+
+def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
     p, limits = plan.problem, plan.limits
-    _expect_shape("q", q, (None, p.num_q_heads, p.head_dim))
-    _expect_shape("k_cache", k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
-    _expect_shape("v_cache", v_cache, (k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
-    _expect_shape("page_table", page_table, (None, None))
-    _expect_shape("seqused_k", seqused_k, (page_table.shape[0],))
-    _expect_shape("cu_seqlens_q", cu_seqlens_q, (page_table.shape[0] + 1,))
-    if out is not None:
-        _expect_shape("out", out, (q.shape[0], p.num_q_heads, p.head_dim_v))
-    if page_table.shape[0] > limits.max_num_seqs:
-        raise ValueError(f"page_table: expected at most max_num_seqs={limits.max_num_seqs} rows, got {page_table.shape[0]}")
-    if q.shape[0] > limits.max_num_tokens:
-        raise ValueError(f"q: expected at most max_num_tokens={limits.max_num_tokens} rows, got {q.shape[0]}")
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
-        if tensor is not None:
-            _expect_dtype(name, tensor, p.dtype)
-            _expect_rows(name, tensor, DTYPE_BYTES[p.dtype], by_kernel=p.arch != REFERENCE_ARCH)
-    for name, tensor in (("page_table", page_table), ("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
-        _expect_dtype(name, tensor, "int32")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name}: expected last stride 1, got {tensor.stride(-1)}")
-    for name, tensor in (
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("page_table", page_table),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("seqused_k", seqused_k),
-        ("out", out),
-    ):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on {q.device} as q, got {tensor.device}")
+    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
+    _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
+    _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
+    _expect_shape("page_table", t.page_table, (None, None))
+    _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
+    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
+    if t.page_table.shape[0] > limits.max_num_seqs:
+        raise ValueError(f"page_table: expected at most max_num_seqs={limits.max_num_seqs} rows, got {t.page_table.shape[0]}")
+    if t.q.shape[0] > limits.max_num_tokens:
+        raise ValueError(f"q: expected at most max_num_tokens={limits.max_num_tokens} rows, got {t.q.shape[0]}")
     device_type = "cpu" if p.arch == REFERENCE_ARCH or p.is_emulated else "cuda"
-    if q.device.type not in (device_type, "meta"):
-        raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {q.device}")
+    if t.q.device.type not in (device_type, "meta"):
+        raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {t.q.device}")
+    for name, tensor, dtype in (("q", t.q, p.dtype), ("k_cache", t.k_cache, p.kv_dtype), ("v_cache", t.v_cache, p.kv_dtype)):
+        _expect_dtype(name, tensor, dtype)
+        _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=p.arch != REFERENCE_ARCH)
+    for name, tensor in (("page_table", t.page_table), ("cu_seqlens_q", t.cu_seqlens_q), ("seqused_k", t.seqused_k)):
+        _expect_dtype(name, tensor, "int32")
+        _expect_dense(name, tensor)
+    if t.out is not None:
+        _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
+        _expect_dtype("out", t.out, p.dtype)
+        _expect_rows("out", t.out, DTYPE_BYTES[p.dtype], by_kernel=p.arch != REFERENCE_ARCH)
+    _check_optional(plan, t)
+    _expect_device("q", t.q, metadata.device, "the metadata")
+    for name, tensor in t._asdict().items():
+        if tensor is not None:
+            _expect_device(name, tensor, t.q.device, "q")
 
 
-def check_call_values(
+def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
+    """The tensors that only some plans have: all of these, and no other."""
+    p = plan.problem
+    for name, tensor, planned, shape, dtype in (
+        ("sinks", t.sinks, p.mask.has_sinks, (p.num_q_heads,), p.sinks_dtype),
+        ("alibi_slopes", t.alibi_slopes, p.mask.has_alibi, (p.num_q_heads,), "float32"),
+        ("lse", t.lse, p.has_lse, (p.num_q_heads, t.q.shape[0]), "float32"),
+    ):
+        if tensor is None:
+            if planned and name != "lse":  # an lse that is not given is made
+                raise ValueError(f"{name}: expected a value, since the plan has it, got none")
+            continue
+        if not planned:
+            raise ValueError(f"{name}: expected none, since the plan was made without it, got a tensor")
+        _expect_shape(name, tensor, shape)
+        _expect_dtype(name, tensor, dtype)
+        _expect_dense(name, tensor)
+
+
+def check_values(
     plan: AttentionPlan,
     metadata: AttentionMetadata,
-    seqused_k: torch.Tensor,
-    total_q: int,
+    num_seqs: int,
+    softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
     softcap: float,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    lse: torch.Tensor | None,
 ) -> None:
     """Check that a call gives exactly the values whose presence its plan compiled in.
 
     Raises:
-        ValueError: a value is missing, unexpected or out of its domain, or the metadata is another plan's or another step's.
+        ValueError: a value is missing, unexpected or out of its domain, or the metadata is another step's.
     """
-    p = plan.problem
-    presence = (
-        ("window_left", p.has_window_left, window_left is not None, window_left),
-        ("window_right", p.has_window_right, window_right is not None, window_right),
-        ("softcap", p.has_softcap, softcap != 0.0, softcap),
-        ("sinks", p.has_sinks, sinks is not None, "a tensor"),
-        ("alibi_slopes", p.has_alibi, alibi_slopes is not None, "a tensor"),
-    )
-    for name, planned, given, value in presence:
+    mask = plan.problem.mask
+    for name, planned, given, value in (
+        ("window_left", mask.has_window_left, window_left is not None, window_left),
+        ("window_right", mask.has_window_right, window_right is not None, window_right),
+        ("softcap", mask.has_softcap, softcap != 0.0, softcap),
+    ):
         if planned and not given:
             raise ValueError(f"{name}: expected a value, since the plan has it, got none")
         if given and not planned:
@@ -198,26 +155,24 @@ def check_call_values(
     for name, window in (("window_left", window_left), ("window_right", window_right)):
         if window is not None and window < 0:
             raise ValueError(f"{name}: expected 0 or more visible tokens (None for all), got {window}")
-    if softcap < 0:
-        raise ValueError(f"softcap: expected 0 (off) or more, got {softcap}")
-    for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if tensor is not None:
-            _expect_shape(name, tensor, (p.num_q_heads,))
-    if lse is not None:
-        if not p.has_lse:
-            raise ValueError("lse: expected none, since the plan was made without it, got a tensor")
-        _expect_shape("lse", lse, (p.num_q_heads, total_q))
-        _expect_dtype("lse", lse, "float32")
-    if metadata.plan is not plan and metadata.plan != plan:
-        raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
+    # Kernels take maxima of raw logits and mask with -inf before they scale: by a positive, finite float32.
+    if not FLOAT32_MIN <= softmax_scale <= FLOAT32_MAX:
+        raise ValueError(f"softmax_scale: expected a number above 0 that float32 holds, got {softmax_scale}")
+    if softcap != 0.0 and not FLOAT32_MIN <= softcap <= FLOAT32_MAX:
+        raise ValueError(f"softcap: expected 0 (off) or more, in float32, got {softcap}")
     if metadata.bounds is None:
         raise ValueError("metadata: expected refresh(...) before the first forward of a step, got metadata never refreshed")
     if metadata.window_left is not None and (window_left is None or window_left > metadata.window_left):
         raise ValueError(
             f"window_left: expected at most {metadata.window_left}, the window that the metadata was made for, got {window_left}"
         )
-    if metadata.bounds.num_seqs != seqused_k.shape[0]:
-        raise ValueError(f"metadata: expected a refresh for {seqused_k.shape[0]} sequences, got one for {metadata.bounds.num_seqs}")
+    if metadata.bounds.num_seqs != num_seqs:
+        raise ValueError(f"metadata: expected a refresh for {num_seqs} sequences, got one for {metadata.bounds.num_seqs}")
+
+
+def clamp_window(window: int) -> int:
+    """The same window for every sequence there can be, in a range in which no position overflows."""
+    return min(window, WIDEST_WINDOW)
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
@@ -231,6 +186,17 @@ def _expect_dtype(name: str, tensor: torch.Tensor, expected: str) -> None:
     got = str(tensor.dtype).removeprefix("torch.")
     if got != expected:
         raise ValueError(f"{name}: expected dtype {expected}, got {got}")
+
+
+def _expect_device(name: str, tensor: torch.Tensor, device: torch.device, of: str) -> None:
+    # "cuda" names the current device, as torch takes it; a tensor always has an index.
+    if tensor.device.type != device.type or (device.index is not None and tensor.device.index not in (None, device.index)):
+        raise ValueError(f"{name}: expected a tensor on {device} as {of}, got {tensor.device}")
+
+
+def _expect_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name}: expected last stride 1, got {tensor.stride(-1)}")
 
 
 def _expect_rows(name: str, tensor: torch.Tensor, element_bytes: int, *, by_kernel: bool) -> None:

@@ -36,6 +36,7 @@ TOOLS = [
     "pytest-xdist",
     "hypothesis",
     "ruff>=0.14",
+    "pyelftools",
     "mypy>=1.18",
     "pre-commit",
     "gguf",

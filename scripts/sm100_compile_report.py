@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.compile import compile_to_object, cpu_seconds, find_cuda_tool, resource_usage
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
+from fa4_backend.compile import compile_to_object, cpu_seconds
+from fa4_backend.kernel_facts import find_cuda_tool, resource_usage
+from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.paged_case import PagedCase
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def sass_facts(cubin: Path) -> dict[str, Any]:
 
 def our_key(name: str) -> Sm100Config:
     """Compile key of one of OURS."""
-    key = Sm100Config.of(prefill_key(OURS[name].plan()))
+    key = OURS[name].plan().kernels.prefill
     return key.with_tuning(cta_group=CTA_GROUPS.get(name, key.tuning.cta_group))
 
 

@@ -22,8 +22,6 @@ emulator_upstream.prepare("sm_100a")
 import torch  # noqa: E402
 
 from fa4_backend import emulator  # noqa: E402
-from fa4_backend.kernels.sm100.tuning import Sm100Config  # noqa: E402
-from fa4_backend.kernels.tuning import prefill_key  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -96,7 +94,7 @@ def ours(**tuning: float) -> Any:
 
     def run(num_keys: int) -> emulator.Report:
         case = PagedCase((ROWS,), (num_keys,), num_q_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, page_size=128, arch="emulated-sm_100a")
-        key = Sm100Config.of(prefill_key(case.plan()))
+        key = case.plan().kernels.prefill
         if "rescale_threshold" in tuning:
             kernel = replace(key.kernel, tile=replace(key.kernel.tile, rescale_threshold=tuning["rescale_threshold"]))
             key = replace(key, kernel=kernel)

@@ -10,8 +10,7 @@ import json
 import sys
 from dataclasses import replace
 
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
+from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
 
@@ -32,7 +31,7 @@ KERNELS: dict[str, dict[str, float]] = {
 
 def key_of(case: PagedCase, changes: dict[str, float]) -> Sm100Config:
     """The case's compile key with an idea switched."""
-    key = Sm100Config.of(prefill_key(case.plan()))
+    key = case.plan().kernels.prefill
     if "rescale_threshold" in changes:
         return replace(key, kernel=replace(key.kernel, tile=replace(key.kernel.tile, **changes)))
     return key.with_tuning(**changes)

@@ -15,8 +15,6 @@ from dataclasses import replace
 
 import torch
 
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
 
@@ -55,7 +53,7 @@ PAIRED = {
 def run_case(case: PagedCase, seeds: int, cta_group: int = 1) -> dict[str, object]:
     """One case under all seeds."""
     started = time.process_time()
-    key = Sm100Config.of(prefill_key(case.plan())).with_tuning(cta_group=cta_group)
+    key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
     first = run_prefill(case, num_ctas=1, key=key)
     first.check()
     rows = first.built.total_q

@@ -26,8 +26,6 @@ import torch  # noqa: E402
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
-from fa4_backend.kernels.sm100.tuning import Sm100Config  # noqa: E402
-from fa4_backend.kernels.tuning import prefill_key  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -62,7 +60,7 @@ def ours(shape: Shape, num_blocks: int, cta_group: int = 1) -> Recording:
     dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
     case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", **dims)
     recording = Recording()
-    key = Sm100Config.of(prefill_key(case.plan())).with_tuning(cta_group=cta_group)
+    key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
     run_prefill(case, num_ctas=1, key=key, trace=recording).check()
     return recording
 

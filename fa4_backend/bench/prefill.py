@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
@@ -46,7 +46,7 @@ def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
         dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-        is_causal=batch.is_causal,
+        mask=MaskFeatures(is_causal=batch.is_causal),
     )  # fmt: skip
     plan = plan_attention(problem, BatchLimits(256, 32768, 131072), num_sms=device.multi_processor_count)
     metadata = AttentionMetadata.allocate(plan, "cuda")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from dataclasses import asdict, replace
@@ -11,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fa4_backend.compile import CompileKey
-from fa4_backend.model_config import ModelConfigError, layer_groups
-from fa4_backend.plan import AttentionPlan, BatchLimits, plan_attention
-from fa4_backend.problem import AttentionProblem, UnsupportedProblem
+from fa4_backend.cache.errors import CacheError
+from fa4_backend.compile import CompileError
+from fa4_backend.model_config import attention_problems, layer_groups
+from fa4_backend.model_layers import ModelConfigError
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 
 def compile(
@@ -31,30 +32,37 @@ def compile(
     exact: Annotated[bool, typer.Option(help="nor on how its prompt was cut; implies --batch-invariant")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Compile every kernel that a model or a shape needs. Exits 1 when it is not served, 2 when the config cannot be read."""
+    """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
     limits = BatchLimits(max_num_seqs, 8192, 32768)
     modes = {"batch_invariant": batch_invariant or exact, "exact": exact}
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
     try:
         if model is not None:
-            problems = [group.problem for group in layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes)]
+            problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes))
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
-            shape = AttentionProblem(num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, is_causal=causal, has_lse=lse)
+            shape = AttentionProblem(
+                num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, mask=MaskFeatures(is_causal=causal), has_lse=lse
+            )
             problems = [replace(shape, batch_invariant=batch_invariant or exact, exact=exact)]
         plans = [plan_attention(problem, limits) for problem in problems]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
-    kernels = compile_plans(plans)
+    try:
+        kernels = compile_plans(plans)
+    except (CacheError, CompileError) as error:
+        typer.echo(f"fa4 compile: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
     if json_output:
         print(json.dumps({"kernels": kernels}, indent=1))
         return
     for kernel in kernels:
         print(
             f"{kernel['name']}: {kernel['cpu_seconds']} CPU s, {kernel['registers']} registers, {kernel['spills']} bytes of spills, "
-            f"{kernel['smem_bytes']} bytes of shared memory, {kernel['ptx_instructions']} PTX instructions"
+            f"{kernel['smem_bytes']} bytes of shared memory, {kernel['tmem_columns']} columns of tensor memory, "
+            f"{kernel['ptx_instructions']} PTX instructions"
         )
 
 
@@ -62,19 +70,10 @@ def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
     """Compile what the plans need and the cache lacks; facts of every kernel, one entry each."""
     from fa4_backend.compile_cache import ensure_object, read_facts
     from fa4_backend.kernel_facts import sass_counts
-    from fa4_backend.kernels.launch import keys_of
 
     kernels = []
-    for key in dict.fromkeys(key for plan in plans for key in keys_of(plan)):
+    for key in dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys):
         facts = asdict(read_facts(key))
         counts: Counter[str] = sass_counts(ensure_object(key).with_suffix(".cubin"))
-        kernels.append({**facts, **_launch_facts(key), "sass_counts": counts})
+        kernels.append({**facts, "sass_counts": counts})
     return kernels
-
-
-def _launch_facts(key: CompileKey) -> dict[str, int]:
-    """What only the kernel's host side knows: dynamic shared memory, tensor memory."""
-    module, function = key.builder.split(":")
-    host, _ = getattr(importlib.import_module(module), function)(key)
-    found = {name: getattr(host, name, None) for name in ("smem_bytes", "tmem_columns")}
-    return {"tmem_columns": 0} | {name: value for name, value in found.items() if value is not None}

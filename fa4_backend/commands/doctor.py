@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -71,7 +71,7 @@ def _torch_and_device() -> list[Finding]:
 
 
 def _gpu(properties: Any) -> Finding:
-    from fa4_backend.validation import SUPPORT
+    from fa4_backend.support import SUPPORT
 
     capability = (properties.major, properties.minor)
     arch = arch_of_capability(*capability)
@@ -84,7 +84,7 @@ def _gpu(properties: Any) -> Finding:
 
 
 def _cpu_kernel() -> Finding:
-    from fa4_backend.validation import SUPPORT
+    from fa4_backend.support import SUPPORT
 
     try:
         kernel = envs.cpu_kernel()
@@ -104,10 +104,12 @@ def _distribution(name: str, purpose: str, if_missing: str) -> Finding:
 
 
 def _c_compiler() -> Finding:
-    path = next((p for p in map(shutil.which, ("cc", "gcc", "clang")) if p), None)
-    if path is None:
-        return Finding("C compiler", NOTE, "none of cc, gcc, clang on PATH: the emulator and linking of new kernels need one")
-    return Finding("C compiler", OK, path)
+    from fa4_backend.compile import CompileError, find_c_compiler
+
+    try:
+        return Finding("C compiler", OK, " ".join(find_c_compiler()))
+    except CompileError as error:
+        return Finding("C compiler", NOTE, f"{error}: the emulator and linking of new kernels need one")
 
 
 def _engines() -> list[Finding]:
@@ -143,23 +145,36 @@ def _version(name: str) -> str | None:
 
 
 def _cache_folder() -> Finding:
+    from fa4_backend.cache import prune, trust
+    from fa4_backend.cache.errors import UntrustedCacheError
+
     folder = envs.cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".doctor"
-        probe.write_text("")
-        probe.unlink()
+        trust.make_folder(folder)
+        entries, limit = prune.items(), envs.cache_limit_bytes()
+    except UntrustedCacheError as error:
+        return Finding("cache", BROKEN, f"not trusted: {error}")
+    except ValueError as error:
+        return Finding("cache", BROKEN, str(error))
     except OSError as error:
         return Finding("cache", BROKEN, f"{folder}: expected a writable folder, got {error.strerror}; set FA4_BACKEND_CACHE_DIR")
-    return Finding("cache", OK, str(folder))
+    size = f"{sum(e.num_bytes for e in entries) / 2**20:.1f} MiB of compiled code, at most {limit / 2**30:g} GiB"
+    detail = f"{folder}: trusted, {len(entries)} entries, {size}"
+    if not os.access(folder, os.W_OK):
+        return Finding("cache", NOTE, f"{detail}; read-only for this user: what it lacks cannot be compiled")
+    return Finding("cache", OK, detail)
 
 
 def _environment() -> list[Finding]:
-    import os
-
-    unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in envs.VARIABLES)
-    findings = [Finding(name, NOTE, f"{os.environ[name]} ({what})") for name, (_, what) in envs.VARIABLES.items() if name in os.environ]
-    findings += [Finding(name, BROKEN, f"expected one of {', '.join(envs.VARIABLES)}, got an unknown variable") for name in unknown]
+    findings = []
+    for name, value in envs.settings().items():
+        if name not in envs.VARIABLES:
+            findings.append(Finding(name, BROKEN, f"expected one of {', '.join(envs.VARIABLES)}, got an unknown variable"))
+            continue
+        default, what = envs.VARIABLES[name]
+        findings.append(
+            Finding(name, OK, f"not set, {default or 'none'} ({what})") if value is None else Finding(name, NOTE, f"{value} ({what})")
+        )
     return findings
 
 

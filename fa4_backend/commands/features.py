@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, UnsupportedProblem
-from fa4_backend.validation import check_problem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.support import check_problem
 
 # A plain problem, and what each row of the matrix changes in it.
 BASE = {
@@ -19,7 +19,6 @@ BASE = {
     "head_dim_v": 128,
     "dtype": "bfloat16",
     "page_size": 16,
-    "is_causal": True,
 }
 ROWS: dict[str, dict[str, object]] = {
     **{f"dtype {name}": {"dtype": name} for name in DTYPE_BYTES},
@@ -31,12 +30,12 @@ ROWS: dict[str, dict[str, object]] = {
     "grouped heads, ratio 7": {"num_q_heads": 28, "num_kv_heads": 4},
     "multi-query, ratio 128": {"num_q_heads": 128, "num_kv_heads": 1},
     "causal": {},
-    "non-causal": {"is_causal": False},
-    "sliding window, left": {"has_window_left": True},
-    "sliding window, left and right": {"is_causal": False, "has_window_left": True, "has_window_right": True},
-    "logits soft cap": {"has_softcap": True},
-    "attention sinks": {"has_sinks": True},
-    "ALiBi": {"has_alibi": True},
+    "non-causal": {"mask": MaskFeatures(is_causal=False)},
+    "sliding window, left": {"mask": MaskFeatures(has_window_left=True)},
+    "sliding window, left and right": {"mask": MaskFeatures(is_causal=False, has_window_left=True, has_window_right=True)},
+    "logits soft cap": {"mask": MaskFeatures(has_softcap=True)},
+    "attention sinks": {"mask": MaskFeatures(has_sinks=True)},
+    "ALiBi": {"mask": MaskFeatures(has_alibi=True)},
     "log-sum-exp output": {"has_lse": True},
     "batch-invariant mode": {"batch_invariant": True},
     "exact mode": {"batch_invariant": True, "exact": True},

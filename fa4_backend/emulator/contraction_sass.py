@@ -17,12 +17,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from fa4_backend.compile import find_cuda_tool
 from fa4_backend.emulator import contraction
 from fa4_backend.emulator.contraction import Fusion
 from fa4_backend.emulator.errors import EmulatorError
 from fa4_backend.emulator.parser import Kernel, parse_module
-from fa4_backend.kernel_facts import disassemble
+from fa4_backend.kernel_facts import disassemble, find_cuda_tool
 
 _ARITHMETIC = re.compile(r"\b([FHD](?:FMA|ADD|MUL)2?)\b")
 _ASSEMBLERS = ("ptxas", "ptxas-blackwell")

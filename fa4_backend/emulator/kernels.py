@@ -1,4 +1,4 @@
-"""Compiled kernels of this package, run on the emulator over CPU tensors: what `fa4_backend.kernels.launch` calls for an emulated plan."""
+"""Compiled kernels of this package, run on the emulator over CPU tensors: what `fa4_backend.kernels.loading` loads for an emulated plan."""
 
 from __future__ import annotations
 

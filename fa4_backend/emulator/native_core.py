@@ -1,7 +1,7 @@
 """Build and load the native core: the launch shim, the interpreter loop and the race detector.
 
 The C sources lie in `native/`; the switch over register instructions is generated from `alu.TABLE`. The library is built with the
-system's C compiler at first use and kept in the user's cache directory, keyed by the sources, the compiler and the CPU.
+system's C compiler at first use and kept in the cache (`fa4_backend.cache`), keyed by the sources, the compiler and the CPU.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import ctypes
 import functools
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from fa4_backend import envs
+from fa4_backend.cache.entry import Entry, ensure
+from fa4_backend.compile import CompileError, find_c_compiler
 from fa4_backend.emulator import alu
 from fa4_backend.emulator.errors import NativeBuildError
 
+LIBRARY = "core.so"
 NUM_UNITS = 4  # generated C units, compiled side by side
 SOURCES = Path(__file__).parent / "native"
 UNITS = ("shim.c", "memory.c", "races.c", "global_races.c", "undefined.c", "interp.c")
@@ -115,19 +119,11 @@ def generated_source() -> tuple[str, list[str]]:
     return header, units
 
 
-def cache_dir() -> Path:
-    """Where built libraries are kept: FA4_BACKEND_CACHE, else XDG_CACHE_HOME/fa4_backend, else ~/.cache/fa4_backend."""
-    root = os.environ.get("FA4_BACKEND_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fa4_backend"
-    return base / "emulator"
-
-
-def _compiler() -> str:
-    wanted = os.environ.get("CC", "cc")
-    found = shutil.which(wanted) or (shutil.which("gcc") if wanted == "cc" else None)
-    if not found:
-        raise NativeBuildError(f"the emulator needs a C compiler to build its core: {wanted!r} was not found (set CC, or install gcc)")
-    return found
+def _compiler() -> list[str]:
+    try:
+        return find_c_compiler()
+    except CompileError as error:
+        raise NativeBuildError(f"the emulator builds its core with {error}") from None
 
 
 def _cpu() -> str:
@@ -140,7 +136,12 @@ def _cpu() -> str:
 
 @functools.cache
 def library_path() -> Path:
-    """Path of the built shared library; builds it when it is missing. Raises `NativeBuildError`."""
+    """Path of the built shared library; builds it when the cache has none that is whole.
+
+    Raises:
+        NativeBuildError: no C compiler was found, or it failed.
+        CacheError: see `fa4_backend.cache.entry.ensure`.
+    """
     header, generated = generated_source()
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
@@ -148,27 +149,28 @@ def library_path() -> Path:
             digest.update(path.name.encode() + path.read_bytes())
     compiler = _compiler()
     digest.update(f"{header}{generated}{FLAGS}{LINK_FLAGS}{compiler}{_cpu()}".encode())
-    target = cache_dir() / f"core-{digest.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
-        work = Path(name)
-        (work / "ops.h").write_text(header)
-        for number, text in enumerate(generated):
-            (work / f"alu_{number}.c").write_text(text)
-        sources = [*(work / f"alu_{n}.c" for n in range(len(generated))), *(SOURCES / u for u in UNITS)]
-        _compile(compiler, work, sources)
-        os.replace(work / "core.so", target)  # atomic: several processes may build at once
-    return target
+    name = digest.hexdigest()
+    entry = Entry(envs.cache_dir() / "emulator" / f"core-{name[:20]}", (LIBRARY,), {"sources": name})
+
+    def build(folder: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            work = Path(scratch)
+            (work / "ops.h").write_text(header)
+            for number, text in enumerate(generated):
+                (work / f"alu_{number}.c").write_text(text)
+            sources = [*(work / f"alu_{n}.c" for n in range(len(generated))), *(SOURCES / u for u in UNITS)]
+            _compile(compiler, work, sources, folder / LIBRARY)
+        return {}
+
+    return ensure(entry, build) / LIBRARY
 
 
-def _compile(compiler: str, work: Path, sources: list[Path]) -> None:
+def _compile(compiler: list[str], work: Path, sources: list[Path], library: Path) -> None:
     objects = [work / f"{source.stem}.o" for source in sources]
-    commands = [[compiler, *FLAGS, "-c", f"-I{work}", f"-I{SOURCES}", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+    commands = [[*compiler, *FLAGS, "-c", f"-I{work}", f"-I{SOURCES}", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
-    _run([compiler, *LINK_FLAGS, *map(str, objects), "-o", str(work / "core.so"), "-lm"])
+    _run([*compiler, *LINK_FLAGS, *map(str, objects), "-o", str(library), "-lm"])
 
 
 def _run(command: list[str]) -> None:

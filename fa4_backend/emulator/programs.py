@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
+from fa4_backend import envs
+from fa4_backend.compile import elf_bytes
 from fa4_backend.emulator.contraction import NEVER, Contraction, choose
 from fa4_backend.emulator.errors import LaunchError, UnknownProgram
 from fa4_backend.emulator.lowering import Program, lower
@@ -51,9 +51,7 @@ def read_cubin(address: int) -> bytes:
         head = host_array(address, 64).tobytes()
     if head[:4] != b"\x7fELF":
         raise UnknownProgram(f"the kernel image holds no plain cubin: {head[:8].hex()}")
-    program_headers, section_headers = struct.unpack_from("<QQ", head, 32)
-    entry, count, section_entry, sections = struct.unpack_from("<HHHH", head, 54)
-    return host_array(address, max(program_headers + entry * count, section_headers + section_entry * sections)).tobytes()
+    return host_array(address, elf_bytes(head)).tobytes()
 
 
 def known_ptx(cubin: bytes) -> str | None:
@@ -69,7 +67,7 @@ def forget_programs() -> None:
 
 def _find_dumped(cubin: bytes) -> str | None:
     """PTX that the DSL kept beside the same cubin in its dump directory (CUTE_DSL_KEEP=ptx,cubin)."""
-    for path in Path(os.environ.get("CUTE_DSL_DUMP_DIR", ".")).glob("*.cubin"):
+    for path in envs.dsl_dump_dir().glob("*.cubin"):
         ptx = path.with_suffix(".ptx")
         if ptx.exists() and path.stat().st_size == len(cubin) and path.read_bytes() == cubin:
             return ptx.read_text()

@@ -1,17 +1,19 @@
-"""What vLLM may ask of this backend. Every answer comes from the code that refuses (`fa4_backend.validation`), so it cannot go stale."""
+"""What vLLM may ask of this backend. Every answer comes from the code that refuses (`fa4_backend.support`), so it cannot go stale."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fa4_backend import AttentionProblem
+from fa4_backend import AttentionProblem, MaskFeatures
 from fa4_backend.problem import UnsupportedProblem
-from fa4_backend.validation import PAGE_MULTIPLE, check_problem
+from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.impl import FA4Impl
+from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 from fa4_integration.vllm_backend.plugin import NAME
 from fa4_integration.vllm_backend.serving_arch import serving_arch
@@ -41,6 +43,11 @@ class FA4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        config = get_current_vllm_config_or_none()
+        if kv_cache_spec is not None and config is not None:
+            # Asked of all backends of a KV cache group at start. Where they have no size in common, vLLM stops here, before any builder
+            # is made; the line that says which layers chose another backend has to come first.
+            announce_layers(config)
         return [MultipleOf(PAGE_MULTIPLE)]
 
     @classmethod
@@ -58,11 +65,11 @@ class FA4Backend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        return refusal(has_sinks=True) is None
+        return refusal(mask=MaskFeatures(has_sinks=True)) is None
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return refusal(has_window_left=True) is None
+        return refusal(mask=MaskFeatures(has_window_left=True)) is None
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
@@ -97,7 +104,13 @@ class FA4Backend(AttentionBackend):
         stored = UNQUANTISED.get(kv_cache_dtype or "auto", name)
         if stored != name:
             return f"kv_cache_dtype: expected the model's {name} (or auto), got {kv_cache_dtype}"
-        return refusal(head_dim=head_size, head_dim_v=head_size, dtype=name, page_size=block_size or PAGE_MULTIPLE, has_sinks=has_sink)
+        return refusal(
+            head_dim=head_size,
+            head_dim_v=head_size,
+            dtype=name,
+            page_size=block_size or PAGE_MULTIPLE,
+            mask=MaskFeatures(has_sinks=has_sink),
+        )
 
 
 def refusal(**facts: Any) -> str | None:

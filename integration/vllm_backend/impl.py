@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from fa4_backend import AttentionProblem, paged_attention
+from fa4_backend import AttentionProblem, MaskFeatures, paged_attention
 from fa4_backend import envs as fa4_envs
 from fa4_backend.problem import UnsupportedProblem
-from fa4_backend.validation import PAGE_MULTIPLE, check_problem
+from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache, write_kv
 from fa4_integration.vllm_backend.metadata_builder import FA4Metadata
 from fa4_integration.vllm_backend.serving_arch import serving_arch
-
-
-@dataclass(frozen=True)
-class MaskFeatures:
-    """What a layer's mask is made of: the part of an `AttentionProblem` that may differ between layers of one KV cache group."""
-
-    has_window_left: bool
-    has_softcap: bool
-    has_sinks: bool
-    has_alibi: bool
 
 
 class FA4Impl(AttentionImpl):
@@ -61,16 +51,27 @@ class FA4Impl(AttentionImpl):
         # vLLM counts the query's own token, the operator the tokens besides it.
         self.window_left = None if sliding_window is None else sliding_window - 1
         self.logits_soft_cap = logits_soft_cap or 0.0
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
-        self.sinks = sinks  # a parameter, filled after construction when the weights are loaded
-        self.mask = MaskFeatures(self.window_left is not None, self.logits_soft_cap > 0, sinks is not None, alibi_slopes is not None)
+        self.given_slopes = None if alibi_slopes is None else tuple(alibi_slopes)
+        self.slopes: DeviceSlopes | None = None  # made by the builder, which restores them
+        self._sinks = sinks
+        self.mask = MaskFeatures(
+            has_window_left=self.window_left is not None,
+            has_softcap=self.logits_soft_cap > 0,
+            has_sinks=sinks is not None,
+            has_alibi=alibi_slopes is not None,
+        )
         # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
         check_problem(self.problem(PAGE_MULTIPLE, torch.get_default_dtype()))
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Kernels read sinks in float32: converted once here, not in each step."""
-        if self.sinks is not None:
-            self.sinks = self.sinks.detach().float()
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """What the engine's own parameter holds, in its dtype, wherever its storage is: no copy that a reload would miss."""
+        return None if self._sinks is None else self._sinks.data
+
+    @property
+    def alibi_slopes(self) -> torch.Tensor | None:
+        """(num_q_heads,) float32 on the device; None without ALiBi, and until a builder serves the layer."""
+        return None if self.slopes is None else self.slopes.tensor
 
     def problem(self, page_size: int, dtype: torch.dtype) -> AttentionProblem:
         """What this layer asks of the operator, for pages of `page_size` tokens."""
@@ -84,10 +85,8 @@ class FA4Impl(AttentionImpl):
             dtype=str(dtype).removeprefix("torch."),
             page_size=page_size,
             arch=serving_arch(),
-            has_window_left=self.mask.has_window_left,
-            has_softcap=self.mask.has_softcap,
-            has_sinks=self.mask.has_sinks,
-            has_alibi=self.mask.has_alibi,
+            mask=self.mask,
+            sinks_dtype="float32" if self._sinks is None else str(self._sinks.dtype).removeprefix("torch."),
             batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
             exact=fa4_envs.exact(),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,14 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
-from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend import BatchLimits, UnsupportedProblem
+from fa4_integration.common import start
+from fa4_integration.vllm_backend.alibi import DeviceSlopes
+from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:
-    from fa4_integration.vllm_backend.impl import MaskFeatures
+    from fa4_backend import AttentionMetadata, MaskFeatures
 
 # Specs whose pages hold one sequence's tokens in order, each once: what the operator's page table describes.
 SERVED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
@@ -51,17 +51,25 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             )
         # Rows of up to 1 + speculative tokens count as decode rows; vLLM moves them to the front of the batch.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        show_log_lines()
-        limits = self._limits()
+        start.show_log_lines("vllm")
+        announce_layers(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        self.steps: dict[MaskFeatures, AttentionMetadata] = {}
-        for layer in layers.values():
-            if layer.impl.mask not in self.steps:
-                problem = layer.impl.problem(kv_cache_spec.block_size, kv_cache_spec.dtype)
-                self.steps[layer.impl.mask] = start(plan_attention(problem, limits, num_sms=count_sms(device)), device)
-        for mask, step in self.steps.items():
-            windows = [layer.impl.window_left for layer in layers.values() if layer.impl.mask == mask]
+        impls = [layer.impl for layer in layers.values()]
+        self.steps: dict[MaskFeatures, AttentionMetadata] = self._allocate_steps(impls, device)
+        self.slopes = share_slopes(impls, device)
+
+    def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[MaskFeatures, AttentionMetadata]:
+        # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
+        start.open_warm_up()
+        limits, spec = self._limits(), self.kv_cache_spec
+        steps: dict[MaskFeatures, AttentionMetadata] = {}
+        for impl in impls:
+            if impl.mask not in steps:
+                steps[impl.mask] = start.allocate(impl.problem(spec.block_size, spec.dtype), limits, device)
+        for mask, step in steps.items():
+            windows = [impl.window_left for impl in impls if impl.mask == mask]
             step.window_left = max(windows) if mask.has_window_left else None
+        return steps
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -77,12 +85,17 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise UnsupportedProblem(f"causal: expected True, got {batch.causal}; use another attention backend of vLLM for this model")
+        start.seal_warm_up()
+        for slopes in self.slopes:
+            slopes.restore()
         for step in self.steps.values():
             step.refresh(
                 cu_seqlens_q=batch.query_start_loc,
                 seqused_k=batch.seq_lens,
                 max_seqlen_q=batch.max_query_len,
-                max_seqlen_k=batch.max_seq_len,
+                # A dummy or captured batch says that each sequence is as long as all its tokens together, a batch of drafts that it may
+                # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
+                max_seqlen_k=min(batch.max_seq_len, step.plan.limits.max_seqlen_k),
             )
         return FA4Metadata(
             num_actual_tokens=batch.num_actual_tokens,
@@ -105,20 +118,12 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
 
 
-def start(plan: AttentionPlan, device: torch.device) -> AttentionMetadata:
-    """The plan's buffers, its kernels loaded: vLLM captures its graphs and serves right after this, and a step must not compile."""
-    if plan.problem.arch != REFERENCE_ARCH:
-        from fa4_backend.kernels.launch import warm_up
-
-        warm_up(plan)
-    return AttentionMetadata.allocate(plan, device)
-
-
-def count_sms(device: torch.device) -> int | None:
-    """SMs of `device`; None where it is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
-
-
-def show_log_lines() -> None:
-    """Let the core's log lines out where vLLM's go: vLLM gives handlers to its own loggers only."""
-    logging.getLogger("fa4_backend").parent = logging.getLogger("vllm")
+def share_slopes(impls: list[Any], device: torch.device) -> list[DeviceSlopes]:
+    """Give layers with the same ALiBi slopes the same device tensor. A layer that has one keeps it: a graph may hold its address."""
+    shared: dict[tuple[float, ...], DeviceSlopes] = {}
+    for impl in impls:
+        if impl.given_slopes is not None:
+            if impl.slopes is None:
+                impl.slopes = shared.get(impl.given_slopes) or DeviceSlopes(impl.given_slopes, device)
+            shared[impl.given_slopes] = impl.slopes
+    return list({id(impl.slopes): impl.slopes for impl in impls if impl.slopes is not None}.values())

@@ -1,12 +1,10 @@
-"""Which kernels serve this process: the GPU's architecture, or on a machine without one what FA4_BACKEND_CPU names."""
+"""What vLLM's platform says of the device, in the words of `fa4_integration.common.serving_device`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fa4_backend import envs
-from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
-from fa4_backend.problem import EMULATED_PREFIX, UnsupportedProblem
+from fa4_integration.common.serving_device import DeviceFacts, arch_of_device
 
 
 def serving_arch(capability: Any = None) -> str:
@@ -21,12 +19,7 @@ def serving_arch(capability: Any = None) -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        emulated = envs.EMULATED_ARCH[envs.cpu_kernel()]
-        return REFERENCE_ARCH if emulated is None else f"{EMULATED_PREFIX}{emulated}"
-    capability = capability or current_platform.get_device_capability()
-    arch = arch_of_capability(capability.major, capability.minor) if capability and current_platform.is_cuda() else None
-    if arch is None:
-        made_for = ", ".join(f"{limits.chips} ({name})" for name, limits in ARCHS.items())
-        got = f"compute capability {capability.major}.{capability.minor}" if capability else current_platform.device_name
-        raise UnsupportedProblem(f"device: expected {made_for} or a CPU, got {got}; use another attention backend of vLLM here")
-    return arch
+        return arch_of_device(DeviceFacts(True, None, "CPU"))
+    capability = (capability or current_platform.get_device_capability()) if current_platform.is_cuda() else None
+    pair = None if capability is None else (capability.major, capability.minor)
+    return arch_of_device(DeviceFacts(False, pair, current_platform.device_name))

@@ -20,11 +20,12 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.kernels.schedule_launch import run_schedule
-from fa4_backend.kernels.work_list import work_shape
+from fa4_backend.kernels.launch_abi import schedule_arguments
+from fa4_backend.kernels.loading import load
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
 from tests.support.fuzz import Fuzzer, FuzzSetup
 from tests.support.paged_case import PagedCase
+from tests.support.problems import make_problem
 
 HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
 FEATURES: tuple[dict[str, bool], ...] = (
@@ -38,7 +39,7 @@ def setups(arch: str) -> list[tuple[FuzzSetup, int]]:
     chosen = [(heads, {}) for heads in HEADS] + [(HEADS[4], features) for features in FEATURES[1:]]
     out = []
     for (q_heads, kv_heads, head_dim, query_len), features in chosen:
-        problem = AttentionProblem(
+        problem = make_problem(
             num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
             has_lse=True, **features,
         )  # fmt: skip
@@ -62,7 +63,7 @@ def mixed_setups(arch: str) -> list[FuzzSetup]:
     }
     out = []
     for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
-        problem = AttentionProblem(
+        problem = make_problem(
             num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
             has_lse=True, **features,
         )  # fmt: skip
@@ -78,7 +79,7 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     draw = random.Random(0)
     for _ in range(steps):
         heads, query_len = draw.choice((1, 2, 8, 32)), draw.choice((1, 4))
-        problem = AttentionProblem(
+        problem = make_problem(
             num_q_heads=4 * heads, num_kv_heads=heads, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch=arch,
             batch_invariant=draw.random() < 0.3,
         )  # fmt: skip
@@ -86,12 +87,14 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         query_lens = [draw.choice((0, 1, 1, query_len, 5, draw.randint(1, 700))) for _ in range(rows)]
         kv_lens = [draw.choice((0, 1, 63, 64, 65, draw.randint(0, 131072))) for _ in range(rows)]
         plan = plan_of(problem, max(rows, 1), max(sum(query_lens), query_len), 131072, query_len)
-        shape = work_shape(plan)
-        work = empty_lists(shape, rows, sum(query_lens))
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+        assert plan.kernels is not None
+        shape = plan.kernels.work
+        work = empty_lists(shape, rows)
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
-        run_schedule(plan, work, cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE))
+        seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
+        load(plan.kernels.schedule, emulated=False)(*schedule_arguments(work, cu_seqlens_q, seqused_k))
         for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
             setattr(work, name, getattr(work, name).cpu())
         assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
@@ -157,7 +160,7 @@ def _check_exact(arch: str, rounds: int, window_left: int | None) -> int:
     """Tokens compared."""
     draw = random.Random(0)
     prompt, heads, kv_heads, dim = 3000, 8, 2, 128
-    problem = AttentionProblem(
+    problem = make_problem(
         num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, head_dim_v=dim, dtype="bfloat16", page_size=16, arch=arch, has_lse=True,
         batch_invariant=True, exact=True, has_window_left=window_left is not None,
     )  # fmt: skip
@@ -201,7 +204,7 @@ class Batch:
     rows, max_kv = 32, 16384
 
     def __init__(self, arch: str, *, batch_invariant: bool) -> None:
-        problem = AttentionProblem(
+        problem = make_problem(
             num_q_heads=8,
             num_kv_heads=2,
             head_dim=128,

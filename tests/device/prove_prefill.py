@@ -19,9 +19,7 @@ import torch
 
 from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.kernels.launch import launch_prefill, load
-from fa4_backend.kernels.schedule_launch import run_schedule
-from tests.support.fuzz import Fuzzer, lone_prefill_key, prefill_setups
+from tests.support.fuzz import Fuzzer, prefill_alone, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
 LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
@@ -35,9 +33,8 @@ def run_case(built: BuiltCase) -> None:
     work = metadata.work
     assert work is not None
     work.shape = replace(work.shape, decode_query_len=0)
-    run_schedule(plan, work, a.cu_seqlens_q, a.seqused_k)
     a.out.fill_(math.nan)
-    launch_prefill(load(plan, lone_prefill_key(plan)), a, work.prefill_tiles, work.prefill_begin)
+    prefill_alone(metadata, a)
     torch.cuda.synchronize()
 
 
@@ -48,8 +45,9 @@ def cases(arch: str) -> dict[str, PagedCase]:
         p = setup.problem
         out[setup.name] = PagedCase(
             **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
-            page_size=p.page_size, arch=arch, is_causal=p.is_causal, window_left=70 if p.has_window_left else None,
-            window_right=9 if p.has_window_right else None, softcap=20.0 if p.has_softcap else 0.0, sinks=p.has_sinks, alibi=p.has_alibi,
+            page_size=p.page_size, arch=arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
+            window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0,
+            sinks=p.mask.has_sinks, alibi=p.mask.has_alibi,
             layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant,
         )  # fmt: skip
     first = out["d128 page 16"]

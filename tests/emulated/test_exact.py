@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.validation import check_problem
+from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
+from fa4_backend.support import check_problem
+from tests.support.problems import make_problem
 
 pytestmark = pytest.mark.emulated
 
@@ -44,7 +44,7 @@ class Prompt:
             self.q[..., 0] = (log2_units / (8.0 * HEAD_DIM**-0.5 * math.log2(math.e))).bfloat16()[:, None]
         self.window_left = window_left
         flags |= {"has_window_left": window_left is not None}
-        problem = AttentionProblem(arch=f"emulated-{arch}", **PROBLEM, **flags)  # type: ignore[arg-type]
+        problem = make_problem(arch=f"emulated-{arch}", **PROBLEM, **flags)  # type: ignore[arg-type]
         self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=3)
 
     def attend(self, *ranges: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -101,11 +101,11 @@ def test_without_it_decode_and_prefill_differ() -> None:
 
 def test_every_row_goes_to_the_prefill_kernel() -> None:
     prompt = Prompt("sm_90a", exact=True)
-    assert decode_config(prompt.plan.problem, prompt.plan.limits) is None
+    assert prompt.plan.kernels.decode is None
 
 
 def test_refusals() -> None:
     with pytest.raises(UnsupportedProblem, match="exact: expected batch_invariant=True"):
-        AttentionProblem(arch="sm_90a", exact=True, **{**PROBLEM, "batch_invariant": False})  # type: ignore[arg-type]
+        make_problem(arch="sm_90a", exact=True, **{**PROBLEM, "batch_invariant": False})  # type: ignore[arg-type]
     with pytest.raises(UnsupportedProblem, match="exact on cpu: expected False"):
-        check_problem(AttentionProblem(arch="cpu", exact=True, **PROBLEM))  # type: ignore[arg-type]
+        check_problem(make_problem(arch="cpu", exact=True, **PROBLEM))  # type: ignore[arg-type]

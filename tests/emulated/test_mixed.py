@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import PARTIAL_SLOT
+from fa4_backend import plan_attention
+from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
 from tests.support.emulated_mixed import run_mixed
 from tests.support.paged_case import PagedCase
 
@@ -58,6 +57,6 @@ def test_batch_invariant_rows_keep_their_bits_beside_prefill() -> None:
 
 def test_exact_mode_has_no_decode_kernel_to_run_beside() -> None:
     plan = replace(CASE, arch="sm_90a").plan()
-    assert prefill_key(plan).is_dependent
-    exact = replace(plan, problem=replace(plan.problem, batch_invariant=True, exact=True))
-    assert decode_config(exact.problem, exact.limits) is None and not prefill_key(exact).is_dependent
+    assert plan.kernels.prefill.kernel.is_dependent
+    exact = plan_attention(replace(plan.problem, batch_invariant=True, exact=True), plan.limits)
+    assert exact.kernels.decode is None and not exact.kernels.prefill.kernel.is_dependent

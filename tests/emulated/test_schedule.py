@@ -7,16 +7,25 @@ the same source, so one of them is enough here; tests/emulated/test_decode.py ru
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from fa4_backend.kernels.schedule_launch import ScheduleConfig
-from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
+from fa4_backend.kernels.schedule.config import ScheduleConfig
+from fa4_backend.kernels.schedule.limits import table_size
+from fa4_backend.kernels.schedule.rows import COUNTED_ROWS
+from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_BEGIN, N_BLOCK_END, NO_WINDOW, NUM_ENTRIES, PARTIAL_SLOT, WorkShape
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
+from tests.support.host_schedule import make_lists
 
 pytestmark = pytest.mark.emulated
 
 KV_EDGES = (0, 1, 63, 64, 65, 500, 3000)
+BASE = WorkShape(
+    num_kv_heads=2, num_ctas=33, decode_num_ctas=33, tokens_per_tile=32, prefill_tile_n=128, decode_query_len=1, decode_tile_n=64,
+    slot_floats=520, split_blocks=0, slot_vectors=1, l2_tokens=1000, num_sms=33, decode_tile_ticks=20, decode_full_sms=20,
+    max_seqlen_k=1 << 13, max_num_tokens=1 << 14,
+)  # fmt: skip
 
 
 def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
@@ -27,8 +36,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
         num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
         tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
         slot_floats=520, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
-        item_overhead=draw.choice((0, 2)), l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
-        decode_full_sms=draw.choice((1, 3, 20)),
+        l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
+        decode_full_sms=draw.choice((1, 3, 20)), max_seqlen_k=draw.choice((4096, 400)), max_num_tokens=16384,
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -46,7 +55,7 @@ def test_device_lists_are_the_hosts() -> None:
     for seed in range(12):
         shape, query_lens, kv_lens, left, right = draw_step(seed)
         want = host_lists(shape, query_lens, kv_lens, window_left=left, window_right=right)
-        work = empty_lists(shape, len(kv_lens), sum(query_lens))
+        work = empty_lists(shape, len(kv_lens))
         key = ScheduleConfig("sm_90a", 256)
         report = run_schedule("sm_90a", key, work, query_lens, kv_lens, window_left=left, window_right=right, seed=seed)
         assert report.races == []
@@ -58,15 +67,76 @@ def test_more_rows_than_threads() -> None:
     shape = draw_step(3)[0]
     draw = random.Random(0)
     query_lens, kv_lens = [draw.choice((0, 1, 2, 9)) for _ in range(600)], [draw.choice(KV_EDGES) for _ in range(600)]
-    work = empty_lists(shape, 600, sum(query_lens))
+    work = empty_lists(shape, 600)
     run_schedule("sm_90a", ScheduleConfig("sm_90a", 1024), work, query_lens, kv_lens)
     assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
+
+
+def test_rows_of_unequal_length_race_for_nothing() -> None:
+    """40 decode rows, of which many threads find that they are not all equally long."""
+    shape, draw = draw_step(3)[0], random.Random(1)
+    kv_lens = [draw.randint(1, 3000) for _ in range(40)]
+    for seed in range(4):
+        work = empty_lists(shape, 40)
+        assert run_schedule("sm_90a", ScheduleConfig("sm_90a", 256), work, [1] * 40, kv_lens, seed=seed).races == []
+
+
+@pytest.mark.parametrize("decode_query_len", [1, 0])
+def test_sixteen_thousand_sequences(decode_query_len: int) -> None:
+    """As many as a server may be asked for, of both kinds or all in the prefill list, many equally long."""
+    rows, draw = 16384, random.Random(2)
+    shape = replace(BASE, decode_query_len=decode_query_len, max_num_tokens=1 << 16)
+    query_lens = [draw.choice((0, 1, 1, 2, 9)) for _ in range(rows)]
+    kv_lens = [draw.choice((*KV_EDGES, draw.randint(1, 5000))) for _ in range(rows)]
+    work = empty_lists(shape, rows)
+    key = ScheduleConfig("sm_90a", table_size("sm_90a", rows))
+    assert key.max_num_seqs == rows
+    run_schedule("sm_90a", key, work, query_lens, kv_lens)
+    assert_same_lists(work, make_lists(shape, query_lens, kv_lens))
+
+
+def test_sorted_rows_at_the_edges_of_the_network() -> None:
+    """One row more than are counted, powers of two and neighbours, all equal: the network stays within the rows and keeps their order."""
+    shape, draw = replace(BASE, decode_query_len=0), random.Random(3)
+    for rows in (COUNTED_ROWS, COUNTED_ROWS + 1, 511, 512, 513, 1000):
+        for kv_lens in ([70] * rows, [draw.choice(KV_EDGES) for _ in range(rows)], list(range(rows))):
+            work = empty_lists(shape, rows)
+            report = run_schedule("sm_90a", ScheduleConfig("sm_90a", 1024), work, [1] * rows, kv_lens, seed=rows)
+            assert report.races == []
+            assert_same_lists(work, make_lists(shape, [1] * rows, kv_lens))
+
+
+def test_sums_of_a_million_keys_a_row_do_not_wrap() -> None:
+    """4,096 rows of a million keys on 64 KV heads are 2^32 tiles. The host's ints have no end."""
+    shape = replace(BASE, num_kv_heads=64, max_seqlen_k=1 << 20, max_num_tokens=1 << 16)
+    query_lens, kv_lens = [1] * 4096, [(1 << 20) - i for i in range(4096)]
+    work = empty_lists(shape, 4096)
+    run_schedule("sm_90a", ScheduleConfig("sm_90a", 4096), work, query_lens, kv_lens)
+    assert_same_lists(work, make_lists(shape, query_lens, kv_lens))
+    # Beside prompts: times are cut at their largest values, so another share than the host's may be chosen, but nothing is lost.
+    query_lens[-6:] = [300] * 6
+    work = empty_lists(shape, 4096)
+    run_schedule("sm_90a", ScheduleConfig("sm_90a", 4096), work, query_lens, kv_lens)
+    entries = work.decode_tiles[: work.decode_first[:, NUM_ENTRIES].sum()].long()
+    assert (entries[:, N_BLOCK_END] - entries[:, N_BLOCK_BEGIN]).sum() == 64 * sum(-(-n // 64) for n in kv_lens[:-6])
+    assert work.prefill_begin[0] == 0 and work.prefill_begin[-1] == 64 * 6 * 10 and (work.prefill_begin.diff() >= 0).all()
+
+
+def test_counters_of_rows_that_are_cut_are_cleared() -> None:
+    """Whatever memory held that an engine had discarded; both modes."""
+    for split_blocks in (0, 8):
+        shape = replace(BASE, split_blocks=split_blocks, max_seqlen_k=1 << 15)
+        work = empty_lists(shape, 3)
+        run_schedule("sm_90a", ScheduleConfig("sm_90a", 256), work, [1] * 3, [20000, 9000, 777])
+        entries = work.decode_tiles[: work.decode_first[:, NUM_ENTRIES].sum()]
+        first_slots = entries[entries[:, PARTIAL_SLOT] >= 0, FIRST_SLOT].unique()
+        assert len(first_slots) > 2 and not work.arrivals[first_slots].any()
 
 
 def test_decode_is_balanced() -> None:
     """No CTA has more KV tiles than its equal share and one, whatever the lengths of several rows."""
     for seed in range(50):
-        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 0, 1000, 132, 20, 46)
+        shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, 1, 1000, 132, 20, 46, 1 << 17, 8192)
         draw = random.Random(seed)
         kv_lens = [int(2 ** draw.uniform(6, 15)) for _ in range(draw.choice((2, 8, 64)))]
         lists = host_lists(shape, [1] * len(kv_lens), kv_lens)
@@ -80,7 +150,7 @@ def test_decode_is_balanced() -> None:
 @pytest.mark.parametrize("slot_vectors", [1, 4])
 def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None:
     """n parts of a row of b tiles where n * n * slot_vectors <= 5 * b, or as many as there are CTAs for."""
-    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 0, 1000, 132, 20, 46)
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 4, 0, slot_vectors, 1000, 132, 20, 46, 1 << 17, 8192)
     for tiles in (1, 2, 16, 64, 500):
         lists = host_lists(shape, [1], [64 * tiles])
         parts = len(lists.decode_tiles) // 8
@@ -90,7 +160,7 @@ def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None
 
 def test_a_step_of_both_kinds_shares_the_sms() -> None:
     """Some SMs decode, a CTA each; prefill CTAs that wait for them get fewer tiles than the others, which get about the same number."""
-    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 0, 49152, 132, 20, 53)
+    shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192)
     lists = host_lists(shape, [1] * 32 + [2048], [4096] * 32 + [6144])
     decoding = int((lists.decode_first[:, 11] > 0).sum())
     tiles = (lists.prefill_begin[1:] - lists.prefill_begin[:-1]).tolist()

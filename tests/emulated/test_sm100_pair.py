@@ -9,9 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import work_shape
+from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.emulated.test_sm100_prefill import BASE, FEATURES, SHAPES, case, repaged
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.emulated
 
 
 def group_key(problem: PagedCase, ctas: int) -> Sm100Config:
-    return Sm100Config.of(prefill_key(problem.plan())).with_tuning(cta_group=ctas)
+    return problem.plan().kernels.prefill.with_tuning(cta_group=ctas)
 
 
 def pair_key(problem: PagedCase) -> Sm100Config:
@@ -75,6 +73,6 @@ def test_the_operator_runs_pairs_where_they_are_tuned(num_sms: int) -> None:
     """Plan, device-made list and launch agree on pairs: head_dim 192, with a row for the decode kernel's threshold besides."""
     problem = case((130, 3, 1), (300, 65, 40), head_dim=192, head_dim_v=128, num_q_heads=2)
     plan = problem.plan(num_sms=num_sms)
-    assert Sm100Config.of(prefill_key(plan)).tuning.cta_group == 2 and work_shape(plan).num_ctas == max(1, num_sms // 2)
+    assert plan.kernels.prefill.tuning.cta_group == 2 and plan.kernels.work.num_ctas == max(1, num_sms // 2)
     built = problem.build()
     built.check(*built.run(plan))

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from fa4_backend.compile import CompileKey
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import prefill_key
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
 
@@ -125,12 +123,12 @@ def test_bits_do_not_depend_on_neighbours_or_ctas() -> None:
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_any_share_of_polynomial_exp2(every: int) -> None:
-    key = Sm100Config.of(prefill_key(BASE.plan())).with_tuning(polynomial_every=every)
+    key = BASE.plan().kernels.prefill.with_tuning(polynomial_every=every)
     run_prefill(BASE, key=key).check()
 
 
 def test_rescaling_at_every_growth() -> None:
-    key = prefill_key(BASE.plan())
+    key = BASE.plan().kernels.prefill
     key = replace(key, tile=replace(key.tile, rescale_threshold=0.0))
     run_prefill(BASE, key=key).check()
 

@@ -31,7 +31,6 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Targe
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
-    from fa4_backend.kernels.tuning import prefill_key
     from tests.support.emulated_prefill import run_built
     from tests.support.paged_case import PagedCase
 
@@ -46,7 +45,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Targe
         arch=f"emulated-{arch}",
     )
     built = case.build()
-    library = ensure_object(prefill_key(case.plan(num_sms=1)))
+    library = ensure_object(case.plan(num_sms=1).kernels.prefill)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         result = run_built(built, num_ctas=1, seed=seed)
@@ -59,7 +58,6 @@ def own_decode(arch: str) -> Target:
     """This package's decode kernel for `arch`: rows split between CTAs over global memory, several KV tiles a CTA, two entries in one."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
-    from fa4_backend.kernels.decode.config import decode_config
     from tests.support.emulated_decode import run_decode
     from tests.support.paged_case import PagedCase
 
@@ -67,7 +65,7 @@ def own_decode(arch: str) -> Target:
         (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}"
     )
     plan = case.plan(num_sms=3)
-    key = decode_config(plan.problem, plan.limits)
+    key = plan.kernels.decode
     assert key is not None, case
     library = ensure_object(key)
 

@@ -11,7 +11,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from fa4_backend import UnsupportedProblem
-from fa4_backend.validation import SUPPORT
+from fa4_backend.support import SUPPORT
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
 from tests.support.paged_case import PagedCase
+from tests.support.problems import make_problem
 
 CASE = PagedCase((1, 5), (20, 33))
 
@@ -98,9 +99,9 @@ def test_metadata_of_another_plan() -> None:
 def test_batch_above_the_plans_limits() -> None:
     metadata = AttentionMetadata.allocate(CASE.plan(), "cpu")
     lengths = torch.tensor([1, 1, 1], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"seqused_k rows: expected at most 2 .the plan's limit., got 3"):
+    with pytest.raises(ValueError, match="seqused_k: expected at most max_num_seqs=2 sequences, got 3"):
         metadata.refresh(cu_seqlens_q=torch.arange(4, dtype=torch.int32), seqused_k=lengths, max_seqlen_q=1, max_seqlen_k=1)
-    with pytest.raises(ValueError, match="max_seqlen_k: expected at most 33"):
+    with pytest.raises(ValueError, match=r"max_seqlen_k: expected 0 to 33, .*max_model_len"):
         metadata.refresh(cu_seqlens_q=torch.arange(3, dtype=torch.int32), seqused_k=lengths[:2], max_seqlen_q=1, max_seqlen_k=34)
 
 
@@ -121,7 +122,7 @@ BAD_PROBLEMS = {
 def test_unsupported_problem(what: str) -> None:
     change, words = BAD_PROBLEMS[what]
     with pytest.raises(UnsupportedProblem, match=words):
-        plan_attention(AttentionProblem(**{**GOOD, **change}), BatchLimits(1, 1, 1))  # type: ignore[arg-type]
+        plan_attention(make_problem(**{**GOOD, **change}), BatchLimits(1, 1, 1))  # type: ignore[arg-type]
 
 
 def test_limits() -> None:

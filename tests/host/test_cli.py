@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 
+from fa4_backend import envs
 from fa4_backend.arch import ARCHS
 from fa4_backend.cli import main
 from fa4_backend.commands import features
-from fa4_backend.validation import SUPPORT
+from fa4_backend.support import SUPPORT
 
 GEMMA_2 = {
     "model_type": "gemma2", "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2304, "head_dim": 256,
@@ -42,12 +44,65 @@ def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str
     assert code == 1 and {"cache", "FA4_BACKEND_SPEED"} <= broken
 
 
+def test_doctor_tells_where_the_cache_is_how_full_and_whether_it_is_trusted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    core = folder / "emulator" / "core-0"
+    core.mkdir(parents=True)
+    (core / "core.so").write_bytes(bytes(3 << 20))
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(folder))
+    monkeypatch.setenv("FA4_BACKEND_CACHE_GIB", "2.5")
+    _, out, _ = run(capsys, "doctor", "--json")
+    findings = {f["subject"]: f for f in json.loads(out)["findings"]}
+    assert findings["cache"] == {
+        "subject": "cache",
+        "status": "ok",
+        "detail": f"{folder}: trusted, 1 entries, 3.0 MiB of compiled code, at most 2.5 GiB",
+    }
+    assert set(envs.VARIABLES) <= set(findings), "every variable has its line"
+    folder.chmod(0o777)
+    code, out, _ = run(capsys, "doctor", "--json")
+    findings = {f["subject"]: f for f in json.loads(out)["findings"]}
+    assert code == 1 and findings["cache"]["status"] == "broken"
+    assert findings["cache"]["detail"].startswith(f"not trusted: {folder}: expected a folder of")
+    folder.chmod(0o755)
+
+
+def test_compile_names_what_is_wrong_with_the_cache(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No traceback, and nothing compiled first."""
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    code, out, err = run(capsys, "compile", "--arch", "sm_90a", "--json")
+    assert code == 1 and not out and err.startswith(f"fa4 compile: UntrustedCacheError: {tmp_path}: expected a folder of")
+    tmp_path.chmod(0o700)
+
+
+def test_every_environment_variable_is_read_in_envs() -> None:
+    """`os.environ` and `os.getenv` are read nowhere else in what is installed; writing one for a library is no reading."""
+    root = Path(envs.__file__).parents[1]
+    for path in (*(root / "fa4_backend").rglob("*.py"), *(root / "integration").rglob("*.py")):
+        if path == Path(envs.__file__):
+            continue
+        tree = ast.parse(path.read_text())
+        written = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store)}
+        for node in ast.walk(tree):
+            reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and id(node) not in written
+            imports = isinstance(node, ast.ImportFrom) and node.module == "os" and {a.name for a in node.names} & {"environ", "getenv"}
+            assert not reads and not imports, f"{path}:{node.lineno} reads an environment variable"  # type: ignore[attr-defined]
+    source = Path(envs.__file__).read_text()
+    for name in envs.VARIABLES:
+        assert source.count(f'"{name}"') >= 2, f"{name} is in the table and read by nobody"
+
+
 def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a feature away from the table that validates takes its 'yes' away from the matrix."""
     import dataclasses
 
     assert features.support_matrix()["attention sinks"]["cpu"] is None
-    poorer = dataclasses.replace(SUPPORT["cpu"], features=SUPPORT["cpu"].features - {"has_sinks"})
+    poorer = dataclasses.replace(SUPPORT["cpu"], masks=SUPPORT["cpu"].masks - {"has_sinks"})
     monkeypatch.setitem(SUPPORT, "cpu", poorer)
     code, out, _ = run(capsys, "features", "--json")
     matrix = json.loads(out)
@@ -101,7 +156,7 @@ def test_plan_of_a_mode(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag
     [
         ("{", "expected JSON"),
         ("[]", "expected a JSON object, got list"),
-        ("{}", "expected an integer num_attention_heads"),
+        ("{}", "expected a model_type or architectures"),
         (json.dumps({**GEMMA_2, "torch_dtype": "int4"}), "dtype: expected one of"),
     ],
 )

@@ -3,54 +3,44 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fa4_backend import compile_cache
-from fa4_backend.compile import CompileError, link_shared
-from fa4_backend.kernel_facts import disassemble, sass_counts
-from fa4_backend.kernels.config import KernelConfig, box_rows_of
-from fa4_backend.kernels.tuning import SM90_TILES
+from fa4_backend.arch import ARCHS
+from fa4_backend.compile import CompileError, find_c_compiler, link_shared
+from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
+from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
+from fa4_backend.kernels.sm90.config import Sm90Config
+from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.kernels.sm100.config import Q_STAGE
+from fa4_backend.plan import plan_attention
+from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
+from tests.support.stub_kernels import StubKey, compile_stub
 
-BASE = KernelConfig(
-    "sm_90a", "bfloat16", 128, 128, 4, SM90_TILES[128, 128], 16, is_causal=True, has_window_left=False, has_window_right=False,
-    has_softcap=False, has_sinks=False, has_alibi=False, has_lse=True,
+KERNEL = PrefillConfig(
+    "sm_90a", "bfloat16", 128, 128, 4, TILES[128, 128], 16, mask=MaskFeatures(), has_lse=True, sinks_dtype="float32",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StubKey:
-    """A key that needs no compiler."""
-
-    value: int
-    arch: str = "sm_90a"
-    builder: str = "fa4_backend.kernels.sm90.kernel:build"
-
-    @property
-    def name(self) -> str:
-        return f"stub-{self.value}"
+BASE = Sm90Config(KERNEL)
 
 
 @pytest.fixture
 def stub_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[StubKey]:
-    """A cache of its own and a compiler that only writes files; returns the keys it was asked for."""
+    """A cache of its own whose objects the C compiler makes; returns the keys it was asked for."""
     compiled: list[StubKey] = []
 
-    def compile_stub(key: StubKey, stem: Path) -> compile_cache.KernelFacts:
+    def compile_and_note(key: StubKey, stem: Path) -> KernelFacts:
         compiled.append(key)
-        facts = compile_cache.KernelFacts(key.name, key.arch, 0.1, 0.1, 168, 0, 1024, 10)
-        for suffix in (".ptx", ".cubin", ".so"):
-            stem.with_suffix(suffix).write_text(key.name)
-        stem.with_suffix(".json").write_text(json.dumps({"facts": facts.__dict__}))
-        return facts
+        return compile_stub(key, stem)
 
     monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compile_cache, "compile_to_object", compile_stub)
+    monkeypatch.setattr(compile_cache, "compile_to_object", compile_and_note)
     monkeypatch.setattr(compile_cache, "_sealed", False)
     return compiled
 
@@ -64,7 +54,7 @@ def test_a_key_is_compiled_once(stub_compiler: list[StubKey]) -> None:
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
     compile_cache.ensure_object(StubKey(1))
-    monkeypatch.setattr(compile_cache, "source_fingerprint", lambda builder: "changed")
+    monkeypatch.setattr(compile_cache, "source_fingerprint", lambda: "changed")
     compile_cache.ensure_object(StubKey(1))
     assert len(stub_compiler) == 2
 
@@ -78,7 +68,7 @@ def test_a_failed_compile_leaves_nothing_that_looks_whole(stub_compiler: list[St
         patch.setattr(compile_cache, "compile_to_object", fail)
         with pytest.raises(CompileError, match="out of memory"):
             compile_cache.ensure_object(StubKey(1))
-    assert not compile_cache.object_stem(StubKey(1)).with_suffix(".so").exists()
+    assert not compile_cache.object_entry(StubKey(1)).folder.exists()
     compile_cache.ensure_object(StubKey(1))
     assert stub_compiler == [StubKey(1)]
 
@@ -100,6 +90,18 @@ def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:
         link_shared([tmp_path / "broken.o"], tmp_path / "broken.so")
 
 
+def test_the_c_compiler_is_the_one_that_cc_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -DX='a b' -O1")
+    assert find_c_compiler()[1:] == ["-DX=a b", "-O1"]
+    monkeypatch.setenv("CC", "no-such-compiler -O1")
+    with pytest.raises(CompileError, match="expected no-such-compiler -O1 on PATH, found none"):
+        find_c_compiler()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CompileError, match="expected cc, gcc or clang on PATH"):
+        find_c_compiler()
+
+
 @pytest.mark.parametrize(
     ("page_size", "tile_n", "rows"), [(16, 128, 16), (48, 128, 16), (528, 128, 16), (784, 64, 16), (64, 96, 32), (256, 128, 128)]
 )
@@ -108,9 +110,7 @@ def test_boxes_divide_page_and_tile(page_size: int, tile_n: int, rows: int) -> N
     assert page_size % rows == 0 and tile_n % rows == 0
 
 
-def _facts_and_code(
-    key: KernelConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[compile_cache.KernelFacts, str, dict[str, int]]:
+def _facts_and_code(key: Sm90Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[KernelFacts, str, dict[str, int]]:
     monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(folder))
     library = compile_cache.ensure_object(key)
     return compile_cache.read_facts(key), library.with_suffix(".ptx").read_text(), sass_counts(library.with_suffix(".cubin"))
@@ -118,8 +118,12 @@ def _facts_and_code(
 
 def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers, roles and instructions in the compiled code of the key that serves Llama-like models."""
+    from fa4_backend.kernels.sm90.storage import Storage
+
     facts, ptx, sass = _facts_and_code(BASE, tmp_path, monkeypatch)
     assert facts.registers == 168 and facts.spills == 0  # 65536 registers / 384 threads, rounded down to 8
+    # The storage leaves room for barriers and alignment, of which the struct takes what it needs.
+    assert facts.smem_bytes is not None and 0 <= Storage(KERNEL).num_bytes - facts.smem_bytes <= 1024 and facts.tmem_columns == 0
     assert "setmaxnreg.dec.sync.aligned.u32 \t40" in ptx and "setmaxnreg.inc.sync.aligned.u32 \t232" in ptx
     # The stream's first block, masked blocks, whole ones, a tile's first: 8 wgmma for S each; 8 for O with all but the first.
     assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 7 * 8
@@ -127,43 +131,35 @@ def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest
     assert ptx.count("cp.async.bulk.tensor.5d") == 16 + 8
     if sass:
         assert sass["HGMMA"] == 7 * 8 and sass["LDL"] == sass["STL"] == 0
-        # A lane's 64 weights and 2 row sums of a block, and 2 factors, off 1 where a maximum stays (`update_max`).
-        for key, factors in ((BASE, 2), (replace(BASE, is_invariant=True), 0)):
-            for body in product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), 2 * 8):
-                assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2 + factors
+        # A lane's 64 weights and 2 row sums of a block; none for a factor, which is a difference of references (`update_max`).
+        for body in product_loops(disassemble(compile_cache.ensure_object(BASE).with_suffix(".cubin")), 2 * 8):
+            assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", list(SM90_TILES))
+@pytest.mark.parametrize("dims", list(TILES))
 def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
     dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = replace(BASE, head_dim=dims[0], head_dim_v=dims[1], tile=SM90_TILES[dims])
+    key = Sm90Config(replace(KERNEL, head_dim=dims[0], head_dim_v=dims[1], tile=TILES[dims]))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     if sass:
-        num_wgmma = key.head_dim // 16 + key.tile.tile_n // 16
+        num_wgmma = dims[0] // 16 + TILES[dims].tile_n // 16
         loops = product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), num_wgmma)
         assert len(loops) == 2, "over masked and over whole blocks"
         assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
 
 
-BUILDERS = (
-    "fa4_backend.kernels.sm90.kernel:build",
-    "fa4_backend.kernels.sm100.kernel:build",
-    "fa4_backend.kernels.decode.kernel:build",
-    "fa4_backend.kernels.schedule:build",
-)
-# Imported for the types of arguments that only host code around a kernel touches, or to size buffers for a plan.
-HOST_ONLY = {"arguments.py", "plan.py", "metadata.py", "kernels/tuning.py", "kernels/launch.py", "kernels/decode/config.py"}
+# Imported for types of arguments, to load what was compiled, or by the torch kernel: nothing of theirs is compiled in.
+HOST_ONLY = {"arguments.py", "reference.py", "plan.py", "metadata.py", "compile_cache.py", "envs.py"}
 
 
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_a_fingerprint_covers_every_source_that_a_kernel_imports(builder: str) -> None:
-    """An import that no fingerprint reads would serve a stale object after an edit."""
+def test_the_fingerprint_covers_every_source_that_a_kernel_imports() -> None:
+    """An import that the fingerprint does not read would serve a stale object after an edit."""
     package = Path(compile_cache.__file__).parent
-    covered = set(compile_cache.fingerprinted_files(builder))
-    assert all(path.is_file() for path in covered)
+    covered = set(compile_cache.fingerprinted_files())
+    assert covered >= set((package / "kernels").rglob("*.py")) and all(path.is_file() for path in covered)
     for path in sorted(covered):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fa4_backend"):
@@ -172,4 +168,73 @@ def test_a_fingerprint_covers_every_source_that_a_kernel_imports(builder: str) -
             candidates = [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
             for source in filter(Path.is_file, candidates):
                 name = str(source.relative_to(package))
-                assert source in covered or name in HOST_ONLY, f"{path.name} imports {name}, which {builder}'s fingerprint does not read"
+                host_only = name in HOST_ONLY or name.startswith("emulator/")
+                assert source in covered or host_only, f"{path.name} imports {name}, which the fingerprint does not read"
+
+
+def test_an_edit_anywhere_in_the_kernels_is_another_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file added, renamed, edited; text moved from the end of one file to the start of the next."""
+    package = tmp_path / "package"
+    shutil.copytree(Path(compile_cache.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "emulator", "bench"))
+    monkeypatch.setattr(compile_cache, "_PACKAGE", package)
+    fingerprint = compile_cache.source_fingerprint.__wrapped__
+    seen = {fingerprint()}
+
+    def is_another() -> bool:
+        before = len(seen)
+        seen.add(fingerprint())
+        return len(seen) == before + 1
+
+    tuning = package / "kernels" / "sm100" / "tuning.py"
+    tuning.write_text(tuning.read_text().replace("1", "2", 1))
+    assert is_another()
+    deep = package / "kernels" / "new" / "deep"
+    deep.mkdir(parents=True)
+    (deep / "a.py").write_text("x = 1\n")
+    assert is_another()
+    (deep / "a.py").rename(deep / "b.py")
+    assert is_another()
+    assert not is_another()
+
+
+def test_facts_are_those_of_the_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory as the kernel's storage lays it out and a launch asks for it, and tensor memory; a name that tells the arch."""
+    from fa4_backend.commands.compile import compile_plans
+    from fa4_backend.kernels.sm100.kernel import O_STAGE
+    from fa4_backend.kernels.sm100.storage import Storage
+
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    plan = plan_attention(AttentionProblem(8, 2, 64, 64, "bfloat16", 16, "sm_100a"), BatchLimits(16, 256, 1024))
+    kernels = {kernel["name"].split("-")[0]: kernel for kernel in compile_plans([plan])}
+    keys = "name arch seconds cpu_seconds registers spills smem_bytes tmem_columns ptx_instructions sass_counts".split()
+    for kind, kernel in kernels.items():
+        assert sorted(kernel) == sorted(keys)
+        assert kernel["name"].startswith(f"{kind}-sm_100a-") and kernel["arch"] == "sm_100a"
+        assert kernel["smem_bytes"] <= ARCHS["sm_100a"].smem_bytes
+    assert {kind: kernel["tmem_columns"] for kind, kernel in kernels.items()} == {"schedule": 0, "decode": 0, "prefill": 512}
+    assert plan.kernels is not None
+    assert kernels["prefill"]["smem_bytes"] == Storage.of(plan.kernels.prefill, Q_STAGE, O_STAGE).num_bytes
+    assert kernels["schedule"]["smem_bytes"] >= SEQ_BYTES * 256 + 4 * 4 * NUM_THREADS  # tables of sequences and of cuts
+
+
+def test_shared_memory_in_ptx_and_in_the_launch_is_added() -> None:
+    config = "!llvm.struct<(array<3 x i32>, array<3 x i32>, i64, ptr, ptr, i32)>"
+    host = f"""
+      %9 = llvm.mlir.constant(7 : i64) : i64
+    }}
+      %9 = llvm.mlir.constant(16480 : i64) : i64
+      %26 = llvm.getelementptr %20[0, 2] : (!llvm.ptr) -> !llvm.ptr, {config}
+      llvm.store %9, %26 : i64, !llvm.ptr
+    }}
+      %9 = llvm.mlir.constant(8 : i64) : i64"""
+    ptx = ".extern .shared .align 1024 .b8 dynamic[];\n\t.shared .align 16 .b8 a[100];\n.shared .align 4 .b8 b[20];"
+    assert launch_smem_bytes(ptx, host) == 16480 + 120
+    assert launch_smem_bytes(ptx, host.replace("16480 : i64", "16480 : i32").replace("7 : i64", "7 : i32")) is None
+    assert launch_smem_bytes(ptx, "") is None
+
+
+def test_tensor_memory_is_the_sum_of_the_allocations() -> None:
+    alloc = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 \t[__dynamic_shmem__0+16], {};"
+    assert tmem_columns("") == 0
+    assert tmem_columns(f"mov.b32 \t%r1, 256;\n{alloc.format('%r1')}\n{alloc.format('64')}") == 320
+    assert tmem_columns(alloc.format("%r1")) is None

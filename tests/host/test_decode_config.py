@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from fa4_backend import AttentionProblem, BatchLimits
-from fa4_backend.kernels.decode.config import MAX_ROWS, SMEM_BYTES, DecodeConfig, decode_config
+from fa4_backend.kernels.decode.config import MAX_ROWS, SMEM_BYTES, DecodeConfig, resolve
 
 LIMITS = {"max_num_seqs": 8, "max_num_tokens": 64, "max_seqlen_k": 4096}
 # Ratios around 16 packed rows a warp and at the limit of 64; every head_dim a kernel here knows.
@@ -16,7 +16,7 @@ RATIOS, QUERY_LENS, HEAD_DIMS = (1, 3, 7, 8, 16, 64), (1, 2, 4), ((64, 64), (80,
 
 def config_of(q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16") -> DecodeConfig | None:
     problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, "emulated-sm_90a")
-    return decode_config(problem, BatchLimits(**LIMITS, decode_query_len=query_len))
+    return resolve(problem, BatchLimits(**LIMITS, decode_query_len=query_len))
 
 
 def test_every_config_fits_its_sm() -> None:

@@ -2,20 +2,22 @@
 
 import pytest
 
+from fa4_backend import MaskFeatures
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
-from fa4_backend.kernels.config import KernelConfig, TileShape
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape
+from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.storage import Storage, TileBytes
-from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.sm100.tuning import ROWS
 from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
 
 def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4, cta_group: int = 1) -> Sm100Config:
-    kernel = KernelConfig(
+    kernel = PrefillConfig(
         arch="sm_100a", dtype="bfloat16", head_dim=head_dim, head_dim_v=head_dim_v, q_per_kv=q_per_kv, tile=TileShape(128, 128, kv_stage),
-        box_rows=16, is_causal=True, has_window_left=False, has_window_right=False, has_softcap=False, has_sinks=False, has_alibi=False,
-        has_lse=True,
+        box_rows=16, mask=MaskFeatures(),
+        has_lse=True, sinks_dtype="float32",
     )  # fmt: skip
-    return Sm100Config.of(kernel).with_tuning(cta_group=cta_group)
+    return Sm100Config(kernel, ROWS["sm_100a"]).with_tuning(cta_group=cta_group)
 
 
 def test_counts_by_hand() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa4_backend.kernels import torch_reference
-from tests.support.paged_case import PagedCase
+from tests.support.paged_case import NO_PAGE, BuiltCase, PagedCase, repage
 
 # 0 and 1 query; page edges 15/16/17; chunk edges 255..257; a query longer than its KV (leading rows see nothing); empty KV.
 EDGES = PagedCase((1, 0, 15, 16, 17, 255, 256, 257, 12, 3), (1, 9, 15, 16, 33, 255, 300, 513, 7, 0))
@@ -62,30 +62,118 @@ def test_features_on_every_layout(feature: str, layout: str) -> None:
     built.check(*built.run())
 
 
-def test_page_sizes_agree_bit_for_bit() -> None:
-    """The same tokens in pages of another size give the same bits."""
-    results = []
-    for page_size in (16, 48, 256):
-        case = dataclasses.replace(EDGES, page_size=page_size, dtype="bfloat16")
-        built = case.build()
-        small = dataclasses.replace(EDGES, page_size=16).build()
-        _copy_tokens(small, built)
-        results.append(built.run())
-    for out, lse in results[1:]:
-        assert torch.equal(out[: -EDGES.padding_rows], results[0][0][: -EDGES.padding_rows])
-        assert torch.equal(lse[:, : -EDGES.padding_rows], results[0][1][:, : -EDGES.padding_rows])
+@pytest.mark.parametrize("window_left", [None, 20])
+def test_page_sizes_agree_bit_for_bit(window_left: int | None) -> None:
+    """The same tokens in pages of another size give the same bits; decode rows that go together, cut by a window or not, included."""
+    case = dataclasses.replace(EDGES, query_lens=(*EDGES.query_lens, 1, 1), kv_lens=(*EDGES.kv_lens, 90, 141), window_left=window_left)
+    built = case.build()
+    out, lse = built.run()
+    for page_size in (48, 256):
+        other, other_lse = repage(built, page_size).run()
+        assert torch.equal(other, out) and torch.equal(other_lse, lse), page_size
 
 
-def _copy_tokens(source, target) -> None:
-    """Give `target` the queries, keys and values of `source`, in its own pages."""
-    a, b = source.arguments, target.arguments
-    b.q.copy_(a.q)
-    for seq_idx, kv_len in enumerate(source.case.kv_lens):
-        for token in range(kv_len):
-            for cache_a, cache_b in ((a.k_cache, b.k_cache), (a.v_cache, b.v_cache)):
-                page_a = int(a.page_table[seq_idx, token // cache_a.shape[1]])
-                page_b = int(b.page_table[seq_idx, token // cache_b.shape[1]])
-                cache_b[page_b, token % cache_b.shape[1]] = cache_a[page_a, token % cache_a.shape[1]]
+# Together: one row each (decode), of similar and of very different lengths; drafts of 4 rows; a sequence shorter than its query, which goes
+# alone; short prompts. Windows: inside every sequence, inside some, beyond all; on and off page edges (16).
+TOGETHER = PagedCase(
+    (1, 1, 4, 1, 4, 1, 16, 16, 4, 1, 1, 17), (300, 16, 30, 17, 200, 1, 16, 40, 3, 2600, 0, 33),
+    num_q_heads=6, num_kv_heads=2, decode_query_len=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("window_left", [None, 0, 1, 15, 16, 17, 100, 5000])
+@pytest.mark.parametrize("feature", ["plain", "non-causal", "right", "sinks", "alibi", "soft cap", "head dims"])
+def test_short_queries_go_together(feature: str, window_left: int | None) -> None:
+    features: dict[str, dict[str, object]] = {
+        "plain": {}, "non-causal": {"is_causal": False}, "right": {"is_causal": False, "window_right": 2}, "sinks": {"sinks": True},
+        "alibi": {"alibi": True}, "soft cap": {"softcap": 2.0}, "head dims": {"head_dim": 96, "head_dim_v": 64},
+    }  # fmt: skip
+    for layout in ("separate", "hnd"):
+        built = dataclasses.replace(TOGETHER, window_left=window_left, layout=layout, dtype="float32", **features[feature]).build()
+        built.check(*built.run())
+
+
+@pytest.mark.parametrize("window_left", [None, 100])
+def test_groups_hold_what_they_may(window_left: int | None) -> None:
+    """Rows as many, windows reached or not, padding and size within bounds; alone: nothing is shared."""
+    built = dataclasses.replace(TOGETHER, window_left=window_left).build()
+    spans = torch_reference._spans(built.arguments, right=0)
+    groups = torch_reference._groups(spans, alone=False)
+    assert sorted(span for group in groups for span in group) == spans
+    assert len(groups) < len(spans)
+    for group in groups:
+        longest = max(span.num_keys for span in group)
+        assert len({(span.num_rows, span.first > 0) for span in group}) == 1
+        assert sum(longest - span.num_keys for span in group) <= torch_reference.GROUP_PADDING
+        assert len(group) == 1 or len(group) * longest <= torch_reference.GROUP_KEYS
+    assert torch_reference._groups(spans, alone=True) == [[span] for span in spans]
+
+
+def test_large_groups_are_split() -> None:
+    spans = [torch_reference.Span(i, i, 1, 4095, 0, 4096) for i in range(9)]
+    sizes = [len(group) for group in torch_reference._groups(spans, alone=False)]
+    assert sizes == [4, 4, 1], sizes
+
+
+def test_batch_invariant_rows_do_not_depend_on_their_neighbours() -> None:
+    case = dataclasses.replace(TOGETHER, dtype="float32", batch_invariant=True)
+    built = case.build()
+    out, lse = built.run()
+    a, row = built.arguments, 0
+    for seq_idx, query_len in enumerate(case.query_lens):
+        rows = slice(row, row + query_len)
+        alone = dataclasses.replace(case, query_lens=(query_len,), kv_lens=case.kv_lens[seq_idx : seq_idx + 1], padding_rows=0)
+        arguments = a._replace(
+            q=a.q[rows], page_table=a.page_table[seq_idx : seq_idx + 1], cu_seqlens_q=torch.tensor([0, query_len], dtype=torch.int32),
+            seqused_k=a.seqused_k[seq_idx : seq_idx + 1], out=torch.empty_like(out[rows]), lse=torch.empty_like(lse[:, rows]),
+        )  # fmt: skip
+        alone_out, alone_lse = BuiltCase(alone, arguments, query_len).run()
+        assert torch.equal(alone_out, out[rows]) and torch.equal(alone_lse, lse[:, rows]), seq_idx
+        row += query_len
+
+
+@pytest.mark.parametrize("page", [-1, 2**30, 8])
+def test_a_visible_page_outside_the_pool_is_refused(page: int) -> None:
+    built = PagedCase((1, 5), (20, 40)).build()
+    a = built.arguments
+    a.page_table[1, 1] = page if page != 8 else a.k_cache.shape[0]
+    got = int(a.page_table[1, 1])
+    words = rf"page_table\[1, 1\]: expected a page below {a.k_cache.shape[0]}.* sequence 1 on logical page 1 .* got {got}$"
+    with pytest.raises(ValueError, match=words):
+        built.run()
+
+
+def test_lengths_are_clamped_by_the_page_table() -> None:
+    """A device length past the table, as an engine's dummy batches have it, means all that the table holds; it is the diagonal too."""
+    built = PagedCase((1, 5, 300), (16, 32, 32), dtype="float32").build()
+    a = built.arguments
+    built.arguments = a._replace(page_table=a.page_table[:, :2].contiguous(), seqused_k=torch.tensor([16, 512, 33], dtype=torch.int32))
+    out, lse = built.run()
+    built.check(out, lse)
+    want = PagedCase((1, 5, 300), (16, 32, 32), dtype="float32").build()
+    for mine, wanted in zip((out, lse), want.run(), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def test_a_table_without_columns_holds_no_key() -> None:
+    built = PagedCase((1, 2), (0, 0)).build()
+    built.arguments = built.arguments._replace(page_table=torch.empty(2, 0, dtype=torch.int32))
+    built.check(*built.run())
+
+
+def test_infinities_and_nan_left_of_a_window_change_no_bit() -> None:
+    """The same batch with finite values and real pages left of the window."""
+    case = dataclasses.replace(TOGETHER, window_left=17)
+    poisoned = case.build()
+    out, lse = poisoned.run()
+    a = poisoned.arguments
+    for cache in (a.k_cache, a.v_cache):
+        cache.copy_(torch.where(cache.isfinite(), cache, 1.0))
+    assert (a.page_table == -1).any() and (a.page_table == NO_PAGE).any()
+    a.page_table.clamp_(0, a.k_cache.shape[0] - 1)
+    wanted_out, wanted_lse = out.clone(), lse.clone()
+    clean_out, clean_lse = poisoned.run()
+    assert torch.equal(clean_out, wanted_out) and torch.equal(clean_lse, wanted_lse)
 
 
 def test_pool_above_two_to_the_31_elements() -> None:
@@ -111,6 +199,15 @@ def test_the_budget_catches_a_scale_that_is_five_percent_off(monkeypatch: pytest
     honest = torch_reference._fused_attention
     monkeypatch.setattr(torch_reference, "_fused_attention", lambda q, k, v, bias, scale: honest(q, k, v, bias, scale * 1.05))
     with pytest.raises(AssertionError, match=r"over budget|out:|lse:"):
+        built.check(*built.run())
+
+
+def test_the_float32_budget_catches_values_of_eleven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The term for float32 arithmetic leaves no room for TF32 or 16-bit operands."""
+    built = dataclasses.replace(EDGES, dtype="float32").build()
+    honest = torch_reference._fused_attention
+    monkeypatch.setattr(torch_reference, "_fused_attention", lambda q, k, v, bias, scale: honest(q, k, v.half().float(), bias, scale))
+    with pytest.raises(AssertionError, match="out:"):
         built.check(*built.run())
 
 

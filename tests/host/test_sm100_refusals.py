@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend import AttentionProblem, UnsupportedProblem
-from fa4_backend.validation import check_problem
+from fa4_backend import UnsupportedProblem
+from fa4_backend.support import check_problem
 from tests.support.paged_case import PagedCase
+from tests.support.problems import make_problem
 
-SERVED = AttentionProblem(
+SERVED = make_problem(
     num_q_heads=8, num_kv_heads=2, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch="sm_100a", has_lse=True
 )  # fmt: skip
 

@@ -11,9 +11,17 @@ import torch
 
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.schedule_launch import schedule_key
-from fa4_backend.kernels.work_list import NO_WINDOW, TILE_INTS, WorkLists, WorkShape
+from fa4_backend.kernels.launch_abi import decode_arguments, schedule_arguments
+from fa4_backend.kernels.schedule.work_list import (
+    FIRST_SLOT,
+    NO_WINDOW,
+    NUM_ENTRIES,
+    PARTIAL_SLOT,
+    TILE_INTS,
+    TOTAL_Q,
+    WorkLists,
+    WorkShape,
+)
 from tests.support.host_schedule import HostLists, make_lists, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -39,7 +47,9 @@ class DecodeRun:
         """Within the error budget, nothing written that is not ours, no race, counters back at 0."""
         for report in self.reports:
             assert report.races == [], "\n".join(str(race) for race in report.races[:3])
-        assert not self.work.arrivals.any(), "arrival counters: expected 0 after the launch"
+        entries = self.work.decode_tiles[: self.work.decode_first[:, NUM_ENTRIES].sum()]
+        first_slots = entries[entries[:, PARTIAL_SLOT] >= 0, FIRST_SLOT]
+        assert not self.work.arrivals[first_slots].any(), "arrival counters in use: expected 0 after the launch"
         assert self.built.arguments.lse is not None
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
@@ -47,31 +57,43 @@ class DecodeRun:
 def run_decode(
     case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, contraction: str | int = "never", built: BuiltCase | None = None
 ) -> DecodeRun:
-    """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Workspaces are poisoned.
+    """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Work lists and workspaces hold garbage before.
 
     Args:
         num_ctas: SMs of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
         contraction: which products and sums run as one FMA, see `emulator.session`.
-        built: tensors of `case`, when they are not what `case.build` draws.
+        built: the case's tensors, where a test has changed them.
     """
     built = built or case.build()
     plan, a = case.plan(num_sms=num_ctas), built.arguments
-    key = decode_config(plan.problem, plan.limits)
-    assert key is not None, case
-    work = WorkLists.allocate(plan, "cpu")
-    for poisoned in (a.out, a.lse, work.slots):
+    assert plan.kernels is not None and plan.kernels.decode is not None, case
+    key = plan.kernels.decode
+    work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
+    fill_with_garbage(work)
+    for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
+    built.oracle = None
     arch = plan.problem.target_arch
     right = 0 if case.is_causal else NO_WINDOW
-    scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), window_right=right, seed=seed)
+    lengths = a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist()
+    scheduled = run_schedule(arch, plan.kernels.schedule, work, *lengths, window_right=right, seed=seed)
     with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True, contraction=contraction) as emu:
-        emu.run(
-            load_function(key), a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse,
-            work.decode_tiles, work.decode_first, work.slots, work.arrivals, a.sinks, a.alibi_slopes,
-            a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
-        )  # fmt: skip
+        emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
+
+
+def fill_with_garbage(work: WorkLists) -> None:
+    """What memory holds that an engine has discarded and mapped again: any ints, NaN."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals):
+        tensor.random_(-(2**31), 2**31, generator=generator)
+    work.slots.fill_(math.nan)
+
+
+def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
+    """`run_decode` on tensors that the caller may have changed."""
+    return run_decode(built.case, num_ctas=num_ctas, seed=seed, built=built)
 
 
 def run_schedule(
@@ -86,28 +108,22 @@ def run_schedule(
     seed: int | None = None,
 ) -> emulator.Report:
     """Make `work`'s lists with the compiled schedule."""
-    s = work.shape
     cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int()
-    with emulator.session(arch=arch, num_sms=s.num_ctas, seed=seed, detect_races=True) as emu:
-        emu.run(
-            load_function(key), cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32),
-            work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first,
-            s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks, s.item_overhead,
-            s.l2_tokens, window_left, window_right, s.slot_vectors, s.num_sms, s.decode_tile_ticks, s.decode_full_sms,
-        )  # fmt: skip
+    with emulator.session(arch=arch, num_sms=work.shape.num_ctas, seed=seed, detect_races=True) as emu:
+        lengths = cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32)
+        emu.run(load_function(key), *schedule_arguments(work, *lengths, window_left=window_left, window_right=window_right))
     return emu.report
 
 
-def empty_lists(shape: WorkShape, num_seqs: int, num_tokens: int) -> WorkLists:
-    """Lists without a plan, every int UNWRITTEN; no workspace."""
+def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
+    """Lists without a plan, every int UNWRITTEN; no slots."""
 
     def ints(*size: int) -> torch.Tensor:
         return torch.full(size, UNWRITTEN, dtype=torch.int32)
 
-    none = torch.empty(0)
     return WorkLists(
-        shape, ints(max(shape.max_prefill_tiles(num_tokens, num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
-        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), none, none,
+        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
+        ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
     )  # fmt: skip
 
 
@@ -117,7 +133,8 @@ def assert_same_lists(work: WorkLists, want: HostLists) -> None:
     assert np.array_equal(work.prefill_tiles[: len(want.prefill_tiles)].numpy(), want.prefill_tiles)
     counts, want_counts = work.decode_first[:, 11].numpy(), want.decode_first[:, 11]
     assert np.array_equal(counts, want_counts)
-    # A CTA without entries has a count and nothing else; unused ints are nobody's.
+    # A CTA without entries has a count and the step's tokens, and nothing else; unused ints are nobody's.
+    assert np.array_equal(work.decode_first[:, TOTAL_Q].numpy(), want.decode_first[:, TOTAL_Q])
     assert np.array_equal(work.decode_first.numpy()[counts > 0, :13], want.decode_first[counts > 0, :13])
     assert np.array_equal(work.decode_tiles[: len(want.decode_tiles), :11].numpy(), want.decode_tiles[:, :11])
 
@@ -135,8 +152,9 @@ def host_lists(
             here = len(pieces_between(shape, begin, end)) if shape.split_blocks else 1
             slots += range(slot, slot + here)
             assert first_slot <= slot and slot + here <= first_slot + num_pieces
-    assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots(max([*kv_lens, 1]))
+    assert slots == list(range(len(slots))) and len(slots) <= shape.max_slots()
     for seq_idx, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        kv_len = min(kv_len, shape.max_seqlen_k)
         for head in range(shape.num_kv_heads):
             ranges = covered.get((seq_idx, head), [])
             if not 0 < query_len <= shape.decode_query_len:

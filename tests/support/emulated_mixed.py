@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
-from fa4_backend.kernels.decode.config import decode_config
-from fa4_backend.kernels.decode.launch import launch_decode
-from fa4_backend.kernels.launch import launch_prefill
-from fa4_backend.kernels.schedule_launch import schedule_key
-from fa4_backend.kernels.tuning import prefill_key
-from fa4_backend.kernels.work_list import NUM_ENTRIES, WorkLists
-from tests.support.emulated_decode import run_schedule
+from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, WorkLists
+from tests.support.emulated_decode import fill_with_garbage, run_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
 
@@ -38,25 +33,27 @@ class MixedRun:
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
 
-def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None) -> MixedRun:
-    """Schedule and attend `case` (arch "emulated-..."); outputs and workspaces are poisoned.
+def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None, built: BuiltCase | None = None) -> MixedRun:
+    """Schedule and attend `case` (arch "emulated-..."); outputs are poisoned, work lists and workspaces hold garbage before.
 
     Args:
         num_sms: of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
+        built: the case's tensors, where a test has changed them.
     """
-    built = case.build()
+    built = built or case.build()
     plan, a = case.plan(num_sms=num_sms), built.arguments
-    decode, prefill = decode_config(plan.problem, plan.limits), prefill_key(plan)
-    assert decode is not None and prefill.is_dependent, case
-    work = WorkLists.allocate(plan, "cpu")
+    kernels = plan.kernels
+    assert kernels is not None and kernels.decode is not None and kernels.prefill.kernel.is_dependent, case
+    work = WorkLists.allocate(kernels.work, plan.limits, "cpu")
     assert a.lse is not None
-    for poisoned in (a.out, a.lse, work.slots):
+    fill_with_garbage(work)
+    for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
     arch = plan.problem.target_arch
-    scheduled = run_schedule(arch, schedule_key(plan), work, list(case.query_lens), list(case.kv_lens), seed=seed)
+    scheduled = run_schedule(arch, kernels.schedule, work, a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist(), seed=seed)
     assert scheduled.races == []
     with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu:
-        launch_decode(partial(emu.run, load_function(decode)), a, work)
-        launch_prefill(partial(emu.run, load_function(prefill)), a, work.prefill_tiles, work.prefill_begin)
+        emu.run(load_function(kernels.decode), *decode_arguments(a, work))
+        emu.run(load_function(kernels.prefill), *prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
     return MixedRun(built, work, emu.report)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from fa4_backend import emulator
-from fa4_backend.compile import CompileKey
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.tuning import cta_group, prefill_key, prefill_tile, tokens_per_work_item
-from fa4_backend.kernels.work_list import NO_WINDOW, WorkShape
+from fa4_backend.kernels.families import PrefillKey
+from fa4_backend.kernels.launch_abi import prefill_arguments
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -26,6 +25,7 @@ class EmulatedRun:
 
     built: BuiltCase
     report: emulator.Report
+    zeroes_padding: bool  # rows past the last query: no decode kernel did it before
 
     @property
     def out(self) -> torch.Tensor:
@@ -41,7 +41,7 @@ class EmulatedRun:
     def check(self) -> Errors:
         """Within the error budget, nothing written that is not ours, no race."""
         assert self.report.races == [], "\n".join(str(race) for race in self.report.races[:3])
-        return self.built.check(self.out, self.lse)
+        return self.built.check(self.out, self.lse, padding_is_zero=self.zeroes_padding)
 
 
 def run_prefill(
@@ -50,7 +50,7 @@ def run_prefill(
     num_ctas: int = 2,
     seed: int | None = None,
     detect_races: bool = True,
-    key: CompileKey | None = None,
+    key: PrefillKey | None = None,
     trace: Recording | None = None,
     contraction: str | int = "never",
 ) -> EmulatedRun:
@@ -72,7 +72,7 @@ def run_built(
     num_ctas: int = 2,
     seed: int | None = None,
     detect_races: bool = True,
-    key: CompileKey | None = None,
+    key: PrefillKey | None = None,
     trace: Recording | None = None,
     contraction: str | int = "never",
 ) -> EmulatedRun:
@@ -80,36 +80,35 @@ def run_built(
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=num_ctas)
     problem = plan.problem
-    function = load_function(key or prefill_key(plan))
-    default = cta_group(problem.target_arch, problem.head_dim, problem.head_dim_v)
-    cluster = key.tuning.cta_group if isinstance(key, Sm100Config) else default
-    tokens = tokens_per_work_item(problem) // default * cluster
-    tiles, begin = _work_list(case, num_ctas, tokens, prefill_tile(problem).tile_n)
+    assert plan.kernels is not None
+    chosen = key or plan.kernels.prefill
+    tiles, begin = _work_list(built, num_ctas, chosen.tokens_per_item, chosen.kernel.tile.tile_n)
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
     with emulator.session(
         arch=problem.target_arch,
-        num_sms=num_ctas * cluster,
+        num_sms=num_ctas * chosen.ctas_per_item,
         seed=seed,
         detect_races=detect_races,
         trace=trace,
         contraction=contraction,
     ) as emu:
-        emu.run(
-            function, a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, tiles, begin, a.out, a.lse,
-            a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
-        )  # fmt: skip
-    return EmulatedRun(built, emu.report)
+        emu.run(load_function(chosen), *prefill_arguments(a, tiles, begin))
+    return EmulatedRun(built, emu.report, zeroes_padding=not chosen.kernel.is_dependent)
 
 
-def _work_list(case: PagedCase, num_ctas: int, tokens_per_item: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _work_list(built: BuiltCase, num_ctas: int, tokens_per_item: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    case, lengths = built.case, built.arguments
     shape = WorkShape(
         num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=tokens_per_item, prefill_tile_n=tile_n,
         decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
-        item_overhead=1, l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
+        l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
+        max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1,
     )  # fmt: skip
     left = NO_WINDOW if case.window_left is None else case.window_left
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right
-    lists = host_schedule.make_lists(shape, list(case.query_lens), list(case.kv_lens), window_left=left, window_right=right)
+    lists = host_schedule.make_lists(
+        shape, lengths.cu_seqlens_q.diff().tolist(), lengths.seqused_k.tolist(), window_left=left, window_right=right
+    )
     return torch.from_numpy(lists.prefill_tiles.copy()), torch.from_numpy(lists.prefill_begin.copy())

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkShape
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
 
 
 @dataclass(frozen=True)
 class HostLists:
     """Both lists as arrays of int32: prefill tiles (n, TILE_INTS) and begin (ctas + 1,), decode tiles and first (.., DECODE_INTS).
 
-    Unused ints of `decode_tiles` are 0; rows of `decode_first` without an entry are 0.
+    Unused ints of `decode_tiles` are 0; rows of `decode_first` without an entry hold `total_q` and zeros.
     """
 
     prefill_tiles: np.ndarray
@@ -32,8 +32,9 @@ def make_lists(
     window_left: int = NO_WINDOW,
     window_right: int = 0,
 ) -> HostLists:
-    """Lists for one step; `window_right` is 0 for causal attention and NO_WINDOW for full attention."""
-    rows = list(zip(range(len(kv_lens)), query_lens, kv_lens, strict=True))
+    """Lists for one step; `window_right` is 0 for causal attention and NO_WINDOW for full attention. KV lengths are cut to the limits."""
+    cut = [min(max(kv_len, 0), shape.max_seqlen_k) for kv_len in kv_lens]
+    rows = list(zip(range(len(kv_lens)), query_lens, cut, strict=True))
     decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
     prefill = [row for row in rows if row[1] > shape.decode_query_len]
     q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
@@ -96,7 +97,7 @@ def _prefill_tiles(shape: WorkShape, rows: list, window_left: int, window_right:
                 end = min(kv_len, first + shape.tokens_per_tile + window_right)
                 begin = max(first - window_left, 0) // shape.prefill_tile_n
                 end = max(-(-end // shape.prefill_tile_n), begin)
-                tiles += [(seq_idx, head, m_block, begin, end, -1, 0, 1) for head in heads]
+                tiles += [(seq_idx, head, m_block, begin, end, kv_len, 0, 0) for head in heads]
                 seen.append(end - begin)
         blocks += m_blocks * (seen[m_blocks - 1] + seen[0]) // 2  # of the first and the last query block
     return tiles, blocks
@@ -123,7 +124,7 @@ def _row_groups(shape: WorkShape, rows: list, window_left: int) -> list[tuple[in
 
 
 def _cost(shape: WorkShape, groups: list[tuple[int, int, int, int]]) -> list[int]:
-    return [max(end - begin, 1) + shape.item_overhead for _, _, begin, end in groups]
+    return [max(end - begin, 1) for _, _, begin, end in groups]
 
 
 def _decode(
@@ -142,7 +143,7 @@ def _decode(
             cuts.append((len(groups), 0))
             continue
         _, _, begin, end = groups[item]
-        block = position - int(starts[item]) - shape.item_overhead  # blocks of the item before the cut
+        block = position - int(starts[item])  # blocks of the item before the cut
         if shape.split_blocks and block > 0:
             starts_of = piece_starts(shape, end)
             block = min(starts_of, key=lambda start: (abs(start - begin - block), -start)) - begin
@@ -188,6 +189,7 @@ def _decode(
             tiles[at + i, : len(entry)] = entry
         if entries:
             first[c, : len(entries[0]) + 2] = (*entries[0], len(entries), at + 1)
+        first[c, TOTAL_Q] = q_begins[-1]
         at += len(entries)
     return tiles, first
 

@@ -22,6 +22,10 @@ class Signal(Enum):
     TMA = "one arrival that announces the bytes of the TMA boxes that follow"
     COMMIT = "one arrival of tcgen05.commit when the MMAs have completed"
     WARPS = "one arrival of each of the role's warps that share the buffer"
+    LANES = "one arrival of each lane that wrote its part of the buffer"
+
+
+AT_BARRIER = "a barrier of the CTA"  # `drained_by`: the producer meets the consumers before it fills a buffer again
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,18 @@ class Party:
     signal: Signal
     warps: int = 1  # warps of a CTA that signal one buffer; 1 for TMA and COMMIT, which one elected thread issues
     ctas: int = 1  # CTAs of a cluster whose warps signal it; each announces its own TMA bytes
+    lanes: int = 1  # of a warp that signal; 1 for all but LANES
 
     def __post_init__(self) -> None:
         if self.warps < 1 or (self.signal is not Signal.WARPS and self.warps != 1):
             raise ValueError(f"{self.role}: expected 1 warp for {self.signal.name} and at least 1 for WARPS, got {self.warps}")
+        if not 1 <= self.lanes <= (32 if self.signal is Signal.LANES else 1):
+            raise ValueError(f"{self.role}: expected 1 to 32 lanes for LANES and 1 for {self.signal.name}, got {self.lanes}")
 
     @property
     def arrivals(self) -> int:
         """What this party adds to the arrive count of a barrier."""
-        return self.warps * self.ctas
+        return self.warps * self.ctas * self.lanes
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class PipelineEdge:
     full_by: tuple[Party, ...]
     empty_by: tuple[Party, ...] = ()  # empty: `drained_by` says why no barrier is needed
     tx_bytes: int = 0  # bytes that the TMA boxes of a CTA deliver to one buffer; boxes out of bounds count in full
-    drained_by: str = ""  # the edge whose full barrier proves that a buffer was read
+    drained_by: str = ""  # the edge whose full barrier proves that a buffer was read, or AT_BARRIER
 
     def __post_init__(self) -> None:
         if self.stages < 1:
@@ -103,7 +110,7 @@ class EdgeBarriers:
         for edge in edges:
             if names.count(edge.name) > 1:
                 raise ValueError(f"edges: expected distinct names, got {edge.name} twice")
-            if edge.drained_by and edge.drained_by not in names:
+            if edge.drained_by and edge.drained_by not in (*names, AT_BARRIER):
                 raise ValueError(f"{edge.name}: expected drained_by to name an edge, got {edge.drained_by!r}")
         self.edges = {edge.name: edge for edge in edges}
         self.offsets: dict[str, int] = {}

@@ -1,7 +1,20 @@
 """Arithmetic of the online softmax, one row at a time: reference maximum, rescale factor, final denominator.
 
-All values are in the domain of the exponent: `row_max` of raw scores, `scale_log2` multiplies a raw score so that
-exp2(score * scale_log2 - row_max * scale_log2) is its weight. `row_sum` sums those weights.
+A score times `scale_log2` is an exponent of 2. A row's reference maximum `row_max` is such an exponent, rounded to float32: a weight is
+exp2(score * scale_log2 - row_max), and `row_sum` sums those weights.
+
+Note [Contraction]. PTX lets ptxas fuse a mul and the add or sub that uses it unless one of them has a rounding modifier. A difference of
+two references, of which one is such a product, would then be off by that product's rounding: at a logit of 2e4 each tile would scale
+`row_sum` by up to 1 +- 2^-10, also where the maximum stays. So a reference is a product that is rounded by itself (mul.rn), which is
+what every weight, factor, part and lse refers to; factors are differences of two references; and what is to be fused is an fma.
+tests/emulated/test_large_logits.py holds the compiled kernels to that.
+
+Note [Large scores]. exp2(fma(score, scale_log2, -row_max)) takes the product exactly and the reference rounded: all weights of a row
+share a factor 2^r, where r is that rounding. It is in row_sum and in O alike, but 16-bit weights are rounded with it, and from a
+reference of 2^31 on it overflows or leaves nothing (4 * 10^8 is a logit that fp16 can make, 10^38 one of bf16). So where a row's largest
+score of a block is `MAX_FUSED` or more in size, products are rounded as the reference was, which makes the largest weight 1. That is a
+function of the row alone; scores of less weigh nothing beside a reference of which r matters. Decode, whose time is not exponents, always
+rounds; the Blackwell kernel takes a branch; the Hopper kernel needs neither (`sm90/fragment.py`, Note [Huge scores]).
 """
 
 from __future__ import annotations
@@ -13,55 +26,49 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
+
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+MAX_FUSED = 2.0**15  # log2 units; below, r is at most 2^-10: half of what changes a weight of 1 in bfloat16
 
 
 class MaxUpdate(NamedTuple):
     """What a new block does to a row's reference maximum."""
 
-    row_max: Float32  # the new reference
-    offset: Float32  # row_max * scale_log2, subtracted in the exponent; 0 for a row that saw no key yet
-    factor: Float32  # multiplies row_sum and O of earlier blocks
+    row_max: Float32  # the new reference, log2 units; -inf: no key yet
+    offset: Float32  # what is subtracted in the exponent: row_max, or 0 for a row that saw no key yet
+    factor: Float32  # multiplies row_sum and O of earlier blocks; exactly 1 where the reference stays
 
 
 def update_max(
     block_max: Float32,
     row_max: Float32,
-    scale_log2: Float32,
     *,
     may_be_empty: bool,
     is_first: bool,
     threshold: float,
-    exact_factor: bool,
 ) -> MaxUpdate:
-    """Move a row's reference maximum to `block_max`, or keep it while the growth is at most `threshold` (log2 units).
+    """Move a row's reference maximum to that of a block, or keep it while the growth is at most `threshold` (log2 units).
 
     Keeping it is exact in the end, since row_sum and O refer to the same value; weights then reach 2 ** threshold.
     (FlashAttention-4, "conditional rescaling".)
 
     Args:
+        block_max: largest score of the block in log2 units. Rounding keeps the order of products with a scale above 0, so this is the
+            rounded product of the largest score.
         may_be_empty: the row may have seen no key so far, and its maximum may be -inf.
-        exact_factor: the factor is exactly 1 where the reference stays, so that a block of which a row sees nothing leaves its bits alone.
     """
-    if const_expr(is_first):
-        new_max = block_max
-    else:
+    new_max = block_max
+    if const_expr(not is_first):
         new_max = cute.arch.fmax(block_max, row_max)
         if const_expr(threshold > 0):
             # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
-            new_max = cutlass.select_((new_max - row_max) * scale_log2 > threshold, new_max, row_max)
-    finite_max = new_max
+            new_max = cutlass.select_(new_max - row_max > threshold, new_max, row_max)
+    offset = new_max
     if const_expr(may_be_empty):
-        finite_max = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
-    offset = finite_max * scale_log2
-    factor = Float32(1.0)
-    if const_expr(not is_first):
-        # ptxas makes one FMA of product and difference, which is off 0 by the rounding of `offset` where the maximum stayed, and the factor
-        # off 1. The difference first has no such rounding, but takes 2 to 5 % more time (sm90 prefill, H100, 32/8 d128: 8 x 4K 583 and 562
-        # TFLOP/s, 1 x 32K 629 and 595), so it is for those who need it.
-        log2_factor = (row_max - finite_max) * scale_log2 if exact_factor else row_max * scale_log2 - offset
-        factor = cute.math.exp2(log2_factor, fastmath=True)
+        offset = cutlass.select_(new_max == -Float32.inf, Float32(0.0), new_max)
+    factor = Float32(1.0) if const_expr(is_first) else cute.math.exp2(row_max - offset, fastmath=True)
     return MaxUpdate(new_max, offset, factor)
 
 
@@ -72,18 +79,17 @@ class RowResult(NamedTuple):
     lse: Float32  # natural log of the denominator, sink included; -inf for an empty row
 
 
-def finalize_row(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Float32 | None) -> RowResult:
+def finalize_row(row_max: Float32, row_sum: Float32, sink: Float32 | None) -> RowResult:
     """Close a row. `sink`: a scaled logit that joins the denominator without a value, or None (compile time)."""
     is_empty = row_sum == 0.0
-    max_log2 = row_max * scale_log2
     total, weight = row_sum, Float32(1.0)
     if const_expr(sink is not None):
         # A sink far above every score must not overflow: refer both to the larger of the two.
-        sink_log2 = sink * LOG2_E
-        reference = cute.arch.fmax(max_log2, sink_log2)
-        weight = cute.math.exp2(max_log2 - reference, fastmath=True)
-        total = row_sum * weight + cute.math.exp2(sink_log2 - reference, fastmath=True)
-        max_log2 = reference
+        sink_log2 = ptx.mul_rn(sink, Float32(LOG2_E))
+        reference = cute.arch.fmax(row_max, sink_log2)
+        weight = cute.math.exp2(row_max - reference, fastmath=True)
+        total = cute.math.fma(row_sum, weight, cute.math.exp2(sink_log2 - reference, fastmath=True))
+        row_max = reference
     o_scale = cutlass.select_(is_empty, Float32(0.0), weight * cute.arch.rcp_approx(total))
-    lse = cutlass.select_(is_empty, -Float32.inf, (max_log2 + cute.math.log2(total, fastmath=True)) * LN_2)
+    lse = cutlass.select_(is_empty, -Float32.inf, (row_max + cute.math.log2(total, fastmath=True)) * LN_2)
     return RowResult(o_scale, lse)

@@ -10,8 +10,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.config import KernelConfig
 
 
 class PackedRow(NamedTuple):
@@ -33,7 +33,7 @@ class PackGqa:
     tile_m: int
 
     @staticmethod
-    def of(config: KernelConfig) -> "PackGqa":
+    def of(config: PrefillConfig) -> "PackGqa":
         """Row arithmetic of a kernel."""
         part = config.part_elems(config.head_dim)
         return PackGqa(config.q_per_kv, config.tokens_per_tile, part, config.head_dim // part, config.tile.tile_m)

@@ -1,7 +1,8 @@
 """K and V pages to shared memory by TMA: a tile of KV tokens is fetched in boxes, each from one page.
 
 A box holds `box_rows` tokens of one part of the head (the width that shared memory is swizzled for). Boxes that begin past the
-sequence's last token are addressed past the last page: TMA fills them with zeros and reads nothing, the page table included.
+sequence's last token, or end before the first that a row sees, are addressed past the last page: TMA fills them with zeros and reads
+nothing, the page table included.
 """
 
 from dataclasses import dataclass
@@ -9,16 +10,16 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 
 class PageBoxes(NamedTuple):
     """Where a lane's box lies: lane `i` of the load warp knows box `i` of the tile."""
 
-    page: Int32  # physical page; one past the last for a box without tokens
+    page: Int32  # physical page; one past the last for a box without tokens that a row sees
     row_box: Int32  # index of the box in its page
 
 
@@ -43,7 +44,7 @@ class PagedKv:
     whole_rows: bool  # a box holds whole heads (one part after the other), else one part
 
     @staticmethod
-    def of(config: KernelConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
+    def of(config: PrefillConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
         """Geometry for rows of `head_dim` elements."""
         part = config.part_elems(head_dim)
         return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage, whole_rows)
@@ -89,12 +90,24 @@ class PagedKv:
         return TmaOperand(atom, tXgX, tXsX)
 
     @cute.jit
-    def find_boxes(self, mPageTable: cute.Tensor, seq_idx: Int32, n_block: Int32, seqlen_k: Int32, page_size: Int32, num_pages: Int32):
-        """This lane's box of KV block `n_block`. mPageTable: (batch, max_pages_per_seq) int32."""
+    def find_boxes(
+        self,
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        seq_idx: Int32,
+        n_block: Int32,
+        first_key: Int32 | None,  # that any row of the tile sees; None: the sequence's first
+        seqlen_k: Int32,
+        page_size: Int32,
+        num_pages: Int32,
+    ):
+        """This lane's box of KV block `n_block`."""
         token = n_block * self.tile_n + cute.arch.lane_idx() * self.box_rows
         page_idx = token // page_size
         page, row_box = num_pages, Int32(0)
-        if token < seqlen_k and cute.arch.lane_idx() < self.num_boxes:
+        is_seen = token < seqlen_k
+        if const_expr(first_key is not None):
+            is_seen = is_seen & (token + self.box_rows > first_key)
+        if is_seen and cute.arch.lane_idx() < self.num_boxes:
             page = mPageTable[seq_idx, page_idx]
             row_box = (token - page_idx * page_size) // self.box_rows
         return PageBoxes(page, row_box)

@@ -7,7 +7,7 @@ operations: they may be called from `@cute.jit` code with constant Python argume
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -114,6 +114,12 @@ def load_shared_f32(address: Int32) -> Float32:
     return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))
 
 
+def load_shared_f32x2(address: Int32) -> list[Float32]:
+    """Two float32 from an 8-byte aligned shared address."""
+    value = llvm.load(vec(2), smem_pointer(address), alignment=8)
+    return [Float32(vector.extract(value, [], [i])) for i in range(2)]
+
+
 def load_shared_f32x4(address: Int32) -> list[Float32]:
     """Four float32 from a 16-byte aligned shared address."""
     value = llvm.load(ir.VectorType.get([4], T.f32()), smem_pointer(address), alignment=16)
@@ -198,6 +204,26 @@ def tcgen05_commit(barrier: Int32) -> None:
         "@issue tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [$0]; }",
         [barrier],
     )
+
+
+def absolute(value: Float32) -> Float32:
+    """|value|, a modifier of the operand in most instructions."""
+    return Float32(math_ir.absf(Float32(value).ir_value()))
+
+
+def float_to_bits(value: Float32) -> Int32:
+    """The word that holds a float32."""
+    return Int32(arith.bitcast(T.i32(), Float32(value).ir_value()))
+
+
+def bits_to_float(bits: Int32) -> Float32:
+    """The float32 that a word holds."""
+    return Float32(arith.bitcast(T.f32(), Int32(bits).ir_value()))
+
+
+def mul_rn(a: Float32, b: Float32) -> Float32:
+    """a * b, rounded: PTX forbids to fuse a product with a rounding modifier into the sum or difference that uses it."""
+    return cute.math.mul(Float32(a), Float32(b), rounding=cute.math.RoundingMode.NEAREST_EVEN)
 
 
 # ---- float32 pairs and vectors -----------------------------------------------------------------------------------------------
@@ -299,6 +325,11 @@ def as_words(v: ir.Value) -> ir.Value:
     return vector.bitcast(ir.VectorType.get([ir.VectorType(v.type).shape[0]], T.i32()), v)
 
 
+def select(condition: Boolean, v: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """v where `condition` holds, else `otherwise`."""
+    return arith.select(Boolean(condition).ir_value(), v, otherwise)
+
+
 def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
     """A vector of zeros where `condition` holds, else v."""
     n = ir.VectorType(v.type).shape[0]
@@ -339,14 +370,21 @@ def select_by_bits(bits: Int32, v: ir.Value, otherwise: float) -> ir.Value:
     return vector.from_elements(v.type, kept)
 
 
+def either(
+    condition: Boolean, types: Sequence[ir.Type], then: Callable[[], list[ir.Value]], otherwise: Callable[[], list[ir.Value]]
+) -> list[ir.Value]:
+    """What `then` returns where `condition` holds, else what `otherwise` does: a branch, not selects. Both return values of `types`."""
+    branch = scf.IfOp(Boolean(condition).ir_value(), list(types), has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(then())
+    with ir.InsertionPoint(branch.else_block):
+        scf.yield_(otherwise())
+    return list(branch.results)
+
+
 def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Value]:
     """`change(values)` where `condition` holds, else `values`: a branch, not selects. `change` maps a list to a list of its types."""
-    branch = scf.IfOp(Boolean(condition).ir_value(), [v.type for v in values], has_else=True)
-    with ir.InsertionPoint(branch.then_block):
-        scf.yield_(change(list(values)))
-    with ir.InsertionPoint(branch.else_block):
-        scf.yield_(list(values))
-    return list(branch.results)
+    return either(condition, [v.type for v in values], lambda: change(list(values)), lambda: list(values))
 
 
 def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> list[ir.Value]:

@@ -1,4 +1,4 @@
-"""A CTA's entries of the work list (`fa4_backend.kernels.work_list`), read by its load warp."""
+"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`), read by its load warp."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
+from fa4_backend.kernels.schedule.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX, TILE_KV_LEN
 
 
 class WorkTile(NamedTuple):
@@ -30,15 +30,14 @@ def tile_range(mBegin: cute.Tensor, cluster_size: int = 1) -> tuple[Int32, Int32
     return mBegin[cta_idx], mBegin[cta_idx + 1]
 
 
-def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, mSeqUsedK: cute.Tensor, tile_idx: Int32) -> WorkTile:
-    """Entry `tile_idx`. mTiles: (max_tiles, 8) int32; mCuSeqlensQ: (batch + 1,); mSeqUsedK: (batch,)."""
+def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, tile_idx: Int32, bounds: SeqlenBounds) -> WorkTile:
+    """Entry `tile_idx`. mTiles: (max_tiles, 8) int32; mCuSeqlensQ: (batch + 1,)."""
     seq_idx = mTiles[tile_idx, SEQ_IDX]
-    q_begin = mCuSeqlensQ[seq_idx]
     return WorkTile(
         seq_idx,
         mTiles[tile_idx, KV_HEAD_IDX],
         mTiles[tile_idx, M_BLOCK],
         mTiles[tile_idx, N_BLOCK_BEGIN],
         mTiles[tile_idx, N_BLOCK_END],
-        SeqlenInfo(q_begin, mCuSeqlensQ[seq_idx + 1] - q_begin, mSeqUsedK[seq_idx]),
+        bounds.cut(mCuSeqlensQ[seq_idx], mCuSeqlensQ[seq_idx + 1], mTiles[tile_idx, TILE_KV_LEN]),
     )

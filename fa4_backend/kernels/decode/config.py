@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.plan import BatchLimits
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -36,13 +35,9 @@ class DecodeConfig:
     q_per_kv: int
     query_len: int  # longest query of a decode row
     ctas_per_sm: int
-    is_causal: bool
-    has_window_left: bool
-    has_window_right: bool
-    has_softcap: bool
-    has_sinks: bool
-    has_alibi: bool
+    mask: MaskFeatures
     has_lse: bool
+    sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
 
     def __post_init__(self) -> None:
@@ -57,9 +52,8 @@ class DecodeConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
-        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse", "has_pieces")
-        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
-        return f"decode-{self.dtype}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
+        features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
+        return f"decode-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
     def element_bytes(self) -> int:
@@ -157,7 +151,7 @@ class DecodeConfig:
         return min(8, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
 
 
-def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
+def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
     That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two
@@ -177,13 +171,9 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
         q_per_kv=problem.q_per_kv,
         query_len=limits.decode_query_len,
         ctas_per_sm=1,
-        is_causal=problem.is_causal,
-        has_window_left=problem.has_window_left,
-        has_window_right=problem.has_window_right,
-        has_softcap=problem.has_softcap,
-        has_sinks=problem.has_sinks,
-        has_alibi=problem.has_alibi,
+        mask=problem.mask,
         has_lse=problem.has_lse,
+        sinks_dtype=problem.sinks_dtype,
         has_pieces=problem.batch_invariant,
     )
     # Two small CTAs hide each other's beginnings and ends: 32/8 d128 page 16 on an H200, against one CTA with the same bytes in
@@ -196,8 +186,8 @@ def decode_config(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfi
 
 
 def slot_floats(config: DecodeConfig) -> int:
-    """Float32 of a split-KV slot: rows of O, then a log2 denominator a row, to the next 16 bytes."""
-    return config.rows * config.head_dim_v + -(-config.rows // VEC) * VEC
+    """Float32 of a split-KV slot: rows of O, then row_max and row_sum of each row, to the next 16 bytes."""
+    return config.rows * config.head_dim_v + -(-2 * config.rows // VEC) * VEC
 
 
 def slot_vectors(config: DecodeConfig) -> int:

@@ -19,14 +19,16 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import update_max
-from fa4_backend.kernels.decode.config import BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
+from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
-from fa4_backend.kernels.decode.storage import DecodeStorage, RingPosition, SharedTensors
+from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, mma
-from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles, entry_of
-from fa4_backend.kernels.work_list import NUM_ENTRIES
+from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
 RESCALE_THRESHOLD = 8.0  # log2 units a row's maximum may grow before O is rescaled; weights reach 2^8, exact in the end
 
@@ -45,7 +47,7 @@ class ConsumerWarps:
     def run(
         self,
         step: StepTensors,
-        values: CallValues,
+        values: MaskValues,
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         results: ResultTensors,
         shared: SharedTensors,
@@ -71,24 +73,25 @@ class ConsumerWarps:
         cute.arch.sync_threads()
         for _ in cutlass.range(num_entries, unroll=1):
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
-            entry = entry_of(lambda field: shared.sEntry[stage, field])  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             self._load_query(self.storage.q_tile(shared, stage), row_group, rQ)
             begin, end = self.visible.clip(entry, values)
+            keys = self.visible.keys(entry, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes) for h in (0, 1))
             self.merge.reset(totals)
-            first_piece, last_piece = self.merge.pieces(entry, values)
+            first_piece, last_piece = self.merge.pieces(entry, step.split_blocks)
             for piece in cutlass.range(first_piece, last_piece, unroll=1):
                 state.rO.fill(0.0)
                 state.rMax.fill(-Float32.inf)
                 state.rSum.fill(0.0)
-                piece_begin, piece_end = self.merge.piece_tiles(piece, begin, end, values)
+                piece_begin, piece_end = self.merge.piece_tiles(piece, begin, end, step.split_blocks)
                 for n_block in cutlass.range(piece_begin, piece_end, unroll=1):
                     cute.arch.mbarrier_wait(shared.kv_full + slot, phase)
                     column = n_block * TILE_N + key_warp * MMA_ROWS
-                    if column < entry.seqlen.seqlen_k:
+                    if self.visible.has_any(keys, column, BOX_KEYS):
                         k_box = self.storage.k_box(shared, slot, key_warp)
                         v_box = self.storage.v_box(shared, slot, key_warp)
-                        self._attend(k_box, v_box, column, entry.seqlen.seqlen_k, rows, values, rQ, state)
+                        self._attend(k_box, v_box, column, keys, rows, values, rQ, state)
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(shared.kv_empty + slot)
@@ -96,7 +99,7 @@ class ConsumerWarps:
                     if slot == c.kv_stage:
                         slot = Int32(0)
                         phase ^= 1
-                self.merge.meet(state, shared, self.scores.scale_log2(values))
+                self.merge.meet(state, shared)
                 self.merge.finish_piece(entry, piece - first_piece, shared, totals, results)
             if entry.partial_slot >= 0:
                 self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
@@ -118,7 +121,7 @@ class ConsumerWarps:
                 if shared.sFlag[pending] == 1:
                     if pending > 0:
                         self.merge.join()
-                    entry = entry_of(lambda field: shared.sPending[pending, field])  # noqa: B023
+                    entry = entry_of(lambda field: shared.sPending[pending, field], step.bounds)  # noqa: B023
                     ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit
@@ -142,9 +145,9 @@ class ConsumerWarps:
         k_box: Int32,
         v_box: Int32,
         column: Int32,  # first of the box's 16 keys
-        seqlen_k: Int32,
+        keys: Columns,  # that any row may see
         rows: tuple[RowView, RowView],
-        values: CallValues,
+        values: MaskValues,
         rQ: cute.Tensor,
         state: RowState,
     ):
@@ -167,7 +170,6 @@ class ConsumerWarps:
         if const_expr(chains == 2):
             halves = [[sums[0][i][e] + sums[1][i][e] for e in range(4)] for i in range(2)]
 
-        scale_log2 = self.scores.scale_log2(values)
         factors, p, moved = [], [None] * 4, Boolean(False)
         for h in cutlass.range_constexpr(2):
             seen = []
@@ -176,14 +178,13 @@ class ConsumerWarps:
                 seen.append(self.scores.apply(halves[i // 2][2 * h + i % 2], key, rows[h], values))
             block_max = quad_max(cute.arch.fmax(cute.arch.fmax(seen[0], seen[1]), cute.arch.fmax(seen[2], seen[3])))
             update = update_max(
-                block_max, state.rMax[h], scale_log2,
-                may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD, exact_factor=c.has_pieces,
+                block_max, state.rMax[h], may_be_empty=True, is_first=False, threshold=RESCALE_THRESHOLD
             )  # fmt: skip
-            weights = [cute.math.exp2(score * scale_log2 - update.offset, fastmath=True) for score in seen]
+            weights = [cute.math.exp2(score - update.offset, fastmath=True) for score in seen]
             # Rows that saw no key yet stay as they are: idle rows would otherwise ask for a rescale at every tile.
             moved = moved | (update.row_max > state.rMax[h])
             state.rMax[h] = update.row_max
-            state.rSum[h] = state.rSum[h] * update.factor + ((weights[0] + weights[1]) + (weights[2] + weights[3]))
+            state.rSum[h] = cute.math.fma(state.rSum[h], update.factor, (weights[0] + weights[1]) + (weights[2] + weights[3]))
             p[h] = pack_pair(c.dtype, weights[0], weights[1])
             p[2 + h] = pack_pair(c.dtype, weights[2], weights[3])
             factors.append(update.factor)
@@ -193,8 +194,8 @@ class ConsumerWarps:
                 state.rO[i] = state.rO[i] * factors[i // 2 % 2]
 
         v_address = v_box + v_layout.value_matrices(lane)
-        # Keys past the sequence hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
-        keep = (keep_pair(column + 2 * pair, seqlen_k), keep_pair(column + 8 + 2 * pair, seqlen_k))
+        # Other keys hold anything, NaN too: their weight 0 does not silence it, so their V is cleared.
+        keep = (self._keep_pair(column + 2 * pair, keys), self._keep_pair(column + 8 + 2 * pair, keys))
         self._add_values(v_address, v_layout, p, keep, state)
 
     @cute.jit
@@ -211,6 +212,12 @@ class ConsumerWarps:
                 for e in cutlass.range_constexpr(4):
                     state.rO[at + e] = o[e]
 
+    def _keep_pair(self, key: Int32, keys: Columns) -> Int32:
+        """Bits to keep of a word that holds V of keys `key` and `key + 1`."""
+        low = cutlass.select_(self.visible.has_any(keys, key, 1), Int32(0xFFFF), Int32(0))
+        high = cutlass.select_(self.visible.has_any(keys, key + 1, 1), Int32(-65536), Int32(0))
+        return low | high
+
 
 def quad_max(value: Float32) -> Float32:
     """Largest value of the four lanes that hold a row."""
@@ -223,10 +230,3 @@ def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
     """Two weights rounded to the element type, in one word."""
     values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
     return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))
-
-
-def keep_pair(key: Int32, seqlen_k: Int32) -> Int32:
-    """Bits to keep of a word that holds V of keys `key` and `key + 1`."""
-    low = cutlass.select_(key < seqlen_k, Int32(0xFFFF), Int32(0))
-    high = cutlass.select_(key + 1 < seqlen_k, Int32(-65536), Int32(0))
-    return low | high

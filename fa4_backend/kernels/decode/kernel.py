@@ -11,14 +11,18 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.mask import MaskValues
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_floats
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
 from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.scores import ScoreTransform
-from fa4_backend.kernels.decode.storage import ELEMENT_TYPES, DecodeStorage
-from fa4_backend.kernels.decode.work import CallValues, StepTensors, VisibleTiles
-from fa4_backend.kernels.work_list import DECODE_INTS
+from fa4_backend.kernels.decode.storage import DecodeStorage
+from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles
+from fa4_backend.kernels.launch_abi import decode_fakes
+from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 
@@ -58,8 +62,9 @@ class DecodeKernel:
     ):
         """Launch one CTA for each range of the work list."""
         maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
-        step = StepTensors(mPageTable, mTiles, mFirst, Int32(mK.shape[1]))
-        values = CallValues(softmax_scale, softcap, window_left, window_right, split_blocks)
+        page_size = Int32(mK.shape[1])
+        step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
+        values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
         results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks)
         self.kernel(maps, mSlopes, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
@@ -110,7 +115,7 @@ class DecodeKernel:
         maps: TensorMaps,
         mSlopes: cute.Tensor | None,
         step: StepTensors,
-        values: CallValues,
+        values: MaskValues,
         results: ResultTensors,
     ):
         """Set up, then one role a warp; the roles meet before they use a barrier."""
@@ -126,49 +131,11 @@ class DecodeKernel:
                 self.storage.init_barriers(shared)
         if warp == self.config.num_consumer_warps:
             self.load_warp.run(step, values, maps, shared)
+            zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
             self.consumer_warps.run(step, values, mSlopes, results, shared)
 
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
     """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
-    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-
-    c, n, wide = config, cute.sym_int32, cute.sym_int64
-    dtype = ELEMENT_TYPES[c.dtype]
-
-    def rows(head_dim: int, rank: int) -> cute.Tensor:
-        """A tensor of heads: any strides in multiples of 16 bytes but the last, which is 1."""
-        shape = (*(n() for _ in range(rank - 1)), head_dim)
-        stride = (*(wide(divisibility=16 // c.element_bytes) for _ in range(rank - 1)), 1)
-        return make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
-
-    def dense(element_type: type, *shape: Any, align: int = 4) -> cute.Tensor:
-        strides, stride = [], 1
-        for size in reversed(shape):
-            strides.append(stride)
-            stride = stride * size if isinstance(size, int) and isinstance(stride, int) else wide()
-        return make_fake_tensor(element_type, shape, stride=tuple(reversed(strides)), assumed_align=align)
-
-    fp32 = Float32
-    arguments = (
-        rows(c.head_dim, 3),
-        rows(c.head_dim, 4),
-        rows(c.head_dim_v, 4),
-        make_fake_tensor(Int32, (n(), n()), stride=(wide(), 1), assumed_align=4),
-        rows(c.head_dim_v, 3),
-        make_fake_tensor(fp32, (n(), n()), stride=(wide(), 1), assumed_align=4) if c.has_lse else None,
-        dense(Int32, n(), DECODE_INTS, align=16),
-        dense(Int32, n(), DECODE_INTS, align=16),
-        dense(fp32, n(), slot_floats(c), align=16),
-        dense(Int32, n()),
-        dense(fp32, n()) if c.has_sinks else None,
-        dense(fp32, n()) if c.has_alibi else None,
-        fp32(1.0),
-        fp32(0.0),
-        Int32(0),
-        Int32(0),
-        Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-    return DecodeKernel(config), arguments
+    return DecodeKernel(config), decode_fakes(config, slot_floats(config))

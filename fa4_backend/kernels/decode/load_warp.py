@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.work import CallValues, Entry, StepTensors, VisibleTiles, entry_of
-from fa4_backend.kernels.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
+from fa4_backend.kernels.decode.work import Entry, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
 
 TILES_A_LOOKUP = 32 // BOXES  # KV tiles whose pages one read of the page table finds, a box a lane
 
@@ -64,8 +65,9 @@ class LoadWarp:
     visible: VisibleTiles
 
     @cute.jit
-    def run(self, step: StepTensors, values: CallValues, maps: TensorMaps, shared: SharedTensors):
-        """Publish every entry of this CTA with its Q, then load its visible tiles; boxes past the last token are left out.
+    def run(self, step: StepTensors, values: MaskValues, maps: TensorMaps, shared: SharedTensors):
+        """Publish every entry of this CTA with its Q, then load its visible tiles; boxes without a key that any row
+        may see are left out.
 
         Meets the CTA's other warps once, at the barrier after which mbarriers may be used.
         """
@@ -82,11 +84,11 @@ class LoadWarp:
         next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
         here = BoxPlaces(Int32(0), Int32(0))
         if num_entries > 0:
-            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field))
-            here = self._find_boxes(step, first, self.visible.clip(first, values)[0])
+            first = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)
+            here = self._find_boxes(step, first, self.visible.keys(first, values), self.visible.clip(first, values)[0])
         cute.arch.sync_threads()
         for index in cutlass.range(num_entries, unroll=1):
-            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field))  # noqa: B023 (called at once)
+            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)  # noqa: B023 (called at once)
             cute.arch.mbarrier_wait(shared.entry_empty + stage, entry_phase ^ 1)
             if lane < DECODE_INTS:
                 shared.sEntry[stage, lane] = word
@@ -103,25 +105,31 @@ class LoadWarp:
                 word = step.mTiles[next_entry + index, lane % DECODE_INTS]
 
             begin, end = self.visible.clip(entry, values)
+            keys = self.visible.keys(entry, values)
             if index > 0:
-                here = self._find_boxes(step, entry, begin)
-            ahead = self._find_boxes(step, entry, begin + TILES_A_LOOKUP)
+                here = self._find_boxes(step, entry, keys, begin)
+            ahead = self._find_boxes(step, entry, keys, begin + TILES_A_LOOKUP)
             for n_block in cutlass.range(begin, end, unroll=1):
                 since = (n_block - begin) % TILES_A_LOOKUP
                 if since == 0 and n_block > begin:
                     here = ahead
-                    ahead = self._find_boxes(step, entry, n_block + TILES_A_LOOKUP)
+                    ahead = self._find_boxes(step, entry, keys, n_block + TILES_A_LOOKUP)
                 source = since * BOXES + lane % BOXES
                 box_page = cute.arch.shuffle_sync(here.page, source)
                 box_row = cute.arch.shuffle_sync(here.row, source)
                 tokens = entry.seqlen.seqlen_k - n_block * TILE_N
                 num_boxes = cutlass.min((tokens + BOX_KEYS - 1) // BOX_KEYS, BOXES)
+                is_mine = lane < num_boxes
+                if const_expr(self.visible.mask.has_left):
+                    first_box = cutlass.max(keys.begin - n_block * TILE_N, 0) // BOX_KEYS
+                    is_mine = is_mine & (lane >= first_box)
+                    num_boxes = num_boxes - first_box
                 cute.arch.mbarrier_wait(shared.kv_empty + slot, phase ^ 1)
                 full = (shared.kv_full + slot).toint()
                 if lane == 0:
                     cute.arch.mbarrier_arrive_and_expect_tx(shared.kv_full + slot, num_boxes * box_bytes)
                 cute.arch.sync_warp()
-                if lane < num_boxes:
+                if is_mine:
                     where = (box_row, entry.kv_head_idx, box_page)
                     ptx.tma_load(k_map, self.storage.k_box(shared, slot, lane), full, self._box_coords(c.head_dim, where))
                     ptx.tma_load(v_map, self.storage.v_box(shared, slot, lane), full, self._box_coords(c.head_dim_v, where))
@@ -131,13 +139,13 @@ class LoadWarp:
                     phase ^= 1
 
     @cute.jit
-    def _find_boxes(self, step: StepTensors, entry: Entry, n_block: Int32) -> BoxPlaces:
+    def _find_boxes(self, step: StepTensors, entry: Entry, keys: Columns, n_block: Int32) -> BoxPlaces:
         """Places of the boxes of `TILES_A_LOOKUP` KV tiles from `n_block` on, a box a lane."""
         token = n_block * TILE_N + cute.arch.lane_idx() * BOX_KEYS
         logical = token // step.page_size
         page = Int32(0)
-        # Page-table entries past the sequence's pages are not ours to read.
-        if token < entry.seqlen.seqlen_k:
+        # The page table's other entries are not ours to read.
+        if self.visible.has_any(keys, token, BOX_KEYS):
             page = step.mPageTable[entry.seq_idx, logical]
         return BoxPlaces(page, token - logical * step.page_size)
 

@@ -1,8 +1,9 @@
 """The end of an entry: the key warps' results are added up, written to `out` or to a split-KV slot, and slots are combined.
 
-Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across
-pieces. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with
-the same arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
+Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across pieces. A part's O and
+denominator refer to its own maximum, and weigh exp2 of a difference of maxima: no rounded product or logarithm comes between, whatever the
+logits' size. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with the same
+arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
 
 Work is spread over the consumer threads in vectors of four elements of a row; a thread keeps its vectors throughout.
 """
@@ -18,15 +19,17 @@ from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
-from fa4_backend.kernels.common.online_softmax import LN_2, finalize_row
+from fa4_backend.kernels.common.online_softmax import finalize_row
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
-from fa4_backend.kernels.decode.storage import RingPosition, SharedTensors, advance
-from fa4_backend.kernels.decode.work import CallValues, Entry
-from fa4_backend.kernels.work_list import FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN
+from fa4_backend.kernels.decode.storage import SharedTensors
+from fa4_backend.kernels.decode.work import Entry
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
-PIECES_HERE = 11  # int of a pending entry: pieces that this CTA wrote (the ints before it are the work list's)
+PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
+assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
 class ResultTensors(NamedTuple):
@@ -34,16 +37,24 @@ class ResultTensors(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: rows of O, then log2 of each row's denominator
+    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: rows of O, then row_max and row_sum of each row
     mArrivals: cute.Tensor  # (max_slots,) int32
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
+
+
+class Part(NamedTuple):
+    """One vector of a row, of some of its keys."""
+
+    o: list[Float32]  # VEC values, relative to row_max
+    row_max: Float32  # log2; -inf: no key
+    row_sum: Float32
 
 
 class RowState(NamedTuple):
     """Registers of a consumer lane for its two rows."""
 
     rO: cute.Tensor  # (4 * head_dim_v / 8,) float32, fragments of mma.sync
-    rMax: cute.Tensor  # (2,) float32, row_max of the scores in the units of ScoreTransform
+    rMax: cute.Tensor  # (2,) float32, row_max, log2
     rSum: cute.Tensor  # (2,) float32, this lane's share of row_sum
 
 
@@ -76,9 +87,9 @@ class Merge:
         """Vectors of a thread."""
         return slot_vectors(self.config)
 
-    def rule(self, values: CallValues) -> PieceRule:
+    def rule(self, split_blocks: Int32) -> PieceRule:
         """Where KV is cut into pieces; the schedule's `piece_rule`."""
-        return PieceRule(short_piece(self.vectors), values.split_blocks)
+        return PieceRule(short_piece(self.vectors), split_blocks)
 
     def make_totals(self) -> Totals:
         """Fresh registers."""
@@ -93,28 +104,27 @@ class Merge:
         totals.rMax.fill(-Float32.inf)
         totals.rSum.fill(0.0)
 
-    def pieces(self, entry: Entry, values: CallValues) -> tuple[Int32, Int32]:
+    def pieces(self, entry: Entry, split_blocks: Int32) -> tuple[Int32, Int32]:
         """Pieces of an entry, half-open; numbered from the sequence's first key in batch-invariant mode."""
         if const_expr(not self.config.has_pieces):
             return Int32(0), Int32(1)
-        first = piece_of(entry.n_block_begin, self.rule(values), cutlass.min, cutlass.max)
-        last = piece_of(entry.n_block_end - 1, self.rule(values), cutlass.min, cutlass.max)
+        first = piece_of(entry.n_block_begin, self.rule(split_blocks), cutlass.min, cutlass.max)
+        last = piece_of(entry.n_block_end - 1, self.rule(split_blocks), cutlass.min, cutlass.max)
         return first, cutlass.max(last, first) + 1
 
-    def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, values: CallValues) -> tuple[Int32, Int32]:
+    def piece_tiles(self, piece: Int32, begin: Int32, end: Int32, split_blocks: Int32) -> tuple[Int32, Int32]:
         """Visible KV tiles of a piece."""
         if const_expr(not self.config.has_pieces):
             return begin, end
-        first, last = (piece_begin(piece + i, self.rule(values), cutlass.min, cutlass.max) for i in (0, 1))
+        first, last = (piece_begin(piece + i, self.rule(split_blocks), cutlass.min, cutlass.max) for i in (0, 1))
         return cutlass.max(begin, first), cutlass.min(end, last)
 
     @cute.jit
-    def meet(self, state: RowState, shared: SharedTensors, scale_log2: Float32):
+    def meet(self, state: RowState, shared: SharedTensors):
         """The key warps lay down their O, row_max and row_sum, in two turns where the buffers are two; ends with a barrier."""
         warp = cute.arch.warp_idx()
         row_group, key_warp = warp // BOXES, warp % BOXES
         for h in cutlass.range_constexpr(2):
-            state.rMax[h] = state.rMax[h] * scale_log2
             for offset in (1, 2):
                 state.rSum[h] = state.rSum[h] + cute.arch.shuffle_sync_bfly(state.rSum[h], offset)
         buffers = const_expr(self.config.merge_buffers)
@@ -164,8 +174,8 @@ class Merge:
                 for i in cutlass.range_constexpr(c.head_dim_v // 8):
                     for e in cutlass.range_constexpr(2):
                         other = shared.sO[buffer, row, 8 * i + 2 * pair + e]
-                        state.rO[4 * i + 2 * h + e] = state.rO[4 * i + 2 * h + e] * weight + other * other_weight
-                state.rSum[h] = state.rSum[h] * weight + other_sum * other_weight
+                        state.rO[4 * i + 2 * h + e] = cute.math.fma(other, other_weight, state.rO[4 * i + 2 * h + e] * weight)
+                state.rSum[h] = cute.math.fma(other_sum, other_weight, state.rSum[h] * weight)
                 state.rMax[h] = row_max
         # The row's four lanes read one maximum and one sum, which the first of them will overwrite.
         cute.arch.sync_warp()
@@ -177,19 +187,13 @@ class Merge:
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                o, row_max, row_sum = self._add_warps(shared, row, at)
-                if const_expr(c.has_pieces):
-                    o, lse_log2 = self._normalize(o, row_max, row_sum)
-                    if entry.partial_slot < 0:
-                        self._fold(totals, v, [(o, lse_log2)])
-                    else:
-                        self._store_partial(results, entry.partial_slot + piece_in_entry, row, at, o, lse_log2)
+                part = self._add_warps(shared, row, at)
+                if entry.partial_slot >= 0:
+                    self._store_partial(results, entry.partial_slot + piece_in_entry, row, at, part)
+                elif const_expr(c.has_pieces):
+                    self._fold(totals, v, [part])
                 else:
-                    if entry.partial_slot < 0:
-                        self._write(results, entry, row, at, o, row_max, row_sum)
-                    else:
-                        o, lse_log2 = self._normalize(o, row_max, row_sum)
-                        self._store_partial(results, entry.partial_slot, row, at, o, lse_log2)
+                    self._write(results, entry, row, at, part)
         self._barrier()
 
     @cute.jit
@@ -199,7 +203,7 @@ class Merge:
             for v in cutlass.range_constexpr(self.vectors):
                 row, at = self._vector(v)
                 if row < self.config.rows:
-                    self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
+                    self._write(results, entry, row, at, self._total(totals, v))
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
@@ -269,7 +273,7 @@ class Merge:
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                self._write(results, entry, row, at, [totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
+                self._write(results, entry, row, at, self._total(totals, v))
         return ring
 
     @property
@@ -277,8 +281,8 @@ class Merge:
         """Slots that are added up at once."""
         return max(1, FOLD_VECTORS // self.vectors)
 
-    def _slot_vector(self, base: Int32, index: Int32, count: Int32, v: int) -> tuple[list[Float32], Float32]:
-        """Values and lse_log2 of a vector of the `index`-th slot in a stage; past the `count` slots nothing, without weight."""
+    def _slot_vector(self, base: Int32, index: Int32, count: Int32, v: int) -> Part:
+        """A vector of the `index`-th slot in a stage; past the `count` slots nothing, without weight."""
         c = self.config
         row, at = self._vector(v)
         row = cutlass.min(row, c.rows - 1)
@@ -286,8 +290,9 @@ class Merge:
         address = base + cutlass.min(index, c.stage_slots - 1) * c.slot_bytes
         is_part = index < count
         values = ptx.load_shared_f32x4(address + 4 * (row * c.head_dim_v + at * VEC))
-        lse_log2 = ptx.load_shared_f32(address + 4 * (c.rows * c.head_dim_v + row))
-        return [cutlass.select_(is_part, value, Float32(0.0)) for value in values], cutlass.select_(is_part, lse_log2, -Float32.inf)
+        row_max, row_sum = ptx.load_shared_f32x2(address + 4 * (c.rows * c.head_dim_v + 2 * row))
+        o = [cutlass.select_(is_part, value, Float32(0.0)) for value in values]
+        return Part(o, cutlass.select_(is_part, row_max, -Float32.inf), cutlass.select_(is_part, row_sum, Float32(0.0)))
 
     @cute.jit
     def _fetch_slots(self, entry: Entry, stage: Int32, ring_slot: Int32, shared: SharedTensors, results: ResultTensors):
@@ -307,8 +312,8 @@ class Merge:
         row = index // self.row_vectors
         return row, index - row * self.row_vectors
 
-    def _add_warps(self, shared: SharedTensors, row: Int32, at: Int32):
-        """One vector summed over the key warps: values relative to the common maximum (log2), the maximum, the denominator."""
+    def _add_warps(self, shared: SharedTensors, row: Int32, at: Int32) -> Part:
+        """One vector summed over the key warps."""
         buffers = self.config.merge_buffers
         first, row_in_group = row // MMA_ROWS * buffers, row % MMA_ROWS
         maxima = [shared.sMax[first + k, row_in_group] for k in range(buffers)]
@@ -321,37 +326,36 @@ class Merge:
             weight = cute.math.exp2(maxima[k] - finite, fastmath=True)
             r = cute.make_rmem_tensor(VEC, Float32)
             cute.autovec_copy(self._row_vector(shared.sO[first + k, row_in_group, None], at), r)
-            o = [o[e] + r[e] * weight for e in range(VEC)]
-            row_sum = row_sum + shared.sSum[first + k, row_in_group] * weight
-        return o, row_max, row_sum
+            o = [cute.math.fma(r[e], weight, o[e]) for e in range(VEC)]
+            row_sum = cute.math.fma(shared.sSum[first + k, row_in_group], weight, row_sum)
+        return Part(o, row_max, row_sum)
 
-    def _normalize(self, o: list[Float32], row_max: Float32, row_sum: Float32):
-        """A vector divided by its denominator, and the denominator in log2; 0 and -inf for an empty row."""
-        result = finalize_row(row_max, row_sum, Float32(1.0), None)
-        return [x * result.o_scale for x in o], result.lse * (1.0 / LN_2)
+    def _total(self, totals: Totals, v: int) -> Part:
+        """The totals of a vector."""
+        return Part([totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
 
-    def _fold(self, totals: Totals, v: int, parts: list[tuple[list[Float32], Float32]]) -> None:
-        """Add parts (values, lse_log2) to the totals of a vector, one after the other.
+    def _fold(self, totals: Totals, v: int, parts: list[Part]) -> None:
+        """Add parts to the totals of a vector, one after the other.
 
         The same arithmetic whether they come at once or one by one. At once, all weights are computed before the first is needed: a part
         then costs a multiplication and an FMA of latency instead of two exponentials too.
         """
         maxima = [totals.rMax[v]]
-        for _, lse_log2 in parts:
-            maxima.append(cute.arch.fmax(maxima[-1], lse_log2))
+        for part in parts:
+            maxima.append(cute.arch.fmax(maxima[-1], part.row_max))
         finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
         old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
-        weights = [cute.math.exp2(lse_log2 - zero, fastmath=True) for (_, lse_log2), zero in zip(parts, finite, strict=True)]
+        weights = [cute.math.exp2(part.row_max - zero, fastmath=True) for part, zero in zip(parts, finite, strict=True)]
         o, row_sum = [totals.rO[v, e] for e in range(VEC)], totals.rSum[v]
-        for (values, _), old_weight, weight in zip(parts, old_weights, weights, strict=True):
-            o = [cute.math.fma(values[e], weight, o[e] * old_weight) for e in range(VEC)]
-            row_sum = cute.math.fma(row_sum, old_weight, weight)
+        for part, old_weight, weight in zip(parts, old_weights, weights, strict=True):
+            o = [cute.math.fma(part.o[e], weight, o[e] * old_weight) for e in range(VEC)]
+            row_sum = cute.math.fma(part.row_sum, weight, row_sum * old_weight)
         for e in range(VEC):
             totals.rO[v, e] = o[e]
         totals.rSum[v], totals.rMax[v] = row_sum, maxima[-1]
 
     @cute.jit
-    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, o: list[Float32], row_max: Float32, row_sum: Float32):
+    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part):
         """One vector of a finished row to `out`, and the row's lse; rows past the query are left alone."""
         c = self.config
         token = row // c.q_per_kv
@@ -360,27 +364,27 @@ class Merge:
             sink = None
             if const_expr(results.mSinks is not None):
                 sink = Float32(results.mSinks[head])
-            result = finalize_row(row_max, row_sum, Float32(1.0), sink)
+            result = finalize_row(part.row_max, part.row_sum, sink)
             r = cute.make_rmem_tensor(VEC, results.mO.element_type)
             for e in cutlass.range_constexpr(VEC):
-                r[e] = results.mO.element_type(o[e] * result.o_scale)
+                r[e] = results.mO.element_type(part.o[e] * result.o_scale)
             cute.autovec_copy(r, self._row_vector(results.mO[entry.seqlen.q_begin + token, head, None], at))
             if const_expr(results.mLse is not None):
                 if at == 0:
                     results.mLse[head, entry.seqlen.q_begin + token] = result.lse
 
     @cute.jit
-    def _store_partial(self, results: ResultTensors, slot: Int32, row: Int32, at: Int32, o: list[Float32], lse_log2: Float32):
+    def _store_partial(self, results: ResultTensors, slot: Int32, row: Int32, at: Int32, part: Part):
         """One vector of a piece to its slot."""
         rows, dim = const_expr(self.config.rows), const_expr(self.config.head_dim_v)
         r = cute.make_rmem_tensor(VEC, Float32)
         for e in cutlass.range_constexpr(VEC):
-            r[e] = o[e]
+            r[e] = part.o[e]
         values = results.mSlots.iterator + cutlass.Int64(slot) * const_expr(slot_floats(self.config))
-        denominators = cute.make_tensor(values + rows * dim, cute.make_layout(rows))
+        stats = cute.make_tensor(values + rows * dim, cute.make_layout((rows, 2), stride=(2, 1)))
         cute.autovec_copy(r, self._row_vector(cute.make_tensor(values + row * dim, cute.make_layout(dim)), at))
         if at == 0:
-            denominators[row] = lse_log2
+            stats[row, 0], stats[row, 1] = part.row_max, part.row_sum
 
     def _row_vector(self, row: cute.Tensor, at: Int32) -> cute.Tensor:
         """Vector `at` of a row, known to be aligned to its size."""

@@ -9,11 +9,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
-from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.decode.config import DecodeConfig
-from fa4_backend.kernels.decode.work import CallValues
 
 
 class RowView(NamedTuple):
@@ -28,29 +28,23 @@ class RowView(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreTransform:
-    """What happens to a raw score before the softmax; after it a score times `scale_log2` is an exponent of 2."""
+    """What happens to a raw score before the softmax; after it a score is an exponent of 2.
+
+    Scaled and rounded by itself: the largest score of a row then weighs exactly 1 whatever its size, and 8 products a box are no cost.
+    """
 
     config: DecodeConfig
 
     @property
     def mask(self) -> MaskSpec:
         """The kernel's mask."""
-        return MaskSpec(self.config.has_window_left, self.config.is_causal or self.config.has_window_right)
+        return MaskSpec(self.config.mask)
 
-    @property
-    def is_log2(self) -> bool:
-        """Scores leave `apply` in log2 units already, since they were changed after scaling."""
-        return self.config.has_softcap or self.config.has_alibi
-
-    def scale_log2(self, values: CallValues) -> Float32:
-        """Factor from a transformed score to the exponent of 2."""
-        return Float32(1.0) if self.is_log2 else values.softmax_scale * LOG2_E
-
-    def row(self, row: Int32, seqlen: SeqlenInfo, kv_head_idx: Int32, values: CallValues, slopes: cute.Tensor | None) -> RowView:
+    def row(self, row: Int32, seqlen: SeqlenInfo, kv_head_idx: Int32, values: MaskValues, slopes: cute.Tensor | None) -> RowView:
         """Packed row `row` of a row group; rows past the query see nothing."""
         c = self.config
         token = row // c.q_per_kv
-        columns = self.mask.columns(token, seqlen, values.window_left, values.window_right)
+        columns = self.mask.columns(token, seqlen, values)
         is_valid = token < seqlen.seqlen_q
         slope = Float32(0.0)
         if const_expr(slopes is not None):
@@ -58,15 +52,15 @@ class ScoreTransform:
             slope = slopes[head] * LOG2_E
         return RowView(columns.begin, cutlass.select_(is_valid, columns.end, Int32(0)), seqlen.diagonal + token, slope, is_valid)
 
-    def apply(self, score: Float32, column: Int32, row: RowView, values: CallValues) -> Float32:
-        """The transformed score of one key; -inf where the row does not see it (NaN of an unused key included)."""
-        if const_expr(self.config.has_softcap):
+    def apply(self, score: Float32, column: Int32, row: RowView, values: MaskValues) -> Float32:
+        """The exponent of one key; -inf where the row does not see it (NaN of an unused key included)."""
+        if const_expr(self.config.mask.has_softcap):
             scaled = score * (values.softmax_scale / values.softcap)
-            score = cute.math.tanh(scaled) * (values.softcap * LOG2_E)
-        elif const_expr(self.config.has_alibi):
-            score = score * (values.softmax_scale * LOG2_E)
-        if const_expr(self.config.has_alibi):
+            score = ptx.mul_rn(cute.math.tanh(scaled), values.softcap * LOG2_E)
+        else:
+            score = ptx.mul_rn(score, values.softmax_scale * LOG2_E)
+        if const_expr(self.config.mask.has_alibi):
             distance = cutlass.max(row.diagonal - column, column - row.diagonal)
-            score = score - row.slope_log2 * Float32(distance)
+            score = cute.math.fma(Float32(distance), -row.slope_log2, score)
         is_seen = (column >= row.begin) & (column < row.end)
         return cutlass.select_(is_seen, score, -Float32.inf)

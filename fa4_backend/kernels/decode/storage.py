@@ -9,24 +9,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.decode.config import BOX_KEYS, ENTRY_STAGE, MAX_PENDING, MERGE_PAD, TILE_N, DecodeConfig
-from fa4_backend.kernels.work_list import DECODE_INTS
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-
-
-class RingPosition(NamedTuple):
-    """A stage of a ring, and the parity of the phase in which it is filled next."""
-
-    slot: Int32
-    phase: Int32
-
-
-def advance(position: RingPosition, stages: int) -> RingPosition:
-    """The next stage."""
-    slot = position.slot + 1
-    wraps = slot == stages
-    return RingPosition(cutlass.select_(wraps, Int32(0), slot), cutlass.select_(wraps, position.phase ^ 1, position.phase))
 
 
 class SharedTensors(NamedTuple):
@@ -59,6 +46,23 @@ class DecodeStorage:
         c = self.config
         return BOX_KEYS * c.head_dim * c.element_bytes, BOX_KEYS * c.head_dim_v * c.element_bytes
 
+    @property
+    def edges(self) -> EdgeBarriers:
+        """Every pipeline of the kernel: where its mbarriers lie behind the first, `kv_full`, and their counts."""
+        c = self.config
+        load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, c.num_consumer_warps)
+        q_bytes = c.rows * c.head_dim * c.element_bytes
+        edges = (
+            # The last tile of a sequence announces fewer bytes: boxes without keys are left out.
+            PipelineEdge("kv_load_to_consumers", c.kv_stage, (load,), (consumers,), c.kv_stage_bytes),
+            # An entry's ints, each released by the lane that wrote it, and its Q, announced by the first of them.
+            PipelineEdge(
+                "entry_load_to_consumers", ENTRY_STAGE, (load, Party("load", Signal.LANES, lanes=DECODE_INTS - 1)), (consumers,), q_bytes
+            ),
+            PipelineEdge("slots_merge_to_consumers", c.slot_stage, (Party("merge", Signal.TMA),), (), c.slot_stage_bytes, AT_BARRIER),
+        )
+        return EdgeBarriers(edges, 0)
+
     @cute.jit
     def allocate(self) -> SharedTensors:
         """Lay the tensors out; every thread calls."""
@@ -66,7 +70,8 @@ class DecodeStorage:
         smem = cutlass.utils.SmemAllocator()
         tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=1024)
         queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=1024)
-        barriers = smem.allocate_array(cutlass.Int64, 2 * (c.kv_stage + ENTRY_STAGE) + c.slot_stage, byte_alignment=8)
+        edges = self.edges
+        barriers = smem.allocate_array(cutlass.Int64, edges.end_bytes // MBARRIER_BYTES, byte_alignment=8)
         buffers, pitch = c.row_groups * c.merge_buffers, c.head_dim_v + MERGE_PAD
         merged = cute.make_layout((buffers, c.merge_rows, c.head_dim_v), stride=(c.merge_rows * pitch, pitch, 1))
         rows = cute.make_layout((buffers, c.merge_rows), stride=(c.merge_rows, 1))
@@ -77,12 +82,12 @@ class DecodeStorage:
 
         return SharedTensors(
             tiles.toint(),
-            barriers,
-            barriers + c.kv_stage,
-            barriers + 2 * (c.kv_stage + ENTRY_STAGE),
+            barriers + edges.full_offset("kv_load_to_consumers") // MBARRIER_BYTES,
+            barriers + edges.empty_offset("kv_load_to_consumers") // MBARRIER_BYTES,
+            barriers + edges.full_offset("slots_merge_to_consumers") // MBARRIER_BYTES,
             queries.toint(),
-            barriers + 2 * c.kv_stage,
-            barriers + 2 * c.kv_stage + ENTRY_STAGE,
+            barriers + edges.full_offset("entry_load_to_consumers") // MBARRIER_BYTES,
+            barriers + edges.empty_offset("entry_load_to_consumers") // MBARRIER_BYTES,
             ints(ENTRY_STAGE),
             ints(MAX_PENDING),
             smem.allocate_tensor(cutlass.Float32, merged, byte_alignment=16),
@@ -94,14 +99,8 @@ class DecodeStorage:
     @cute.jit
     def init_barriers(self, shared: SharedTensors):
         """By one thread, before the CTA's first barrier."""
-        for stage in cutlass.range_constexpr(self.config.kv_stage):
-            cute.arch.mbarrier_init(shared.kv_full + stage, 1)
-            cute.arch.mbarrier_init(shared.kv_empty + stage, self.config.num_consumer_warps)
-        for stage in cutlass.range_constexpr(self.config.slot_stage):
-            cute.arch.mbarrier_init(shared.slot_full + stage, 1)
-        for stage in cutlass.range_constexpr(ENTRY_STAGE):
-            cute.arch.mbarrier_init(shared.entry_full + stage, DECODE_INTS)
-            cute.arch.mbarrier_init(shared.entry_empty + stage, self.config.num_consumer_warps)
+        for offset, count in self.edges.initial_counts():
+            cute.arch.mbarrier_init(shared.kv_full + offset // MBARRIER_BYTES, count)
         cute.arch.mbarrier_init_fence()
 
     def q_tile(self, shared: SharedTensors, stage: Int32) -> Int32:

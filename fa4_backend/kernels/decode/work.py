@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Int32, const_expr
 
-from fa4_backend.kernels.common.mask import MaskSpec
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.mask import Columns, MaskSpec, MaskValues
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.decode.config import TILE_N
-from fa4_backend.kernels.work_list import (
+from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
     KV_HEAD_IDX,
     KV_LEN,
@@ -34,16 +34,8 @@ class StepTensors(NamedTuple):
     mTiles: cute.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     mFirst: cute.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     page_size: Int32  # tokens a page
-
-
-class CallValues(NamedTuple):
-    """Values of one call."""
-
-    softmax_scale: Float32  # multiplies raw logits
-    softcap: Float32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
     split_blocks: Int32  # KV tiles of a long piece (`common/kv_pieces.py`); 0: an entry is one piece
+    bounds: SeqlenBounds
 
 
 class Entry(NamedTuple):
@@ -59,9 +51,10 @@ class Entry(NamedTuple):
     seqlen: SeqlenInfo
 
 
-def entry_of(field: Callable[[int], Int32]) -> Entry:
+def entry_of(field: Callable[[int], Int32], bounds: SeqlenBounds) -> Entry:
     """The entry whose ints `field` reads: by shuffle from the lanes that hold them, or from shared memory."""
-    seqlen = SeqlenInfo(field(Q_BEGIN), field(QUERY_LEN), field(KV_LEN))
+    q_begin = field(Q_BEGIN)
+    seqlen = bounds.cut(q_begin, q_begin + field(QUERY_LEN), field(KV_LEN))
     order = (SEQ_IDX, KV_HEAD_IDX, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES)
     return Entry(*(field(i) for i in order), seqlen)
 
@@ -72,10 +65,22 @@ class VisibleTiles:
 
     mask: MaskSpec
 
-    def clip(self, entry: Entry, values: CallValues) -> tuple[Int32, Int32]:
+    def clip(self, entry: Entry, values: MaskValues) -> tuple[Int32, Int32]:
         """`n_block_begin .. n_block_end`, intersected with what the mask lets any row see; may be empty (begin >= end)."""
-        first = self.mask.columns(Int32(0), entry.seqlen, values.window_left, values.window_right)
-        last = self.mask.columns(entry.seqlen.seqlen_q - 1, entry.seqlen, values.window_left, values.window_right)
+        first = self.mask.columns(Int32(0), entry.seqlen, values)
+        last = self.mask.columns(entry.seqlen.seqlen_q - 1, entry.seqlen, values)
         begin = cutlass.max(first.begin // TILE_N, entry.n_block_begin)
         end = cutlass.min((cutlass.max(last.end, 0) + TILE_N - 1) // TILE_N, entry.n_block_end)
         return begin, end
+
+    def keys(self, entry: Entry, values: MaskValues) -> Columns:
+        """Columns from the first that any row of an entry sees to the sequence's end. What lies outside may hold anything, NaN too,
+        and the page table anything there."""
+        return Columns(self.mask.first_key(Int32(0), entry.seqlen, values), entry.seqlen.seqlen_k)
+
+    def has_any(self, keys: Columns, column: Int32, count: int) -> Boolean:
+        """Whether some of `count` columns from `column` on are in `keys`."""
+        has_any = column < keys.end
+        if const_expr(self.mask.has_left):
+            has_any = has_any & (column + count > keys.begin)
+        return has_any

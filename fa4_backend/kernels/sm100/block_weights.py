@@ -1,4 +1,4 @@
-"""One row's weights of one KV block: P = exp2(s * scale_log2 - offset), with the reference maximum moved only when it must.
+"""One row's weights of one KV block: P = exp2(s * scale_log2 - row_max), with the reference maximum moved only when it must.
 
 Note [One pass]. FlashAttention-4 rescales O only when a row's maximum grew by more than 8 (log2 units), which is rare behind a row's first
 block. Then even the maximum is rarely needed: the weights are computed with the reference in use, and their sum, which the softmax needs
@@ -21,7 +21,8 @@ from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
-from fa4_backend.kernels.sm100.tuning import Sm100Config
+from fa4_backend.kernels.common.online_softmax import MAX_FUSED
+from fa4_backend.kernels.sm100.config import Sm100Config
 
 CHUNK = 32  # columns a TMEM instruction moves
 MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V
@@ -30,7 +31,7 @@ MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^1
 class Weights(NamedTuple):
     """What the decision left: the first columns' weights, and the scores of the rest with all that their weights need."""
 
-    row_max: Float32  # reference maximum, raw score; -inf: no key yet
+    row_max: Float32  # reference maximum, log2 units (`online_softmax`); -inf: no key yet
     row_sum: Float32  # of all earlier blocks and the first columns
     factor: Float32  # multiplies O of earlier blocks; 1 while the reference stays
     first: list[ir.Value]  # packed 16-bit weights, a chunk each
@@ -49,12 +50,19 @@ class BlockWeights:
         return self.config.tuning.p_first_columns // CHUNK
 
     def decide(
-        self, load_scores: Callable[[], list[ir.Value]], is_first: Boolean, row_max: Float32, row_sum: Float32, scale_log2: Float32
+        self,
+        load_scores: Callable[[], list[ir.Value]],
+        wait_again: Callable[[], None],
+        is_first: Boolean,
+        row_max: Float32,
+        row_sum: Float32,
+        scale_log2: Float32,
     ) -> Weights:
         """Weights of the first columns with a reference that the block's weights do not pass by too much.
 
         Args:
             load_scores: emits the load of the row's scores, masked, in chunks; repeatable.
+            wait_again: emits a wait that is over at once.
             is_first: the row group's first block, which always needs its maximum.
         """
         threshold = self.config.kernel.tile.rescale_threshold
@@ -79,9 +87,10 @@ class BlockWeights:
                 lambda values: self._move(s, *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
-            offset = self.offset(reference, scale_log2)
+            offset = self.offset(reference)
+            s = self._relate(s, reference, scale_log2, wait_again)
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
-            unseen = Float32(self._unseen_max(s)) * scale_log2 - offset
+            unseen = cute.math.fma(Float32(self._unseen_max(s)), scale_log2, -offset)
             too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
@@ -94,9 +103,26 @@ class BlockWeights:
         cut = len(scalars) + self.first_chunks
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
 
-    def offset(self, row_max: Float32, scale_log2: Float32) -> Float32:
-        """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf."""
-        return cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) * scale_log2
+    def offset(self, row_max: Float32) -> Float32:
+        """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf, and after `_relate`."""
+        return cutlass.select_(ptx.absolute(row_max) < MAX_FUSED, row_max, Float32(0.0))
+
+    def _relate(self, s: list[ir.Value], row_max: Float32, scale_log2: Float32, wait_again: Callable[[], None]) -> list[ir.Value]:
+        """Scores relative to a reference that is large (`online_softmax`, Note [Large scores]), their products rounded as it was."""
+        is_large = (ptx.absolute(row_max) >= MAX_FUSED) & (row_max != -Float32.inf)
+
+        def change(values: list[ir.Value]) -> list[ir.Value]:
+            wait_again()  # keeps the branch a branch: see `load_scores`
+            inverse = cute.arch.rcp_approx(scale_log2)
+            scale, shift, back = (ptx.broadcast(x, 2) for x in (scale_log2, -row_max, inverse))
+            related = []
+            for v in values:
+                pairs = [ptx.pair(v, j) for j in range(0, CHUNK, 2)]
+                relative = [ptx.mul2(ptx.add2(ptx.mul2(pair, scale), shift), back) for pair in pairs]
+                related.append(ptx.from_pairs([ptx.select(is_large, new, old) for new, old in zip(relative, pairs, strict=True)]))
+            return related
+
+        return ptx.when_scalars(cute.arch.vote_any_sync(is_large), s, change)
 
     def weigh(self, s: list[ir.Value], first_chunk: int, scale_log2: Float32, offset: Float32) -> tuple[list[ir.Value], Float32]:
         """Packed weights of some chunks, and their sum.
@@ -123,12 +149,12 @@ class BlockWeights:
     def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
         """Reference, sum and factor after the block's maximum was looked at."""
         old = Float32(row_max)
-        largest = ptx.max_of(s, old)
+        largest = cute.arch.fmax(old, ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2))
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
-        grew = may_move & ((largest - old) * scale_log2 > self.config.kernel.tile.rescale_threshold)
+        grew = may_move & (largest - old > self.config.kernel.tile.rescale_threshold)
         new = cutlass.select_(grew, largest, old)
-        factor = cutlass.select_(grew, cute.math.exp2((old - new) * scale_log2, fastmath=True), Float32(1.0))
-        return [new.ir_value(), (Float32(row_sum) * factor).ir_value(), factor.ir_value()]
+        factor = cutlass.select_(grew, cute.math.exp2(old - new, fastmath=True), Float32(1.0))
+        return [new.ir_value(), ptx.mul_rn(row_sum, factor).ir_value(), factor.ir_value()]
 
     def _unseen_max(self, s: list[ir.Value]) -> ir.Value:
         """Largest score among those whose weight the sum of the first columns does not show."""

@@ -11,9 +11,10 @@ from cutlass import Float32, Int32
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE, WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 CHUNK_BYTES = 16  # of a row of O in shared memory

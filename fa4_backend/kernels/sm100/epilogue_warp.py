@@ -7,9 +7,9 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.kernels.sm100.correction_warps import CHUNK_BYTES
 from fa4_backend.kernels.sm100.storage import o_pitch
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 

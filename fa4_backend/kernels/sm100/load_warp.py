@@ -10,8 +10,8 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.storage import ROW_BYTES
-from fa4_backend.kernels.sm100.tuning import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -41,7 +41,7 @@ class Share(NamedTuple):
 class PageBox(NamedTuple):
     """The box of a share that a lane fetches."""
 
-    page: Int32  # physical page; num_pages (out of bounds: zeros, no memory read) for a box without tokens
+    page: Int32  # physical page; num_pages (out of bounds: zeros, no memory read) for a box without tokens that a row sees
     row: Int32  # first row within the page
     row_box: Int32  # index of the box along the share's rows
     part: Int32  # index along the head dimension
@@ -90,7 +90,7 @@ class LoadWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
-        """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with a tail."""
+        """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with an edge."""
         g, storage = self.geometry, self.geometry.storage
         config = g.config.kernel
         k_share, v_share = self.shares(place)
@@ -99,12 +99,13 @@ class LoadWarp:
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             tile, seqlen = item.tile, item.tile.seqlen
+            first_key = g.first_key(work, item) if const_expr(g.has_window_left) else None
             for i in range(item.num_blocks, unroll=1):
                 n_block = item.blocks.end - 1 - i
-                k_box = self.find_box(place, operands, tile.seq_idx, n_block, seqlen.seqlen_k, k_share)
+                k_box = self.find_box(place, operands, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, k_share)
                 v_box = k_box
                 if const_expr(g.group.ctas > 1):
-                    v_box = self.find_box(place, operands, tile.seq_idx, n_block, seqlen.seqlen_k, v_share)
+                    v_box = self.find_box(place, operands, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, v_share)
                 for is_v in cutlass.range_constexpr(2):
                     if i == 0:
                         ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
@@ -114,7 +115,10 @@ class LoadWarp:
                     ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
                     barrier = g.full_at_leader(place, "kv_load_to_mma", stage)
                     if const_expr(is_v == 1):
-                        if i == 0 and g.has_v_tail(item):
+                        has_edge = i == 0 and g.has_v_tail(item)
+                        if const_expr(g.has_window_left):
+                            has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
+                        if has_edge:
                             # The value tail warp fills the ring's buffer once the tile is clean.
                             ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
                             barrier = g.full(place, "v_tail_load_to_value_tail")
@@ -165,13 +169,21 @@ class LoadWarp:
             group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit
-    def find_box(self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, seqlen_k: Int32, share: Share):
-        """This lane's box of a share of KV block `n_block`; the page table is read only for pages that hold tokens."""
+    def find_box(
+        self, place: Place, operands: Operands, seq_idx: Int32, n_block: Int32, first_key: Int32 | None, seqlen_k: Int32, share: Share
+    ):
+        """This lane's box of a share of KV block `n_block`; the page table is read only for pages with tokens that a row sees.
+
+        first_key: that any row of the item sees; None: the sequence's first.
+        """
         row_boxes = share.rows // share.box_rows
         row_box = place.lane_idx % row_boxes
         token = n_block * self.geometry.config.kernel.tile.tile_n + share.first_row + row_box * share.box_rows
         page, row = operands.num_pages, Int32(0)
-        if token < seqlen_k:
+        is_seen = token < seqlen_k
+        if const_expr(first_key is not None):
+            is_seen = is_seen & (token + share.box_rows > first_key)
+        if is_seen:
             page_idx = token // operands.page_size
             row = token - page_idx * operands.page_size
             page = operands.mPageTable[seq_idx, page_idx]

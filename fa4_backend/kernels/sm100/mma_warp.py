@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100 import umma
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 

@@ -12,7 +12,7 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
@@ -22,13 +22,11 @@ from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensor
 LANE_SHIFT = 16  # lane field of a TMEM address
 
 
-class Scores(NamedTuple):
-    """What turns raw products into exponents; the optional tensors are compile-time presence."""
+class HeadTensors(NamedTuple):
+    """What a row's head brings to its softmax, and where its lse goes; presence is compile-time."""
 
-    softmax_scale: Float32
-    softcap: Float32
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
 
 
@@ -46,7 +44,7 @@ class SoftmaxWarps:
     geometry: Geometry
 
     @cute.jit
-    def run(self, place: Place, work: WorkTensors, scores: Scores):
+    def run(self, place: Place, work: WorkTensors, heads: HeadTensors):
         """Walk the work list; owns the consumer side of S and the producer sides of P and of the rows' statistics."""
         g, config = self.geometry, self.geometry.config.kernel
         q_idx = place.warp_idx // WARPGROUP
@@ -54,9 +52,9 @@ class SoftmaxWarps:
         row = warp * 32 + place.lane_idx
         s_tmem = g.tmem.s_at(place, q_idx) + (warp * 32 << LANE_SHIFT)
         stats = place.smem_base + g.storage.stats + row * o_pitch(config) + q_idx * STATS_BYTES
-        scale_log2 = scores.softmax_scale * LOG2_E
-        if const_expr(config.has_softcap):
-            scale_log2 = scores.softcap * LOG2_E
+        scale_log2 = work.values.softmax_scale * LOG2_E
+        if const_expr(config.mask.has_softcap):
+            scale_log2 = work.values.softcap * LOG2_E
         begin, end = g.item_range(work)
         s_phase, stats_phase = Int32(0), Int32(0)
         block = BlockWeights(g.config)
@@ -65,7 +63,7 @@ class SoftmaxWarps:
             item = g.read_item(work, index)
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
-            alibi = self.alibi_of(scores, item, packed.token, head, packed.is_valid, scale_log2)
+            alibi = self.alibi_of(heads, item, packed.token, head, packed.is_valid, scale_log2)
             # A row without a query token must not ask for a second pass, whatever its scores are.
             row_max, row_sum = -Float32.inf, Float32(0.0)
             if not packed.is_valid:
@@ -76,13 +74,14 @@ class SoftmaxWarps:
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
                 columns = functools.partial(self.columns, place, work, item, row, q_idx)
-                load = functools.partial(self.load_scores, s_tmem, scores, alibi, columns, item, n_block, barrier, s_phase)
-                weights = block.decide(load, i == 0, row_max, row_sum, scale_log2)
+                load = functools.partial(self.load_scores, s_tmem, work.values, alibi, columns, item, n_block, barrier, s_phase)
+                wait_again = functools.partial(ptx.mbarrier_wait, barrier, s_phase)
+                weights = block.decide(load, wait_again, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
                     # S of this block has arrived, so PV of the block before it is done.
                     self.rescale(g.tmem.o_at(place, q_idx) + (warp * 32 << LANE_SHIFT), weights.factor)
                 self.store_weights(place, q_idx, p_tmem, weights.first, 0, "p_softmax_to_mma")
-                rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max, scale_log2))
+                rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max))
                 self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
                 row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
                 s_phase ^= 1
@@ -90,8 +89,8 @@ class SoftmaxWarps:
             item = g.read_item(work, ptx.keep_here(index))
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
-            sink = self.sink_of(scores, head, packed.is_valid)
-            result = finalize_row(row_max, row_sum, scale_log2, sink)
+            sink = self.sink_of(heads, head, packed.is_valid)
+            result = finalize_row(row_max, row_sum, sink)
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
             ptx.store_shared_f32(stats, result.o_scale)
@@ -99,16 +98,16 @@ class SoftmaxWarps:
             stats_phase ^= 1
             if const_expr(config.has_lse):
                 if packed.is_valid:
-                    scores.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
+                    heads.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
 
     @cute.jit
-    def alibi_of(self, scores: Scores, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):
+    def alibi_of(self, heads: HeadTensors, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):
         """The row's bias; None without ALiBi."""
         alibi = None
-        if const_expr(self.geometry.config.kernel.has_alibi):
+        if const_expr(self.geometry.config.kernel.mask.has_alibi):
             slope = Float32(0.0)
             if is_valid:
-                slope = scores.mSlopes[head] * LOG2_E / scale_log2
+                slope = heads.mSlopes[head] * LOG2_E / scale_log2
             alibi = Alibi(item.tile.seqlen.diagonal + token, slope)
         return alibi
 
@@ -116,22 +115,22 @@ class SoftmaxWarps:
         """Columns that a row sees, worked out where it stands; idle rows are treated as their token would be."""
         g, seqlen = self.geometry, item.tile.seqlen
         packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), seqlen)
-        return g.block_info.mask.columns(packed.token, seqlen, work.window_left, work.window_right)
+        return g.block_info.mask.columns(packed.token, seqlen, work.values)
 
     @cute.jit
-    def sink_of(self, scores: Scores, head: Int32, is_valid: Boolean):
+    def sink_of(self, heads: HeadTensors, head: Int32, is_valid: Boolean):
         """The row's sink logit; None without sinks."""
         sink = None
-        if const_expr(self.geometry.config.kernel.has_sinks):
+        if const_expr(self.geometry.config.kernel.mask.has_sinks):
             sink = Float32(0.0)
             if is_valid:
-                sink = Float32(scores.mSinks[head])
+                sink = Float32(heads.mSinks[head])
         return sink
 
     def load_scores(
         self,
         s_tmem: Int32,
-        scores: Scores,
+        values: MaskValues,
         alibi: Alibi | None,
         columns: Callable[[], Columns],  # of this thread's row
         item: WorkItem,
@@ -143,21 +142,21 @@ class SoftmaxWarps:
         config = self.geometry.config.kernel
         tile_n = config.tile.tile_n
         s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
-        if config.has_softcap:
-            s = [soft_cap(v, scores.softmax_scale * (2 * LOG2_E) / scores.softcap) for v in s]
+        if config.mask.has_softcap:
+            s = [soft_cap(v, values.softmax_scale * (2 * LOG2_E) / values.softcap) for v in s]
         first_col = n_block * tile_n
-        if config.has_alibi:
+        if config.mask.has_alibi:
             # Kept inside the pass: hoisted, the 128 distances would take the registers of the scores.
             to_diagonal = ptx.keep_in_loop(alibi.diagonal - first_col)
             s = [add_alibi(v, to_diagonal - base, alibi.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
 
-        def masked(values: list) -> list:
+        def masked(chunks: list) -> list:
             # This wait is over at once. It keeps the branch a branch: ptxas predicates even hundreds of instructions, which then cost
             # their issue slots in every block, but it cannot predicate a loop.
             ptx.mbarrier_wait(barrier, s_phase)
             first, seen = ptx.keep_here(first_col), columns()
             out = []
-            for base, v in zip(range(0, tile_n, CHUNK), values, strict=True):
+            for base, v in zip(range(0, tile_n, CHUNK), chunks, strict=True):
                 bits = interval_bits(seen.begin - first - base, seen.end - first - base)
                 out.append(ptx.select_by_bits(bits, v, float("-inf")))
             return out

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
-from fa4_backend.kernels.config import KernelConfig
-from fa4_backend.kernels.sm100.tuning import Sm100Config, num_parts
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
 
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
@@ -23,7 +23,7 @@ O_PAD_BYTES = 16
 TMEM_POINTER_BYTES = 8
 
 
-def o_pitch(config: KernelConfig) -> int:
+def o_pitch(config: PrefillConfig) -> int:
     """Bytes from a row of O to the next in shared memory."""
     return config.head_dim_v * config.element_bytes + O_PAD_BYTES
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 ALL_COLUMNS = 512  # allocated whole: the kernel runs alone on its SM, and allocations are powers of two
 TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every address is a constant
@@ -25,7 +25,7 @@ class TmemLayout:
     o_stride: int
 
     @staticmethod
-    def of(config: KernelConfig) -> TmemLayout:
+    def of(config: PrefillConfig) -> TmemLayout:
         """Columns for a config; two tiles of S and O must fit."""
         tile_n, head_dim_v = config.tile.tile_n, config.head_dim_v
         layout = TmemLayout(s=0, p=tile_n // 2, o=2 * tile_n, s_stride=tile_n, o_stride=head_dim_v)

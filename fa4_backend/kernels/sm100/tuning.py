@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from fa4_backend.kernels.config import KernelConfig
-from fa4_backend.kernels.tuning import cta_group
+from fa4_backend.kernels.common.prefill_config import TileShape
 
-NUM_WARPS = 16
-PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
 REGISTER_STEP = 8  # setmaxnreg takes multiples of 8 (PTX ISA, "setmaxnreg")
 REGISTER_FILE = 65536
+
+# (head_dim, head_dim_v) -> tile. TMEM holds two tiles of S and O, so 128 x 128 is the largest tile.
+TILES: dict[tuple[int, int], TileShape] = {
+    (64, 64): TileShape(tile_m=128, tile_n=128, kv_stage=8),
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=4),
+    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=2),
+}
+
+# (head_dim, head_dim_v) -> CTAs that share a product; 1 where nothing is said. Modelled cycles of a KV block (docs/sm100.md), 1 and 2 CTAs:
+#   192 and 128: 4027 and 2560. Shared memory holds two K/V tiles of one CTA but four halves of a pair, and one CTA's port needs 2688 cycles
+#   for the 2560 of the tensor core. The other side: a pair walks to the end of the longer of its CTAs' rows, 2 more blocks a causal item.
+#   128: 2218 and 2048, but items of 512 packed rows leave a CTA of the pair idle for queries of fewer than 256, so 1.
+CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Sm100Tuning:
     # 3 (error 8.6e-5) is far below bfloat16's 3.9e-3 and would do for O, but not for an lse of 2e-5 in rows of few keys; 4 has 3.0e-6 and
     # costs one more packed FMA for each polynomial pair (docs/numerics.md).
     polynomial_degree: int = 4
-    cta_group: int = 1  # CTAs that share a product; `kernels/tuning.py` says where 2
+    cta_group: int = 1  # CTAs that share a product; `CTA_GROUP` says where 2
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 16 columns of O, an epilogue thread two 16-byte
     # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 an epilogue of four pieces did.
@@ -48,70 +59,7 @@ class Sm100Tuning:
             raise ValueError(f"cta_group: expected 1 or 2, got {self.cta_group}")
 
 
-def num_parts(head_dim: int) -> int:
-    """Parts of 64 elements that a head takes."""
-    return -(-head_dim // PART_ELEMS)
-
-
 ROWS: dict[str, Sm100Tuning] = {
     "sm_100a": Sm100Tuning(polynomial_every=8),
     "sm_103a": Sm100Tuning(polynomial_every=0),
 }
-
-
-@dataclass(frozen=True)
-class Sm100Config:
-    """Compile key of a Blackwell prefill kernel with tuned numbers of its own, for ablations."""
-
-    kernel: KernelConfig
-    tuning: Sm100Tuning
-
-    def __post_init__(self) -> None:
-        if self.tuning.cta_group == 2 and self.kernel.head_dim_v % (2 * PART_ELEMS):
-            raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
-
-    @property
-    def kv_stage(self) -> int:
-        """Buffers of K and V tiles in a CTA: half a tile takes half the shared memory."""
-        return self.kernel.tile.kv_stage * self.tuning.cta_group
-
-    @property
-    def k_rows(self) -> int:
-        """Rows of a K tile that this CTA holds."""
-        return self.kernel.tile.tile_n // self.tuning.cta_group
-
-    @property
-    def k_box_rows(self) -> int:
-        """Tokens that one TMA box of K fetches."""
-        return min(self.kernel.box_rows, self.k_rows)
-
-    @property
-    def v_parts(self) -> int:
-        """Parts of a V tile that this CTA holds."""
-        return num_parts(self.kernel.head_dim_v) // self.tuning.cta_group
-
-    @staticmethod
-    def of(kernel: KernelConfig) -> Sm100Config:
-        """The config of a kernel with the tuning of its arch and head dimensions."""
-        return Sm100Config(kernel, replace(ROWS[kernel.arch], cta_group=cta_group(kernel.arch, kernel.head_dim, kernel.head_dim_v)))
-
-    def with_tuning(self, **changes: float) -> Sm100Config:
-        """The same kernel with some tuned numbers replaced."""
-        return replace(self, tuning=replace(self.tuning, **changes))
-
-    @property
-    def arch(self) -> str:
-        """Target arch."""
-        return self.kernel.arch
-
-    @property
-    def builder(self) -> str:
-        """Where the kernel is: see `fa4_backend.compile`."""
-        return "fa4_backend.kernels.sm100.kernel:build"
-
-    @property
-    def name(self) -> str:
-        """Short name for people and file names."""
-        tuning = self.tuning
-        pair = "-pair" if tuning.cta_group == 2 else ""
-        return f"{self.kernel.name}-poly{tuning.polynomial_every}d{tuning.polynomial_degree}{pair}"

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
+from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.kernels.sm100.storage import TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
-Q_STAGE = 2  # query tiles in ping-pong
 
 
 @dataclass(frozen=True)

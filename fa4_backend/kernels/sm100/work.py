@@ -7,15 +7,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.mask import MaskSpec
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
+from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
-from fa4_backend.kernels.sm100.tuning import Sm100Config
-from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 
 
 class WorkTensors(NamedTuple):
@@ -24,9 +23,8 @@ class WorkTensors(NamedTuple):
     mTiles: cute.Tensor  # (max_tiles, 8) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
+    values: MaskValues
+    bounds: SeqlenBounds
 
 
 class Place(NamedTuple):
@@ -68,7 +66,7 @@ class Geometry:
         """Resolve a config."""
         kernel = config.kernel
         pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
-        blocks = BlockInfo(MaskSpec.of(kernel), kernel.tile.tile_n, tokens_per_item(config))
+        blocks = BlockInfo(MaskSpec(kernel.mask), kernel.tile.tile_n, config.tokens_per_item)
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
         return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
 
@@ -100,24 +98,31 @@ class Geometry:
 
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""
-        tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, work.mSeqUsedK, index))
-        blocks = self.block_info.blocks(
-            tile.m_block, tile.seqlen, work.window_left, work.window_right, tile.n_block_begin, tile.n_block_end
-        )
+        tile = uniform(read_tile(work.mTiles, work.mCuSeqlensQ, index, work.bounds))
+        blocks = self.block_info.blocks(tile.m_block, tile.seqlen, work.values, tile.n_block_begin, tile.n_block_end)
         return WorkItem(tile, blocks)
 
     def has_v_tail(self, item: WorkItem) -> Boolean:
-        """Whether the first (rightmost) block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
+        """Whether the last block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
         kernel, seqlen_k = self.config.kernel, item.tile.seqlen.seqlen_k
         return (item.blocks.end * kernel.tile.tile_n > seqlen_k) & (seqlen_k % kernel.box_rows != 0)
+
+    def has_v_head(self, work: WorkTensors, item: WorkItem) -> Boolean:
+        """Whether what the item sees begins in its first block and within a box, whose first rows may hold anything."""
+        kernel, first_key = self.config.kernel, self.first_key(work, item)
+        return (item.blocks.begin * kernel.tile.tile_n < first_key) & (first_key % kernel.box_rows != 0)
+
+    def first_key(self, work: WorkTensors, item: WorkItem) -> Int32:
+        """First key that any row of an item sees."""
+        return self.block_info.first_key(item.tile.m_block, item.tile.seqlen, work.values)
+
+    @property
+    def has_window_left(self) -> bool:
+        """Whether items may begin behind a sequence's first key."""
+        return self.block_info.mask.has_left
 
 
 def uniform(tile: WorkTile) -> WorkTile:
     """The same entry in uniform registers: every lane has read the same, but the compiler cannot know it."""
     same = [cute.arch.make_warp_uniform(field) for field in tile[:-1]]
     return WorkTile(*same, SeqlenInfo(*(cute.arch.make_warp_uniform(field) for field in tile.seqlen)))
-
-
-def tokens_per_item(config: Sm100Config) -> int:
-    """Query tokens of a work item: what `m_block` counts in."""
-    return Q_STAGE * config.tuning.cta_group * config.kernel.tokens_per_tile

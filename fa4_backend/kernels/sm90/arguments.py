@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Int32
+
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 
 
 class Step(NamedTuple):
@@ -11,20 +13,11 @@ class Step(NamedTuple):
 
     mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mSeqUsedK: cute.Tensor  # (batch,) int32
     mTiles: cute.Tensor  # (max_tiles, 8) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
-
-
-class MaskValues(NamedTuple):
-    """Runtime values of the mask and of the score transforms."""
-
-    softmax_scale: Float32  # multiplies raw logits
-    softcap: Float32
-    window_left: Int32
-    window_right: Int32  # 0 for causal
+    bounds: SeqlenBounds
 
 
 class Outputs(NamedTuple):
@@ -32,5 +25,5 @@ class Outputs(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_q_heads, head_dim_v)
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,) float32
+    mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32

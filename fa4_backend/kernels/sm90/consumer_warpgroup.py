@@ -22,17 +22,18 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.mask import Columns
+from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
-from fa4_backend.kernels.config import KernelConfig
-from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs
-from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats
-from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, Storage, advance, tensor_at
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.arguments import Outputs
+from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
+from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 class SharedTiles(NamedTuple):
@@ -76,7 +77,7 @@ class TileState(NamedTuple):
 class ConsumerWarpgroup:
     """Role of warpgroups 1 and up."""
 
-    config: KernelConfig
+    config: PrefillConfig
     roles: WarpRoles
     storage: Storage
     blocks: BlockInfo
@@ -99,7 +100,7 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, exact_factor=c.is_invariant)
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold)
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -108,7 +109,7 @@ class ConsumerWarpgroup:
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
         # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
-        scale_log2 = Float32(1.0) if const_expr(c.has_softcap or c.has_alibi) else values.softmax_scale * LOG2_E
+        scale = None if const_expr(c.mask.has_softcap or c.mask.has_alibi) else ScoreScale.make(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         tile_begin, tile_end = tile_range(mBegin)
         if tile_begin < tile_end:
@@ -121,7 +122,7 @@ class ConsumerWarpgroup:
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values, scale_log2)
+            self._first_weights(fragment, rS, stats, tile, values, scale)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             self._clear_tail(tiles, barriers, position, tile, thread)
@@ -134,30 +135,30 @@ class ConsumerWarpgroup:
                 num_right = cutlass.max(n_block - full_end, 0)
                 for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
                 num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
                 for _ in cutlass.range(num_full, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, False)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, False)
                 if const_expr(self.blocks.mask.has_left):
                     for _ in cutlass.range(n_block - blocks.begin, unroll=1):
                         n_block -= 1
-                        position = self._block(
-                            products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale_log2, True
-                        )
+                        position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
                 # Then into the next tile: its first scores with this tile's last product.
                 q_next = advance(q, Q_STAGE)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
                 after = advance(position, stages)
+                if const_expr(self.blocks.mask.has_left):
+                    self._clear_head(tiles, barriers, after, tile, values, thread)
                 rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values, scale_log2)
+                self._first_weights(fragment, rS, next_stats, next_tile, values, scale)
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
-                self._finish(products, stats, scale_log2, tiles, outputs, tile.work, q, group, thread)
+                self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 self._release_query(barriers.q_empty + q.slot)
                 products.rO.fill(0.0)
                 for i in cutlass.range_constexpr(2):
@@ -198,7 +199,7 @@ class ConsumerWarpgroup:
         n_block: Int32,
         values: MaskValues,
         tile: TileState,
-        scale_log2: Float32,
+        scale: ScoreScale | None,
         is_masked: cutlass.Constexpr[bool],
     ):
         """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
@@ -208,7 +209,7 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, scale_log2, may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, scale, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -230,11 +231,17 @@ class ConsumerWarpgroup:
         return rS
 
     def _first_weights(
-        self, fragment: RowFragment, rS: cute.Tensor, stats: RowStats, tile: TileState, values: MaskValues, scale_log2: Float32
+        self,
+        fragment: RowFragment,
+        rS: cute.Tensor,
+        stats: RowStats,
+        tile: TileState,
+        values: MaskValues,
+        scale: ScoreScale | None,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, scale_log2, may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, scale, may_be_empty=True, is_first=True)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -279,15 +286,14 @@ class ConsumerWarpgroup:
         n = [tiles.sWork[i, q.slot] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
-        windows = values.window_left, values.window_right
-        blocks = self.blocks.blocks(work.m_block, work.seqlen, *windows, work.n_block_begin, work.n_block_end)
+        blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
-            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, *windows))
+            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, values))
             diagonals.append(work.seqlen.diagonal + packed.token)
             slope = Float32(0.0)
-            if const_expr(self.config.has_alibi):
+            if const_expr(self.config.mask.has_alibi):
                 # Idle rows may lie past the last head; any slope does for them.
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
@@ -300,11 +306,11 @@ class ConsumerWarpgroup:
         """Soft cap, ALiBi and mask, in place; capped or biased scores leave scaled to log2 units."""
         c = self.config
         first_column = n_block * c.tile.tile_n
-        if const_expr(c.has_softcap):
+        if const_expr(c.mask.has_softcap):
             fragment.softcap(rS, values.softmax_scale, values.softcap)
-        elif const_expr(c.has_alibi):
+        elif const_expr(c.mask.has_alibi):
             fragment.scale(rS, values.softmax_scale * LOG2_E)
-        if const_expr(c.has_alibi):
+        if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
             fragment.mask(rS, first_column, state.columns)
@@ -328,28 +334,60 @@ class ConsumerWarpgroup:
         if first < end:
             value = advance(position, c.tile.kv_stage)
             cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
-            part = c.part_elems(c.head_dim_v)
-            chunk = 16 // c.element_bytes
-            row_chunks = part // chunk
-            zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
-            zeros.fill(0.0)
-            copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-            box = tiles.kv + value.slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
-            # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
-            for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
-                line = box + (part_idx * c.box_rows + first % c.box_rows) * part
-                for i in cutlass.range(thread, (end - first) * row_chunks, self.roles.consumer_threads, unroll=1):
-                    target = (line + i * chunk).align(16)
-                    cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
-            cute.arch.fence_proxy("async.shared", space="cta")
+            self._clear_rows(tiles, value.slot, first, end, thread, self.roles.consumer_threads)
             cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
+
+    @cute.jit
+    def _clear_head(
+        self,
+        tiles: SharedTiles,
+        barriers: Barriers,
+        value: RingPosition,  # of the V tile of the tile's first block
+        tile: TileState,
+        values: MaskValues,
+        thread: Int32,
+    ):
+        """Zero the V rows before the first key that a row of the tile sees, in the tile's first block, as `_clear_tail` does at the end.
+
+        Boxes that end before that key hold zeros already. The first warpgroup clears before its turn, and the turn that it gives tells
+        the others, so nobody waits for anybody else; without turns all clear and meet.
+        """
+        c = self.config
+        first_key = self.blocks.first_key(tile.work.m_block, tile.work.seqlen, values)
+        end = cutlass.max(first_key - tile.blocks.begin * c.tile.tile_n, 0)
+        first = end // c.box_rows * c.box_rows
+        clearing = const_expr(WARPGROUP_THREADS if c.tile.ping_pong else self.roles.consumer_threads)
+        if first < end and thread < clearing:
+            cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
+            self._clear_rows(tiles, value.slot, first, end, thread, clearing)
+            if const_expr(not c.tile.ping_pong):
+                cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
+
+    @cute.jit
+    def _clear_rows(self, tiles: SharedTiles, slot: Int32, first: Int32, end: Int32, thread: Int32, threads: cutlass.Constexpr[int]):
+        """Zero rows `first .. end` of one box of the V tile in `slot`, by `threads` threads; a barrier then shows it to the products."""
+        c = self.config
+        part = c.part_elems(c.head_dim_v)
+        chunk = 16 // c.element_bytes
+        row_chunks = part // chunk
+        zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
+        zeros.fill(0.0)
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
+        box = tiles.kv + slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
+        # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
+        for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
+            line = box + (part_idx * c.box_rows + first % c.box_rows) * part
+            for i in cutlass.range(thread, (end - first) * row_chunks, threads, unroll=1):
+                target = (line + i * chunk).align(16)
+                cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
+        cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def _finish(
         self,
         products: Products,
         stats: RowStats,
-        scale_log2: Float32,
+        scale: ScoreScale | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -365,10 +403,13 @@ class ConsumerWarpgroup:
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
             head = work.kv_head_idx * self.pack.q_per_kv + packed.head
             sink = None
-            if const_expr(c.has_sinks):
-                sink = outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)]
+            if const_expr(c.mask.has_sinks):
+                sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
-            result = finalize_row(stats.row_max[i], row_sum, scale_log2, sink)
+            row_max = stats.row_max[i]
+            if const_expr(scale is not None and (c.has_lse or c.mask.has_sinks)):
+                row_max = scale.true_max(row_max)
+            result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:

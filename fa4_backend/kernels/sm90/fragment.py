@@ -11,17 +11,50 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
+HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
 class RowStats(NamedTuple):
     """Running statistics of a thread's two rows."""
 
-    row_max: cute.Tensor  # (2,) reference maximum, raw scores; the same in all four lanes of a quad
+    row_max: cute.Tensor  # (2,) reference maximum, log2 units; the same in all four lanes of a quad
     row_sum: cute.Tensor  # (2,) sum of weights of this lane's columns only
+
+
+class ScoreScale(NamedTuple):
+    """From raw scores to log2 units: Note [Huge scores].
+
+    Note [Huge scores]. A weight is exp2(fma(score, log2, -row_max)) with row_max = log2 * largest score, rounded: all weights of a row
+    share a factor 2^r, where r is that rounding, in row_sum and in O alike. From a row_max of `HUGE` on, r may be 8 and more: 2^r leaves
+    what a 16-bit weight holds (fp16 inputs make logits of 4 * 10^8, bf16 of 10^38). Scores of such rows are 2^-23 of that, 32 log2 units
+    and more, apart: only those that equal the largest weigh anything, whatever the scale. So there the scale is the next power of two,
+    whose products are exact, and r is 0; the lse alone is brought back. The rows of a warp may differ in it: a select, no branch, which
+    would keep one row's exponentials from running under the other's maximum (H100, with a branch: d128 4 to 7 %, d64 7 to 15 % slower).
+    """
+
+    log2: Float32  # softmax_scale * log2(e)
+    power: Float32  # the next power of two, at most twice as large
+    huge: Float32  # raw scores of this size and more take `power`
+
+    @staticmethod
+    def make(softmax_scale: Float32) -> "ScoreScale":
+        """The scale of a call."""
+        log2 = softmax_scale * LOG2_E
+        power = ptx.bits_to_float((ptx.float_to_bits(log2) + 0x007FFFFF) & 0x7F800000)
+        return ScoreScale(log2, power, Float32(HUGE) / log2)
+
+    def of(self, largest: Float32) -> Float32:
+        """The scale of a row whose largest score of a block this is."""
+        return cutlass.select_(ptx.absolute(largest) >= self.huge, self.power, self.log2)
+
+    def true_max(self, row_max: Float32) -> Float32:
+        """A row's reference maximum in log2 units, whichever scale it was made with."""
+        return cutlass.select_(ptx.absolute(row_max) >= HUGE, ptx.mul_rn(row_max, self.log2 / self.power), row_max)
 
 
 @dataclass(frozen=True)
@@ -30,32 +63,33 @@ class RowFragment:
 
     n: int
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
-    exact_factor: bool = False  # see `update_max`
 
     def _row(self, i: int) -> range:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
-    def softmax(self, rS: cute.Tensor, stats: RowStats, scale_log2: Float32, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
-        """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks."""
+    def softmax(self, rS: cute.Tensor, stats: RowStats, scale: ScoreScale | None, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+        """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
+
+        Args:
+            scale: of raw scores; None: they are in log2 units already.
+        """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
         for i in range(2):
             row = self._row(i)
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
-            update = update_max(
-                block_max, stats.row_max[i], scale_log2,
-                may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold, exact_factor=self.exact_factor,
-            )  # fmt: skip
+            if const_expr(scale is not None):
+                factor = scale.of(block_max)
+                block_max = ptx.mul_rn(block_max, factor)
+            update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
             for j in row:
-                s[j] = cute.math.exp2(s[j] * scale_log2 - update.offset, fastmath=True)
+                exponent = s[j] - update.offset if const_expr(scale is None) else cute.math.fma(s[j], factor, -update.offset)
+                s[j] = cute.math.exp2(exponent, fastmath=True)
             total = _tree([s[j] for j in row], lambda a, b: a + b)
-            if const_expr(is_first):
-                stats.row_sum[i] = total
-            else:
-                stats.row_sum[i] = stats.row_sum[i] * update.factor + total
+            stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
         return factors
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
@@ -84,7 +118,7 @@ class RowFragment:
         outer = softcap * LOG2_E
         for j in range(self.n // 2):
             denominator = cute.math.exp2(s[j] * inner, fastmath=True) + 1.0
-            s[j] = outer - 2.0 * outer * cute.arch.rcp_approx(denominator)
+            s[j] = cute.math.fma(cute.arch.rcp_approx(denominator), -2.0 * outer, outer)
 
     def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
         """Subtract slope * |column - diagonal|; scores and slopes in log2 units."""
@@ -94,7 +128,7 @@ class RowFragment:
             distance = (lane_column - diagonals[i]).to(Float32)
             for j in self._row(i):
                 far = distance + float(8 * (j // 4) + j % 2)
-                s[j] = s[j] - slopes[i] * cute.arch.fmax(far, -far)
+                s[j] = cute.math.fma(cute.arch.fmax(far, -far), -slopes[i], s[j])
 
     def mask(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns]) -> None:
         """-inf where a row does not see the column."""

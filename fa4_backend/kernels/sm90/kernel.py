@@ -9,31 +9,30 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import PagedKv
-from fa4_backend.kernels.config import KernelConfig
-from fa4_backend.kernels.sm90.arguments import MaskValues, Outputs, Step
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.sm90.arguments import Outputs, Step
+from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.storage import Q_STAGE, WORK_INTS, Storage
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 @dataclass(frozen=True)
 class PrefillKernel:
     """The kernel of one config; `__call__` is the host side."""
 
-    config: KernelConfig
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of a CTA."""
-        return Storage(self.config).num_bytes
+    config: PrefillConfig
 
     @cute.jit
     def __call__(
@@ -43,12 +42,11 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mSeqUsedK: cute.Tensor,  # (batch,) int32
-        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.work_list
+        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
-        mSinks: cute.Tensor | None,  # (num_q_heads,) float32
+        mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
@@ -63,8 +61,9 @@ class PrefillKernel:
         k_atom, mK_tma = k_pages.make_tma(mK, storage.row_atom(c.head_dim).inner)
         v_atom, mV_tma = v_pages.make_tma(mV, storage.row_atom(c.head_dim_v).inner)
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
-        step = Step(mPageTable, mCuSeqlensQ, mSeqUsedK, mTiles, mBegin, Int32(page_size), Int32(num_pages))
-        values = MaskValues(softmax_scale, softcap, window_left, Int32(0) if const_expr(c.is_causal) else window_right)
+        bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
+        values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes)
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
@@ -101,7 +100,8 @@ class PrefillKernel:
         pack, k_pages, v_pages = self._geometry(storage)
         blocks = BlockInfo.of(c)
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
-        barriers = storage.barriers(shared.barriers.data_ptr())
+        barrier_base = shared.barriers.data_ptr()
+        barriers = storage.barriers(barrier_base)
         sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -109,7 +109,7 @@ class PrefillKernel:
             for atom in (q_atom, k_atom, v_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                storage.init_barriers(barriers, roles.consumer_warps)
+                storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
         if warp < WARPGROUP_THREADS // 32:
             cute.arch.setmaxregister_decrease(roles.load_registers)
@@ -123,6 +123,8 @@ class PrefillKernel:
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
+            elif warp == 2:
+                zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
@@ -138,44 +140,6 @@ class PrefillKernel:
         return PackGqa.of(c), k_pages, v_pages
 
 
-def build(config: KernelConfig) -> tuple[PrefillKernel, tuple]:
-    """Host function and fake arguments of `config` (see `fa4_backend.compile`); shapes and strides stay symbolic."""
-    dtype = Storage(config).dtype
-    total_q, heads, batch = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    pages, page_size, kv_heads = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-
-    def rows(*shape):
-        """A tensor with any strides of 16 bytes but the last."""
-        strides = tuple(cute.sym_int64(divisibility=16 // config.element_bytes) for _ in shape[:-1])
-        return make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
-
-    def ints(*shape):
-        strides = tuple(cute.sym_int64() for _ in shape[:-1])
-        return make_fake_tensor(Int32, shape, (*strides, 1), assumed_align=4)
-
-    def floats(present: bool, *shape):
-        if not present:
-            return None
-        strides = tuple(cute.sym_int64() for _ in shape[:-1])
-        return make_fake_tensor(Float32, shape, (*strides, 1), assumed_align=4)
-
-    arguments = (
-        rows(total_q, heads, config.head_dim),
-        rows(pages, page_size, kv_heads, config.head_dim),
-        rows(pages, page_size, kv_heads, config.head_dim_v),
-        ints(batch, cute.sym_int32()),
-        ints(cute.sym_int32()),
-        ints(batch),
-        make_fake_tensor(Int32, (cute.sym_int32(), 8), (8, 1), assumed_align=16),
-        ints(cute.sym_int32()),
-        rows(total_q, heads, config.head_dim_v),
-        floats(config.has_lse, heads, total_q),
-        floats(config.has_sinks, heads),
-        floats(config.has_alibi, heads),
-        Float32(1.0),
-        Float32(0.0),
-        Int32(0),
-        Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-    )
-    return PrefillKernel(config), arguments
+def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
+    """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel)

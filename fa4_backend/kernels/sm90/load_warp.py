@@ -8,12 +8,15 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
-from fa4_backend.kernels.sm90.arguments import MaskValues, Step
-from fa4_backend.kernels.sm90.storage import Q_STAGE, Barriers, RingPosition, advance
+from fa4_backend.kernels.sm90.arguments import Step
+from fa4_backend.kernels.sm90.storage import Barriers
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE
 
 
 class QueryOperand(NamedTuple):
@@ -59,20 +62,21 @@ class LoadWarp:
         q_position = RingPosition(Int32(0), Int32(0))
         tile_begin, tile_end = tile_range(step.mBegin)
         for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
-            work = read_tile(step.mTiles, step.mCuSeqlensQ, step.mSeqUsedK, tile_idx)
-            blocks = self.blocks.blocks(
-                work.m_block, work.seqlen, values.window_left, values.window_right, work.n_block_begin, work.n_block_end
-            )
+            work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
+            blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
                 self._hand_over(work, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
                 first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
                 sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
                 self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
                 q_position = advance(q_position, Q_STAGE)
+            first_key = None
+            if const_expr(self.blocks.mask.has_left):
+                first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
             num_blocks = blocks.end - blocks.begin
             for i in cutlass.range(num_blocks, unroll=1):
                 boxes = pages.find_boxes(
-                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, work.seqlen.seqlen_k, step.page_size, step.num_pages
+                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, first_key, work.seqlen.seqlen_k, step.page_size, step.num_pages
                 )
                 self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
                 position = self._after(position, pages.stages, loads_v, is_first)

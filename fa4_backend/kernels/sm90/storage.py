@@ -9,31 +9,18 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 from cutlass.utils.hopper_helpers import get_smem_layout_atom
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 8  # fields of a tile handed to the consumers
-Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
-
-
-class RingPosition(NamedTuple):
-    """A slot of the ring and the parity of its use."""
-
-    slot: Int32
-    phase: Int32
-
-
-def advance(position: RingPosition, stages: int) -> RingPosition:
-    """The next slot; the parity flips at each round."""
-    wraps = position.slot == stages - 1
-    slot = cutlass.select_(wraps, Int32(0), position.slot + 1)
-    return RingPosition(slot, cutlass.select_(wraps, position.phase ^ 1, position.phase))
 
 
 class Barriers(NamedTuple):
@@ -49,7 +36,7 @@ class Barriers(NamedTuple):
 class Storage:
     """Sizes and layouts of one kernel's shared memory."""
 
-    config: KernelConfig
+    config: PrefillConfig
 
     def __post_init__(self) -> None:
         c = self.config
@@ -86,17 +73,23 @@ class Storage:
 
         @cute.struct
         class SharedStorage:
-            barriers: cute.struct.MemRange[cutlass.Int64, 2 * Q_STAGE + 2 * c.tile.kv_stage]
+            barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
             work: cute.struct.MemRange[cutlass.Int32, Q_STAGE * WORK_INTS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, Q_STAGE * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
 
         return SharedStorage
 
+    @property
+    def edges(self) -> EdgeBarriers:
+        """Where each pipeline's mbarriers lie, and their counts."""
+        return EdgeBarriers(pipeline_edges(self.config), 0)
+
     def barriers(self, base: cute.Pointer) -> Barriers:
         """The barriers by name."""
-        kv = base + 2 * Q_STAGE
-        return Barriers(base, base + Q_STAGE, kv, kv + self.config.tile.kv_stage)
+        edges, names = self.edges, ("q_load_to_consumers", "kv_load_to_consumers")
+        offsets = [find(name) for name in names for find in (edges.full_offset, edges.empty_offset)]
+        return Barriers(*(base + offset // MBARRIER_BYTES for offset in offsets))
 
     def row_atom(self, head_dim: int) -> cute.ComposedLayout:
         """Swizzled atom for rows of `head_dim` elements, head contiguous."""
@@ -137,14 +130,10 @@ class Storage:
         return cute.make_composed_layout(self.row_atom(c.head_dim_v).inner, 0, outer)
 
     @cute.jit
-    def init_barriers(self, barriers: Barriers, consumer_warps: cutlass.Constexpr[int]):
+    def init_barriers(self, base: cute.Pointer):
         """By one thread, before the CTA's first barrier."""
-        for stage in cutlass.range_constexpr(Q_STAGE):
-            cute.arch.mbarrier_init(barriers.q_full + stage, 1)
-            cute.arch.mbarrier_init(barriers.q_empty + stage, consumer_warps)
-        for stage in cutlass.range_constexpr(self.config.tile.kv_stage):
-            cute.arch.mbarrier_init(barriers.kv_full + stage, 1)
-            cute.arch.mbarrier_init(barriers.kv_empty + stage, consumer_warps)
+        for offset, count in self.edges.initial_counts():
+            cute.arch.mbarrier_init(base + offset // MBARRIER_BYTES, count)
         cute.arch.mbarrier_init_fence()
 
 

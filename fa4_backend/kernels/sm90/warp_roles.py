@@ -1,12 +1,17 @@
-"""Who does what in a CTA: warpgroup 0 loads, the others compute 64 query rows each; registers move from the first to the others."""
+"""Who does what in a CTA: warpgroup 0 loads, the others compute 64 query rows each; registers move from the first to the others.
+
+load --q, kv--> consumers
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fa4_backend.kernels.config import KernelConfig
+from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 WARPGROUP_THREADS = 128
+Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
 
 # Registers a thread after setmaxnreg (multiples of 8), by number of consumer warpgroups: 128 * (load + n * consumer) <= 65536.
@@ -21,7 +26,7 @@ class WarpRoles:
     num_consumers: int
 
     @staticmethod
-    def of(config: KernelConfig) -> WarpRoles:
+    def of(config: PrefillConfig) -> WarpRoles:
         """The roles of a kernel: a consumer warpgroup for each 64 rows of the tile."""
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         return WarpRoles(config.tile.tile_m // WGMMA_ROWS)
@@ -66,3 +71,16 @@ class WarpRoles:
     def output_barrier(self) -> int:
         """First of `num_consumers` barriers: consumer i wrote its part of O to shared memory."""
         return 2 + self.num_consumers
+
+
+def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
+    """Every pipeline of the kernel."""
+    load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, WarpRoles.of(config).consumer_warps)
+    q_bytes = config.q_per_kv * config.tokens_per_tile * config.head_dim * config.element_bytes
+    kv_bytes = config.tile.tile_n * max(config.head_dim, config.head_dim_v) * config.element_bytes
+    return (
+        # Q and the tile's numbers; O leaves through the same buffer before it is released.
+        PipelineEdge("q_load_to_consumers", Q_STAGE, (load,), (consumers,), q_bytes),
+        # K and V tiles share the ring; a narrower one announces its own bytes.
+        PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
+    )

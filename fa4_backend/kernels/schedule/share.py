@@ -8,11 +8,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.schedule_block import NUM_THREADS, block_min, broadcast
-from fa4_backend.kernels.schedule_params import ScheduleParams
-from fa4_backend.kernels.work_list import TICKS
+from fa4_backend.kernels.schedule.block_ops import block_min, broadcast
+from fa4_backend.kernels.schedule.limits import NUM_THREADS
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.rates import TICKS
 
-MOST_TILES = 1 << 20  # of a decode CTA when times are compared: far more than any step has, and no product passes 2^31
+# Where times are compared, decode tiles of a CTA, decode tiles of a step and ticks of all prefill rounds are cut here: above what real
+# steps have, and no product passes 2^31.
+MOST_TILES, MOST_STEP_TILES, MOST_TICKS = 1 << 20, 1 << 30, 1 << 29
 
 
 class Share(NamedTuple):
@@ -38,13 +41,14 @@ def share_chip(decode_cost: Int32, tiles: Int32, blocks: Int32, num_groups: Int3
     most = params.num_sms - params.num_sms // 4  # decode leaves prefill a quarter of the SMs
     total = tiles * params.num_kv_heads
     tile_ticks = TICKS * (blocks // tiles + 1)  # one n_block for beginning and end
+    tile_ticks = cutlass.min(tile_ticks, MOST_TICKS // (4 * (total // num_groups) + 8))  # early CTAs are a quarter or more of all
     candidate = cutlass.min(tidx // 2, most)
     share = Share(Int32(0), num_groups, Int32(0))
     fifths = 5 * params.decode_full_sms
     if candidate > 0:
         # Two thirds of the SMs that keep the memory busy are as fast each as one alone, the next ones two fifths as fast.
         fifths = cutlass.min(cutlass.min(5 * candidate, 2 * (params.decode_full_sms + candidate)), fifths)
-    decode_tiles = decode_cost * params.num_kv_heads
+    decode_tiles = cutlass.min(decode_cost, MOST_STEP_TILES // params.num_kv_heads) * params.num_kv_heads
     decode_tiles = decode_tiles // fifths * 5 + decode_tiles % fifths * 5 // fifths + 1
     decode_ticks = cutlass.min(decode_tiles, MOST_TILES) * params.decode_tile_ticks
     rounds = (total + num_groups - 1) // num_groups

@@ -23,33 +23,23 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
-from fa4_backend.kernels.schedule_block import NUM_THREADS, NUM_WARPS, block_scan, square_root, store_tile, upper_bound
-from fa4_backend.kernels.schedule_params import ScheduleParams
-from fa4_backend.kernels.schedule_share import Share, deal, deal_begin, share_chip
-from fa4_backend.kernels.work_list import DECODE_INTS, NUM_ENTRIES, TILE_INTS
+from fa4_backend.kernels.launch_abi import schedule_fakes
+from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile, upper_bound
+from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
+from fa4_backend.kernels.schedule.share import Share, deal, deal_begin, share_chip
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
-    from fa4_backend.kernels.schedule_launch import ScheduleConfig
+    from fa4_backend.kernels.schedule.config import ScheduleConfig
 
 # Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
 # CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.
 # 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
 # 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
 PARTS_RATIO = 5
-MAX_CTAS = NUM_THREADS - 2  # a thread each for the cuts between consumer CTAs, the list's end included
-
-
-class RowTables(NamedTuple):
-    """Shared memory: the batch's rows, compacted by kind; `max_num_seqs` entries each unless stated."""
-
-    decode_seq: cute.Tensor  # sequence of the i-th decode row
-    decode_begin: cute.Tensor  # first n_block it sees
-    decode_blocks: cute.Tensor  # n_blocks it sees
-    decode_cost: cute.Tensor  # (max_num_seqs + 1,) cost of one head of all earlier decode rows
-    prefill_seq: cute.Tensor  # sequence of the i-th prefill row
-    prefill_kv: cute.Tensor  # its KV tokens
-    prefill_order: cute.Tensor  # the same, longest KV first
-    prefill_tiles: cute.Tensor  # (max_num_seqs + 1,) query blocks of all earlier rows of `prefill_order`
+MAX_SUM = 2**31 - 1
 
 
 class CutTables(NamedTuple):
@@ -76,126 +66,66 @@ class ScheduleKernel:
         prefill_begin: cute.Tensor,  # (num_ctas + 1,) int32
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
-        num_kv_heads: Int32,
-        tokens_per_tile: Int32,
-        prefill_tile_n: Int32,
-        decode_query_len: Int32,
-        decode_tile_n: Int32,
-        split_blocks: Int32,
-        item_overhead: Int32,
-        l2_tokens: Int32,
-        window_left: Int32,
-        window_right: Int32,
-        slot_vectors: Int32,
-        num_sms: Int32,
-        decode_tile_ticks: Int32,
-        decode_full_sms: Int32,
+        arrivals: cute.Tensor,  # (max_slots,) int32
+        params: ScheduleParams,
         stream,
     ):
-        """Launch; the scalars are the fields of `ScheduleParams`."""
-        params = ScheduleParams(
-            num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
-            split_blocks, item_overhead, l2_tokens, window_left, window_right, slot_vectors,
-            num_sms, decode_tile_ticks, decode_full_sms,
-        )  # fmt: skip
+        """Launch."""
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
-        self.kernel(cu_seqlens_q, seqused_k, prefill_tiles, prefill_begin, decode_tiles, decode_first, params).launch(
+        lengths = StepLengths(cu_seqlens_q, seqused_k)
+        self.kernel(lengths, prefill_tiles, prefill_begin, decode_tiles, decode_first, arrivals, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
-        cu_seqlens_q: cute.Tensor,
-        seqused_k: cute.Tensor,
+        lengths: StepLengths,
         prefill_tiles: cute.Tensor,
         prefill_begin: cute.Tensor,
         decode_tiles: cute.Tensor,
         decode_first: cute.Tensor,
+        arrivals: cute.Tensor,
         params: ScheduleParams,
     ):
         smem = cutlass.utils.SmemAllocator()
-        size = self.max_num_seqs
 
         def ints(n: int) -> cute.Tensor:
             return smem.allocate_tensor(Int32, cute.make_layout(n), byte_alignment=16)
 
-        rows = RowTables(ints(size), ints(size), ints(size), ints(size + 1), ints(size), ints(size), ints(size), ints(size + 1))
+        seqs, table, sums = ints(self.max_num_seqs), ints(self.max_num_seqs + 2), ints(NUM_WARPS)
         cuts = CutTables(ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS))
-        sums = ints(NUM_WARPS)
 
-        num_decode, num_prefill = self.scan_rows(cu_seqlens_q, seqused_k, rows, sums, params)
+        rows = scan_rows(lengths, seqs, table, sums, params)
         num_groups = cute.size(prefill_begin) - 1
         share = Share(Int32(0), num_groups, Int32(0))
-        if num_prefill > 0:
-            tiles, blocks = self.order_prefill(cu_seqlens_q, seqused_k, rows, sums, num_prefill, params)
-            if num_decode > 0:
-                share = share_chip(rows.decode_cost[num_decode], tiles, blocks, num_groups, sums, params)
+        tiles = Int32(0)
+        if rows.num_prefill > 0:
+            order_by_length(rows)
+            tiles, blocks = self.sum_prefill(lengths, rows, sums, prefill_tiles.shape[0] // params.num_kv_heads, params)
+            if rows.num_decode > 0:
+                share = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, num_groups, sums, params)
         num_cuts = share.decode_sms
         if share.decode_sms == 0:
-            num_cuts = self.usable_ctas(rows, sums, num_decode, decode_first.shape[0], params)
-        self.cut_decode(rows, cuts, sums, num_decode, num_cuts, params)
-        self.write_decode(cu_seqlens_q, seqused_k, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        self.write_prefill(cu_seqlens_q, seqused_k, rows, prefill_tiles, prefill_begin, num_prefill, share, params)
+            num_cuts = self.usable_ctas(rows, sums, decode_first.shape[0], params)
+        self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
+        self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
+        self.write_prefill(lengths, rows, prefill_tiles, prefill_begin, tiles, share, params)
 
     @cute.jit
-    def scan_rows(self, cu_seqlens_q: cute.Tensor, seqused_k: cute.Tensor, rows: RowTables, sums: cute.Tensor, params: ScheduleParams):
-        """Compact the rows into `rows`; returns how many decode and prefill rows there are. Ends with a barrier."""
-        tidx, _, _ = cute.arch.thread_idx()
-        num_seqs = cute.size(seqused_k)
-        decode_done, prefill_done, cost_done = Int32(0), Int32(0), Int32(0)
-        for base in range(0, num_seqs, NUM_THREADS):
-            seq_idx = base + tidx
-            query_len, kv_len = Int32(0), Int32(0)
-            if seq_idx < num_seqs:
-                query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
-                kv_len = seqused_k[seq_idx]
-            is_decode = Int32(0)
-            if query_len > 0 and query_len <= params.decode_query_len:
-                is_decode = Int32(1)
-            is_prefill = Int32(0)
-            if query_len > params.decode_query_len:
-                is_prefill = Int32(1)
-            begin = cutlass.max(kv_len - query_len - params.window_left, 0) // params.decode_tile_n
-            blocks = (kv_len + params.decode_tile_n - 1) // params.decode_tile_n - begin
-            cost = is_decode * (cutlass.max(blocks, 1) + params.item_overhead)
-
-            decode_at, num_decode = block_scan(is_decode, sums)
-            prefill_at, num_prefill = block_scan(is_prefill, sums)
-            cost_at, cost_all = block_scan(cost, sums)
-            if is_decode == 1:
-                at = decode_done + decode_at
-                rows.decode_seq[at] = seq_idx
-                rows.decode_begin[at] = begin
-                rows.decode_blocks[at] = blocks
-                rows.decode_cost[at] = cost_done + cost_at
-            if is_prefill == 1:
-                rows.prefill_seq[prefill_done + prefill_at] = seq_idx
-                rows.prefill_kv[prefill_done + prefill_at] = kv_len
-            decode_done += num_decode
-            prefill_done += num_prefill
-            cost_done += cost_all
-        if tidx == 0:
-            rows.decode_cost[decode_done] = cost_done
-        cute.arch.sync_threads()
-        return decode_done, prefill_done
-
-    @cute.jit
-    def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams) -> Int32:
+    def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:
         """CTAs to cut the line for. Where all rows are equally long, a few CTAs less may give every one the same whole
         share of row groups (or row groups the same number of parts), which saves the splits, and few row groups are not cut
         into more parts than it pays to add up; ends with a barrier."""
         tidx, _, _ = cute.arch.thread_idx()
-        if tidx == 0:
-            sums[0] = Int32(0)
-        cute.arch.sync_threads()
-        for row in range(tidx, num_decode, NUM_THREADS):
+        equal = Int32(1)
+        for row in range(tidx, rows.num_decode, NUM_THREADS):
             if rows.decode_cost[row + 1] - rows.decode_cost[row] != rows.decode_cost[1]:
-                sums[0] = Int32(1)
-        cute.arch.sync_threads()
-        items = num_decode * params.num_kv_heads
+                equal = Int32(0)
+        equal = block_min(equal, sums)
+        items = rows.num_decode * params.num_kv_heads
         usable = num_ctas
-        if sums[0] == 0 and items > 0:
+        if equal == 1 and items > 0:
             if items <= num_ctas:
                 usable = num_ctas - num_ctas % items
             else:
@@ -204,37 +134,49 @@ class ScheduleKernel:
                     usable = items // share
         if usable * 8 < num_ctas * 7:
             usable = num_ctas
-        if sums[0] == 0 and items > 0 and params.split_blocks == 0:
+        if equal == 1 and items > 0 and params.split_blocks == 0:
             parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
             usable = cutlass.min(usable, items * cutlass.max(parts, 1))
-        cute.arch.sync_threads()
         return usable
 
     @cute.jit
-    def cut_decode(self, rows: RowTables, cuts: CutTables, sums: cute.Tensor, num_decode: Int32, num_ctas: Int32, params: ScheduleParams):
-        """Thread c places the cut before consumer CTA c; ends with a barrier."""
+    def cut_decode(
+        self,
+        lengths: StepLengths,
+        rows: RowTables,
+        cuts: CutTables,
+        sums: cute.Tensor,
+        arrivals: cute.Tensor,
+        num_ctas: Int32,
+        params: ScheduleParams,
+    ):
+        """Thread c places the cut before consumer CTA c, and clears the counter of the row group that it is the first to cut; ends with
+        a barrier."""
         cta, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
         heads = params.num_kv_heads
-        total = rows.decode_cost[num_decode] * heads
-        item, block, pieces = num_decode * heads, Int32(0), Int32(0)
+        end = rows.num_decode * heads
+        item, block, pieces = end, Int32(0), Int32(0)
         if cta < num_ctas:
-            # cta * total / num_ctas without the product, which may pass 2^31.
-            position = cta * (total // num_ctas) + cta * (total % num_ctas) // num_ctas
-            if position < total:
-                row = upper_bound(rows.decode_cost, num_decode + 1, position // heads) - 1
+            # The line is as long as `heads` times the rows' sum, which may pass 2^31. So its cta * length / num_ctas is found in units of
+            # `heads` first, and what is left of such a unit then.
+            total = rows.decode_cost[rows.num_decode]
+            left = cta * (total % num_ctas)
+            unit = cta * (total // num_ctas) + left // num_ctas
+            if unit < total:
+                row = upper_bound(rows.decode_cost, rows.num_decode + 1, unit) - 1
                 # A row's heads stand one behind the other, so the row is found by its first head's start.
-                offset = position - rows.decode_cost[row] * heads
+                offset = (unit - rows.decode_cost[row]) * heads + left % num_ctas * heads // num_ctas
                 cost = rows.decode_cost[row + 1] - rows.decode_cost[row]
                 head = offset // cost
                 item = row * heads + head
-                block = offset - head * cost - params.item_overhead
-                blocks = rows.decode_blocks[row]
-                begin = rows.decode_begin[row]
+                block = offset - head * cost
                 if params.split_blocks > 0 and block > 0:
+                    begin, _ = decode_range(read_row(lengths, rows.decode_seq[row], params), params)
                     block = nearest_piece(begin + block, params) - begin
                 if block <= 0:
                     block = Int32(0)
-                elif block >= blocks:
+                elif block >= cost:
                     item += 1
                     block = Int32(0)
         cuts.item[cta] = item
@@ -252,17 +194,15 @@ class ScheduleKernel:
                 cuts.item[place] = item
                 cuts.block[place] = block
             if cta >= count:
-                cuts.item[cta] = num_decode * heads
+                cuts.item[cta] = end
                 cuts.block[cta] = Int32(0)
             cute.arch.sync_threads()
             item, block = cuts.item[cta], cuts.block[cta]
             # What a first cut tells of its row group follows from the row group.
             pieces = Int32(0)
             if block > 0:
-                row = item // heads
-                begin = rows.decode_begin[row]
-                last = begin + cutlass.max(rows.decode_blocks[row], 1) - 1
-                pieces = piece_idx(last, params) + 1 - piece_idx(begin, params)
+                begin, blocks = decode_range(read_row(lengths, rows.decode_seq[item // heads], params), params)
+                pieces = piece_idx(begin + cutlass.max(blocks, 1) - 1, params) + 1 - piece_idx(begin, params)
 
         is_inner, is_first = Int32(0), Int32(0)
         if block > 0:
@@ -277,6 +217,8 @@ class ScheduleKernel:
         if params.split_blocks > 0:
             slots = is_first * pieces
         slots_before, _ = block_scan(slots, sums)
+        if is_first == 1 and bidx == 0:
+            arrivals[slots_before] = Int32(0)
         cuts.inner[cta] = inner_before + is_inner
         cuts.slot[cta] = slots_before
         cute.arch.sync_threads()
@@ -284,8 +226,7 @@ class ScheduleKernel:
     @cute.jit
     def write_decode(
         self,
-        cu_seqlens_q: cute.Tensor,
-        seqused_k: cute.Tensor,
+        lengths: StepLengths,
         rows: RowTables,
         cuts: CutTables,
         decode_tiles: cute.Tensor,
@@ -303,21 +244,20 @@ class ScheduleKernel:
             last_item, last_block = cuts.item[cta + 1], cuts.block[cta + 1]
             begin = first_item + cuts.inner[cta]
             count = last_item + cuts.inner[cta + 1] - begin
+            total_q = lengths.cu_seqlens_q[cute.size(lengths.seqused_k)]
             if count == 0 and lane == 0:
                 decode_first[cta, NUM_ENTRIES] = Int32(0)
+                decode_first[cta, TOTAL_Q] = total_q
             for entry in range(lane, count, 32):
                 item = first_item + entry
                 row = item // params.num_kv_heads
                 head = item - row * params.num_kv_heads
                 seq_idx = rows.decode_seq[row]
-                q_begin = cu_seqlens_q[seq_idx]
-                query_len = cu_seqlens_q[seq_idx + 1] - q_begin
-                kv_len = seqused_k[seq_idx]
-                begin_block = rows.decode_begin[row]
+                row_lengths = read_row(lengths, seq_idx, params)
+                begin_block, stop = decode_range(row_lengths, params)
                 block = Int32(0)
                 if entry == 0:
                     block = first_block
-                stop = rows.decode_blocks[row]
                 if item == last_item:
                     stop = last_block
                 slot, first_slot, pieces = Int32(-1), Int32(0), Int32(1)
@@ -333,81 +273,61 @@ class ScheduleKernel:
                         piece = cuts.inner[cta] - cuts.inner[first_cut] + 1
                     slot = first_slot + piece
                 tile = (seq_idx, head, Int32(0), begin_block + block, begin_block + stop, slot, first_slot, pieces)
-                values = (*tile, q_begin, query_len, kv_len, count, begin + 1, Int32(0), Int32(0), Int32(0))
+                values = (*tile, *row_lengths, count, begin + 1, total_q, Int32(0), Int32(0))
                 store_tile(decode_tiles, begin + entry, values)
                 if entry == 0:
                     store_tile(decode_first, cta, values)
 
     @cute.jit
-    def order_prefill(
-        self,
-        cu_seqlens_q: cute.Tensor,
-        seqused_k: cute.Tensor,
-        rows: RowTables,
-        sums: cute.Tensor,
-        num_prefill: Int32,
-        params: ScheduleParams,
-    ):
-        """Order the prefill rows, longest KV first (ties by sequence), and sum up their query blocks; ends with a barrier.
+    def sum_prefill(self, lengths: StepLengths, rows: RowTables, sums: cute.Tensor, room: Int32, params: ScheduleParams):
+        """Sum up the query blocks of the ordered prefill rows; ends with a barrier.
 
-        Returns the query blocks of one head, and about how many n_blocks they see.
+        Returns the query blocks of one head, and about how many n_blocks they see. The list has room for every step whose `cu_seqlens_q`
+        ascends; of one that does not, `room` query blocks of a head are dealt out.
         """
         tidx, _, _ = cute.arch.thread_idx()
-        # Rank by counting: few rows in most steps, all rows in exact mode.
-        for mine in range(tidx, num_prefill, NUM_THREADS):
-            kv_len = rows.prefill_kv[mine]
-            rank = Int32(0)
-            for other in cutlass.range(num_prefill, unroll=4):
-                other_len = rows.prefill_kv[other]
-                if other_len > kv_len or (other_len == kv_len and other < mine):
-                    rank += 1
-            rows.prefill_order[rank] = rows.prefill_seq[mine]
-        cute.arch.sync_threads()
+        # No more n_blocks of two query blocks than let the sum over all query blocks stay below 2^31.
+        most = MAX_SUM // (params.max_num_tokens // params.tokens_per_tile + cute.size(lengths.seqused_k))
         done, seen = Int32(0), Int32(0)
-        for base in range(0, num_prefill, NUM_THREADS):
+        for base in range(0, rows.num_prefill, NUM_THREADS):
             at = base + tidx
             m_blocks, n_blocks = Int32(0), Int32(0)
-            if at < num_prefill:
-                seq_idx = rows.prefill_order[at]
-                query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
-                m_blocks = (query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
-                kv_len = seqused_k[seq_idx]
-                first = visible_blocks(Int32(0), query_len, kv_len, params)
-                last = visible_blocks(m_blocks - 1, query_len, kv_len, params)
-                n_blocks = m_blocks * (first[1] - first[0] + last[1] - last[0]) // 2
+            if at < rows.num_prefill:
+                row = read_row(lengths, rows.prefill_seq[at], params)
+                m_blocks = (row.query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
+                first = visible_blocks(Int32(0), row, params)
+                last = visible_blocks(m_blocks - 1, row, params)
+                n_blocks = m_blocks * cutlass.min(first[1] - first[0] + last[1] - last[0], most) // 2
             before, all_blocks = block_scan(m_blocks, sums)
             _, all_seen = block_scan(n_blocks, sums)
-            if at < num_prefill:
-                rows.prefill_tiles[at] = done + before
+            if at < rows.num_prefill:
+                rows.prefill_sum[at] = done + before
             done += all_blocks
             seen += all_seen
         if tidx == 0:
-            rows.prefill_tiles[num_prefill] = done
+            rows.prefill_sum[rows.num_prefill] = done
         cute.arch.sync_threads()
-        return done, seen
+        return cutlass.min(cutlass.max(done, 0), room), seen
 
     @cute.jit
     def write_prefill(
         self,
-        cu_seqlens_q: cute.Tensor,
-        seqused_k: cute.Tensor,
+        lengths: StepLengths,
         rows: RowTables,
         prefill_tiles: cute.Tensor,
         prefill_begin: cute.Tensor,
-        num_prefill: Int32,
+        tiles: Int32,
         share: Share,
         params: ScheduleParams,
     ):
-        """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone."""
+        """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: of one head."""
         tidx, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
         thread = bidx * NUM_THREADS + tidx
         num_ctas = cute.size(prefill_begin) - 1
         heads = params.num_kv_heads
-        total = Int32(0)
-        if num_prefill > 0:
-            total = rows.prefill_tiles[num_prefill] * heads
+        total = tiles * heads
         # The first rounds go to the early CTAs, what is left to all.
         early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
         late_total = total - early_total
@@ -415,20 +335,19 @@ class ScheduleKernel:
             early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
             prefill_begin[thread] = early + deal_begin(thread, late_total, num_ctas)
         for rank in range(thread, total, grid * NUM_THREADS):
-            row = upper_bound(rows.prefill_tiles, num_prefill + 1, rank // heads) - 1
-            seq_idx = rows.prefill_order[row]
-            m_blocks = rows.prefill_tiles[row + 1] - rows.prefill_tiles[row]
-            query_len = cu_seqlens_q[seq_idx + 1] - cu_seqlens_q[seq_idx]
-            kv_len = seqused_k[seq_idx]
-            within = rank - rows.prefill_tiles[row] * heads
-            group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(kv_len, 1), 1), heads)
+            row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
+            seq_idx = rows.prefill_seq[row]
+            m_blocks = rows.prefill_sum[row + 1] - rows.prefill_sum[row]
+            row_lengths = read_row(lengths, seq_idx, params)
+            within = rank - rows.prefill_sum[row] * heads
+            group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(row_lengths.kv_len, 1), 1), heads)
             head_begin = within // (group * m_blocks) * group
             group = cutlass.min(group, heads - head_begin)
             within -= head_begin * m_blocks
             m_block = m_blocks - 1 - within // group
             head = head_begin + within % group
-            begin, end = visible_blocks(m_block, query_len, kv_len, params)
-            values = (seq_idx, head, m_block, begin, end, Int32(-1), Int32(0), Int32(1))
+            begin, end = visible_blocks(m_block, row_lengths, params)
+            values = (seq_idx, head, m_block, begin, end, row_lengths.kv_len, Int32(0), Int32(0))
             cta, turn = deal(rank, share.early_ctas)
             early_begin = deal_begin(cta, early_total, share.early_ctas)
             place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
@@ -440,11 +359,11 @@ class ScheduleKernel:
 
 
 @cute.jit
-def visible_blocks(m_block: Int32, query_len: Int32, kv_len: Int32, params: ScheduleParams):
+def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams):
     """The n_blocks that a prefill tile sees, half-open."""
-    first = kv_len - query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
+    first = row.kv_len - row.query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
     begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
-    end = cutlass.max(cutlass.min(kv_len, first + params.tokens_per_tile + params.window_right), 0)
+    end = cutlass.max(cutlass.min(row.kv_len, first + params.tokens_per_tile + params.window_right), 0)
     end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
     return begin, end
 
@@ -487,15 +406,4 @@ def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -
 
 def build(config: ScheduleConfig) -> tuple[ScheduleKernel, tuple[Any, ...]]:
     """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
-    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-
-    def lengths() -> cute.Tensor:
-        return make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,), assumed_align=4)
-
-    def tiles(size: int) -> cute.Tensor:
-        return make_fake_tensor(Int32, (cute.sym_int32(), size), stride=(size, 1), assumed_align=16)
-
-    scalars = [Int32(0)] * len(ScheduleParams._fields)
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    lists = (tiles(TILE_INTS), lengths(), tiles(DECODE_INTS), tiles(DECODE_INTS))
-    return ScheduleKernel(config.max_num_seqs), (lengths(), lengths(), *lists, *scalars, stream)
+    return ScheduleKernel(config.max_num_seqs), schedule_fakes()

@@ -6,8 +6,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-NUM_THREADS = 512
-NUM_WARPS = NUM_THREADS // 32
+from fa4_backend.kernels.schedule.limits import NUM_WARPS
+
+
+def warp_scan(value: Int32, lanes: int) -> Int32:
+    """Sum of `value` over this lane and those before it, of the first `lanes` (a power of two) of a warp."""
+    lane = cute.arch.lane_idx()
+    for step in range(lanes.bit_length() - 1):
+        below = cute.arch.shuffle_sync_up(value, 1 << step, mask_and_clamp=0)
+        value += cutlass.select_(lane >= 1 << step, below, Int32(0))
+    return value
 
 
 @cute.jit
@@ -15,37 +23,36 @@ def block_scan(value: Int32, sums: cute.Tensor) -> tuple[Int32, Int32]:  # sums:
     """Sum of `value` over the threads before this one, and over all threads; every thread of the CTA must call."""
     tidx, _, _ = cute.arch.thread_idx()
     lane, warp = tidx % 32, tidx // 32
-    inclusive = value
-    for step in cutlass.range_constexpr(5):
-        below = cute.arch.shuffle_sync_up(inclusive, 1 << step, mask_and_clamp=0)
-        if lane >= 1 << step:
-            inclusive += below
+    inclusive = warp_scan(value, 32)
     if lane == 31:
         sums[warp] = inclusive
     cute.arch.sync_threads()
-    before, total = Int32(0), Int32(0)
-    for other in cutlass.range_constexpr(NUM_WARPS):
-        part = sums[other]
-        if other < warp:
-            before += part
-        total += part
+    part = sums[lane % NUM_WARPS]
+    up_to = warp_scan(part, NUM_WARPS)
+    before = cute.arch.shuffle_sync(up_to - part, warp)
+    total = cute.arch.shuffle_sync(up_to, NUM_WARPS - 1)
     cute.arch.sync_threads()  # the next scan reuses `sums`
     return before + inclusive - value, total
+
+
+def warp_min(value: Int32, lanes: int) -> Int32:
+    """Least `value` of each `lanes` (a power of two) neighbouring lanes."""
+    for step in range(lanes.bit_length() - 1):
+        value = cutlass.min(value, cute.arch.shuffle_sync_bfly(value, 1 << step))
+    return value
 
 
 @cute.jit
 def block_min(value: Int32, sums: cute.Tensor) -> Int32:  # sums: (NUM_WARPS,) int32 of shared memory
     """Least `value` of all threads; every thread of the CTA must call."""
     tidx, _, _ = cute.arch.thread_idx()
-    for step in cutlass.range_constexpr(5):
-        value = cutlass.min(value, cute.arch.shuffle_sync_bfly(value, 1 << step))
+    least = warp_min(value, 32)
     if tidx % 32 == 0:
-        sums[tidx // 32] = value
+        sums[tidx // 32] = least
     cute.arch.sync_threads()
-    for other in cutlass.range_constexpr(NUM_WARPS):
-        value = cutlass.min(value, sums[other])
+    least = warp_min(sums[tidx % NUM_WARPS], NUM_WARPS)
     cute.arch.sync_threads()  # the next one reuses `sums`
-    return value
+    return least
 
 
 @cute.jit

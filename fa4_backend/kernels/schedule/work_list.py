@@ -1,19 +1,25 @@
-"""Work lists: which CTA does which tile. Made on the device once a step (`schedule.py`), read by every layer's kernels.
+"""Work lists: which CTA does which tile. Made on the device once a step (`kernel.py`), read by every layer's kernels.
 
 A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry of the prefill list is TILE_INTS
-int32, one of the decode list DECODE_INTS (the names below index both; the second group is the decode list's alone):
+int32, one of the decode list DECODE_INTS (the names below index both; the second and third group are the decode list's alone):
 
     seq_idx, kv_head_idx     whose queries and keys
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
     n_block_begin, n_block_end   KV range in units of the kernel's tile_n; the kernel intersects it with what its mask needs
+    tile_kv_len              only in the prefill list, whose last two ints nobody reads: the sequence's KV tokens
+
     partial_slot             -1: the entry holds its whole row group and writes `out`; else the first slot of the
                              split-KV workspace that it fills
     first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which whoever arrives
                              last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1
 
     q_begin, query_len, kv_len   the sequence's first row in q, its query tokens and KV tokens: a kernel needs no second look-up
+    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed
     num_entries, next_entry  only in `decode_first`, whose row c repeats the first entry of CTA c: how many entries it has and
-                             where its second one stands. So a CTA reaches its first page with one look-up less.
+                             where its second one stands. So a CTA reaches its first page with one look-up less. A CTA without
+                             entries has a count of 0 and `total_q`, and nothing else.
+
+Lengths in a list are within the plan's limits, whatever `cu_seqlens_q` and `seqused_k` hold (`rows.read_row`).
 
 A *row group* is one (sequence, KV head, query block). With `split_blocks` > 0 (batch invariance) a row group's KV is
 cut at fixed tiles whatever the batch is (`common/kv_pieces.py`), and each such piece has a slot of its own; else an
@@ -26,21 +32,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
-from fa4_backend.problem import DTYPE_BYTES
+from fa4_backend.kernels.schedule.limits import MAX_DECODE_CTAS
+from fa4_backend.kernels.schedule.params import ScheduleParams
 
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.plan import AttentionPlan
+    from fa4_backend.problem import BatchLimits
 
 TILE_INTS = 8
 SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(TILE_INTS)
 DECODE_INTS = 16
-Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY = range(TILE_INTS, TILE_INTS + 5)
+Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(TILE_INTS, TILE_INTS + 6)
+TILE_KV_LEN = 5  # in the prefill list
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
-ITEM_OVERHEAD = 0  # KV tiles; beginning and ending a row group hides behind the next one's loads
-TICKS = 64  # time units in which a prefill n_block is measured
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 
 
@@ -58,22 +64,31 @@ class WorkShape:
     slot_floats: int  # float32 of a split-KV slot
     split_blocks: int  # decode n_blocks of a long piece in batch-invariant mode; 0: cut where it balances best
     slot_vectors: int  # 16-byte vectors of a slot that each thread of a combining CTA adds
-    item_overhead: int  # cost of one decode row group beside its KV, in decode n_blocks
     l2_tokens: int  # KV tokens of one head that fit the share of L2 that prefill tiles running together may use
     num_sms: int  # of the device
     decode_tile_ticks: int  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
     decode_full_sms: int  # SMs whose decode CTAs keep the memory busy: more are no faster
+    max_seqlen_k: int  # KV tokens of one sequence in whole pages: longer lengths on the device are cut to it
+    max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
 
-    def max_prefill_tiles(self, max_num_tokens: int, max_num_seqs: int) -> int:
+    def __post_init__(self) -> None:
+        assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
+
+    def params(self, window_left: int, window_right: int) -> ScheduleParams:
+        """The numbers for a launch of the schedule, with the windows of a step."""
+        windows = {"window_left": window_left, "window_right": window_right}
+        return ScheduleParams(*(windows[name] if name in windows else getattr(self, name) for name in ScheduleParams._fields))
+
+    def max_prefill_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest prefill list within the limits."""
-        m_blocks = max_num_tokens // self.tokens_per_tile + min(max_num_seqs, max_num_tokens)
+        m_blocks = self.max_num_tokens // self.tokens_per_tile + min(max_num_seqs, self.max_num_tokens)
         return m_blocks * self.num_kv_heads
 
     def max_decode_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest decode list: a row group each, and one more for each cut between two CTAs."""
         return max_num_seqs * self.num_kv_heads + self.decode_num_ctas
 
-    def max_slots(self, max_seqlen_k: int) -> int:
+    def max_slots(self) -> int:
         """Slots of the split-KV workspace; depends on the CTAs, not on the batch.
 
         Only row groups that a cut between two CTAs divides have slots: at most one a cut.
@@ -81,7 +96,7 @@ class WorkShape:
         cuts = self.decode_num_ctas - 1 if self.decode_query_len else 0
         if self.split_blocks == 0:
             return max(1, 2 * cuts)
-        blocks = -(-max_seqlen_k // self.decode_tile_n)
+        blocks = -(-self.max_seqlen_k // self.decode_tile_n)
         return max(1, cuts * (piece_of(max(blocks, 1) - 1, PieceRule(short_piece(self.slot_vectors), self.split_blocks)) + 1))
 
 
@@ -94,54 +109,24 @@ class WorkLists:
     prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
-    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, divided by its own denominator, then log2 of the denominator
-    arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; 0 between launches
+    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
+    arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; cleared by the schedule, and 0 between launches
 
     @classmethod
-    def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> WorkLists:
-        """Make the buffers for every batch within `plan.limits`; the lists are empty until the first schedule."""
+    def allocate(cls, shape: WorkShape, limits: BatchLimits, device: torch.device | str) -> WorkLists:
+        """Make the buffers for every batch within `limits`; the lists are empty until the first schedule."""
         import torch
-
-        shape, limits = work_shape(plan), plan.limits
 
         def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        slots = shape.max_slots(limits.max_seqlen_k)
+        slots = shape.max_slots()
         return cls(
             shape,
-            prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_tokens, limits.max_num_seqs), TILE_INTS),
+            prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_seqs), TILE_INTS),
             prefill_begin=ints(shape.num_ctas + 1),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
         )
-
-
-def work_shape(plan: AttentionPlan) -> WorkShape:
-    """What the plan's kernels ask of their lists."""
-    from fa4_backend.kernels.decode.config import TILE_N, decode_config, slot_floats, slot_vectors, split_tiles
-    from fa4_backend.kernels.tuning import decode_full_sms, decode_tile_ticks, prefill_groups, prefill_tile, tokens_per_work_item
-
-    problem, limits = plan.problem, plan.limits
-    tile = prefill_tile(problem)
-    decode = decode_config(problem, limits)
-    bytes_per_token = (problem.head_dim + problem.head_dim_v) * DTYPE_BYTES[problem.dtype]
-    return WorkShape(
-        num_kv_heads=problem.num_kv_heads,
-        num_ctas=prefill_groups(plan),
-        decode_num_ctas=plan.num_ctas * (decode.ctas_per_sm if decode else 1),
-        tokens_per_tile=tokens_per_work_item(problem),
-        prefill_tile_n=tile.tile_n,
-        decode_query_len=limits.decode_query_len if decode else 0,
-        decode_tile_n=TILE_N,
-        slot_floats=slot_floats(decode) if decode else 0,
-        split_blocks=split_tiles(limits) if problem.batch_invariant else 0,
-        slot_vectors=slot_vectors(decode) if decode else 1,
-        item_overhead=ITEM_OVERHEAD,
-        l2_tokens=L2_SHARE_BYTES // bytes_per_token,
-        num_sms=plan.num_ctas,
-        decode_tile_ticks=decode_tile_ticks(problem),
-        decode_full_sms=decode_full_sms(plan),
-    )

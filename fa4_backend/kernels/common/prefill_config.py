@@ -1,4 +1,4 @@
-"""What is compiled into an attention kernel. Frozen and complete before tracing; everything else is an argument of each launch.
+"""What is compiled into a prefill kernel of any chip. Frozen and complete before tracing; everything else is an argument of each launch.
 
 Runtime values, never part of a key: lengths, window sizes, scales, the soft cap, strides, page size, number of pages and of heads.
 """
@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures
 
-BUILDERS = {"sm_90a": "fa4_backend.kernels.sm90.kernel:build", "sm_100a": "fa4_backend.kernels.sm100.kernel:build"}
-BUILDERS["sm_103a"] = BUILDERS["sm_100a"]
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """The tuned part of a config; `fa4_backend.kernels.tuning` chooses it."""
+    """The tuned part of a config; an arch's `tuning` chooses it."""
 
     tile_m: int  # packed query rows a CTA works on
     tile_n: int  # KV tokens a step
@@ -28,8 +26,8 @@ class TileShape:
 
 
 @dataclass(frozen=True)
-class KernelConfig:
-    """Compile key of a prefill kernel."""
+class PrefillConfig:
+    """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
     dtype: str
@@ -38,35 +36,23 @@ class KernelConfig:
     q_per_kv: int
     tile: TileShape
     box_rows: int  # tokens one TMA box of K or V fetches; divides page_size and tile_n
-    is_causal: bool
-    has_window_left: bool
-    has_window_right: bool
-    has_softcap: bool
-    has_sinks: bool
-    has_alibi: bool
+    mask: MaskFeatures
     has_lse: bool
+    sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
-    is_invariant: bool = False  # a row's bits do not depend on which rows share its tile
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
         assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
 
     @property
-    def builder(self) -> str:
-        """Where the kernel is: see `fa4_backend.compile`."""
-        return BUILDERS[self.arch]
-
-    @property
     def name(self) -> str:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
-        flags = ("is_causal", "has_window_left", "has_window_right", "has_softcap", "has_sinks", "has_alibi", "has_lse")
-        features = "".join(f"-{flag.split('_', 1)[1].replace('_', '')}" for flag in flags if getattr(self, flag))
+        features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        modes = "-dependent" * self.is_dependent + "-invariant" * self.is_invariant
-        return f"prefill-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{modes}"
+        return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property
     def element_bytes(self) -> int:
@@ -92,10 +78,10 @@ def box_rows_of(page_size: int, tile_n: int) -> int:
     return common & -common
 
 
-def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool = False) -> KernelConfig:
-    """The compile key of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
+def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool) -> PrefillConfig:
+    """The common part of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
     assert problem.target_arch in ARCHS, problem.target_arch
-    return KernelConfig(
+    return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
         head_dim=problem.head_dim,
@@ -103,13 +89,8 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         q_per_kv=problem.q_per_kv,
         tile=tile,
         box_rows=box_rows_of(problem.page_size, tile.tile_n),
-        is_causal=problem.is_causal,
-        has_window_left=problem.has_window_left,
-        has_window_right=problem.has_window_right,
-        has_softcap=problem.has_softcap,
-        has_sinks=problem.has_sinks,
-        has_alibi=problem.has_alibi,
+        mask=problem.mask,
         has_lse=problem.has_lse,
+        sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
-        is_invariant=problem.batch_invariant,
     )

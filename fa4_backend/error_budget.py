@@ -1,0 +1,96 @@
+"""How far a kernel's result may be from the oracle: the one place that says so.
+
+    max|out - oracle| <= 2 max|torch in the same dtype - oracle| + eps(dtype) max|oracle| + float32 arithmetic (float32 only)
+    max|lse - oracle| <= 2e-5 max(1, max|oracle|)
+
+With 16-bit dtypes the errors are those of rounding P and O to 16 bits. The yardstick rounds the same values at the same places, whatever
+the machine, and twice its error is a bound. With float32 there is no such rounding: what remains is the order of the sums, which is
+each library's and each instruction set's own, so that one library's error says nothing of another's. See `float32_spread`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fa4_backend.arguments import AttentionArguments
+from fa4_backend.reference import attention_oracle, logits, sequences, softmax_weights
+
+ROUNDING = 2.0**-24 / math.sqrt(3)  # float32: standard deviation of one operation's relative error, uniform within 2^-24
+LARGEST_DEVIATION = 7.0  # standard deviations; a normal variable exceeds them with probability 3e-12
+EXP_ROUNDINGS = 4  # of an exponential near 0, in units of ROUNDING: torch's `exp_u20` is within 2.7 * 2^-24
+LSE_RELATIVE = 2e-5
+
+
+class Judge(NamedTuple):
+    """The oracle's result for the rows of a call, padding left out, and what a kernel's may differ by."""
+
+    out: torch.Tensor  # (total_q, num_q_heads, head_dim_v) float32, or float64 for float32 tensors
+    lse: torch.Tensor  # (num_q_heads, total_q), likewise
+    out_budget: float
+    lse_budget: float  # where the oracle is finite
+
+
+def judge(arguments: AttentionArguments, *, is_causal: bool) -> Judge:
+    """Oracle and budgets of one call; the dtype is that of `arguments.q`."""
+    a, dtype = arguments, arguments.q.dtype
+    rows = slice(0, int(a.cu_seqlens_q[-1]))
+    accumulate = torch.float64 if dtype == torch.float32 else torch.float32  # what judges float32 has to be better than float32
+    out, lse = attention_oracle(a, is_causal=is_causal, dtype=accumulate, accumulate=accumulate)
+    yardstick, _ = attention_oracle(a, is_causal=is_causal, dtype=dtype)
+    out, lse, yardstick = out[rows], lse[:, rows], yardstick[rows]
+    if out.numel() == 0:
+        return Judge(out, lse, 0.0, 0.0)
+    budget = rounding_budget(yardstick, out, dtype).item()
+    if dtype == torch.float32:
+        budget += LARGEST_DEVIATION * ROUNDING * float32_spread(a, is_causal=is_causal)
+    largest_lse = lse[~lse.isneginf()].abs().max().item() if not lse.isneginf().all() else 0.0
+    return Judge(out, lse, budget, LSE_RELATIVE * max(1.0, largest_lse))
+
+
+def rounding_budget(yardstick: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Twice the yardstick's largest error and one rounding of the largest value: the budget of 16-bit dtypes. A scalar tensor."""
+    return 2 * (yardstick - oracle).abs().max() + torch.finfo(dtype).eps * oracle.abs().max()
+
+
+def float32_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
+    """Standard deviation of an element of `out` computed in float32, in units of `ROUNDING`; the largest over all elements.
+
+    To first order the error of O[c] is the sum of all roundings, each the result of one operation times the sensitivity of O[c] to it.
+    Taken as independent with mean 0 (so that n terms err by sqrt(n), not n, roundings: N. Higham and T. Mary, "A new approach to
+    probabilistic rounding error analysis", 2019) their variances add up. With P the weights, whose sum with a sink's share is 1:
+
+    * An error of logit[j] moves O[c] by P[j] (V[j, c] - O[c]) times that error. It has these variances:
+      the dot product s[j] of n = head_dim terms t[i], n products and n sums. In an order that knows nothing of the data, the partial sums
+      have a mean square of s^2 / 3 + sum(t^2) / 6: together n (s^2 / 3 + sum(t^2) / 6) + sum(t^2). Blocks and trees of sums make it less;
+      scale, soft cap, ALiBi, difference from the maximum, argument reduction: 4 operations on up to |s|, |logit| and |logit - maximum|;
+      the exponential: EXP_ROUNDINGS^2.
+    * O and the row sum take two roundings a key, one to add and one to rescale what was added before. By the same mean squares, of O[c]
+      for the one and of a sum of 1 that moves O[c] by O[c] for the other, n keys make n (2 O[c]^2 + sum((P[j] V[j, c])^2)) at most.
+    """
+    a, largest = arguments, 0.0
+    for sequence in sequences(a, is_causal=is_causal):
+        if not sequence.k.shape[0]:
+            continue
+        scores, _ = logits(a, sequence, is_causal, torch.float64, torch.float64)
+        p = softmax_weights(scores, a.sinks)
+        seen = ~scores.isneginf()
+        num_keys = seen.sum(-1, keepdim=True)
+        q_per_kv = sequence.q.shape[1] // sequence.k.shape[1]
+        q = sequence.q.double().transpose(0, 1)
+        k, v = (x.double().repeat_interleave(q_per_kv, dim=1).transpose(0, 1) for x in (sequence.k, sequence.v))
+        out = p @ v
+        dot = (q @ k.transpose(1, 2) * a.softmax_scale).square()
+        terms = q.square() @ k.square().transpose(1, 2) * a.softmax_scale**2
+        logit = scores.masked_fill(~seen, 0.0).square()
+        below = (scores - scores.amax(-1, keepdim=True)).masked_fill(~seen, 0.0).square()
+        of_logit = q.shape[-1] * (dot / 3 + terms / 6) + terms + 4 * (dot + logit + below) + EXP_ROUNDINGS**2
+        weight = p.square() * of_logit
+        # sum of weight (v - out)^2, without a tensor of (rows, keys, head_dim_v)
+        from_logits = weight @ v.square() - 2 * out * (weight @ v) + out.square() * weight.sum(-1, keepdim=True)
+        from_sums = num_keys * (2 * out.square() + p.square() @ v.square())
+        variance = (from_logits + from_sums).masked_fill(num_keys == 0, 0.0)
+        largest = max(largest, variance.max().item())
+    return math.sqrt(largest)

@@ -1,0 +1,37 @@
+"""Rows of the call past its last query, which a padded batch of a captured graph has: zero in `out`, -inf in `lse`.
+
+So nothing that looks at all rows (the maximum of a dynamic quantisation) meets what the memory held before. One kernel of a call does
+it: decode where the plan has it, since it is always launched, else prefill; by a warp that has nothing else left to do.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+STORE_BYTES = 16
+
+
+@cute.jit
+def zero_rows(
+    first: Int32,  # query tokens of the step
+    mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v), rows and heads at multiples of 16 bytes
+    mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
+):
+    """Write the rows from `first` on, shared among the CTAs of the grid; one whole warp of each calls."""
+    cta, _, _ = cute.arch.block_idx()
+    num_ctas, _, _ = cute.arch.grid_dim()
+    lane = cute.arch.lane_idx()
+    elems = const_expr(STORE_BYTES * 8 // mO.element_type.width)
+    chunks = const_expr(mO.shape[2] // elems)
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=8 * STORE_BYTES)
+    zeros = cute.make_rmem_tensor(elems, mO.element_type)
+    zeros.fill(0.0)
+    for row in cutlass.range(cutlass.max(first, 0) + cta, mO.shape[0], num_ctas, unroll=1):
+        for chunk in cutlass.range(lane, mO.shape[1] * chunks, 32, unroll=1):
+            head = chunk // chunks
+            cute.copy(copy, zeros, cute.local_tile(mO[row, head, None], (elems,), (chunk - head * chunks,)))
+        if const_expr(mLse is not None):
+            for head in cutlass.range(lane, mO.shape[1], 32, unroll=1):
+                mLse[head, row] = -Float32.inf

@@ -1,0 +1,114 @@
+"""The kernel families, and which of their kernels serve a problem: everything that is compiled for a plan is resolved here, once.
+
+| family | rows of a batch | where |
+|---|---|---|
+| schedule | makes the step's work lists | `schedule/` |
+| decode | short queries, KV split over CTAs | `decode/` |
+| prefill | the rest, on the chip's own tensor cores | `sm90/`, `sm100/` |
+
+A family is a folder with a `config` (its compile key, and how it follows from a problem) and a `kernel` (what the key's `builder` names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.decode import config as decode_family
+from fa4_backend.kernels.decode.config import DecodeConfig
+from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
+from fa4_backend.kernels.schedule.rates import decode_full_sms, decode_tile_ticks
+from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
+from fa4_backend.kernels.sm90 import config as sm90_family
+from fa4_backend.kernels.sm100 import config as sm100_family
+from fa4_backend.problem import AttentionProblem, BatchLimits
+
+
+class PrefillKey(Protocol):
+    """What a chip's prefill config tells the schedule, beside being a compile key (`fa4_backend.compile.CompileKey`)."""
+
+    @property
+    def arch(self) -> str: ...
+
+    @property
+    def builder(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kernel(self) -> PrefillConfig:
+        """What it has in common with other chips' prefill kernels."""
+
+    @property
+    def ctas_per_item(self) -> int:
+        """CTAs that work on an entry of the work list together."""
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Query tokens of an entry: what its `m_block` counts in."""
+
+
+# arch -> the compile key of a problem's prefill kernel
+PREFILL: dict[str, Callable[..., PrefillKey]] = {
+    "sm_90a": sm90_family.resolve,
+    "sm_100a": sm100_family.resolve,
+    "sm_103a": sm100_family.resolve,
+}
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """Compile keys of all kernels of a plan, and the shape of the work lists between them."""
+
+    schedule: ScheduleConfig
+    decode: DecodeConfig | None  # None: the prefill kernel serves every row
+    prefill: PrefillKey
+    work: WorkShape
+
+    @property
+    def keys(self) -> tuple[ScheduleConfig | DecodeConfig | PrefillKey, ...]:
+        """In the order of their launches."""
+        return (self.schedule, *(() if self.decode is None else (self.decode,)), self.prefill)
+
+
+def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
+    """The kernels that serve `problem` on a device of `num_sms` SMs; `problem` has passed `fa4_backend.support.check_problem`."""
+    decode = decode_family.resolve(problem, limits)
+    prefill = PREFILL[problem.target_arch](problem, is_dependent=decode is not None)
+    schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
+    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, decode, prefill))
+
+
+def _work_shape(
+    problem: AttentionProblem, limits: BatchLimits, num_sms: int, decode: DecodeConfig | None, prefill: PrefillKey
+) -> WorkShape:
+    """What these kernels ask of their lists."""
+    tile_n = prefill.kernel.tile.tile_n
+    ticks = decode_tile_ticks(
+        problem,
+        decode_tile_n=decode_family.TILE_N,
+        item_rows=prefill.tokens_per_item * problem.q_per_kv,
+        item_ctas=prefill.ctas_per_item,
+        prefill_tile_n=tile_n,
+    )
+    return WorkShape(
+        num_kv_heads=problem.num_kv_heads,
+        num_ctas=max(1, num_sms // prefill.ctas_per_item),
+        decode_num_ctas=num_sms * (decode.ctas_per_sm if decode else 1),
+        tokens_per_tile=prefill.tokens_per_item,
+        prefill_tile_n=tile_n,
+        decode_query_len=limits.decode_query_len if decode else 0,
+        decode_tile_n=decode_family.TILE_N,
+        slot_floats=decode_family.slot_floats(decode) if decode else 0,
+        split_blocks=decode_family.split_tiles(limits) if problem.batch_invariant else 0,
+        slot_vectors=decode_family.slot_vectors(decode) if decode else 1,
+        l2_tokens=L2_SHARE_BYTES // problem.kv_token_bytes,
+        num_sms=num_sms,
+        decode_tile_ticks=ticks,
+        decode_full_sms=decode_full_sms(problem.target_arch, num_sms),
+        max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
+        max_num_tokens=limits.max_num_tokens,
+    )

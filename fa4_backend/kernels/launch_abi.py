@@ -1,0 +1,213 @@
+"""The arguments of each kernel's launch, in their order, stated once: what a call passes and what tracing is given in its place.
+
+The names are those of the host functions' parameters (`__call__` of each family's `kernel`);
+`tests/host/test_launch_abi.py` holds them to it. Imports no compiler; `*_fakes` do when they are called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkLists
+from fa4_backend.problem import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from fa4_backend.arguments import AttentionArguments
+    from fa4_backend.kernels.common.prefill_config import PrefillConfig
+    from fa4_backend.kernels.decode.config import DecodeConfig
+
+
+class ScheduleArguments(NamedTuple):
+    """A launch of the schedule, once a step."""
+
+    cu_seqlens_q: Any  # (batch + 1,) int32
+    seqused_k: Any  # (batch,) int32
+    prefill_tiles: Any  # (max_prefill_tiles, TILE_INTS) int32
+    prefill_begin: Any  # (num_ctas + 1,) int32
+    decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
+    decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
+    arrivals: Any  # (max_slots,) int32
+    params: ScheduleParams
+
+
+class PrefillArguments(NamedTuple):
+    """A prefill launch over one work list."""
+
+    mQ: Any  # (total_q, num_q_heads, head_dim)
+    mK: Any  # (num_pages, page_size, num_kv_heads, head_dim)
+    mV: Any  # (num_pages, page_size, num_kv_heads, head_dim_v)
+    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mCuSeqlensQ: Any  # (batch + 1,) int32
+    mTiles: Any  # (max_tiles, TILE_INTS) int32
+    mBegin: Any  # (num_ctas + 1,) int32
+    mO: Any  # (total_q, num_q_heads, head_dim_v)
+    mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
+    mSinks: Any  # (num_q_heads,); None where the config has no sinks
+    mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
+    softmax_scale: Any  # float32, multiplies raw logits
+    softcap: Any  # float32
+    window_left: Any  # int32
+    window_right: Any  # int32
+
+
+class DecodeArguments(NamedTuple):
+    """A decode launch over the step's decode list; partial results go through the split-KV slots."""
+
+    mQ: Any  # (total_q, num_q_heads, head_dim)
+    mK: Any  # (num_pages, page_size, num_kv_heads, head_dim)
+    mV: Any  # (num_pages, page_size, num_kv_heads, head_dim_v)
+    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mO: Any  # (total_q, num_q_heads, head_dim_v)
+    mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
+    mTiles: Any  # (max_decode_tiles, DECODE_INTS) int32
+    mFirst: Any  # (decode_num_ctas, DECODE_INTS) int32
+    mSlots: Any  # (max_slots, slot_floats) float32
+    mArrivals: Any  # (max_slots,) int32
+    mSinks: Any  # (num_q_heads,); None where the config has no sinks
+    mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
+    softmax_scale: Any  # float32, multiplies raw logits
+    softcap: Any  # float32
+    window_left: Any  # int32
+    window_right: Any  # int32
+    split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
+
+
+def schedule_arguments(
+    work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, *, window_left: int = NO_WINDOW, window_right: int = 0
+) -> ScheduleArguments:
+    """A call of the schedule, which makes both lists of `work` from a step's lengths.
+
+    Args:
+        cu_seqlens_q: (batch + 1,) int32.
+        seqused_k: (batch,) int32.
+        window_left: keys before the diagonal that any row of the step sees. A window wider than a layer's is correct for it, since the
+            kernels apply their own.
+        window_right: keys after the diagonal, likewise; 0 for causal attention.
+    """
+    params = work.shape.params(window_left, window_right)
+    return ScheduleArguments(
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals, params
+    )
+
+
+def prefill_arguments(a: AttentionArguments, tiles: Any, begin: Any) -> PrefillArguments:
+    """A call of a prefill kernel over the list `tiles`, `begin`."""
+    return PrefillArguments(
+        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, tiles, begin, a.out, a.lse,
+        a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+    )  # fmt: skip
+
+
+def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
+    """A call of the decode kernel over the step's list."""
+    return DecodeArguments(
+        a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
+        a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
+    )  # fmt: skip
+
+
+def schedule_fakes() -> tuple[Any, ...]:
+    """Arguments to trace the schedule with, the stream behind them."""
+    fake = _Fakes()
+    arguments = ScheduleArguments(
+        cu_seqlens_q=fake.numbers(),
+        seqused_k=fake.numbers(),
+        prefill_tiles=fake.entries(TILE_INTS),
+        prefill_begin=fake.numbers(),
+        decode_tiles=fake.entries(DECODE_INTS),
+        decode_first=fake.entries(DECODE_INTS),
+        arrivals=fake.numbers(),
+        params=ScheduleParams(*(fake.int32(0) for _ in ScheduleParams._fields)),
+    )
+    return (*arguments, fake.stream())
+
+
+def prefill_fakes(config: PrefillConfig) -> tuple[Any, ...]:
+    """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic."""
+    fake = _Fakes()
+    total_q, heads, batch = fake.size(), fake.size(), fake.size()
+    pages, page_size, kv_heads = fake.size(), fake.size(), fake.size()
+    arguments = PrefillArguments(
+        mQ=fake.heads(config.dtype, total_q, heads, config.head_dim),
+        mK=fake.heads(config.dtype, pages, page_size, kv_heads, config.head_dim),
+        mV=fake.heads(config.dtype, pages, page_size, kv_heads, config.head_dim_v),
+        mPageTable=fake.plain("int32", batch, fake.size()),
+        mCuSeqlensQ=fake.plain("int32", fake.size()),
+        mTiles=fake.entries(TILE_INTS),
+        mBegin=fake.plain("int32", fake.size()),
+        mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),
+        mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
+        mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,
+        mSlopes=fake.plain("float32", heads) if config.mask.has_alibi else None,
+        softmax_scale=fake.float32(1.0),
+        softcap=fake.float32(0.0),
+        window_left=fake.int32(0),
+        window_right=fake.int32(0),
+    )
+    return (*arguments, fake.stream())
+
+
+def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
+    """Arguments to trace the decode kernel with, the stream behind them; shapes and strides stay symbolic."""
+    fake = _Fakes()
+    n = fake.size
+    arguments = DecodeArguments(
+        mQ=fake.heads(config.dtype, n(), n(), config.head_dim),
+        mK=fake.heads(config.dtype, n(), n(), n(), config.head_dim),
+        mV=fake.heads(config.dtype, n(), n(), n(), config.head_dim_v),
+        mPageTable=fake.plain("int32", n(), n()),
+        mO=fake.heads(config.dtype, n(), n(), config.head_dim_v),
+        mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
+        mTiles=fake.entries(DECODE_INTS),
+        mFirst=fake.entries(DECODE_INTS),
+        mSlots=fake.entries(slot_floats, "float32"),
+        mArrivals=fake.plain("int32", n()),
+        mSinks=fake.plain(config.sinks_dtype, n()) if config.mask.has_sinks else None,
+        mSlopes=fake.plain("float32", n()) if config.mask.has_alibi else None,
+        softmax_scale=fake.float32(1.0),
+        softcap=fake.float32(0.0),
+        window_left=fake.int32(0),
+        window_right=fake.int32(0),
+        split_blocks=fake.int32(0),
+    )
+    return (*arguments, fake.stream())
+
+
+class _Fakes:
+    """What stands for a tensor, a number or the stream while a host function is traced."""
+
+    def __init__(self) -> None:
+        import cutlass
+        import cutlass.cute as cute
+        from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+        self._cute, self._tensor, self._stream = cute, make_fake_tensor, make_fake_stream
+        self._types = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32, "int32": cutlass.Int32}
+        self.float32, self.int32 = cutlass.Float32, cutlass.Int32
+
+    def size(self) -> Any:
+        """An extent known at launch."""
+        return self._cute.sym_int32()
+
+    def heads(self, dtype: str, *shape: Any) -> Any:
+        """Rows of a head: any strides in multiples of 16 bytes but the last, which is 1."""
+        strides = tuple(self._cute.sym_int64(divisibility=16 // DTYPE_BYTES[dtype]) for _ in shape[:-1])
+        return self._tensor(self._types[dtype], shape, (*strides, 1), assumed_align=16)
+
+    def plain(self, dtype: str, *shape: Any) -> Any:
+        """Any strides but the last, which is 1."""
+        strides = tuple(self._cute.sym_int64() for _ in shape[:-1])
+        return self._tensor(self._types[dtype], shape, (*strides, 1), assumed_align=2 if dtype in ("bfloat16", "float16") else 4)
+
+    def numbers(self) -> Any:
+        """(n,) int32, one behind the other."""
+        return self._tensor(self._types["int32"], (self.size(),), stride=(1,), assumed_align=4)
+
+    def entries(self, size: int, dtype: str = "int32") -> Any:
+        """(n, size), rows one behind the other, 16-byte aligned."""
+        return self._tensor(self._types[dtype], (self.size(), size), (size, 1), assumed_align=16)
+
+    def stream(self) -> Any:
+        """The caller's current stream."""
+        return self._stream(use_tvm_ffi_env_stream=True)

@@ -1,0 +1,25 @@
+"""What the schedule is told of a step's kernels, as runtime values: one compiled schedule serves every plan. Imports no compiler."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class ScheduleParams(NamedTuple):
+    """The numbers of `WorkShape` that the device needs, and the step's mask: int on the host, Int32 on the device."""
+
+    num_kv_heads: Any
+    tokens_per_tile: Any
+    prefill_tile_n: Any
+    decode_query_len: Any  # 0: no decode list
+    decode_tile_n: Any
+    split_blocks: Any
+    l2_tokens: Any
+    window_left: Any  # keys before the diagonal that any row of the step sees; NO_WINDOW: all
+    window_right: Any  # keys after it; 0 for causal attention, NO_WINDOW: all
+    slot_vectors: Any
+    num_sms: Any
+    decode_tile_ticks: Any
+    decode_full_sms: Any
+    max_seqlen_k: Any
+    max_num_tokens: Any

@@ -1,0 +1,54 @@
+"""What an SM and the chip do in a step with decode and prefill rows: the numbers that `share_chip` weighs, each with its evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa4_backend.problem import AttentionProblem
+
+TICKS = 64  # time units in which a prefill n_block is measured
+
+
+@dataclass(frozen=True)
+class ChipRates:
+    """What an SM and the chip do where decode and prefill run side by side (`share_chip`)."""
+
+    prefill_tflops: float  # of an SM: products of visible and masked keys alike
+    decode_gb: float  # GB/s of one SM whose CTA decodes while others do not
+    decode_pieces_gb: float  # the same in batch-invariant mode, where pieces end every few tiles
+    memory_gb: float  # GB/s that lone rates may add up to; `share_chip` reaches it with 1.5 times the SMs
+
+    def lone_decode_gb(self, problem: AttentionProblem) -> float:
+        """GB/s of an SM that decodes alone."""
+        return self.decode_pieces_gb if problem.batch_invariant else self.decode_gb
+
+
+# sm_90a, on an H100 (32/8 d128 page 16): a chunk of 2K of 6K in 278 us on 132 SMs; 32 x 4K on 16, 28, 44 and 66 CTAs of an SM each 66.3,
+# 61.7, 52.1 and 40.2 GB/s a CTA, in batch-invariant mode 43.9, 43.0, 41.6 and 37.8, on all SMs 2,780 GB/s together. A step of both, the
+# chunk beside the 32 rows, takes 350 us with these rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407.
+# In batch-invariant mode 392, with the other mode's rate 454. Where decode is nearly all, more SMs than saturate the memory are a little
+# faster still: 64 x 8K beside a 512 chunk on 58, 69, 80 and 99 SMs 800, 807, 764 and 812 us. Blackwell is modelled: prefill from the cycles
+# of a block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
+CHIP_RATES = {
+    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, decode_pieces_gb=39, memory_gb=3180),
+    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
+    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
+}
+
+
+def decode_tile_ticks(problem: AttentionProblem, *, decode_tile_n: int, item_rows: int, item_ctas: int, prefill_tile_n: int) -> int:
+    """Time of a decode n_block on an SM of its own, in TICKS of a prefill n_block.
+
+    Args:
+        item_rows, item_ctas: packed query rows of an entry of the prefill list, and the CTAs that work on it.
+    """
+    rates, elements = CHIP_RATES[problem.target_arch], problem.head_dim + problem.head_dim_v
+    prefill_us = 2 * item_rows * prefill_tile_n * elements / (item_ctas * rates.prefill_tflops * 1e6)
+    decode_us = decode_tile_n * problem.kv_token_bytes / (rates.lone_decode_gb(problem) * 1e3)
+    return max(1, round(TICKS * decode_us / prefill_us))
+
+
+def decode_full_sms(arch: str, num_sms: int) -> int:
+    """SMs whose decode CTAs keep the memory busy: more are no faster."""
+    rates = CHIP_RATES[arch]
+    return max(1, min(num_sms, round(rates.memory_gb / rates.decode_gb)))

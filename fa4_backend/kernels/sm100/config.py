@@ -1,0 +1,87 @@
+"""What is compiled into a Blackwell prefill kernel, and how it follows from the problem. Imports no compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
+from fa4_backend.kernels.sm100.tuning import CTA_GROUP, ROWS, TILES, Sm100Tuning
+from fa4_backend.problem import AttentionProblem
+
+PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
+Q_STAGE = 2  # query tiles of a CTA in a work item, in ping-pong
+
+
+def num_parts(head_dim: int) -> int:
+    """Parts of 64 elements that a head takes."""
+    return -(-head_dim // PART_ELEMS)
+
+
+@dataclass(frozen=True)
+class Sm100Config:
+    """Compile key of a Blackwell prefill kernel: what all prefill kernels have, and the tuned numbers of its arch."""
+
+    kernel: PrefillConfig
+    tuning: Sm100Tuning
+
+    def __post_init__(self) -> None:
+        if self.tuning.cta_group == 2 and self.kernel.head_dim_v % (2 * PART_ELEMS):
+            raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
+
+    @property
+    def kv_stage(self) -> int:
+        """Buffers of K and V tiles in a CTA: half a tile takes half the shared memory."""
+        return self.kernel.tile.kv_stage * self.tuning.cta_group
+
+    @property
+    def k_rows(self) -> int:
+        """Rows of a K tile that this CTA holds."""
+        return self.kernel.tile.tile_n // self.tuning.cta_group
+
+    @property
+    def k_box_rows(self) -> int:
+        """Tokens that one TMA box of K fetches."""
+        return min(self.kernel.box_rows, self.k_rows)
+
+    @property
+    def v_parts(self) -> int:
+        """Parts of a V tile that this CTA holds."""
+        return num_parts(self.kernel.head_dim_v) // self.tuning.cta_group
+
+    def with_tuning(self, **changes: float) -> Sm100Config:
+        """The same kernel with some tuned numbers replaced."""
+        return replace(self, tuning=replace(self.tuning, **changes))
+
+    @property
+    def arch(self) -> str:
+        """Target arch."""
+        return self.kernel.arch
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return "fa4_backend.kernels.sm100.kernel:build"
+
+    @property
+    def ctas_per_item(self) -> int:
+        """CTAs that work on an entry of the work list together."""
+        return self.tuning.cta_group
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Query tokens of a work item: what its `m_block` counts in."""
+        return Q_STAGE * self.ctas_per_item * self.kernel.tokens_per_tile
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file names."""
+        tuning = self.tuning
+        pair = "-pair" if tuning.cta_group == 2 else ""
+        return f"{self.kernel.name}-poly{tuning.polynomial_every}d{tuning.polynomial_degree}{pair}"
+
+
+def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
+    """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
+    dims = problem.head_dim, problem.head_dim_v
+    tuning = replace(ROWS[problem.target_arch], cta_group=CTA_GROUP.get(dims, 1))
+    return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent), tuning)

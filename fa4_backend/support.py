@@ -1,0 +1,98 @@
+"""What each arch serves: the one table, and the check that refuses the rest, with what was expected and what came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from fa4_backend.arch import ARCHS, REFERENCE_ARCH
+from fa4_backend.kernels.schedule.limits import largest_num_seqs
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+
+PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
+MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features
+MASKS = frozenset(f.name for f in fields(MaskFeatures))
+
+
+@dataclass(frozen=True)
+class KernelSupport:
+    """What the kernels of one arch serve; the only place that says so."""
+
+    dtypes: tuple[str, ...]
+    head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
+    head_dim_multiple: int
+    max_q_per_kv: int | None  # query heads packed in one tile; None: any
+    masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
+    modes: frozenset[str] = frozenset(MODES)
+
+
+_BLACKWELL = KernelSupport(
+    dtypes=("bfloat16", "float16"),
+    head_dims=((64, 64), (96, 96), (128, 128), (192, 128)),
+    head_dim_multiple=32,
+    max_q_per_kv=128,  # rows of a query tile
+)
+_HOPPER = KernelSupport(
+    dtypes=("bfloat16", "float16"),
+    head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
+    head_dim_multiple=32,
+    max_q_per_kv=128,  # rows of the smaller query tile
+)
+
+SUPPORT: dict[str, KernelSupport] = {
+    # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
+    REFERENCE_ARCH: KernelSupport(tuple(DTYPE_BYTES), None, 8, None, modes=frozenset(MODES) - {"exact"}),
+    "sm_90a": _HOPPER,
+    **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
+}
+
+
+def check_problem(problem: AttentionProblem) -> None:
+    """Check that a kernel of `problem.arch` serves `problem`.
+
+    Raises:
+        UnsupportedProblem: it does not; the message names the feature, what is served and what to use instead.
+    """
+    arch = problem.target_arch
+    support = SUPPORT.get(arch)
+    if support is None:
+        served = ", ".join(SUPPORT)
+        raise UnsupportedProblem(f"arch: expected one of {served}, got {arch!r}; kernels for {_chips(arch)} are not in this version")
+    if problem.dtype not in support.dtypes:
+        raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}")
+    if problem.page_size % PAGE_MULTIPLE:
+        raise UnsupportedProblem(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {problem.page_size}")
+    dims = (problem.head_dim, problem.head_dim_v)
+    if support.head_dims is not None and dims not in support.head_dims:
+        served = ", ".join(str(d[0]) if d[0] == d[1] else f"{d[0]}/{d[1]}" for d in support.head_dims)
+        raise UnsupportedProblem(f"head_dim/head_dim_v on {arch}: expected one of {served}, got {dims[0]}/{dims[1]}")
+    if any(dim % support.head_dim_multiple for dim in dims):
+        raise UnsupportedProblem(f"head_dim on {arch}: expected a multiple of {support.head_dim_multiple}, got {dims[0]}/{dims[1]}")
+    if support.max_q_per_kv is not None and problem.q_per_kv > support.max_q_per_kv:
+        raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at most {support.max_q_per_kv}, got {problem.q_per_kv}")
+    unserved = [name for name in problem.mask.present if name not in support.masks]
+    unserved += [name for name in MODES if getattr(problem, name) and name not in support.modes]
+    if unserved:
+        raise UnsupportedProblem(f"{unserved[0]} on {arch}: expected False, got True; {_FEATURE_ADVICE}")
+    if problem.kv_dtype != problem.dtype:
+        raise UnsupportedProblem(f"kv_dtype on {arch}: expected that of q, {problem.dtype}, got {problem.kv_dtype}")
+
+
+_FEATURE_ADVICE = "use another attention backend of the engine for this model"
+
+
+def _chips(arch: str) -> str:
+    return ARCHS[arch].chips if arch in ARCHS else arch
+
+
+def check_limits(problem: AttentionProblem, limits: BatchLimits) -> None:
+    """Check that the schedule's kernel can serve batches of these limits.
+
+    Raises:
+        UnsupportedProblem: it cannot; the message says what can be served.
+    """
+    most = largest_num_seqs(problem.target_arch, limits.max_seqlen_k)
+    if limits.max_num_seqs > most:
+        raise UnsupportedProblem(
+            f"max_num_seqs on {problem.target_arch}: expected at most {most} for sequences of up to {limits.max_seqlen_k} tokens, "
+            f"got {limits.max_num_seqs}"
+        )

@@ -1,0 +1,43 @@
+"""An engine's start and its end: buffers and kernels of each plan, then no compile any more.
+
+An adapter calls `open_warm_up` and `allocate` where its engine makes the state of a KV cache, and `seal_warm_up` at the first batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from fa4_backend import AttentionMetadata, plan_attention
+from fa4_backend.compile_cache import reopen, seal
+from fa4_integration.common.serving_device import count_sms
+
+if TYPE_CHECKING:
+    import torch
+
+    from fa4_backend import AttentionProblem, BatchLimits
+
+
+def show_log_lines(engine_logger: str) -> None:
+    """Let the core's log lines out where those of the logger called `engine_logger` go: engines give handlers to their own only."""
+    logging.getLogger("fa4_backend").parent = logging.getLogger(engine_logger)
+
+
+def open_warm_up() -> None:
+    """An engine makes its state: compiles belong to its start. A second engine in a process starts like the first."""
+    reopen()
+
+
+def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.device) -> AttentionMetadata:
+    """Plan `problem` for `device`, make the buffers, load the kernels, and compile those that the cache on disk lacks.
+
+    Raises:
+        UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
+        CompileError: a kernel could not be compiled or linked.
+    """
+    return AttentionMetadata.allocate(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+
+
+def seal_warm_up() -> None:
+    """The engine hands out batches: from here on a compile is a degradation."""
+    seal()

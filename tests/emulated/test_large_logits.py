@@ -1,0 +1,100 @@
+"""Large logits in every mode: weights, factors, parts of split KV and the lse stay right, whatever ptxas makes of a product and a sum.
+
+The emulator rounds each instruction by itself, so what ptxas may fuse is asked of the PTX; the numbers are judged on the emulator.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa4_backend.compile import CompileKey
+from fa4_backend.compile_cache import ensure_object
+from tests.support.contraction import contractible
+from tests.support.large_logits import CHANNELS, build, check
+from tests.support.paged_case import PagedCase
+
+pytestmark = pytest.mark.emulated
+ARCHS = ["sm_90a", "sm_100a"]
+DECODE = {"query_lens": (1, 1), "kv_lens": (700, 129), "num_q_heads": 4, "num_kv_heads": 1}
+PREFILL = {"query_lens": (70, 3), "kv_lens": (400, 129), "num_q_heads": 2, "num_kv_heads": 1}
+
+
+def keys_of(arch: str, **changes: object) -> list[CompileKey]:
+    """Decode and prefill kernel of a problem."""
+    case = PagedCase((1,), (1,), num_q_heads=4, num_kv_heads=1, head_dim=128, arch=f"emulated-{arch}", **changes)  # type: ignore[arg-type]
+    kernels = case.plan().kernels
+    assert kernels is not None and kernels.decode is not None
+    return [kernels.decode, kernels.prefill]
+
+
+FEATURES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "batch invariant": {"batch_invariant": True},
+    "softcap, sinks": {"softcap": 30.0, "sinks": True},
+    "alibi": {"alibi": True},
+    "softcap, alibi, window": {"softcap": 30.0, "alibi": True, "window_left": 64},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("features", FEATURES)
+def test_no_product_may_be_fused_into_a_sum(features: str, arch: str) -> None:
+    """One that may would make results depend on ptxas: a factor off 1, a sum that drifts (`online_softmax`, Note [Contraction])."""
+    for key in keys_of(arch, **FEATURES[features]):
+        ptx = ensure_object(key).with_suffix(".ptx").read_text()
+        if not {"softcap", "alibi"} & FEATURES[features].keys():
+            assert re.search(r"\bmul\.rn\.f32\b", ptx), "the reference is a product that is rounded by itself"
+        assert contractible(ptx) == [], key.name
+
+
+def test_what_may_be_fused_is_found() -> None:
+    """Through a move and a negation, but not with a rounding modifier on either side, nor from a value written over since."""
+    lines = {
+        "mul.f32 %r1, %r2, %r3; mov.b32 %r4, %r1; neg.f32 %r5, %r4; add.f32 %r6, %r7, %r5;": 1,
+        "mul.f32 %r1, %r2, %r3; sub.f32 %r6, %r1, %r1;": 1,
+        "mul.rn.f32 %r1, %r2, %r3; sub.f32 %r6, %r1, %r7;": 0,
+        "mul.f32 %r1, %r2, %r3; add.rn.f32 %r6, %r1, %r7;": 0,
+        "mul.f32 %r1, %r2, %r3; mov.b32 %r1, 0f00000000; add.f32 %r6, %r1, %r7;": 0,
+        "mul.f32 %r1, %r2, %r3; fma.rn.f32 %r6, %r4, %r5, %r1;": 0,
+    }
+    for text, count in lines.items():
+        assert len(contractible(text.replace("; ", ";\n"))) == count, text
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_decode(name: str, batch_invariant: bool, arch: str) -> None:
+    """Two rows over 3 SMs: cuts inside the long one, so that its parts meet in slots."""
+    built = build(name, arch=f"emulated-{arch}", batch_invariant=batch_invariant, **DECODE)
+    check(built, *built.run(built.case.plan(num_sms=3)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", CHANNELS)
+def test_prefill(name: str, arch: str) -> None:
+    built = build(name, arch=f"emulated-{arch}", **PREFILL)
+    check(built, *built.run(built.case.plan(num_sms=2)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["fp16, largest", "-3e37"])
+def test_a_rows_bits_do_not_depend_on_large_ones_beside_it(name: str, arch: str) -> None:
+    """A warp with a row of large scores takes another way; its other rows keep their bits."""
+    both = build(name, arch=f"emulated-{arch}", batch_invariant=True, **PREFILL)
+    small = slice(0, 70, 3)
+    both.arguments.q[small, :, 0] = both.arguments.q[small, :, 0].sign() * 2.0**-20
+    out, lse = both.run(both.case.plan(num_sms=2))
+    out, lse = out.clone(), lse.clone()
+    alone = replace(both, arguments=both.arguments._replace(q=both.arguments.q.clone()))
+    q = alone.arguments.q[:70]
+    large = torch.ones(70, dtype=torch.bool)
+    large[small] = False
+    q[large] = 0
+    alone_out, alone_lse = alone.run(alone.case.plan(num_sms=2))
+    assert torch.equal(alone_out[small], out[small]) and torch.equal(alone_lse[:, small], lse[:, small])
+    assert not torch.equal(alone_out[:70][large], out[:70][large])

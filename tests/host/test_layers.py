@@ -1,0 +1,72 @@
+"""Who may import whom: kernels know nothing of plans, a family knows only what families share, and `cutlass` stays below the kernels."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "fa4_backend"
+KERNELS = PACKAGE / "kernels"
+FAMILIES = ("sm90", "sm100", "decode", "schedule")
+# Facts of a family that another one builds on: what a list holds, and no code that runs on the device.
+SHARED_FACTS = {"fa4_backend.kernels.schedule.work_list"}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function; those for type checkers alone are left out."""
+    tree = ast.parse(path.read_text())
+    checkers_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if node in checkers_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def kernel_files() -> list[Path]:
+    return sorted(KERNELS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=lambda path: str(path.relative_to(KERNELS)))
+def test_kernels_do_not_know_plans(path: Path) -> None:
+    above = ("plan", "metadata", "ops", "validation", "support", "commands", "bench")
+    found = [name for name in imported_modules(path) if any(name.startswith(f"fa4_backend.{module}") for module in above)]
+    assert not found, f"{path.relative_to(ROOT)} imports upwards: {found}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_imports_no_other(family: str) -> None:
+    others = tuple(f"fa4_backend.kernels.{other}." for other in FAMILIES if other != family)
+    for path in sorted((KERNELS / family).glob("*.py")):
+        found = [name for name in imported_modules(path) if name.startswith(others)]
+        found = [name for name in found if not any(name == fact or name.startswith(f"{fact}.") for fact in SHARED_FACTS)]
+        assert not found, f"{path.relative_to(ROOT)} imports sideways: {found}"
+
+
+def test_what_families_share_imports_none_of_them() -> None:
+    families = tuple(f"fa4_backend.kernels.{family}." for family in FAMILIES)
+    for path in sorted((KERNELS / "common").glob("*.py")):
+        found = [name for name in imported_modules(path) if name.startswith(families)]
+        found = [name for name in found if not any(name == fact or name.startswith(f"{fact}.") for fact in SHARED_FACTS)]
+        assert not found, f"{path.relative_to(ROOT)} imports a family: {found}"
+
+
+def test_the_compiler_is_imported_below_the_kernels_only() -> None:
+    allowed = {PACKAGE / "compile.py"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if KERNELS in path.parents or path in allowed or PACKAGE / "emulator" in path.parents:
+            continue
+        found = [name for name in imported_modules(path) if name.split(".")[0] == "cutlass"]
+        assert not found, f"{path.relative_to(ROOT)} imports the compiler: {found}"

@@ -1,0 +1,256 @@
+"""`fa4 plan --model` about published models: the right layers, heads, dims, windows and masks, or a refusal by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
+from fa4_backend.model_layers import ModelConfigError
+from fa4_backend.problem import UnsupportedProblem
+from tests.support.model_configs import CONFIGS
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="these families are known to vLLM only")
+
+
+class Asked(NamedTuple):
+    """What attention layers ask, as a plan must say it."""
+
+    num_layers: int
+    heads: str
+    head_dim: str
+    window: int | None = None
+    masks: frozenset[str] = frozenset()
+    dtype: str = "bfloat16"
+
+
+def masks(*names: str) -> frozenset[str]:
+    return frozenset(f"has_{name}" for name in names)
+
+
+# Facts of the published models: attention layers, then layers of any other kind.
+FACTS: dict[str, tuple[list[Asked], dict[str, int]]] = {
+    "Llama-3.1-8B": ([Asked(32, "32/8", "128")], {}),
+    "Qwen2.5-7B": ([Asked(28, "28/4", "128")], {}),
+    "Qwen3-8B": ([Asked(36, "32/8", "128")], {}),
+    "Mistral-7B-v0.1": ([Asked(32, "32/8", "128", 4096, masks("window_left"))], {}),
+    "Phi-3-mini-4k": ([Asked(32, "32/32", "96", 2047, masks("window_left"))], {}),
+    "Gemma-2-9B": ([Asked(21, "16/8", "256", 4096, masks("window_left", "softcap")), Asked(21, "16/8", "256", None, masks("softcap"))], {}),
+    "Gemma-3-1B": ([Asked(22, "4/1", "256", 512, masks("window_left")), Asked(4, "4/1", "256")], {}),
+    "EmbeddingGemma-300M": ([], {"encoder": 24}),
+    "gpt-oss-20b": ([Asked(12, "64/8", "64", 128, masks("window_left", "sinks")), Asked(12, "64/8", "64", None, masks("sinks"))], {}),
+    "MiMo-V2-Flash": ([Asked(9, "64/4", "192/128"), Asked(39, "64/8", "192/128", 128, masks("window_left", "sinks"))], {}),
+    "Llama-4-Scout": ([Asked(12, "40/8", "128")], {"chunked": 36}),
+    "Falcon-7B": ([Asked(32, "71/1", "64")], {}),
+    "Falcon-RW-1B": ([Asked(24, "32/32", "64", None, masks("alibi"))], {}),
+    "Falcon-40B": ([Asked(60, "128/8", "64")], {}),
+    "ChatGLM3-6B": ([Asked(28, "32/2", "128", dtype="float16")], {}),
+    "Nemotron-NAS, eight layers": ([Asked(3, "64/8", "128"), Asked(1, "64/4", "128"), Asked(1, "64/2", "128")], {"none": 3}),
+    "Qwen3-Next-80B": ([Asked(12, "16/2", "256")], {"linear": 36}),
+    "Granite-4.0-H-Small": ([Asked(4, "32/8", "128")], {"linear": 36}),
+    "DeepSeek-V3": ([], {"mla": 61}),
+    "Kimi-K2": ([], {"mla": 61}),
+    "Command-R7B": ([Asked(24, "32/8", "128", 4096, masks("window_left")), Asked(8, "32/8", "128")], {}),
+    "StarCoder": ([Asked(40, "48/1", "128")], {}),
+    "BLOOM-7B1": ([Asked(30, "32/32", "128", None, masks("alibi"), "float16")], {}),
+    "DBRX": ([Asked(40, "48/8", "128")], {}),
+    "PaliGemma-3B": ([], {"image-prefix": 18}),
+    "GPT-2": ([Asked(12, "12/12", "64")], {}),
+    "Mamba-2.8B": ([], {"linear": 64}),
+    "BERT-base": ([], {"encoder": 12}),
+    "Whisper-large-v3": ([Asked(32, "20/20", "64", dtype="float16")], {"encoder": 32, "cross": 32}),
+    "T5-small": ([], {"encoder-decoder": 6}),
+    "Gemma-3-27B": ([], {"image-prefix": 62}),
+    "Gemma-4-31B": ([], {"image-prefix": 60}),
+}
+TEXT_ONLY: dict[str, list[Asked]] = {
+    "Gemma-3-27B": [Asked(52, "32/16", "128", 1024, masks("window_left")), Asked(10, "32/16", "128")],
+    "Gemma-4-31B": [Asked(50, "32/16", "256", 1024, masks("window_left")), Asked(10, "32/4", "512")],
+}
+# What sm_90a does not serve, with the words of the refusal.
+NOT_SERVED = {
+    "EmbeddingGemma-300M": "both directions", "Llama-4-Scout": "chunked attention", "DeepSeek-V3": "MLA", "Kimi-K2": "MLA",
+    "BERT-base": "both directions", "Whisper-large-v3": "cross attention", "T5-small": "encoder-decoder", "Gemma-3-27B": "--text-only",
+    "Gemma-4-31B": "--text-only", "PaliGemma-3B": "--text-only",
+}  # fmt: skip
+ENGINE_ONLY = {  # heads under names of their own, text inside a multimodal config, or a config class that transformers lacks
+    "Gemma-3-27B", "Gemma-4-31B", "Llama-4-Scout", "Falcon-7B", "Falcon-40B", "ChatGLM3-6B", "Nemotron-NAS, eight layers", "Kimi-K2",
+    "BLOOM-7B1", "Falcon-RW-1B", "GPT-2", "PaliGemma-3B",
+}  # fmt: skip
+
+
+def write(folder: Path, name: str, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**CONFIGS[name], **changes}))
+    return path
+
+
+def asked(groups: list[LayerGroup]) -> list[Asked]:
+    rows = []
+    for group in groups:
+        if (p := group.problem) is not None:
+            dims = str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
+            present = masks(*[m for m in ("window_left", "window_right", "softcap", "sinks", "alibi") if getattr(p.mask, f"has_{m}")])
+            rows.append(Asked(group.num_layers, f"{p.num_q_heads}/{p.num_kv_heads}", dims, group.window, present, p.dtype))
+    return rows
+
+
+def others(groups: list[LayerGroup]) -> dict[str, int]:
+    assert all((group.problem is None) == (group.kind != "attention") for group in groups)
+    return {group.kind: group.num_layers for group in groups if group.problem is None}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    from fa4_backend.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_each_config_has_its_facts() -> None:
+    assert set(CONFIGS) == set(FACTS) and set(NOT_SERVED) <= set(FACTS)
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", FACTS)
+def test_layers_of_a_published_model(tmp_path: Path, name: str) -> None:
+    groups = layer_groups(write(tmp_path, name), arch="sm_90a", page_size=16)
+    attention, rest = FACTS[name]
+    assert sorted(asked(groups), key=str) == sorted(attention, key=str)
+    assert others(groups) == rest
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_a_multimodal_model_without_images(tmp_path: Path, name: str) -> None:
+    groups = layer_groups(write(tmp_path, name), arch="sm_90a", page_size=16, text_only=True)
+    assert asked(groups) == TEXT_ONLY[name] and not others(groups)
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", FACTS)
+def test_exit_code_says_whether_all_attention_is_served(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, name)), "--arch", "sm_90a", "--json")
+    rows = json.loads(out)
+    refusals = [row["refusal"] for row in rows if row["refusal"]]
+    assert code == (1 if name in NOT_SERVED else 0)
+    assert bool(refusals) == (name in NOT_SERVED) and NOT_SERVED.get(name, "") in " ".join(refusals)
+    for row in rows:
+        assert sum(bool(row[field]) for field in ("plan", "remark", "refusal")) == 1, row
+        assert bool(row["kernels"]) == bool(row["plan"])
+
+
+@needs_vllm
+def test_gemma_4_is_refused_for_its_wide_layers_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Gemma-4-31B")), "--arch", "sm_90a", "--text-only", "--json")
+    narrow, wide = json.loads(out)
+    assert code == 1
+    assert narrow["num_layers"] == 50 and narrow["plan"] and narrow["refusal"] is None
+    assert wide["num_layers"] == 10 and wide["plan"] is None and "got 512/512" in wide["refusal"]
+
+
+@needs_vllm
+def test_plan_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Llama-4-Scout")))
+    assert code == 1 and "36 layers (chunked): not served: chunked attention is not served" in out
+    assert "12 layers: FA4: torch reference on cpu, 40/8 heads, head_dim 128" in out
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Qwen3-Next-80B")))
+    assert code == 0 and "36 layers (linear): a recurrent or linear layer" in out
+
+
+@needs_vllm
+def test_compile_refuses_a_model_of_which_it_would_serve_a_part(tmp_path: Path) -> None:
+    groups = layer_groups(write(tmp_path, "Llama-4-Scout"), arch="sm_90a", page_size=16)
+    with pytest.raises(UnsupportedProblem, match=r"36 layers \(chunked\): chunked attention"):
+        attention_problems(groups)
+    groups = layer_groups(write(tmp_path, "Qwen3-Next-80B"), arch="sm_90a", page_size=16)
+    assert [(p.num_q_heads, p.num_kv_heads, p.head_dim) for p in attention_problems(groups)] == [(16, 2, 256)]
+
+
+@needs_vllm
+@pytest.mark.parametrize(("tp", "heads"), [(1, "32/8"), (4, "8/2"), (8, "4/1"), (16, "2/1")])
+def test_tensor_parallel_heads_of_one_gpu(tmp_path: Path, tp: int, heads: str) -> None:
+    """8 KV heads over 16 GPUs: each is held twice."""
+    assert asked(layer_groups(write(tmp_path, "Llama-3.1-8B"), arch="sm_90a", page_size=16, tp=tp)) == [Asked(32, heads, "128")]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("name", "tp", "words"),
+    [("Falcon-7B", 2, "expected a divisor of 71 query heads, got 2"), ("Gemma-2-9B", 3, "16 query heads")],
+)
+def test_heads_that_cannot_be_shared(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, tp: int, words: str) -> None:
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, name)), "--tp", str(tp), "--json")
+    assert code == 1 and all(words in row["refusal"] for row in json.loads(out))
+
+
+@needs_vllm
+def test_kv_heads_that_cannot_be_shared(tmp_path: Path) -> None:
+    path = write(tmp_path, "Llama-3.1-8B", num_attention_heads=24, num_key_value_heads=6, hidden_size=3072)
+    (group,) = layer_groups(path, arch="cpu", page_size=16, tp=4)
+    assert group.refusal == "tp: expected a divisor or a multiple of 6 KV heads, got 4"
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "num_attention_heads": 32},
+            "baichuan: expected a config that",
+        ),
+        ({"model_type": "gpt_neo"}, "gpt_neo: expected a family whose masks its config states"),
+        ({"model_type": "vit"}, "vit: expected a language model"),
+        ({"model_type": "rwkv"}, "rwkv: expected attention heads in layer 0"),
+        ({"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}, "ctrl: expected an architecture that vLLM has a model of"),
+        ({**CONFIGS["MiMo-V2-Flash"], "hybrid_layer_pattern": None}, "mimo_v2_flash: expected a config that"),
+        ({**CONFIGS["Nemotron-NAS, eight layers"], "block_configs": []}, "nemotron-nas: expected a config that"),
+    ],
+)
+def test_a_family_that_no_library_knows_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = plan(capsys, "--model", str(tmp_path))
+    assert code == 2 and not out and words in err
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_without_vllm_the_same_answer_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """transformers alone answers where its class states the heads; elsewhere it says that vLLM is needed."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    path = write(tmp_path, name)
+    if name in ENGINE_ONLY:
+        with pytest.raises(ModelConfigError):
+            layer_groups(path, arch="sm_90a", page_size=16)
+        return
+    groups = layer_groups(path, arch="sm_90a", page_size=16)
+    attention, rest = FACTS[name]
+    assert sorted(asked(groups), key=str) == sorted(attention, key=str)
+    assert others(groups) == rest
+
+
+def test_falcon_without_vllm_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(
+        ModelConfigError, match=r"falcon: states no num_key_value_heads; expected vLLM, which .*pip install 'fa4-backend\[vllm\]'"
+    ):
+        layer_groups(write(tmp_path, "Falcon-7B"), arch="cpu", page_size=16)
+
+
+def test_without_transformers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = plan(capsys, "--model", str(write(tmp_path, "Llama-3.1-8B")))
+    assert code == 2 and "expected transformers" in err and "pip install 'fa4-backend[models]'" in err
+
+
+def test_a_file_of_any_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "Qwen3-8B").rename(tmp_path / "qwen3.json")
+    assert asked(layer_groups(path, arch="cpu", page_size=16, dtype="float32")) == [Asked(36, "32/8", "128", dtype="float32")]
