@@ -196,7 +196,7 @@ class ClusterState(ctypes.Structure):
         ("num_regions", ctypes.c_uint32),
         ("num_knowledge", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
-        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "pad")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "gap_begin", "gap_end", "pad")),
     )
 
 
