@@ -1,4 +1,4 @@
-// Data shared by the parts of the native core, and with Python (mirrored in native.py).
+// Data shared by the parts of the native core, and with Python (mirrored in native_core.py).
 #pragma once
 #include <stdint.h>
 #include <stddef.h>
