@@ -74,6 +74,8 @@ def paged_attention(
         out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
+    if q.shape[0] == 0:
+        return out, lse  # a step without tokens; a tensor map cannot describe zero rows
     left, right = (None if window is None else clamp_window(window) for window in (window_left, window_right))
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,

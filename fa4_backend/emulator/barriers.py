@@ -177,7 +177,7 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     in_shared, in_global = {"shared::cta", "shared::cluster"} & set(mods.parts), "global" in mods.parts
     everywhere = not in_shared and not in_global
     is_init = "mbarrier_init" in mods.parts
-    is_memory = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts and "cta" not in mods.parts
+    is_memory, of_cta = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts, "cta" in mods.parts
 
     def handler(warp: Warp) -> None:
         if warp.races:
@@ -186,7 +186,7 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             elif is_init:
                 warp.races.barriers_fenced(warp)
             elif is_memory:
-                warp.races.memory_fence(warp)
+                warp.races.memory_fence(warp, of_cta)
 
     return handler
 

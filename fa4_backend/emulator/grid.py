@@ -41,6 +41,7 @@ class Grid:
         self.explicit_cluster = cluster != (1, 1, 1)
         self.num_sms, self.dynamic_smem = session.num_sms, dynamic_smem
         self.programmatic = programmatic  # may start before the launch before it is complete
+        self.has_waited = False  # some thread executed griddepcontrol.wait
         self.number = session.num_launches
         session.num_launches += 1
         self.check()
@@ -91,6 +92,7 @@ class Grid:
 
     def dependency(self, warp: Warp, action: str) -> None:
         """griddepcontrol: launches run one after the other, so there is nothing to wait for but what the race detector knows."""
+        self.has_waited |= action == "wait"
         if warp.races:
             self.session.global_races.dependency(warp, waits=action == "wait")
 
@@ -128,6 +130,7 @@ class Grid:
                         other.spinning = False
                 else:
                     active.rotate(-1)
+        self.session.global_races.end_launch(self)
 
 
 def three(value: object) -> tuple[int, int, int]:

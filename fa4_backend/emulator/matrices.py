@@ -177,3 +177,11 @@ def matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     So a row's result does not depend on its place in the tile: BLAS in float32 does not promise that, tensor cores keep it.
     """
     return np.matmul(a, b, dtype=np.float64).astype(np.float32)
+
+
+def canonical(values: np.ndarray) -> np.ndarray:
+    """float32 results with every NaN as hardware writes it, 0x7fffffff; changed in place."""
+    nan = np.isnan(values)
+    if nan.any():
+        values.view(np.uint32)[nan] = 0x7FFFFFFF
+    return values

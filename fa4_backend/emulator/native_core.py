@@ -67,13 +67,13 @@ _WRITE = {
     "i16": "t[l] = (u16)({x});",
     "u32": "t[l] = (u32)({x});",
     "i32": "t[l] = (u32)({x});",
-    "f32": "t[l] = f32_bits({x});",
+    "f32": "t[l] = f32_result({x});",
     "f16": "t[l] = f16_of((f32)({x}));",
     "bf16": "t[l] = bf16_of((f32)({x}));",
     "u64": "t[l] = (u64)({x});",
     "i64": "t[l] = (u64)({x});",
     "f64": "t[l] = f64_bits({x});",
-    "f32x2": "((f32*)t)[l] = {x};",
+    "f32x2": "((u32*)t)[l] = f32_result({x});",
 }
 WIDE = frozenset(("u64", "i64", "f64", "f32x2"))
 
@@ -196,7 +196,7 @@ class ClusterState(ctypes.Structure):
         ("num_regions", ctypes.c_uint32),
         ("num_knowledge", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
-        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "pad")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "gap_begin", "gap_end", "pad")),
     )
 
 

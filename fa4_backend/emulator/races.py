@@ -132,7 +132,7 @@ class Races:
         """What these lanes did happens before what acquires the edge; `relaxed`: only what they fenced."""
         if warp.tmem_loads:
             self.settle_loads(warp)
-        clock = warp.clocks.known_at_fence(lanes) if relaxed else warp.clocks.known(lanes)
+        clock = warp.clocks.known_at_fence(lanes, in_cta=True) if relaxed else warp.clocks.known(lanes)
         if clock is not None:
             self.join(edge, clock)
         self.new_epoch(warp)
@@ -212,10 +212,10 @@ class Races:
         warp.clocks.fence_proxy(warp.exec, self.layout.generic, self.layout.visible, which)
         warp.state.epoch = warp.clocks.epoch
 
-    def memory_fence(self, warp: Warp) -> None:
+    def memory_fence(self, warp: Warp, of_cta: bool = False) -> None:
         """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them, and relaxed waits before
         them are acquires."""
-        if warp.unacquired:
+        if warp.unacquired and not of_cta:
             self.in_global.fence(warp)
         left = []
         for lanes, clock in warp.seen_relaxed:
@@ -224,7 +224,7 @@ class Races:
             if lanes & ~warp.exec:
                 left.append((lanes & ~warp.exec, clock))
         warp.seen_relaxed = left
-        warp.clocks.fence_memory(warp.exec)
+        warp.clocks.fence_memory(warp.exec, of_cta)
         warp.state.epoch = warp.clocks.epoch
 
     def acquired_actor(self, warp: Warp) -> int:

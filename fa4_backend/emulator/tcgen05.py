@@ -1,7 +1,7 @@
 """Tensor memory and the fifth-generation tensor core. PTX ISA 9.0, 9.7.16.
 
 TMEM is 128 lanes x 512 columns of 32-bit cells; an address is lane << 16 | column. MMAs, copies and commits of one warp finish in
-the order of issue; warps are independent of each other. Products are exact and summed in float32.
+the order of issue; warps are independent of each other. Products are added exactly and rounded once, then added in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fa4_backend.emulator.matrices import (
     ELEMENT_BYTES,
     RAW_TYPES,
     InstructionDescriptor,
+    canonical,
     check_shape,
     instruction_descriptor,
     load_operand,
@@ -392,9 +393,8 @@ def multiply(
         else:
             lanes = _row_lanes(rows)
         if add:
-            cells[lanes, column : column + width] += product
-        else:
-            cells[lanes, column : column + width] = product
+            product += cells[lanes, column : column + width]
+        cells[lanes, column : column + width] = canonical(product)
         cta.cluster.grid.session.report.tensor_flops += 2 * product.size * k
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 CODE_FOLDERS = ("fa4_backend", "integration", "examples", "scripts", "tests")
 LARGEST_LINE = 120  # columns of prose; rows of tables and blocks of code may be longer

@@ -65,7 +65,8 @@ typedef struct {
   const u32* fenced_global;  // as Race.fenced, for global memory
   u32 number;                // of this cluster, in the order of their starts
   u32 first_of_launch;       // the number of the launch's first cluster
-  u32 settled;               // all clusters with lower numbers happened before this launch
+  u32 settled;               // clusters with lower numbers happened before this launch,
+  u32 gap_begin, gap_end;    // but not those from gap_begin to gap_end: a launch between did not wait for them
   u32 pad;
 } Cluster;
 

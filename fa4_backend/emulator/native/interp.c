@@ -17,8 +17,9 @@ int regroup(Warp* w) {
     if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
   if (w->split) {
     w->split = w->split * 1664525u + 1013904223u | 1;
-    int lane = w->split >> 27;
-    if (ready >> lane & 1) low = w->lane_pc[lane];
+    u32 left = ready;
+    for (u32 skip = (w->split >> 8) % (u32)__builtin_popcount(ready); skip; skip--) left &= left - 1;
+    low = w->lane_pc[__builtin_ctz(left)];
   }
   w->active = 0;
   for (int lane = 0; lane < LANES; lane++) {
@@ -95,7 +96,7 @@ static u32 reduce(const u32* a, int op, u32 mask, u32 absolute) {
 }
 
 // mma.sync m16n8kK with float32 accumulators: aux lists the slots of D (4), A, B and C (4). PTX ISA 9.7.14.5.
-// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are summed in float32 over k, then added to C.
+// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are added exactly over k, rounded once, then added to C.
 enum { MMA_F16, MMA_BF16, MMA_E4M3, MMA_E5M2 };
 static f32 element(const u32* reg, int lane, int index, int kind) {
   u32 word = reg[lane];
@@ -122,13 +123,14 @@ static void mma_sync(u8* R, const Inst* I, const i32* slots) {
   }
   for (int row = 0; row < 16; row++)
     for (int column = 0; column < 8; column++) {
-      f32 sum = 0;
-      for (int k = 0; k < k_total; k++) sum += A[row][k] * B[column][k];
-      D[row][column] = sum;
+      f64 sum = 0;
+      for (int k = 0; k < k_total; k++) sum += (f64)A[row][k] * B[column][k];
+      D[row][column] = (f32)sum;
     }
   for (int i = 0; i < 4; i++) {
-    f32 t[LANES];
-    for (int lane = 0; lane < LANES; lane++) t[lane] = ((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)];
+    u32 t[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+      t[lane] = f32_result(((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)]);
     memcpy(SLOT(slots[i]), t, sizeof t);
   }
 }

@@ -138,7 +138,7 @@ static f32 half_op(int op, f32 a, f32 b) { return op == A_ADD ? a + b : op == A_
 
 static u64 atomic_value(int op, int type, u64 old, u64 x, u64 y) {
   if (op != A_EXCH && op != A_CAS) {
-    if (type == T_F32) return f32_bits(half_op(op, bits_f32((u32)old), bits_f32((u32)x)));
+    if (type == T_F32) return f32_result(half_op(op, bits_f32((u32)old), bits_f32((u32)x)));
     if (type == T_F64) return f64_bits(bits_f64(old) + bits_f64(x));
     if (type == T_F16X2)
       return PAIR16(f16_of(half_op(op, f16_to((u16)old), f16_to((u16)x))), f16_of(half_op(op, f16_to((u16)(old >> 16)), f16_to((u16)(x >> 16)))));

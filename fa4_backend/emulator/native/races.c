@@ -69,11 +69,12 @@ static void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Ac
 static int ordered_actor(const Record* old, const Accessor* who, u32 actor) {
   const Cluster* cluster = who->cluster;
   if (old->cluster == cluster->number) return who->clock[actor] >= old->epoch;
-  if (old->cluster < cluster->settled) return 1;
+  const int in_gap = old->cluster >= cluster->gap_begin && old->cluster < cluster->gap_end;
+  if (old->cluster < cluster->settled && !in_gap) return 1;
   for (u32 i = 0; i < cluster->num_knowledge; i++) {
     const Knowledge* k = &cluster->knowledge[i];
     if (who->clock[k->actor] < k->epoch) continue;
-    if (k->cluster == ALL_EARLIER ? old->cluster < cluster->first_of_launch : k->cluster == old->cluster && k->clock[actor] >= old->epoch) return 1;
+    if (k->cluster == ALL_EARLIER ? old->cluster < cluster->first_of_launch && !in_gap : k->cluster == old->cluster && k->clock[actor] >= old->epoch) return 1;
   }
   return 0;
 }

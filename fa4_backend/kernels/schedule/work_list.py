@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
 from fa4_backend.kernels.schedule.limits import MAX_DECODE_CTAS
+from fa4_backend.kernels.schedule.params import ScheduleParams
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,11 @@ class WorkShape:
 
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
+
+    def params(self, window_left: int, window_right: int) -> ScheduleParams:
+        """The numbers for a launch of the schedule, with the windows of a step."""
+        windows = {"window_left": window_left, "window_right": window_right}
+        return ScheduleParams(*(windows[name] if name in windows else getattr(self, name) for name in ScheduleParams._fields))
 
     def max_prefill_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest prefill list within the limits."""
