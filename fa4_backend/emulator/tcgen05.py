@@ -135,12 +135,14 @@ def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     return handler
 
 
-def check_allocated(cta: Cta, column: int, columns: int) -> None:
-    """Raise `MemoryFault` unless all these columns belong to an allocation."""
+def check_allocated(cta: Cta, column: int, columns: int, group: int = 0) -> None:
+    """Raise `MemoryFault` unless all these columns belong to an allocation, of `cta_group::group` when that is given."""
     if column + columns > COLUMNS:
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1}: there are {COLUMNS}")
     if not all(cta.tmem_owner[column : column + columns]):
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1} are not allocated; allocated: {cta.tmem_allocations}")
+    if group and set(cta.tmem_owner[column : column + columns]) != {group}:
+        raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1} of {cta.name} are not allocated by cta_group::{group}")
 
 
 # -- tcgen05.ld, st: 9.7.16.8 ---------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ def multiply(
     for cta in ctas:
         a_matrix = _operand_a(cta, desc, rows, k, a_where, a_in_tmem, access)
         product = matrix_product(-a_matrix if desc.negate_a != desc.negate_b else a_matrix, b_matrix.T)
-        check_allocated(cta, column, width)
+        check_allocated(cta, column, width, len(ctas))
         if access:
             access.races.tmem_access(access, cta, range(8), column, width, write=True, read=add)
         cells = cta.tmem_cells().view(np.float32)

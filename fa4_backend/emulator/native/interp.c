@@ -194,6 +194,24 @@ static int partial(Warp* w, u32 pc, u32 m) {
   return EV_FAULT;
 }
 
+// Lanes `m` name with whom they execute: each must be a member of its own mask, and members must agree. `same`: all lanes must.
+// PTX ISA 9.7.9.6, 9.7.13.2, 9.7.13.9 to 9.7.13.15
+static int wrong_members(Warp* w, u32 pc, u32 m, const u32* members, int same) {
+  u32 first = members[__builtin_ctz(m)];
+  for (u32 left = m; left; left &= left - 1) {
+    int lane = __builtin_ctz(left);
+    int agrees = members[lane] >> lane & 1 && !(same && members[lane] != first);
+    for (u32 with = members[lane] & m; with && agrees; with &= with - 1) agrees = members[__builtin_ctz(with)] == members[lane];
+    if (agrees) continue;
+    w->fault = FAULT_MEMBERS;
+    w->fault_lane = (u32)lane;
+    w->pc = pc;
+    return 1;
+  }
+  return 0;
+}
+#define MEMBERS(slot, same) if (wrong_members(w, pc, m, (const u32*)SLOT(slot), same)) return EV_FAULT
+
 int emu_run(Warp* w, i64 max_steps) {
   u8* R = w->regs;
   if (!w->alive) return EV_EXIT;
@@ -327,12 +345,14 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_SHUFFLE:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->e));
+        MEMBERS(I->e, 0);
         shuffle(R, I, m);
         break;
       case OP_VOTE: {  // d result (predicate or ballot), a predicate, e member mask, imm mode, c: source negated
         if (!m) break;
         u32 members = FIRST_LANE(I->e);
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         u32 bits = *(const u32*)SLOT(I->a);
         if (I->c) bits = ~bits;
         members &= m;
@@ -351,6 +371,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->e), t[LANES], all = 1;
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         for (int l = 0; l < LANES; l++) {
           t[l] = 0;
           for (int k = 0; k < LANES; k++) {
@@ -371,6 +392,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->e), t[LANES];
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         u32 r = reduce((const u32*)SLOT(I->a), (int)I->imm, members & m, I->c);
         for (int l = 0; l < LANES; l++) t[l] = r;
         put32(SLOT(I->d), t, m);
@@ -380,6 +402,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->a), t[LANES];
         CONVERGE(members);
+        MEMBERS(I->a, 1);
         u32 leader = __builtin_ctz(members & m);
         for (int l = 0; l < LANES; l++) t[l] = leader;
         put32(SLOT(I->d), t, m);
@@ -401,6 +424,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_WARP_SYNC:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->a));
+        MEMBERS(I->a, 0);
         if (w->cluster->race) { w->exec = m; w->pc = pc + 1; return EV_WARP_SYNC; }
         break;
       case OP_CLOCK: {  // count is the register width; imm 1: nanoseconds. Time is the number of executed instructions.

@@ -65,6 +65,7 @@ u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write) {
 }
 
 #define SEM_STRONG 4
+#define SEM_NON_COHERENT 16
 
 static inline u64 address_of(const u8* regs, const Inst* inst, int lane) {
   u64 base = 0;
@@ -105,10 +106,11 @@ int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
     }
   }
   if (w->cluster->race && inst->b != SPACE_PARAM && inst->b != SPACE_LOCAL) {
-    const int kind = is_store ? RACE_WRITE : RACE_READ, strong = inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG;
-    if (!inst->d) race_lanes(w, inst->b, addresses, mask, total, kind, strong);
+    const int kind = is_store ? RACE_WRITE : RACE_READ;
+    const int flags = (inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG ? ACCESS_STRONG : 0) | (inst->f & SEM_NON_COHERENT ? ACCESS_NON_COHERENT : 0);
+    if (!inst->d) race_lanes(w, inst->b, addresses, mask, total, kind, flags);
     for (int i = 0; inst->d && i < inst->count; i++, shift(addresses, mask, element))
-      if (!(inst->d >> i & 1)) race_lanes(w, inst->b, addresses, mask, element, kind, strong);
+      if (!(inst->d >> i & 1)) race_lanes(w, inst->b, addresses, mask, element, kind, flags);
   }
   return 1;
 }
@@ -173,6 +175,6 @@ int atomic_access(Warp* w, const Inst* inst, u32 mask) {
       if (inst->d) memcpy(w->regs + (i64)inst->d * SLOT_BYTES + lane * lane_bytes, &old, lane_bytes);
     }
   }
-  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, 1);
+  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, ACCESS_STRONG);
   return 1;
 }
