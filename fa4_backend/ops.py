@@ -59,7 +59,8 @@ def paged_attention(
         lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
 
     Returns:
-        `out` and `lse` (natural log of the softmax denominator, sink included; None unless the plan has it).
+        `out` and `lse` (natural log of the softmax denominator, None unless the plan has it). A sink is part of the denominator of every
+        row that sees a key; a row that sees none has -inf, with a sink too: merging parts must not count a sink for an empty part.
 
     Raises:
         ValueError: a tensor or value does not fit the plan; nothing was launched. On CPU tensors also: a row sees a page that the page

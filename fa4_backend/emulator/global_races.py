@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.report import Report
     from fa4_backend.emulator.warp import Warp
 
-SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA = 1, 2, 4, 8  # ordering of a memory instruction
+SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA, SEM_NON_COHERENT = 1, 2, 4, 8, 16  # ordering of a memory instruction
 ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches
 Clocks = dict[int, np.ndarray]  # cluster number -> clock of that cluster's actors
 
@@ -140,7 +140,7 @@ class GlobalRaces:
                 else:
                     warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
             if writes:
-                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes)
+                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes, in_cta=False)
                 if released is not None:
                     merge(self.edges.setdefault(key, {}), known_by(races, released))
         if writes and semantics & SEM_RELEASE:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fa4_backend.emulator import alu
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
+from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_NON_COHERENT, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.lowering import (
     LOCAL_WINDOW,
     SHARED_WINDOW,
@@ -39,6 +39,8 @@ def _semantics(mods: Modifiers) -> int:
         sem |= SEM_STRONG
     if "cta" in mods.parts:
         sem |= SEM_CTA
+    if "nc" in mods.parts:
+        sem |= SEM_NON_COHERENT
     mods.parts = [p for p in mods.parts if p not in _IGNORED_MEMORY]
     return sem
 

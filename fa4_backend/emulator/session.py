@@ -142,14 +142,18 @@ class Session:
         smem: int = 0,
         kernel: str | None = None,
         programmatic: bool = False,
+        registers: int | None = None,
+        non_portable: bool = False,
     ) -> None:
         """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes.
 
         `programmatic`: with programmatic stream serialization, so that it may start before the launch before it is complete.
+        `registers`: of a thread, when it is known. `non_portable`: clusters of more than 8 CTAs are allowed.
         """
         program = load_program(ptx, kernel, self.contraction)
         params = args if isinstance(args, bytes) else self.pack(program, args)
-        self.execute(Grid(self, program, three(grid), three(block), three(cluster), smem, params, programmatic=programmatic))
+        shape = three(grid), three(block), three(cluster)
+        self.execute(Grid(self, program, *shape, smem, params, registers, programmatic, non_portable))
 
     def pack(self, program: Program, args: list[Any]) -> bytes:
         parameters = list(program.kernel.params.values())
