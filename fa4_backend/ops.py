@@ -9,7 +9,7 @@ from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
-from fa4_backend.validation import check_tensors, check_values, clamp_window
+from fa4_backend.validation import check_no_backward, check_tensors, check_values, clamp_window
 
 
 def paged_attention(
@@ -68,6 +68,8 @@ def paged_attention(
     """
     tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
     check_tensors(plan, metadata, tensors)
+    if torch.is_grad_enabled():
+        check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
     if out is None:
@@ -76,7 +78,8 @@ def paged_attention(
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     if q.shape[0] == 0:
         return out, lse  # a step without tokens; a tensor map cannot describe zero rows
-    left, right = (None if window is None else clamp_window(window) for window in (window_left, window_right))
+    left = None if window_left is None else clamp_window(window_left)
+    right = None if window_right is None else clamp_window(window_right)
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes,
