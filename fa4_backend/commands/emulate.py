@@ -54,8 +54,8 @@ def emulate(
     trace: Annotated[Path | None, typer.Option(help="write a timeline that ui.perfetto.dev opens (modelled cycles)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault, a wrong result or a note that matters (such as
-    tensor memory that is not freed, or memory read that nobody wrote), 2 on a wrong call."""
+    """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault, a wrong result or a note that matters (such
+    as tensor memory that is not freed, or memory read that nobody wrote), 2 on a wrong call."""
     from fa4_backend.cache.errors import CacheError
     from fa4_backend.emulator import EmulatorError
     from fa4_backend.emulator.trace import Trace
