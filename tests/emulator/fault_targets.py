@@ -85,7 +85,7 @@ def own_decode(arch: str, batch_invariant: bool = False) -> Target:
 
 
 def own_schedule() -> Target:
-    """The kernel that makes the work lists: 40 decode rows of unequal length and prefill rows, on few CTAs."""
+    """The kernel that makes the work lists: decode rows of unequal length, more than it has threads, and prefill rows, on few CTAs."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from fa4_backend.kernels.schedule.config import ScheduleConfig
@@ -93,9 +93,9 @@ def own_schedule() -> Target:
     from tests.support.emulated_decode import empty_lists, run_schedule
 
     shape = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
-    query_lens = [1 + i % 4 for i in range(40)] + [300, 0, 70]
-    kv_lens = [100 + 37 * i * (i % 5) for i in range(40)] + [700, 90, 70]
-    key = ScheduleConfig("sm_90a", 256)
+    query_lens = [1 + i % 4 for i in range(600)] + [300, 0, 70]
+    kv_lens = [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]
+    key = ScheduleConfig("sm_90a", 1024)
     library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
