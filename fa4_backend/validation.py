@@ -75,17 +75,17 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     try:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        # Layers and steps repeat their shapes; looking at everything each time was three quarters of a call's host time.
-        facts = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
+        facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     except AttributeError:
         _expect_tensors(tensors._asdict())
         raise
-    facts += tuple([address % 16 for address in addresses])
-    sizes = metadata.passed.get(facts)
+    key = (*facts, *[address % 16 for address in addresses])
+    sizes = metadata.passed.get(key)
     if sizes is None:
         _check_tensors(plan, metadata, tensors)
         sizes = tuple(0 if t is None else num_bytes(t) for t in tensors)
-        _remember(metadata, facts, sizes)
+        _remember(metadata, key, sizes)
     _expect_apart(tensors, addresses, sizes)
 
 
@@ -114,8 +114,10 @@ def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) 
     """No element of what a call writes is one of the heads that it reads, or is written twice."""
     for written, other in APART:
         begin, at = addresses[written], addresses[other]
-        if at < begin + sizes[written] and begin < at + sizes[other] and begin and at and share_memory(t[written], t[other]):
-            raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
+        if at < begin + sizes[written] and begin < at + sizes[other] and begin and at:  # no address: empty, or without memory
+            a, b = t[written], t[other]
+            if a is not None and b is not None and share_memory(a, b):
+                raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
 
 
 def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
