@@ -5,6 +5,7 @@ Only shapes, strides, dtypes, devices, addresses and host numbers are looked at:
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import REFERENCE_ARCH
@@ -231,7 +232,7 @@ def check_values(
 
 def clamp_window(window: int) -> int:
     """The same window for every sequence there can be, in a range in which no position overflows."""
-    return min(window, WIDEST_WINDOW)
+    return int(min(window, WIDEST_WINDOW))
 
 
 def _expect_tensors(tensors: dict[str, object]) -> None:
@@ -243,7 +244,8 @@ def _expect_tensors(tensors: dict[str, object]) -> None:
 
 
 def _expect_whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    # numpy's integers are whole numbers of the host too: engines keep lengths in numpy arrays.
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise ValueError(f"{name}: expected a whole number as a Python int, got {_describe_value(value)}")
 
 

@@ -103,9 +103,9 @@ def compile_ours(name: str) -> dict[str, Any]:
 
 def compile_upstream(name: str) -> dict[str, Any]:
     """Compile one of upstream's kernels in a fresh process."""
-    from tests.support import emulator_upstream
+    from fa4_backend.emulator import flash_attention
 
-    emulator_upstream.prepare("sm_100a")
+    flash_attention.prepare("sm_100a")
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -115,7 +115,7 @@ def compile_upstream(name: str) -> dict[str, Any]:
         import os
 
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
-        with emulator_upstream._patched({}) as interface, FakeTensorMode():
+        with flash_attention._patched({}) as interface, FakeTensorMode():
             make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")  # noqa: E731
             before = cpu_seconds()
             if page is None:

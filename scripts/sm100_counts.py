@@ -15,9 +15,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from tests.support import emulator_upstream
+from fa4_backend.emulator import flash_attention
 
-emulator_upstream.prepare("sm_100a")
+flash_attention.prepare("sm_100a")
 
 import torch  # noqa: E402
 
@@ -113,7 +113,7 @@ def upstream(num_keys: int) -> emulator.Report:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 1, HEAD_DIM, generator=generator).bfloat16() for n in (ROWS, num_keys, num_keys))
     with emulator.session(arch="sm_100a", detect_races=False) as emu:
-        emulator_upstream.forward(emu, q, k, v, causal=True, softmax_scale=HEAD_DIM**-0.5, return_lse=True)
+        flash_attention.forward(emu, q, k, v, causal=True, softmax_scale=HEAD_DIM**-0.5, return_lse=True)
     return emu.report
 
 

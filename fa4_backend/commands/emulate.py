@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,8 +56,8 @@ def emulate(
 ) -> None:
     """Run compiled kernels on the emulator with its race detector.
 
-    Exits 0 when the result is right under every schedule; 1 on a race, a fault, a wrong result or a kernel that cannot be compiled or
-    loaded; 2 on a wrong call.
+    Exits 0 when the result is right under every schedule; 1 on a race, a fault, a wrong result, a note that matters (such as tensor memory
+    that is not freed, or memory read that nobody wrote) or a kernel that cannot be compiled or loaded; 2 on a wrong call.
     """
     from fa4_backend.cache.errors import CacheError
     from fa4_backend.compile import CompileError
@@ -183,7 +187,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
         result[name] = max(result[name], fused[name], key=lambda error: (error != error, error))  # NaN is the worst
     result["ok"] = result["ok"] and fused["ok"]
     result = {"case": plan.describe(), **result, **collect(reports), "schedules": 1 + seeds, "differing": differing}
-    result["ok"] = result["ok"] and not result["races"] and not differing
+    result["ok"] = result["ok"] and not result["races"] and not result["faults"] and not differing
     return result
 
 
@@ -225,7 +229,14 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     if not function_name:
         raise ValueError(f"expected module:function, got {name!r}")
     sys.path.insert(0, "")
-    emulator.install()  # before the compiler is imported: host code binds to the first launch functions it finds
+    # Before the compiler is imported: host code binds to the first launch functions it finds, and what is compiled keeps its PTX.
+    emulator.install()
+    os.environ.setdefault("CUTE_DSL_ARCH", arch)
+    os.environ.setdefault("CUTE_DSL_KEEP", "ptx,cubin")
+    if "CUTE_DSL_DUMP_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="fa4-emulate-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["CUTE_DSL_DUMP_DIR"] = folder
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -236,7 +247,7 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
             function(session)
         reports.append((name, session.report))
     result = {"case": name, **collect(reports), "schedules": 1 + seeds}
-    return result | {"ok": not result["races"]}
+    return result | {"ok": not result["races"] and not result["faults"]}
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------
@@ -256,6 +267,7 @@ def collect(reports: list[tuple[str, Report]]) -> dict[str, Any]:
                 kernels[key] = {"ctas": counts.ctas, "instructions": int(counts.executed.sum()), "units": units}
     return {
         "races": [race for _, report in reports for race in report.races],
+        "faults": sorted({fault for _, report in reports for fault in report.faults}),
         "notes": sorted({note for _, report in reports for note in report.notes}),
         "instructions": sum(report.instructions for _, report in reports),
         "seconds": round(sum(report.seconds for _, report in reports), 3),

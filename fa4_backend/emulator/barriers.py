@@ -212,9 +212,9 @@ def _setmaxnreg(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             if warp.num_register_moves == len(moves):
                 moves.append(wanted)
             elif moves[warp.num_register_moves] != wanted:
-                other = moves[warp.num_register_moves]
+                theirs = moves[warp.num_register_moves]
                 raise KernelFault(
-                    f"setmaxnreg {wanted}: another warp of the warpgroup executed setmaxnreg {other}, all must execute the same"
+                    f"setmaxnreg {wanted}: another warp of the warpgroup executed setmaxnreg {theirs}, all must execute the same"
                 )
             warp.num_register_moves += 1
         warp.is_waiting_for_registers = False

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +166,76 @@ def test_a_program_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert code == 1 and "race" in text and "WRONG" in text
     code, text = emulate(capsys, "own_program:stuck", "--arch", "sm_90a")
     assert code == 1 and "Deadlock" in text
+
+
+README = Path(__file__).parents[2] / "fa4_backend/emulator/README.md"
+
+
+def emulate_alone(folder: Path, program: str, *options: str) -> tuple[int, str]:
+    """`fa4 emulate` in a process of its own, as a stranger starts it: the compiler is imported by the program."""
+    command = [sys.executable, "-m", "fa4_backend.cli", "emulate", program, "--arch", "sm_90a", *options]
+    paths = os.pathsep.join([str(README.parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(# my_module\.py\n.*?)```", README.read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "my_module.py").write_text(example.group(1))
+    code, text = emulate_alone(tmp_path, "my_module:right", "--seeds", "1")
+    assert code == 0 and "right" in text, text
+    code, text = emulate_alone(tmp_path, "my_module:racy")
+    assert code == 1 and "is read before its write is known" in text, text
+
+
+FIRST_TRIES = """
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass.cute.runtime import from_dlpack
+
+@cute.kernel
+def add_one(x: cute.Tensor, y: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    y[thread] = x[thread] + cutlass.Float32(1.0)
+
+@cute.jit
+def host(x: cute.Tensor, y: cute.Tensor):
+    add_one(x, y).launch(grid=[1, 1, 1], block=[32, 1, 1])
+
+def attempt(session, options, change):
+    x, y = torch.arange(32.0), torch.zeros(32)
+    compiled = cute.compile(host, from_dlpack(x), from_dlpack(y), **options)
+    session.run(compiled, change(x), change(y))
+    assert torch.equal(y, x + 1), y
+
+def all_of_them(session):
+    attempt(session, {}, from_dlpack)
+    attempt(session, {}, lambda tensor: tensor)
+    attempt(session, {"options": "--enable-tvm-ffi"}, lambda tensor: tensor)
+"""
+
+
+def test_functions_compiled_for_cpu_tensors_work(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text(FIRST_TRIES)
+    code, text = emulate_alone(tmp_path, "first:all_of_them")
+    assert code == 0, text
+
+
+LEAK = PROGRAM.replace("sm_90a", "sm_100a").replace(
+    "    st.shared.u32 [%r2], %r0;\n", "    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;\n"
+)
+UNWRITTEN = PROGRAM.replace("    st.shared.u32 [%r2], %r0;\n", "")
+
+
+@pytest.mark.parametrize(("text", "arch", "words"), [(LEAK, "sm_100a", "not deallocated"), (UNWRITTEN, "sm_90a", "nobody wrote")])
+def test_a_note_that_matters_is_a_failure(
+    text: str, arch: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"noted_{arch}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, printed = emulate(capsys, f"{name}:right", "--arch", arch, "--json")
+    result = json.loads(printed)
+    assert code == 1 and any(words in fault for fault in result["faults"]), printed
