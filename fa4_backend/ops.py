@@ -55,16 +55,16 @@ def paged_attention(
         sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
             plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor.
-        lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
+        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor. Shares no element with q, the caches or lse.
+        lse: (num_q_heads, total_q) float32, written in place, likewise; default: a new tensor when the plan has it.
 
     Returns:
         `out` and `lse` (natural log of the softmax denominator, None unless the plan has it). A sink is part of the denominator of every
         row that sees a key; a row that sees none has -inf, with a sink too: merging parts must not count a sink for an empty part.
 
     Raises:
-        ValueError: a tensor or value does not fit the plan; nothing was launched. On CPU tensors also: a row sees a page that the page
-            table puts outside the pool (kernels on a GPU cannot say so).
+        ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched. On CPU tensors also: a
+            row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
     tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
     check_tensors(plan, metadata, tensors)

@@ -5,6 +5,7 @@ Only shapes, strides, dtypes, devices, addresses and host numbers are looked at:
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import REFERENCE_ARCH
@@ -75,17 +76,17 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     try:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        # Layers and steps repeat their shapes; looking at everything each time was three quarters of a call's host time.
-        facts = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
+        facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     except AttributeError:
         _expect_tensors(tensors._asdict())
         raise
-    facts += tuple([address % 16 for address in addresses])
-    sizes = metadata.passed.get(facts)
+    key = (*facts, *[address % 16 for address in addresses])
+    sizes = metadata.passed.get(key)
     if sizes is None:
         _check_tensors(plan, metadata, tensors)
         sizes = tuple(0 if t is None else num_bytes(t) for t in tensors)
-        _remember(metadata, facts, sizes)
+        _remember(metadata, key, sizes)
     _expect_apart(tensors, addresses, sizes)
 
 
@@ -114,8 +115,10 @@ def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) 
     """No element of what a call writes is one of the heads that it reads, or is written twice."""
     for written, other in APART:
         begin, at = addresses[written], addresses[other]
-        if at < begin + sizes[written] and begin < at + sizes[other] and begin and at and share_memory(t[written], t[other]):
-            raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
+        if at < begin + sizes[written] and begin < at + sizes[other] and begin and at:  # no address: empty, or without memory
+            a, b = t[written], t[other]
+            if a is not None and b is not None and share_memory(a, b):
+                raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
 
 
 def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
@@ -229,7 +232,7 @@ def check_values(
 
 def clamp_window(window: int) -> int:
     """The same window for every sequence there can be, in a range in which no position overflows."""
-    return min(window, WIDEST_WINDOW)
+    return int(min(window, WIDEST_WINDOW))
 
 
 def _expect_tensors(tensors: dict[str, object]) -> None:
@@ -241,7 +244,8 @@ def _expect_tensors(tensors: dict[str, object]) -> None:
 
 
 def _expect_whole(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    # numpy's integers are whole numbers of the host too: engines keep lengths in numpy arrays.
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise ValueError(f"{name}: expected a whole number as a Python int, got {_describe_value(value)}")
 
 

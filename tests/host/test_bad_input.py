@@ -200,6 +200,7 @@ def test_a_wrong_call_is_refused_after_a_right_one() -> None:
 # Right calls that look odd.
 ODD: dict[str, Callable[[BuiltCase], dict[str, Any]]] = {
     "whole numbers as scale and cap": lambda b: {"softmax_scale": 1, "softcap": 30},
+    "a window of numpy's": lambda b: {"window_left": np.int32(40)},
     "windows of 2^31 and more": lambda b: {"window_left": 2**31, "window_right": 2**63},
     "a gap behind each row of out": lambda b: {"out": torch.empty(9, 5, 64, dtype=b.arguments.q.dtype)[:, :4]},
     "out beside q in one buffer": lambda b: beside(b),
@@ -351,6 +352,14 @@ BAD_STEPS: dict[str, tuple[Callable, str]] = {
     "half a token": (lambda a: {"max_seqlen_q": 4.5}, "max_seqlen_q: expected a whole number as a Python int, got 4.5"),
     "a negative length": (lambda a: {"max_seqlen_q": -1}, "max_seqlen_q: expected 0 to 9, .*max_num_tokens, got -1"),
 }
+
+
+def test_a_step_whose_lengths_are_numpys() -> None:
+    """Engines keep lengths in numpy arrays."""
+    built, plan = CASE.build(), CASE.plan()
+    metadata, a = metadata_of(built, plan), built.arguments
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=np.int32(5), max_seqlen_k=np.int64(33))
+    assert metadata.bounds == (2, 5, 33)
 
 
 @pytest.mark.parametrize("what", BAD_STEPS)

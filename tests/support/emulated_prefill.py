@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,26 +45,9 @@ class EmulatedRun:
         return self.built.check(self.out, self.lse, padding_is_zero=self.zeroes_padding)
 
 
-def run_prefill(
-    case: PagedCase,
-    *,
-    num_ctas: int = 2,
-    seed: int | None = None,
-    detect_races: bool = True,
-    key: PrefillKey | None = None,
-    trace: Recording | None = None,
-    contraction: str | int = "never",
-) -> EmulatedRun:
-    """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
-
-    Args:
-        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
-        seed: of the emulator's schedule; None: deterministic.
-        key: another compile key than the plan's, for ablations.
-        trace: filled with what the warps did.
-        contraction: which products and sums run as one FMA, see `emulator.session`.
-    """
-    return run_built(case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace, contraction=contraction)
+def run_prefill(case: PagedCase, **options: Any) -> EmulatedRun:
+    """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included; options of `run_built`."""
+    return run_built(case.build(), **options)
 
 
 def run_built(
@@ -76,7 +60,15 @@ def run_built(
     trace: Recording | None = None,
     contraction: str | int = "never",
 ) -> EmulatedRun:
-    """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
+    """Run the prefill kernel of a case on tensors that the caller may have changed; `out` and `lse` are poisoned first.
+
+    Args:
+        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
+        seed: of the emulator's schedule; None: deterministic.
+        key: another compile key than the plan's, for ablations.
+        trace: filled with what the warps did.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
+    """
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=num_ctas)
     problem = plan.problem
