@@ -16,6 +16,7 @@ from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
     NO_WINDOW,
     NUM_ENTRIES,
+    PART_COUNTERS,
     PARTIAL_SLOT,
     TILE_INTS,
     TOTAL_Q,
@@ -86,9 +87,11 @@ def run_decode(
 def fill_with_garbage(work: WorkLists) -> None:
     """What memory holds that an engine has discarded and mapped again: any ints, NaN."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals):
+    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals, work.part_arrivals):
         tensor.random_(-(2**31), 2**31, generator=generator)
     work.slots.fill_(math.nan)
+    if work.part_slots is not None:
+        work.part_slots.fill_(math.nan)
 
 
 def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
@@ -124,6 +127,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
     return WorkLists(
         shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
         ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
+        None, ints(max(1, shape.max_part_slots()), PART_COUNTERS),
     )  # fmt: skip
 
 

@@ -55,5 +55,5 @@ def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None, bui
     assert scheduled.races == []
     with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu:
         emu.run(load_function(kernels.decode), *decode_arguments(a, work))
-        emu.run(load_function(kernels.prefill), *prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
+        emu.run(load_function(kernels.prefill), *prefill_arguments(a, work))
     return MixedRun(built, work, emu.report)

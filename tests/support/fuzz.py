@@ -223,7 +223,7 @@ def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:
         *schedule_arguments(work, a.cu_seqlens_q, a.seqused_k, window_right=0 if problem.mask.is_causal else NO_WINDOW)
     )
     alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
-    load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
+    load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work))
 
 
 def _num_sms(device: str) -> int | None:

@@ -25,3 +25,5 @@ class ScheduleParams(NamedTuple):
     decode_full_sms: Int32  # SMs whose decode CTAs keep the memory busy
     max_seqlen_k: Int32
     max_num_tokens: Int32
+    part_slots: Int32  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
+    min_part_blocks: Int32
