@@ -86,7 +86,6 @@ class TileParts:
     def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
         """All parts of this thread's rows, in part order, to `rO` and `stats`."""
         last = part_vectors(self.config) - 1
-        o = flat(rO)
         for i in cutlass.range_constexpr(2):
             stats.row_max[i], stats.row_sum[i] = -Float32.inf, Float32(0.0)
         for p in cutlass.range(part.num_parts, unroll=4):
@@ -98,15 +97,20 @@ class TileParts:
             slot = part.first_slot + p
             numbers = self._load(tensors, slot, last, group, lane)
             vectors = [self._load(tensors, slot, v, group, lane) for v in range(last)]
-            weights = []
-            for i in range(2):
-                finite = cutlass.select_(stats.row_max[i] == -Float32.inf, Float32(0.0), stats.row_max[i])
-                weights.append(cute.math.exp2(numbers[i] - finite, fastmath=True))
-                stats.row_sum[i] = cute.math.fma(numbers[2 + i], weights[i], stats.row_sum[i])
-            for v in range(last):
-                for e in range(VEC):
-                    j = VEC * v + e
-                    o[j] = cute.math.fma(vectors[v][e], weights[j // 2 % 2], o[j])
+            self._add(rO, stats, numbers, vectors)
+
+    def _add(self, rO: cute.Tensor, stats: RowStats, numbers: list[Float32], vectors: list[list[Float32]]) -> None:
+        """Add a part, with the maximum over all parts in `stats.row_max`; 1 is the exact weight of a part that has it."""
+        weights = []
+        for i in range(2):
+            finite = cutlass.select_(stats.row_max[i] == -Float32.inf, Float32(0.0), stats.row_max[i])
+            weights.append(cute.math.exp2(numbers[i] - finite, fastmath=True))
+            stats.row_sum[i] = cute.math.fma(numbers[2 + i], weights[i], stats.row_sum[i])
+        o = flat(rO)
+        for v, values in enumerate(vectors):
+            for e in range(VEC):
+                j = VEC * v + e
+                o[j] = cute.math.fma(values[e], weights[j // 2 % 2], o[j])
 
     def _vector(self, tensors: PartTensors, slot: Int32, v: int, group: Int32, lane: Int32) -> cute.Tensor:
         """This thread's v-th vector of a slot."""
