@@ -68,7 +68,6 @@ class TileState(NamedTuple):
     """A tile, its KV blocks, and what its rows need of the sequence: their keys and their bias."""
 
     work: WorkTile
-    part: TilePart | None  # None: the list has whole tiles only
     blocks: BlockRange
     columns: tuple[Columns, Columns]  # of this thread's two rows
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
@@ -162,7 +161,7 @@ class ConsumerWarpgroup:
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
                 if const_expr(c.has_parts):
-                    self._finish_part(products, stats, scale, tiles, outputs, tile, q, group, thread)
+                    self._finish_part(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 else:
                     self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 self._release_query(barriers.q_empty + q.slot)
@@ -292,9 +291,8 @@ class ConsumerWarpgroup:
         n = [tiles.sWork[i, q.slot] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
-        part, key_end = None, None
+        key_end = None
         if const_expr(self.config.has_parts):
-            part = TilePart(*(tiles.sWork[i, q.slot] for i in range(7, 10)))
             # A part without a block of its own works on one of another part, of which it sees nothing.
             key_end = work.n_block_end * self.config.tile.tile_n
         blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
@@ -312,7 +310,7 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        return TileState(work, part, blocks, tuple(columns), tuple(diagonals), tuple(slopes))
+        return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes))
 
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
@@ -404,21 +402,22 @@ class ConsumerWarpgroup:
         scale: ScoreScale | None,
         tiles: SharedTiles,
         outputs: Outputs,
-        tile: TileState,
+        work: WorkTile,
         q: RingPosition,
         group: Int32,
         thread: Int32,
     ):
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         is_whole = Int32(1)
-        if tile.part.slot >= 0:
+        part = TilePart(*(tiles.sWork[i, q.slot] for i in range(7, 10)))
+        if part.slot >= 0:
             is_whole = Int32(0)
-            if self.pack.row(group * WGMMA_ROWS, tile.work.m_block, tile.work.seqlen).is_valid:
+            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 flag = tiles.sWork.iterator + (q.slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
                 barrier = self.roles.output_barrier + group
-                is_whole = self.parts.join(outputs.parts, tile.part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
         if is_whole == 1:
-            self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
+            self._finish(products, stats, scale, tiles, outputs, work, q, group, thread)
 
     @cute.jit
     def _finish(

@@ -17,14 +17,17 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
 from fa4_backend.kernels.sm90.fragment import RowStats, flat
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
+
+VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O and the next tile's weights
 
 
 class PartTensors(NamedTuple):
@@ -56,6 +59,8 @@ class TileParts:
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
+        # Addresses are computed here, not held in registers over the loops over KV.
+        lane = ptx.keep_in_loop(lane)
         self._lay_down(tensors, part.slot, rO, stats, group, lane)
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
@@ -76,55 +81,62 @@ class TileParts:
     @cute.jit
     def _lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
         """This thread's vectors to a slot."""
-        o = flat(rO)
-        for v in cutlass.range_constexpr(part_vectors(self.config) - 1):
-            self._store(tensors, slot, v, group, lane, [o[VEC * v + e] for e in range(VEC)])
-        numbers = [stats.row_max[0], stats.row_max[1], stats.row_sum[0], stats.row_sum[1]]
-        self._store(tensors, slot, part_vectors(self.config) - 1, group, lane, numbers)
+        o, target = flat(rO), self._vectors(tensors, slot, group, lane)
+        for v in cutlass.range_constexpr(self.o_vectors):
+            _store(target, v, [o[VEC * v + e] for e in range(VEC)])
+        _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], stats.row_sum[0], stats.row_sum[1]])
 
     @cute.jit
     def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
         """All parts of this thread's rows, in part order, to `rO` and `stats`."""
-        last = part_vectors(self.config) - 1
         for i in cutlass.range_constexpr(2):
             stats.row_max[i], stats.row_sum[i] = -Float32.inf, Float32(0.0)
         for p in cutlass.range(part.num_parts, unroll=4):
-            numbers = self._load(tensors, part.first_slot + p, last, group, lane)
+            numbers = _load(self._vectors(tensors, part.first_slot + p, group, lane), self.o_vectors)
             for i in cutlass.range_constexpr(2):
                 stats.row_max[i] = cute.arch.fmax(stats.row_max[i], numbers[i])
         rO.fill(0.0)
-        for p in cutlass.range(part.num_parts, unroll=1):
-            slot = part.first_slot + p
-            numbers = self._load(tensors, slot, last, group, lane)
-            vectors = [self._load(tensors, slot, v, group, lane) for v in range(last)]
-            self._add(rO, stats, numbers, vectors)
-
-    def _add(self, rO: cute.Tensor, stats: RowStats, numbers: list[Float32], vectors: list[list[Float32]]) -> None:
-        """Add a part, with the maximum over all parts in `stats.row_max`; 1 is the exact weight of a part that has it."""
-        weights = []
-        for i in range(2):
+        reference = cute.make_rmem_tensor(2, Float32)
+        for i in cutlass.range_constexpr(2):
             finite = cutlass.select_(stats.row_max[i] == -Float32.inf, Float32(0.0), stats.row_max[i])
-            weights.append(cute.math.exp2(numbers[i] - finite, fastmath=True))
-            stats.row_sum[i] = cute.math.fma(numbers[2 + i], weights[i], stats.row_sum[i])
-        o = flat(rO)
-        for v, values in enumerate(vectors):
+            reference[i] = finite
+        for first in cutlass.range_constexpr(0, self.o_vectors, VECTORS_AT_ONCE):
+            for p in cutlass.range(part.num_parts, unroll=1):
+                self._add(rO, stats, reference, self._vectors(tensors, part.first_slot + p, group, lane), first)
+
+    def _add(self, rO: cute.Tensor, stats: RowStats, reference: cute.Tensor, source: cute.Tensor, first: int) -> None:
+        """Add VECTORS_AT_ONCE vectors of a part; 1 is the exact weight of a part that has the maximum over all, `reference`."""
+        o, numbers = flat(rO), _load(source, self.o_vectors)
+        weights = [cute.math.exp2(numbers[i] - reference[i], fastmath=True) for i in range(2)]
+        if const_expr(first == 0):
+            for i in range(2):
+                stats.row_sum[i] = cute.math.fma(numbers[2 + i], weights[i], stats.row_sum[i])
+        vectors = [_load(source, v) for v in range(first, min(first + VECTORS_AT_ONCE, self.o_vectors))]
+        for v, values in enumerate(vectors, first):
             for e in range(VEC):
                 j = VEC * v + e
                 o[j] = cute.math.fma(values[e], weights[j // 2 % 2], o[j])
 
-    def _vector(self, tensors: PartTensors, slot: Int32, v: int, group: Int32, lane: Int32) -> cute.Tensor:
-        """This thread's v-th vector of a slot."""
-        at = (group * part_vectors(self.config) + v) * WARPGROUP_THREADS + lane
-        pointer = tensors.mSlots.iterator + (Int64(slot) * part_floats(self.config) + at * VEC)
-        return cute.make_tensor(pointer.align(4 * VEC), cute.make_layout(VEC))
+    @property
+    def o_vectors(self) -> int:
+        """Vectors of O of a thread; maxima and sums stand behind them."""
+        return part_vectors(self.config) - 1
 
-    def _store(self, tensors: PartTensors, slot: Int32, v: int, group: Int32, lane: Int32, values: list) -> None:
-        r = cute.make_rmem_tensor(VEC, Float32)
-        for e in range(VEC):
-            r[e] = values[e]
-        cute.autovec_copy(r, self._vector(tensors, slot, v, group, lane))
+    def _vectors(self, tensors: PartTensors, slot: Int32, group: Int32, lane: Int32) -> cute.Tensor:
+        """This thread's part of a slot: (VEC, part_vectors)."""
+        at = Int64(slot) * part_floats(self.config) + (group * (part_vectors(self.config) * WARPGROUP_THREADS) + lane) * VEC
+        layout = cute.make_layout((VEC, part_vectors(self.config)), stride=(1, WARPGROUP_THREADS * VEC))
+        return cute.make_tensor((tensors.mSlots.iterator + at).align(4 * VEC), layout)
 
-    def _load(self, tensors: PartTensors, slot: Int32, v: int, group: Int32, lane: Int32) -> list[Float32]:
-        r = cute.make_rmem_tensor(VEC, Float32)
-        cute.autovec_copy(self._vector(tensors, slot, v, group, lane), r)
-        return [r[e] for e in range(VEC)]
+
+def _store(target: cute.Tensor, v: int, values: list) -> None:
+    r = cute.make_rmem_tensor(VEC, Float32)
+    for e in range(VEC):
+        r[e] = values[e]
+    cute.autovec_copy(r, target[None, v])
+
+
+def _load(source: cute.Tensor, v: int) -> list[Float32]:
+    r = cute.make_rmem_tensor(VEC, Float32)
+    cute.autovec_copy(source[None, v], r)
+    return [r[e] for e in range(VEC)]
