@@ -19,7 +19,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
@@ -59,8 +58,6 @@ class TileParts:
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
-        # Addresses are computed here, not held in registers over the loops over KV.
-        lane = ptx.keep_in_loop(lane)
         self._lay_down(tensors, part.slot, rO, stats, group, lane)
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
