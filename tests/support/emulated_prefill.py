@@ -25,6 +25,7 @@ class Cuts:
 
     num_ctas: int  # that the cuts are made for; the kernel runs on as many CTAs as the test says
     min_blocks: int = 1  # of a part
+    window_left: int | None = -1  # that the lists are made for; -1: the case's
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
     )  # fmt: skip
     cut_shape = shape if cuts is None else replace(shape, num_ctas=cuts.num_ctas, min_part_blocks=cuts.min_blocks)
-    left = NO_WINDOW if case.window_left is None else case.window_left
+    window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
+    left = NO_WINDOW if window is None else window
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right
     lists = host_schedule.make_lists(
         cut_shape, lengths.cu_seqlens_q.diff().tolist(), lengths.seqused_k.tolist(), window_left=left, window_right=right

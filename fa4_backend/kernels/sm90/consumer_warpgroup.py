@@ -21,7 +21,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
@@ -409,8 +408,9 @@ class ConsumerWarpgroup:
         thread: Int32,
     ):
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
-        # Addresses are computed here, not held in registers over the loops over KV.
-        thread = ptx.keep_in_loop(thread)
+        # The same number, which compilers take for a new one: addresses are computed here, not held in registers over the loops over KV
+        # (24 bytes of spills for 72 at d64, none for 104 at d128).
+        thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
         is_whole = Int32(1)
         part = TilePart(*(tiles.sWork[i, q.slot] for i in range(7, 10)))
         if part.slot >= 0:
