@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +12,7 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, WorkLists, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -23,8 +23,7 @@ ALL_PREFILL = 0  # decode_query_len that sends every row to the prefill list
 class Cuts:
     """How tiles are cut along KV."""
 
-    num_ctas: int  # that the cuts are made for; the kernel runs on as many CTAs as the test says
-    min_blocks: int = 1  # of a part
+    parts: tuple[int, ...]  # of each tile of every sequence
     window_left: int | None = -1  # that the lists are made for; -1: the case's
 
 
@@ -122,21 +121,23 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
     )  # fmt: skip
-    cut_shape = shape if cuts is None else replace(shape, num_ctas=cuts.num_ctas, min_part_blocks=cuts.min_blocks)
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window
     right = 0 if case.is_causal else NO_WINDOW if case.window_right is None else case.window_right
     lists = host_schedule.make_lists(
-        cut_shape, lengths.cu_seqlens_q.diff().tolist(), lengths.seqused_k.tolist(), window_left=left, window_right=right
+        shape,
+        lengths.cu_seqlens_q.diff().tolist(),
+        lengths.seqused_k.tolist(),
+        window_left=left,
+        window_right=right,
+        parts=None if cuts is None else cuts.parts,
     )
-    # As many CTAs as asked for take the lists of those that the cuts were made for, several each.
-    ends = [len(lists.prefill_begin[1:]) * cta // num_ctas for cta in range(num_ctas + 1)]
-    slots = cut_shape.max_part_slots()
+    slots = int((lists.prefill_tiles[:, PARTIAL_SLOT] >= 0).sum()) if key.part_floats else 0
     return WorkLists(
         shape,
         prefill_tiles=torch.from_numpy(lists.prefill_tiles.copy()),
-        prefill_begin=torch.from_numpy(lists.prefill_begin[ends].copy()),
+        prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
-        part_slots=torch.full((slots, key.part_floats), math.nan) if slots else None,
+        part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,
         part_arrivals=torch.zeros(max(1, slots), PART_COUNTERS, dtype=torch.int32),
     )  # fmt: skip

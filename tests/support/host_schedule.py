@@ -31,8 +31,14 @@ def make_lists(
     *,
     window_left: int = NO_WINDOW,
     window_right: int = 0,
+    parts: tuple[int, ...] | None = None,
 ) -> HostLists:
-    """Lists for one step; `window_right` is 0 for causal attention and NO_WINDOW for full attention. KV lengths are cut to the limits."""
+    """Lists for one step. KV lengths are cut to the limits.
+
+    Args:
+        window_right: 0 for causal attention, NO_WINDOW for full attention.
+        parts: of each tile of every sequence, where they are not to be what is best.
+    """
     cut = [min(max(kv_len, 0), shape.max_seqlen_k) for kv_len in kv_lens]
     rows = list(zip(range(len(kv_lens)), query_lens, cut, strict=True))
     decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
@@ -40,8 +46,8 @@ def make_lists(
     q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
     order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
     seen = [_seen(shape, row, window_left, window_right) for row in order]
-    parts = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
-    tiles = _prefill_tiles(shape, order, parts, window_left, window_right)
+    best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
+    tiles = _prefill_tiles(shape, order, best if parts is None else [parts[row[0]] for row in order], window_left, window_right)
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
