@@ -293,7 +293,7 @@ class ConsumerWarpgroup:
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
         key_end = None
         if const_expr(self.config.has_parts):
-            # A part without a block of its own works on one of another part, of which it sees nothing.
+            # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
             key_end = work.n_block_end * self.config.tile.tile_n
         blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
