@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT
+from tests.support import large_logits
 from tests.support.emulated_mixed import run_mixed
 from tests.support.emulated_prefill import Cuts, run_built, run_prefill
 from tests.support.paged_case import PagedCase
@@ -60,6 +61,15 @@ def test_bits_do_not_depend_on_who_comes_last() -> None:
         outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
     for out, lse in outs[1:]:
         assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
+@pytest.mark.parametrize("name", ["random", "growing", "sink", "fp16, largest", "-3e37"])
+def test_large_logits(name: str) -> None:
+    """Parts whose maxima are far apart or equal, made with either scale of scores."""
+    built = large_logits.build(name, query_lens=(33,), kv_lens=(500,), num_q_heads=4, num_kv_heads=1, arch=BASE.arch)
+    run = run_built(built, cuts=Cuts((4,)))
+    assert run.report.races == []
+    large_logits.check(built, run.out, run.lse)
 
 
 def test_a_layer_whose_window_is_narrower_than_the_lists() -> None:

@@ -23,7 +23,7 @@ def sum_prefill(
     room: Int32,
     num_groups: Int32,
     params: ScheduleParams,
-):
+) -> tuple[Int32, Int32]:
     """Sum up the entries of the ordered prefill rows, whose tiles may be cut; ends with a barrier.
 
     Returns the entries of one head, and about how many n_blocks they see. The list has room for every step whose `cu_seqlens_q`
@@ -73,7 +73,7 @@ def write_prefill(
     tiles: Int32,
     share: Share,
     params: ScheduleParams,
-):
+) -> None:
     """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: entries of one head.
 
     Whoever writes a tile's first part clears the tile's arrival counters.
@@ -132,7 +132,7 @@ def query_blocks(row: Row, params: ScheduleParams) -> Int32:
 
 
 @cute.jit
-def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams):
+def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams) -> tuple[Int32, Int32]:
     """The n_blocks that a prefill tile sees, half-open."""
     first = row.kv_len - row.query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
     begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
