@@ -101,4 +101,4 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if kernels.decode is not None:
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
-        kernels.prefill(*prefill_arguments(arguments, work.prefill_tiles, work.prefill_begin))
+        kernels.prefill(*prefill_arguments(arguments, work))

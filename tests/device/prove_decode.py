@@ -72,6 +72,8 @@ def mixed_setups(arch: str) -> list[FuzzSetup]:
             f"mixed {name}", problem, max_seqs=16, max_query=100, max_kv=900, decode_query_len=query_len, decode_share=0.7
         )  # fmt: skip
         out.append(setup)
+        if not problem.batch_invariant:
+            out.append(replace(setup, name=f"{setup.name} in parts", max_seqs=6, decode_share=0.5, min_part_blocks=1))
     return out
 
 
@@ -91,7 +93,7 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         assert plan.kernels is not None
         shape = plan.kernels.work
         work = empty_lists(shape, rows)
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals"):
+        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
