@@ -24,7 +24,7 @@ class ScheduleArguments(NamedTuple):
     cu_seqlens_q: Any  # (batch + 1,) int32
     seqused_k: Any  # (batch,) int32
     prefill_tiles: Any  # (max_prefill_tiles, TILE_INTS) int32
-    prefill_begin: Any  # (num_ctas + 1,) int32
+    prefill_begin: Any  # (prefill_groups + 1,) int32
     decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
     arrivals: Any  # (max_slots,) int32
@@ -41,7 +41,7 @@ class PrefillArguments(NamedTuple):
     mPageTable: Any  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
-    mBegin: Any  # (num_ctas + 1,) int32
+    mBegin: Any  # (prefill_groups + 1,) int32
     mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
     mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)

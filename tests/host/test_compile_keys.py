@@ -134,7 +134,7 @@ def test_an_edit_of_the_blackwell_tables_changes_key_and_list_together(monkeypat
     monkeypatch.setitem(sm100_tuning.CTA_GROUP, (128, 128), 2)
     after = kernels_of("sm_100a")
     assert is_another(before, after) and before.prefill.name != after.prefill.name
-    assert (before.work.tokens_per_tile, after.work.tokens_per_tile) == (64, 128)
+    assert (before.work.tokens_per_item, after.work.tokens_per_item) == (64, 128)
     assert (before.prefill.tokens_per_item, after.prefill.tokens_per_item) == (64, 128)
     assert after.work.num_ctas == before.work.num_ctas // 2
 
@@ -154,8 +154,8 @@ def test_an_edit_of_a_tile_changes_key_and_list_together(
     monkeypatch.setitem(table, (128, 128), dataclasses.replace(tile, **change))
     after = kernels_of(arch)
     assert is_another(before, after)
-    assert after.work.tokens_per_tile == after.prefill.tokens_per_item and after.work.prefill_tile_n == after.prefill.kernel.tile.tile_n
-    assert (after.work.tokens_per_tile != before.work.tokens_per_tile) == ("tile_m" in change)
+    assert after.work.tokens_per_item == after.prefill.tokens_per_item and after.work.prefill_tile_n == after.prefill.kernel.tile.tile_n
+    assert (after.work.tokens_per_item != before.work.tokens_per_item) == ("tile_m" in change)
     assert (after.work.prefill_tile_n != before.work.prefill_tile_n) == ("tile_n" in change)
 
 

@@ -64,7 +64,7 @@ class ScheduleKernel:
         cu_seqlens_q: cute.Tensor,  # (batch + 1,) int32
         seqused_k: cute.Tensor,  # (batch,) int32
         prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
-        prefill_begin: cute.Tensor,  # (num_ctas + 1,) int32
+        prefill_begin: cute.Tensor,  # (prefill_groups + 1,) int32
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         arrivals: cute.Tensor,  # (max_slots,) int32

@@ -9,7 +9,7 @@ class ScheduleParams(NamedTuple):
     """The numbers of `WorkShape` that the device needs, and the step's mask: int on the host, Int32 on the device."""
 
     num_kv_heads: Any
-    tokens_per_tile: Any
+    tokens_per_item: Any
     prefill_tile_n: Any
     decode_query_len: Any  # 0: no decode list
     decode_tile_n: Any
