@@ -20,6 +20,7 @@ from typing import Any
 
 from fa4_backend.compile import compile_to_object, cpu_seconds
 from fa4_backend.kernel_facts import find_cuda_tool, resource_usage
+from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.paged_case import PagedCase
 
@@ -148,7 +149,7 @@ def main() -> int:
             )
             report[side][name] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
             print(side, name, report[side][name], file=sys.stderr, flush=True)
-    json.dump(report, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("compiler", ("sm100",)), **report}, sys.stdout, indent=1)
     print()
     return 0
 

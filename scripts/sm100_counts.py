@@ -22,6 +22,7 @@ flash_attention.prepare("sm_100a")
 import torch  # noqa: E402
 
 from fa4_backend import emulator  # noqa: E402
+from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -126,7 +127,8 @@ def main() -> int:
         "ours, polynomial degree 3": ours(polynomial_degree=3),
         "ours, rescale threshold 0": ours(rescale_threshold=0.0),
     }
-    json.dump({name: steady_state(run) for name, run in kernels.items()}, sys.stdout, indent=1)
+    counts = {name: steady_state(run) for name, run in kernels.items()}
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), **counts}, sys.stdout, indent=1)
     print()
     return 0
 

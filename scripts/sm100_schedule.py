@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
+from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -121,7 +122,7 @@ def main() -> int:
         results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
         if shape.head_dim_v == 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
-    json.dump({"note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0
 

@@ -92,6 +92,7 @@ def issue_batches() -> dict[str, list[DecodeBatch]]:
         with_chunk("128 x 4K + a 2K chunk of 8K", 128, 4096, 1920, 8000),
         with_chunk("64 x 8K + a 512 chunk of 4K", 64, 8192, 512, 4096),
         with_chunk("8 x 16K + a 512 chunk of 512", 8, 16384, 512, 512),
+        with_chunk("32 x 4K + 64 tokens of 32K", 32, 4096, 64, 32768),
     ]
     return {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed}
 

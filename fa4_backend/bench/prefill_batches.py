@@ -40,13 +40,22 @@ class PrefillBatch:
 
 
 def named_batches() -> dict[str, list[PrefillBatch]]:
-    """Sets by name. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`: other shapes."""
+    """Sets by name. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`: other shapes;
+    `prefix`: short messages over long cached prefixes, whose tiles are cut along KV."""
     whole = [PrefillBatch(32768 // n, n, n) for n in (1024, 4096, 16384, 32768)]
     chunked = [PrefillBatch(4, 512, 8192), PrefillBatch(1, 2048, 32768)]
     some = whole[:3]
     heads = [replace(b, num_q_heads=64) for b in [*some, *chunked]]
     heads += [replace(b, num_q_heads=16, num_kv_heads=16, head_dim=64) for b in some]
-    return {"whole": whole, "chunked": chunked, "heads": heads, "full": [replace(b, is_causal=False) for b in some]}
+    prefix = [
+        PrefillBatch(1, 16, 65536),
+        PrefillBatch(1, 64, 32768),
+        PrefillBatch(1, 256, 65536),
+        PrefillBatch(1, 512, 131072),
+        PrefillBatch(8, 128, 16384),
+    ]
+    full = [replace(b, is_causal=False) for b in some]
+    return {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "prefix": prefix}
 
 
 @dataclass

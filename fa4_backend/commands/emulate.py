@@ -41,8 +41,8 @@ def emulate(
     arch: Annotated[str, typer.Option(help="sm_90a, sm_100a or sm_103a")] = "sm_100a",
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "4/1",
     head_dim: Annotated[int, typer.Option(help="elements of a row")] = 128,
-    q_lens: Annotated[str, typer.Option(help="query tokens of each sequence")] = "5,40",
-    kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included")] = "133,300",
+    q_lens: Annotated[str, typer.Option(help="query tokens of each sequence; 0 or more, also more than keys")] = "5,40",
+    kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included; 0 or more")] = "133,300",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
     causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
@@ -54,9 +54,13 @@ def emulate(
     trace: Annotated[Path | None, typer.Option(help="write a timeline that ui.perfetto.dev opens (modelled cycles)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault, a wrong result or a note that matters (such
-    as tensor memory that is not freed, or memory read that nobody wrote), 2 on a wrong call."""
+    """Run compiled kernels on the emulator with its race detector.
+
+    Exits 0 when the result is right under every schedule; 1 on a race, a fault, a wrong result, a note that matters (such as tensor memory
+    that is not freed, or memory read that nobody wrote) or a kernel that cannot be compiled or loaded; 2 on a wrong call.
+    """
     from fa4_backend.cache.errors import CacheError
+    from fa4_backend.compile import CompileError
     from fa4_backend.emulator import EmulatorError
     from fa4_backend.emulator.trace import Trace
 
@@ -71,7 +75,7 @@ def emulate(
                 num_sms=num_sms,
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
-    except (EmulatorError, CacheError) as error:
+    except (EmulatorError, CacheError, CompileError) as error:
         typer.echo(f"fa4 emulate: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
@@ -112,8 +116,8 @@ def build_case(
     from fa4_backend.plan import plan_attention
     from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
 
-    if len(q_lens) != len(kv_lens) or any(q > kv for q, kv in zip(q_lens, kv_lens, strict=False)):
-        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, queries at most keys, got {q_lens} and {kv_lens}")
+    if len(q_lens) != len(kv_lens) or min(*q_lens, *kv_lens) < 0:
+        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {q_lens} and {kv_lens}")
     parts = heads.split("/")
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise ValueError(f"--heads: expected two numbers such as 32/8, got {heads!r}")
@@ -123,13 +127,13 @@ def build_case(
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
         has_lse=True,
     )  # fmt: skip
-    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(kv_lens))
+    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1))
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     pages_of = [-(-n // page_size) for n in kv_lens]
     k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2))
-    page_table = torch.zeros(len(kv_lens), max(pages_of), dtype=torch.int32)
+    page_table = torch.zeros(len(kv_lens), max(*pages_of, 1), dtype=torch.int32)
     free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
     for seq_idx, kv_len in enumerate(kv_lens):
         for logical in range(pages_of[seq_idx]):
@@ -189,23 +193,27 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
 
 def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
     """Errors against the float32 oracle, and what `fa4_backend.error_budget` allows."""
+    import torch
+
     from fa4_backend import error_budget
 
     a = arguments
     assert a.lse is not None
     want, want_lse, budget, lse_budget = error_budget.judge(a, is_causal=plan.problem.mask.is_causal)
     rows = slice(0, want.shape[0])
-    padding_is_zero = bool((a.out[rows.stop :] == 0).all())
-    max_err = (a.out[rows].float() - want).abs().max().item()  # NaN where the kernel wrote none: never within budget
-    finite = ~want_lse.isneginf()
-    lse_err = (a.lse[:, rows] - want_lse)[finite].abs().max().item() if finite.any() else 0.0
-    ok = max_err <= budget and lse_err <= lse_budget and padding_is_zero
+    got, got_lse, is_empty = a.out[rows].float(), a.lse[:, rows], want_lse.isneginf()
+    padding_is_zero = bool((a.out[rows.stop :] == 0).all() and a.lse[:, rows.stop :].isneginf().all())
+    empty_rows_are_zero = bool((got[is_empty.T] == 0).all() and torch.equal(got_lse.isneginf(), is_empty))
+    max_err = (got - want).abs().max().item() if got.numel() else 0.0  # NaN where the kernel wrote none: never within budget
+    lse_err = (got_lse - want_lse)[~is_empty].abs().max().item() if not is_empty.all() else 0.0
+    ok = max_err <= budget and lse_err <= lse_budget and padding_is_zero and empty_rows_are_zero
     return {
         "max_err": max_err,
         "budget": budget,
         "lse_err": lse_err,
         "lse_budget": lse_budget,
         "padding_is_zero": padding_is_zero,
+        "empty_rows_are_zero": empty_rows_are_zero,
         "ok": ok,
     }
 

@@ -19,7 +19,7 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.decode import config as decode_family
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
-from fa4_backend.kernels.schedule.rates import decode_full_sms, decode_tile_ticks
+from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, decode_full_sms, decode_tile_ticks
 from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
@@ -49,6 +49,10 @@ class PrefillKey(Protocol):
     @property
     def tokens_per_item(self) -> int:
         """Query tokens of an entry: what its `m_block` counts in."""
+
+    @property
+    def part_floats(self) -> int:
+        """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
 
 
 # arch -> the compile key of a problem's prefill kernel
@@ -111,4 +115,6 @@ def _work_shape(
         decode_full_sms=decode_full_sms(problem.target_arch, num_sms),
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
+        part_floats=prefill.part_floats,
+        min_part_blocks=-(-MIN_PART_KEYS // tile_n),
     )

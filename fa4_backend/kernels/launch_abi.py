@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, WorkLists
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, TILE_INTS, WorkLists
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ScheduleArguments(NamedTuple):
     decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
     arrivals: Any  # (max_slots,) int32
+    part_arrivals: Any  # (max(1, max_part_slots), PART_COUNTERS) int32
     params: ScheduleParams
 
 
@@ -41,6 +42,8 @@ class PrefillArguments(NamedTuple):
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
     mBegin: Any  # (num_ctas + 1,) int32
+    mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
+    mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)
     mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
     mSinks: Any  # (num_q_heads,); None where the config has no sinks
@@ -87,14 +90,17 @@ def schedule_arguments(
     """
     params = work.shape.params(window_left, window_right)
     return ScheduleArguments(
-        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals, params
-    )
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
+        work.part_arrivals, params,
+    )  # fmt: skip
 
 
-def prefill_arguments(a: AttentionArguments, tiles: Any, begin: Any) -> PrefillArguments:
-    """A call of a prefill kernel over the list `tiles`, `begin`."""
+def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArguments:
+    """A call of a prefill kernel over the step's list."""
+    part_arrivals = None if work.part_slots is None else work.part_arrivals
     return PrefillArguments(
-        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q, tiles, begin, a.out, a.lse,
+        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
+        work.prefill_tiles, work.prefill_begin, work.part_slots, part_arrivals, a.out, a.lse,
         a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
@@ -118,13 +124,14 @@ def schedule_fakes() -> tuple[Any, ...]:
         decode_tiles=fake.entries(DECODE_INTS),
         decode_first=fake.entries(DECODE_INTS),
         arrivals=fake.numbers(),
+        part_arrivals=fake.entries(PART_COUNTERS),
         params=ScheduleParams(*(fake.int32(0) for _ in ScheduleParams._fields)),
     )
     return (*arguments, fake.stream())
 
 
-def prefill_fakes(config: PrefillConfig) -> tuple[Any, ...]:
-    """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic."""
+def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
+    """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic. part_floats: 0: no parts."""
     fake = _Fakes()
     total_q, heads, batch = fake.size(), fake.size(), fake.size()
     pages, page_size, kv_heads = fake.size(), fake.size(), fake.size()
@@ -136,6 +143,8 @@ def prefill_fakes(config: PrefillConfig) -> tuple[Any, ...]:
         mCuSeqlensQ=fake.plain("int32", fake.size()),
         mTiles=fake.entries(TILE_INTS),
         mBegin=fake.plain("int32", fake.size()),
+        mPartSlots=fake.entries(part_floats, "float32") if part_floats else None,
+        mPartArrivals=fake.entries(PART_COUNTERS) if part_floats else None,
         mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),
         mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
         mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,

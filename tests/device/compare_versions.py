@@ -27,6 +27,7 @@ import torch
 from fa4_backend.bench.decode_batches import BatchTensors, issue_batches, ragged_batches
 from fa4_backend.bench.prefill_batches import PrefillTensors, named_batches
 from fa4_backend.bench.timing import Flush, capture, median_us
+from fa4_backend.kernel_stamp import gpu_stamp
 
 OTHER = "fa4_other"  # the other checkout's package
 ROUNDS = 5
@@ -111,7 +112,7 @@ def main() -> int:
             )
             print(f"{name}: {ours:.1f} us, other {other:.1f} us, {other / ours:.3f}, difference {difference:.1e}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"stamp": gpu_stamp(), "rows": rows}, indent=1) + "\n")
     slow = [row["case"] for row in rows if row["ratio"] < 0.99]
     print(f"{len(rows)} cases, {len(slow)} slower: {slow}")
     return bool(slow)

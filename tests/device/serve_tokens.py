@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fa4_backend.kernel_stamp import gpu_stamp
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama
 
@@ -180,7 +181,7 @@ def main() -> int:
                     result["against_flash_attn"] = compare(result, reference)
                 report(f"{model.name}: {run}", result)
                 if options.out:  # after each engine: a machine's time may end before the last one's
-                    options.out.write_text(json.dumps(results, indent=1))
+                    options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
     wrong = judge(results)
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0

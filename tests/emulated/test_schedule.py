@@ -14,7 +14,16 @@ import pytest
 from fa4_backend.kernels.schedule.config import ScheduleConfig
 from fa4_backend.kernels.schedule.limits import table_size
 from fa4_backend.kernels.schedule.rows import COUNTED_ROWS
-from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_BEGIN, N_BLOCK_END, NO_WINDOW, NUM_ENTRIES, PARTIAL_SLOT, WorkShape
+from fa4_backend.kernels.schedule.work_list import (
+    FIRST_SLOT,
+    N_BLOCK_BEGIN,
+    N_BLOCK_END,
+    NO_WINDOW,
+    NUM_ENTRIES,
+    NUM_PIECES,
+    PARTIAL_SLOT,
+    WorkShape,
+)
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
 from tests.support.host_schedule import make_lists
 
@@ -38,6 +47,7 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
         slot_floats=520, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
         l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
         decode_full_sms=draw.choice((1, 3, 20)), max_seqlen_k=draw.choice((4096, 400)), max_num_tokens=16384,
+        part_floats=draw.choice((0, 8)), min_part_blocks=draw.choice((1, 2, 8)),
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
@@ -171,3 +181,63 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
     assert (host_lists(shape, [1] * 32, [4096] * 32).decode_first[:, 11] > 0).sum() == 256
     alone = host_lists(shape, [2048], [6144]).prefill_begin
     assert set((alone[1:] - alone[:-1]).tolist()) == {3, 4}
+
+
+H100 = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=8)
+PARTS = {
+    # A new message over a long prefix: one round of CTAs where the tiles can fill it.
+    "16 of 64K": ([16], [65536], 16),
+    "64 of 32K": ([64], [32768], 8),
+    "256 of 64K": ([256], [65536], 2),
+    # As many tiles as CTAs, or two rounds of them, or many: nothing to gain.
+    "512 of 128K": ([512], [131072], 1),
+    "8 x 128 of 16K": ([128] * 8, [16384] * 8, 1),
+    "4 x 512 of 8K": ([512] * 4, [8192] * 4, 1),
+    "a prompt of 4K": ([4096], [4096], 1),
+    # Shorter than two parts.
+    "16 of 1,900": ([16], [1900], 1),
+    # Beside many short rows the long one alone is cut, into parts that take no longer than the others.
+    "64 of 64K beside 32 x 300": ([64] + [300] * 32, [65536] + [300] * 32, 5),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_few_tiles_over_long_kv_are_cut(name: str) -> None:
+    query_lens, kv_lens, parts = PARTS[name]
+    lists = host_lists(H100, query_lens, kv_lens)
+    assert lists.prefill_tiles[:, NUM_PIECES].max() == parts
+    if parts > 1:
+        assert (lists.prefill_tiles[lists.prefill_tiles[:, NUM_PIECES] > 1, 0] == 0).all()
+    uncut = host_lists(replace(H100, part_floats=0), query_lens, kv_lens)
+    assert (uncut.prefill_tiles[:, PARTIAL_SLOT] == -1).all()
+    if parts == 1:
+        assert (uncut.prefill_tiles == lists.prefill_tiles).all() and (uncut.prefill_begin == lists.prefill_begin).all()
+
+
+def test_the_devices_cuts_are_the_hosts() -> None:
+    """Few rows over long KV, with windows and decode rows beside them; and a row among more rows than have a place in the table."""
+    key, cut = ScheduleConfig("sm_90a", 256), 0
+    for seed in range(16):
+        draw = random.Random(seed)
+        shape = replace(
+            H100, num_kv_heads=draw.choice((1, 2, 8)), num_ctas=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
+            min_part_blocks=draw.choice((1, 8)), decode_query_len=draw.choice((0, 1)), l2_tokens=draw.choice((1000, 49152)),
+        )  # fmt: skip
+        rows = draw.choice((1, 2, 3, 12))
+        query_lens = [draw.choice((1, 16, 33, draw.randint(2, 300))) for _ in range(rows)]
+        kv_lens = [draw.choice((0, 100, draw.randint(1, 1 << 16), draw.randint(1, 1 << 16))) for _ in range(rows)]
+        window = draw.choice((NO_WINDOW, NO_WINDOW, 3000))
+        want = host_lists(shape, query_lens, kv_lens, window_left=window)
+        work = empty_lists(shape, rows)
+        assert run_schedule("sm_90a", key, work, query_lens, kv_lens, window_left=window, seed=seed).races == []
+        assert_same_lists(work, want)
+        tiles = want.prefill_tiles[want.prefill_tiles[:, PARTIAL_SLOT] >= 0]
+        assert not work.part_arrivals[tiles[:, FIRST_SLOT]].any()
+        cut += len(tiles) > 0
+    assert cut >= 6, cut
+    shape = replace(H100, num_kv_heads=1, decode_query_len=0)
+    query_lens, kv_lens = [1] * 600 + [20], [5] * 600 + [50000]
+    work, want = empty_lists(shape, 601), host_lists(shape, query_lens, kv_lens)
+    assert want.prefill_tiles[:, NUM_PIECES].max() > 1
+    run_schedule("sm_90a", ScheduleConfig("sm_90a", 1024), work, query_lens, kv_lens)
+    assert_same_lists(work, want)

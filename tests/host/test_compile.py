@@ -26,6 +26,7 @@ from tests.support.stub_kernels import StubKey, compile_stub
 
 KERNEL = PrefillConfig(
     "sm_90a", "bfloat16", 128, 128, 4, TILES[128, 128], 16, mask=MaskFeatures(), has_lse=True, sinks_dtype="float32",
+    has_parts=True,
 )  # fmt: skip
 BASE = Sm90Config(KERNEL)
 
@@ -116,11 +117,13 @@ def _facts_and_code(key: Sm90Config, folder: Path, monkeypatch: pytest.MonkeyPat
     return compile_cache.read_facts(key), library.with_suffix(".ptx").read_text(), sass_counts(library.with_suffix(".cubin"))
 
 
-def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers, roles and instructions in the compiled code of the key that serves Llama-like models."""
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_the_hopper_kernel_is_what_it_claims(has_parts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers, roles and instructions in the compiled code of the keys that serve Llama-like models."""
     from fa4_backend.kernels.sm90.storage import Storage
 
-    facts, ptx, sass = _facts_and_code(BASE, tmp_path, monkeypatch)
+    key = Sm90Config(replace(KERNEL, has_parts=has_parts))
+    facts, ptx, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.registers == 168 and facts.spills == 0  # 65536 registers / 384 threads, rounded down to 8
     # The storage leaves room for barriers and alignment, of which the struct takes what it needs.
     assert facts.smem_bytes is not None and 0 <= Storage(KERNEL).num_bytes - facts.smem_bytes <= 1024 and facts.tmem_columns == 0
@@ -132,7 +135,7 @@ def test_the_hopper_kernel_is_what_it_claims(tmp_path: Path, monkeypatch: pytest
     if sass:
         assert sass["HGMMA"] == 7 * 8 and sass["LDL"] == sass["STL"] == 0
         # A lane's 64 weights and 2 row sums of a block; none for a factor, which is a difference of references (`update_max`).
-        for body in product_loops(disassemble(compile_cache.ensure_object(BASE).with_suffix(".cubin")), 2 * 8):
+        for body in product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), 2 * 8):
             assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2
 
 

@@ -14,8 +14,12 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.kernels.launch_abi import decode_arguments, schedule_arguments
 from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
+    N_BLOCK_BEGIN,
+    N_BLOCK_END,
     NO_WINDOW,
     NUM_ENTRIES,
+    NUM_PIECES,
+    PART_COUNTERS,
     PARTIAL_SLOT,
     TILE_INTS,
     TOTAL_Q,
@@ -86,9 +90,11 @@ def run_decode(
 def fill_with_garbage(work: WorkLists) -> None:
     """What memory holds that an engine has discarded and mapped again: any ints, NaN."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals):
+    for tensor in (work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals, work.part_arrivals):
         tensor.random_(-(2**31), 2**31, generator=generator)
     work.slots.fill_(math.nan)
+    if work.part_slots is not None:
+        work.part_slots.fill_(math.nan)
 
 
 def run_decode_built(built: BuiltCase, *, num_ctas: int = 3, seed: int | None = None) -> DecodeRun:
@@ -124,6 +130,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
     return WorkLists(
         shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
         ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
+        None, ints(max(1, shape.max_part_slots()), PART_COUNTERS),
     )  # fmt: skip
 
 
@@ -142,8 +149,9 @@ def assert_same_lists(work: WorkLists, want: HostLists) -> None:
 def host_lists(
     shape: WorkShape, query_lens: list[int], kv_lens: list[int], *, window_left: int = NO_WINDOW, window_right: int = 0
 ) -> HostLists:
-    """The oracle's lists, after checking that they hold every KV tile of every row group once and every slot once."""
+    """The oracle's lists, after checking that they hold every KV tile of every row group once and every slot once, of both kinds."""
     lists = make_lists(shape, query_lens, kv_lens, window_left=window_left, window_right=window_right)
+    _check_parts(shape, lists)
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {}
     slots: list[int] = []
     for seq_idx, head, _, begin, end, slot, first_slot, num_pieces, *_ in lists.decode_tiles.tolist():
@@ -164,3 +172,24 @@ def host_lists(
             assert ranges[0][0] == first and ranges[-1][1] == -(-kv_len // shape.decode_tile_n)
             assert all(left[1] == right[0] for left, right in itertools.pairwise(ranges))
     return lists
+
+
+def _check_parts(shape: WorkShape, lists: HostLists) -> None:
+    """Parts of a prefill tile follow each other, differ by a block at most, and have slots of their own, one behind the other."""
+    tiles: dict[tuple[int, ...], list[list[int]]] = {}
+    for entry in lists.prefill_tiles.tolist():
+        tiles.setdefault(tuple(entry[:3]), []).append(entry)
+    slots: list[int] = []
+    for entries in tiles.values():
+        entries.sort(key=lambda entry: entry[PARTIAL_SLOT])
+        first = entries[0]
+        assert all(entry[FIRST_SLOT] == first[FIRST_SLOT] and entry[NUM_PIECES] == len(entries) for entry in entries)
+        if len(entries) == 1:
+            assert first[PARTIAL_SLOT] == -1
+            continue
+        assert [entry[PARTIAL_SLOT] - first[FIRST_SLOT] for entry in entries] == list(range(len(entries)))
+        slots += [entry[PARTIAL_SLOT] for entry in entries]
+        assert all(left[N_BLOCK_END] == right[N_BLOCK_BEGIN] for left, right in itertools.pairwise(entries))
+        lengths = [entry[N_BLOCK_END] - entry[N_BLOCK_BEGIN] for entry in entries]
+        assert max(lengths) - min(lengths) <= 1
+    assert sorted(slots) == list(range(len(slots))) and len(slots) <= shape.max_part_slots()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
@@ -33,19 +33,23 @@ class MixedRun:
         return self.built.check(self.built.arguments.out, self.built.arguments.lse)
 
 
-def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None, built: BuiltCase | None = None) -> MixedRun:
+def run_mixed(
+    case: PagedCase, *, num_sms: int = 4, seed: int | None = None, built: BuiltCase | None = None, min_part_blocks: int | None = None
+) -> MixedRun:
     """Schedule and attend `case` (arch "emulated-..."); outputs are poisoned, work lists and workspaces hold garbage before.
 
     Args:
         num_sms: of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
         built: the case's tensors, where a test has changed them.
+        min_part_blocks: n_blocks of the shortest part of a prefill tile, where it is to be others than the plan's.
     """
     built = built or case.build()
     plan, a = case.plan(num_sms=num_sms), built.arguments
     kernels = plan.kernels
     assert kernels is not None and kernels.decode is not None and kernels.prefill.kernel.is_dependent, case
-    work = WorkLists.allocate(kernels.work, plan.limits, "cpu")
+    shape = kernels.work if min_part_blocks is None else replace(kernels.work, min_part_blocks=min_part_blocks)
+    work = WorkLists.allocate(shape, plan.limits, "cpu")
     assert a.lse is not None
     fill_with_garbage(work)
     for poisoned in (a.out, a.lse):
@@ -55,5 +59,5 @@ def run_mixed(case: PagedCase, *, num_sms: int = 4, seed: int | None = None, bui
     assert scheduled.races == []
     with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu:
         emu.run(load_function(kernels.decode), *decode_arguments(a, work))
-        emu.run(load_function(kernels.prefill), *prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
+        emu.run(load_function(kernels.prefill), *prefill_arguments(a, work))
     return MixedRun(built, work, emu.report)

@@ -17,7 +17,7 @@ from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT
 from tests.support.problems import make_problem
 
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
@@ -35,6 +35,7 @@ class FuzzSetup:
     min_query: int = 0
     prefill_only: bool = False  # rows of one token go to the prefill kernel too
     decode_query_len: int = 1
+    min_part_blocks: int | None = None  # n_blocks of the shortest part of a prefill tile; None: the plan's
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
 
 
@@ -45,6 +46,7 @@ class FuzzResult:
     name: str
     batches: int = 0
     rows: int = 0
+    cut: int = 0  # batches with prefill tiles that were cut along KV
     failures: int = 0
     worst_out: float = 0.0  # largest error as a share of its budget
     worst_lse: float = 0.0
@@ -60,10 +62,12 @@ class Fuzzer:
         limits = BatchLimits(setup.max_seqs, setup.max_seqs * setup.max_query + 8, setup.max_kv, setup.decode_query_len)
         self.plan = plan_attention(p, limits, num_sms=_num_sms(device))
         self.metadata = AttentionMetadata.allocate(self.plan, device)
+        work = self.metadata.work
+        assert work is not None
         if setup.prefill_only:
-            work = self.metadata.work
-            assert work is not None
             work.shape = replace(work.shape, decode_query_len=0)
+        if setup.min_part_blocks is not None:
+            work.shape = replace(work.shape, min_part_blocks=setup.min_part_blocks)
         self.pages_per_seq = -(-setup.max_kv // p.page_size)
         self.num_pages = setup.max_seqs * self.pages_per_seq + 2
         torch.manual_seed(1)
@@ -73,6 +77,7 @@ class Fuzzer:
         self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.dtype, device=device)
         self.failed: list[torch.Tensor] = []
         self.worst = torch.zeros(2, device=device)
+        self.cut: list[torch.Tensor] = []
 
     def run(self, batches: int, seed: int) -> FuzzResult:
         """Run `batches` batches; a failure is counted, not raised."""
@@ -85,7 +90,8 @@ class Fuzzer:
         if result.failures:
             result.first_failure = seed + int(failed.argmax())
         result.worst_out, result.worst_lse = self.worst.tolist()
-        self.failed = []
+        result.cut = int(torch.stack(self.cut).sum())
+        self.failed, self.cut = [], []
         return result
 
     def _batch(self, seed: int) -> int:
@@ -212,6 +218,7 @@ class Fuzzer:
             lse_share = error / (LSE_RELATIVE * finite.abs().max().clamp(min=1.0))
             bad |= ~(lse_share <= 1) | ~(got.isneginf() == empty).all() | ~lse[:, total_q:].isneginf().all()
         self.failed.append(bad)
+        self.cut.append(_has_parts(self.metadata))
         self.worst = torch.maximum(self.worst, torch.stack([share, lse_share]))
 
 
@@ -223,7 +230,14 @@ def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:
         *schedule_arguments(work, a.cu_seqlens_q, a.seqused_k, window_right=0 if problem.mask.is_causal else NO_WINDOW)
     )
     alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
-    load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work.prefill_tiles, work.prefill_begin))
+    load(alone, emulated=problem.is_emulated)(*prefill_arguments(a, work))
+
+
+def _has_parts(metadata: AttentionMetadata) -> torch.Tensor:
+    """Whether some tile of the step's prefill list is cut along KV; stays on the device."""
+    assert metadata.work is not None
+    tiles, begin = metadata.work.prefill_tiles, metadata.work.prefill_begin
+    return ((torch.arange(len(tiles), device=tiles.device) < begin[-1]) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
 
 
 def _num_sms(device: str) -> int | None:
@@ -237,7 +251,10 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
         problem = make_problem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
         return FuzzSetup(name, problem, prefill_only=True)
 
-    return [
+    def parts(whole: FuzzSetup) -> FuzzSetup:
+        return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4)
+
+    setups = [
         setup("d128 page 16", (8, 2), (128, 128), 16),
         setup("d128 page 64 fp16", (8, 2), (128, 128), 64, "float16"),
         setup("d128 MHA page 32", (3, 3), (128, 128), 32),
@@ -255,3 +272,7 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
         setup("d256 page 16 soft cap", (4, 2), (256, 256), 16, has_softcap=True),
         setup("d256 page 784", (4, 2), (256, 256), 784),
     ]
+    # The same kernels where few tiles are cut along KV: into parts of single blocks, and as the plan cuts long rows.
+    cut = [parts(s) for s in setups if not s.problem.batch_invariant]
+    long = replace(setups[0], name="d128 page 16, long rows", max_seqs=3, max_query=60, max_kv=9000)
+    return [*setups, *cut, long]

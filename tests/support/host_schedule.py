@@ -31,14 +31,24 @@ def make_lists(
     *,
     window_left: int = NO_WINDOW,
     window_right: int = 0,
+    parts: tuple[int, ...] | None = None,
 ) -> HostLists:
-    """Lists for one step; `window_right` is 0 for causal attention and NO_WINDOW for full attention. KV lengths are cut to the limits."""
+    """Lists for one step. KV lengths are cut to the limits.
+
+    Args:
+        window_right: 0 for causal attention, NO_WINDOW for full attention.
+        parts: of each tile of every sequence, where they are not to be what is best.
+    """
     cut = [min(max(kv_len, 0), shape.max_seqlen_k) for kv_len in kv_lens]
     rows = list(zip(range(len(kv_lens)), query_lens, cut, strict=True))
     decode = [row for row in rows if 0 < row[1] <= shape.decode_query_len]
     prefill = [row for row in rows if row[1] > shape.decode_query_len]
     q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
-    tiles, blocks = _prefill_tiles(shape, prefill, window_left, window_right)
+    order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
+    seen = [_seen(shape, row, window_left, window_right) for row in order]
+    best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
+    tiles = _prefill_tiles(shape, order, best if parts is None else [parts[row[0]] for row in order], window_left, window_right)
+    blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
     return HostLists(*_deal(shape, tiles, share), *_decode(shape, decode, groups, q_begins, share))
@@ -59,7 +69,7 @@ def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> H
     Args:
         decode_cost: KV tiles of all decode row groups.
         tiles: prefill tiles.
-        blocks: n_blocks that one head's prefill tiles see, as `_prefill_tiles` estimates.
+        blocks: n_blocks that one head's prefill tiles see, as `_seen` estimates.
     """
     tile_ticks = 64 * (blocks // (tiles // shape.num_kv_heads) + 1)
 
@@ -81,26 +91,80 @@ def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> H
     return chosen
 
 
-def _prefill_tiles(shape: WorkShape, rows: list, window_left: int, window_right: int) -> tuple[list[tuple], int]:
-    """The prefill list's entries in the order in which they are dealt out, and about how many n_blocks those of one head see."""
-    blocks = 0
-    order = sorted(rows, key=lambda row: -row[2])  # stable: longest KV first
-    tiles = []
-    for seq_idx, query_len, kv_len in order:
+@dataclass(frozen=True)
+class RowSeen:
+    """What the tiles of a prefill row see, of one head."""
+
+    m_blocks: int
+    longest: int  # n_blocks of the first or the last tile, whichever sees more
+    blocks: int  # about how many n_blocks all see: as if they lay on a line between the first and the last
+
+
+def _visible(shape: WorkShape, row: tuple, m_block: int, window_left: int, window_right: int) -> tuple[int, int]:
+    """The n_blocks that a prefill tile sees, half-open."""
+    _, query_len, kv_len = row
+    first = kv_len - query_len + m_block * shape.tokens_per_tile  # diagonal key of the tile's first token
+    end = min(kv_len, first + shape.tokens_per_tile + window_right)
+    begin = max(first - window_left, 0) // shape.prefill_tile_n
+    return begin, max(-(-end // shape.prefill_tile_n), begin)
+
+
+def _seen(shape: WorkShape, row: tuple, window_left: int, window_right: int) -> RowSeen:
+    m_blocks = -(-row[1] // shape.tokens_per_tile)
+    ends = [_visible(shape, row, m_block, window_left, window_right) for m_block in (0, m_blocks - 1)]
+    first, last = (end - begin for begin, end in ends)
+    return RowSeen(m_blocks, max(first, last), m_blocks * (first + last) // 2)
+
+
+def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks: int) -> list[int]:
+    """Parts of each tile of every row: those of the length that ends soonest, none where all CTAs have work until the end anyway.
+
+    Args:
+        m_blocks, longest: tiles of one head of each row, and the n_blocks that the longest sees.
+        blocks: n_blocks that all tiles of one head see.
+    """
+    whole = [1] * len(m_blocks)
+    if not m_blocks or not shape.part_floats:
+        return whole
+    heads, ctas, most = shape.num_kv_heads, shape.num_ctas, max(longest[:512])
+    if most <= blocks * heads // ctas or most < 2 * shape.min_part_blocks:
+        return whole
+    best, chosen = math.inf, whole
+    for count in range(1, 65):
+        length = -(-most // count)
+        parts = [max(1, -(-n // length)) if i < 512 else 1 for i, n in enumerate(longest)]
+        slots = sum(m * n for m, n in zip(m_blocks, parts, strict=True) if n > 1)
+        if count > 1 and (slots > shape.max_part_slots() // heads or length < shape.min_part_blocks):
+            continue
+        entries = sum(m * n for m, n in zip(m_blocks, parts, strict=True))
+        # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one.
+        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + (2 * count if count > 1 else 0)
+        if time < best:
+            best, chosen = time, parts
+    return chosen
+
+
+def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left: int, window_right: int) -> list[tuple]:
+    """The prefill list's entries in the order in which they are dealt out; `parts` of each row's tiles."""
+    tiles: list[tuple] = []
+    row_slot = 0
+    for row, count in zip(order, parts, strict=True):
+        seq_idx, query_len, kv_len = row
         m_blocks = -(-query_len // shape.tokens_per_tile)
-        seen = []
         group = min(max(shape.l2_tokens // max(kv_len, 1), 1), shape.num_kv_heads)
         for head_begin in range(0, shape.num_kv_heads, group):
             heads = range(head_begin, min(head_begin + group, shape.num_kv_heads))
             for m_block in reversed(range(m_blocks)):
-                first = kv_len - query_len + m_block * shape.tokens_per_tile  # diagonal key of the tile's first token
-                end = min(kv_len, first + shape.tokens_per_tile + window_right)
-                begin = max(first - window_left, 0) // shape.prefill_tile_n
-                end = max(-(-end // shape.prefill_tile_n), begin)
-                tiles += [(seq_idx, head, m_block, begin, end, kv_len, 0, 0) for head in heads]
-                seen.append(end - begin)
-        blocks += m_blocks * (seen[m_blocks - 1] + seen[0]) // 2  # of the first and the last query block
-    return tiles, blocks
+                begin, end = _visible(shape, row, m_block, window_left, window_right)
+                cuts = [begin]
+                for part in range(count):
+                    cuts.append(cuts[-1] + (end - begin) // count + (part < (end - begin) % count))
+                for part, head in itertools.product(range(count), heads):
+                    first_slot = row_slot + (head * m_blocks + m_block) * count
+                    where = (first_slot + part, first_slot, count) if count > 1 else (-1, 0, 1)
+                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, kv_len, 0, 0, 0))
+        row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
+    return tiles
 
 
 def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:

@@ -40,6 +40,7 @@ class PrefillConfig:
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
+    has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -49,7 +50,7 @@ class PrefillConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
-        features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent
+        features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent + "-parts" * self.has_parts
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
@@ -78,8 +79,12 @@ def box_rows_of(page_size: int, tile_n: int) -> int:
     return common & -common
 
 
-def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool) -> PrefillConfig:
-    """The common part of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel."""
+def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: bool, has_parts: bool = False) -> PrefillConfig:
+    """The common part of `problem`'s prefill kernel with the given tile, alone or behind a decode kernel.
+
+    Args:
+        has_parts: the kernel can add up parts of a tile.
+    """
     assert problem.target_arch in ARCHS, problem.target_arch
     return PrefillConfig(
         arch=problem.target_arch,
@@ -93,4 +98,5 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         has_lse=problem.has_lse,
         sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
+        has_parts=has_parts,
     )

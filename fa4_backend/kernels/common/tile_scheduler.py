@@ -8,7 +8,17 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
-from fa4_backend.kernels.schedule.work_list import KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, SEQ_IDX, TILE_KV_LEN
+from fa4_backend.kernels.schedule.work_list import (
+    FIRST_SLOT,
+    KV_HEAD_IDX,
+    M_BLOCK,
+    N_BLOCK_BEGIN,
+    N_BLOCK_END,
+    NUM_PIECES,
+    PARTIAL_SLOT,
+    SEQ_IDX,
+    TILE_KV_LEN,
+)
 
 
 class WorkTile(NamedTuple):
@@ -30,8 +40,21 @@ def tile_range(mBegin: cute.Tensor, cluster_size: int = 1) -> tuple[Int32, Int32
     return mBegin[cta_idx], mBegin[cta_idx + 1]
 
 
+class TilePart(NamedTuple):
+    """Which part of its tile's KV an entry is."""
+
+    slot: Int32  # its slot; -1: the whole tile
+    first_slot: Int32  # of the tile's first part
+    num_parts: Int32
+
+
+def read_part(mTiles: cute.Tensor, tile_idx: Int32) -> TilePart:
+    """Which part entry `tile_idx` is. mTiles: (max_tiles, TILE_INTS) int32."""
+    return TilePart(mTiles[tile_idx, PARTIAL_SLOT], mTiles[tile_idx, FIRST_SLOT], mTiles[tile_idx, NUM_PIECES])
+
+
 def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, tile_idx: Int32, bounds: SeqlenBounds) -> WorkTile:
-    """Entry `tile_idx`. mTiles: (max_tiles, 8) int32; mCuSeqlensQ: (batch + 1,)."""
+    """Entry `tile_idx`. mTiles: (max_tiles, TILE_INTS) int32; mCuSeqlensQ: (batch + 1,)."""
     seq_idx = mTiles[tile_idx, SEQ_IDX]
     return WorkTile(
         seq_idx,

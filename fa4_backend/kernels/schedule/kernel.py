@@ -7,8 +7,8 @@ Decode: the row groups stand in a line, KV tile after KV tile; CTA c gets the c-
 strictly inside a row group splits its KV between CTAs (`work_list`). Where a cut may fall follows from the row group's
 own length in batch-invariant mode, from balance alone otherwise.
 
-Prefill: longest sequences first and late query blocks first (they see most keys), heads in groups whose KV fits L2,
-dealt out back and forth over the CTAs.
+Prefill (`prefill_list`): longest sequences first and late query blocks first (they see most keys), heads in groups whose KV
+fits L2, dealt out back and forth over the CTAs. Tiles that are few and see many keys are cut along KV (`prefill_parts`).
 
 Steps with both: decode waits for memory and prefill for the tensor cores, so they run side by side. `share_chip` gives some SMs
 to decode for a while; the prefill kernel's last CTAs, which start when those SMs are free again, get fewer tiles.
@@ -27,8 +27,10 @@ from fa4_backend.kernels.launch_abi import schedule_fakes
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile, upper_bound
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
-from fa4_backend.kernels.schedule.share import Share, deal, deal_begin, share_chip
+from fa4_backend.kernels.schedule.prefill_list import sum_prefill, write_prefill
+from fa4_backend.kernels.schedule.prefill_parts import PartTables
+from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
+from fa4_backend.kernels.schedule.share import Share, share_chip
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 # 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
 # 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
 PARTS_RATIO = 5
-MAX_SUM = 2**31 - 1
 
 
 class CutTables(NamedTuple):
@@ -67,13 +68,14 @@ class ScheduleKernel:
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         arrivals: cute.Tensor,  # (max_slots,) int32
+        part_arrivals: cute.Tensor,  # (max(1, max_part_slots), PART_COUNTERS) int32
         params: ScheduleParams,
         stream,
     ):
         """Launch."""
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         lengths = StepLengths(cu_seqlens_q, seqused_k)
-        self.kernel(lengths, prefill_tiles, prefill_begin, decode_tiles, decode_first, arrivals, params).launch(
+        self.kernel(lengths, prefill_tiles, prefill_begin, decode_tiles, decode_first, arrivals, part_arrivals, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
 
@@ -86,6 +88,7 @@ class ScheduleKernel:
         decode_tiles: cute.Tensor,
         decode_first: cute.Tensor,
         arrivals: cute.Tensor,
+        part_arrivals: cute.Tensor,
         params: ScheduleParams,
     ):
         smem = cutlass.utils.SmemAllocator()
@@ -95,6 +98,8 @@ class ScheduleKernel:
 
         seqs, table, sums = ints(self.max_num_seqs), ints(self.max_num_seqs + 2), ints(NUM_WARPS)
         cuts = CutTables(ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS), ints(NUM_THREADS))
+        # Nobody needs those before the cuts are made.
+        parts = PartTables(cuts.item, cuts.block, ints(NUM_THREADS))
 
         rows = scan_rows(lengths, seqs, table, sums, params)
         num_groups = cute.size(prefill_begin) - 1
@@ -102,7 +107,7 @@ class ScheduleKernel:
         tiles = Int32(0)
         if rows.num_prefill > 0:
             order_by_length(rows)
-            tiles, blocks = self.sum_prefill(lengths, rows, sums, prefill_tiles.shape[0] // params.num_kv_heads, params)
+            tiles, blocks = sum_prefill(lengths, rows, parts, sums, prefill_tiles.shape[0] // params.num_kv_heads, num_groups, params)
             if rows.num_decode > 0:
                 share = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, num_groups, sums, params)
         num_cuts = share.decode_sms
@@ -110,7 +115,7 @@ class ScheduleKernel:
             num_cuts = self.usable_ctas(rows, sums, decode_first.shape[0], params)
         self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
         self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        self.write_prefill(lengths, rows, prefill_tiles, prefill_begin, tiles, share, params)
+        write_prefill(lengths, rows, parts, prefill_tiles, prefill_begin, part_arrivals, tiles, share, params)
 
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:
@@ -277,95 +282,6 @@ class ScheduleKernel:
                 store_tile(decode_tiles, begin + entry, values)
                 if entry == 0:
                     store_tile(decode_first, cta, values)
-
-    @cute.jit
-    def sum_prefill(self, lengths: StepLengths, rows: RowTables, sums: cute.Tensor, room: Int32, params: ScheduleParams):
-        """Sum up the query blocks of the ordered prefill rows; ends with a barrier.
-
-        Returns the query blocks of one head, and about how many n_blocks they see. The list has room for every step whose `cu_seqlens_q`
-        ascends; of one that does not, `room` query blocks of a head are dealt out.
-        """
-        tidx, _, _ = cute.arch.thread_idx()
-        # No more n_blocks of two query blocks than let the sum over all query blocks stay below 2^31.
-        most = MAX_SUM // (params.max_num_tokens // params.tokens_per_tile + cute.size(lengths.seqused_k))
-        done, seen = Int32(0), Int32(0)
-        for base in range(0, rows.num_prefill, NUM_THREADS):
-            at = base + tidx
-            m_blocks, n_blocks = Int32(0), Int32(0)
-            if at < rows.num_prefill:
-                row = read_row(lengths, rows.prefill_seq[at], params)
-                m_blocks = (row.query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
-                first = visible_blocks(Int32(0), row, params)
-                last = visible_blocks(m_blocks - 1, row, params)
-                n_blocks = m_blocks * cutlass.min(first[1] - first[0] + last[1] - last[0], most) // 2
-            before, all_blocks = block_scan(m_blocks, sums)
-            _, all_seen = block_scan(n_blocks, sums)
-            if at < rows.num_prefill:
-                rows.prefill_sum[at] = done + before
-            done += all_blocks
-            seen += all_seen
-        if tidx == 0:
-            rows.prefill_sum[rows.num_prefill] = done
-        cute.arch.sync_threads()
-        return cutlass.min(cutlass.max(done, 0), room), seen
-
-    @cute.jit
-    def write_prefill(
-        self,
-        lengths: StepLengths,
-        rows: RowTables,
-        prefill_tiles: cute.Tensor,
-        prefill_begin: cute.Tensor,
-        tiles: Int32,
-        share: Share,
-        params: ScheduleParams,
-    ):
-        """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: of one head."""
-        tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        thread = bidx * NUM_THREADS + tidx
-        num_ctas = cute.size(prefill_begin) - 1
-        heads = params.num_kv_heads
-        total = tiles * heads
-        # The first rounds go to the early CTAs, what is left to all.
-        early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
-        late_total = total - early_total
-        if thread <= num_ctas:
-            early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
-            prefill_begin[thread] = early + deal_begin(thread, late_total, num_ctas)
-        for rank in range(thread, total, grid * NUM_THREADS):
-            row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
-            seq_idx = rows.prefill_seq[row]
-            m_blocks = rows.prefill_sum[row + 1] - rows.prefill_sum[row]
-            row_lengths = read_row(lengths, seq_idx, params)
-            within = rank - rows.prefill_sum[row] * heads
-            group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(row_lengths.kv_len, 1), 1), heads)
-            head_begin = within // (group * m_blocks) * group
-            group = cutlass.min(group, heads - head_begin)
-            within -= head_begin * m_blocks
-            m_block = m_blocks - 1 - within // group
-            head = head_begin + within % group
-            begin, end = visible_blocks(m_block, row_lengths, params)
-            values = (seq_idx, head, m_block, begin, end, row_lengths.kv_len, Int32(0), Int32(0))
-            cta, turn = deal(rank, share.early_ctas)
-            early_begin = deal_begin(cta, early_total, share.early_ctas)
-            place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
-            if rank >= early_total:
-                cta, turn = deal(rank - early_total, num_ctas)
-                early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
-                place = early_end + deal_begin(cta, late_total, num_ctas) + turn
-            store_tile(prefill_tiles, place, values)
-
-
-@cute.jit
-def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams):
-    """The n_blocks that a prefill tile sees, half-open."""
-    first = row.kv_len - row.query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
-    begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
-    end = cutlass.max(cutlass.min(row.kv_len, first + params.tokens_per_tile + params.window_right), 0)
-    end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
-    return begin, end
 
 
 def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:

@@ -9,7 +9,7 @@ NUM_WARPS = NUM_THREADS // 32
 MAX_DECODE_CTAS = NUM_THREADS - 1  # a thread each for the cuts before consumer CTAs, and one for the list's end
 
 SEQ_BYTES = 8  # shared memory of a sequence: its index and a sum, int32 each (`rows.RowTables`)
-FIXED_BYTES = 4 * 4 * NUM_THREADS + 1024  # the tables of cuts; sums of warps, ends of tables, alignment
+FIXED_BYTES = 5 * 4 * NUM_THREADS + 1024  # the tables of cuts and of parts; sums of warps, ends of tables, alignment
 SHORTEST_TILE = 64  # keys: no kernel has a narrower KV tile
 MAX_SUM = 2**31 - 1  # sums of KV tiles are int32
 

@@ -23,3 +23,5 @@ class ScheduleParams(NamedTuple):
     decode_full_sms: Any
     max_seqlen_k: Any
     max_num_tokens: Any
+    part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
+    min_part_blocks: Any

@@ -8,6 +8,12 @@ from fa4_backend.problem import AttentionProblem
 
 TICKS = 64  # time units in which a prefill n_block is measured
 
+# What cutting prefill tiles along KV costs (`prefill_parts`), in quarters of an n_block: each entry's beginning and end, and each part
+# of a tile for the CTA that adds them up. An n_block of 128 x 128 at d128 takes 1.46 us of an H100's SM (16 tokens of 64K, whole tiles);
+# a part is 34 KiB a warpgroup, from L2. Modelled, not tuned on a device.
+ENTRY_QUARTERS, PART_QUARTERS = 4, 2
+MIN_PART_KEYS = 1024  # of the shortest part
+
 
 @dataclass(frozen=True)
 class ChipRates:

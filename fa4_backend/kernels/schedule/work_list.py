@@ -1,17 +1,19 @@
 """Work lists: which CTA does which tile. Made on the device once a step (`kernel.py`), read by every layer's kernels.
 
 A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry of the prefill list is TILE_INTS
-int32, one of the decode list DECODE_INTS (the names below index both; the second and third group are the decode list's alone):
+int32, one of the decode list DECODE_INTS (the names below index both; what stands behind the slots is one list's alone):
 
     seq_idx, kv_head_idx     whose queries and keys
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
     n_block_begin, n_block_end   KV range in units of the kernel's tile_n; the kernel intersects it with what its mask needs
-    tile_kv_len              only in the prefill list, whose last two ints nobody reads: the sequence's KV tokens
 
     partial_slot             -1: the entry holds its whole row group and writes `out`; else the first slot of the
                              split-KV workspace that it fills
     first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which whoever arrives
-                             last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1
+                             last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1. The prefill
+                             list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
+
+    tile_kv_len              only in the prefill list, whose last three ints nobody reads: the sequence's KV tokens
 
     q_begin, query_len, kv_len   the sequence's first row in q, its query tokens and KV tokens: a kernel needs no second look-up
     total_q                  query tokens of the whole step: rows of `out` from there on are zeroed
@@ -21,9 +23,9 @@ int32, one of the decode list DECODE_INTS (the names below index both; the secon
 
 Lengths in a list are within the plan's limits, whatever `cu_seqlens_q` and `seqused_k` hold (`rows.read_row`).
 
-A *row group* is one (sequence, KV head, query block). With `split_blocks` > 0 (batch invariance) a row group's KV is
-cut at fixed tiles whatever the batch is (`common/kv_pieces.py`), and each such piece has a slot of its own; else an
-entry is one piece.
+A *row group* is one (sequence, KV head, query block), of prefill rows also called a tile. With `split_blocks` > 0 (batch
+invariance) a decode row group's KV is cut at fixed tiles whatever the batch is (`common/kv_pieces.py`), and each such
+piece has a slot of its own; else an entry is one piece.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
 
     from fa4_backend.problem import BatchLimits
 
-TILE_INTS = 8
-SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(TILE_INTS)
+SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(8)
+TILE_INTS = 12
+TILE_KV_LEN = 8
 DECODE_INTS = 16
-Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(TILE_INTS, TILE_INTS + 6)
-TILE_KV_LEN = 5  # in the prefill list
+Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
+
+PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
@@ -70,19 +74,28 @@ class WorkShape:
     decode_full_sms: int  # SMs whose decode CTAs keep the memory busy: more are no faster
     max_seqlen_k: int  # KV tokens of one sequence in whole pages: longer lengths on the device are cut to it
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
+    part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
+    min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
 
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
 
     def params(self, window_left: int, window_right: int) -> ScheduleParams:
         """The numbers for a launch of the schedule, with the windows of a step."""
-        windows = {"window_left": window_left, "window_right": window_right}
-        return ScheduleParams(*(windows[name] if name in windows else getattr(self, name) for name in ScheduleParams._fields))
+        others = {"window_left": window_left, "window_right": window_right, "part_slots": self.max_part_slots()}
+        return ScheduleParams(*(others[name] if name in others else getattr(self, name) for name in ScheduleParams._fields))
 
     def max_prefill_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest prefill list within the limits."""
         m_blocks = self.max_num_tokens // self.tokens_per_tile + min(max_num_seqs, self.max_num_tokens)
-        return m_blocks * self.num_kv_heads
+        return m_blocks * self.num_kv_heads + self.max_part_slots()
+
+    def max_part_slots(self) -> int:
+        """Parts of all prefill tiles that are cut: the schedule cuts no more (`prefill_parts.part_length`).
+
+        Two a CTA: tiles that are more than CTAs are hardly cut. 264 slots of 68 KiB, 17.5 MiB, on 132 SMs at d128.
+        """
+        return 2 * self.num_ctas if self.part_floats else 0
 
     def max_decode_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest decode list: a row group each, and one more for each cut between two CTAs."""
@@ -111,6 +124,8 @@ class WorkLists:
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; cleared by the schedule, and 0 between launches
+    part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
+    part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32, parts of a prefill tile that arrived, likewise
 
     @classmethod
     def allocate(cls, shape: WorkShape, limits: BatchLimits, device: torch.device | str) -> WorkLists:
@@ -120,7 +135,7 @@ class WorkLists:
         def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        slots = shape.max_slots()
+        slots, part_slots = shape.max_slots(), shape.max_part_slots()
         return cls(
             shape,
             prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_seqs), TILE_INTS),
@@ -129,4 +144,6 @@ class WorkLists:
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
+            part_slots=torch.empty(part_slots, shape.part_floats, dtype=torch.float32, device=device) if part_slots else None,
+            part_arrivals=ints(max(1, part_slots), PART_COUNTERS),
         )

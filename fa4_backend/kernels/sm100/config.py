@@ -53,6 +53,11 @@ class Sm100Config:
         return replace(self, tuning=replace(self.tuning, **changes))
 
     @property
+    def part_floats(self) -> int:
+        """This kernel takes whole tiles only."""
+        return 0
+
+    @property
     def arch(self) -> str:
         """Target arch."""
         return self.kernel.arch

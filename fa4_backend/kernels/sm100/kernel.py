@@ -45,8 +45,10 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
+        mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mPartSlots: None,  # tiles are not cut along KV
+        mPartArrivals: None,
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
@@ -132,4 +134,4 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config), prefill_fakes(config.kernel)
+    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats)

@@ -20,7 +20,7 @@ from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 class WorkTensors(NamedTuple):
     """The work list and the lengths it refers to; read by every role, written by none."""
 
-    mTiles: cute.Tensor  # (max_tiles, 8) int32
+    mTiles: cute.Tensor  # (max_tiles, TILE_INTS) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
     values: MaskValues

@@ -6,6 +6,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+from fa4_backend.kernels.sm90.tile_parts import PartTensors
 
 
 class Step(NamedTuple):
@@ -13,7 +14,7 @@ class Step(NamedTuple):
 
     mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
-    mTiles: cute.Tensor  # (max_tiles, 8) int32
+    mTiles: cute.Tensor  # (max_tiles, TILE_INTS) int32
     mBegin: cute.Tensor  # (num_ctas + 1,) int32
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
@@ -27,3 +28,4 @@ class Outputs(NamedTuple):
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
     mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+    parts: PartTensors

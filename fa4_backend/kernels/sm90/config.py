@@ -6,9 +6,21 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
 from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import AttentionProblem
 
 CTAS_PER_ITEM = 1
+VEC = 4  # float32 of a vector of a part's slot: 16 bytes
+
+
+def part_vectors(config: PrefillConfig) -> int:
+    """Vectors that a thread has of a part's slot: O of its two rows, a quarter of each, and their maxima and sums."""
+    return 2 * config.head_dim_v // 4 // VEC + 1
+
+
+def part_floats(config: PrefillConfig) -> int:
+    """float32 of a part's slot."""
+    return WarpRoles.of(config).num_consumers * WARPGROUP_THREADS * part_vectors(config) * VEC
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,16 @@ class Sm90Config:
         """Query tokens of a work item: what its `m_block` counts in."""
         return self.kernel.tokens_per_tile
 
+    @property
+    def part_floats(self) -> int:
+        """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
+        return part_floats(self.kernel) if self.kernel.has_parts else 0
+
 
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
-    """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
-    return Sm90Config(prefill_config(problem, TILES[problem.head_dim, problem.head_dim_v], is_dependent=is_dependent))
+    """The compile key of `problem`'s kernel, alone or behind a decode kernel.
+
+    Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
+    """
+    tile = TILES[problem.head_dim, problem.head_dim_v]
+    return Sm90Config(prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant))

@@ -29,10 +29,11 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, tile_range
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
-from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import WORK_FLAGS, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
@@ -83,6 +84,7 @@ class ConsumerWarpgroup:
     blocks: BlockInfo
     pack: PackGqa
     output: OutputStore
+    parts: TileParts
 
     @cute.jit
     def run(
@@ -158,7 +160,10 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
-                self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
+                if const_expr(c.has_parts):
+                    self._finish_part(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
+                else:
+                    self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 self._release_query(barriers.q_empty + q.slot)
                 products.rO.fill(0.0)
                 for i in cutlass.range_constexpr(2):
@@ -286,11 +291,18 @@ class ConsumerWarpgroup:
         n = [tiles.sWork[i, q.slot] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
+        key_end = None
+        if const_expr(self.config.has_parts):
+            # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
+            key_end = work.n_block_end * self.config.tile.tile_n
         blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
             packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
-            columns.append(self.blocks.mask.columns(packed.token, work.seqlen, values))
+            seen = self.blocks.mask.columns(packed.token, work.seqlen, values)
+            if const_expr(key_end is not None):
+                seen = seen._replace(end=cutlass.min(seen.end, key_end))
+            columns.append(seen)
             diagonals.append(work.seqlen.diagonal + packed.token)
             slope = Float32(0.0)
             if const_expr(self.config.mask.has_alibi):
@@ -381,6 +393,34 @@ class ConsumerWarpgroup:
                 target = (line + i * chunk).align(16)
                 cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
         cute.arch.fence_proxy("async.shared", space="cta")
+
+    @cute.jit
+    def _finish_part(
+        self,
+        products: Products,
+        stats: RowStats,
+        scale: ScoreScale | None,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work: WorkTile,
+        q: RingPosition,
+        group: Int32,
+        thread: Int32,
+    ):
+        """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
+        # The same number, which compilers take for a new one: addresses are computed here, not held in registers over the loops over KV
+        # (24 bytes of spills for 72 at d64, none for 104 at d128).
+        thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+        is_whole = Int32(1)
+        part = TilePart(*(tiles.sWork[i, q.slot] for i in range(7, 10)))
+        if part.slot >= 0:
+            is_whole = Int32(0)
+            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
+                flag = tiles.sWork.iterator + (q.slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
+                barrier = self.roles.output_barrier + group
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
+        if is_whole == 1:
+            self._finish(products, stats, scale, tiles, outputs, work, q, group, thread)
 
     @cute.jit
     def _finish(

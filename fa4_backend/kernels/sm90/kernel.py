@@ -25,6 +25,7 @@ from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
 from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
@@ -42,8 +43,10 @@ class PrefillKernel:
         mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
-        mTiles: cute.Tensor,  # (max_tiles, 8) int32, see fa4_backend.kernels.schedule.work_list
+        mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32
+        mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
@@ -64,7 +67,7 @@ class PrefillKernel:
         bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
         step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
-        outputs = Outputs(mO, mLse, mSinks, mSlopes)
+        outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
         qk = make_trivial_tiled_mma(storage.dtype, storage.dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n))
@@ -115,7 +118,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(blocks, pack, k_pages, v_pages, storage.q_elems, c.element_bytes)
+            load = LoadWarp(blocks, pack, k_pages, v_pages, storage.q_elems, c.element_bytes, c.has_parts)
             operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
             for loads_v in cutlass.range_constexpr(2):
                 if warp == loads_v:
@@ -129,7 +132,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
-            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output)
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs, step.mBegin)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
@@ -142,4 +145,4 @@ class PrefillKernel:
 
 def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config.kernel), prefill_fakes(config.kernel)
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats)

@@ -13,7 +13,7 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, read_part, read_tile, tile_range
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import Barriers
 from fa4_backend.kernels.sm90.warp_roles import Q_STAGE
@@ -37,6 +37,7 @@ class LoadWarp:
     v_pages: PagedKv
     q_elems: int  # elements of a Q buffer
     element_bytes: int
+    has_parts: bool
 
     @cute.jit
     def run(
@@ -65,7 +66,8 @@ class LoadWarp:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
-                self._hand_over(work, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
+                part = read_part(step.mTiles, tile_idx) if const_expr(self.has_parts) else None
+                self._hand_over(work, part, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
                 first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
                 sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
                 self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
@@ -85,7 +87,8 @@ class LoadWarp:
             if tile_begin < tile_end:
                 nothing = Int32(0)
                 empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-                self._hand_over(empty, q_position, barriers, sWork, 0)
+                whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.has_parts) else None
+                self._hand_over(empty, whole, q_position, barriers, sWork, 0)
                 cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
                 if cute.arch.lane_idx() == 0:
                     cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
@@ -98,13 +101,22 @@ class LoadWarp:
         return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 
     @cute.jit
-    def _hand_over(self, work: WorkTile, position: RingPosition, barriers: Barriers, sWork: cute.Tensor, q_bytes: cutlass.Constexpr[int]):
+    def _hand_over(
+        self,
+        work: WorkTile,
+        part: TilePart | None,
+        position: RingPosition,
+        barriers: Barriers,
+        sWork: cute.Tensor,
+        q_bytes: cutlass.Constexpr[int],
+    ):
         """Hand a tile's numbers to the consumers once its Q buffer is free, and announce `q_bytes` of Q."""
         cute.arch.mbarrier_wait(barriers.q_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
             fields = (
                 work.kv_head_idx, work.m_block, work.n_block_begin, work.n_block_end,
                 work.seqlen.q_begin, work.seqlen.seqlen_q, work.seqlen.seqlen_k,
+                *(part if const_expr(part is not None) else ()),
             )  # fmt: skip
             for i in cutlass.range_constexpr(len(fields)):
                 sWork[i, position.slot] = fields[i]

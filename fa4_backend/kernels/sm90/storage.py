@@ -20,7 +20,8 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-WORK_INTS = 8  # fields of a tile handed to the consumers
+WORK_INTS = 16  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
+WORK_FLAGS = 10  # the first of those: one a consumer
 
 
 class Barriers(NamedTuple):

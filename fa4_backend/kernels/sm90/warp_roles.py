@@ -69,7 +69,7 @@ class WarpRoles:
 
     @property
     def output_barrier(self) -> int:
-        """First of `num_consumers` barriers: consumer i wrote its part of O to shared memory."""
+        """First of `num_consumers` barriers: threads of consumer i wrote what others of it will read."""
         return 2 + self.num_consumers
 
 

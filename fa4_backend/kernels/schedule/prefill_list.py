@@ -1,0 +1,141 @@
+"""The prefill list: how many entries the ordered rows have, and what stands where."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, store_tile, upper_bound
+from fa4_backend.kernels.schedule.limits import NUM_THREADS
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, PartTables, PrefillSum, cut_rows, part_length
+from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, read_row
+from fa4_backend.kernels.schedule.share import Share, deal, deal_begin
+
+
+@cute.jit
+def sum_prefill(
+    lengths: StepLengths,
+    rows: RowTables,
+    parts: PartTables,
+    sums: cute.Tensor,
+    room: Int32,
+    num_groups: Int32,
+    params: ScheduleParams,
+) -> tuple[Int32, Int32]:
+    """Sum up the entries of the ordered prefill rows, whose tiles may be cut; ends with a barrier.
+
+    Returns the entries of one head, and about how many n_blocks they see. The list has room for every step whose `cu_seqlens_q`
+    ascends; of one that does not, `room` entries of a head are dealt out.
+    """
+    tidx, _, _ = cute.arch.thread_idx()
+    # No more n_blocks of two query blocks than let the sum over all query blocks stay below 2^31.
+    most = MAX_SUM // (params.max_num_tokens // params.tokens_per_tile + cute.size(lengths.seqused_k))
+    done, seen, longest = Int32(0), Int32(0), Int32(0)
+    for base in range(0, rows.num_prefill, NUM_THREADS):
+        at = base + tidx
+        m_blocks, n_blocks, row_longest = Int32(0), Int32(0), Int32(0)
+        if at < rows.num_prefill:
+            row = read_row(lengths, rows.prefill_seq[at], params)
+            m_blocks = query_blocks(row, params)
+            first = visible_blocks(Int32(0), row, params)
+            last = visible_blocks(m_blocks - 1, row, params)
+            n_blocks = m_blocks * cutlass.min(first[1] - first[0] + last[1] - last[0], most) // 2
+            row_longest = cutlass.max(first[1] - first[0], last[1] - last[0])
+        before, all_blocks = block_scan(m_blocks, sums)
+        _, all_seen = block_scan(n_blocks, sums)
+        if at < rows.num_prefill:
+            rows.prefill_sum[at] = done + before
+        if base == 0:
+            parts.m_blocks[tidx] = m_blocks
+            parts.longest[tidx] = row_longest
+            longest = row_longest
+        done += all_blocks
+        seen += all_seen
+    if tidx == 0:
+        rows.prefill_sum[rows.num_prefill] = done
+    longest = -block_min(-longest, sums)
+    length = part_length(parts, PrefillSum(done, seen, longest), sums, num_groups, params)
+    if length < longest:
+        done += cut_rows(parts, rows.prefill_sum, rows.num_prefill, length, sums, params)
+    return cutlass.min(cutlass.max(done, 0), room), seen
+
+
+@cute.jit
+def write_prefill(
+    lengths: StepLengths,
+    rows: RowTables,
+    parts: PartTables,
+    prefill_tiles: cute.Tensor,
+    prefill_begin: cute.Tensor,
+    part_arrivals: cute.Tensor,
+    tiles: Int32,
+    share: Share,
+    params: ScheduleParams,
+) -> None:
+    """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: entries of one head.
+
+    Whoever writes a tile's first part clears the tile's arrival counters.
+    """
+    tidx, _, _ = cute.arch.thread_idx()
+    bidx, _, _ = cute.arch.block_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    thread = bidx * NUM_THREADS + tidx
+    num_ctas = cute.size(prefill_begin) - 1
+    heads = params.num_kv_heads
+    total = tiles * heads
+    # The first rounds go to the early CTAs, what is left to all.
+    early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
+    late_total = total - early_total
+    if thread <= num_ctas:
+        early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
+        prefill_begin[thread] = early + deal_begin(thread, late_total, num_ctas)
+    for rank in range(thread, total, grid * NUM_THREADS):
+        row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
+        seq_idx = rows.prefill_seq[row]
+        row_lengths = read_row(lengths, seq_idx, params)
+        m_blocks = query_blocks(row_lengths, params)
+        num_parts = (rows.prefill_sum[row + 1] - rows.prefill_sum[row]) // m_blocks
+        within = rank - rows.prefill_sum[row] * heads
+        group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(row_lengths.kv_len, 1), 1), heads)
+        head_begin = within // (group * m_blocks * num_parts) * group
+        group = cutlass.min(group, heads - head_begin)
+        within -= head_begin * m_blocks * num_parts
+        m_block = m_blocks - 1 - within // (group * num_parts)
+        part = within % (group * num_parts) // group
+        head = head_begin + within % group
+        begin, end = visible_blocks(m_block, row_lengths, params)
+        slot, first_slot = Int32(-1), Int32(0)
+        if num_parts > 1:
+            first_slot = parts.slot[row] + (head * m_blocks + m_block) * num_parts
+            slot = first_slot + part
+            if part == 0:
+                store_tile(part_arrivals, first_slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
+            length, longer = (end - begin) // num_parts, (end - begin) % num_parts
+            begin += part * length + cutlass.min(part, longer)
+            end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
+        tile = (seq_idx, head, m_block, begin, end, slot, first_slot, num_parts)
+        cta, turn = deal(rank, share.early_ctas)
+        early_begin = deal_begin(cta, early_total, share.early_ctas)
+        place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
+        if rank >= early_total:
+            cta, turn = deal(rank - early_total, num_ctas)
+            early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
+            place = early_end + deal_begin(cta, late_total, num_ctas) + turn
+        store_tile(prefill_tiles, place, (*tile, row_lengths.kv_len, Int32(0), Int32(0), Int32(0)))
+
+
+def query_blocks(row: Row, params: ScheduleParams) -> Int32:
+    """Query blocks of a prefill row."""
+    return (row.query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
+
+
+@cute.jit
+def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams) -> tuple[Int32, Int32]:
+    """The n_blocks that a prefill tile sees, half-open."""
+    first = row.kv_len - row.query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
+    begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
+    end = cutlass.max(cutlass.min(row.kv_len, first + params.tokens_per_tile + params.window_right), 0)
+    end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
+    return begin, end

@@ -1,0 +1,107 @@
+"""Split KV for prefill rows: into how many parts each tile is cut, so that few tiles over long KV fill the chip.
+
+All tiles of a row are cut into the same number of parts, each tile into equal ones. So the places of a row's entries still follow from
+its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, warp_scan
+from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
+from fa4_backend.kernels.schedule.params import ScheduleParams
+from fa4_backend.kernels.schedule.rates import ENTRY_QUARTERS, PART_QUARTERS
+
+MAX_PARTS = 64  # of a tile
+CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
+MAX_SUM = 2**31 - 1
+# Numbers are cut here before they are multiplied: above what a cut row may have, and no product or sum passes 2^31.
+MOST_M_BLOCKS, MOST_ROUNDS, MOST_QUARTERS, MOST_BLOCKS = 1 << 14, 1 << 12, 1 << 16, 1 << 28
+
+
+class PartTables(NamedTuple):
+    """Shared memory, (NUM_THREADS,) each: the first prefill rows. Later ones, which are no longer, are not cut."""
+
+    m_blocks: cute.Tensor  # query blocks
+    longest: cute.Tensor  # n_blocks that the longest of them sees
+    slot: cute.Tensor  # slots of the cut rows before this one
+
+
+class PrefillSum(NamedTuple):
+    """All prefill rows of a step."""
+
+    tiles: Int32  # entries of the list of one head
+    blocks: Int32  # about how many n_blocks they see
+    longest: Int32  # n_blocks of the longest
+
+
+def num_parts(longest: Int32, length: Int32) -> Int32:
+    """Parts of each tile of a row whose longest sees `longest` n_blocks, where parts are to have `length` at most."""
+    return cutlass.max((longest + length - 1) // length, 1)
+
+
+@cute.jit
+def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_groups: Int32, params: ScheduleParams) -> Int32:
+    """n_blocks that a part has at most; `longest` where nothing is cut. Every thread of the CTA must call.
+
+    The longest tile is cut into 1 to MAX_PARTS parts, the others of the first rows into parts of that length; a warp a candidate, a lane
+    a row. What ends soonest is taken: whole rounds of entries, or the longest entry, and what it costs to add up parts.
+    """
+    tidx, _, _ = cute.arch.thread_idx()
+    lane, warp = tidx % 32, tidx // 32
+    heads, longest = params.num_kv_heads, prefill.longest
+    # No row sees more than an equal share of all: then all CTAs have work until the end.
+    share = cutlass.min(prefill.blocks // num_groups, MAX_SUM // heads - 1) * heads + prefill.blocks % num_groups * heads // num_groups
+    best, best_parts = Int32(MAX_SUM), Int32(MAX_PARTS)
+    if longest > share and longest >= 2 * params.min_part_blocks and params.part_slots > 0:
+        for i in cutlass.range(CANDIDATES, unroll=1):
+            parts = i * NUM_WARPS + warp + 1
+            length = (longest + parts - 1) // parts
+            added, slots = Int32(0), Int32(0)
+            for row in range(lane, NUM_THREADS, 32):
+                m_blocks = cutlass.min(tables.m_blocks[row], MOST_M_BLOCKS)
+                row_parts = num_parts(tables.longest[row], length)
+                added += m_blocks * (row_parts - 1)
+                slots += cutlass.select_(row_parts > 1, m_blocks * row_parts, Int32(0))
+            added, slots = warp_sum(added), warp_sum(slots)
+            entries = prefill.tiles + added
+            rounds = cutlass.min((entries * heads + num_groups - 1) // num_groups, MOST_ROUNDS)
+            average = cutlass.min(4 * cutlass.min(prefill.blocks, MOST_BLOCKS) // entries, MOST_QUARTERS) + ENTRY_QUARTERS
+            time = cutlass.max(rounds * average, 4 * length + ENTRY_QUARTERS)
+            if parts > 1:
+                time += PART_QUARTERS * parts
+            fits = (slots <= params.part_slots // heads) & (length >= params.min_part_blocks)
+            if (fits | (parts == 1)) & (time < best):
+                best, best_parts = time, parts
+        least = block_min(best, sums)
+        best_parts = block_min(cutlass.select_(best == least, best_parts, Int32(MAX_PARTS)), sums)
+    else:
+        best_parts = Int32(1)
+    return (longest + best_parts - 1) // best_parts
+
+
+@cute.jit
+def cut_rows(tables: PartTables, tile_sum: cute.Tensor, num_rows: Int32, length: Int32, sums: cute.Tensor, params: ScheduleParams) -> Int32:
+    """Count the parts of the rows' tiles in `tile_sum` (num_rows + 1,), which counted tiles, and give them slots; ends with a barrier.
+
+    Returns the entries of one head that come in addition.
+    """
+    tidx, _, _ = cute.arch.thread_idx()
+    m_blocks, parts = tables.m_blocks[tidx], num_parts(tables.longest[tidx], length)
+    before, added = block_scan(m_blocks * (parts - 1), sums)
+    slot, _ = block_scan(cutlass.select_(parts > 1, m_blocks * parts * params.num_kv_heads, Int32(0)), sums)
+    tables.slot[tidx] = slot
+    for at in range(tidx, num_rows + 1, NUM_THREADS):
+        tile_sum[at] += cutlass.select_(at < NUM_THREADS, before, added)
+    cute.arch.sync_threads()
+    return added
+
+
+def warp_sum(value: Int32) -> Int32:
+    """Sum of `value` over the warp."""
+    return cute.arch.shuffle_sync(warp_scan(value, 32), 31)

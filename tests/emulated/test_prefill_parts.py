@@ -1,0 +1,111 @@
+"""Prefill tiles that are cut along KV, on Hopper: parts go through memory, and the warpgroup that comes last adds them up.
+
+Blocks hold 128 keys and tiles 32 tokens of 4 heads at d128. CTAs are few, so that one has several parts, of one tile and of
+several. Slots hold NaN before, counters must be 0 behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT
+from tests.support import large_logits
+from tests.support.emulated_mixed import run_mixed
+from tests.support.emulated_prefill import Cuts, run_built, run_prefill
+from tests.support.paged_case import PagedCase
+
+pytestmark = pytest.mark.emulated
+
+BASE = PagedCase((16,), (520,), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
+
+
+def case(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], **changes: object) -> PagedCase:
+    return replace(BASE, query_lens=query_lens, kv_lens=kv_lens, **changes)  # type: ignore[arg-type]
+
+
+CASES = {
+    # One row: 16 tokens are 64 packed rows, so the second warpgroup has none; then both have some.
+    "5 blocks in 5 parts": (BASE, (5,)),
+    "both warpgroups, page 48": (case((33,), (400,), page_size=48), (3,)),
+    "8 parts": (case((5,), (1100,), num_q_heads=4, num_kv_heads=1), (8,)),
+    # Rows of which some are cut, some not, one has no key and one no query.
+    "ragged": (case((17, 0, 3, 40), (700, 30, 0, 90)), (2, 1, 1, 1)),
+    "rows without a key in parts": (case((40, 3), (20, 0)), (2, 3)),
+    # The prompt's first tiles see one block, which two parts cannot share.
+    "parts without a block": (case((140,), (140,), num_q_heads=4, num_kv_heads=1), (2,)),
+    "windows": (case((40,), (600,), window_left=300, window_right=10, is_causal=False), (3,)),
+    "all score features": (case((20,), (500,), sinks=True, alibi=True, softcap=20.0, window_left=350, layout="hnd"), (3,)),
+    "d64, three warpgroups": (case((70,), (300,), head_dim=64, num_q_heads=6, num_kv_heads=2), (3,)),
+    "d256": (case((70,), (200,), head_dim=256, num_q_heads=2, num_kv_heads=1), (4,)),
+    "(192, 128) in fp16": (case((10,), (230,), head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2, dtype="float16"), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts(name: str) -> None:
+    drawn, parts = CASES[name]
+    run = run_prefill(drawn, cuts=Cuts(parts), num_ctas=3, seed=len(name))
+    run.check()
+    assert (run.work.prefill_tiles[:, PARTIAL_SLOT] >= 0).any()
+
+
+def test_bits_do_not_depend_on_who_comes_last() -> None:
+    built = case((33,), (400,)).build()
+    outs = []
+    for num_ctas, seed in ((2, None), (3, 1), (8, 2), (1, 3)):
+        run = run_built(built, cuts=Cuts((4,)), num_ctas=num_ctas, seed=seed)
+        run.check()
+        outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
+@pytest.mark.parametrize("name", ["random", "growing", "sink", "fp16, largest", "-3e37"])
+def test_large_logits(name: str) -> None:
+    """Parts whose maxima are far apart or equal, made with either scale of scores."""
+    built = large_logits.build(name, query_lens=(33,), kv_lens=(500,), num_q_heads=4, num_kv_heads=1, arch=BASE.arch)
+    run = run_built(built, cuts=Cuts((4,)))
+    assert run.report.races == []
+    large_logits.check(built, run.out, run.lse)
+
+
+def test_a_layer_whose_window_is_narrower_than_the_lists() -> None:
+    """The list is made for layers without a window: parts left of the window see nothing, and must not count a block of another part."""
+    drawn = case((20,), (600,), window_left=150)
+    run = run_prefill(drawn, cuts=Cuts((5,), window_left=None))
+    assert (run.work.prefill_tiles[:, N_BLOCK_END] <= (600 - 20 - 150) // 128).any()
+    run.check()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_whole_tiles_keep_their_bits_in_a_kernel_that_takes_parts(head_dim: int) -> None:
+    built = case((5, 40), (133, 300), head_dim=head_dim).build()
+    run = run_built(built)
+    run.check()
+    assert (run.work.prefill_tiles[:, PARTIAL_SLOT] == -1).all()
+    with_parts = run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()
+    plan = built.case.plan(num_sms=2)
+    assert plan.kernels is not None and plan.kernels.prefill.kernel.has_parts
+    key = plan.kernels.prefill
+    whole = run_built(built, key=replace(key, kernel=replace(key.kernel, has_parts=False)))  # type: ignore[type-var]
+    assert torch.equal(whole.out[: built.total_q], with_parts[0]) and torch.equal(whole.lse[:, : built.total_q], with_parts[1])
+
+
+def test_batch_invariant_rows_are_not_cut() -> None:
+    plan = replace(BASE, batch_invariant=True).plan()
+    assert plan.kernels is not None and plan.kernels.work.max_part_slots() == 0 and not plan.kernels.prefill.kernel.has_parts
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_beside_decode(seed: int | None) -> None:
+    """Schedule, decode and prefill as the operator launches them; counters hold garbage before the schedule."""
+    drawn = case((1, 30, 1, 9), (500, 1000, 64, 700))
+    run = run_mixed(drawn, num_sms=8, seed=seed, min_part_blocks=1)
+    run.check()
+    tiles = run.work.prefill_tiles[: run.work.prefill_begin[-1]]
+    assert (tiles[:, NUM_PIECES] > 1).any() and run.decode_ctas > 0
+    first_slots = tiles[tiles[:, PARTIAL_SLOT] >= 0, FIRST_SLOT]
+    assert not run.work.part_arrivals[first_slots].any()
