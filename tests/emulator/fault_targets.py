@@ -102,6 +102,7 @@ def own_schedule() -> Target:
         work = empty_lists(shape, len(kv_lens))
         report = run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed)
         return [
+            work.arrivals,
             work.prefill_begin,
             work.prefill_tiles,
             work.decode_first[:, :13].contiguous(),
