@@ -46,13 +46,13 @@ def cases() -> Iterator[tuple[str, str, Any, dict[str, bool]]]:
     """(kind, name, batch, modes) of what is timed."""
     grid = [b for b in issue_batches()["grid"] if "16K" not in b.name or b.name.startswith("1 ")]
     heads = [b for b in issue_batches()["heads"] if "4 queries" in b.name or b.num_kv_heads == 2 or b.head_dim == 64]
-    mixed = issue_batches()["mixed"][:3]
+    mixed = issue_batches()["mixed"]
     for batch in [*grid, *heads, *ragged_batches(), *mixed]:
         yield "decode", batch.label, batch, {}
     for batch in [*grid[:2], *ragged_batches()[2:]]:
         yield "decode", f"{batch.label}, invariant", batch, {"batch_invariant": True}
     sets = named_batches()
-    for batch in [b for name in ("whole", "chunked", "heads") for b in sets[name]]:
+    for batch in [b for name in ("prefix", "whole", "chunked", "heads") for b in sets[name]]:
         yield "prefill", batch.label, batch, {}
 
 
