@@ -74,7 +74,6 @@ EDITS = (
     _edit("wait at the next barrier", rf"(try_wait[\w.:]*\s+[%\w]+,\s*){_ADDRESS}(.*)", _offset(8)),
     _edit("expect at the next barrier", rf"(arrive\.expect_tx[\w.:]*\s+[%\w]+,\s*){_ADDRESS}(.*)", _offset(8)),
     _edit("copy signals the next barrier", rf"(cp\.async\.bulk\.tensor[^}}]*\}}\],\s*){_ADDRESS}(.*)", _offset(8)),
-    _edit("other named barrier", r"(bar\.(?:sync|arrive)\s+)([0-9])(,.*)", _number(1)),
     _edit("named barrier + 32", r"(bar\.(?:sync|arrive)\s+[%\w]+,\s*)(\d+)(;)", _number(32)),
     _edit("named barrier - 32", r"(bar\.(?:sync|arrive)\s+[%\w]+,\s*)(\d+)(;)", _number(-32)),
     _edit("drop guard of an operation", r"@(?!%)\w+ (tcgen05|mbarrier|cp\.async)", r"\1", 6),
