@@ -1,6 +1,6 @@
 """From a compile key to an object on disk, for the GPU present or for any named arch; no GPU is needed.
 
-A key is a frozen dataclass that names its arch and its builder, such as `fa4_backend.kernels.common.prefill_config.PrefillConfig`.
+A key is a frozen dataclass that names its arch and its builder, such as `fa4_backend.kernels.sm90.config.Sm90Config`.
 The builder returns the host function to trace and fake arguments; nothing else decides what is compiled. This module imports the
 compiler (`cutlass`); a serving process loads what it finds in `fa4_backend.compile_cache` and does not need it.
 """

@@ -1,7 +1,8 @@
-"""Every environment variable this package reads, in one place.
+"""Every environment variable this package reads, in one place; `tests/host/test_cli.py` holds the rest of the package to it.
 
 Its own are named FA4_BACKEND_*. The others belong to conventions that it follows: XDG's cache folder, a C compiler named by CC, the
-folder where the DSL keeps what it was told to keep.
+folder where the DSL keeps what it was told to keep. An engine's own variables are read through the engine: VLLM_BATCH_INVARIANT through
+`vllm.envs`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class AttentionMetadata:
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = None
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
-    passed: set[Hashable] = field(default_factory=set)  # facts of calls that `validation` found to fit
+    passed: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # facts of calls that `validation` found to fit; bytes of tensors
     is_announced: bool = False  # the plan's log line was written
 
     @classmethod
@@ -61,7 +61,8 @@ class AttentionMetadata:
         from fa4_backend.kernels.schedule.work_list import WorkLists
 
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
-        return cls(plan, device, kernels, WorkLists.allocate(plan.kernels.work, plan.limits, device))
+        work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
+        return cls(plan, work.prefill_tiles.device, kernels, work)  # "cuda" alone has become one GPU
 
     def refresh(
         self,

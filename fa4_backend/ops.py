@@ -9,7 +9,7 @@ from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
-from fa4_backend.validation import check_tensors, check_values, clamp_window
+from fa4_backend.validation import check_no_backward, check_tensors, check_values, clamp_window
 
 
 def paged_attention(
@@ -55,25 +55,31 @@ def paged_attention(
         sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
             plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor.
-        lse: (num_q_heads, total_q) float32, written in place; default: a new tensor when the plan has it.
+        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor. Shares no element with q, the caches or lse.
+        lse: (num_q_heads, total_q) float32, written in place, likewise; default: a new tensor when the plan has it.
 
     Returns:
-        `out` and `lse` (natural log of the softmax denominator, sink included; None unless the plan has it).
+        `out` and `lse` (natural log of the softmax denominator, None unless the plan has it). A sink is part of the denominator of every
+        row that sees a key; a row that sees none has -inf, with a sink too: merging parts must not count a sink for an empty part.
 
     Raises:
-        ValueError: a tensor or value does not fit the plan; nothing was launched. On CPU tensors also: a row sees a page that the page
-            table puts outside the pool (kernels on a GPU cannot say so).
+        ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched. On CPU tensors also: a
+            row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
     tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
     check_tensors(plan, metadata, tensors)
+    if torch.is_grad_enabled():
+        check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
     if out is None:
         out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
-    left, right = (None if window is None else clamp_window(window) for window in (window_left, window_right))
+    if q.shape[0] == 0:
+        return out, lse  # a step without tokens; a tensor map cannot describe zero rows
+    left = None if window_left is None else clamp_window(window_left)
+    right = None if window_right is None else clamp_window(window_right)
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes,

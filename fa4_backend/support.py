@@ -9,6 +9,7 @@ from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
+MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
 MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features
 MASKS = frozenset(f.name for f in fields(MaskFeatures))
 
@@ -85,11 +86,14 @@ def _chips(arch: str) -> str:
 
 
 def check_limits(problem: AttentionProblem, limits: BatchLimits) -> None:
-    """Check that the schedule's kernel can serve batches of these limits.
+    """Check that the kernels can count in, and the schedule serve, batches of these limits.
 
     Raises:
         UnsupportedProblem: it cannot; the message says what can be served.
     """
+    for name in ("max_num_tokens", "max_seqlen_k"):
+        if getattr(limits, name) > MAX_TOKENS:
+            raise UnsupportedProblem(f"{name} on {problem.target_arch}: expected at most {MAX_TOKENS}, got {getattr(limits, name)}")
     most = largest_num_seqs(problem.target_arch, limits.max_seqlen_k)
     if limits.max_num_seqs > most:
         raise UnsupportedProblem(

@@ -1,26 +1,35 @@
 """The tensors and values of a step and of a call against their plan. Every refusal says what was expected and what it got.
 
-Only shapes, strides, dtypes, devices and host numbers are looked at: values on the device are the kernels' to clamp.
+Only shapes, strides, dtypes, devices, addresses and host numbers are looked at: values on the device are the kernels' to clamp.
 """
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import REFERENCE_ARCH
+from fa4_backend.arguments import CallTensors
+from fa4_backend.memory_spans import num_bytes, overlaps_itself, share_memory
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-    from fa4_backend.arguments import CallTensors
     from fa4_backend.metadata import AttentionMetadata
     from fa4_backend.plan import AttentionPlan
 
 MAX_PASSED = 1024  # remembered facts of calls; layers and steps repeat theirs
+# Places in `CallTensors` of what a call writes, beside what it must not share memory with. A call looks at each pair.
+APART = tuple(
+    (CallTensors._fields.index(written), CallTensors._fields.index(other))
+    for written, others in (("out", ("q", "k_cache", "v_cache", "lse")), ("lse", ("q", "k_cache", "v_cache")))
+    for other in others
+)
 WIDEST_WINDOW = 1 << 30  # tokens: wider than any sequence, and a position plus it stays below 2^31
-FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
+# Kernels multiply softmax_scale, softcap and their ratio by up to 2 log2(e) = 2.89 and need a finite float32.
+LARGEST_FACTOR = 2.0**126
 
 
 def check_step(
@@ -32,7 +41,11 @@ def check_step(
         ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
     """
     limits = metadata.plan.limits
-    facts = ("step", _facts(cu_seqlens_q), _facts(seqused_k))
+    try:
+        facts = ("step", _facts(cu_seqlens_q), _facts(seqused_k))
+    except AttributeError:
+        _expect_tensors({"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k})
+        raise
     if facts not in metadata.passed:
         _expect_shape("seqused_k", seqused_k, (None,))
         num_seqs = seqused_k.shape[0]
@@ -43,11 +56,12 @@ def check_step(
             _expect_dtype(name, tensor, "int32")
             _expect_dense(name, tensor)
             _expect_device(name, tensor, metadata.device, "the metadata")
-        _remember(metadata, facts)
+        _remember(metadata, facts, ())
     for name, got, limit_name, limit in (
         ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
         ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
     ):
+        _expect_whole(name, got)
         if not 0 <= got <= limit:
             raise ValueError(f"{name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
 
@@ -60,27 +74,59 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
     """
     if metadata.plan is not plan and metadata.plan != plan:
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
-    # Layers and steps repeat their shapes; looking at everything each time was three quarters of a call's host time.
-    facts = tuple(None if t is None else _facts(t) for t in tensors)
-    if facts not in metadata.passed:
+    try:
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
+        facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    except AttributeError:
+        _expect_tensors(tensors._asdict())
+        raise
+    key = (*facts, *[address % 16 for address in addresses])
+    sizes = metadata.passed.get(key)
+    if sizes is None:
         _check_tensors(plan, metadata, tensors)
-        _remember(metadata, facts)
+        sizes = tuple(0 if t is None else num_bytes(t) for t in tensors)
+        _remember(metadata, key, sizes)
+    _expect_apart(tensors, addresses, sizes)
+
+
+def check_no_backward(tensors: CallTensors) -> None:
+    """Check a call where torch records operations for a backward pass, of which this operator would silently not be part.
+
+    Raises:
+        ValueError: a tensor wants a gradient.
+    """
+    for name, tensor in tensors._asdict().items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: expected a call under torch.no_grad(), since there is no backward pass, got requires_grad=True")
 
 
 def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _remember(metadata: AttentionMetadata, facts: tuple[object, ...]) -> None:
+def _remember(metadata: AttentionMetadata, facts: tuple[object, ...], sizes: tuple[int, ...]) -> None:
     if len(metadata.passed) >= MAX_PASSED:
         metadata.passed.clear()
-    metadata.passed.add(facts)
+    metadata.passed[facts] = sizes
+
+
+def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) -> None:
+    """No element of what a call writes is one of the heads that it reads, or is written twice."""
+    for written, other in APART:
+        begin, at = addresses[written], addresses[other]
+        if at < begin + sizes[written] and begin < at + sizes[other] and begin and at:  # no address: empty, or without memory
+            a, b = t[written], t[other]
+            if a is not None and b is not None and share_memory(a, b):
+                raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
 
 
 def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
     p, limits = plan.problem, plan.limits
     _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
     _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
+    if t.k_cache.shape[0] == 0:
+        raise ValueError("k_cache: expected at least one page, got none")
     _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
     _expect_shape("page_table", t.page_table, (None, None))
     _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
@@ -102,7 +148,10 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTens
         _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
         _expect_dtype("out", t.out, p.dtype)
         _expect_rows("out", t.out, DTYPE_BYTES[p.dtype], by_kernel=p.arch != REFERENCE_ARCH)
+        _expect_one_place_each("out", t.out)
     _check_optional(plan, t)
+    if t.lse is not None:
+        _expect_one_place_each("lse", t.lse)
     _expect_device("q", t.q, metadata.device, "the metadata")
     for name, tensor in t._asdict().items():
         if tensor is not None:
@@ -143,6 +192,11 @@ def check_values(
         ValueError: a value is missing, unexpected or out of its domain, or the metadata is another step's.
     """
     mask = plan.problem.mask
+    # Types first: to compare a tensor would be to wait for the device.
+    if type(softmax_scale) is not float:
+        _expect_number("softmax_scale", softmax_scale)
+    if type(softcap) is not float:
+        _expect_number("softcap", softcap)
     for name, planned, given, value in (
         ("window_left", mask.has_window_left, window_left is not None, window_left),
         ("window_right", mask.has_window_right, window_right is not None, window_right),
@@ -153,13 +207,19 @@ def check_values(
         if given and not planned:
             raise ValueError(f"{name}: expected none, since the plan was made without it, got {value}")
     for name, window in (("window_left", window_left), ("window_right", window_right)):
-        if window is not None and window < 0:
+        if window is None:
+            continue
+        _expect_whole(name, window)
+        if window < 0:
             raise ValueError(f"{name}: expected 0 or more visible tokens (None for all), got {window}")
     # Kernels take maxima of raw logits and mask with -inf before they scale: by a positive, finite float32.
-    if not FLOAT32_MIN <= softmax_scale <= FLOAT32_MAX:
-        raise ValueError(f"softmax_scale: expected a number above 0 that float32 holds, got {softmax_scale}")
-    if softcap != 0.0 and not FLOAT32_MIN <= softcap <= FLOAT32_MAX:
-        raise ValueError(f"softcap: expected 0 (off) or more, in float32, got {softcap}")
+    if not FLOAT32_MIN <= softmax_scale <= LARGEST_FACTOR:
+        raise ValueError(f"softmax_scale: expected a normal float32 above 0 and at most 2^126, got {softmax_scale}")
+    if softcap != 0.0 and not (FLOAT32_MIN <= softcap <= LARGEST_FACTOR and softmax_scale <= LARGEST_FACTOR * softcap):
+        raise ValueError(
+            "softcap: expected 0 (off) or a normal float32 above 0 of which neither it nor softmax_scale / softcap is above 2^126, "
+            f"got {softcap} with a softmax_scale of {softmax_scale}"
+        )
     if metadata.bounds is None:
         raise ValueError("metadata: expected refresh(...) before the first forward of a step, got metadata never refreshed")
     if metadata.window_left is not None and (window_left is None or window_left > metadata.window_left):
@@ -172,7 +232,37 @@ def check_values(
 
 def clamp_window(window: int) -> int:
     """The same window for every sequence there can be, in a range in which no position overflows."""
-    return min(window, WIDEST_WINDOW)
+    return int(min(window, WIDEST_WINDOW))
+
+
+def _expect_tensors(tensors: dict[str, object]) -> None:
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _expect_whole(name: str, value: object) -> None:
+    # numpy's integers are whole numbers of the host too: engines keep lengths in numpy arrays.
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise ValueError(f"{name}: expected a whole number as a Python int, got {_describe_value(value)}")
+
+
+def _expect_number(name: str, value: object) -> None:
+    if not isinstance(value, (float, int)) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a Python float, got {_describe_value(value)}")
+
+
+def _describe_value(value: object) -> str:
+    # A tensor's value may lie on the device: to print it would wait for it.
+    return f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r} ({type(value).__name__})"
+
+
+def _expect_one_place_each(name: str, tensor: torch.Tensor) -> None:
+    """Elements of what is written lie at addresses of their own."""
+    if overlaps_itself(tensor.shape, tensor.stride()):
+        raise ValueError(f"{name}: expected each element at an address of its own, got strides {tensor.stride()}")
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fa4_backend.kernel_stamp import make_stamp
 from tests.emulated import test_decode, test_mixed
 from tests.support.emulated_decode import run_decode
 from tests.support.emulated_mixed import run_mixed
@@ -54,7 +55,7 @@ def main() -> int:
     for name, run in RUNS.items():
         results[name] = run_case(run, seeds)
         print(name, results[name], file=sys.stderr, flush=True)
-    json.dump(results, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("emulator", ("schedule", "decode")), **results}, sys.stdout, indent=1)
     print()
     return int(any(r["runs with other bits"] for r in results.values()))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from fa4_backend.compile import compile_to_object, cpu_seconds
 from fa4_backend.kernel_facts import find_cuda_tool, resource_usage
+from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.paged_case import PagedCase
 
@@ -102,9 +103,9 @@ def compile_ours(name: str) -> dict[str, Any]:
 
 def compile_upstream(name: str) -> dict[str, Any]:
     """Compile one of upstream's kernels in a fresh process."""
-    from tests.support import emulator_upstream
+    from fa4_backend.emulator import flash_attention
 
-    emulator_upstream.prepare("sm_100a")
+    flash_attention.prepare("sm_100a")
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -114,7 +115,7 @@ def compile_upstream(name: str) -> dict[str, Any]:
         import os
 
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
-        with emulator_upstream._patched({}) as interface, FakeTensorMode():
+        with flash_attention._patched({}) as interface, FakeTensorMode():
             make = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")  # noqa: E731
             before = cpu_seconds()
             if page is None:
@@ -148,7 +149,7 @@ def main() -> int:
             )
             report[side][name] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
             print(side, name, report[side][name], file=sys.stderr, flush=True)
-    json.dump(report, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("compiler", ("sm100",)), **report}, sys.stdout, indent=1)
     print()
     return 0
 

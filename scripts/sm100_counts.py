@@ -15,13 +15,14 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from tests.support import emulator_upstream
+from fa4_backend.emulator import flash_attention
 
-emulator_upstream.prepare("sm_100a")
+flash_attention.prepare("sm_100a")
 
 import torch  # noqa: E402
 
 from fa4_backend import emulator  # noqa: E402
+from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -112,7 +113,7 @@ def upstream(num_keys: int) -> emulator.Report:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 1, HEAD_DIM, generator=generator).bfloat16() for n in (ROWS, num_keys, num_keys))
     with emulator.session(arch="sm_100a", detect_races=False) as emu:
-        emulator_upstream.forward(emu, q, k, v, causal=True, softmax_scale=HEAD_DIM**-0.5, return_lse=True)
+        flash_attention.forward(emu, q, k, v, causal=True, softmax_scale=HEAD_DIM**-0.5, return_lse=True)
     return emu.report
 
 
@@ -126,7 +127,8 @@ def main() -> int:
         "ours, polynomial degree 3": ours(polynomial_degree=3),
         "ours, rescale threshold 0": ours(rescale_threshold=0.0),
     }
-    json.dump({name: steady_state(run) for name, run in kernels.items()}, sys.stdout, indent=1)
+    counts = {name: steady_state(run) for name, run in kernels.items()}
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), **counts}, sys.stdout, indent=1)
     print()
     return 0
 

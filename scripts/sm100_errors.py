@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import replace
 
+from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.kernels.sm100.config import Sm100Config
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
@@ -46,7 +47,7 @@ def main() -> int:
             done = run_prefill(case, key=key_of(case, changes), detect_races=False)
             errors = done.built.errors(done.out, done.lse)
             report[kernel][name] = {"out": round(errors.out / errors.out_budget, 3), "lse": round(errors.lse / errors.lse_budget, 3)}
-    json.dump(report, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), **report}, sys.stdout, indent=1)
     print()
     return 0
 

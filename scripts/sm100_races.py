@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from fa4_backend.kernel_stamp import make_stamp
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
 
@@ -81,7 +82,7 @@ def main() -> int:
     for name, case in (CASES | PAIRED).items():
         results[name] = run_case(case, seeds, cta_group=2 if name in PAIRED else 1)
         print(name, results[name], file=sys.stderr, flush=True)
-    json.dump(results, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), **results}, sys.stdout, indent=1)
     print()
     return int(any(r["races"] or r["runs with other bits"] for r in results.values()))
 

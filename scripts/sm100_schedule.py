@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tests.support import emulator_upstream
+from fa4_backend.emulator import flash_attention
 
-emulator_upstream.prepare("sm_100a")
+flash_attention.prepare("sm_100a")
 
 import torch  # noqa: E402
 
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
+from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -71,8 +72,8 @@ def upstream(shape: Shape, num_blocks: int) -> Recording:
     sizes = ((2 * ROWS, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
     q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).bfloat16() for rows, columns in sizes)
     recording = Recording()
-    with emulator.session(arch=ARCH, num_sms=emulator_upstream.NUM_SMS, trace=recording) as emu:
-        emulator_upstream.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True)
+    with emulator.session(arch=ARCH, num_sms=flash_attention.NUM_SMS, trace=recording) as emu:
+        flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True)
     return recording
 
 
@@ -121,7 +122,7 @@ def main() -> int:
         results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
         if shape.head_dim_v == 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
-    json.dump({"note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
+    json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
 from fa4_backend.bench.decode_peers import installed, prepare
+from fa4_backend.bench.figures import write_bars
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
 
@@ -118,31 +118,8 @@ def format_line(timings: list[Timing]) -> str:
     return f"{timings[0].batch} | {' | '.join(parts)}{ending}"
 
 
-def write_csv(path: Path, timings: list[Timing]) -> None:
-    """All figures, one kernel and batch a line."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(Timing.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(t) for t in timings)
-
-
 def write_plot(path: Path, timings: list[Timing]) -> None:
     """Bars of time relative to ours, a group a batch."""
-    import matplotlib.pyplot as plt
-
-    batches = list(dict.fromkeys(t.batch for t in timings))
-    kernels = list(dict.fromkeys(t.kernel for t in timings))
-    us = {(t.batch, t.kernel): t.us for t in timings}
-    figure, axes = plt.subplots(figsize=(10, 0.45 * len(batches) + 1.5))
-    height = 0.8 / len(kernels)
-    for i, kernel in enumerate(kernels):
-        at = [row + i * height for row in range(len(batches))]
-        axes.barh(at, [us.get((batch, kernel), 0.0) / us[batch, "fa4"] for batch in batches], height, label=kernel)
-    axes.set_yticks([row + 0.4 for row in range(len(batches))], batches, fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 4)
-    axes.set_xlabel("time relative to fa4 (below 1: faster)")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    ours = {t.batch: t.us for t in timings if t.kernel == "fa4"}
+    values = {(t.batch, t.kernel): t.us / ours[t.batch] for t in timings}
+    write_bars(path, values, label="time relative to fa4 (below 1: faster)", largest=4)

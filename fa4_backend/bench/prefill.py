@@ -6,10 +6,9 @@ and backwards, and a figure is the median over the rounds; compare figures of on
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.bench.figures import write_bars
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
 from fa4_backend.bench.prefill_peers import PAGED, installed, prepare
@@ -127,43 +127,6 @@ def format_line(timings: list[Timing]) -> str:
     return f"{timings[0].batch} | {' | '.join(parts)}{ending}"
 
 
-def write_csv(path: Path, timings: list[Timing]) -> None:
-    """All figures, one kernel and batch a line."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(Timing.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(t) for t in timings)
-
-
-def read_csv(path: Path) -> list[Timing]:
-    """What `write_csv` wrote."""
-    with path.open(newline="") as file:
-        return [
-            Timing(
-                row["batch"], row["kernel"], float(row["us"]), float(row["tflop_per_s"]), float(row["share_of_matmul"]),
-                float(row["ratio_to_best_peer"]) if row["ratio_to_best_peer"] else None, float(row["error"]),
-            )
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
-
-
 def write_plot(path: Path, timings: list[Timing]) -> None:
     """TFLOP/s, a group of bars a batch."""
-    import matplotlib.pyplot as plt
-
-    batches = list(dict.fromkeys(t.batch for t in timings))
-    kernels = list(dict.fromkeys(t.kernel for t in timings))
-    rates = {(t.batch, t.kernel): t.tflop_per_s for t in timings}
-    figure, axes = plt.subplots(figsize=(10, 0.5 * len(batches) + 1.5))
-    height = 0.8 / len(kernels)
-    for i, kernel in enumerate(kernels):
-        at = [row + i * height for row in range(len(batches))]
-        axes.barh(at, [rates.get((batch, kernel), 0.0) for batch in batches], height, label=kernel)
-    axes.set_yticks([row + 0.4 for row in range(len(batches))], batches, fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    write_bars(path, {(t.batch, t.kernel): t.tflop_per_s for t in timings}, label="TFLOP/s")

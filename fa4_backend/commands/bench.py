@@ -13,7 +13,7 @@ bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=_
 
 Sets = Annotated[str, typer.Option("--batches", help="comma-separated sets of batches; empty: all")]
 Peers = Annotated[str | None, typer.Option(help="comma-separated peers; default: all that are installed")]
-Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there, and beside them which kernels made them")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matplotlib)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -61,6 +61,8 @@ def _run(
     module: Any, sets: dict, names: str, peers: str | None, csv_path: Path | None, plot: Path | None, json_output: bool, **options: Any
 ) -> None:
     """Run the chosen sets of one benchmark and write what was asked for."""
+    from fa4_backend.bench.figures import write_csv
+
     chosen = names.split(",") if names else list(sets)
     unknown = [name for name in chosen if name not in sets]
     if unknown:
@@ -76,6 +78,6 @@ def _run(
     if json_output:
         print(json.dumps([asdict(t) for t in every], indent=1))
     if csv_path is not None:
-        module.write_csv(csv_path, every)
+        write_csv(csv_path, every)
     if plot is not None:
         module.write_plot(plot, every)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +41,8 @@ def emulate(
     arch: Annotated[str, typer.Option(help="sm_90a, sm_100a or sm_103a")] = "sm_100a",
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "4/1",
     head_dim: Annotated[int, typer.Option(help="elements of a row")] = 128,
-    q_lens: Annotated[str, typer.Option(help="query tokens of each sequence")] = "5,40",
-    kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included")] = "133,300",
+    q_lens: Annotated[str, typer.Option(help="query tokens of each sequence; 0 or more, also more than keys")] = "5,40",
+    kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included; 0 or more")] = "133,300",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
     causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
@@ -50,8 +54,13 @@ def emulate(
     trace: Annotated[Path | None, typer.Option(help="write a timeline that ui.perfetto.dev opens (modelled cycles)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run compiled kernels on the emulator with its race detector. Exits 1 on a race, a fault or a wrong result, 2 on a wrong call."""
+    """Run compiled kernels on the emulator with its race detector.
+
+    Exits 0 when the result is right under every schedule; 1 on a race, a fault, a wrong result, a note that matters (such as tensor memory
+    that is not freed, or memory read that nobody wrote) or a kernel that cannot be compiled or loaded; 2 on a wrong call.
+    """
     from fa4_backend.cache.errors import CacheError
+    from fa4_backend.compile import CompileError
     from fa4_backend.emulator import EmulatorError
     from fa4_backend.emulator.trace import Trace
 
@@ -66,7 +75,7 @@ def emulate(
                 num_sms=num_sms,
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
-    except (EmulatorError, CacheError) as error:
+    except (EmulatorError, CacheError, CompileError) as error:
         typer.echo(f"fa4 emulate: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
@@ -107,8 +116,8 @@ def build_case(
     from fa4_backend.plan import plan_attention
     from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
 
-    if len(q_lens) != len(kv_lens) or any(q > kv for q, kv in zip(q_lens, kv_lens, strict=False)):
-        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, queries at most keys, got {q_lens} and {kv_lens}")
+    if len(q_lens) != len(kv_lens) or min(*q_lens, *kv_lens) < 0:
+        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {q_lens} and {kv_lens}")
     parts = heads.split("/")
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise ValueError(f"--heads: expected two numbers such as 32/8, got {heads!r}")
@@ -118,13 +127,13 @@ def build_case(
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
         has_lse=True,
     )  # fmt: skip
-    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(kv_lens))
+    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1))
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     pages_of = [-(-n // page_size) for n in kv_lens]
     k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2))
-    page_table = torch.zeros(len(kv_lens), max(pages_of), dtype=torch.int32)
+    page_table = torch.zeros(len(kv_lens), max(*pages_of, 1), dtype=torch.int32)
     free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
     for seq_idx, kv_len in enumerate(kv_lens):
         for logical in range(pages_of[seq_idx]):
@@ -178,29 +187,33 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
         result[name] = max(result[name], fused[name], key=lambda error: (error != error, error))  # NaN is the worst
     result["ok"] = result["ok"] and fused["ok"]
     result = {"case": plan.describe(), **result, **collect(reports), "schedules": 1 + seeds, "differing": differing}
-    result["ok"] = result["ok"] and not result["races"] and not differing
+    result["ok"] = result["ok"] and not result["races"] and not result["faults"] and not differing
     return result
 
 
 def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
     """Errors against the float32 oracle, and what `fa4_backend.error_budget` allows."""
+    import torch
+
     from fa4_backend import error_budget
 
     a = arguments
     assert a.lse is not None
     want, want_lse, budget, lse_budget = error_budget.judge(a, is_causal=plan.problem.mask.is_causal)
     rows = slice(0, want.shape[0])
-    padding_is_zero = bool((a.out[rows.stop :] == 0).all())
-    max_err = (a.out[rows].float() - want).abs().max().item()  # NaN where the kernel wrote none: never within budget
-    finite = ~want_lse.isneginf()
-    lse_err = (a.lse[:, rows] - want_lse)[finite].abs().max().item() if finite.any() else 0.0
-    ok = max_err <= budget and lse_err <= lse_budget and padding_is_zero
+    got, got_lse, is_empty = a.out[rows].float(), a.lse[:, rows], want_lse.isneginf()
+    padding_is_zero = bool((a.out[rows.stop :] == 0).all() and a.lse[:, rows.stop :].isneginf().all())
+    empty_rows_are_zero = bool((got[is_empty.T] == 0).all() and torch.equal(got_lse.isneginf(), is_empty))
+    max_err = (got - want).abs().max().item() if got.numel() else 0.0  # NaN where the kernel wrote none: never within budget
+    lse_err = (got_lse - want_lse)[~is_empty].abs().max().item() if not is_empty.all() else 0.0
+    ok = max_err <= budget and lse_err <= lse_budget and padding_is_zero and empty_rows_are_zero
     return {
         "max_err": max_err,
         "budget": budget,
         "lse_err": lse_err,
         "lse_budget": lse_budget,
         "padding_is_zero": padding_is_zero,
+        "empty_rows_are_zero": empty_rows_are_zero,
         "ok": ok,
     }
 
@@ -216,7 +229,14 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     if not function_name:
         raise ValueError(f"expected module:function, got {name!r}")
     sys.path.insert(0, "")
-    emulator.install()  # before the compiler is imported: host code binds to the first launch functions it finds
+    # Before the compiler is imported: host code binds to the first launch functions it finds, and what is compiled keeps its PTX.
+    emulator.install()
+    os.environ.setdefault("CUTE_DSL_ARCH", arch)
+    os.environ.setdefault("CUTE_DSL_KEEP", "ptx,cubin")
+    if "CUTE_DSL_DUMP_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="fa4-emulate-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["CUTE_DSL_DUMP_DIR"] = folder
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -227,7 +247,7 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
             function(session)
         reports.append((name, session.report))
     result = {"case": name, **collect(reports), "schedules": 1 + seeds}
-    return result | {"ok": not result["races"]}
+    return result | {"ok": not result["races"] and not result["faults"]}
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------
@@ -247,6 +267,7 @@ def collect(reports: list[tuple[str, Report]]) -> dict[str, Any]:
                 kernels[key] = {"ctas": counts.ctas, "instructions": int(counts.executed.sum()), "units": units}
     return {
         "races": [race for _, report in reports for race in report.races],
+        "faults": sorted({fault for _, report in reports for fault in report.faults}),
         "notes": sorted({note for _, report in reports for note in report.notes}),
         "instructions": sum(report.instructions for _, report in reports),
         "seconds": round(sum(report.seconds for _, report in reports), 3),

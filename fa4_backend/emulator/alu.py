@@ -1,7 +1,7 @@
 """Instructions that compute registers from registers: one table row each.
 
 A row gives the types of the destination and the sources and a C expression over the lane values `a`, `b`, `c` (and `e`
-for a fourth source). `native.py` turns every row into one case of the interpreter's switch. Types:
+for a fourth source). `native_core.py` turns every row into one case of the interpreter's switch. Types:
 
 | type | register | lane value in the expression |
 |---|---|---|

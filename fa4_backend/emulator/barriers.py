@@ -177,7 +177,7 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     in_shared, in_global = {"shared::cta", "shared::cluster"} & set(mods.parts), "global" in mods.parts
     everywhere = not in_shared and not in_global
     is_init = "mbarrier_init" in mods.parts
-    is_memory = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts and "cta" not in mods.parts
+    is_memory, of_cta = "proxy" not in mods.parts and "mbarrier_init" not in mods.parts, "cta" in mods.parts
 
     def handler(warp: Warp) -> None:
         if warp.races:
@@ -186,7 +186,7 @@ def _fence(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             elif is_init:
                 warp.races.barriers_fenced(warp)
             elif is_memory:
-                warp.races.memory_fence(warp)
+                warp.races.memory_fence(warp, of_cta)
 
     return handler
 
@@ -207,12 +207,24 @@ def _setmaxnreg(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> bool | None:
         cta = warp.cta
+        if not warp.is_waiting_for_registers:
+            moves = cta.register_moves.setdefault(warp.index // 4, [])
+            if warp.num_register_moves == len(moves):
+                moves.append(wanted)
+            elif moves[warp.num_register_moves] != wanted:
+                theirs = moves[warp.num_register_moves]
+                raise KernelFault(
+                    f"setmaxnreg {wanted}: another warp of the warpgroup executed setmaxnreg {theirs}, all must execute the same"
+                )
+            warp.num_register_moves += 1
+        warp.is_waiting_for_registers = False
         need = (wanted - warp.num_registers) * 32
         if (grow and need < 0) or (not grow and need > 0):
             raise KernelFault(f"setmaxnreg.{'inc' if grow else 'dec'} {wanted}: the warp holds {warp.num_registers} registers a thread")
         if need > cta.free_registers:
             warp.wait(f"setmaxnreg.inc {wanted}: the pool of {cta.name} has {cta.free_registers} registers, {need} needed")
             cta.register_waiters.append((warp, warp.waiting_lanes))
+            warp.is_waiting_for_registers = True
             return True
         cta.free_registers -= need
         warp.num_registers = wanted

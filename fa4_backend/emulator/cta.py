@@ -50,6 +50,7 @@ class Cta:
         self.barriers = [NamedBarrier(self, i) for i in range(16)]
         self.free_registers = self.grid.register_pool - self.grid.registers_per_thread * 32 * self.num_warps
         self.register_waiters: list[tuple[Warp, int]] = []
+        self.register_moves: dict[int, list[int]] = {}  # registers that each setmaxnreg of a warpgroup asks for, in order
         self.warps: list[Warp] = []
 
     @property
@@ -262,6 +263,7 @@ class Cluster:
                     text = f"barrier {barrier.index} ends with {barrier.arrived} of {barrier.expected} threads arrived"
                     self.grid.session.report.note("barrier-leak", f"{text} in kernel {self.grid.program.name[:80]}")
         if self.races:
+            self.races.check_exits()
             self.races.close()
         for warp in self.warps():
             self.grid.session.report.add_counts(warp)

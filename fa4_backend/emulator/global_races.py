@@ -10,8 +10,9 @@ covers what its warp knows of by then; an acquire mirrors it. Two strong accesse
 between clusters.
 
 Launches follow each other, unless one is launched with programmatic stream serialization and its predecessor has executed
-`griddepcontrol.launch_dependents`: then nothing of the predecessor is known before `griddepcontrol.wait`. The two are not run at once;
-that what the later one does before its wait is unordered shows all the same.
+`griddepcontrol.launch_dependents`: then nothing of the predecessor is known before `griddepcontrol.wait`. That waits for the predecessor
+alone: what the predecessor did not wait for itself may still run (`gap`), also when the predecessor is complete. So a programmatic launch
+none of whose threads waits is a finding, whatever it accesses.
 
 Cells are 4 bytes; two accesses of less than a cell do not race. Shadow memory: `native/global_races.c`.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.report import Report
     from fa4_backend.emulator.warp import Warp
 
-SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA = 1, 2, 4, 8  # ordering of a memory instruction
+SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA, SEM_NON_COHERENT = 1, 2, 4, 8, 16  # ordering of a memory instruction
 ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches
 Clocks = dict[int, np.ndarray]  # cluster number -> clock of that cluster's actors
 
@@ -60,6 +61,8 @@ class GlobalRaces:
         self.next_number = 1
         self.origins: dict[int, Origin] = {}  # by cluster number, since the shadow was last forgotten
         self.settled = self.first_of_launch = 1
+        self.gap = (0, 0)  # clusters that the completion of the last launch says nothing of, as a range of numbers
+        self.has_waited = self.is_early = False  # the last launch: some thread of it waited; it may have started early
         self.dependents_launched = False  # by the launch that runs, or ran last; and whether some CTA had waited before that
         self.waited_before = False
 
@@ -71,10 +74,18 @@ class GlobalRaces:
     # -- launches and clusters ----------------------------------------------------------------------------------
 
     def start_launch(self, grid: Grid) -> None:
+        if self.is_early and not self.has_waited:
+            # The last launch may have ended before the ones that it should have waited for.
+            self.gap = (self.gap[0] if self.gap[1] else self.settled, self.first_of_launch)
+        elif not self.is_early:
+            self.gap = (0, 0)
+        self.is_early = grid.programmatic and (self.dependents_launched or self.gap[1] > 0)
         if grid.programmatic and self.dependents_launched:
             # A predecessor that waited before it launched its dependents vouches for all before it.
             if self.waited_before:
                 self.settled = self.first_of_launch
+        elif self.is_early:
+            self.settled = self.next_number
         else:
             self.core.emu_global_forget(self.handle)
             self.edges.clear()
@@ -83,11 +94,19 @@ class GlobalRaces:
         self.first_of_launch = self.next_number
         self.dependents_launched = self.waited_before = False
 
+    def end_launch(self, grid: Grid) -> None:
+        """All of a launch has run."""
+        self.has_waited = grid.has_waited
+        if grid.programmatic and not grid.has_waited:
+            text = f"no thread of kernel {grid.program.name[:80]}, launched programmatically, executed griddepcontrol.wait"
+            self.report.note("dependency", f"{text}: kernels before it may run on after it has ended")
+
     def start_cluster(self, cluster: Cluster, layout: Layout) -> int:
         state, number = cluster.state, self.next_number
         self.next_number += 1
         state.global_race, state.number = self.handle, number
         state.settled, state.first_of_launch = self.settled, self.first_of_launch
+        state.gap_begin, state.gap_end = self.gap
         self.origins[number] = Origin(cluster.grid.program, [cta.name for cta in cluster.ctas], layout)
         return number
 
@@ -121,7 +140,7 @@ class GlobalRaces:
                 else:
                     warp.unacquired[key] = {number: clock.copy() for number, clock in self.edges[key].items()}
             if writes:
-                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes)
+                released = warp.clocks.known(lanes) if semantics & SEM_RELEASE else warp.clocks.known_at_fence(lanes, in_cta=False)
                 if released is not None:
                     merge(self.edges.setdefault(key, {}), known_by(races, released))
         if writes and semantics & SEM_RELEASE:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
 REGISTERS_PER_SM = 65536
+MAX_BLOCK, MAX_GRID = (1024, 1024, 64), (2**31 - 1, 65535, 65535)
 
 
 class Grid:
@@ -35,15 +36,17 @@ class Grid:
         params: bytes,
         registers: int | None = None,
         programmatic: bool = False,
+        non_portable: bool = False,
     ) -> None:
         self.session, self.program, self.memory = session, program, session.memory
         self.grid, self.block, self.cluster = grid, block, cluster
         self.explicit_cluster = cluster != (1, 1, 1)
         self.num_sms, self.dynamic_smem = session.num_sms, dynamic_smem
         self.programmatic = programmatic  # may start before the launch before it is complete
+        self.has_waited = False  # some thread executed griddepcontrol.wait
         self.number = session.num_launches
         session.num_launches += 1
-        self.check()
+        self.check(registers, non_portable)
         start = RESERVED_SMEM + program.static_smem
         self.smem_bytes = -(-start // 1024) * 1024 + dynamic_smem if program.has_dynamic_smem else start
         # The parameter block is aligned like the tensor maps in it.
@@ -60,17 +63,36 @@ class Grid:
         self.globals: dict[str, np.ndarray] = {}
         self.waiting: deque[tuple[int, tuple[int, int, int]]] = deque()  # clusters that have not started
 
-    def check(self) -> None:
+    def check(self, registers: int | None, non_portable: bool) -> None:
+        """What the CUDA driver refuses (CUDA programming guide, compute capabilities 9.0 and 10.x), and one rule of the kernel's text.
+
+        Raises:
+            LaunchError: a number is out of its limits.
+        """
         threads = self.block[0] * self.block[1] * self.block[2]
         if not 1 <= threads <= 1024:
             raise LaunchError(f"{threads} threads a CTA, expected 1 to 1024")
+        for what, sizes, limits in (("block", self.block, MAX_BLOCK), ("grid", self.grid, MAX_GRID)):
+            if not all(1 <= size <= limit for size, limit in zip(sizes, limits, strict=True)):
+                raise LaunchError(f"{what} {sizes}, expected 1 to {limits}")
+        num_ctas = self.cluster[0] * self.cluster[1] * self.cluster[2]
+        if not 1 <= num_ctas <= (16 if non_portable else 8):
+            raise LaunchError(f"cluster of {num_ctas} CTAs, expected 1 to 8, or to 16 with cudaFuncAttributeNonPortableClusterSizeAllowed")
+        warps = -(-threads // 32)
+        if registers and warps * -(-32 * registers // 256) * 256 > REGISTERS_PER_SM:
+            raise LaunchError(f"{threads} threads of {registers} registers, but an SM has {REGISTERS_PER_SM}")
+        if len(groups := self.program.cta_groups) > 1:
+            raise LaunchError(
+                f"tcgen05 instructions of one kernel have {' and '.join(sorted(groups))}: all must have the same (PTX ISA 9.7.16)"
+            )
         required = self.program.kernel.directives.get("reqntid")
         if required and tuple(required) + (1,) * (3 - len(required)) != self.block:
             raise LaunchError(f"block {self.block}, but the kernel was compiled for {required}")
         if any(g % c for g, c in zip(self.grid, self.cluster, strict=True)):
             raise LaunchError(f"grid {self.grid} is not a multiple of the cluster {self.cluster}")
-        if not 0 <= self.dynamic_smem <= MAX_DYNAMIC_SMEM:
-            raise LaunchError(f"{self.dynamic_smem} bytes of dynamic shared memory, at most {MAX_DYNAMIC_SMEM}")
+        if not 0 <= self.dynamic_smem <= MAX_DYNAMIC_SMEM - self.program.static_smem:
+            static = self.program.static_smem
+            raise LaunchError(f"{static} bytes of static and {self.dynamic_smem} of dynamic shared memory, at most {MAX_DYNAMIC_SMEM}")
 
     def take_registers(self) -> np.ndarray:
         if self.free_register_files:
@@ -91,6 +113,7 @@ class Grid:
 
     def dependency(self, warp: Warp, action: str) -> None:
         """griddepcontrol: launches run one after the other, so there is nothing to wait for but what the race detector knows."""
+        self.has_waited |= action == "wait"
         if warp.races:
             self.session.global_races.dependency(warp, waits=action == "wait")
 
@@ -128,6 +151,7 @@ class Grid:
                         other.spinning = False
                 else:
                     active.rotate(-1)
+        self.session.global_races.end_launch(self)
 
 
 def three(value: object) -> tuple[int, int, int]:

@@ -28,6 +28,7 @@ ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}  # compute ca
 _LAUNCH_CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
 _LAUNCH_PROGRAMMATIC = 6  # cudaLaunchAttributeProgrammaticStreamSerialization
 _SET_MAX_DYNAMIC_SMEM = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
+_SET_NON_PORTABLE_CLUSTER = 14  # cudaFuncAttributeNonPortableClusterSizeAllowed
 _GET_STATIC_SMEM = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _ERROR_EMULATOR = 999
 
@@ -94,7 +95,9 @@ def _on_launch(session: Session, config: int, kernel: int, args: int) -> None:
         end = parameter.offset + parameter.num_bytes
         block_of_params[parameter.offset : end] = host_array(int(pointer), parameter.num_bytes).tobytes()
     registers = register_count(loaded.cubin, loaded.name)
-    session.execute(Grid(session, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic))
+    session.execute(
+        Grid(session, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic, loaded.non_portable)
+    )
 
 
 def _device_attribute(session: Session, number: int) -> int:
@@ -114,6 +117,8 @@ def _on_attribute(session: Session, kind: int, attribute: int, kernel: int, valu
     elif kind == 2:
         if attribute == _SET_MAX_DYNAMIC_SMEM:
             handles[kernel].max_dynamic_smem = value[0]
+        elif attribute == _SET_NON_PORTABLE_CLUSTER:
+            handles[kernel].non_portable = bool(value[0])
     elif attribute == _GET_STATIC_SMEM:
         loaded = handles[kernel]
         value[0] = load_program(loaded.ptx, loaded.name).static_smem

@@ -11,7 +11,7 @@ What a lane knows is its group's clock and its own accesses, all of which it mad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Fence:
     clock: np.ndarray
     epoch: int
     own_fenced: np.ndarray
+    of_cta: bool  # its scope is the CTA: nothing outside of it is ordered
 
 
 def indices(lanes: int) -> list[int]:
@@ -74,12 +75,12 @@ class LaneClocks:
         """All that some lanes know together, their own accesses included."""
         return self.together(((group.lanes & lanes, group.clock) for group in self.groups), self.epoch, self.own_fenced)
 
-    def known_at_fence(self, lanes: int) -> np.ndarray | None:
-        """What these lanes knew together at their last fences; None without any."""
+    def known_at_fence(self, lanes: int, in_cta: bool) -> np.ndarray | None:
+        """What these lanes knew together at their last fences, those of a CTA's scope only with `in_cta`; None without any."""
         found = [
             self.together([(fence.lanes & lanes, fence.clock)], fence.epoch, fence.own_fenced)
             for fence in self.fences
-            if fence.lanes & lanes
+            if fence.lanes & lanes and (in_cta or not fence.of_cta)
         ]
         return np.maximum.reduce(found) if found else None
 
@@ -162,9 +163,15 @@ class LaneClocks:
             self.own_fenced[kind, indices(lanes)] = self.epoch
         self.advance()
 
-    def fence_memory(self, lanes: int) -> None:
+    def fence_memory(self, lanes: int, of_cta: bool) -> None:
         """These lanes fence: a later relaxed arrive or store of theirs releases what they know of now."""
-        kept = [Fence(f.lanes & ~lanes, f.clock, f.epoch, f.own_fenced) for f in self.fences if f.lanes & ~lanes]
-        fresh = [Fence(g.lanes & lanes, g.clock.copy(), self.epoch, self.own_fenced.copy()) for g in self.groups if g.lanes & lanes]
-        self.fences = kept + fresh
+        kept = []
+        for fence in self.fences:
+            left = fence.lanes if of_cta and not fence.of_cta else fence.lanes & ~lanes
+            if left:
+                kept.append(replace(fence, lanes=left))
+        for group in self.groups:
+            if group.lanes & lanes:
+                kept.append(Fence(group.lanes & lanes, group.clock.copy(), self.epoch, self.own_fenced.copy(), of_cta))
+        self.fences = kept
         self.advance()

@@ -136,6 +136,12 @@ class Program:
         return self.kernel.name
 
     @functools.cached_property
+    def cta_groups(self) -> frozenset[str]:
+        """Which `.cta_group` the kernel's tcgen05 instructions have."""
+        opcodes = (i.opcode for i in self.kernel.instructions if i.opcode.startswith("tcgen05."))
+        return frozenset(part for opcode in opcodes for part in opcode.split(".") if part.startswith("cta_group"))
+
+    @functools.cached_property
     def register_readers(self) -> dict[int, list[int]]:
         """Instructions that read each register (by its index)."""
         readers: dict[int, list[int]] = {}

@@ -165,8 +165,10 @@ def instruction_descriptor(bits: int, kind: str) -> InstructionDescriptor:
 
 
 def check_shape(desc: InstructionDescriptor, cta_group: int) -> None:
-    """Allowed M and N; PTX ISA table 39."""
-    step = {(1, 64): 8, (1, 128): 16, (2, 128): 16, (2, 256): 16}.get((cta_group, desc.m))
+    """Allowed M and N; PTX ISA table 39. A B of bytes whose N is contiguous comes in steps twice as wide (CuTe DSL, `MmaF8F6F4Op`)."""
+    step = {(1, 64): 8, (1, 128): 8, (2, 128): 16, (2, 256): 16}.get((cta_group, desc.m))
+    if step is not None and ELEMENT_BYTES[desc.b_kind] == 1 and desc.b_mn_major:
+        step *= 2
     if step is None or not step <= desc.n <= 256 or desc.n % step:
         raise KernelFault(f"tcgen05.mma with M={desc.m}, N={desc.n}, cta_group::{cta_group} is not a legal shape")
 
@@ -177,3 +179,11 @@ def matrix_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     So a row's result does not depend on its place in the tile: BLAS in float32 does not promise that, tensor cores keep it.
     """
     return np.matmul(a, b, dtype=np.float64).astype(np.float32)
+
+
+def canonical(values: np.ndarray) -> np.ndarray:
+    """float32 results with every NaN as hardware writes it, 0x7fffffff; changed in place."""
+    nan = np.isnan(values)
+    if nan.any():
+        values.view(np.uint32)[nan] = 0x7FFFFFFF
+    return values

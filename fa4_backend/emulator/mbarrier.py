@@ -92,6 +92,8 @@ def find_barrier(warp: Warp, address: int, asynchronous: bool = False) -> MBarri
         raise BarrierMisuse(f"no mbarrier was initialised at {cta.name} smem+{address & 0xFFFFFF:#x}")
     if warp.races:
         warp.races.check_init(warp, barrier, asynchronous)
+        if cta is not warp.cta and not asynchronous:
+            warp.races.remote_access(warp, cta)
     return barrier
 
 
@@ -153,7 +155,11 @@ def _init(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             barrier = cta.mbarriers[offset] = MBarrier(cta, offset, number)
             if warp.races:
                 warp.races.initialised(warp, barrier, lane)
+                if known is not None:
+                    warp.races.set_barrier(barrier, live=False)
             cta.write_smem(offset, (0).to_bytes(8, "little"), warp, lane)
+            if warp.races:
+                warp.races.set_barrier(barrier, live=True)
 
     return handler
 
@@ -170,6 +176,8 @@ def _inval(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             if barrier.waiters:
                 raise BarrierMisuse(f"mbarrier.inval while warps wait: {barrier}")
             del barrier.cta.mbarriers[barrier.offset]
+            if warp.races:
+                warp.races.set_barrier(barrier, live=False)
 
     return handler
 

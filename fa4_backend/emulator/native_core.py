@@ -67,13 +67,13 @@ _WRITE = {
     "i16": "t[l] = (u16)({x});",
     "u32": "t[l] = (u32)({x});",
     "i32": "t[l] = (u32)({x});",
-    "f32": "t[l] = f32_bits({x});",
+    "f32": "t[l] = f32_result({x});",
     "f16": "t[l] = f16_of((f32)({x}));",
     "bf16": "t[l] = bf16_of((f32)({x}));",
     "u64": "t[l] = (u64)({x});",
     "i64": "t[l] = (u64)({x});",
     "f64": "t[l] = f64_bits({x});",
-    "f32x2": "((f32*)t)[l] = {x};",
+    "f32x2": "((u32*)t)[l] = f32_result({x});",
 }
 WIDE = frozenset(("u64", "i64", "f64", "f32x2"))
 
@@ -196,7 +196,7 @@ class ClusterState(ctypes.Structure):
         ("num_regions", ctypes.c_uint32),
         ("num_knowledge", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
-        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "pad")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "gap_begin", "gap_end", "pad")),
     )
 
 
@@ -219,6 +219,7 @@ class WarpState(ctypes.Structure):
         ("strong_addresses", ctypes.c_uint64 * 32),
         ("epoch", ctypes.c_uint32),
         ("split", ctypes.c_uint32),
+        *((name, ctypes.c_uint32 * 16) for name in ("remote_epoch", "remote_lanes", "remote_pc")),
         *((name, ctypes.c_void_p) for name in ("watched", "written", "read_unwritten")),
         ("num_watched", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
@@ -230,7 +231,10 @@ class Accessor(ctypes.Structure):
 
     _fields_ = (
         ("clock", ctypes.c_void_p),
-        *((n, ctypes.c_uint32) for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "lanes")),
+        *(
+            (n, ctypes.c_uint32)
+            for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "lanes", "non_coherent", "pad")
+        ),
         ("cluster", ctypes.c_void_p),
     )
 
@@ -264,6 +268,7 @@ FAULTS = (
     "trap",
     "unknown operation in the core",
     "an instruction that all lanes of a warp must execute (.aligned) has a guard that only some pass",
+    "a member mask leaves out the lane that executes, or lanes of one mask have different ones",
 )
 SPACES = ("generic", "global", "shared", "shared::cluster", "local", "param")
 
@@ -284,6 +289,7 @@ def core() -> ctypes.CDLL:
     library.emu_race_take.argtypes, library.emu_race_take.restype = (pointer, pointer), word
     library.emu_race_access.argtypes = (pointer, flag, word, pointer, word, word, word, pointer, flag)
     library.emu_race_access.restype = None
+    library.emu_race_barrier.argtypes, library.emu_race_barrier.restype = (pointer, word, word, flag), None
     library.emu_race_tmem.argtypes = (pointer, word, word, word, word, word, pointer, flag)
     library.emu_race_tmem.restype = None
     library.emu_global_new.argtypes, library.emu_global_new.restype = (), pointer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fa4_backend.emulator import alu
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_RELEASE, SEM_STRONG
+from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_NON_COHERENT, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.lowering import (
     LOCAL_WINDOW,
     SHARED_WINDOW,
@@ -39,6 +39,8 @@ def _semantics(mods: Modifiers) -> int:
         sem |= SEM_STRONG
     if "cta" in mods.parts:
         sem |= SEM_CTA
+    if "nc" in mods.parts:
+        sem |= SEM_NON_COHERENT
     mods.parts = [p for p in mods.parts if p not in _IGNORED_MEMORY]
     return sem
 
@@ -75,7 +77,9 @@ def _load_store(b: Builder, ins: Instruction, mods: Modifiers) -> bool | None:
             raise UnsupportedInstruction(f"{ins.opcode}: operand {item!r}")
     slot, offset, wide_address = b.address(where)
     fields = {"a": slot, "imm": offset, "b": SPACES[space], "c": TYPE_BYTES[kind], "count": vector, "target": b.list_slots(slots), "f": sem}
-    unused = 0 if is_store else sum(1 << i for i, item in enumerate(items) if isinstance(item, Sink) or b.is_unused(item))
+    unused = sum(1 << i for i, item in enumerate(items) if isinstance(item, Sink) or b.is_unused(item))
+    if is_store or unused == (1 << vector) - 1:
+        unused = 0  # a load that nothing uses at all is taken as it stands
     b.emit("STORE" if is_store else "LOAD", e=int(kind[0] == "s") | (2 if wide_address else 0), d=unused, **fields)
     return None
 

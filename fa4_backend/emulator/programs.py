@@ -107,3 +107,4 @@ class LoadedKernel:
     cubin: bytes
     name: str
     max_dynamic_smem: int = 49152
+    non_portable: bool = False  # clusters of more than 8 CTAs are allowed

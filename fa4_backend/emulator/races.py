@@ -25,14 +25,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
-from fa4_backend.emulator.lanes import LaneClocks
+from fa4_backend.emulator.lanes import ALL_LANES, LaneClocks, indices
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta
     from fa4_backend.emulator.warp import Warp
 
 READ, WRITE = 0, 1
-KINDS = ("is overwritten while it may still be read", "is written twice without order", "is read before its write is known to be complete")
+KINDS = (
+    "is overwritten while it may still be read",
+    "is written twice without order",
+    "is read before its write is known to be complete",
+    "that nobody wrote is read",
+    "is read by ld.global.nc, but the same launch writes it",
+    "holds an mbarrier in use and is overwritten",
+)
+UNWRITTEN, OVER_BARRIER = 3, 5
 # Actors of every warp, in this order; a barrier's copies come after all warps'.
 # FENCED, FENCED_GLOBAL: its writes to shared and to global memory that the asynchronous proxy sees. BULK, BULK_WRITE: its bulk stores as
 # readers of shared memory and as writers of global memory. ACQUIRED: what it learnt of other clusters.
@@ -86,7 +94,7 @@ class Access:
     def __init__(self, races: Races, clock: np.ndarray, actor: int, epoch: int, warp: Warp, through_async: bool, lanes: int = 0) -> None:
         self.races, self.clock, self.actor = races, clock, actor
         place = (warp.state.pc, warp.actor)
-        self.native = native.Accessor(clock.ctypes.data, actor, epoch, *place, int(through_async), 0, 0, lanes, races.state)
+        self.native = native.Accessor(clock.ctypes.data, actor, epoch, *place, int(through_async), 0, 0, lanes, 0, 0, races.state)
         self.releases: np.ndarray | None = None
 
 
@@ -110,6 +118,7 @@ class Races:
         cluster.state.fenced_global = self.fenced_global.ctypes.data
         self.in_global = cluster.grid.session.global_races
         self.number = self.in_global.start_cluster(cluster, self.layout)
+        self.remote_signals: dict[tuple[int, int], tuple[int, int, int]] = {}  # (rank signalled, actor) -> epoch, warp, instruction
         self.learnt: list[Learnt] = []  # what warps of this cluster know of other clusters
         self.conflicts = (native.Conflict * native.MAX_CONFLICTS)()
 
@@ -132,7 +141,7 @@ class Races:
         """What these lanes did happens before what acquires the edge; `relaxed`: only what they fenced."""
         if warp.tmem_loads:
             self.settle_loads(warp)
-        clock = warp.clocks.known_at_fence(lanes) if relaxed else warp.clocks.known(lanes)
+        clock = warp.clocks.known_at_fence(lanes, in_cta=True) if relaxed else warp.clocks.known(lanes)
         if clock is not None:
             self.join(edge, clock)
         self.new_epoch(warp)
@@ -168,6 +177,10 @@ class Races:
             else:
                 left.append(barrier)
         self.unfenced_barriers = left
+
+    def set_barrier(self, barrier: Any, live: bool) -> None:
+        """An mbarrier begins or ends: no other store may touch its bytes meanwhile."""
+        self.core.emu_race_barrier(self.handle, barrier.cta.rank, barrier.offset, int(live))
 
     def check_init(self, warp: Warp, barrier: Any, asynchronous: bool) -> None:
         """The running lanes know of the barrier's init, and an asynchronous operation may use it."""
@@ -212,10 +225,10 @@ class Races:
         warp.clocks.fence_proxy(warp.exec, self.layout.generic, self.layout.visible, which)
         warp.state.epoch = warp.clocks.epoch
 
-    def memory_fence(self, warp: Warp) -> None:
+    def memory_fence(self, warp: Warp, of_cta: bool = False) -> None:
         """fence.acq_rel, fence.mbarrier_init and the like: a later relaxed arrive releases what came before them, and relaxed waits before
         them are acquires."""
-        if warp.unacquired:
+        if warp.unacquired and not of_cta:
             self.in_global.fence(warp)
         left = []
         for lanes, clock in warp.seen_relaxed:
@@ -224,7 +237,7 @@ class Races:
             if lanes & ~warp.exec:
                 left.append((lanes & ~warp.exec, clock))
         warp.seen_relaxed = left
-        warp.clocks.fence_memory(warp.exec)
+        warp.clocks.fence_memory(warp.exec, of_cta)
         warp.state.epoch = warp.clocks.epoch
 
     def acquired_actor(self, warp: Warp) -> int:
@@ -364,6 +377,31 @@ class Races:
         """The operation arrives on a barrier: who waits for it knows what the operation knew, and the operation itself."""
         assert access.releases is not None
         self.join(barrier, access.releases)
+        if barrier.cta.rank != access.native.warp // self.cluster.ctas[0].num_warps:
+            self.remote_signals[barrier.cta.rank, access.actor] = (access.native.epoch, access.native.warp, access.native.pc)
+
+    def remote_access(self, warp: Warp, cta: Cta) -> None:
+        """The running lanes arrive at a barrier of another CTA."""
+        state = warp.state
+        state.remote_epoch[cta.rank], state.remote_lanes[cta.rank], state.remote_pc[cta.rank] = warp.clocks.epoch, warp.exec, state.pc
+
+    def check_exits(self) -> None:
+        """No CTA may have exited while another still used its shared memory: it must know of every such access (PTX ISA 9.7.9.23 mapa)."""
+        if self.cluster.size == 1:
+            return
+        for cta in self.cluster.ctas:
+            known = np.maximum.reduce([warp.clocks.known(ALL_LANES) for warp in cta.warps])
+            late = []
+            for warp in self.cluster.warps():
+                lanes = warp.state.remote_lanes[cta.rank]
+                actors = self.layout.lane(warp.actor) + np.array(indices(lanes), np.int64)
+                if lanes and (known[actors] < warp.state.remote_epoch[cta.rank]).any():
+                    late.append(self.who(int(actors[0]), warp.actor, warp.state.remote_pc[cta.rank]))
+            for (rank, actor), (epoch, number, pc) in self.remote_signals.items():
+                if rank == cta.rank and known[actor] < epoch:
+                    late.append(self.who(actor, number, pc))
+            for text in late:
+                self.cluster.grid.session.report.note("exit", f"a CTA may have exited when its shared memory is used\n  by {text}")
 
     # -- accesses -----------------------------------------------------------------------------------------------
 
@@ -405,8 +443,11 @@ class Races:
         count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
         for conflict in self.conflicts[:count]:
             later = self.who(conflict.new_actor, conflict.new_warp, conflict.new_pc)
-            if conflict.kind == 3:
+            if conflict.kind == UNWRITTEN:
                 self.cluster.grid.session.report.note("uninitialised", f"memory that nobody wrote is read by {later}")
+                continue
+            if conflict.kind == OVER_BARRIER:
+                self.cluster.grid.session.report.note("race", f"memory {KINDS[OVER_BARRIER]} by {later}")
                 continue
             earlier = self.who(conflict.old_actor, conflict.old_warp, conflict.old_pc)
             text = f"memory {KINDS[conflict.kind]}\n  first:  {earlier}\n  second: {later}"

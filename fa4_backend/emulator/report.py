@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
 
 
+FAULTS = ("tmem-leak", "uninitialised", "dependency", "exit")  # kinds of notes that matter
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One defect: `kind` names its class; `text` where it happened; `count` how often it was seen."""
@@ -54,6 +57,11 @@ class Report:
         return [f"{f.kind}: {f.text}" for f in self.findings if f.kind != "race"]
 
     @property
+    def faults(self) -> list[str]:
+        """The notes that a right kernel does not have. A named barrier that ends half full is none: it may have been somebody's turn."""
+        return [f"{f.kind}: {f.text}" for f in self.findings if f.kind in FAULTS]
+
+    @property
     def instructions(self) -> int:
         """Warp instructions executed."""
         return int(sum(k.executed.sum() for k in self.kernels.values()))
@@ -78,6 +86,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return {
             "races": self.races,
+            "faults": self.faults,
             "notes": self.notes,
             "instructions": self.instructions,
             "seconds": round(self.seconds, 3),

@@ -26,7 +26,7 @@ from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.races import Races
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.report import Report
-from fa4_backend.emulator.tensors import count_poison, device_tensor, extent, host_tensor, poison
+from fa4_backend.emulator.tensors import count_poison, device_tensor, extent, host_tensor, is_plain_function, poison, runtime_extent
 from fa4_backend.emulator.trace import Trace
 
 
@@ -96,10 +96,20 @@ class Session:
     def argument(self, value: Any) -> Any:
         if isinstance(value, np.ndarray | torch.Tensor):
             return self.tensor(value)
+        if (found := runtime_extent(value)) is not None:
+            self.memory.register(f"tensor{len(self.memory.buffers)}{tuple(value.shape)}", *found, value)
         if isinstance(value, tuple | list):
             items = [self.argument(v) for v in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
+
+    def runtime_argument(self, value: Any) -> Any:
+        """An argument of a function that was compiled without tvm-ffi."""
+        if isinstance(value, np.ndarray | torch.Tensor):
+            from cutlass.cute.runtime import from_dlpack
+
+            value = from_dlpack(host_tensor(value))
+        return self.argument(value)
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -109,13 +119,15 @@ class Session:
         Raises what went wrong in a kernel (`KernelFault` and others), not the host code's translation of it.
         """
         artifacts = getattr(compiled, "artifacts", None)
-        if artifacts is not None and artifacts.PTX and artifacts.CUBIN:
+        if artifacts is not None and artifacts.PTX and isinstance(artifacts.CUBIN, bytes):
             register_program(artifacts.PTX, artifacts.CUBIN)
+        if hasattr(type(compiled), "num_devices"):
+            compiled.__dict__["num_devices"] = 1  # host code without tvm-ffi asks the CUDA driver otherwise
         buffers = dict(self.memory.buffers)
         kept = len(self.kept)
         with self.opened():
             try:
-                result = compiled(*(self.argument(a) for a in args), **{k: self.argument(v) for k, v in kwargs.items()})
+                result = self.call(compiled, args, kwargs)
             except Exception as error:
                 if self.error is not None:
                     raise self.error from None
@@ -131,6 +143,18 @@ class Session:
                 self.memory.rebuild()
         return result
 
+    def call(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call host code with tensors that claim to be on a GPU, or as they are where it was compiled for tensors of the CPU."""
+        if is_plain_function(compiled):  # it takes what `from_dlpack` makes, not tensors
+            return compiled(*(self.runtime_argument(a) for a in args), **{k: self.runtime_argument(v) for k, v in kwargs.items()})
+        on_gpu = [self.argument(a) for a in args], {k: self.argument(v) for k, v in kwargs.items()}
+        try:
+            return compiled(*on_gpu[0], **on_gpu[1])
+        except Exception as error:
+            if "expected device_type=cpu" not in str(error):
+                raise
+        return compiled(*args, **kwargs)
+
     def launch(
         self,
         ptx: str,
@@ -142,14 +166,18 @@ class Session:
         smem: int = 0,
         kernel: str | None = None,
         programmatic: bool = False,
+        registers: int | None = None,
+        non_portable: bool = False,
     ) -> None:
         """Run one kernel of a PTX text directly: `args` are numbers, tensors (their address) or raw bytes.
 
         `programmatic`: with programmatic stream serialization, so that it may start before the launch before it is complete.
+        `registers`: of a thread, when it is known. `non_portable`: clusters of more than 8 CTAs are allowed.
         """
         program = load_program(ptx, kernel, self.contraction)
         params = args if isinstance(args, bytes) else self.pack(program, args)
-        self.execute(Grid(self, program, three(grid), three(block), three(cluster), smem, params, programmatic=programmatic))
+        shape = three(grid), three(block), three(cluster)
+        self.execute(Grid(self, program, *shape, smem, params, registers, programmatic, non_portable))
 
     def pack(self, program: Program, args: list[Any]) -> bytes:
         parameters = list(program.kernel.params.values())

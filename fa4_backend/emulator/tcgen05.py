@@ -1,7 +1,7 @@
 """Tensor memory and the fifth-generation tensor core. PTX ISA 9.0, 9.7.16.
 
 TMEM is 128 lanes x 512 columns of 32-bit cells; an address is lane << 16 | column. MMAs, copies and commits of one warp finish in
-the order of issue; warps are independent of each other. Products are exact and summed in float32.
+the order of issue; warps are independent of each other. Products are added exactly and rounded once, then added in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fa4_backend.emulator.matrices import (
     ELEMENT_BYTES,
     RAW_TYPES,
     InstructionDescriptor,
+    canonical,
     check_shape,
     instruction_descriptor,
     load_operand,
@@ -134,12 +135,14 @@ def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     return handler
 
 
-def check_allocated(cta: Cta, column: int, columns: int) -> None:
-    """Raise `MemoryFault` unless all these columns belong to an allocation."""
+def check_allocated(cta: Cta, column: int, columns: int, group: int = 0) -> None:
+    """Raise `MemoryFault` unless all these columns belong to an allocation, of `cta_group::group` when that is given."""
     if column + columns > COLUMNS:
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1}: there are {COLUMNS}")
     if not all(cta.tmem_owner[column : column + columns]):
         raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1} are not allocated; allocated: {cta.tmem_allocations}")
+    if group and set(cta.tmem_owner[column : column + columns]) != {group}:
+        raise MemoryFault(f"tensor memory columns {column} to {column + columns - 1} of {cta.name} are not allocated by cta_group::{group}")
 
 
 # -- tcgen05.ld, st: 9.7.16.8 ---------------------------------------------------------------------------------------------
@@ -382,7 +385,7 @@ def multiply(
     for cta in ctas:
         a_matrix = _operand_a(cta, desc, rows, k, a_where, a_in_tmem, access)
         product = matrix_product(-a_matrix if desc.negate_a != desc.negate_b else a_matrix, b_matrix.T)
-        check_allocated(cta, column, width)
+        check_allocated(cta, column, width, len(ctas))
         if access:
             access.races.tmem_access(access, cta, range(8), column, width, write=True, read=add)
         cells = cta.tmem_cells().view(np.float32)
@@ -392,9 +395,8 @@ def multiply(
         else:
             lanes = _row_lanes(rows)
         if add:
-            cells[lanes, column : column + width] += product
-        else:
-            cells[lanes, column : column + width] = product
+            product += cells[lanes, column : column + width]
+        cells[lanes, column : column + width] = canonical(product)
         cta.cluster.grid.session.report.tensor_flops += 2 * product.size * k
 
 

@@ -79,6 +79,8 @@ def decode_tensor_map(raw: bytes) -> TensorMap:
         raise MemoryFault(f"tensor map base {base:#x} is not a multiple of 16 bytes")
     if box[0] * size % 16:
         raise UnsupportedInstruction(f"tensor map with an inner box of {box[0] * size} bytes: not a multiple of 16")
+    if swizzle and box[0] * size > 16 << swizzle:
+        raise MemoryFault(f"tensor map with an inner box of {box[0] * size} bytes and a swizzle span of {16 << swizzle}")
     return TensorMap(base, rank, size, SWIZZLE_MASKS[swizzle], dims, strides, box, steps, fill, kind)
 
 
@@ -106,10 +108,10 @@ def smem_chunks(num_chunks: int, phase: int, mask: int) -> np.ndarray:
     return chunk ^ (chunk >> 3 & mask)
 
 
-def box_chunks(cta: Cta, offset: int, num_bytes: int, mask: int) -> np.ndarray:
-    """Chunks of 16 bytes of a CTA's shared memory that a box at `offset` fills, in the order of the box."""
-    if (offset % 128 and mask) or offset % 16:
-        raise MemoryFault(f"box at shared offset {offset:#x} is not aligned to 128 bytes")
+def box_chunks(cta: Cta, offset: int, num_bytes: int, mask: int, align: int = 128) -> np.ndarray:
+    """Chunks of 16 bytes of a CTA's shared memory that a box at `offset` fills, in its order. `align`: 16 for copies of bytes."""
+    if offset % align:
+        raise MemoryFault(f"copy at shared offset {offset:#x} is not aligned to {align} bytes")
     if offset + num_bytes > cta.smem.size:
         raise MemoryFault(f"box of {num_bytes} bytes at shared offset {offset:#x}: the CTA has {cta.smem.size} bytes")
     phase = offset >> 4 & 63

@@ -47,6 +47,20 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), span * tensor.element_size()
 
 
+def runtime_extent(value: Any) -> tuple[int, int] | None:
+    """(address, bytes) of a tensor that `cutlass.cute.runtime.from_dlpack` made; None for anything else."""
+    if not all(hasattr(value, name) for name in ("data_ptr", "element_type", "shape", "stride")) or not isinstance(value.data_ptr, int):
+        return None
+    span = sum((int(n) - 1) * int(s) for n, s in zip(value.shape, value.stride, strict=True)) + 1
+    return value.data_ptr, -(-span * value.element_type.width // 8)
+
+
+def is_plain_function(compiled: Any) -> bool:
+    """Whether `cute.compile` made it without tvm-ffi."""
+    names = [kind.__name__ for kind in type(compiled).__mro__]
+    return "JitCompiledFunction" in names and not any(name.startswith("TVMFFI") for name in names)
+
+
 def device_tensor(tensor: torch.Tensor) -> Any:
     """The `tvm_ffi.Tensor` that a compiled callable takes in place of a CUDA tensor."""
     import tvm_ffi

@@ -274,11 +274,11 @@ def _bulk(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             for base in targets:
                 barrier = find_barrier(warp, base | bar_address & 0xFFFFFF if ranks else bar_address, asynchronous=True)
                 cta = cluster.cta_at(base)
-                chunks = box_chunks(cta, address & 0xFFFFFF, count, 0)
+                chunks = box_chunks(cta, address & 0xFFFFFF, count, 0, 16)
                 access = warp.races.issue_copy(warp, barrier) if warp.races else None
                 if from_smem:
                     owner = cluster.cta_at(begin)
-                    own = box_chunks(owner, begin & 0xFFFFFF, count, 0)
+                    own = box_chunks(owner, begin & 0xFFFFFF, count, 0, 16)
                     if access:
                         access.races.smem_chunks(access, owner, own, write=False)
                     read: Callable[[], np.ndarray] = functools.partial(_read_chunks, owner, own)
@@ -297,8 +297,49 @@ def _read_chunks(cta: Cta, chunks: np.ndarray) -> np.ndarray:
 
 @handles("cp.async.bulk.prefetch")
 def _prefetch(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    """9.7.9.25.4.3, 9.7.9.27.1.4: a hint; the source must exist all the same."""
-    return lambda warp: None
+    """9.7.9.25.4.3: nothing moves here, but the source must exist."""
+    mods.one("L2")
+    mods.one("global")
+    mods.has("L2::cache_hint")
+    mods.done()
+    source, size = b.global_address(ins.operands[0]), value_reader(b, ins.operands[1])
+
+    def handler(warp: Warp) -> None:
+        for lane in warp.lanes():
+            begin, count = source(warp, lane), size(warp, lane)
+            if (begin | count) & 15:
+                raise MemoryFault(f"cp.async.bulk.prefetch of {count} bytes at {begin:#x}: not multiples of 16")
+            warp.cta.grid.memory.bytes_at(begin, count)
+
+    return handler
+
+
+@handles("cp.async.bulk.prefetch.tensor")
+def _prefetch_tensor(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.9.27.1.4: nothing moves here, but the box must be one that a copy could take."""
+    rank = int(mods.one("1d", "2d", "3d", "4d", "5d")[0])
+    mods.one("L2")
+    mods.one("global")
+    mods.has("tile")
+    four_rows = mods.has("tile::gather4")
+    mods.has("L2::cache_hint")
+    mods.done()
+    where = ins.operands[0]
+    if not isinstance(where, Address):
+        raise UnsupportedInstruction(f"{ins.opcode}: operand {where!r}")
+    tensor_at, coordinates = b.global_address(where), _coordinates(b, where, 5 if four_rows else rank)
+
+    def handler(warp: Warp) -> None:
+        memory = warp.cta.grid.memory
+        for lane in warp.lanes():
+            tensor = read_map(memory, tensor_at(warp, lane))
+            if tensor.rank != rank:
+                raise KernelFault(f"{rank}-dimensional prefetch with a tensor map of rank {tensor.rank}")
+            coords = tuple(_signed(c(warp, lane)) for c in coordinates)
+            check_coordinates(tensor, coords, store=False)
+            _load_rows(memory, tensor, _rows_of(tensor, coords, four_rows))
+
+    return handler
 
 
 # -- reductions: 9.7.9.25.4.2 cp.reduce.async.bulk, 9.7.9.27.1.3 cp.reduce.async.bulk.tensor ------------------------------------
@@ -345,7 +386,7 @@ def _bulk_store(b: Builder, ins: Instruction, write: Callable[..., None], is_red
             address, count, begin = dest(warp, lane), size(warp, lane), source(warp, lane) & 0xFFFFFF
             if (address | count | begin) & 15:
                 raise MemoryFault(f"cp.async.bulk of {count} bytes from shared {begin:#x} to {address:#x}: not multiples of 16")
-            chunks = box_chunks(warp.cta, begin, count, 0)
+            chunks = box_chunks(warp.cta, begin, count, 0, 16)
             if warp.races:
                 access = warp.races.issue_bulk_write(warp)
                 access.races.in_global.access(access, np.array([address]), count, write=True, strong=is_reduction)

@@ -55,6 +55,7 @@ class Warp:
         self.barrier_ticket: tuple[NamedBarrier, int] | None = None
         self.cluster_ticket: int | None = None
         self.num_registers = cta.grid.registers_per_thread
+        self.num_register_moves, self.is_waiting_for_registers = 0, False
         self.bulk_groups: deque[BulkGroup] = deque()
         self.open_bulk_group: BulkGroup | None = None
         self.copy_groups: list[list[Callable[[], None]]] = []

@@ -1,8 +1,8 @@
 """Warpgroup matrix products of sm_90a. PTX ISA 9.0, 9.7.15.
 
-A warpgroup is four consecutive warps; each warp holds 16 of the 64 rows of D (and of A, when A is in registers). The emulator
-computes the rows of a warp when that warp executes the instruction; products are exact and summed in float32. What its registers need:
-`wgmma_registers.py`.
+A warpgroup is four consecutive warps; each warp holds 16 of the 64 rows of D (and of A, when A is in registers). The emulator computes
+the rows of a warp when that warp executes the instruction; products are added exactly and rounded once, then added in float32. What its
+registers need: `wgmma_registers.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from fa4_backend.emulator.barriers import predicate_source
 from fa4_backend.emulator.errors import UnsupportedInstruction
 from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
-from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, load_operand, matrix_product, to_float32, wgmma_descriptor
+from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, canonical, load_operand, matrix_product, to_float32, wgmma_descriptor
 from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         else:
             if add:
                 registers += warp.products.read(d_slots).view(np.float32)
-            warp.products.write(d_slots, registers.view(np.uint32))
+            warp.products.write(d_slots, canonical(registers).view(np.uint32))
         cta.grid.session.report.tensor_flops += 2 * ROWS * n * k
 
     return handler

@@ -100,9 +100,9 @@ def _work_shape(
     )
     return WorkShape(
         num_kv_heads=problem.num_kv_heads,
-        num_ctas=max(1, num_sms // prefill.ctas_per_item),
+        prefill_groups=max(1, num_sms // prefill.ctas_per_item),
         decode_num_ctas=num_sms * (decode.ctas_per_sm if decode else 1),
-        tokens_per_tile=prefill.tokens_per_item,
+        tokens_per_item=prefill.tokens_per_item,
         prefill_tile_n=tile_n,
         decode_query_len=limits.decode_query_len if decode else 0,
         decode_tile_n=decode_family.TILE_N,

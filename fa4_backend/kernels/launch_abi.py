@@ -1,6 +1,6 @@
 """The arguments of each kernel's launch, in their order, stated once: what a call passes and what tracing is given in its place.
 
-The names are those of the host function's parameters (`kernel.PrefillKernel.__call__`, `kernel.DecodeKernel.__call__`);
+The names are those of the host functions' parameters (`__call__` of each family's `kernel`);
 `tests/host/test_launch_abi.py` holds them to it. Imports no compiler; `*_fakes` do when they are called.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, TILE_INTS, WorkLists
 from fa4_backend.problem import DTYPE_BYTES
 
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.kernels.common.prefill_config import PrefillConfig
     from fa4_backend.kernels.decode.config import DecodeConfig
+
+
+class ScheduleArguments(NamedTuple):
+    """A launch of the schedule, once a step."""
+
+    cu_seqlens_q: Any  # (batch + 1,) int32
+    seqused_k: Any  # (batch,) int32
+    prefill_tiles: Any  # (max_prefill_tiles, TILE_INTS) int32
+    prefill_begin: Any  # (prefill_groups + 1,) int32
+    decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
+    decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
+    arrivals: Any  # (max_slots,) int32
+    part_arrivals: Any  # (max(1, max_part_slots), PART_COUNTERS) int32
+    params: ScheduleParams
 
 
 class PrefillArguments(NamedTuple):
@@ -26,7 +41,7 @@ class PrefillArguments(NamedTuple):
     mPageTable: Any  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
-    mBegin: Any  # (num_ctas + 1,) int32
+    mBegin: Any  # (prefill_groups + 1,) int32
     mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
     mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)
@@ -63,7 +78,7 @@ class DecodeArguments(NamedTuple):
 
 def schedule_arguments(
     work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, *, window_left: int = NO_WINDOW, window_right: int = 0
-) -> tuple[Any, ...]:
+) -> ScheduleArguments:
     """A call of the schedule, which makes both lists of `work` from a step's lengths.
 
     Args:
@@ -73,14 +88,10 @@ def schedule_arguments(
             kernels apply their own.
         window_right: keys after the diagonal, likewise; 0 for causal attention.
     """
-    s = work.shape
-    return (
+    params = work.shape.params(window_left, window_right)
+    return ScheduleArguments(
         cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
-        work.part_arrivals,
-        s.num_kv_heads, s.tokens_per_tile, s.prefill_tile_n, s.decode_query_len, s.decode_tile_n, s.split_blocks,
-        s.l2_tokens, window_left, window_right, s.slot_vectors,
-        s.num_sms, s.decode_tile_ticks, s.decode_full_sms, s.max_seqlen_k, s.max_num_tokens,
-        s.max_part_slots(), s.min_part_blocks,
+        work.part_arrivals, params,
     )  # fmt: skip
 
 
@@ -100,6 +111,23 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
         a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
     )  # fmt: skip
+
+
+def schedule_fakes() -> tuple[Any, ...]:
+    """Arguments to trace the schedule with, the stream behind them."""
+    fake = _Fakes()
+    arguments = ScheduleArguments(
+        cu_seqlens_q=fake.numbers(),
+        seqused_k=fake.numbers(),
+        prefill_tiles=fake.entries(TILE_INTS),
+        prefill_begin=fake.numbers(),
+        decode_tiles=fake.entries(DECODE_INTS),
+        decode_first=fake.entries(DECODE_INTS),
+        arrivals=fake.numbers(),
+        part_arrivals=fake.entries(PART_COUNTERS),
+        params=ScheduleParams(*(fake.int32(0) for _ in ScheduleParams._fields)),
+    )
+    return (*arguments, fake.stream())
 
 
 def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
@@ -180,6 +208,10 @@ class _Fakes:
         """Any strides but the last, which is 1."""
         strides = tuple(self._cute.sym_int64() for _ in shape[:-1])
         return self._tensor(self._types[dtype], shape, (*strides, 1), assumed_align=2 if dtype in ("bfloat16", "float16") else 4)
+
+    def numbers(self) -> Any:
+        """(n,) int32, one behind the other."""
+        return self._tensor(self._types["int32"], (self.size(),), stride=(1,), assumed_align=4)
 
     def entries(self, size: int, dtype: str = "int32") -> Any:
         """(n, size), rows one behind the other, 16-byte aligned."""

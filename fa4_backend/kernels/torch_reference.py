@@ -49,7 +49,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
     """
     a = arguments
     right = 0 if problem.mask.is_causal else a.window_right
-    num_tokens = int(a.cu_seqlens_q[-1])
+    num_tokens = min(int(a.cu_seqlens_q[-1]), a.q.shape[0])
     spans = _spans(a, right)
     page_table = _followed_pages(a, spans)
     if num_tokens < a.q.shape[0]:
@@ -67,12 +67,15 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
 
 
 def _spans(a: AttentionArguments, right: int | None) -> list[Span]:
-    """Chunks of at most `QUERY_CHUNK` rows of each sequence. `right`: keys visible past the diagonal key; None: all."""
+    """Chunks of at most `QUERY_CHUNK` rows of each sequence. `right`: keys visible past the diagonal key; None: all.
+
+    Lengths are cut to the rows of q and the pages of the table, as `kernels.common.seqlen_info` does on a GPU.
+    """
     spans = []
-    bounds = a.cu_seqlens_q.tolist()
+    bounds = [min(bound, a.q.shape[0]) for bound in a.cu_seqlens_q.tolist()]
     width = a.page_table.shape[1] * a.k_cache.shape[1]
     for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
-        seqlen_k, end = min(seqused, width), bounds[seq_idx + 1]
+        seqlen_k, end = max(0, min(seqused, width)), bounds[seq_idx + 1]
         for begin in range(bounds[seq_idx], end, QUERY_CHUNK):
             num_rows = min(QUERY_CHUNK, end - begin)
             diagonal = seqlen_k - end + begin  # bottom-right alignment

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+
 from fa4_integration.vllm_backend.plugin import NAME
 
 DRAFTER = f"drafter: vLLM picks its backend apart, set attention_backend to {NAME} in --speculative-config"
@@ -19,16 +24,11 @@ IMAGE_ENCODER = "The image encoder runs on vLLM's choice (--mm-encoder-attn-back
 
 def announce_layers(vllm_config: Any) -> None:
     """Write the line, once a process for the same layers."""
-    from vllm.logger import init_logger
-
     init_logger("vllm.fa4").info_once("%s", describe_layers(vllm_config))
 
 
 def describe_layers(vllm_config: Any) -> str:
     """The line: how many layers run on FA4; the others by backend, with the reason."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     others: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
@@ -47,8 +47,6 @@ def describe_layers(vllm_config: Any) -> str:
 
 
 def _reason(name: str, layer: Any, vllm_config: Any) -> str:
-    from vllm.model_executor.layers.mamba.abstract import MambaBase
-
     if is_drafter(name, layer, vllm_config):
         return DRAFTER
     if isinstance(layer, MambaBase):

@@ -27,6 +27,7 @@ import torch
 from fa4_backend.bench.decode_batches import BatchTensors, issue_batches, ragged_batches
 from fa4_backend.bench.prefill_batches import PrefillTensors, named_batches
 from fa4_backend.bench.timing import Flush, capture, median_us
+from fa4_backend.kernel_stamp import gpu_stamp
 
 OTHER = "fa4_other"  # the other checkout's package
 ROUNDS = 5
@@ -45,13 +46,13 @@ def cases() -> Iterator[tuple[str, str, Any, dict[str, bool]]]:
     """(kind, name, batch, modes) of what is timed."""
     grid = [b for b in issue_batches()["grid"] if "16K" not in b.name or b.name.startswith("1 ")]
     heads = [b for b in issue_batches()["heads"] if "4 queries" in b.name or b.num_kv_heads == 2 or b.head_dim == 64]
-    mixed = issue_batches()["mixed"][:3]
+    mixed = issue_batches()["mixed"]
     for batch in [*grid, *heads, *ragged_batches(), *mixed]:
         yield "decode", batch.label, batch, {}
     for batch in [*grid[:2], *ragged_batches()[2:]]:
         yield "decode", f"{batch.label}, invariant", batch, {"batch_invariant": True}
     sets = named_batches()
-    for batch in [b for name in ("whole", "chunked", "heads") for b in sets[name]]:
+    for batch in [b for name in ("prefix", "whole", "chunked", "heads") for b in sets[name]]:
         yield "prefill", batch.label, batch, {}
 
 
@@ -111,7 +112,7 @@ def main() -> int:
             )
             print(f"{name}: {ours:.1f} us, other {other:.1f} us, {other / ours:.3f}, difference {difference:.1e}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"stamp": gpu_stamp(), "rows": rows}, indent=1) + "\n")
     slow = [row["case"] for row in rows if row["ratio"] < 0.99]
     print(f"{len(rows)} cases, {len(slow)} slower: {slow}")
     return bool(slow)

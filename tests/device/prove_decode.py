@@ -20,6 +20,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.loading import load
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
@@ -291,7 +292,7 @@ def main() -> int:
         "bits": lambda: check_bits(arch, 100),
         "exact": lambda: check_exact(arch, 100),
     }
-    seen: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    seen: dict[str, Any] = {"stamp": gpu_stamp()}
     for name in options.parts.split(","):
         try:
             seen[name] = {"ok": True, **parts[name]()}
@@ -299,8 +300,8 @@ def main() -> int:
             seen[name] = {"ok": False, "why": str(error)[:2000]}
         print(name, {key: value for key, value in seen[name].items() if key != "setups"}, flush=True)
     if options.json:
-        options.json.write_text(json.dumps(seen, indent=1))
-    return 0 if all(part["ok"] for part in seen.values() if isinstance(part, dict)) else 1
+        options.json.write_text(json.dumps(seen, indent=1) + "\n")
+    return 0 if all(seen[name]["ok"] for name in options.parts.split(",")) else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ a pool above 2^31 elements; fuzzed ragged batches. Under compute-sanitizer run i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ import torch
 
 from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.kernel_stamp import families_of, gpu_stamp
 from tests.support.fuzz import Fuzzer, prefill_alone, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
@@ -139,7 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.cuda.get_device_properties(0)
     arch = arch_of_capability(device.major, device.minor) or "none"
-    report: dict = {"machine": device.name, "torch": torch.__version__, "date": datetime.date.today().isoformat(), "seed": options.seed}
+    schedule, _, prefill = families_of(arch)
+    report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed}
     parts = options.parts.split(",")
     if "cases" in parts:
         report["cases"] = check_cases(arch, options.repeats, options.only)

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fa4_backend.kernel_stamp import gpu_stamp
+
 BACKENDS = ("FA4", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 NUM_LAYERS, VOCAB = 8, 32000
 CHUNK = 2048  # tokens of a step
@@ -160,7 +162,9 @@ def main() -> int:
             results[backend] = in_own_process(model, backend, folder)
             results[backend]["seconds"] = round(time.perf_counter() - begin, 1)
             print(backend, results[backend], flush=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")  # a machine's time may end before the last one
+            options.out.write_text(
+                json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n"
+            )  # a machine's time may end before the last one
     ours = results.get("FA4", {})
     return 0 if ours.get("kernels") else 1
 

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fa4_backend.kernel_stamp import gpu_stamp
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama
 
@@ -40,8 +41,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FA4, full graphs": ("FA4", FULL_GRAPHS),
     "FA4, drafts": ("FA4", {**EAGER, **DRAFTS}),
     "FA4, pages of 64": ("FA4", {**EAGER, "block_size": 64}),
+    "FA4, sleep and reload": ("FA4", {**FULL_GRAPHS, "enable_sleep_mode": True}),
     "FA4, scale 5% off": ("FA4", EAGER),
 }
+STRICT = ("FA4, full graphs", "FA4, drafts")  # run with FA4_BACKEND_STRICT=1: a compile after warm-up would end them
 
 RUNS_OF = {"llama": list(RUNS), "gemma2": ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs", "FA4, scale 5% off"]}
 
@@ -63,6 +66,12 @@ def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: f
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
     begin = time.perf_counter()
     outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False)]
+    if engine_args.get("enable_sleep_mode"):
+        awake = [list(output.token_ids) for output in outputs]
+        for wake in (wake_from_level_1, wake_from_level_2):
+            wake(llm)
+            outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False)]
+            assert [list(output.token_ids) for output in outputs] == awake, f"other tokens after {wake.__name__}"
     trace = Path(os.environ["FA4_BACKEND_TRACE_FILE"])
     return {
         "tokens": [list(output.token_ids) for output in outputs],
@@ -74,6 +83,22 @@ def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: f
     }
 
 
+def wake_from_level_1(llm: Any) -> None:
+    """Weights go to the host and come back; the memory of the KV cache, and all that was made beside it, is other memory behind it."""
+    llm.sleep(level=1)
+    llm.wake_up()
+    llm.reset_prefix_cache()
+
+
+def wake_from_level_2(llm: Any) -> None:
+    """Nothing is kept: weights are loaded anew, all else holds whatever the memory holds."""
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+    llm.reset_prefix_cache()
+
+
 def in_own_process(model: Path, run: str, prompts: list[Any], folder: Path) -> dict[str, Any]:
     """One engine, one process; its log is kept in `folder` and shown if it fails."""
     backend, engine_args = RUNS[run]
@@ -83,6 +108,8 @@ def in_own_process(model: Path, run: str, prompts: list[Any], folder: Path) -> d
     own.mkdir()
     trace = own / "trace"
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(trace)}
+    if run in STRICT:
+        env["FA4_BACKEND_STRICT"] = "1"
     (own / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "tests.device.serve_tokens", "--request", str(own / "request.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -154,7 +181,7 @@ def main() -> int:
                     result["against_flash_attn"] = compare(result, reference)
                 report(f"{model.name}: {run}", result)
                 if options.out:  # after each engine: a machine's time may end before the last one's
-                    options.out.write_text(json.dumps(results, indent=1))
+                    options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
     wrong = judge(results)
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0

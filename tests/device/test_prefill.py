@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from fa4_backend.arch import arch_of_capability
 from tests.device import prove_prefill
 
 pytestmark = pytest.mark.gpu
 
 FUZZED = 300
-
-
-@pytest.fixture(scope="module")
-def arch() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    found = arch_of_capability(*torch.cuda.get_device_capability())
-    if found is None:
-        pytest.skip("no kernels for this GPU")
-    return found
 
 
 def test_cases_are_within_budget_and_repeat_bit_for_bit(arch: str) -> None:

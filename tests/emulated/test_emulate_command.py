@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +35,20 @@ def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.Capture
     assert 0 < result["max_err"] <= result["budget"]
     assert 0 < result["lse_err"] <= result["lse_budget"]
     assert result["instructions"] > 10_000 and result["seconds"] > 0
+    assert sorted(name.split("-")[0] for name in result["kernels"]) == ["decode", "prefill", "schedule"]
+    assert all(f"-{arch}-" in name for name in result["kernels"])
     prefill = next(k for name, k in result["kernels"].items() if "prefill" in name)
     assert prefill["units"]["MUFU"] > 0
     check_timeline(json.loads(path.read_text())["traceEvents"])
+
+
+def test_a_kernel_that_cannot_be_compiled_exits_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    code, text = emulate(capsys, "--arch", "sm_90a", "--heads", "5/1", "--q-lens", "1", "--kv-lens", "1")
+    assert code == 1 and text.startswith("fa4 emulate: CompileError: ") and "no-such-compiler" in text
 
 
 def check_timeline(events: list[dict[str, Any]]) -> None:
@@ -55,10 +70,50 @@ def check_timeline(events: list[dict[str, Any]]) -> None:
     assert {"softmax", "tensor core", "copy engine (TMA)"} <= roles
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+# No query, no key, more queries than keys, for decode rows and prefill rows; a step of nothing else.
+@pytest.mark.parametrize(("q_lens", "kv_lens"), [("0", "0"), ("0,1,1", "20,0,3"), ("9,1,70,0", "5,2,0,0")])
+def test_rows_without_queries_or_keys(arch: str, q_lens: str, kv_lens: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lengths = ["--q-lens", q_lens, "--kv-lens", kv_lens, "--trace", str(tmp_path / "timeline.json")]
+    code, text = emulate(capsys, "--arch", arch, *CASE[:2], *CASE[-4:], *lengths, "--seeds", "1", "--json")
+    assert code == 0, text
+    result = json.loads(text)
+    assert result["ok"] and result["empty_rows_are_zero"] and result["padding_is_zero"] and result["races"] == []
+
+
+def test_an_empty_row_that_is_not_zero_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the verdict: the oracle's rows without a key are 0, and a 1 is told apart from it whatever the budget of others."""
+    from fa4_backend import ops
+
+    attend = ops.paged_attention
+
+    def spoilt(*tensors: Any, out: Any, **values: Any) -> Any:
+        result = attend(*tensors, out=out, **values)
+        out[0] = 1e-4  # far below the budget of the other rows
+        return result
+
+    monkeypatch.setattr(ops, "paged_attention", spoilt)
+    code, text = emulate(capsys, "--arch", "sm_90a", *CASE[:2], *CASE[-4:], "--q-lens", "9,1", "--kv-lens", "5,40", "--json")
+    assert code == 1 and not json.loads(text)["empty_rows_are_zero"]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_many_decode_rows_of_unequal_length(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """More rows than a warp has lanes: threads of the schedule sort and cut them together, under any order of the warps."""
+    kv_lens = ",".join(str(1 + 37 * i % 101) for i in range(40))
+    lengths = ["--q-lens", ",".join(["1"] * 40), "--kv-lens", kv_lens]
+    code, text = emulate(capsys, "--arch", arch, *CASE[:2], *CASE[-4:], *lengths, "--seeds", "2", "--json")
+    assert code == 0, text
+    assert json.loads(text)["races"] == []
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--heads", "3/2"], ["--q-lens", "1,x"], ["--q-lens", "9", "--kv-lens", "5"], ["--arch", "sm_80"], ["no_such_module:f"], ["no_colon"]],
-)
+    [
+        ["--heads", "3/2"], ["--q-lens", "1,x"], ["--q-lens", "9,1", "--kv-lens", "5"], ["--q-lens", "-1", "--kv-lens", "5"],
+        ["--q-lens", "", "--kv-lens", "5"], ["--arch", "sm_80"], ["no_such_module:f"], ["no_colon"],
+    ],
+)  # fmt: skip
 def test_a_wrong_call_exits_2_with_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, text = emulate(capsys, *arguments)
     assert code == 2 and text.startswith("fa4 emulate: "), text
@@ -111,3 +166,76 @@ def test_a_program_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert code == 1 and "race" in text and "WRONG" in text
     code, text = emulate(capsys, "own_program:stuck", "--arch", "sm_90a")
     assert code == 1 and "Deadlock" in text
+
+
+README = Path(__file__).parents[2] / "fa4_backend/emulator/README.md"
+
+
+def emulate_alone(folder: Path, program: str, *options: str) -> tuple[int, str]:
+    """`fa4 emulate` in a process of its own, as a stranger starts it: the compiler is imported by the program."""
+    command = [sys.executable, "-m", "fa4_backend.cli", "emulate", program, "--arch", "sm_90a", *options]
+    paths = os.pathsep.join([str(README.parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+    example = re.search(r"```python\n(# my_module\.py\n.*?)```", README.read_text(), re.DOTALL)
+    assert example
+    (tmp_path / "my_module.py").write_text(example.group(1))
+    code, text = emulate_alone(tmp_path, "my_module:right", "--seeds", "1")
+    assert code == 0 and "right" in text, text
+    code, text = emulate_alone(tmp_path, "my_module:racy")
+    assert code == 1 and "is read before its write is known" in text, text
+
+
+FIRST_TRIES = """
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass.cute.runtime import from_dlpack
+
+@cute.kernel
+def add_one(x: cute.Tensor, y: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    y[thread] = x[thread] + cutlass.Float32(1.0)
+
+@cute.jit
+def host(x: cute.Tensor, y: cute.Tensor):
+    add_one(x, y).launch(grid=[1, 1, 1], block=[32, 1, 1])
+
+def attempt(session, options, change):
+    x, y = torch.arange(32.0), torch.zeros(32)
+    compiled = cute.compile(host, from_dlpack(x), from_dlpack(y), **options)
+    session.run(compiled, change(x), change(y))
+    assert torch.equal(y, x + 1), y
+
+def all_of_them(session):
+    attempt(session, {}, from_dlpack)
+    attempt(session, {}, lambda tensor: tensor)
+    attempt(session, {"options": "--enable-tvm-ffi"}, lambda tensor: tensor)
+"""
+
+
+def test_functions_compiled_for_cpu_tensors_work(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text(FIRST_TRIES)
+    code, text = emulate_alone(tmp_path, "first:all_of_them")
+    assert code == 0, text
+
+
+LEAK = PROGRAM.replace("sm_90a", "sm_100a").replace(
+    "    st.shared.u32 [%r2], %r0;\n", "    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;\n"
+)
+UNWRITTEN = PROGRAM.replace("    st.shared.u32 [%r2], %r0;\n", "")
+
+
+@pytest.mark.parametrize(("text", "arch", "words"), [(LEAK, "sm_100a", "not deallocated"), (UNWRITTEN, "sm_90a", "nobody wrote")])
+def test_a_note_that_matters_is_a_failure(
+    text: str, arch: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"noted_{arch}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, printed = emulate(capsys, f"{name}:right", "--arch", arch, "--json")
+    result = json.loads(printed)
+    assert code == 1 and any(words in fault for fault in result["faults"]), printed

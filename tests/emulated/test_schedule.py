@@ -31,7 +31,7 @@ pytestmark = pytest.mark.emulated
 
 KV_EDGES = (0, 1, 63, 64, 65, 500, 3000)
 BASE = WorkShape(
-    num_kv_heads=2, num_ctas=33, decode_num_ctas=33, tokens_per_tile=32, prefill_tile_n=128, decode_query_len=1, decode_tile_n=64,
+    num_kv_heads=2, prefill_groups=33, decode_num_ctas=33, tokens_per_item=32, prefill_tile_n=128, decode_query_len=1, decode_tile_n=64,
     slot_floats=520, split_blocks=0, slot_vectors=1, l2_tokens=1000, num_sms=33, decode_tile_ticks=20, decode_full_sms=20,
     max_seqlen_k=1 << 13, max_num_tokens=1 << 14,
 )  # fmt: skip
@@ -42,8 +42,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     draw = random.Random(seed)
     num_ctas, sms_a_group = draw.choice((1, 7, 33)), draw.choice((1, 2))
     shape = WorkShape(
-        num_kv_heads=draw.choice((1, 2, 3, 8)), num_ctas=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
-        tokens_per_tile=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
+        num_kv_heads=draw.choice((1, 2, 3, 8)), prefill_groups=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
+        tokens_per_item=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
         slot_floats=520, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
         l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
         decode_full_sms=draw.choice((1, 3, 20)), max_seqlen_k=draw.choice((4096, 400)), max_num_tokens=16384,
@@ -220,7 +220,7 @@ def test_the_devices_cuts_are_the_hosts() -> None:
     for seed in range(16):
         draw = random.Random(seed)
         shape = replace(
-            H100, num_kv_heads=draw.choice((1, 2, 8)), num_ctas=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
+            H100, num_kv_heads=draw.choice((1, 2, 8)), prefill_groups=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
             min_part_blocks=draw.choice((1, 8)), decode_query_len=draw.choice((0, 1)), l2_tokens=draw.choice((1000, 49152)),
         )  # fmt: skip
         rows = draw.choice((1, 2, 3, 12))

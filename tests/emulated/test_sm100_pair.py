@@ -73,6 +73,6 @@ def test_the_operator_runs_pairs_where_they_are_tuned(num_sms: int) -> None:
     """Plan, device-made list and launch agree on pairs: head_dim 192, with a row for the decode kernel's threshold besides."""
     problem = case((130, 3, 1), (300, 65, 40), head_dim=192, head_dim_v=128, num_q_heads=2)
     plan = problem.plan(num_sms=num_sms)
-    assert plan.kernels.prefill.tuning.cta_group == 2 and plan.kernels.work.num_ctas == max(1, num_sms // 2)
+    assert plan.kernels.prefill.tuning.cta_group == 2 and plan.kernels.work.prefill_groups == max(1, num_sms // 2)
     built = problem.build()
     built.check(*built.run(plan))

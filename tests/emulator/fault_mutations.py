@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tests.emulator.fault_edits import EDITS
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -62,14 +64,25 @@ def one_statement_a_line(ptx: str) -> str:
 
 
 def mutants(ptx: str, reached: set[int]) -> Iterator[Mutant]:
-    """Every single fault of the classes above in the lines that a right run reaches."""
+    """Every single fault of the classes above in the lines that a right run reaches, and a sample of those of `fault_edits.py`."""
     lines = ptx.split("\n")
+    yield from _edited(lines, reached)
     for index, line in enumerate(lines):
         if index + 1 not in reached or line.lstrip().startswith("//"):
             continue
         for kind, replacement in _changes(lines, index):
             text = "\n".join(replacement)
             yield Mutant(kind, index + 1, line, text)
+
+
+def _edited(lines: list[str], reached: set[int]) -> Iterator[Mutant]:
+    for edit in EDITS:
+        sites = []
+        for index, line in enumerate(lines):
+            if index + 1 in reached and not line.lstrip().startswith("//") and (changed := edit.apply(line)) is not None:
+                sites.append((index, changed))
+        for index, changed in sites[:: max(1, -(-len(sites) // edit.most))]:
+            yield Mutant(edit.kind, index + 1, lines[index], "\n".join([*lines[:index], changed, *lines[index + 1 :]]))
 
 
 def _changes(lines: list[str], index: int) -> Iterator[tuple[str, list[str]]]:

@@ -58,6 +58,12 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "wgmma.fence" in mutant.text:
         if other_fence_covers(target, mutant):
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if mutant.kind == "read-only load":
+        return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
+    if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
+        return (
+            f"one lane at most accesses memory, arrives or fences between the synchronisations beside it, in {len(SEEDS)} random schedules"
+        )
     if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
         return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
     if mutant.kind == "drop wait":
@@ -162,6 +168,44 @@ def never_blocks(target: Target, mutant: Mutant) -> bool:
     lines[mutant.line - 1] = f"{operands[0]};\n@!{match.group(1)} trap;"
     with planted(target, "\n".join(lines)):
         for seed in SEEDS:
+            try:
+                target.run(seed)
+            except emulator.KernelFault:
+                return False
+    return True
+
+
+ACTS = re.compile(
+    r"\b(ld|st|atom|red|cp|fence|stmatrix|ldmatrix|tcgen05|wgmma)\b[\w.:]*\.(?!param)|mbarrier\.(arrive|init|inval|expect|complete)"
+)
+
+
+def one_lane_acts(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
+    kernel, site = _at(target, mutant)
+    instructions = kernel.instructions
+
+    def no_sync(instruction: Instruction) -> bool:
+        return not re.match(r"bar\.|barrier\.", instruction.opcode)
+
+    before: list[list[int]] = [[] for _ in instructions]
+    for pc in range(len(instructions)):
+        for after in successors(kernel, pc):
+            before[after].append(pc)
+    near, work = _walk(kernel, site, no_sync), list(before[site])
+    while work:  # backwards, up to other synchronisations
+        pc = work.pop()
+        if pc not in near and no_sync(instructions[pc]):
+            near.add(pc)
+            work += before[pc]
+    lines = one_statement_a_line(target.ptx).split("\n")
+    for pc in near:
+        if ACTS.search(instructions[pc].text):
+            number = instructions[pc].line - 1
+            check = "{ .reg .pred fi_q; .reg .b32 fi_m; activemask.b32 fi_m; popc.b32 fi_m, fi_m; setp.gt.u32 fi_q, fi_m, 1; @fi_q trap; }"
+            lines[number] = check + "\n" + lines[number]
+    with planted(target, "\n".join(lines)):
+        for seed in (None, *SEEDS):
             try:
                 target.run(seed)
             except emulator.KernelFault:

@@ -23,7 +23,7 @@ class Target:
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
 
 
-def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Target:
+def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0) -> Target:
     """This package's prefill kernel for `arch`: three sequences over pages, causal.
 
     One CTA (or pair) has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own
@@ -43,6 +43,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Targe
         head_dim_v=128,
         page_size=64,
         arch=f"emulated-{arch}",
+        peaked=peaked,
     )
     built = case.build()
     library = ensure_object(case.plan(num_sms=1).kernels.prefill)
@@ -54,8 +55,11 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int) -> Targe
     return Target(name, library.with_suffix(".ptx").read_text(), run)
 
 
-def own_decode(arch: str) -> Target:
-    """This package's decode kernel for `arch`: rows split between CTAs over global memory, several KV tiles a CTA, two entries in one."""
+def own_decode(arch: str, batch_invariant: bool = False) -> Target:
+    """This package's decode kernel for `arch`: rows split between CTAs over global memory, several KV tiles a CTA, two entries in one.
+
+    `batch_invariant`: entries have pieces, and there are many rows of unequal length.
+    """
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_decode import run_decode
@@ -64,6 +68,10 @@ def own_decode(arch: str) -> Target:
     case = PagedCase(
         (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}"
     )
+    if batch_invariant:
+        case = replace(
+            case, query_lens=(1, 2, 1, 1, 2, 1, 1), kv_lens=(1300, 65, 300, 17, 640, 0, 129), decode_query_len=2, batch_invariant=True
+        )
     plan = case.plan(num_sms=3)
     key = plan.kernels.decode
     assert key is not None, case
@@ -73,7 +81,57 @@ def own_decode(arch: str) -> Target:
         result = run_decode(case, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target(f"{arch} decode", library.with_suffix(".ptx").read_text(), run)
+    return Target(f"{arch} decode{', pieces' * batch_invariant}", library.with_suffix(".ptx").read_text(), run)
+
+
+def own_schedule() -> Target:
+    """The kernel that makes the work lists: decode rows of unequal length, more than it has threads, and prefill rows, on few CTAs."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from fa4_backend.kernels.schedule.config import ScheduleConfig
+    from fa4_backend.kernels.schedule.work_list import WorkShape
+    from tests.support.emulated_decode import empty_lists, run_schedule
+
+    shape = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
+    query_lens = [1 + i % 4 for i in range(600)] + [300, 0, 70]
+    kv_lens = [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]
+    key = ScheduleConfig("sm_90a", 1024)
+    library = ensure_object(key)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        work = empty_lists(shape, len(kv_lens))
+        report = run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed)
+        return [
+            work.arrivals,
+            work.prefill_begin,
+            work.prefill_tiles,
+            work.decode_first[:, :13].contiguous(),
+            work.decode_tiles[:, :11].contiguous(),
+        ], report
+
+    return Target("schedule", library.with_suffix(".ptx").read_text(), run)
+
+
+def own_step(arch: str, plant_in_decode: bool) -> Target:
+    """A step of both kinds: decode, then prefill launched programmatically beside it; the faults are in one of the two."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from tests.support.emulated_mixed import run_mixed
+    from tests.support.paged_case import PagedCase
+
+    case = PagedCase(
+        (1, 200, 2, 70), (300, 333, 129, 70), num_q_heads=4, num_kv_heads=2, head_dim=128, page_size=64, decode_query_len=2,
+        arch=f"emulated-{arch}",
+    )  # fmt: skip
+    built, kernels = case.build(), case.plan(num_sms=3).kernels
+    library = ensure_object(kernels.decode if plant_in_decode else kernels.prefill)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_mixed(case, num_sms=3, seed=seed, built=built)
+        a = built.arguments
+        return [a.out.clone(), a.lse.clone()], result.report
+
+    return Target(f"{arch} step, {'decode' if plant_in_decode else 'prefill'}", library.with_suffix(".ptx").read_text(), run)
 
 
 def upstream(name: str, folder: Path) -> Target:
@@ -104,6 +162,13 @@ def load_target(name: str, folder: Path) -> Target:
         # 128 tokens a tile: with two heads packed, every key after the 64th of the second masked tile is masked.
         "sm90_prefill": lambda: own_prefill("sm_90a prefill", "sm_90a", num_kv_heads=2, head_dim=128),
         "sm90_decode": lambda: own_decode("sm_90a"),
+        "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
+        # Queries so large that a row's maximum moves: O is rescaled.
+        "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
+        "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
+        "schedule": own_schedule,
+        "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
+        "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),
     }
     return own[name]() if name in own else upstream(name.removeprefix("upstream_"), folder)
 

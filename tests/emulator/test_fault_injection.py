@@ -12,6 +12,7 @@ import pytest
 
 from tests.emulator import fault_injection as fi
 from tests.emulator import fault_reasons
+from tests.emulator.fault_edits import EDITS, Edit
 from tests.emulator.fault_mutations import DROPS, Mutant
 from tests.emulator.fault_reasons import STATIC_REASONS
 from tests.emulator.harness import check_program, run_program
@@ -63,6 +64,52 @@ def test_splitting_statements_changes_no_program() -> None:
         check_program(replace(program, body=fi.one_statement_a_line(program.body.replace(";\n", "; "))))
 
 
+STATEMENTS = """
+atom.global.acq_rel.add.u32 %r1, [%rd1], 1;
+mbarrier.arrive.shared.b64 %rd2, [%r1+16], %r2;
+mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1];
+mbarrier.arrive.expect_tx.shared.b64 %rd3, [%r5], %r6;
+mbarrier.try_wait.parity.shared.b64 P1, [%r1+8], %r3, 10000000;
+barrier.cluster.arrive.aligned;
+fence.acq_rel.gpu;
+fence.proxy.async.shared::cta;
+fence.proxy.async;
+bra.uni LAB_WAIT;
+bar.sync 1, 128;
+griddepcontrol.wait;
+mbarrier.init.shared.b64 [%r1], 2;
+@issue tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];
+cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1+128], [%rd1, {%r3, %r4}], [%r7];
+@%p1 st.shared.b32 [%r1+4], %r2;
+shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;
+vote.sync.any.pred %p1, %p2, -1;
+st.global.b32 [%rd1], %r2;
+ld.shared.b32 %r1, [%r2+8];
+ld.global.b32 %r1, [%rd2];
+cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r3, %r4, %r5}], [%r7];
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%r5];
+ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r1, %r2, %r3, %r4}, [%r5];
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %rd6, %rd7, p, 1, 1, 0, 0;
+tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r2];
+tcgen05.st.sync.aligned.32x32b.x1.b32 [%r2], {%r1};
+tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 512;
+tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r1, 512;
+mov.b16 ranks, 3;
+setmaxnreg.dec.sync.aligned.u32 64;
+max.f32 %r1, %r2, %r3;
+min.s32 %r1, %r2, %r3;
+add.f32 %r1, %r2, %r3;
+sub.f32 %r1, %r2, %r3;
+cvt.rn.bf16x2.f32 %r1, %r2, %r3;
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.kind)
+def test_every_edit_has_a_place_and_changes_it(edit: Edit) -> None:
+    changed = [(line, new) for line in STATEMENTS if (new := edit.apply(line)) is not None]
+    assert changed and all(new != line for line, new in changed)
+
+
 @pytest.fixture(scope="module")
 def target() -> Iterator[fi.Target]:
     found = fi.load_target("sm100_prefill", Path())
@@ -77,8 +124,9 @@ def test_one_fault_of_each_class_is_caught(target: fi.Target) -> None:
     with fi.planted(target, split):
         right = fi.run_right(target)
     by_kind: dict[str, list[fi.Mutant]] = {}
+    sampled = {edit.kind for edit in EDITS}  # one-statement changes: see the test of their patterns below
     for mutant in fi.mutants(split, right.reached):
-        if not STATIC_REASONS.search(mutant.text):
+        if mutant.kind not in sampled and not STATIC_REASONS.search(mutant.text):
             by_kind.setdefault(mutant.kind, []).append(mutant)
     assert set(by_kind) >= {"drop wait", "drop arrive", "drop commit", "drop barrier", "drop fence", "change phase", "change tx"}
     missed = [

@@ -255,6 +255,30 @@ def test_a_launch_between_two_vouches_for_the_first_only_when_it_waited(middle: 
     assert bool(report_of(*launches, programmatic=True).races) == races
 
 
+@pytest.mark.parametrize(
+    ("middle", "last", "races"),
+    [(LAUNCH, WAIT, True), ("", WAIT, True), ("", "", True), (f"{WAIT}\n{LAUNCH}", WAIT, False), (f"{LAUNCH}\n{WAIT}", WAIT, False)],
+    ids=["launches", "ends", "nobody waits", "waits, launches", "launches, waits"],
+)
+def test_a_launch_that_never_waits_leaves_the_one_before_running(middle: str, last: str, races: bool) -> None:
+    """The last launch's wait is for the middle one, which may end before the first."""
+    launches = (program(PRODUCE.format(launch=LAUNCH)), program(middle, "middle"), program(CONSUME.format(wait=last), "reader"))
+    report = report_of(*launches, programmatic=True)
+    assert bool(report.races) == races
+    kinds = [note for note in report.notes if "never" in note or "griddepcontrol.wait" in note]
+    assert len(kinds) == (WAIT not in middle) + (WAIT not in last), report.notes
+
+
+def test_stream_order_ends_what_a_launch_left_running() -> None:
+    """The last launch has no attribute: it follows everything."""
+    p, middle, last = program(PRODUCE.format(launch=LAUNCH)), program(LAUNCH, "middle"), program(CONSUME.format(wait=""), "reader")
+    buffers = [aligned_copy(b.data) for b in p.args]  # type: ignore[union-attr]
+    with emulator.session(arch="sm_90a") as session:
+        for launch, programmatic in ((p, False), (middle, True), (last, False)):
+            session.launch(launch.ptx, launch.grid, launch.block, list(buffers), programmatic=programmatic)
+    assert session.report.races == [] and len(session.report.notes) == 1
+
+
 def test_a_seed_draws_the_order_in_which_ctas_start() -> None:
     """Each CTA takes a number from a counter; without a seed they come in the order of their indices."""
     body = """

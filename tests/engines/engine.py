@@ -24,7 +24,7 @@ class OperatorCalls:
 
     count: int = 0
     query_lens: set[int] = field(default_factory=set)  # longest query of each call's step
-    kernels: set[str] = field(default_factory=set)
+    kernels: set[str] = field(default_factory=set)  # "sm100 kernels", "torch reference"
     page_sizes: set[int] = field(default_factory=set)
 
 
@@ -36,7 +36,7 @@ def watch_operator(scale_error: float = 1.0) -> Iterator[OperatorCalls]:
     def watched(*args: Any, plan: Any, metadata: Any, softmax_scale: float, **kwargs: Any) -> Any:
         calls.count += 1
         calls.query_lens.add(metadata.bounds.max_seqlen_q)
-        calls.kernels.add(plan.describe())
+        calls.kernels.add(plan.describe().removeprefix("FA4: ").partition(" on ")[0])
         calls.page_sizes.add(plan.problem.page_size)
         return paged_attention(*args, plan=plan, metadata=metadata, softmax_scale=softmax_scale * scale_error, **kwargs)
 
@@ -101,6 +101,18 @@ def llvmlite_out_of_sight() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatcher, "_rebind_kernels", scan_without_llvmlite)
         yield
+
+
+def error_of(error: type[Exception], *arguments: Any, **engine_args: Any) -> str:
+    """What `generate` fails with. The engine is gone afterwards: kept by a traceback, it would take the next one's groups along."""
+    message = ""
+    try:
+        generate(*arguments, **engine_args)
+    except error as failure:
+        message = str(failure)
+    gc.collect()
+    assert message, f"expected {error.__name__}, got none"
+    return message
 
 
 def tokens(answers: list[Answer]) -> list[tuple[int, ...]]:

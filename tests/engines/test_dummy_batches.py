@@ -79,14 +79,17 @@ def test_a_rank_without_work(kernel: str) -> None:
     assert (built.run() == 0).all()
 
 
-def test_a_rank_without_tokens(kernel: str) -> None:
-    """Not even padding: no kernel is asked, since no tensor map has zero rows."""
+def test_a_rank_without_tokens(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even padding: no attention kernel is launched, since no tensor map has zero rows."""
+    launches: list[Any] = []
+    monkeypatch.setattr("fa4_backend.ops._launch", lambda *arguments: launches.append(arguments))
     built = VllmStep((1, 1), (300, 17)).build()
     built.description.query_start_loc.zero_()
     built.description.seq_lens.zero_()
     built.description.slot_mapping.fill_(-1)
     built.description.num_actual_tokens = 0
     assert built.run().isnan().all(), "rows past the step's were written"
+    assert launches == []
 
 
 def test_refusals_name_the_engines_limits() -> None:

@@ -83,7 +83,7 @@ def test_what_the_builder_reads_exists(contract: Any, variable: str, class_name:
 
 def test_names_we_use_exist(contract: Any) -> None:
     fields = contract["fields"]
-    assert "max_model_len" in fields["ModelConfig"]
+    assert {"max_model_len", "multimodal_config"} <= set(fields["ModelConfig"])
     assert {"ALWAYS", "NEVER"} <= set(fields["AttentionCGSupport"]) and read_of(metadata_builder, "AttentionCGSupport") <= set(
         fields["AttentionCGSupport"]
     )

@@ -109,7 +109,7 @@ class VllmStep:
         num_pages = 1 + sum(pages_of) + 3  # page 0 is vLLM's null block
         cache = self._empty_cache(num_pages)
         batch, total_q = len(self.query_lens) + self.padding_rows, sum(self.query_lens)
-        width = min(max(pages_of) + 2, self.max_model_len // self.page_size)
+        width = min(max(pages_of) + 2, -(-self.max_model_len // self.page_size))
         page_table = torch.zeros(batch, width, dtype=torch.int32)
         slots = torch.full((total_q + self.padding_tokens,), -1, dtype=torch.int64)
         free = (1 + torch.randperm(num_pages - 1, generator=generator)).tolist()

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from fa4_backend.kernels.launch_abi import DecodeArguments, PrefillArguments
+from fa4_backend.kernels.launch_abi import DecodeArguments, PrefillArguments, ScheduleArguments
 
 
 def parameters(host_function: object) -> list[str]:
@@ -17,6 +17,12 @@ def parameters(host_function: object) -> list[str]:
 def test_prefill_takes_what_a_call_passes(arch: str) -> None:
     module = __import__(f"fa4_backend.kernels.{arch}.kernel", fromlist=["PrefillKernel"])
     assert parameters(module.PrefillKernel.__call__) == list(PrefillArguments._fields)
+
+
+def test_the_schedule_takes_what_a_call_passes() -> None:
+    from fa4_backend.kernels.schedule.kernel import ScheduleKernel
+
+    assert parameters(ScheduleKernel.__call__) == list(ScheduleArguments._fields)
 
 
 def test_decode_takes_what_a_call_passes() -> None:

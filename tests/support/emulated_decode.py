@@ -115,7 +115,7 @@ def run_schedule(
 ) -> emulator.Report:
     """Make `work`'s lists with the compiled schedule."""
     cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int()
-    with emulator.session(arch=arch, num_sms=work.shape.num_ctas, seed=seed, detect_races=True) as emu:
+    with emulator.session(arch=arch, num_sms=work.shape.prefill_groups, seed=seed, detect_races=True) as emu:
         lengths = cu_seqlens_q, torch.tensor(kv_lens, dtype=torch.int32)
         emu.run(load_function(key), *schedule_arguments(work, *lengths, window_left=window_left, window_right=window_right))
     return emu.report
@@ -128,7 +128,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
         return torch.full(size, UNWRITTEN, dtype=torch.int32)
 
     return WorkLists(
-        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.num_ctas + 1),
+        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.prefill_groups + 1),
         ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
         None, ints(max(1, shape.max_part_slots()), PART_COUNTERS),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,30 +55,9 @@ class EmulatedRun:
         return self.built.check(self.out, self.lse, padding_is_zero=self.zeroes_padding)
 
 
-def run_prefill(
-    case: PagedCase,
-    *,
-    num_ctas: int = 2,
-    seed: int | None = None,
-    detect_races: bool = True,
-    key: PrefillKey | None = None,
-    trace: Recording | None = None,
-    contraction: str | int = "never",
-    cuts: Cuts | None = None,
-) -> EmulatedRun:
-    """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included.
-
-    Args:
-        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
-        seed: of the emulator's schedule; None: deterministic.
-        key: another compile key than the plan's, for ablations.
-        trace: filled with what the warps did.
-        contraction: which products and sums run as one FMA, see `emulator.session`.
-        cuts: how tiles are cut along KV, where the kernel takes parts; None: as the plan has it.
-    """
-    return run_built(
-        case.build(), num_ctas=num_ctas, seed=seed, detect_races=detect_races, key=key, trace=trace, contraction=contraction, cuts=cuts
-    )
+def run_prefill(case: PagedCase, **options: Any) -> EmulatedRun:
+    """Run the prefill kernel of `case` (arch "emulated-..."), rows of one token included; options of `run_built`."""
+    return run_built(case.build(), **options)
 
 
 def run_built(
@@ -91,7 +71,16 @@ def run_built(
     contraction: str | int = "never",
     cuts: Cuts | None = None,
 ) -> EmulatedRun:
-    """`run_prefill` on tensors that the caller may have changed; `out` and `lse` are poisoned first."""
+    """Run the prefill kernel of a case on tensors that the caller may have changed; `out` and `lse` are poisoned first.
+
+    Args:
+        num_ctas: that the work list is for; CTA pairs where the key is of a kernel of pairs.
+        seed: of the emulator's schedule; None: deterministic.
+        key: another compile key than the plan's, for ablations.
+        trace: filled with what the warps did.
+        contraction: which products and sums run as one FMA, see `emulator.session`.
+        cuts: how tiles are cut along KV, where the kernel takes parts; None: as the plan has it.
+    """
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=num_ctas)
     problem = plan.problem
@@ -116,7 +105,7 @@ def run_built(
 def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: int, cuts: Cuts | None) -> WorkLists:
     case, lengths, tile_n = built.case, built.arguments, key.kernel.tile.tile_n
     shape = WorkShape(
-        num_kv_heads=case.num_kv_heads, num_ctas=num_ctas, decode_num_ctas=num_ctas, tokens_per_tile=key.tokens_per_item,
+        num_kv_heads=case.num_kv_heads, prefill_groups=num_ctas, decode_num_ctas=num_ctas, tokens_per_item=key.tokens_per_item,
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,

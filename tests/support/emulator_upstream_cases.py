@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fa4_backend import emulator
-from tests.support import emulator_upstream as upstream
+from fa4_backend.emulator import flash_attention as upstream
 
 HEAD_DIM = 128
 NUM_SMS = 148

@@ -77,13 +77,13 @@ def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> H
         fifths = min(5 * sms, 2 * (shape.decode_full_sms + sms), 5 * shape.decode_full_sms)
         return (5 * decode_cost // fifths + 1) * shape.decode_tile_ticks
 
-    late = (decode_cost // shape.decode_full_sms + 1) * shape.decode_tile_ticks + -(-tiles // shape.num_ctas) * tile_ticks
+    late = (decode_cost // shape.decode_full_sms + 1) * shape.decode_tile_ticks + -(-tiles // shape.prefill_groups) * tile_ticks
     best, chosen = late + late // 16, None
     for sms in range(1, min(shape.num_sms - shape.num_sms // 4, 255) + 1):
-        early = shape.num_ctas - -(-sms // (shape.num_sms // shape.num_ctas))
+        early = shape.prefill_groups - -(-sms // (shape.num_sms // shape.prefill_groups))
         for early_rounds in (decode_ticks(sms) // tile_ticks, decode_ticks(sms) // tile_ticks + 1):
             left = tiles - early * early_rounds
-            rounds = early_rounds + -(-left // shape.num_ctas) if left > 0 else -(-tiles // early)
+            rounds = early_rounds + -(-left // shape.prefill_groups) if left > 0 else -(-tiles // early)
             late = decode_ticks(sms) + max(rounds - early_rounds, 0) * tile_ticks
             ticks = max(rounds * tile_ticks, late) + late // 16
             if ticks < best:
@@ -103,14 +103,14 @@ class RowSeen:
 def _visible(shape: WorkShape, row: tuple, m_block: int, window_left: int, window_right: int) -> tuple[int, int]:
     """The n_blocks that a prefill tile sees, half-open."""
     _, query_len, kv_len = row
-    first = kv_len - query_len + m_block * shape.tokens_per_tile  # diagonal key of the tile's first token
-    end = min(kv_len, first + shape.tokens_per_tile + window_right)
+    first = kv_len - query_len + m_block * shape.tokens_per_item  # diagonal key of the tile's first token
+    end = min(kv_len, first + shape.tokens_per_item + window_right)
     begin = max(first - window_left, 0) // shape.prefill_tile_n
     return begin, max(-(-end // shape.prefill_tile_n), begin)
 
 
 def _seen(shape: WorkShape, row: tuple, window_left: int, window_right: int) -> RowSeen:
-    m_blocks = -(-row[1] // shape.tokens_per_tile)
+    m_blocks = -(-row[1] // shape.tokens_per_item)
     ends = [_visible(shape, row, m_block, window_left, window_right) for m_block in (0, m_blocks - 1)]
     first, last = (end - begin for begin, end in ends)
     return RowSeen(m_blocks, max(first, last), m_blocks * (first + last) // 2)
@@ -126,7 +126,7 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     whole = [1] * len(m_blocks)
     if not m_blocks or not shape.part_floats:
         return whole
-    heads, ctas, most = shape.num_kv_heads, shape.num_ctas, max(longest[:512])
+    heads, ctas, most = shape.num_kv_heads, shape.prefill_groups, max(longest[:512])
     if most <= blocks * heads // ctas or most < 2 * shape.min_part_blocks:
         return whole
     best, chosen = math.inf, whole
@@ -150,7 +150,7 @@ def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left:
     row_slot = 0
     for row, count in zip(order, parts, strict=True):
         seq_idx, query_len, kv_len = row
-        m_blocks = -(-query_len // shape.tokens_per_tile)
+        m_blocks = -(-query_len // shape.tokens_per_item)
         group = min(max(shape.l2_tokens // max(kv_len, 1), 1), shape.num_kv_heads)
         for head_begin in range(0, shape.num_kv_heads, group):
             heads = range(head_begin, min(head_begin + group, shape.num_kv_heads))
@@ -169,9 +169,9 @@ def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left:
 
 def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:
     """Dealt out back and forth, so that no CTA gets the longer tile of every round; the first rounds to early CTAs alone."""
-    ctas: list[list] = [[] for _ in range(shape.num_ctas)]
+    ctas: list[list] = [[] for _ in range(shape.prefill_groups)]
     early = 0 if share is None else share.early_ctas * share.early_rounds
-    for part, players in ((tiles[:early], 0 if share is None else share.early_ctas), (tiles[early:], shape.num_ctas)):
+    for part, players in ((tiles[:early], 0 if share is None else share.early_ctas), (tiles[early:], shape.prefill_groups)):
         for rank, tile in enumerate(part):
             turn, place = divmod(rank, players)
             ctas[place if turn % 2 == 0 else players - 1 - place].append(tile)

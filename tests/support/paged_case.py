@@ -12,7 +12,7 @@ from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import Judge, judge
 from fa4_backend.reference import gather_pages
 
-NO_PAGE = 2**30  # page-table entries of pages that no row sees: following one is an access far outside
+NO_PAGE = 2**30  # page-table entry of a page that no row sees: following it is an access far outside
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,21 @@ class PagedCase:
         return plan_attention(self.problem(), limits, num_sms=num_sms)
 
     def build(self, device: torch.device | str = "cpu") -> BuiltCase:
-        """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN; unused table entries `NO_PAGE`.
+        """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN.
 
-        Keys that no row sees are NaN or infinite; pages that hold nothing else are entered as -1, as `NO_PAGE` or as themselves.
+        Table entries past a sequence's pages name a page of NaN, not one outside the pool: a tensor copy from outside gives zeros, which a
+        missing bound could hide behind. The table ends with the longest sequence's last page. Keys that no row sees are NaN or infinite;
+        pages that hold nothing else are entered as -1, as `NO_PAGE` or as themselves.
         """
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
         pages_of = [-(-n // self.page_size) for n in self.kv_lens]
         num_pages = sum(pages_of) + 2
         k_cache, v_cache = self._empty_caches(num_pages, dtype)
-        page_table = torch.full((len(self.kv_lens), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
         poison = torch.Generator().manual_seed(self.seed + 2)
         # Pages are drawn apart from values: the same sequences in pages of another size.
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
+        page_table = torch.full((len(self.kv_lens), max(*pages_of, 1)), free.pop(0), dtype=torch.int32)
         for seq_idx, kv_len in enumerate(self.kv_lens):
             values = [
                 torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator).to(dtype) for cache in (k_cache, v_cache)
@@ -212,7 +214,7 @@ def repage(built: BuiltCase, page_size: int) -> BuiltCase:
     a, case = built.arguments, replace(built.case, page_size=page_size, layout="separate")
     pages_of = [-(-n // page_size) for n in case.kv_lens]
     caches = case._empty_caches(sum(pages_of) + 2, a.q.dtype)
-    page_table = torch.full((len(pages_of), max(*pages_of, 1) + 1), NO_PAGE, dtype=torch.int32)
+    page_table = torch.zeros((len(pages_of), max(*pages_of, 1)), dtype=torch.int32)  # page 0 holds NaN
     page = 1
     for seq_idx, kv_len in enumerate(case.kv_lens):
         hidden = case.num_hidden(seq_idx)

@@ -1,4 +1,4 @@
-// Data shared by the parts of the native core, and with Python (mirrored in native.py).
+// Data shared by the parts of the native core, and with Python (mirrored in native_core.py).
 #pragma once
 #include <stdint.h>
 #include <stddef.h>
@@ -24,7 +24,7 @@ enum { EV_STEPS, EV_EXIT, EV_HANDLER, EV_FAULT, EV_ALL_PARKED, EV_STRONG, EV_WAR
 // Faults.
 enum {
   FAULT_NONE, FAULT_GLOBAL, FAULT_SHARED, FAULT_MISALIGNED, FAULT_LOCAL, FAULT_PARAM, FAULT_READ_ONLY, FAULT_REMOTE,
-  FAULT_TRAP, FAULT_CORE, FAULT_PARTIAL,
+  FAULT_TRAP, FAULT_CORE, FAULT_PARTIAL, FAULT_MEMBERS,
 };
 enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_CLUSTER, SPACE_LOCAL, SPACE_PARAM };
 
@@ -65,7 +65,8 @@ typedef struct {
   const u32* fenced_global;  // as Race.fenced, for global memory
   u32 number;                // of this cluster, in the order of their starts
   u32 first_of_launch;       // the number of the launch's first cluster
-  u32 settled;               // all clusters with lower numbers happened before this launch
+  u32 settled;               // clusters with lower numbers happened before this launch,
+  u32 gap_begin, gap_end;    // but not those from gap_begin to gap_end: a launch between did not wait for them
   u32 pad;
 } Cluster;
 
@@ -92,6 +93,8 @@ typedef struct {
   u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
   u64 strong_addresses[LANES];
   u32 epoch, split;  // of the lanes' accesses; split: state of the generator that picks among diverged lanes, 0: lowest address first
+  // Of each CTA of the cluster: the last access of this warp's lanes to its shared memory, when it is another's.
+  u32 remote_epoch[MAX_CLUSTER], remote_lanes[MAX_CLUSTER], remote_pc[MAX_CLUSTER];
   const Watched* watched;
   u32* written;         // lanes, of each watched register
   u32* read_unwritten;  // lanes, of each entry of `watched`

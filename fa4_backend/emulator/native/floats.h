@@ -12,6 +12,8 @@
 
 static inline f32 bits_f32(u32 x) { f32 y; memcpy(&y, &x, 4); return y; }
 static inline u32 f32_bits(f32 x) { u32 y; memcpy(&y, &x, 4); return y; }
+// Bits of a result: every NaN is the canonical one.
+static inline u32 f32_result(f32 x) { u32 b = f32_bits(x); return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : b; }
 static inline f64 bits_f64(u64 x) { f64 y; memcpy(&y, &x, 8); return y; }
 static inline u64 f64_bits(f64 x) { u64 y; memcpy(&y, &x, 8); return y; }
 // Flush a subnormal to a zero of the same sign.

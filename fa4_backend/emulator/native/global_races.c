@@ -98,15 +98,15 @@ void emu_global_access(Race* race, const u64* addresses, u32 count, u32 bytes, c
 }
 
 // A load, store or atomic of one warp. Strong ones are noted for Python, which knows what they order.
-void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int strong) {
+void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int flags) {
   const u32 start = w->cluster->global->num_records;
   for (u32 left = mask, lanes; left; left &= ~lanes) {
     lanes = lanes_together(w, addresses, left);
-    Accessor who = accessor_of(w, lanes, bytes, strong);
+    Accessor who = accessor_of(w, lanes, bytes, flags);
     Memo memo = {start};
     touch_bytes(w->cluster->global, addresses[__builtin_ctz(lanes)], bytes, &who, kind, &memo);
   }
-  if (!strong) return;
+  if (!(flags & ACCESS_STRONG)) return;
   w->strong_mask = mask;
   memcpy(w->strong_addresses, addresses, sizeof w->strong_addresses);
 }

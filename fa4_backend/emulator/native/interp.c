@@ -17,8 +17,9 @@ int regroup(Warp* w) {
     if (ready >> lane & 1) low = MIN(low, w->lane_pc[lane]);
   if (w->split) {
     w->split = w->split * 1664525u + 1013904223u | 1;
-    int lane = w->split >> 27;
-    if (ready >> lane & 1) low = w->lane_pc[lane];
+    u32 left = ready;
+    for (u32 skip = (w->split >> 8) % (u32)__builtin_popcount(ready); skip; skip--) left &= left - 1;
+    low = w->lane_pc[__builtin_ctz(left)];
   }
   w->active = 0;
   for (int lane = 0; lane < LANES; lane++) {
@@ -95,7 +96,7 @@ static u32 reduce(const u32* a, int op, u32 mask, u32 absolute) {
 }
 
 // mma.sync m16n8kK with float32 accumulators: aux lists the slots of D (4), A, B and C (4). PTX ISA 9.7.14.5.
-// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are summed in float32 over k, then added to C.
+// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are added exactly over k, rounded once, then added to C.
 enum { MMA_F16, MMA_BF16, MMA_E4M3, MMA_E5M2 };
 static f32 element(const u32* reg, int lane, int index, int kind) {
   u32 word = reg[lane];
@@ -122,13 +123,14 @@ static void mma_sync(u8* R, const Inst* I, const i32* slots) {
   }
   for (int row = 0; row < 16; row++)
     for (int column = 0; column < 8; column++) {
-      f32 sum = 0;
-      for (int k = 0; k < k_total; k++) sum += A[row][k] * B[column][k];
-      D[row][column] = sum;
+      f64 sum = 0;
+      for (int k = 0; k < k_total; k++) sum += (f64)A[row][k] * B[column][k];
+      D[row][column] = (f32)sum;
     }
   for (int i = 0; i < 4; i++) {
-    f32 t[LANES];
-    for (int lane = 0; lane < LANES; lane++) t[lane] = ((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)];
+    u32 t[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+      t[lane] = f32_result(((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)]);
     memcpy(SLOT(slots[i]), t, sizeof t);
   }
 }
@@ -191,6 +193,24 @@ static int partial(Warp* w, u32 pc, u32 m) {
   w->pc = pc;
   return EV_FAULT;
 }
+
+// Lanes `m` name with whom they execute: each must be a member of its own mask, and members must agree. `same`: all lanes must.
+// PTX ISA 9.7.9.6, 9.7.13.2, 9.7.13.9 to 9.7.13.15
+static int wrong_members(Warp* w, u32 pc, u32 m, const u32* members, int same) {
+  u32 first = members[__builtin_ctz(m)];
+  for (u32 left = m; left; left &= left - 1) {
+    int lane = __builtin_ctz(left);
+    int agrees = members[lane] >> lane & 1 && !(same && members[lane] != first);
+    for (u32 with = members[lane] & m; with && agrees; with &= with - 1) agrees = members[__builtin_ctz(with)] == members[lane];
+    if (agrees) continue;
+    w->fault = FAULT_MEMBERS;
+    w->fault_lane = (u32)lane;
+    w->pc = pc;
+    return 1;
+  }
+  return 0;
+}
+#define MEMBERS(slot, same) if (wrong_members(w, pc, m, (const u32*)SLOT(slot), same)) return EV_FAULT
 
 int emu_run(Warp* w, i64 max_steps) {
   u8* R = w->regs;
@@ -325,12 +345,14 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_SHUFFLE:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->e));
+        MEMBERS(I->e, 0);
         shuffle(R, I, m);
         break;
       case OP_VOTE: {  // d result (predicate or ballot), a predicate, e member mask, imm mode, c: source negated
         if (!m) break;
         u32 members = FIRST_LANE(I->e);
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         u32 bits = *(const u32*)SLOT(I->a);
         if (I->c) bits = ~bits;
         members &= m;
@@ -349,6 +371,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->e), t[LANES], all = 1;
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         for (int l = 0; l < LANES; l++) {
           t[l] = 0;
           for (int k = 0; k < LANES; k++) {
@@ -369,6 +392,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->e), t[LANES];
         CONVERGE(members);
+        MEMBERS(I->e, 1);
         u32 r = reduce((const u32*)SLOT(I->a), (int)I->imm, members & m, I->c);
         for (int l = 0; l < LANES; l++) t[l] = r;
         put32(SLOT(I->d), t, m);
@@ -378,6 +402,7 @@ int emu_run(Warp* w, i64 max_steps) {
         if (!m) break;
         u32 members = FIRST_LANE(I->a), t[LANES];
         CONVERGE(members);
+        MEMBERS(I->a, 1);
         u32 leader = __builtin_ctz(members & m);
         for (int l = 0; l < LANES; l++) t[l] = leader;
         put32(SLOT(I->d), t, m);
@@ -399,6 +424,7 @@ int emu_run(Warp* w, i64 max_steps) {
       case OP_WARP_SYNC:
         if (!m) break;
         CONVERGE(FIRST_LANE(I->a));
+        MEMBERS(I->a, 0);
         if (w->cluster->race) { w->exec = m; w->pc = pc + 1; return EV_WARP_SYNC; }
         break;
       case OP_CLOCK: {  // count is the register width; imm 1: nanoseconds. Time is the number of executed instructions.

@@ -65,6 +65,7 @@ u8* resolve(Warp* w, int space, u64 address, u32 bytes, int lane, int write) {
 }
 
 #define SEM_STRONG 4
+#define SEM_NON_COHERENT 16
 
 static inline u64 address_of(const u8* regs, const Inst* inst, int lane) {
   u64 base = 0;
@@ -105,10 +106,11 @@ int memory_access(Warp* w, const Inst* inst, u32 mask, int is_store) {
     }
   }
   if (w->cluster->race && inst->b != SPACE_PARAM && inst->b != SPACE_LOCAL) {
-    const int kind = is_store ? RACE_WRITE : RACE_READ, strong = inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG;
-    if (!inst->d) race_lanes(w, inst->b, addresses, mask, total, kind, strong);
+    const int kind = is_store ? RACE_WRITE : RACE_READ;
+    const int flags = (inst->b <= SPACE_GLOBAL && inst->f & SEM_STRONG ? ACCESS_STRONG : 0) | (inst->f & SEM_NON_COHERENT ? ACCESS_NON_COHERENT : 0);
+    if (!inst->d) race_lanes(w, inst->b, addresses, mask, total, kind, flags);
     for (int i = 0; inst->d && i < inst->count; i++, shift(addresses, mask, element))
-      if (!(inst->d >> i & 1)) race_lanes(w, inst->b, addresses, mask, element, kind, strong);
+      if (!(inst->d >> i & 1)) race_lanes(w, inst->b, addresses, mask, element, kind, flags);
   }
   return 1;
 }
@@ -138,7 +140,7 @@ static f32 half_op(int op, f32 a, f32 b) { return op == A_ADD ? a + b : op == A_
 
 static u64 atomic_value(int op, int type, u64 old, u64 x, u64 y) {
   if (op != A_EXCH && op != A_CAS) {
-    if (type == T_F32) return f32_bits(half_op(op, bits_f32((u32)old), bits_f32((u32)x)));
+    if (type == T_F32) return f32_result(half_op(op, bits_f32((u32)old), bits_f32((u32)x)));
     if (type == T_F64) return f64_bits(bits_f64(old) + bits_f64(x));
     if (type == T_F16X2)
       return PAIR16(f16_of(half_op(op, f16_to((u16)old), f16_to((u16)x))), f16_of(half_op(op, f16_to((u16)(old >> 16)), f16_to((u16)(x >> 16)))));
@@ -173,6 +175,6 @@ int atomic_access(Warp* w, const Inst* inst, u32 mask) {
       if (inst->d) memcpy(w->regs + (i64)inst->d * SLOT_BYTES + lane * lane_bytes, &old, lane_bytes);
     }
   }
-  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, 1);
+  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, ACCESS_STRONG);
   return 1;
 }

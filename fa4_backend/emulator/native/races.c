@@ -13,6 +13,7 @@ Race* emu_race_new(const u32* fenced, u32 size, u32 smem_cells, u32 tmem_cells) 
   race->records = malloc(race->capacity * sizeof(Record));
   for (u32 i = 0; i < size; i++) {
     Shadow* shadows[] = {&race->smem[i], &race->tmem[i]};
+    race->barriers[i] = calloc(smem_cells + 2, 1);
     for (int k = 0; k < 2; k++) {
       shadows[k]->num_cells = k ? tmem_cells : smem_cells;
       shadows[k]->writes = calloc(shadows[k]->num_cells, 4);
@@ -26,6 +27,7 @@ void emu_race_free(Race* race) {
   for (int i = 0; i < MAX_CLUSTER; i++) {
     free(race->smem[i].writes), free(race->smem[i].reads);
     free(race->tmem[i].writes), free(race->tmem[i].reads);
+    free(race->barriers[i]);
   }
   free(race->records);
   free(race);
@@ -69,11 +71,12 @@ static void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Ac
 static int ordered_actor(const Record* old, const Accessor* who, u32 actor) {
   const Cluster* cluster = who->cluster;
   if (old->cluster == cluster->number) return who->clock[actor] >= old->epoch;
-  if (old->cluster < cluster->settled) return 1;
+  const int in_gap = old->cluster >= cluster->gap_begin && old->cluster < cluster->gap_end;
+  if (old->cluster < cluster->settled && !in_gap) return 1;
   for (u32 i = 0; i < cluster->num_knowledge; i++) {
     const Knowledge* k = &cluster->knowledge[i];
     if (who->clock[k->actor] < k->epoch) continue;
-    if (k->cluster == ALL_EARLIER ? old->cluster < cluster->first_of_launch : k->cluster == old->cluster && k->clock[actor] >= old->epoch) return 1;
+    if (k->cluster == ALL_EARLIER ? old->cluster < cluster->first_of_launch && !in_gap : k->cluster == old->cluster && k->clock[actor] >= old->epoch) return 1;
   }
   return 0;
 }
@@ -149,6 +152,8 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
     if (cell >= shadow->num_cells) return;
     u32 write = shadow->writes[cell], reads = shadow->reads[cell];
     if (write != memo->write || !memo->checked) {
+      if (write && who->non_coherent && race->records[write].cluster >= who->cluster->first_of_launch)
+        conflict(race, CONFLICT_NON_COHERENT, cell, &race->records[write], who);
       if (write) {
         // Of lanes that write one cell by one instruction, one wins.
         if (!(memo->first && write >= memo->first) && !after_write(race, &race->records[write], who))
@@ -178,11 +183,24 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
   }
 }
 
+// A store over an mbarrier that is in use.
+static void over_barrier(Race* race, u32 rank, u32 cell, u32 span, const Accessor* who) {
+  for (u32 end = cell + span; cell < end && cell < race->smem[rank].num_cells; cell++)
+    if (race->barriers[rank][cell]) conflict(race, CONFLICT_BARRIER, cell, NULL, who);
+}
+
+void emu_race_barrier(Race* race, u32 rank, u32 offset, int live) {
+  memset(race->barriers[rank] + (offset >> 2), live, 2);
+}
+
 // `count` runs of `span` cells each, starting at cells[i] * scale, in shared memory (is_tmem 0) or TMEM of CTA `rank`.
 void emu_race_access(Race* race, int is_tmem, u32 rank, const i64* cells, u32 count, u32 scale, u32 span, const Accessor* who, int kind) {
   Shadow* shadow = is_tmem ? &race->tmem[rank] : &race->smem[rank];
   Memo memo = {0};
-  for (u32 i = 0; i < count; i++) touch(race, shadow, (u32)(cells[i] * scale), span, who, kind, &memo);
+  for (u32 i = 0; i < count; i++) {
+    if (!is_tmem && kind == RACE_WRITE) over_barrier(race, rank, (u32)(cells[i] * scale), span, who);
+    touch(race, shadow, (u32)(cells[i] * scale), span, who, kind, &memo);
+  }
 }
 
 // A rectangle of TMEM: `groups` groups of 16 lanes from `group`, `columns` columns from `column`.
@@ -192,7 +210,7 @@ void emu_race_tmem(Race* race, u32 rank, u32 group, u32 groups, u32 column, u32 
 }
 
 // A load, store or atomic of one warp (called by the interpreter).
-void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int strong) {
+void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int flags) {
   Race* race = w->cluster->race;
   u32 shared = 0, global = 0;
   for (int lane = 0; lane < LANES; lane++) {
@@ -204,14 +222,16 @@ void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, i
   const u32 start = race->num_records;
   for (u32 left = shared, lanes; left; left &= ~lanes) {
     lanes = lanes_together(w, addresses, left);
-    Accessor who = accessor_of(w, lanes, bytes, strong);
+    Accessor who = accessor_of(w, lanes, bytes, flags);
     Memo memo = {start};
     u64 address = addresses[__builtin_ctz(lanes)];
     u32 rank = (u32)address >> 24, offset = (u32)address & 0xffffff;
     u32 first = offset >> 2, last = (offset + bytes - 1) >> 2;
+    if (rank != w->cta_rank) w->remote_epoch[rank] = w->epoch, w->remote_lanes[rank] = lanes, w->remote_pc[rank] = w->pc_now;
+    if (kind == RACE_WRITE) over_barrier(race, rank, first, last - first + 1, &who);
     touch(race, &race->smem[rank], first, last - first + 1, &who, kind, &memo);
   }
-  if (global && w->cluster->global) global_lanes(w, addresses, global, bytes, kind, strong);
+  if (global && w->cluster->global) global_lanes(w, addresses, global, bytes, kind, flags);
 }
 
 // Of these lanes, the first and those that access the same address and know the same.
@@ -225,7 +245,7 @@ u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes) {
   return together;
 }
 
-Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int strong) {
+Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int flags) {
   const u32* clock = (const u32*)w->lane_clocks[__builtin_ctz(lanes)];
-  return (Accessor){clock, w->actor, w->epoch, w->pc_now, w->warp_in_cluster, 0, bytes < 4, strong, lanes, w->cluster};
+  return (Accessor){clock, w->actor, w->epoch, w->pc_now, w->warp_in_cluster, 0, bytes < 4, flags & ACCESS_STRONG, lanes, (flags & ACCESS_NON_COHERENT) != 0, 0, w->cluster};
 }

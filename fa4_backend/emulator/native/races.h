@@ -3,7 +3,7 @@
 #include "core.h"
 
 enum { RACE_READ, RACE_WRITE };
-enum { CONFLICT_READ_WRITE, CONFLICT_WRITE_WRITE, CONFLICT_WRITE_READ, CONFLICT_UNWRITTEN };  // earlier access, later access
+enum { CONFLICT_READ_WRITE, CONFLICT_WRITE_WRITE, CONFLICT_WRITE_READ, CONFLICT_UNWRITTEN, CONFLICT_NON_COHERENT, CONFLICT_BARRIER };  // earlier access, later access
 
 // Who accesses: `actor` at `epoch`, knowing of its cluster's others what `clock` says.
 typedef struct {
@@ -13,6 +13,7 @@ typedef struct {
   u32 partial;        // covers less than a cell
   u32 strong;         // strong (atomics, relaxed, acquire, release): two of these do not race. PTX ISA 8.7
   u32 lanes;          // lanes that access, each as actor + lane; 0: the actor itself does
+  u32 non_coherent, pad;  // ld.global.nc
   const Cluster* cluster;
 } Accessor;
 
@@ -50,6 +51,7 @@ typedef struct Race {
   u32 num_records, capacity;
   const u32* fenced;  // actor -> the actor that stands for its writes made visible to the asynchronous proxy
   Shadow smem[MAX_CLUSTER], tmem[MAX_CLUSTER];
+  u8* barriers[MAX_CLUSTER];  // cells of shared memory that hold an mbarrier
   struct PageTable* pages;  // of the global detector
   u32 num_conflicts;
   Conflict conflicts[MAX_CONFLICTS];
@@ -67,6 +69,7 @@ typedef struct {
 
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo);
 u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes);
-Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int strong);
-void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int strong);
-void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int strong);
+enum { ACCESS_STRONG = 1, ACCESS_NON_COHERENT = 2 };
+Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int flags);
+void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int flags);
+void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int flags);

@@ -5,8 +5,9 @@ Horner on packed pairs, then n added to the exponent field. x + 1.5 * 2^23 round
 bits, so floor and exponent come from one addition. p(0) = 1 exactly: the largest score of a row has weight 1 on either unit.
 (FlashAttention-4, arXiv 2603.05451, "software exponential"; Tang, "Table-driven implementation of the exponential function".)
 
-Note [Columns]. Which columns use the polynomial depends on the KV column alone, so a row's bits do not depend on the tile, the page
-size or the kernel (prefill or decode) that computes it.
+Note [Columns]. Which columns use the polynomial depends on the KV column alone, so a row's bits do not depend on its tile or on the page
+size. Only the Blackwell prefill kernel has it: decode and the Hopper kernels compute every column on MUFU. So a token's bits from decode
+and from prefill differ; where they must not, exact mode sends all rows to the prefill kernel.
 
 `scripts/exp2_minimax.py` derives COEFFICIENTS and the error table of docs/numerics.md.
 """

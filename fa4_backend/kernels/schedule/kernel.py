@@ -23,6 +23,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
+from fa4_backend.kernels.launch_abi import schedule_fakes
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile, upper_bound
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
@@ -30,7 +31,7 @@ from fa4_backend.kernels.schedule.prefill_list import sum_prefill, write_prefill
 from fa4_backend.kernels.schedule.prefill_parts import PartTables
 from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
 from fa4_backend.kernels.schedule.share import Share, share_chip
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NUM_ENTRIES, PART_COUNTERS, TILE_INTS, TOTAL_Q
+from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule.config import ScheduleConfig
@@ -63,36 +64,15 @@ class ScheduleKernel:
         cu_seqlens_q: cute.Tensor,  # (batch + 1,) int32
         seqused_k: cute.Tensor,  # (batch,) int32
         prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
-        prefill_begin: cute.Tensor,  # (num_ctas + 1,) int32
+        prefill_begin: cute.Tensor,  # (prefill_groups + 1,) int32
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         arrivals: cute.Tensor,  # (max_slots,) int32
         part_arrivals: cute.Tensor,  # (max(1, max_part_slots), PART_COUNTERS) int32
-        num_kv_heads: Int32,
-        tokens_per_tile: Int32,
-        prefill_tile_n: Int32,
-        decode_query_len: Int32,
-        decode_tile_n: Int32,
-        split_blocks: Int32,
-        l2_tokens: Int32,
-        window_left: Int32,
-        window_right: Int32,
-        slot_vectors: Int32,
-        num_sms: Int32,
-        decode_tile_ticks: Int32,
-        decode_full_sms: Int32,
-        max_seqlen_k: Int32,
-        max_num_tokens: Int32,
-        part_slots: Int32,
-        min_part_blocks: Int32,
+        params: ScheduleParams,
         stream,
     ):
-        """Launch; the scalars are the fields of `ScheduleParams`."""
-        params = ScheduleParams(
-            num_kv_heads, tokens_per_tile, prefill_tile_n, decode_query_len, decode_tile_n,
-            split_blocks, l2_tokens, window_left, window_right, slot_vectors,
-            num_sms, decode_tile_ticks, decode_full_sms, max_seqlen_k, max_num_tokens, part_slots, min_part_blocks,
-        )  # fmt: skip
+        """Launch."""
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         lengths = StepLengths(cu_seqlens_q, seqused_k)
         self.kernel(lengths, prefill_tiles, prefill_begin, decode_tiles, decode_first, arrivals, part_arrivals, params).launch(
@@ -342,15 +322,4 @@ def lower_bound_cut(cuts: CutTables, length: Int32, item: Int32, block: Int32) -
 
 def build(config: ScheduleConfig) -> tuple[ScheduleKernel, tuple[Any, ...]]:
     """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
-    from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
-
-    def lengths() -> cute.Tensor:
-        return make_fake_tensor(Int32, (cute.sym_int32(),), stride=(1,), assumed_align=4)
-
-    def tiles(size: int) -> cute.Tensor:
-        return make_fake_tensor(Int32, (cute.sym_int32(), size), stride=(size, 1), assumed_align=16)
-
-    scalars = [Int32(0)] * len(ScheduleParams._fields)
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    lists = (tiles(TILE_INTS), lengths(), tiles(DECODE_INTS), tiles(DECODE_INTS), lengths(), tiles(PART_COUNTERS))
-    return ScheduleKernel(config.max_num_seqs), (lengths(), lengths(), *lists, *scalars, stream)
+    return ScheduleKernel(config.max_num_seqs), schedule_fakes()

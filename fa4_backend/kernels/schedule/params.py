@@ -1,29 +1,27 @@
-"""What the schedule is told of a step's kernels, as runtime values: one compiled schedule serves every plan."""
+"""What the schedule is told of a step's kernels, as runtime values: one compiled schedule serves every plan. Imports no compiler."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from cutlass import Int32
+from typing import Any, NamedTuple
 
 
 class ScheduleParams(NamedTuple):
-    """`WorkShape` and the step's mask as runtime values (int32); see there for units."""
+    """The numbers of `WorkShape` that the device needs, and the step's mask: int on the host, Int32 on the device."""
 
-    num_kv_heads: Int32
-    tokens_per_tile: Int32
-    prefill_tile_n: Int32
-    decode_query_len: Int32  # 0: no decode list
-    decode_tile_n: Int32
-    split_blocks: Int32
-    l2_tokens: Int32
-    window_left: Int32  # NO_WINDOW: none
-    window_right: Int32  # 0 for causal attention, NO_WINDOW: none
-    slot_vectors: Int32  # 16-byte vectors of a slot that each thread of a combining CTA adds
-    num_sms: Int32
-    decode_tile_ticks: Int32  # time of a decode n_block on an SM of its own, in TICKS of a prefill n_block
-    decode_full_sms: Int32  # SMs whose decode CTAs keep the memory busy
-    max_seqlen_k: Int32
-    max_num_tokens: Int32
-    part_slots: Int32  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
-    min_part_blocks: Int32
+    num_kv_heads: Any
+    tokens_per_item: Any
+    prefill_tile_n: Any
+    decode_query_len: Any  # 0: no decode list
+    decode_tile_n: Any
+    split_blocks: Any
+    l2_tokens: Any
+    window_left: Any  # keys before the diagonal that any row of the step sees; NO_WINDOW: all
+    window_right: Any  # keys after it; 0 for causal attention, NO_WINDOW: all
+    slot_vectors: Any
+    num_sms: Any
+    decode_tile_ticks: Any
+    decode_full_sms: Any
+    max_seqlen_k: Any
+    max_num_tokens: Any
+    part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
+    min_part_blocks: Any

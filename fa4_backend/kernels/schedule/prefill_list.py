@@ -31,7 +31,7 @@ def sum_prefill(
     """
     tidx, _, _ = cute.arch.thread_idx()
     # No more n_blocks of two query blocks than let the sum over all query blocks stay below 2^31.
-    most = MAX_SUM // (params.max_num_tokens // params.tokens_per_tile + cute.size(lengths.seqused_k))
+    most = MAX_SUM // (params.max_num_tokens // params.tokens_per_item + cute.size(lengths.seqused_k))
     done, seen, longest = Int32(0), Int32(0), Int32(0)
     for base in range(0, rows.num_prefill, NUM_THREADS):
         at = base + tidx
@@ -128,14 +128,14 @@ def write_prefill(
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:
     """Query blocks of a prefill row."""
-    return (row.query_len + params.tokens_per_tile - 1) // params.tokens_per_tile
+    return (row.query_len + params.tokens_per_item - 1) // params.tokens_per_item
 
 
 @cute.jit
 def visible_blocks(m_block: Int32, row: Row, params: ScheduleParams) -> tuple[Int32, Int32]:
     """The n_blocks that a prefill tile sees, half-open."""
-    first = row.kv_len - row.query_len + m_block * params.tokens_per_tile  # diagonal key of the tile's first token
+    first = row.kv_len - row.query_len + m_block * params.tokens_per_item  # diagonal key of the tile's first token
     begin = cutlass.max(first - params.window_left, 0) // params.prefill_tile_n
-    end = cutlass.max(cutlass.min(row.kv_len, first + params.tokens_per_tile + params.window_right), 0)
+    end = cutlass.max(cutlass.min(row.kv_len, first + params.tokens_per_item + params.window_right), 0)
     end = cutlass.max((end + params.prefill_tile_n - 1) // params.prefill_tile_n, begin)
     return begin, end

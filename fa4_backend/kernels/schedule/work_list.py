@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_of, short_piece
 from fa4_backend.kernels.schedule.limits import MAX_DECODE_CTAS
+from fa4_backend.kernels.schedule.params import ScheduleParams
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,9 @@ class WorkShape:
     """What the schedule must know of the kernels that read its lists, and of the batch's limits."""
 
     num_kv_heads: int
-    num_ctas: int  # CTAs of the prefill kernel, or CTA pairs
+    prefill_groups: int  # CTAs of the prefill kernel, or CTA pairs
     decode_num_ctas: int  # CTAs of the decode kernel
-    tokens_per_tile: int  # query tokens of a prefill tile, `tile_m // q_per_kv`
+    tokens_per_item: int  # query tokens of an entry of the prefill list
     prefill_tile_n: int  # keys of a prefill n_block
     decode_query_len: int  # longest query of a decode row; 0: every row goes to the prefill list
     decode_tile_n: int  # keys of a decode n_block
@@ -79,9 +80,14 @@ class WorkShape:
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
 
+    def params(self, window_left: int, window_right: int) -> ScheduleParams:
+        """The numbers for a launch of the schedule, with the windows of a step."""
+        others = {"window_left": window_left, "window_right": window_right, "part_slots": self.max_part_slots()}
+        return ScheduleParams(*(others[name] if name in others else getattr(self, name) for name in ScheduleParams._fields))
+
     def max_prefill_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest prefill list within the limits."""
-        m_blocks = self.max_num_tokens // self.tokens_per_tile + min(max_num_seqs, self.max_num_tokens)
+        m_blocks = self.max_num_tokens // self.tokens_per_item + min(max_num_seqs, self.max_num_tokens)
         return m_blocks * self.num_kv_heads + self.max_part_slots()
 
     def max_part_slots(self) -> int:
@@ -89,7 +95,7 @@ class WorkShape:
 
         Two a CTA: tiles that are more than CTAs are hardly cut. 264 slots of 68 KiB, 17.5 MiB, on 132 SMs at d128.
         """
-        return 2 * self.num_ctas if self.part_floats else 0
+        return 2 * self.prefill_groups if self.part_floats else 0
 
     def max_decode_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest decode list: a row group each, and one more for each cut between two CTAs."""
@@ -113,7 +119,7 @@ class WorkLists:
 
     shape: WorkShape
     prefill_tiles: torch.Tensor  # (max_prefill_tiles, TILE_INTS) int32
-    prefill_begin: torch.Tensor  # (num_ctas + 1,) int32
+    prefill_begin: torch.Tensor  # (prefill_groups + 1,) int32
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
@@ -133,7 +139,7 @@ class WorkLists:
         return cls(
             shape,
             prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_seqs), TILE_INTS),
-            prefill_begin=ints(shape.num_ctas + 1),
+            prefill_begin=ints(shape.prefill_groups + 1),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),

@@ -1,8 +1,16 @@
-"""Upstream's flash-attn-4 kernels as programs under test for the emulator: compiled here without a GPU, run on CPU tensors."""
+"""flash-attn-4's own kernels on the emulator: compiled without a GPU by its own code, run on CPU tensors.
+
+    def causal(session):                                   # fa4 emulate my_module:causal --arch sm_90a
+        q, k, v = (torch.randn(1, 256, 2, 128).bfloat16() for _ in range(3))
+        out, lse = flash_attention.forward(session, q, k, v, causal=True, return_lse=True)[:2]
+
+Needs the package flash-attn-4. A process serves one arch: flash-attn-4 and the DSL read it from the environment once.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,9 +18,10 @@ from unittest import mock
 
 import torch
 
-from fa4_backend import emulator
+from fa4_backend.emulator.host_calls import install
+from fa4_backend.emulator.session import Session
 
-NUM_SMS = 148
+NUM_SMS = 148  # that flash-attn-4 plans for
 
 
 class _Hardware:
@@ -33,7 +42,7 @@ class _Hardware:
 class _EmulatedCache(dict):
     """A compile cache whose entries run on the emulator."""
 
-    def __init__(self, entries: Any, emu: emulator.Session) -> None:
+    def __init__(self, entries: Any, emu: Session) -> None:
         super().__init__(entries)
         self.emu = emu
 
@@ -48,9 +57,9 @@ def prepare(arch: str) -> None:
     os.environ["FLASH_ATTENTION_ARCH"] = "sm_90" if arch == "sm_90a" else "sm_100"
     os.environ["FLASH_ATTENTION_NUM_SMS"] = str(NUM_SMS)
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
-    os.environ.setdefault("CUTE_DSL_DUMP_DIR", "/tmp/fa4_backend_dump")
-    os.makedirs(os.environ["CUTE_DSL_DUMP_DIR"], exist_ok=True)
-    emulator.install()
+    folder = os.environ.setdefault("CUTE_DSL_DUMP_DIR", os.path.join(tempfile.gettempdir(), "fa4_backend_dump"))
+    os.makedirs(folder, exist_ok=True)
+    install()
 
 
 @contextmanager
@@ -72,8 +81,9 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return change(value) if isinstance(value, torch.Tensor) else value
 
 
-def forward(emu: emulator.Session, *args: Any, **kwargs: Any) -> Any:
+def forward(emu: Session, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn.cute.interface._flash_attn_fwd` on CPU tensors: compiled with fake CUDA tensors, then run on `emu`."""
+    prepare(emu.arch)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with _patched({}) as interface:

@@ -1,0 +1,43 @@
+"""Schedule and decode kernel on a GPU, a short form of `prove_decode` and of `prove_large_logits`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.device import prove_decode, prove_large_logits
+
+pytestmark = pytest.mark.gpu
+
+FUZZED = 200
+
+
+def test_the_devices_lists_are_the_hosts(arch: str) -> None:
+    assert prove_decode.check_lists(arch, 40)["steps"] == 40
+
+
+def test_fuzzed_batches(arch: str) -> None:
+    seen = prove_decode.check_fuzz(arch, FUZZED, (0, 1), "")
+    assert seen["batches"] >= FUZZED // 2 and not any(setup["failures"] for setup in seen["setups"])
+
+
+def test_fuzzed_batches_beside_prefill(arch: str) -> None:
+    setups = prove_decode.mixed_setups(arch)
+    seen = prove_decode.check_mixed(FUZZED, setups)
+    assert seen["batches"] >= FUZZED // 2 and len(seen["setups"]) == len(setups)
+
+
+def test_bits_do_not_depend_on_pages_neighbours_or_replay(arch: str) -> None:
+    assert prove_decode.check_bits(arch, 20)["rounds"] == 20
+
+
+def test_exact_mode_keeps_a_prompts_bits(arch: str) -> None:
+    assert prove_decode.check_exact(arch, 10)["tokens"] > 0
+
+
+# The channel that shows a weight's drift where ptxas contracts a product, and one with random values beside it; both ends of the lengths.
+@pytest.mark.parametrize("setup", prove_large_logits.SETUPS, ids=str)
+@pytest.mark.parametrize("keys", [2048, 32768])
+@pytest.mark.parametrize("channel", ["level", "random"])
+def test_large_logits_err_at_most_twice_as_much_as_torch(arch: str, setup: prove_large_logits.Setup, keys: int, channel: str) -> None:
+    result = prove_large_logits.judge(channel, setup, keys)
+    assert result["ok"], result

@@ -1,0 +1,87 @@
+"""A step of the engine, refresh and call, launches kernels and does nothing else: what a captured graph needs. Launchers are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fa4_backend import AttentionMetadata, paged_attention
+from fa4_backend.kernels import loading
+from tests.support.paged_case import PagedCase
+
+# Every feature whose tensor or number goes into a launch; a decode row beside a prefill row.
+CASE = PagedCase((1, 9), (70, 20), head_dim=128, window_left=40, sinks=True, alibi=True, softcap=20.0)
+
+
+class Operations(TorchDispatchMode):
+    """Records every tensor operation: a host read is one (`_local_scalar_dense`), and so are an allocation and a conversion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
+    """(kernel, arguments) of every launch; no kernel is compiled or run."""
+    seen: list[tuple[str, tuple]] = []
+
+    def load(key: Any, *, emulated: bool) -> Callable[..., None]:
+        return lambda *arguments: seen.append((key.name, arguments))
+
+    monkeypatch.setattr(loading, "load", load)
+    return seen
+
+
+@pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])
+def test_a_step_launches_and_nothing_else(arch: str, launches: list[tuple[str, tuple]]) -> None:
+    """No allocation, conversion, copy or host read, in the first call of its kind and in one whose facts are remembered. The launches get
+    the engine's own tensors, so that a graph follows what the engine writes there."""
+    built = PagedCase(**{**vars(CASE), "arch": arch}).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    names = ("window_left", "softcap", "sinks", "alibi_slopes", "out", "lse")
+    for _ in range(2):
+        launches.clear()
+        with Operations() as operations:
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=9, max_seqlen_k=70)
+            paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
+        assert operations.names == []
+        assert [name.split("-")[0] for name, _ in launches] == ["schedule", "decode", "prefill"]
+        for _, arguments in launches[1:]:
+            for name in ("q", "k_cache", "v_cache", "page_table", "out", "lse", "sinks", "alibi_slopes"):
+                assert any(argument is getattr(a, name) for argument in arguments), name
+
+
+def test_the_control_of_operations(launches: list[tuple[str, tuple]]) -> None:
+    """What the operator makes itself, `out` where none is given, is seen as an allocation."""
+    built = PagedCase(**{**vars(CASE), "arch": "emulated-sm_90a"}).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=9, max_seqlen_k=70)
+    with Operations() as operations:
+        names = ("window_left", "softcap", "sinks", "alibi_slopes", "lse")
+        paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
+    assert operations.names == ["aten.new_empty.default"]
+
+
+def test_a_refused_step_launches_nothing(launches: list[tuple[str, tuple]]) -> None:
+    """On a compiled arch, as on the reference: the schedule is not run for lengths that are refused, nor a kernel for a wrong call."""
+    built = PagedCase(**{**vars(CASE), "arch": "emulated-sm_100a"}).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    with pytest.raises(ValueError, match="seqused_k: expected dtype int32"):
+        metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k.long(), max_seqlen_q=9, max_seqlen_k=70)
+    assert launches == []
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=9, max_seqlen_k=70)
+    launches.clear()
+    names = ("window_left", "softcap", "alibi_slopes", "out", "lse")
+    with pytest.raises(ValueError, match="sinks: expected dtype float32, got bfloat16"):
+        given = {name: getattr(a, name) for name in names}
+        paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, sinks=torch.zeros(4).bfloat16(), **given)
+    assert launches == []
