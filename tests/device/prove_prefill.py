@@ -25,14 +25,16 @@ from tests.support.paged_case import BuiltCase, PagedCase, repage
 LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
 
 
-def run_case(built: BuiltCase) -> None:
-    """The schedule and the prefill kernel alone, over all rows of a case."""
+def run_case(built: BuiltCase, min_part_blocks: int | None = None) -> None:
+    """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup."""
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
     metadata = AttentionMetadata.allocate(plan, "cuda")
     work = metadata.work
     assert work is not None
     work.shape = replace(work.shape, decode_query_len=0)
+    if min_part_blocks is not None:
+        work.shape = replace(work.shape, min_part_blocks=min_part_blocks)
     a.out.fill_(math.nan)
     prefill_alone(metadata, a)
     torch.cuda.synchronize()
@@ -63,7 +65,8 @@ def check_cases(arch: str, repeats: int, only: str) -> list[dict]:
         if not name.startswith(only):
             continue
         built = case.build("cuda")
-        run_case(built)
+        min_part_blocks = 1 if name.endswith(" in parts") else None
+        run_case(built, min_part_blocks)
         first, lse = built.arguments.out.clone(), built.arguments.lse
         assert lse is not None
         row = {"case": name, "ok": True, "why": ""}
@@ -72,7 +75,7 @@ def check_cases(arch: str, repeats: int, only: str) -> list[dict]:
         except AssertionError as error:
             row |= {"ok": False, "why": str(error)[:200]}
         for _ in range(repeats):
-            run_case(built)
+            run_case(built, min_part_blocks)
             if not torch.equal(first[: built.total_q], built.arguments.out[: built.total_q]):
                 row |= {"ok": False, "why": "bits differ between repeats"}
         results.append(row)

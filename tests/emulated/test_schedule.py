@@ -42,7 +42,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     draw = random.Random(seed)
     num_ctas, sms_a_group = draw.choice((1, 7, 33)), draw.choice((1, 2))
     shape = WorkShape(
-        num_kv_heads=draw.choice((1, 2, 3, 8)), prefill_groups=num_ctas, decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
+        num_kv_heads=draw.choice((1, 2, 3, 8)), prefill_groups=num_ctas,
+        decode_num_ctas=max(draw.choice((1, 7, 33)), num_ctas * sms_a_group),
         tokens_per_item=draw.choice((16, 32, 42)), prefill_tile_n=128, decode_query_len=draw.choice((0, 1, 4)), decode_tile_n=64,
         slot_floats=520, split_blocks=draw.choice((0, 0, 3, 8)), slot_vectors=draw.choice((1, 4)),
         l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),

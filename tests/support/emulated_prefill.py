@@ -108,7 +108,7 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         num_kv_heads=case.num_kv_heads, prefill_groups=num_ctas, decode_num_ctas=num_ctas, tokens_per_item=key.tokens_per_item,
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
-        max_seqlen_k=2**31 - 1, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
+        max_seqlen_k=NO_WINDOW, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
     )  # fmt: skip
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window

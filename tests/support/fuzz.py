@@ -252,7 +252,7 @@ def prefill_setups(arch: str) -> list[FuzzSetup]:
         return FuzzSetup(name, problem, prefill_only=True)
 
     def parts(whole: FuzzSetup) -> FuzzSetup:
-        return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4)
+        return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4, max_kv=1200)
 
     setups = [
         setup("d128 page 16", (8, 2), (128, 128), 16),

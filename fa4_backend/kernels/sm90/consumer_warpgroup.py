@@ -28,7 +28,7 @@ from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, tile_range
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
@@ -294,7 +294,8 @@ class ConsumerWarpgroup:
         key_end = None
         if const_expr(self.config.has_parts):
             # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
-            key_end = work.n_block_end * self.config.tile.tile_n
+            tile_n = const_expr(self.config.tile.tile_n)
+            key_end = cutlass.min(work.n_block_end, MAX_INT32 // tile_n) * tile_n
         blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
