@@ -59,15 +59,18 @@ class MmaWarp:
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
                     if is_last:
+                        if q_idx == Q_STAGE - 1:
+                            # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
+                            g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
                         g.group.commit(g.full(place, "o_mma_to_correction", q_idx))
                     else:
                         if q_idx == 0:
                             g.group.wait(g.full(place, "kv_load_to_mma", k_stage), k_phase)
                         self.issue_qk(place, q_idx, k_stage)
-                g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
                 p_phase ^= 1
                 stage, phase = k_stage, k_phase
                 if not is_last:
+                    g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
                     g.group.commit(g.empty(place, "kv_load_to_mma", k_stage))
             q_phase ^= 1
 
