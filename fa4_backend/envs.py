@@ -31,6 +31,11 @@ def _read(name: str) -> str:
     return os.environ.get(name, VARIABLES[name][0])
 
 
+def set_default(name: str, value: str) -> str:
+    """Set a library's variable where the user has not; returns what it is then."""
+    return os.environ.setdefault(name, value)
+
+
 def settings() -> dict[str, str | None]:
     """Value of every variable of the table, None where it is not set; those named like ours that are not in it come last."""
     unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in VARIABLES)

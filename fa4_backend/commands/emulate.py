@@ -227,7 +227,7 @@ def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
 
 def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace | None) -> dict[str, Any]:
     """Call `module:function` with an open session (`session.run(compiled, ...)` launches), once a schedule."""
-    from fa4_backend import emulator
+    from fa4_backend import emulator, envs
 
     module_name, _, function_name = name.partition(":")
     if not function_name:
@@ -235,9 +235,9 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     sys.path.insert(0, "")
     # Before the compiler is imported: host code binds to the first launch functions it finds, and what is compiled keeps its PTX.
     emulator.install()
-    os.environ.setdefault("CUTE_DSL_ARCH", arch)
-    os.environ.setdefault("CUTE_DSL_KEEP", "ptx,cubin")
-    if "CUTE_DSL_DUMP_DIR" not in os.environ:
+    envs.set_default("CUTE_DSL_ARCH", arch)
+    envs.set_default("CUTE_DSL_KEEP", "ptx,cubin")
+    if envs.settings()["CUTE_DSL_DUMP_DIR"] is None:
         folder = tempfile.mkdtemp(prefix="fa4-emulate-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["CUTE_DSL_DUMP_DIR"] = folder

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from fa4_backend import envs
 from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.session import Session
 
@@ -57,7 +58,7 @@ def prepare(arch: str) -> None:
     os.environ["FLASH_ATTENTION_ARCH"] = "sm_90" if arch == "sm_90a" else "sm_100"
     os.environ["FLASH_ATTENTION_NUM_SMS"] = str(NUM_SMS)
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
-    folder = os.environ.setdefault("CUTE_DSL_DUMP_DIR", os.path.join(tempfile.gettempdir(), "fa4_backend_dump"))
+    folder = envs.set_default("CUTE_DSL_DUMP_DIR", os.path.join(tempfile.gettempdir(), "fa4_backend_dump"))
     os.makedirs(folder, exist_ok=True)
     install()
 

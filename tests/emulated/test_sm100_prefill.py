@@ -129,7 +129,8 @@ def test_any_share_of_polynomial_exp2(every: int) -> None:
 
 def test_rescaling_at_every_growth() -> None:
     key = BASE.plan().kernels.prefill
-    key = replace(key, tile=replace(key.tile, rescale_threshold=0.0))
+    kernel = replace(key.kernel, tile=replace(key.kernel.tile, rescale_threshold=0.0))
+    key = replace(key, kernel=kernel)
     run_prefill(BASE, key=key).check()
 
 

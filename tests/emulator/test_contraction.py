@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fa4_backend import emulator
-from fa4_backend.compile import find_cuda_tool
 from fa4_backend.emulator import contraction
 from fa4_backend.emulator.contraction_sass import assemble, fused_sums
 from fa4_backend.emulator.parser import parse_module
+from fa4_backend.kernel_facts import find_cuda_tool
 from tests.emulator.harness import run_program
 from tests.emulator.programs.program import Program, output
 

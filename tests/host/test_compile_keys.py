@@ -136,7 +136,7 @@ def test_an_edit_of_the_blackwell_tables_changes_key_and_list_together(monkeypat
     assert is_another(before, after) and before.prefill.name != after.prefill.name
     assert (before.work.tokens_per_item, after.work.tokens_per_item) == (64, 128)
     assert (before.prefill.tokens_per_item, after.prefill.tokens_per_item) == (64, 128)
-    assert after.work.num_ctas == before.work.num_ctas // 2
+    assert after.work.prefill_groups == before.work.prefill_groups // 2
 
 
 @pytest.mark.parametrize(("arch", "table"), [("sm_90a", sm90_tuning.TILES), ("sm_100a", sm100_tuning.TILES)])
