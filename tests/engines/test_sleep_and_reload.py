@@ -106,7 +106,8 @@ def test_a_step_after_sleep_is_the_same(kernel: str, feature: str, level: int, m
 def device_buffers(built: BuiltStep, level: int) -> list[torch.Tensor]:
     """Every device tensor that the layer or its builder made or reads, and that a sleep of this level may discard."""
     lists = [metadata.work for metadata in built.builder.steps.values() if metadata.work is not None]
-    buffers = [getattr(work, field.name) for work in lists for field in dataclasses.fields(work) if field.name != "shape"]
+    fields = [getattr(work, field.name) for work in lists for field in dataclasses.fields(work)]
+    buffers = [field for field in fields if isinstance(field, torch.Tensor)]  # the rest: a shape, and what only some archs have
     if level == 2:
         buffers += tensors_of(built.layer)
     return [*buffers, built.cache]
