@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -16,6 +15,7 @@ from fa4_backend import UnsupportedProblem
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache
 from tests.engines.vllm_step import LAYER, VllmStep
+from tests.support.operations import Operations
 
 # Edges: first token of a page, last of a page, one past it; first step of a sequence; rows of a draft; prefill chunks behind a context.
 BATCHES = {
@@ -127,18 +127,6 @@ def test_piecewise_slices_long_tensors() -> None:
     output = built.run()
     built.check(output)
     assert output[5:].isnan().all(), "rows past the call's were written"
-
-
-class Operations(TorchDispatchMode):
-    """Records every tensor operation: a host read is one (`_local_scalar_dense`), and so is an allocation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_build_reads_no_tensor_and_allocates_none() -> None:

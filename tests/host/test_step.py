@@ -7,26 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa4_backend import AttentionMetadata, paged_attention
 from fa4_backend.kernels import loading
+from tests.support.operations import Operations
 from tests.support.paged_case import PagedCase
 
 # Every feature whose tensor or number goes into a launch; a decode row beside a prefill row.
 CASE = PagedCase((1, 9), (70, 20), head_dim=128, window_left=40, sinks=True, alibi=True, softcap=20.0)
-
-
-class Operations(TorchDispatchMode):
-    """Records every tensor operation: a host read is one (`_local_scalar_dense`), and so are an allocation and a conversion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
