@@ -21,6 +21,8 @@ class CallTensors(NamedTuple):
     lse: torch.Tensor | None
     sinks: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 class AttentionArguments(NamedTuple):
@@ -40,3 +42,5 @@ class AttentionArguments(NamedTuple):
     softcap: float  # logits become softcap * tanh(logits / softcap); 0: off
     sinks: torch.Tensor | None  # (num_q_heads,) logit of the row's sink, scaled already; in the problem's sinks_dtype
     alibi_slopes: torch.Tensor | None  # (num_q_heads,) float32; adds -slope * distance to the diagonal key
+    k_scale: torch.Tensor | None = None  # (num_kv_heads,) float32, any stride: K is k_cache times it; None unless K and V are FP8
+    v_scale: torch.Tensor | None = None  # the same of V

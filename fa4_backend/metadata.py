@@ -38,6 +38,7 @@ class AttentionMetadata:
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = None
+    unit_scale: torch.Tensor | None = None  # (1,) float32, one: the scale of K and V in FP8 where a call gives none
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
     passed: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # facts of calls that `validation` found to fit; bytes of tensors
     is_announced: bool = False  # the plan's log line was written
@@ -55,14 +56,15 @@ class AttentionMetadata:
         import torch
 
         device = torch.device(device)
+        unit_scale = torch.ones(1, dtype=torch.float32, device=device) if plan.problem.has_kv_scales else None
         if plan.kernels is None:
-            return cls(plan, device)
+            return cls(plan, device, unit_scale=unit_scale)
         from fa4_backend.kernels.loading import load_kernels
         from fa4_backend.kernels.schedule.work_list import WorkLists
 
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
-        return cls(plan, work.prefill_tiles.device, kernels, work)  # "cuda" alone has become one GPU
+        return cls(plan, work.prefill_tiles.device, kernels, work, unit_scale=unit_scale)  # "cuda" alone has become one GPU
 
     def refresh(
         self,

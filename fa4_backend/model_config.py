@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.model_layers import ATTENTION, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, MaskFeatures, UnsupportedProblem
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def layer_groups(
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
-        dtype: a key of `DTYPE_BYTES`; default: the config's own, bfloat16 where it says none or float32, as vLLM does.
+        dtype: one of `COMPUTE_DTYPES`; default: the config's own, bfloat16 where it says none or float32, as vLLM does.
         tp: GPUs that share the heads (tensor parallelism); the problems are those of one GPU.
         text_only: a multimodal model will be given no images.
         modes: what no config says, such as `batch_invariant`; fields of `AttentionProblem`.
@@ -41,8 +41,8 @@ def layer_groups(
     """
     model = read_layers(path, text_only=text_only)
     dtype = dtype or {None: "bfloat16", "float32": "bfloat16"}.get(model.dtype, model.dtype)
-    if dtype not in DTYPE_BYTES:
-        raise ModelConfigError(f"dtype: expected one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    if dtype not in COMPUTE_DTYPES:
+        raise ModelConfigError(f"dtype: expected one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
     common = AttentionProblem(1, 1, 1, 1, dtype, page_size, arch, **modes)
     return [_group(layer, count, common, tp) for layer, count in Counter(model.layers).items()]
 

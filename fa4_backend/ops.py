@@ -28,6 +28,8 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,6 +57,8 @@ def paged_attention(
         sinks: (num_q_heads,) logit that joins each row's softmax without a value, in the problem's `sinks_dtype`; given exactly when the
             plan has it.
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
+        k_scale, v_scale: float32 on the device, of shape (num_kv_heads,), or () or (1,) for all heads, any stride: K and V are what is
+            stored times this. Only with FP8 K and V; default: 1. Read by the kernels, so that a captured graph follows its value.
         out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor. Shares no element with q, the caches or lse.
         lse: (num_q_heads, total_q) float32, written in place, likewise; default: a new tensor when the plan has it.
 
@@ -66,7 +70,7 @@ def paged_attention(
         ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched. On CPU tensors also: a
             row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
-    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes)
+    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale)
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
@@ -82,7 +86,7 @@ def paged_attention(
     right = None if window_right is None else clamp_window(window_right)
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
-        scale, left, right, softcap, sinks, alibi_slopes,
+        scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
     )  # fmt: skip
     announce(metadata)
     if metadata.kernels is None:
@@ -92,6 +96,13 @@ def paged_attention(
     else:
         _launch(metadata, arguments)
     return out, lse
+
+
+def _head_scales(metadata: AttentionMetadata, scale: torch.Tensor | None) -> torch.Tensor | None:
+    """One scale a KV head, as kernels read them; None where K and V have none."""
+    if metadata.unit_scale is None:
+        return None
+    return (metadata.unit_scale if scale is None else scale).expand(metadata.plan.problem.num_kv_heads)
 
 
 def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:

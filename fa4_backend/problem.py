@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # by torch's names
+FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits; finite up to 448
+KV_SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of q and out
 EMULATED_PREFIX = "emulated-"  # arch "emulated-sm_100a": the sm_100a kernel, executed on the emulator over CPU tensors
 
 
@@ -60,11 +63,11 @@ class AttentionProblem:
     num_kv_heads: int
     head_dim: int  # elements of a query or key row
     head_dim_v: int  # elements of a value or output row
-    dtype: str  # of q and out: a key of DTYPE_BYTES
+    dtype: str  # of q and out: one of COMPUTE_DTYPES
     page_size: int  # tokens a page
     arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
     mask: MaskFeatures = MaskFeatures()
-    kv_dtype: str = SAME_AS_Q  # of K and V: a key of DTYPE_BYTES; after construction never "auto"
+    kv_dtype: str = SAME_AS_Q  # of K and V as stored: a key of DTYPE_BYTES; after construction never "auto"
     sinks_dtype: str = "float32"  # of the tensor of sinks, where the mask has them: kernels read the engine's own parameter
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
@@ -83,9 +86,9 @@ class AttentionProblem:
             object.__setattr__(self, "kv_dtype", self.dtype)
         if not self.mask.has_sinks:
             object.__setattr__(self, "sinks_dtype", "float32")  # one key for all that have none
-        for name in ("dtype", "kv_dtype", "sinks_dtype"):
-            if getattr(self, name) not in DTYPE_BYTES:
-                raise UnsupportedProblem(f"{name}: expected one of {', '.join(DTYPE_BYTES)}, got {getattr(self, name)!r}")
+        for name, served in (("dtype", COMPUTE_DTYPES), ("kv_dtype", tuple(DTYPE_BYTES)), ("sinks_dtype", COMPUTE_DTYPES)):
+            if getattr(self, name) not in served:
+                raise UnsupportedProblem(f"{name}: expected one of {', '.join(served)}, got {getattr(self, name)!r}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
         if self.exact and not self.batch_invariant:
@@ -95,6 +98,11 @@ class AttentionProblem:
     def q_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether K and V are stored in FP8: what they stand for is the stored value times a scale, one of K and one of V a KV head."""
+        return self.kv_dtype == FP8
 
     @property
     def kv_token_bytes(self) -> int:

@@ -37,7 +37,10 @@ def sequences(arguments: AttentionArguments, *, is_causal: bool) -> Iterator[Seq
             continue
         first_visible, _ = visible_columns(rows.stop - rows.start, seqlen_k, is_causal, a.window_left, a.window_right)
         first = min(first_visible[0], seqlen_k)
-        k, v = (gather_pages(cache, a.page_table[seq_idx], first, seqlen_k) for cache in (a.k_cache, a.v_cache))
+        k, v = (
+            dequantise(gather_pages(cache, a.page_table[seq_idx], first, seqlen_k), scale)
+            for cache, scale in ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
+        )
         yield Sequence(rows, a.q[rows], k, v, first, seqlen_k)
 
 
@@ -72,6 +75,16 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor, first: int, last: int
     begin = first // page_size
     listed = pages[begin : -(-last // page_size)].long()
     return cache[listed].flatten(0, 1)[first - begin * page_size : last - begin * page_size]
+
+
+def dequantise(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What K or V in FP8 stand for, in float32; `stored` itself without a scale.
+
+    Args:
+        stored: (keys, num_kv_heads, head_dim).
+        scale: (num_kv_heads,) float32.
+    """
+    return stored if scale is None else stored.float() * scale[:, None]
 
 
 def visible_columns(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.schedule.limits import largest_num_seqs
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
@@ -18,12 +18,13 @@ MASKS = frozenset(f.name for f in fields(MaskFeatures))
 class KernelSupport:
     """What the kernels of one arch serve; the only place that says so."""
 
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of q and out
     head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
     head_dim_multiple: int
     max_q_per_kv: int | None  # query heads packed in one tile; None: any
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
+    quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside q's own
 
 
 _BLACKWELL = KernelSupport(
@@ -41,7 +42,7 @@ _HOPPER = KernelSupport(
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(tuple(DTYPE_BYTES), None, 8, None, modes=frozenset(MODES) - {"exact"}),
+    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
@@ -74,8 +75,9 @@ def check_problem(problem: AttentionProblem) -> None:
     unserved += [name for name in MODES if getattr(problem, name) and name not in support.modes]
     if unserved:
         raise UnsupportedProblem(f"{unserved[0]} on {arch}: expected False, got True; {_FEATURE_ADVICE}")
-    if problem.kv_dtype != problem.dtype:
-        raise UnsupportedProblem(f"kv_dtype on {arch}: expected that of q, {problem.dtype}, got {problem.kv_dtype}")
+    served_kv = (problem.dtype, *support.quantised_kv)
+    if problem.kv_dtype not in served_kv:
+        raise UnsupportedProblem(f"kv_dtype on {arch}: expected {' or '.join(served_kv)} with q in {problem.dtype}, got {problem.kv_dtype}")
 
 
 _FEATURE_ADVICE = "use another attention backend of the engine for this model"

@@ -176,6 +176,16 @@ def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
         _expect_dtype(name, tensor, dtype)
         _expect_dense(name, tensor)
 
+    heads = p.num_kv_heads
+    for name, scale in (("k_scale", t.k_scale), ("v_scale", t.v_scale)):
+        if scale is None:
+            continue
+        if not p.has_kv_scales:
+            raise ValueError(f"{name}: expected none, since the plan's K and V are {p.kv_dtype}, got a tensor")
+        if tuple(scale.shape) not in ((), (1,), (heads,)):
+            raise ValueError(f"{name}: expected shape (), (1) or ({heads}), one a KV head, got {tuple(scale.shape)}")
+        _expect_dtype(name, scale, "float32")
+
 
 def check_values(
     plan: AttentionPlan,

@@ -48,6 +48,8 @@ class PrefillArguments(NamedTuple):
     mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
     mSinks: Any  # (num_q_heads,); None where the config has no sinks
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
+    mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -69,6 +71,8 @@ class DecodeArguments(NamedTuple):
     mArrivals: Any  # (max_slots,) int32
     mSinks: Any  # (num_q_heads,); None where the config has no sinks
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
+    mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -101,7 +105,7 @@ def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArgument
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
         work.prefill_tiles, work.prefill_begin, work.part_slots, part_arrivals, a.out, a.lse,
-        a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
 
@@ -109,7 +113,8 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
     """A call of the decode kernel over the step's list."""
     return DecodeArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
-        a.sinks, a.alibi_slopes, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.split_blocks,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        work.shape.split_blocks,
     )  # fmt: skip
 
 
@@ -137,8 +142,8 @@ def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
     pages, page_size, kv_heads = fake.size(), fake.size(), fake.size()
     arguments = PrefillArguments(
         mQ=fake.heads(config.dtype, total_q, heads, config.head_dim),
-        mK=fake.heads(config.dtype, pages, page_size, kv_heads, config.head_dim),
-        mV=fake.heads(config.dtype, pages, page_size, kv_heads, config.head_dim_v),
+        mK=fake.heads(config.kv_dtype, pages, page_size, kv_heads, config.head_dim),
+        mV=fake.heads(config.kv_dtype, pages, page_size, kv_heads, config.head_dim_v),
         mPageTable=fake.plain("int32", batch, fake.size()),
         mCuSeqlensQ=fake.plain("int32", fake.size()),
         mTiles=fake.entries(TILE_INTS),
@@ -149,6 +154,8 @@ def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
         mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
         mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,
         mSlopes=fake.plain("float32", heads) if config.mask.has_alibi else None,
+        mKScale=fake.scales() if config.has_kv_scales else None,
+        mVScale=fake.scales() if config.has_kv_scales else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -163,8 +170,8 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
     n = fake.size
     arguments = DecodeArguments(
         mQ=fake.heads(config.dtype, n(), n(), config.head_dim),
-        mK=fake.heads(config.dtype, n(), n(), n(), config.head_dim),
-        mV=fake.heads(config.dtype, n(), n(), n(), config.head_dim_v),
+        mK=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim),
+        mV=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim_v),
         mPageTable=fake.plain("int32", n(), n()),
         mO=fake.heads(config.dtype, n(), n(), config.head_dim_v),
         mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
@@ -174,6 +181,8 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mArrivals=fake.plain("int32", n()),
         mSinks=fake.plain(config.sinks_dtype, n()) if config.mask.has_sinks else None,
         mSlopes=fake.plain("float32", n()) if config.mask.has_alibi else None,
+        mKScale=fake.scales() if config.has_kv_scales else None,
+        mVScale=fake.scales() if config.has_kv_scales else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -192,7 +201,10 @@ class _Fakes:
         from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
         self._cute, self._tensor, self._stream = cute, make_fake_tensor, make_fake_stream
-        self._types = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32, "int32": cutlass.Int32}
+        self._types = {
+            "bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float8_e4m3fn": cutlass.Float8E4M3FN,
+            "float32": cutlass.Float32, "int32": cutlass.Int32,
+        }  # fmt: skip
         self.float32, self.int32 = cutlass.Float32, cutlass.Int32
 
     def size(self) -> Any:
@@ -208,6 +220,10 @@ class _Fakes:
         """Any strides but the last, which is 1."""
         strides = tuple(self._cute.sym_int64() for _ in shape[:-1])
         return self._tensor(self._types[dtype], shape, (*strides, 1), assumed_align=2 if dtype in ("bfloat16", "float16") else 4)
+
+    def scales(self) -> Any:
+        """(num_kv_heads,) float32, any stride; 0 where one scale serves all."""
+        return self._tensor(self._types["float32"], (self.size(),), stride=(self._cute.sym_int64(),), assumed_align=4)
 
     def numbers(self) -> Any:
         """(n,) int32, one behind the other."""

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, memory_spans, paged_attention, plan_attention
+from fa4_backend.arguments import CallTensors
+from fa4_backend.plan import AttentionPlan
+from fa4_backend.problem import FP8
 from fa4_backend.support import MAX_TOKENS
-from fa4_backend.validation import WIDEST_WINDOW
+from fa4_backend.validation import WIDEST_WINDOW, check_tensors
 from tests.support.paged_case import BuiltCase, PagedCase
 from tests.support.problems import make_problem
 
@@ -172,6 +175,36 @@ def test_wrong_value(what: str) -> None:
     with pytest.raises(ValueError, match=words):
         call_with_everything(built, EVERYTHING.plan(), **changes)
     assert_untouched(built)
+
+
+SCALES = {
+    "a scale for K and V that are not FP8": ({}, lambda a: torch.ones(2), "k_scale: expected none, since the plan's K and V are bfloat16"),
+    "scales of another number of heads": ({"kv_dtype": FP8}, lambda a: torch.ones(3), r"k_scale: expected shape \(\), \(1\) or \(2\)"),
+    "scales in float64": ({"kv_dtype": FP8}, lambda a: a.k_scale.double(), "k_scale: expected dtype float32, got float64"),
+    "a scale on another device": ({"kv_dtype": FP8}, lambda a: a.k_scale.to("meta"), "k_scale: expected a tensor on cpu as q, got meta"),
+}
+
+
+@pytest.mark.parametrize("what", SCALES)
+def test_wrong_scale(what: str) -> None:
+    facts, scale, words = SCALES[what]
+    built = dataclasses.replace(CASE, **facts).build()
+    plan = AttentionPlan(dataclasses.replace(CASE, **facts).problem(), CASE.plan().limits, 1, None)
+    with pytest.raises(ValueError, match=words):
+        check_tensors(plan, metadata_of(built, plan), tensors_of(built)._replace(k_scale=scale(built.arguments)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_scales_of_every_shape(shape: tuple[int, ...]) -> None:
+    case = dataclasses.replace(CASE, kv_dtype=FP8)
+    built = case.build()
+    plan = AttentionPlan(case.problem(), CASE.plan().limits, 1, None)
+    check_tensors(plan, metadata_of(built, plan), tensors_of(built)._replace(k_scale=torch.ones(shape), v_scale=torch.ones(shape)))
+
+
+def tensors_of(built: BuiltCase) -> CallTensors:
+    """What a call of the operator gives."""
+    return CallTensors(**{name: getattr(built.arguments, name) for name in CallTensors._fields})
 
 
 def assert_untouched(built: BuiltCase) -> None:

@@ -26,6 +26,8 @@ class PagedCase:
     head_dim: int = 64
     head_dim_v: int | None = None
     dtype: str = "bfloat16"
+    kv_dtype: str = "auto"  # FP8 draws scales from 2^-7 to 2^6, saturated values, zeros and subnormals
+    per_head_scales: bool = True
     page_size: int = 16
     arch: str = "cpu"
     is_causal: bool = True
@@ -56,6 +58,7 @@ class PagedCase:
             head_dim=self.head_dim,
             head_dim_v=self.head_dim_v or self.head_dim,
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             page_size=self.page_size,
             arch=self.arch,
             mask=MaskFeatures(
@@ -89,20 +92,25 @@ class PagedCase:
         """
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
+        kv_dtype = getattr(torch, self.problem().kv_dtype)
+        scales = self._scales() if self.problem().has_kv_scales else (None, None)
         pages_of = [-(-n // self.page_size) for n in self.kv_lens]
         num_pages = sum(pages_of) + 2
-        k_cache, v_cache = self._empty_caches(num_pages, dtype)
+        k_cache, v_cache = self._empty_caches(num_pages, kv_dtype)
         poison = torch.Generator().manual_seed(self.seed + 2)
+        # FP8 has no infinity, and torch saturates it.
+        unseen = torch.tensor([math.nan, math.inf, -math.inf] if scales[0] is None else [math.nan] * 3)
         # Pages are drawn apart from values: the same sequences in pages of another size.
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
         page_table = torch.full((len(self.kv_lens), max(*pages_of, 1)), free.pop(0), dtype=torch.int32)
         for seq_idx, kv_len in enumerate(self.kv_lens):
             values = [
-                torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator).to(dtype) for cache in (k_cache, v_cache)
+                quantise(torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator), scale).to(kv_dtype)
+                for cache, scale in zip((k_cache, v_cache), scales, strict=True)
             ]
             hidden = self.num_hidden(seq_idx)
             for drawn in values:
-                drawn[:hidden] = torch.tensor([math.nan, math.inf, -math.inf])[torch.randint(3, (hidden, 1, 1), generator=poison)].to(dtype)
+                drawn[:hidden] = unseen[torch.randint(3, (hidden, 1, 1), generator=poison)].to(kv_dtype)
             for logical in range(pages_of[seq_idx]):
                 page = free.pop()
                 is_hidden = (logical + 1) * self.page_size <= hidden
@@ -120,10 +128,20 @@ class PagedCase:
         slopes = torch.rand(self.num_q_heads, generator=generator) if self.alibi else None
         arguments = AttentionArguments(
             q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
-            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes,
+            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales,
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
+
+    def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_scale and v_scale, (num_kv_heads,) each: a number a head, or one for all with stride 0."""
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        exponents = torch.rand(2, self.num_kv_heads, generator=generator) * 13 - 7
+        exponents[:, 0] = -7.0  # values of 3.5 and more are saturated
+        k_scale, v_scale = exponents.exp2()
+        if self.per_head_scales:
+            return k_scale, v_scale
+        return k_scale[:1].expand(self.num_kv_heads), v_scale[:1].expand(self.num_kv_heads)
 
     def _empty_caches(self, num_pages: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         d, dv = self.head_dim, self.head_dim_v or self.head_dim
@@ -134,6 +152,14 @@ class PagedCase:
         else:
             pool = torch.full((num_pages, self.num_kv_heads, self.page_size, d + dv), math.nan, dtype=dtype).transpose(1, 2)
         return pool.split([d, dv], dim=-1)  # type: ignore[return-value]
+
+
+def quantise(values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Values (keys, num_kv_heads, head_dim) as they are stored with a scale a KV head, saturated, a few of them 0; themselves without."""
+    if scale is None:
+        return values
+    stored = (values / scale[:, None]).clamp(-448.0, 448.0)
+    return stored.masked_fill(values.abs() < 0.05, 0.0)
 
 
 def move_strided(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -166,7 +192,8 @@ class BuiltCase:
         )
         out, lse = paged_attention(
             *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
-            softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, out=a.out, lse=a.lse,
+            softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, k_scale=a.k_scale, v_scale=a.v_scale,
+            out=a.out, lse=a.lse,
         )  # fmt: skip
         assert lse is not None
         return out, lse
@@ -213,7 +240,7 @@ def repage(built: BuiltCase, page_size: int) -> BuiltCase:
     """The same batch, value by value, in pages of another size: two pools, unused rows and table entries poisoned."""
     a, case = built.arguments, replace(built.case, page_size=page_size, layout="separate")
     pages_of = [-(-n // page_size) for n in case.kv_lens]
-    caches = case._empty_caches(sum(pages_of) + 2, a.q.dtype)
+    caches = case._empty_caches(sum(pages_of) + 2, a.k_cache.dtype)
     page_table = torch.zeros((len(pages_of), max(*pages_of, 1)), dtype=torch.int32)  # page 0 holds NaN
     page = 1
     for seq_idx, kv_len in enumerate(case.kv_lens):

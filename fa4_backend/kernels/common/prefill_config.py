@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, MaskFeatures
 
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
@@ -30,7 +30,8 @@ class PrefillConfig:
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
-    dtype: str
+    dtype: str  # of q and out
+    kv_dtype: str  # of K and V in memory
     head_dim: int
     head_dim_v: int
     q_per_kv: int
@@ -53,12 +54,23 @@ class PrefillConfig:
         features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent + "-parts" * self.has_parts
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
-        return f"prefill-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES[self.kv_dtype]}"
+        return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element of q, k, v and out."""
+        """Bytes of an element of q and out, and of K and V as the products take them."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of an element of K and V in memory."""
+        return DTYPE_BYTES[self.kv_dtype]
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether K and V are stored in FP8, with a scale a KV head each."""
+        return self.kv_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:
@@ -89,6 +101,7 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
     return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        kv_dtype=problem.kv_dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.problem import DTYPE_BYTES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -29,7 +29,8 @@ class DecodeConfig:
     """Compile key of a decode kernel."""
 
     arch: str
-    dtype: str
+    dtype: str  # of q and out
+    kv_dtype: str  # of K and V in memory
     head_dim: int
     head_dim_v: int
     q_per_kv: int
@@ -53,12 +54,23 @@ class DecodeConfig:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        return f"decode-{self.arch}-{self.dtype}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES[self.kv_dtype]}"
+        return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element of q, k, v and out."""
+        """Bytes of an element of q and out."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of an element of K and V in memory."""
+        return DTYPE_BYTES[self.kv_dtype]
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether K and V are stored in FP8, with a scale a KV head each."""
+        return self.kv_dtype == FP8
 
     @property
     def rows(self) -> int:
@@ -166,6 +178,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | No
     config = DecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        kv_dtype=problem.kv_dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,

@@ -53,6 +53,8 @@ class DecodeKernel:
         mArrivals: cute.Tensor,  # (max_slots,) int32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -138,4 +140,5 @@ class DecodeKernel:
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
     """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
+    assert not config.has_kv_scales, "FP8 K and V"
     return DecodeKernel(config), decode_fakes(config, slot_floats(config))

@@ -53,6 +53,8 @@ class PrefillKernel:
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -134,4 +136,5 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
+    assert not config.kernel.has_kv_scales, "FP8 K and V"
     return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats)
