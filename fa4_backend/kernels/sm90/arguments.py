@@ -19,6 +19,8 @@ class Step(NamedTuple):
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
     bounds: SeqlenBounds
+    mKScale: cute.Tensor | None  # (num_kv_heads,) float32; None where K and V are not FP8
+    mVScale: cute.Tensor | None  # (num_kv_heads,) float32
 
 
 class Outputs(NamedTuple):

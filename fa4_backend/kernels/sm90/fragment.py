@@ -15,6 +15,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
+FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
@@ -59,10 +60,17 @@ class ScoreScale(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFragment:
-    """Elementwise work on a fragment with `n` columns; every method works in place."""
+    """Elementwise work on a fragment with `n` columns; every method works in place.
+
+    Note [Lifted weights]. A weight in float16 is subnormal below 2^-14, and loses bits where a bfloat16 would not. So beside V in FP8, where
+    P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the row's
+    largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks, parts and
+    lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
+    """
 
     n: int
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
+    lift: float = 0.0  # log2 units that a row's reference lies below its maximum: Note [Lifted weights]
 
     def _row(self, i: int) -> range:
         """Flat indices of row half `i`, in column order."""
@@ -81,7 +89,10 @@ class RowFragment:
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
             if const_expr(scale is not None):
                 factor = scale.of(block_max)
-                block_max = ptx.mul_rn(block_max, factor)
+                # One rounding either way.
+                block_max = ptx.mul_rn(block_max, factor) if const_expr(self.lift == 0) else cute.math.fma(block_max, factor, Float32(-self.lift))
+            elif const_expr(self.lift != 0):
+                block_max = block_max - self.lift
             update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)
             stats.row_max[i] = update.row_max
             factors[i] = update.factor

@@ -1,12 +1,13 @@
-"""The load warps: they walk the CTA's work list and keep Q and the ring of K and V tiles filled."""
+"""The load warps: they walk the CTA's work list and keep Q and the ring of 16-bit K and V tiles filled."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
@@ -15,8 +16,8 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, read_part, read_tile, tile_range
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import Barriers
-from fa4_backend.kernels.sm90.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm90.storage import K_SCALE, V_SCALE, Barriers
+from fa4_backend.kernels.sm90.tuning import Q_STAGE
 
 
 class QueryOperand(NamedTuple):
@@ -66,11 +67,7 @@ class LoadWarp:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
-                part = read_part(step.mTiles, tile_idx) if const_expr(self.has_parts) else None
-                self._hand_over(work, part, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
-                first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-                sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
-                self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
+                self.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
                 q_position = advance(q_position, Q_STAGE)
             first_key = None
             if const_expr(self.blocks.mask.has_left):
@@ -85,10 +82,7 @@ class LoadWarp:
                 is_first = Boolean(False)
         if const_expr(not loads_v):
             if tile_begin < tile_end:
-                nothing = Int32(0)
-                empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-                whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.has_parts) else None
-                self._hand_over(empty, whole, q_position, barriers, sWork, 0)
+                self.hand_over_empty(q_position, barriers, sWork)
                 cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
                 if cute.arch.lane_idx() == 0:
                     cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
@@ -101,10 +95,40 @@ class LoadWarp:
         return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 
     @cute.jit
+    def load_query(
+        self,
+        step: Step,
+        query: QueryOperand,
+        work: WorkTile,
+        tile_idx: Int32,
+        position: RingPosition,
+        barriers: Barriers,
+        sWork: cute.Tensor,
+    ):
+        """Hand over entry `tile_idx` of the work list and load its Q."""
+        part = read_part(step.mTiles, tile_idx) if const_expr(self.has_parts) else None
+        scales = None
+        if const_expr(step.mKScale is not None):
+            scales = (step.mKScale[work.kv_head_idx], step.mVScale[work.kv_head_idx])
+        self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.element_bytes)
+        first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
+        sQ_ptr = (query.sQ_ptr + position.slot * self.q_elems).align(1024)
+        self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
+
+    @cute.jit
+    def hand_over_empty(self, position: RingPosition, barriers: Barriers, sWork: cute.Tensor):
+        """Hand over the tile behind the last one."""
+        nothing = Int32(0)
+        empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
+        whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.has_parts) else None
+        self._hand_over(empty, whole, None, position, barriers, sWork, 0)
+
+    @cute.jit
     def _hand_over(
         self,
         work: WorkTile,
         part: TilePart | None,
+        scales: tuple[Float32, Float32] | None,  # of K and V; None: those of the tile before stand, or there are none
         position: RingPosition,
         barriers: Barriers,
         sWork: cute.Tensor,
@@ -120,6 +144,9 @@ class LoadWarp:
             )  # fmt: skip
             for i in cutlass.range_constexpr(len(fields)):
                 sWork[i, position.slot] = fields[i]
+            if const_expr(scales is not None):
+                sWork[K_SCALE, position.slot] = ptx.float_to_bits(scales[0])
+                sWork[V_SCALE, position.slot] = ptx.float_to_bits(scales[1])
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
 

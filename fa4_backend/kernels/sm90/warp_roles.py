@@ -1,6 +1,7 @@
 """Who does what in a CTA: warpgroup 0 loads, the others compute 64 query rows each; registers move from the first to the others.
 
-load --q, kv--> consumers
+16-bit K and V:  load --q, kv--> consumers
+FP8 K and V:     load --q--> consumers,  load --fp8--> convert --kv--> consumers
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm90.staging import staging_slots, tile_elems
+from fa4_backend.kernels.sm90.tuning import Q_STAGE
 
 WARPGROUP_THREADS = 128
-Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
+CONVERT_WARPS = 3  # of warpgroup 0, the last ones: its first loads
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
 
 # Registers a thread after setmaxnreg (multiples of 8), by number of consumer warpgroups: 128 * (load + n * consumer) <= 65536.
@@ -77,10 +80,16 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     """Every pipeline of the kernel."""
     load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, WarpRoles.of(config).consumer_warps)
     q_bytes = config.q_per_kv * config.tokens_per_tile * config.head_dim * config.element_bytes
-    kv_bytes = config.tile.tile_n * max(config.head_dim, config.head_dim_v) * config.element_bytes
+    kv_bytes = tile_elems(config) * config.kv_element_bytes
+    # Q and the tile's numbers; O leaves through the same buffer before it is released.
+    q = PipelineEdge("q_load_to_consumers", Q_STAGE, (load,), (consumers,), q_bytes)
+    # K and V tiles share the ring; a narrower one announces its own bytes.
+    if not config.has_kv_scales:
+        return q, PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes)
+    convert = Party("convert", Signal.WARPS, CONVERT_WARPS)
     return (
-        # Q and the tile's numbers; O leaves through the same buffer before it is released.
-        PipelineEdge("q_load_to_consumers", Q_STAGE, (load,), (consumers,), q_bytes),
-        # K and V tiles share the ring; a narrower one announces its own bytes.
-        PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
+        q,
+        PipelineEdge("kv_convert_to_consumers", config.tile.kv_stage, (convert,), (consumers,)),
+        # A tile in FP8 and its note.
+        PipelineEdge("fp8_load_to_convert", staging_slots(config), (load,), (convert,), kv_bytes),
     )
