@@ -62,10 +62,10 @@ class ScoreScale(NamedTuple):
 class RowFragment:
     """Elementwise work on a fragment with `n` columns; every method works in place.
 
-    Note [Lifted weights]. A weight in float16 is subnormal below 2^-14, and loses bits where a bfloat16 would not. So beside V in FP8, where
-    P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the row's
-    largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks, parts and
-    lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
+    Note [Lifted weights]. A weight in float16 is subnormal below 2^-14, and loses bits where a bfloat16 would not. So beside V in FP8,
+    where P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the
+    row's largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks,
+    parts and lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
     """
 
     n: int
@@ -90,7 +90,9 @@ class RowFragment:
             if const_expr(scale is not None):
                 factor = scale.of(block_max)
                 # One rounding either way.
-                block_max = ptx.mul_rn(block_max, factor) if const_expr(self.lift == 0) else cute.math.fma(block_max, factor, Float32(-self.lift))
+                block_max = (
+                    ptx.mul_rn(block_max, factor) if const_expr(self.lift == 0) else cute.math.fma(block_max, factor, Float32(-self.lift))
+                )
             elif const_expr(self.lift != 0):
                 block_max = block_max - self.lift
             update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)

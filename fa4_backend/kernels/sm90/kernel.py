@@ -24,15 +24,14 @@ from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
+from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
 from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
-from fa4_backend.kernels.sm90.tuning import Q_STAGE
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class PrefillKernel:
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
         barrier_base = shared.barriers.data_ptr()
         barriers = storage.barriers(barrier_base)
-        sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
+        sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, WORK_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -127,7 +126,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(blocks, pack, k_pages, v_pages, storage.q_elems, c.element_bytes, c.has_parts)
+            load = LoadWarp(storage, blocks, pack, k_pages, v_pages)
             if const_expr(c.has_kv_scales):
                 sFp8 = shared.fp8.data_ptr()
                 sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
@@ -158,7 +157,9 @@ class PrefillKernel:
         c = self.config
         if c.has_kv_scales:
             slots = staging_slots(c)
-            staged = [PagedKv(c.tile.tile_n, c.box_rows, d, 1, storage.slot_elems, slots, whole_rows=True) for d in (c.head_dim, c.head_dim_v)]
+            staged = [
+                PagedKv(c.tile.tile_n, c.box_rows, d, 1, storage.slot_elems, slots, whole_rows=True) for d in (c.head_dim, c.head_dim_v)
+            ]
             return PackGqa.of(c), staged[0], staged[1]
         k_pages = PagedKv.of(c, c.head_dim, storage.slot_elems, whole_rows=False)
         v_pages = PagedKv.of(c, c.head_dim_v, storage.slot_elems, whole_rows=True)

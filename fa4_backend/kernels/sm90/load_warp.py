@@ -16,8 +16,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, read_part, read_tile, tile_range
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import K_SCALE, V_SCALE, Barriers
-from fa4_backend.kernels.sm90.tuning import Q_STAGE
+from fa4_backend.kernels.sm90.storage import K_SCALE, V_SCALE, Barriers, Storage
 
 
 class QueryOperand(NamedTuple):
@@ -32,13 +31,11 @@ class QueryOperand(NamedTuple):
 class LoadWarp:
     """Role of warps 0 and 1 of warpgroup 0: Q and K, and V."""
 
+    storage: Storage
     blocks: BlockInfo
     pack: PackGqa
     k_pages: PagedKv
     v_pages: PagedKv
-    q_elems: int  # elements of a Q buffer
-    element_bytes: int
-    has_parts: bool
 
     @cute.jit
     def run(
@@ -48,7 +45,7 @@ class LoadWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand, TmaOperand],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS, Q_STAGE) int32 in shared memory
+        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
@@ -56,6 +53,7 @@ class LoadWarp:
         Both load warps count every slot of the ring and fill their own. Behind the last tile stands an empty one, a block that holds
         whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
+        c = self.storage.config
         pages = self.v_pages if const_expr(loads_v) else self.k_pages
         position = RingPosition(Int32(0), Int32(0))
         if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ...
@@ -68,7 +66,7 @@ class LoadWarp:
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
                 self.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
-                q_position = advance(q_position, Q_STAGE)
+                q_position = advance(q_position, c.tile.q_stage)
             first_key = None
             if const_expr(self.blocks.mask.has_left):
                 first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
@@ -106,13 +104,13 @@ class LoadWarp:
         sWork: cute.Tensor,
     ):
         """Hand over entry `tile_idx` of the work list and load its Q."""
-        part = read_part(step.mTiles, tile_idx) if const_expr(self.has_parts) else None
+        part = read_part(step.mTiles, tile_idx) if const_expr(self.storage.config.has_parts) else None
         scales = None
         if const_expr(step.mKScale is not None):
             scales = (step.mKScale[work.kv_head_idx], step.mVScale[work.kv_head_idx])
-        self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.element_bytes)
+        self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
         first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-        sQ_ptr = (query.sQ_ptr + position.slot * self.q_elems).align(1024)
+        sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(1024)
         self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
 
     @cute.jit
@@ -120,7 +118,7 @@ class LoadWarp:
         """Hand over the tile behind the last one."""
         nothing = Int32(0)
         empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-        whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.has_parts) else None
+        whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
         self._hand_over(empty, whole, None, position, barriers, sWork, 0)
 
     @cute.jit
@@ -142,11 +140,12 @@ class LoadWarp:
                 work.seqlen.q_begin, work.seqlen.seqlen_q, work.seqlen.seqlen_k,
                 *(part if const_expr(part is not None) else ()),
             )  # fmt: skip
+            work_slot = self.storage.work_slot(position)
             for i in cutlass.range_constexpr(len(fields)):
-                sWork[i, position.slot] = fields[i]
+                sWork[i, work_slot] = fields[i]
             if const_expr(scales is not None):
-                sWork[K_SCALE, position.slot] = ptx.float_to_bits(scales[0])
-                sWork[V_SCALE, position.slot] = ptx.float_to_bits(scales[1])
+                sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
+                sWork[V_SCALE, work_slot] = ptx.float_to_bits(scales[1])
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
 
@@ -164,6 +163,6 @@ class LoadWarp:
         full = barriers.kv_full + position.slot
         cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.element_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.storage.config.element_bytes)
         cute.arch.sync_warp()
         pages.load(operand, boxes, kv_head_idx, position.slot, full)

@@ -9,7 +9,6 @@ from enum import IntEnum
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm90.tuning import Q_STAGE
 
 ALIGN_BYTES = 1024  # of every buffer; barriers, tile numbers and notes lie in front of the first
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
@@ -49,7 +48,7 @@ def staging_slots(config: PrefillConfig) -> int:
     """Slots of staging: those that fit beside Q and the ring. 0 where K and V have 16 bits."""
     if not config.has_kv_scales:
         return 0
-    taken = ALIGN_BYTES + Q_STAGE * q_buffer_bytes(config) + config.tile.kv_stage * tile_elems(config) * config.element_bytes
+    taken = ALIGN_BYTES + config.tile.q_stage * q_buffer_bytes(config) + config.tile.kv_stage * tile_elems(config) * config.element_bytes
     slots = min(MAX_STAGING, (ARCHS[config.arch].smem_bytes - taken) // (tile_elems(config) * config.kv_element_bytes))
     assert slots >= 2, f"a slot of staging is filled while another is converted: {slots=} {config=}"
     return slots

@@ -15,7 +15,6 @@ from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.staging import Note, Staged
 from fa4_backend.kernels.sm90.storage import Barriers
-from fa4_backend.kernels.sm90.tuning import Q_STAGE
 
 
 class KvBlock(NamedTuple):
@@ -48,7 +47,7 @@ class StagingWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand, TmaOperand],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS, Q_STAGE) int32 in shared memory
+        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
     ):
         """Load Q, K and V of every tile of this CTA; K runs one block ahead of V. Behind the last tile stands an empty one (`LoadWarp.run`)."""
@@ -62,7 +61,7 @@ class StagingWarp:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
-            q_position = advance(q_position, Q_STAGE)
+            q_position = advance(q_position, load.storage.config.tile.q_stage)
             first_key = None
             if const_expr(blocks_of.mask.has_left):
                 first_key = blocks_of.first_key(work.m_block, work.seqlen, values)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fa4_backend.kernels.common.prefill_config import TileShape
 
-Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
-
 # (head_dim, head_dim_v) -> tile on sm_90a. The ring takes the shared memory that two Q buffers leave of 227 KiB.
 # Tried on an H200 (page 16, causal, interleaved medians of 7 rounds, TFLOP/s of 8 x 4K / 2 x 16K / 1 x 32K, FA3 beside it in the same run):
 #   d128, 32/8 heads, FA3 529 / 599 / 609
@@ -19,8 +17,8 @@ TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=0.0),
-    (192, 128): TileShape(tile_m=128, tile_n=96, kv_stage=3, ping_pong=True, rescale_threshold=0.0),
-    (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=3, ping_pong=True, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=112, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=5, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
 
 # The same for K and V in e4m3: tiles wait for their conversion in slots of half the size, which take their place out of the ring
@@ -29,6 +27,6 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, rescale_threshold=0.0),
-    (192, 128): TileShape(tile_m=128, tile_n=80, kv_stage=3, ping_pong=True, rescale_threshold=0.0),
-    (256, 256): TileShape(tile_m=128, tile_n=48, kv_stage=3, ping_pong=True, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm90.staging import staging_slots, tile_elems
-from fa4_backend.kernels.sm90.tuning import Q_STAGE
 
 WARPGROUP_THREADS = 128
 CONVERT_WARPS = 3  # of warpgroup 0, the last ones: its first loads
+WORK_STAGE = 2  # tiles whose numbers are in shared memory: the one being finished and the next
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
 
 # Registers a thread after setmaxnreg (multiples of 8), by number of consumer warpgroups: 128 * (load + n * consumer) <= 65536.
@@ -81,8 +81,8 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, WarpRoles.of(config).consumer_warps)
     q_bytes = config.q_per_kv * config.tokens_per_tile * config.head_dim * config.element_bytes
     kv_bytes = tile_elems(config) * config.kv_element_bytes
-    # Q and the tile's numbers; O leaves through the same buffer before it is released.
-    q = PipelineEdge("q_load_to_consumers", Q_STAGE, (load,), (consumers,), q_bytes)
+    # Q and the tile's numbers; where there are two buffers, O leaves through Q's before it is released.
+    q = PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes)
     # K and V tiles share the ring; a narrower one announces its own bytes.
     if not config.has_kv_scales:
         return q, PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes)
