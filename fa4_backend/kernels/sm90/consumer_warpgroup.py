@@ -75,7 +75,7 @@ class TileState(NamedTuple):
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
     softmax_scale: Float32  # multiplies raw logits; K's scale included
-    scale: ScoreScale
+    scale: ScoreScale  # of the call: K's scale not included
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class ConsumerWarpgroup:
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
         # Where K and V are FP8 each tile has its own.
-        scale = ScoreScale.make(values.softmax_scale)
+        scale = ScoreScale.of_call(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         tile_begin, tile_end = tile_range(mBegin)
         if tile_begin < tile_end:
@@ -259,7 +259,10 @@ class ConsumerWarpgroup:
 
     def _score_scale(self, tile: TileState) -> ScoreScale | None:
         """Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
-        return None if self.config.mask.has_softcap or self.config.mask.has_alibi else tile.scale
+        c = self.config
+        if c.mask.has_softcap or c.mask.has_alibi:
+            return None
+        return ScoreScale.of_tile(tile.softmax_scale) if c.has_kv_scales else tile.scale
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -336,7 +339,6 @@ class ConsumerWarpgroup:
         softmax_scale = values.softmax_scale
         if const_expr(self.config.has_kv_scales):
             softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, q.slot])
-            scale = ScoreScale.make(softmax_scale)
         return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes), softmax_scale, scale)
 
     def _transform(

@@ -28,6 +28,7 @@ from fa4_backend.kernels.sm90.warp_roles import CONVERT_WARPS
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
 LANES = 32
+PARTS_AT_ONCE = 2  # chunks that a lane loads before it converts the first: registers of a thread that keeps 40 or 32
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,19 @@ class ConvertWarps:
         assert tile_n % rows == 0 and part * 2 in (64, 128), f"{self.config.tile=} {part=}"
         row, chunk = cute.arch.lane_idx() // chunks, cute.arch.lane_idx() % chunks
         swizzle = row % 8 if const_expr(part * 2 == 128) else row // 2 % 4
+        # Note [Bank conflicts]
+        part_of = [Int32(i) ^ (row & 1) if parts % 2 == 0 else Int32(i) for i in range(parts)]
+        reads = [source + (row * head_dim + part_of[i] * part + chunk * CHUNK_BYTES) for i in range(parts)]
+        writes = [target + ((part_of[i] * tile_n + row) * (2 * part) + ((2 * chunk) ^ swizzle) * CHUNK_BYTES) for i in range(parts)]
         for group in cutlass.range(warp, tile_n // rows, CONVERT_WARPS, unroll=1):
             row_in_tile = group * rows + row
-            loaded = []
             for i in cutlass.range_constexpr(parts):
-                # Note [Bank conflicts]
-                part_idx = Int32(i) ^ (row & 1) if const_expr(parts % 2 == 0) else Int32(i)
-                words = ptx.load_shared_v4(source + row_in_tile * head_dim + part_idx * part + chunk * CHUNK_BYTES)
+                if const_expr(i % PARTS_AT_ONCE == 0):
+                    loaded = [ptx.load_shared_v4(read + group * (rows * head_dim)) for read in reads[i : i + PARTS_AT_ONCE]]
+                words = loaded[i % PARTS_AT_ONCE]
                 if const_expr(first is not None):
                     words = ptx.select_words((row_in_tile >= first) & (row_in_tile < end), words)
-                loaded.append((part_idx, words))
-            for part_idx, words in loaded:
-                line = target + (part_idx * tile_n + row_in_tile) * (2 * part)
-                for half in cutlass.range_constexpr(2):
-                    converted = [
-                        ptx.e4m3_pair(word, upper, dtype) for word in ptx.elements(words)[2 * half : 2 * half + 2] for upper in (0, 1)
-                    ]
-                    ptx.store_shared_v4(line + ((2 * chunk + half) ^ swizzle) * CHUNK_BYTES, converted)
+                line = writes[i] + group * (rows * 2 * part)
+                converted = [ptx.e4m3_pair(word, upper, dtype) for word in ptx.elements(words) for upper in (0, 1)]
+                ptx.store_shared_v4(line, converted[:4])
+                ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike

@@ -40,17 +40,24 @@ class ScoreScale(NamedTuple):
 
     log2: Float32  # softmax_scale * log2(e)
     power: Float32  # the next power of two, at most twice as large
-    huge: Float32  # raw scores of this size and more take `power`
+    huge: Float32 | None  # raw scores of this size and more take `power`; None: those whose product with `log2` is `HUGE` and more
 
     @staticmethod
-    def make(softmax_scale: Float32) -> "ScoreScale":
-        """The scale of a call."""
+    def of_call(softmax_scale: Float32) -> "ScoreScale":
+        """One scale for all tiles: three registers that stay."""
         log2 = softmax_scale * LOG2_E
-        power = ptx.bits_to_float((ptx.float_to_bits(log2) + 0x007FFFFF) & 0x7F800000)
-        return ScoreScale(log2, power, Float32(HUGE) / log2)
+        return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
+
+    @staticmethod
+    def of_tile(softmax_scale: Float32) -> "ScoreScale":
+        """The scale of a tile, made where it is used: `softmax_scale` is all that a loop has to keep."""
+        log2 = softmax_scale * LOG2_E
+        return ScoreScale(log2, _next_power(log2), None)
 
     def of(self, largest: Float32) -> Float32:
         """The scale of a row whose largest score of a block this is."""
+        if const_expr(self.huge is None):
+            return cutlass.select_(ptx.absolute(largest * self.log2) >= HUGE, self.power, self.log2)
         return cutlass.select_(ptx.absolute(largest) >= self.huge, self.power, self.log2)
 
     def true_max(self, row_max: Float32) -> Float32:
@@ -152,6 +159,11 @@ class RowFragment:
             for j in self._row(i):
                 column = 8 * (j // 4) + j % 2
                 s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
+
+
+def _next_power(value: Float32) -> Float32:
+    """The power of two at or above a positive value."""
+    return ptx.bits_to_float((ptx.float_to_bits(value) + 0x007FFFFF) & 0x7F800000)
 
 
 def flat(fragment: cute.Tensor) -> cute.Tensor:
