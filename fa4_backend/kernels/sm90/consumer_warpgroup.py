@@ -338,7 +338,7 @@ class ConsumerWarpgroup:
             slopes.append(slope)
         softmax_scale = values.softmax_scale
         if const_expr(self.config.has_kv_scales):
-            softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, q.slot])
+            softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, self.storage.work_slot(q)])
         return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes), softmax_scale, scale)
 
     def _transform(
@@ -482,7 +482,7 @@ class ConsumerWarpgroup:
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_kv_scales):
-                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, q.slot])
+                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
