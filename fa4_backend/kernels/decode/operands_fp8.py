@@ -68,11 +68,12 @@ class Fp8Operands:
         for h in range(2):
             row = cutlass.min(row_group * MMA_ROWS + lane // 4 + 8 * h, c.rows - 1)
             words = []
-            for chunk in range(c.head_dim // 16):
-                part, within = divmod(32 * chunk, c.q_part_bytes)
+            for part in range(c.head_dim * c.element_bytes // c.q_part_bytes):
                 line = (part * c.rows + row) * c.q_part_bytes
                 swizzle = (line // 128) % (c.q_part_bytes // 16) * 16
-                words += ptx.load_shared_i32x2(q_address + line + ((within + pair // 2 * 16) ^ swizzle) + pair % 2 * 8)
+                address = q_address + line + ((pair // 2 * 16) ^ swizzle) + pair % 2 * 8
+                for within in range(0, c.q_part_bytes, 32):
+                    words += ptx.load_shared_i32x2(address ^ within)
             if c.dtype == "bfloat16":
                 words, factor = _scaled_to_float16(words)
                 factors.append(factor)
