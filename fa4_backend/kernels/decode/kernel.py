@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common.mask import MaskValues
@@ -133,6 +134,11 @@ class DecodeKernel:
         if warp == self.config.num_consumer_warps:
             for atom in maps:
                 cpasync.prefetch_descriptor(atom)
+            if const_expr(self.config.has_kv_scales):
+                # Consumers ask for an entry's scales when its Q has come: from the memory they would come after its first tile.
+                head = cutlass.min(cute.arch.lane_idx(), cute.size(mKScale) - 1)
+                for scales in (mKScale, results.mVScale):
+                    cute.arch.prefetch((scales.iterator + scales.layout(head)).to_llvm_ptr(), cache_level="L2")
         if warp == 0:
             with cute.arch.elect_one():
                 self.storage.init_barriers(shared)
