@@ -2,8 +2,8 @@
 
 A box's row of a head has half the bytes, so an ldmatrix, which moves 16-byte rows of pairs of bytes, brings two chunks of 16 elements.
 
-**K.** Lane (group, pair) gets elements 4 pair .. 4 pair + 3 of a chunk of key `group`, where mma.sync wants 2 pair, + 1 and 2 pair + 8, + 9.
-A product sums over all 16, so Q is put in the same order: its lane loads its own four neighbours (8 bytes of each of its two rows).
+**K.** Lane (group, pair) gets elements 4 pair .. 4 pair + 3 of a chunk of key `group`, where mma.sync has 2 pair, + 1 and 2 pair + 8, + 9.
+A product sums over all 16, so Q is put in the same order: a lane loads four neighbours too, 8 bytes of each of its two rows.
 
 **V.** The transposed ldmatrix gives a lane elements 2 group, 2 group + 1 of keys 2 pair and 2 pair + 1. A prmt puts the keys of an element
 side by side and zeros in place of a key that is not kept (0x7F is NaN), and the two halves become B words of two tiles of O: one holds a
@@ -15,10 +15,10 @@ of a box's work. So Q becomes float16 instead, once an entry: a row is multiplie
 2^-32 of its row's largest, and one below is off by at most 2^-40 of that: far below a float32 sum of such products, whose first 24 bits
 the largest take. A row's factor is a function of the row alone.
 
-Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all at 2^-24. So a row's reference is put 7 below its
-largest score: that one weighs 2^7, and all down to 2^-21 of it keep 11 bits, down to 2^-31 some. It moves when a block's largest score
-less 7 is more than 7 above it. A weight is then at most 2^15 even where scores are so large that `- 7` is rounded: it takes away at most 8,
-since a float32 whose neighbours are 8 apart is 8 above the next one, and one whose neighbours are 16 apart stays.
+Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all of them at 2^-24. So a row's reference is put 7
+below its largest score: that one weighs 2^7, those down to 2^-21 of it keep 11 bits and those down to 2^-31 some. The reference moves where
+a block's largest score, less 7, is more than 7 above it. A weight is at most 2^15 then, also where scores are so large that `- 7` is
+rounded: at most 8 are taken away, for where float32 numbers are 8 apart 7 becomes 8, and where they are 16 apart it becomes 0.
 """
 
 from __future__ import annotations

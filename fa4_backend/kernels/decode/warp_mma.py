@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-
 from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
