@@ -47,13 +47,13 @@ class Ours:
     call: Call
 
     @classmethod
-    def make(cls, batch: DecodeBatch, t: BatchTensors, **modes: bool) -> Ours:
+    def make(cls, batch: DecodeBatch, t: BatchTensors, *, batch_invariant: bool = False, exact: bool = False) -> Ours:
         """Plan, allocate and refresh."""
         device = torch.cuda.get_device_properties(0)
         problem = AttentionProblem(
             num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
             dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-            kv_dtype=batch.kv_dtype, **modes,
+            kv_dtype=batch.kv_dtype, batch_invariant=batch_invariant, exact=exact,
         )  # fmt: skip
         limits = BatchLimits(max(256, len(batch.kv_lens)), max(8192, t.q.shape[0]), 131072, batch.decode_query_len)
         plan = plan_attention(problem, limits, num_sms=device.multi_processor_count)
