@@ -39,9 +39,11 @@ class PrefillBatch:
         return 4.0 * self.rows * self.num_q_heads * self.head_dim * seen
 
 
-def named_batches() -> dict[str, list[PrefillBatch]]:
+def named_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
     """Sets by name. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`: other shapes;
     `prefix`: short messages over long cached prefixes, whose tiles are cut along KV."""
+    if kv_dtype != "bfloat16":
+        raise NotImplementedError(f"kv_dtype: expected bfloat16, got {kv_dtype}")
     whole = [PrefillBatch(32768 // n, n, n) for n in (1024, 4096, 16384, 32768)]
     chunked = [PrefillBatch(4, 512, 8192), PrefillBatch(1, 2048, 32768)]
     some = whole[:3]
