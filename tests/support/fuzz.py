@@ -18,6 +18,7 @@ from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT
+from fa4_backend.problem import SAME_AS_Q
 from tests.support.problems import make_problem
 
 SCALES = ("k_scale", "v_scale")
@@ -271,12 +272,12 @@ def _num_sms(device: str) -> int | None:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else None
 
 
-def prefill_setups(arch: str) -> list[FuzzSetup]:
+def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
     """Problems that cover every head dimension, dtype, ratio, page size and mask feature of the prefill kernel at least once."""
 
     def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], page: int, dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
-        problem = make_problem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
-        return FuzzSetup(name, problem, prefill_only=True)
+        problem = make_problem(*heads, *dims, dtype, page, arch, kv_dtype=kv_dtype, has_lse=True, **flags)
+        return FuzzSetup(name, problem, prefill_only=True, per_head_scales=page != 64)
 
     def parts(whole: FuzzSetup) -> FuzzSetup:
         return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4, max_kv=1200)

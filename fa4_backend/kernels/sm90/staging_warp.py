@@ -50,7 +50,7 @@ class StagingWarp:
         sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
     ):
-        """Load Q, K and V of every tile of this CTA; K runs one block ahead of V. Behind the last tile stands an empty one (`LoadWarp.run`)."""
+        """Load Q, K and V of every tile of this CTA; K runs one block ahead of V, and behind the last tile stands an empty one."""
         load = self.load
         blocks_of = load.blocks
         position, q_position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
