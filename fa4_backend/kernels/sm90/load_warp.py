@@ -14,7 +14,7 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile, tell_tile
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, TAKEN_TILE, V_SCALE, Barriers, Storage
@@ -52,8 +52,8 @@ class LoadWarp:
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
 
-        Both load warps count every slot of the ring and fill their own. The one that loads K takes tiles from the queue, each while it
-        begins with the one before, and tells the other. Behind the last tile stands an empty one, a block that holds
+        Both load warps count every slot of the ring and fill their own. The one that loads K takes tiles from the queue, each when
+        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one, a block that holds
         whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
         c = self.storage.config
@@ -63,18 +63,16 @@ class LoadWarp:
             position = advance(advance(position, pages.stages), pages.stages)
         is_first = Boolean(True)
         q_position = RingPosition(Int32(0), Int32(0))
-        taken, feed = Int32(0), RingPosition(Int32(0), Int32(0))
+        feed = RingPosition(Int32(0), Int32(0))
         num_tiles = step.mQueue[0, QUEUE_TOTAL]
         if const_expr(loads_v):
             tile_idx = self._hear_tile(feed, barriers, sWork)
         else:
-            tile_idx = tell_tile(take_tile(step.mQueue))
+            tile_idx = take_tile(step.mQueue)
             self._pass_tile(tile_idx, feed, barriers, sWork)
         has_tile = tile_idx < num_tiles
         while tile_idx < num_tiles:
             feed = advance(feed, WORK_STAGE)
-            if const_expr(not loads_v):
-                taken = take_tile(step.mQueue)
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
@@ -94,7 +92,7 @@ class LoadWarp:
             if const_expr(loads_v):
                 tile_idx = self._hear_tile(feed, barriers, sWork)
             else:
-                tile_idx = tell_tile(taken)
+                tile_idx = take_tile(step.mQueue)
                 self._pass_tile(tile_idx, feed, barriers, sWork)
         if const_expr(not loads_v):
             leave_queue(step.mQueue)

@@ -10,7 +10,7 @@ from cutlass import Boolean, Int32, const_expr
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile, tell_tile
+from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
@@ -58,10 +58,9 @@ class StagingWarp:
         before = KvBlock(PageBoxes(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0))
         is_first = Boolean(True)
         num_tiles = step.mQueue[0, QUEUE_TOTAL]
-        tile_idx = tell_tile(take_tile(step.mQueue))
+        tile_idx = take_tile(step.mQueue)
         has_tile = tile_idx < num_tiles
         while tile_idx < num_tiles:
-            taken = take_tile(step.mQueue)
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
@@ -85,7 +84,7 @@ class StagingWarp:
                     position = advance(position, load.k_pages.stages)
                 before = block
                 is_first = Boolean(False)
-            tile_idx = tell_tile(taken)
+            tile_idx = take_tile(step.mQueue)
         leave_queue(step.mQueue)
         load.hand_over_empty(q_position, barriers, sWork)
         if has_tile:
