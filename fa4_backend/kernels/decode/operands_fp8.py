@@ -12,7 +12,7 @@ chunk's even elements, the other the odd ones. A lane's four accumulators of a r
 Note [bfloat16 Q]. There is no instruction from e4m3 to bfloat16 before sm_100, and 9 operations on bits for every 4 elements are a third
 of a box's work. So Q becomes float16 instead, once an entry: a row is multiplied by the power of 2 that brings its largest element to
 2^14 .. 2^15, and its scores are scaled back with the softmax's scale. bfloat16's 8 bits fit float16's 11, so an element is exact down to
-2^-32 of its row's largest, and one below is off by at most 2^-40 of that: far below a float32 sum of such products, whose first 24 bits
+2^-32 of its row's largest, and one below is off by at most 2^-39 of that: far below a float32 sum of such products, whose first 24 bits
 the largest take. A row's factor is a function of the row alone.
 
 Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all of them at 2^-24. So a row's reference is put 7
