@@ -15,8 +15,10 @@ LIMITS = {"max_num_seqs": 8, "max_num_tokens": 64, "max_seqlen_k": 4096}
 RATIOS, QUERY_LENS, HEAD_DIMS = (1, 3, 7, 8, 16, 64), (1, 2, 4), ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 
 
-def config_of(q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16", kv_dtype: str = "auto") -> DecodeConfig | None:
-    problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, "emulated-sm_90a", kv_dtype=kv_dtype)
+def config_of(
+    q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16", kv_dtype: str = "auto", arch: str = "sm_100a"
+) -> DecodeConfig | None:
+    problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, arch, kv_dtype=kv_dtype)
     return resolve(problem, BatchLimits(**LIMITS, decode_query_len=query_len))
 
 
@@ -53,3 +55,13 @@ def test_fp8_has_the_bytes_in_flight_of_16_bits() -> None:
 )
 def test_rows_that_the_prefill_kernel_must_serve(q_per_kv: int, dims: tuple[int, int], dtype: str) -> None:
     assert config_of(q_per_kv, dims, 1, dtype) is None
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 64), (96, 48), (128, 32), (192, 32)])
+def test_many_rows_go_to_prefill_tiles_where_those_are_cut(head_dim: int, most: int) -> None:
+    dims = (head_dim, min(head_dim, 128)) if head_dim == 192 else (head_dim, head_dim)
+    assert config_of(most, dims, 1, arch="sm_90a") is not None
+    assert config_of(most + 1, dims, 1, arch="sm_90a") is None
+    assert config_of(64, dims, 1, arch="sm_100a") is not None, "Blackwell's prefill tiles are not cut"
+    invariant = AttentionProblem(64, 1, *dims, "bfloat16", 16, "sm_90a", batch_invariant=True)
+    assert resolve(invariant, BatchLimits(**LIMITS, decode_query_len=1)) is not None, "nor are those of batch-invariant mode"

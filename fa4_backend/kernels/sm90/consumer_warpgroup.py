@@ -30,11 +30,11 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
-from fa4_backend.kernels.sm90.storage import K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -69,6 +69,7 @@ class Turn(NamedTuple):
 class TileState(NamedTuple):
     """A tile, its KV blocks, and what its rows need of the sequence: their keys and their bias."""
 
+    is_tile: Int32  # 0: the empty one behind the last
     work: WorkTile
     blocks: BlockRange
     columns: tuple[Columns, Columns]  # of this thread's two rows
@@ -99,7 +100,6 @@ class ConsumerWarpgroup:
         barriers: Barriers,
         values: MaskValues,
         outputs: Outputs,
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
     ):
         """Compute every tile of this CTA."""
         c, stages = self.config, self.config.tile.kv_stage
@@ -117,12 +117,11 @@ class ConsumerWarpgroup:
         # Where K and V are FP8 each tile has its own.
         scale = ScoreScale.of_call(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-        tile_begin, tile_end = tile_range(mBegin)
-        if tile_begin < tile_end:
+        q = RingPosition(Int32(0), Int32(0))
+        tile = self._next_tile(tiles, barriers, q, values, scale, outputs, group, thread)
+        if tile.is_tile == 1:
             # The stream's first block: nothing to overlap with yet.
-            q = RingPosition(Int32(0), Int32(0))
             position = RingPosition(Int32(0), Int32(0))
-            tile = self._next_tile(tiles, barriers, q, values, scale, outputs, group, thread)
             cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
             rS = self._scores(products, q.slot, position.slot)
             warpgroup.wait_group(0)
@@ -134,7 +133,7 @@ class ConsumerWarpgroup:
             products.rO.fill(0.0)
             if const_expr(not c.has_kv_scales):
                 self._clear_tail(tiles, barriers, position, tile, thread)
-            for _ in cutlass.range(tile_end - tile_begin, unroll=1):
+            while tile.is_tile == 1:
                 # From the tile's second block down to its first key: masked on the right, whole, masked on the left.
                 blocks = tile.blocks
                 n_block = blocks.end - 1
@@ -339,7 +338,16 @@ class ConsumerWarpgroup:
         softmax_scale = values.softmax_scale
         if const_expr(self.config.has_kv_scales):
             softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, self.storage.work_slot(q)])
-        return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes), softmax_scale, scale)
+        return TileState(
+            tiles.sWork[IS_TILE, self.storage.work_slot(q)],
+            work,
+            blocks,
+            tuple(columns),
+            tuple(diagonals),
+            tuple(slopes),
+            softmax_scale,
+            scale,
+        )
 
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool

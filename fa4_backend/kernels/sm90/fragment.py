@@ -121,9 +121,15 @@ class RowFragment:
                 o[j] = o[j] * factor
 
     def to_operand(self, rS: cute.Tensor, rP: cute.Tensor) -> None:
-        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's."""
-        p = flat(rP)
-        p.store(flat(rS).load().to(rP.element_type))
+        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's.
+
+        Pair by pair: of a vector of 40 or 56, which no power of two divides into words, LLVM makes halves and puts them together between
+        the products.
+        """
+        p, s = flat(rP), flat(rS)
+        for j in range(0, cute.size(p), 2):
+            pair = cute.make_tensor(s.iterator + j, cute.make_layout(2))
+            cute.make_tensor(p.iterator + j, cute.make_layout(2)).store(pair.load().to(rP.element_type))
 
     def scale(self, rS: cute.Tensor, factor: Float32) -> None:
         """Multiply every score."""

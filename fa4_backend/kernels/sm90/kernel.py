@@ -1,4 +1,4 @@
-"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM walks its part of the work list.
+"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM takes tiles from the work list until none is left.
 
 work list -> load warps --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
 
@@ -49,7 +49,8 @@ class PrefillKernel:
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32: as many CTAs; its numbers are not read
+        mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
         mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -73,7 +74,7 @@ class PrefillKernel:
         v_atom, mV_tma = v_pages.make_tma(mV, swizzles[1])
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
         bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
-        step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale)
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mQueue, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
@@ -150,7 +151,7 @@ class PrefillKernel:
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
-            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs, step.mBegin)
+            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
         """How Q, K and V lie in global and shared memory."""
@@ -168,4 +169,4 @@ class PrefillKernel:
 
 def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats)
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)

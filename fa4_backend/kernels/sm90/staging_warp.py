@@ -10,7 +10,8 @@ from cutlass import Boolean, Int32, const_expr
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.tile_scheduler import read_tile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile
+from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.staging import Note, Staged
@@ -56,8 +57,10 @@ class StagingWarp:
         position, q_position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
         before = KvBlock(PageBoxes(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0))
         is_first = Boolean(True)
-        tile_begin, tile_end = tile_range(step.mBegin)
-        for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
+        num_tiles = step.mQueue[0, QUEUE_TOTAL]
+        tile_idx = take_tile(step.mQueue)
+        has_tile = tile_idx < num_tiles
+        while tile_idx < num_tiles:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
@@ -81,8 +84,10 @@ class StagingWarp:
                     position = advance(position, load.k_pages.stages)
                 before = block
                 is_first = Boolean(False)
-        if tile_begin < tile_end:
-            load.hand_over_empty(q_position, barriers, sWork)
+            tile_idx = take_tile(step.mQueue)
+        leave_queue(step.mQueue)
+        load.hand_over_empty(q_position, barriers, sWork)
+        if has_tile:
             self._note(Staged.NOTHING, before, position, barriers, sNotes, 0)
             position = advance(position, load.k_pages.stages)
             self._fill(load.v_pages, operands[1], before, Staged.VALUES, position, barriers, sNotes)

@@ -23,20 +23,25 @@ from fa4_backend.kernels.sm90.staging import ALIGN_BYTES, STAGE_INTS, q_buffer_b
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-WORK_INTS = 16  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
+WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
 WORK_FLAGS = 10  # the first of those: one a consumer
 K_SCALE, V_SCALE = 13, 14  # bits of the scales of the tile's KV head, where K and V are FP8
 
+IS_TILE = 15  # 1; 0: the empty tile behind the last one
+TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
+
 
 class Barriers(NamedTuple):
-    """mbarriers. `q`: Q and the tile's numbers, one pair a buffer. `kv`: one pair a slot. `fp8`: one pair a slot of staging, or None."""
+    """mbarriers, a pair a buffer; None where the kernel has no such pipeline."""
 
-    q_full: cute.Pointer
+    q_full: cute.Pointer  # Q and the tile's numbers
     q_empty: cute.Pointer
-    kv_full: cute.Pointer
+    kv_full: cute.Pointer  # slots of the ring
     kv_empty: cute.Pointer
-    fp8_full: cute.Pointer | None = None
+    fp8_full: cute.Pointer | None = None  # slots of staging
     fp8_empty: cute.Pointer | None = None
+    tile_full: cute.Pointer | None = None  # taken tiles
+    tile_empty: cute.Pointer | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,10 @@ class Storage:
     def barriers(self, base: cute.Pointer) -> Barriers:
         """The barriers by name."""
         edges = self.edges
-        offsets = [find(name) for name in edges.edges for find in (edges.full_offset, edges.empty_offset)]
-        return Barriers(*(base + offset // MBARRIER_BYTES for offset in offsets))
+        pairs = {"full": edges.full_offset, "empty": edges.empty_offset}
+        return Barriers(**{
+            f"{name.split('_')[0]}_{end}": base + find(name) // MBARRIER_BYTES for name in edges.edges for end, find in pairs.items()
+        })  # fmt: skip
 
     def row_atom(self, head_dim: int) -> cute.ComposedLayout:
         """Swizzled atom for rows of `head_dim` elements, head contiguous."""

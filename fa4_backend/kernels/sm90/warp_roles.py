@@ -85,7 +85,12 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     q = PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes)
     # K and V tiles share the ring; a narrower one announces its own bytes.
     if not config.has_kv_scales:
-        return q, PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes)
+        return (
+            q,
+            PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
+            # Which tile the warp that loads K has taken.
+            PipelineEdge("tile_k_to_v", WORK_STAGE, (Party("k", Signal.WARPS),), (Party("v", Signal.WARPS),)),
+        )
     convert = Party("convert", Signal.WARPS, CONVERT_WARPS)
     return (
         q,
