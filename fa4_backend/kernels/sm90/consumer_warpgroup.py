@@ -45,6 +45,7 @@ class SharedTiles(NamedTuple):
     q: cute.Pointer  # q_stage buffers
     kv: cute.Pointer
     sWork: cute.Tensor  # (WORK_INTS, WORK_STAGE) int32
+    sRowScales: cute.Tensor | None  # (tile_m, WORK_STAGE) float32: what a row of Q was divided by; None: Q is as it came
 
 
 class Products(NamedTuple):
@@ -75,8 +76,8 @@ class TileState(NamedTuple):
     columns: tuple[Columns, Columns]  # of this thread's two rows
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
-    softmax_scale: Float32  # multiplies raw logits; K's scale included
-    scale: ScoreScale  # of the call: K's scale not included
+    softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
+    scale: ScoreScale  # of the call: no other scale included
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,9 @@ class ConsumerWarpgroup:
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
                 if const_expr(c.has_parts):
-                    self._finish_part(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
+                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 else:
-                    self._finish(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
+                    self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.o_through_q):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -186,8 +187,9 @@ class ConsumerWarpgroup:
 
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
-        sQ = tensor_at(tiles.q, s.q_layout())
-        sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(cute.recast_ptr(tiles.kv, dtype=s.value_dtype), s.v_layout())
+        sQ = tensor_at(cute.recast_ptr(tiles.q, dtype=s.product_dtype), s.q_layout())
+        kv = cute.recast_ptr(tiles.kv, dtype=s.product_dtype)
+        sK, sVt = tensor_at(kv, s.k_layout()), tensor_at(kv, s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
@@ -223,7 +225,7 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -254,14 +256,14 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=True, is_first=True)
 
-    def _score_scale(self, tile: TileState) -> ScoreScale | None:
-        """Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
+    def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
+        """Of both rows. Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
-        return ScoreScale.of_tile(tile.softmax_scale) if c.has_kv_scales else tile.scale
+        return tuple(ScoreScale.of_row(x) for x in tile.softmax_scales) if c.has_kv_scales else (tile.scale, tile.scale)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -335,9 +337,13 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        softmax_scale = values.softmax_scale
+        softmax_scales = (values.softmax_scale, values.softmax_scale)
         if const_expr(self.config.has_kv_scales):
-            softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, self.storage.work_slot(q)])
+            work_slot = self.storage.work_slot(q)
+            softmax_scales = (values.softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot]),) * 2
+            if const_expr(tiles.sRowScales is not None):
+                rows = [_row_of_thread(group, thread, i) for i in range(2)]
+                softmax_scales = tuple(x * tiles.sRowScales[row, work_slot] for x, row in zip(softmax_scales, rows, strict=True))
         return TileState(
             tiles.sWork[IS_TILE, self.storage.work_slot(q)],
             work,
@@ -345,7 +351,7 @@ class ConsumerWarpgroup:
             tuple(columns),
             tuple(diagonals),
             tuple(slopes),
-            softmax_scale,
+            softmax_scales,
             scale,
         )
 
@@ -356,9 +362,9 @@ class ConsumerWarpgroup:
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scale, values.softcap)
+            fragment.softcap(rS, state.softmax_scales, values.softcap)
         elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, state.softmax_scale * LOG2_E)
+            fragment.scale(rS, state.softmax_scales)
         if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
@@ -436,7 +442,7 @@ class ConsumerWarpgroup:
         self,
         products: Products,
         stats: RowStats,
-        scale: ScoreScale | None,
+        score_scales: tuple[ScoreScale, ScoreScale] | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -458,14 +464,14 @@ class ConsumerWarpgroup:
                 barrier = self.roles.output_barrier + group
                 is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
         if is_whole == 1:
-            self._finish(products, stats, scale, tiles, outputs, work, q, group, thread)
+            self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
 
     @cute.jit
     def _finish(
         self,
         products: Products,
         stats: RowStats,
-        scale: ScoreScale | None,
+        score_scales: tuple[ScoreScale, ScoreScale] | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -485,8 +491,8 @@ class ConsumerWarpgroup:
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
             row_max = stats.row_max[i]
-            if const_expr(scale is not None and (c.has_lse or c.mask.has_sinks)):
-                row_max = scale.true_max(row_max)
+            if const_expr(score_scales is not None and (c.has_lse or c.mask.has_sinks)):
+                row_max = score_scales[i].true_max(row_max)
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_kv_scales):
