@@ -32,7 +32,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale
+from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
@@ -77,6 +77,7 @@ class TileState(NamedTuple):
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
     softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
+    log2_scales: tuple[Float32, Float32]  # the same times log2(e), where K and V are FP8
     scale: ScoreScale  # of the call: no other scale included
 
 
@@ -263,7 +264,7 @@ class ConsumerWarpgroup:
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
-        return tuple(ScoreScale.of_row(x) for x in tile.softmax_scales) if c.has_kv_scales else (tile.scale, tile.scale)
+        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -337,13 +338,16 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        softmax_scales = (values.softmax_scale, values.softmax_scale)
+        softmax_scales = log2_scales = (values.softmax_scale, values.softmax_scale)
         if const_expr(self.config.has_kv_scales):
             work_slot = self.storage.work_slot(q)
-            softmax_scales = (values.softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot]),) * 2
+            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])
+            softmax_scales, log2_scales = (values.softmax_scale * k_scale,) * 2, (log2_scale(values.softmax_scale, k_scale),) * 2
             if const_expr(tiles.sRowScales is not None):
-                rows = [_row_of_thread(group, thread, i) for i in range(2)]
-                softmax_scales = tuple(x * tiles.sRowScales[row, work_slot] for x, row in zip(softmax_scales, rows, strict=True))
+                of_query = [tiles.sRowScales[_row_of_thread(group, thread, i), work_slot] for i in range(2)]
+                softmax_scales, log2_scales = (
+                    tuple(x * y for x, y in zip(scales, of_query, strict=True)) for scales in (softmax_scales, log2_scales)
+                )
         return TileState(
             tiles.sWork[IS_TILE, self.storage.work_slot(q)],
             work,
@@ -352,6 +356,7 @@ class ConsumerWarpgroup:
             tuple(diagonals),
             tuple(slopes),
             softmax_scales,
+            log2_scales,
             scale,
         )
 

@@ -17,6 +17,7 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
 FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
+LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -49,9 +50,8 @@ class ScoreScale(NamedTuple):
         return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
 
     @staticmethod
-    def of_row(softmax_scale: Float32) -> "ScoreScale":
-        """The scale of a row, made where it is used: `softmax_scale` is all that a loop has to keep."""
-        log2 = softmax_scale * LOG2_E
+    def of_row(log2: Float32) -> "ScoreScale":
+        """The scale of a row, made where it is used: `log2` is all that a loop has to keep."""
         return ScoreScale(log2, _next_power(log2), None)
 
     def of(self, largest: Float32) -> Float32:
@@ -168,6 +168,13 @@ class RowFragment:
             for j in self._row(i):
                 column = 8 * (j // 4) + j % 2
                 s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
+
+
+def log2_scale(softmax_scale: Float32, k_scale: Float32) -> Float32:
+    """softmax_scale * k_scale * log2(e), rounded once: an lse of 2e4 shows each rounding of what made it."""
+    product = ptx.mul_rn(softmax_scale, k_scale)
+    rest = cute.math.fma(softmax_scale, k_scale, -product)
+    return cute.math.fma(product, Float32(LOG2_E), cute.math.fma(product, Float32(LOG2_E_REST), rest * Float32(LOG2_E)))
 
 
 def _next_power(value: Float32) -> Float32:
