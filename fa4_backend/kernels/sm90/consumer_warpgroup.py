@@ -103,7 +103,7 @@ class ConsumerWarpgroup:
     ):
         """Compute every tile of this CTA."""
         c, stages = self.config, self.config.tile.kv_stage
-        thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
+        thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
         fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, FP8_LIFT if c.has_kv_scales else 0.0)

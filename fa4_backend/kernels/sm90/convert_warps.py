@@ -24,7 +24,6 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm90.staging import Note, Staged, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers
-from fa4_backend.kernels.sm90.warp_roles import CONVERT_WARPS
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
 LANES = 32
@@ -33,9 +32,10 @@ PARTS_AT_ONCE = 2  # chunks that a lane loads before it converts the first: regi
 
 @dataclass(frozen=True)
 class ConvertWarps:
-    """Role of the last CONVERT_WARPS warps of warpgroup 0."""
+    """Role of the warps between the load warp and the consumers."""
 
     config: PrefillConfig
+    num_warps: int
 
     @cute.jit
     def run(
@@ -44,7 +44,7 @@ class ConvertWarps:
         ring: cute.Pointer,  # slots of 16 bits
         barriers: Barriers,
         sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
-        warp: Int32,  # 0 .. CONVERT_WARPS
+        warp: Int32,  # 0 .. num_warps
     ):
         """Convert tile after tile until a note says that none follows: waits for a tile and for its slot of the ring, hands on both."""
         c = self.config
@@ -74,7 +74,7 @@ class ConvertWarps:
                 position = advance(position, c.tile.kv_stage)
                 staged = advance(staged, staging_slots(c))
                 # Groups of rows are not a multiple of the warps: who begins changes from tile to tile.
-                warp = cutlass.select_(warp == 0, Int32(CONVERT_WARPS - 1), warp - 1)
+                warp = cutlass.select_(warp == 0, Int32(self.num_warps - 1), warp - 1)
 
     @cute.jit
     def _convert(
@@ -100,7 +100,7 @@ class ConvertWarps:
         part_of = [Int32(i) ^ (row & 1) if parts % 2 == 0 else Int32(i) for i in range(parts)]
         reads = [source + (row * head_dim + part_of[i] * part + chunk * CHUNK_BYTES) for i in range(parts)]
         writes = [target + ((part_of[i] * tile_n + row) * (2 * part) + ((2 * chunk) ^ swizzle) * CHUNK_BYTES) for i in range(parts)]
-        for group in cutlass.range(warp, tile_n // rows, CONVERT_WARPS, unroll=1):
+        for group in cutlass.range(warp, tile_n // rows, self.num_warps, unroll=1):
             row_in_tile = group * rows + row
             for i in cutlass.range_constexpr(parts):
                 if const_expr(i % PARTS_AT_ONCE == 0):

@@ -123,7 +123,7 @@ class PrefillKernel:
             with cute.arch.elect_one():
                 storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
-        if warp < WARPGROUP_THREADS // 32:
+        if warp < roles.first_consumer_warp:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
@@ -135,7 +135,7 @@ class PrefillKernel:
                     operands = k_pages.partition(k_atom, mK, sFp8), v_pages.partition(v_atom, mV, sFp8)
                     StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
                 else:
-                    ConvertWarps(c).run(sFp8, sKV, barriers, sNotes, warp - 1)
+                    ConvertWarps(c, roles.convert_warps).run(sFp8, sKV, barriers, sNotes, warp - 1)
             else:
                 operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
                 for loads_v in cutlass.range_constexpr(2):
