@@ -27,6 +27,23 @@ def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
     return tuple(Int32(ptx.inline_asm(text % half, [word], ptx.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
 
 
+def e4m3_bits_to_float16(word: Int32) -> tuple[Int32, Int32]:
+    """Four e4m3 numbers times 2^-8 as float16, exact: bytes 0 and 2, bytes 1 and 3. NaN becomes 480 * 2^-8.
+
+    A sign, four bits of exponent and three of mantissa of which the exponent's bias is 15 for 7. By operations that every lane has in two
+    cycles, where the instruction for it takes longer: see `sm90/convert_warps.py`.
+    """
+    magnitude, sign = 0x3F803F80, 0x80008000
+    even = ((word << 7) & magnitude) | ((word << 8) & sign)
+    return even, ((word >> 1) & magnitude) | (word & sign)
+
+
+def pairs_in_order(even: Int32, odd: Int32) -> tuple[Int32, Int32]:
+    """Elements 0 and 1, 2 and 3 from 0 and 2, 1 and 3, or the other way round (PTX ISA, "prmt")."""
+    texts = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")
+    return tuple(Int32(ptx.inline_asm(text, [even, odd], ptx.i32(), "=r", pure=True)) for text in texts)  # type: ignore[return-value]
+
+
 def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:
     """A lane's share of a row of Q, pairs of bfloat16, as float16, and what they were divided by: Note [bfloat16 Q].
 

@@ -184,11 +184,13 @@ def part_bytes(row_bytes: int) -> int:
     raise AssertionError(f"row_bytes: expected a multiple of 32, got {row_bytes}")
 
 
-# Packed rows from which on prefill tiles that are cut along KV take less: many rows of wide heads spill here. By head_dim; 32 for the others.
-# H100, us of 1 x 4K / 16 x 4K / 64 x 4K, here and there, L2 clean, one KV head (64 rows of d128: 8): d64 64 rows 19.2 / 21.0 / 39.9 and
-# 24.3 / 26.2 / 39.6; d96 48 rows 18.8 / 24.1 / 52.2 and 26.1 / 26.7 / 50.3, 64 rows 27.3 / 34.7 / 72.2 and 25.1 / 26.4 / 50.2; d128 32 rows
-# 16.9 / 24.4 / 57.2 and 28.9 / 29.6 / 58.5, 48 rows 23.6 / 29.9 / 62.5 and 27.1 / 28.6 / 59.0, 64 rows 41.7 / 222 / 843 and 29.5 / 101 / 375;
-# (192, 128) 48 rows 28.7 / 38.5 / 97.9 and 29.7 / 31.6 / 71.4.
+# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by head_dim; 32 for the others: more rows of wide
+# heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
+#   d64     64 rows 19.2 / 21.0 / 39.9 and 24.3 / 26.2 / 39.6
+#   d96     48 rows 18.8 / 24.1 / 52.2 and 26.1 / 26.7 / 50.3; 64 rows 27.3 / 34.7 / 72.2 and 25.1 / 26.4 / 50.2
+#   d128    32 rows 16.9 / 24.4 / 57.2 and 28.9 / 29.6 / 58.5; 48 rows 23.6 / 29.9 / 62.5 and 27.1 / 28.6 / 59.0;
+#           64 rows 41.7 / 222 / 843 and 29.5 / 101 / 375
+#   192/128 48 rows 28.7 / 38.5 / 97.9 and 29.7 / 31.6 / 71.4
 MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
 
 
@@ -201,8 +203,8 @@ def most_rows(problem: AttentionProblem) -> int:
 def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: exact mode, float32, more packed rows than `most_rows`, heads wider than 256 or of no whole 32 bytes, or so many rows of so wide
-    heads that two KV tiles of 16-bit elements do not fit.
+    That is: exact mode, float32, more packed rows than `most_rows`, heads wider than 256 or of no whole 32 bytes, or so many rows of so
+    wide heads that two KV tiles of 16-bit elements do not fit.
     """
     if problem.exact:
         return None

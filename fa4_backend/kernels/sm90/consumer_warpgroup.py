@@ -456,19 +456,20 @@ class ConsumerWarpgroup:
         thread: Int32,
     ):
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
-        # The same number, which compilers take for a new one: addresses are computed here, not held in registers over the loops over KV
-        # (24 bytes of spills for 72 at d64, none for 104 at d128).
-        thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-        is_whole = Int32(1)
         work_slot = self.storage.work_slot(q)
         part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
         if part.slot >= 0:
+            # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
+            part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
             is_whole = Int32(0)
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
-                barrier = self.roles.output_barrier + group
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
-        if is_whole == 1:
+                barrier, lane = self.roles.output_barrier + group, part_thread % WARPGROUP_THREADS
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+            if is_whole == 1:
+                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+        else:
+            # Apart, though the same: whole tiles pay for nothing that parts need.
             self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
 
     @cute.jit

@@ -11,6 +11,7 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 ALIGN_BYTES = 1024  # of every buffer
+KEYS_BY_BITS, VALUES_BY_BITS = True, True
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
 
 
@@ -45,7 +46,7 @@ class Staged(IntEnum):
 
 def converts_query(config: PrefillConfig) -> bool:
     """Whether Q is brought to float16, since K is: see `convert_warps`."""
-    return config.has_kv_scales and config.dtype != "float16"
+    return config.has_kv_scales and (config.dtype != "float16" or KEYS_BY_BITS)
 
 
 def header_bytes(config: PrefillConfig) -> int:
