@@ -33,7 +33,7 @@ def e4m3_bits_to_float16(word: Int32) -> tuple[Int32, Int32]:
     A sign, four bits of exponent and three of mantissa of which the exponent's bias is 15 for 7. By operations that every lane has in two
     cycles, where the instruction for it takes longer: see `sm90/convert_warps.py`.
     """
-    magnitude, sign = 0x3F803F80, 0x80008000
+    magnitude, sign = 0x3F803F80, 0x80008000 - (1 << 32)
     even = ((word << 7) & magnitude) | ((word << 8) & sign)
     return even, ((word >> 1) & magnitude) | (word & sign)
 

@@ -34,6 +34,7 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
+from fa4_backend.kernels.sm90.staging import KEYS_BY_BITS, VALUES_BY_BITS
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
@@ -341,7 +342,7 @@ class ConsumerWarpgroup:
         softmax_scales = log2_scales = (values.softmax_scale, values.softmax_scale)
         if const_expr(self.config.has_kv_scales):
             work_slot = self.storage.work_slot(q)
-            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])
+            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot]) * (256.0 if KEYS_BY_BITS else 1.0)
             softmax_scales, log2_scales = (values.softmax_scale * k_scale,) * 2, (log2_scale(values.softmax_scale, k_scale),) * 2
             if const_expr(tiles.sRowScales is not None):
                 of_query = [tiles.sRowScales[_row_of_thread(group, thread, i), work_slot] for i in range(2)]
@@ -502,7 +503,9 @@ class ConsumerWarpgroup:
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_kv_scales):
-                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
+                scales[i] = (
+                    result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)]) * (256.0 if VALUES_BY_BITS else 1.0)
+                )
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse

@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
+from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.fp8 import e4m3_to_float16, scaled_to_float16
+from fa4_backend.kernels.common.fp8 import e4m3_bits_to_float16, e4m3_to_float16, pairs_in_order, scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm90.staging import Note, Query, Staged, converts_query, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import KEYS_BY_BITS, VALUES_BY_BITS, Note, Query, Staged, converts_query, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
@@ -78,13 +79,13 @@ class ConvertWarps:
                 source = shared.staging.toint() + staged.slot * elems
                 target = shared.ring.toint() + position.slot * (elems * c.element_bytes)
                 if kind == int(Staged.KEYS):
-                    self._convert(source, target, warp, c.head_dim, None, None)
+                    self._convert(source, target, warp, c.head_dim, True, None, None)
                 if kind == int(Staged.VALUES):
                     first, end = shared.sNotes[int(Note.FIRST_ROW), staged.slot], shared.sNotes[int(Note.END_ROW), staged.slot]
                     if (first > 0) | (end < c.tile.tile_n):
-                        self._convert(source, target, warp, c.head_dim_v, first, end)
+                        self._convert(source, target, warp, c.head_dim_v, False, first, end)
                     else:
-                        self._convert(source, target, warp, c.head_dim_v, None, None)
+                        self._convert(source, target, warp, c.head_dim_v, False, None, None)
                 self._hand_on(barriers.kv_full + position.slot)
                 if cute.arch.lane_idx() == 0:
                     cute.arch.mbarrier_arrive(barriers.fp8_empty + staged.slot)
@@ -114,7 +115,7 @@ class ConvertWarps:
         for group in cutlass.range(warp, c.tile.tile_m // rows, self.num_warps, unroll=1):
             lines = [buffer + (group * rows + i * c.tile.tile_m) * (2 * part) for i in range(c.head_dim // part)]
             words = [Int32(word) for line in lines for word in ptx.elements(ptx.load_shared_v4(line))]
-            scaled, divided_by = scaled_to_float16(words, chunks)
+            scaled, divided_by = _query_as_float16(words, chunks, c.dtype)
             for i, line in enumerate(lines):
                 ptx.store_shared_v4(line, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
             if chunk == 0:
@@ -127,6 +128,7 @@ class ConvertWarps:
         target: Int32,  # shared address of the slot of the ring
         warp: Int32,
         head_dim: cutlass.Constexpr[int],
+        is_keys: cutlass.Constexpr[bool],
         first: Int32 | None,  # rows `first .. end` are seen, others become zeros: a weight of 0 times NaN would be NaN
         end: Int32 | None,
     ):
@@ -152,6 +154,24 @@ class ConvertWarps:
                 if const_expr(first is not None):
                     words = ptx.select_words((row_in_tile >= first) & (row_in_tile < end), words)
                 line = writes[i] + group * (rows * 2 * part)
-                converted = [half.ir_value() for word in ptx.elements(words) for half in e4m3_to_float16(Int32(word))]
+                converted = _as_float16(ptx.elements(words), is_keys)
                 ptx.store_shared_v4(line, converted[:4])
                 ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike
+
+
+def _as_float16(words: list[ir.Value], is_keys: bool) -> list[ir.Value]:
+    """Words of e4m3 as words of float16."""
+    by_bits = KEYS_BY_BITS if is_keys else VALUES_BY_BITS
+    out = []
+    for word in words:
+        halves = e4m3_bits_to_float16(Int32(word)) if by_bits else e4m3_to_float16(Int32(word))
+        out += pairs_in_order(*halves) if by_bits and not is_keys else halves
+    return [half.ir_value() for half in out]
+
+
+def _query_as_float16(words: list[Int32], lanes: int, dtype: str) -> tuple[list[Int32], Float32]:
+    """A lane's share of a row of Q as float16, in the order of K, and what it was divided by."""
+    scaled, divided_by = (words, Float32(1.0)) if dtype == "float16" else scaled_to_float16(words, lanes)
+    if KEYS_BY_BITS:
+        scaled = [word for i in range(0, len(scaled), 2) for word in pairs_in_order(*scaled[i : i + 2])]
+    return scaled, divided_by
