@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from fa4_backend.problem import FP8, SAME_AS_Q, UnsupportedProblem
+from fa4_backend.problem import FP8, FP8_MAX, SAME_AS_Q, UnsupportedProblem
 
 # vLLM's name of a KV cache dtype -> ours.
 STORED = {"auto": SAME_AS_Q, "float16": "float16", "bfloat16": "bfloat16", "fp8": FP8, "fp8_e4m3": FP8}
-LARGEST_FP8 = 448.0
 
 
 def stored_dtype(kv_cache_dtype: str | None) -> str:
@@ -71,4 +70,4 @@ def quantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """e4m3 numbers of `values` (tokens, num_kv_heads, head_dim) as vLLM's scatter kernel makes them: divided in float32, cut to what is
     finite, rounded to the nearest. `scale`: one for all, or one a KV head."""
     divided = values.float() / scale.view(-1, 1)
-    return divided.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
+    return divided.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
