@@ -66,6 +66,8 @@ FP8_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLASH_ATTN, declared": ("FLASH_ATTN", EAGER),
     "FA4, declared": ("FA4", EAGER),
     "FA4, declared, full graphs": ("FA4", FULL_GRAPHS),
+    # Scales come back too, at the addresses that graphs hold.
+    "FA4, declared, sleep and reload": ("FA4", {**FULL_GRAPHS, "enable_sleep_mode": True}),
     "FA4, declared, scales 25% off": ("FA4", EAGER),
     "FA4, scales 25% off": ("FA4", {**EAGER, **FP8}),
 }
