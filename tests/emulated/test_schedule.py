@@ -184,7 +184,9 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
     assert set((alone[1:] - alone[:-1]).tolist()) == {3, 4}
 
 
-H100 = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2, has_queue=True)
+H100 = WorkShape(
+    8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2, has_queue=True
+)
 PARTS = {
     # A new message over a long prefix: one round of CTAs where the tiles can fill it.
     "16 of 64K": ([16], [65536], 16),
