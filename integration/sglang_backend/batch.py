@@ -37,8 +37,8 @@ def describe_step(batch: Any, *, draft_step: int, draft_tokens: int) -> StepShap
             raise UnsupportedProblem("verification: expected as many draft tokens a sequence, got a ragged one (SGLANG_RAGGED_VERIFY_MODE)")
         return StepShape(num_seqs, draft_tokens, draft_tokens, draft_tokens)
     if mode.is_draft_extend_v2():
-        lengths = batch.extend_seq_lens_cpu
-        return StepShape(num_seqs, max(lengths) if lengths else draft_tokens, None, 0)
+        # Each row has as many tokens, on the device as on the host; a replay's view of a batch has no host lengths.
+        return StepShape(num_seqs, batch.positions.numel() // max(num_seqs, 1), None, 0)
     if mode.is_extend_or_draft_extend_or_mixed():
         return StepShape(num_seqs, max(batch.extend_seq_lens_cpu, default=0), None, 0)
     raise UnsupportedProblem(f"forward mode: expected decode, extend, mixed, verification or draft, got {mode.name}")
