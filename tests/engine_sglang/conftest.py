@@ -22,13 +22,14 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture(scope="session")
 def kit() -> Any:
-    """SGLang's own attention tests for dense attention, which look a backend up by its name."""
+    """SGLang's own tests of dense attention, which look a backend up by its name; its plugins are loaded as an engine loads them."""
     import torch
+    from sglang.srt.plugins import load_plugins
     from sglang.test.kits.attention_unittest.attention_methods import dense_attention
 
     from fa4_integration.sglang_backend import plugin
 
-    plugin.register()
+    load_plugins()
     torch.set_grad_enabled(False)  # the CPU's write into a pool is an assignment by index
     # The kit wants each backend to say which keys a window means in a decode step: here those of an extend step.
     dense_attention._SWA_DECODE_EXTEND_WINDOW |= {plugin.NAME}
