@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.schedule.limits import largest_num_seqs
-from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, FP8, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
@@ -42,7 +42,7 @@ _HOPPER = KernelSupport(
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}),
+    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,)),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
