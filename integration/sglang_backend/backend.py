@@ -87,7 +87,7 @@ class FA4Backend(AttentionBackend):
             self.window_slots = buffer[: places.shape[0]]
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Recorded in the graph, so that each replay reads the runner's lengths and token slots: no host sync, no allocation that lives on."""
+        """Recorded in the graph, so that each replay reads the runner's lengths and token slots. No host sync."""
         assert self.captured is not None, "init_cuda_graph_state comes before a capture"
         self._take_over(forward_batch, self.captured.first(forward_batch.batch_size))
 

@@ -28,7 +28,7 @@ class LayerSteps:
     def __init__(self, engine: EngineFacts, limits: BatchLimits, device: torch.device) -> None:
         self.engine, self.limits, self.device = engine, limits, device
         self.by_kind: dict[tuple[AttentionProblem, int | None], AttentionMetadata] = {}
-        self.by_layer: dict[tuple[int, torch.dtype | None], AttentionMetadata] = {}
+        self.by_layer: dict[tuple[Any, torch.dtype | None], AttentionMetadata] = {}  # by the layer itself: some share a layer_id
         self.refreshed: dict[str, Any] | None = None  # arguments of the step's `refresh`
 
     def plan_model(self, model: torch.nn.Module) -> None:
@@ -48,14 +48,14 @@ class LayerSteps:
         Raises:
             UnsupportedProblem, CompileError: as `plan_model`.
         """
-        found = self.by_layer.get((layer.layer_id, sinks_dtype))
+        found = self.by_layer.get((layer, sinks_dtype))
         if found is None:
             kind = problem_of_layer(layer, self.engine, sinks_dtype), window_left(layer)
             found = self.by_kind.get(kind)
             if found is None:
                 found = self._plan(*kind)
                 self.by_kind[kind] = found
-            self.by_layer[layer.layer_id, sinks_dtype] = found
+            self.by_layer[layer, sinks_dtype] = found
         return found
 
     def refresh(self, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int) -> None:

@@ -1,6 +1,6 @@
 """An engine of SGLang on this machine's CPU: tokens of a model, greedily, as JSON. Run in a process of its own, as its launcher is.
 
-    python -m tests.engine_sglang.engine BACKEND MODEL_FOLDER OUT.json
+python -m tests.engine_sglang.engine BACKEND MODEL_FOLDER OUT.json
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def generate(backend: str, folder: Path) -> list[list[int]]:
     )
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     try:
-        return [answer["output_ids"] for prompts in (FIRST, SECOND) for answer in engine.generate(input_ids=prompts, sampling_params=sampling)]
+        return [
+            answer["output_ids"] for prompts in (FIRST, SECOND) for answer in engine.generate(input_ids=prompts, sampling_params=sampling)
+        ]
     finally:
         engine.shutdown()
 

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -65,10 +66,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
     """Both engines, started together."""
     folder = tmp_path_factory.mktemp("engines")
-    return {backend: start(backend, model, folder / backend) for backend in (NAME, "torch_native")}
+    started = {backend: start(backend, model, folder / backend) for backend in (NAME, "torch_native")}
+    yield started
+    for engine in started.values():
+        engine.process.kill()
 
 
 def test_tokens_are_those_of_torch_native(engines: dict[str, Started]) -> None:

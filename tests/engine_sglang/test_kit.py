@@ -89,15 +89,15 @@ def test_decode_in_a_graph(kit: Any, calls: list[dict[str, Any]], captured: int,
 def test_verification(kit: Any, calls: list[dict[str, Any]], kind: Any, window: int | None) -> None:
     case = speculative(ForwardMode.TARGET_VERIFY, window)
     verifications.run_dense_spec_verify_case(SKIPS(), case, topk=1, spec_kind=kind, device="cpu")
-    verifications.run_dense_spec_verify_cuda_graph_case(SKIPS(), case, topk=1, spec_kind=kind, device="cpu", cuda_graph_capture_batch_size=4)
+    verifications.run_dense_spec_verify_cuda_graph_case(
+        SKIPS(), case, topk=1, spec_kind=kind, device="cpu", cuda_graph_capture_batch_size=4
+    )
 
 
 @pytest.mark.parametrize("padding", ("small_real", "prod_fill"))
 def test_drafts_after_a_verification_in_a_graph(kit: Any, calls: list[dict[str, Any]], padding: str) -> None:
     case = speculative(ForwardMode.DRAFT_EXTEND_V2)
-    draft_extends.run_dense_draft_extend_v2_cuda_graph_case(
-        SKIPS(), case, device="cpu", cuda_graph_capture_batch_size=4, pad_style=padding
-    )
+    draft_extends.run_dense_draft_extend_v2_cuda_graph_case(SKIPS(), case, device="cpu", cuda_graph_capture_batch_size=4, pad_style=padding)
 
 
 # The kit's projections give logits near 0, and its bound of 3e-2 lets a scale that is 5 % off pass even where they are 16 times as large.

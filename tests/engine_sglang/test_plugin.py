@@ -84,5 +84,5 @@ def test_an_sglang_without_what_plugins_extend(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_backend_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fa4_integration.sglang_backend.backend", None)
-    with pytest.raises(RuntimeError, match="fa4_plugin: expected an importable backend .*fa4 doctor"):
+    with pytest.raises(RuntimeError, match=r"fa4_plugin: expected an importable backend .*fa4 doctor"):
         plugin.create_backend(None)

@@ -16,8 +16,8 @@ from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend, kv_pool
 from fa4_integration.sglang_backend.draft import DraftSteps
 from fa4_integration.sglang_backend.plugin import NAME
-from tests.engine_sglang.pools import StridedPool, WindowPool
-from tests.engine_sglang.test_kit import CASES, SKIPS, WINDOW_CASES, window_decode
+from tests.engine_sglang.pools import Fp8Attention, Fp8Pool, Fp8Reference, Fp8Runner, StridedPool, WindowPool
+from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES, run_peaked, window_decode
 
 EXTEND, DECODE, ONE_HEAD = "mha_extend_ragged_page_boundary", "gqa_decode_page_boundary", "mqa_extend_total_exact_page"
 
@@ -108,3 +108,41 @@ def test_full_layers_of_a_hybrid_pool(kit: Any, monkeypatch: pytest.MonkeyPatch)
     assert fixture.backend.page_table(fixture.actual_module.attn, tables) is tables.page_table
     fixture.actual_module.attn.layer_id = 0
     assert fixture.backend.page_table(fixture.actual_module.attn, tables) is tables.window_page_table
+
+
+@pytest.fixture
+def fp8(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit's cache, layer and reference in FP8."""
+    for name, cls in (
+        ("MHATokenToKVPool", Fp8Pool),
+        ("MockModelRunner", Fp8Runner),
+        ("ProjectedDenseAttention", Fp8Attention),
+        ("ReferenceDenseAttention", Fp8Reference),
+    ):
+        monkeypatch.setattr(dense, name, cls)
+
+
+@pytest.mark.parametrize("name", (EXTEND, DECODE, ONE_HEAD, *WINDOW_CASES))
+def test_fp8_cache(fp8: None, kit: Any, calls: list[dict[str, Any]], name: str) -> None:
+    """Prefill as well as decode: the reference reads the numbers that the cache keeps."""
+    torch.testing.assert_close(*run_peaked(kit, {**CASES, **WINDOW_CASES}[name]), **FLOAT32)
+    assert {call["plan"].problem.kv_dtype for call in calls} == {"float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("lost", ("k_scale", "v_scale"))
+def test_a_lost_fp8_scale_fails(fp8: None, kit: Any, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    operator = backend.paged_attention
+    monkeypatch.setattr(backend, "paged_attention", lambda *args, **kwargs: operator(*args, **{**kwargs, lost: None}))
+    actual, expected = run_peaked(kit, CASES[DECODE])
+    assert not torch.allclose(actual, expected, **FLOAT32)
+
+
+def test_packed_caches_are_refused_by_name(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mxfp8Runner(Fp8Runner):
+        def __init__(self, **facts: Any) -> None:
+            super().__init__(**facts)
+            self.kv_cache_dtype_str = "mxfp8"
+
+    monkeypatch.setattr(dense, "MockModelRunner", Mxfp8Runner)
+    with pytest.raises(UnsupportedProblem, match=r"--kv-cache-dtype: expected .*fp8_e4m3, got mxfp8"):
+        kit.build_dense_attention_fixture(SKIPS(), CASES[DECODE], device="cpu")

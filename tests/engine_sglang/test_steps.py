@@ -26,8 +26,9 @@ from fa4_integration.sglang_backend.plugin import NAME
 from tests.engine_sglang.pools import WindowPool
 from tests.engine_sglang.test_kit import CASES, SKIPS, window_decode
 
+
 class Tape(TorchDispatchMode):
-    """What a CUDA graph does, for tensors of the CPU: keeps operations with the tensors themselves, to run them again on what those hold."""
+    """What a CUDA graph does, for tensors of the CPU: keeps operations with their tensors, to run them again on what those hold."""
 
     def __init__(self) -> None:
         super().__init__()

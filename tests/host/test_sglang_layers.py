@@ -111,5 +111,5 @@ def test_other_page_sizes(page_size: int) -> None:
 
 def test_other_devices_are_refused_by_name() -> None:
     assert serving_arch(torch.device("cpu")) == "cpu"
-    with pytest.raises(UnsupportedProblem, match="device: expected .* got xpu:0"):
+    with pytest.raises(UnsupportedProblem, match=r"device: expected .* got xpu:0"):
         serving_arch(torch.device("xpu:0"))
