@@ -11,13 +11,13 @@ from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from fa4_backend import envs, paged_attention
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.common import start
+from fa4_integration.common.serving_device import arch_of_torch_device
 from fa4_integration.sglang_backend.batch import describe_step, write_query_bounds
 from fa4_integration.sglang_backend.kv_pool import paged_views, write_kv
 from fa4_integration.sglang_backend.layers import EngineFacts, softcap, window_left
 from fa4_integration.sglang_backend.limits import batch_limits
 from fa4_integration.sglang_backend.page_tables import StepTensors, TokenSlots
 from fa4_integration.sglang_backend.resolution import check_page_size
-from fa4_integration.sglang_backend.serving_arch import serving_arch
 from fa4_integration.sglang_backend.steps import LayerSteps
 
 # What SGLang calls the formats of a KV cache whose elements are those of its dtype; the others keep scales or packs of their own.
@@ -184,7 +184,7 @@ def engine_facts(runner: Any) -> EngineFacts:
         dtype=runner.dtype,
         kv_dtype=runner.kv_cache_dtype,
         page_size=runner.page_size,
-        arch=serving_arch(torch.device(runner.device)),
+        arch=arch_of_torch_device(torch.device(runner.device)),
         context_len=runner.model_config.context_len,
         attention_chunk_size=runner.attention_chunk_size,
         batch_invariant=bool(get_exec().deterministic.enable_deterministic_inference),

@@ -18,8 +18,8 @@ FAMILIES = ("sm90", "sm100", "decode", "schedule")
 # Facts of a family that another one builds on: what a list holds, and no code that runs on the device.
 SHARED_FACTS = {"fa4_backend.kernels.schedule.work_list"}
 INTEGRATION = ROOT / "integration"
-# Folder below integration/ -> the engine that it alone may import.
-ENGINES = {"vllm_backend": "vllm", "sglang_backend": "sglang"}
+# Folder or module below integration/ -> the engine that it alone may import.
+ENGINES = {"vllm_backend": "vllm", "sglang_backend": "sglang", "transformers_attention": "transformers"}
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -95,5 +95,5 @@ def test_an_adapter_knows_its_own_engine(path: Path) -> None:
 
 
 def test_every_adapter_is_known() -> None:
-    folders = {path.name for path in INTEGRATION.iterdir() if path.is_dir() and path.name not in ("common", "__pycache__")}
-    assert folders == set(ENGINES)
+    names = {path.name.removesuffix(".py") for path in INTEGRATION.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert names - {"common", "__pycache__", "__init__"} == set(ENGINES)

@@ -11,9 +11,9 @@ import torch
 
 from fa4_backend import MaskFeatures, UnsupportedProblem
 from fa4_backend.support import check_problem
+from fa4_integration.common.serving_device import arch_of_torch_device
 from fa4_integration.sglang_backend.layers import EngineFacts, problem_of_layer, softcap, window_left
 from fa4_integration.sglang_backend.resolution import check_page_size
-from fa4_integration.sglang_backend.serving_arch import serving_arch
 
 ENGINE = EngineFacts(torch.bfloat16, torch.bfloat16, 64, "cpu", 8192, None, False, False)
 
@@ -110,6 +110,6 @@ def test_other_page_sizes(page_size: int) -> None:
 
 
 def test_other_devices_are_refused_by_name() -> None:
-    assert serving_arch(torch.device("cpu")) == "cpu"
+    assert arch_of_torch_device(torch.device("cpu")) == "cpu"
     with pytest.raises(UnsupportedProblem, match=r"device: expected .* got xpu:0"):
-        serving_arch(torch.device("xpu:0"))
+        arch_of_torch_device(torch.device("xpu:0"))
