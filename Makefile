@@ -29,7 +29,7 @@ demo-emulated: setup
 model: setup
 	@$(PY) -m examples.smollm2
 
-test: lint types test-host test-engines
+test: lint types test-host test-engines test-sglang
 
 # Kernels, host code and the emulator: one test process a core.
 test-host: setup

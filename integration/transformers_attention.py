@@ -130,9 +130,8 @@ def as_ragged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is not None:
-        lengths = kwargs["max_length_q"], kwargs["max_length_k"]
         cu_seqlens_q, cu_seqlens_k = (tensor.to(torch.int32) for tensor in (bounds, kwargs["cu_seq_lens_k"]))
-        return Ragged(q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k, *map(int, lengths), None)
+        return Ragged(q[0], k[0], v[0], cu_seqlens_q, cu_seqlens_k, int(kwargs["max_length_q"]), int(kwargs["max_length_k"]), None)
     if mask is None:
         kv_len = k.shape[1]
         cu_seqlens_q, cu_seqlens_k = (
@@ -142,8 +141,8 @@ def as_ragged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask:
     keys = mask.bool()
     kv_len = keys.shape[1]  # a cache of fixed size is longer: what lies behind are no keys yet
     places = keys[:, -query_len:]
-    bounds_of = [torch.nn.functional.pad(some.sum(1).cumsum(0), (1, 0)).to(torch.int32) for some in (places, keys)]
-    return Ragged(q[places], k[:, :kv_len][keys], v[:, :kv_len][keys], *bounds_of, query_len, kv_len, places)
+    cu_seqlens_q, cu_seqlens_k = (torch.nn.functional.pad(some.sum(1).cumsum(0), (1, 0)).to(torch.int32) for some in (places, keys))
+    return Ragged(q[places], k[:, :kv_len][keys], v[:, :kv_len][keys], cu_seqlens_q, cu_seqlens_k, query_len, kv_len, places)
 
 
 def run(

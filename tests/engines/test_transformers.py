@@ -129,8 +129,8 @@ def test_pages_of_a_ragged_batch() -> None:
     bounds = torch.tensor([0, 15, 15, 31, 48], dtype=torch.int32)
     batch = transformers_attention.Ragged(torch.empty(0), torch.empty(50, 1, 8), torch.empty(0), bounds, bounds, 17, 17, None)
     slots, table, num_pages = transformers_attention.place_in_pages(batch)
-    page_of = [[0] * 15, [1] * 16, [2] * 16 + [3]]
-    assert (slots[:48] // 16).tolist() == sum(page_of, [])
+    page_of = [0] * 15 + [1] * 16 + [2] * 16 + [3]
+    assert (slots[:48] // 16).tolist() == page_of
     assert (slots[:48] % 16).tolist() == [*range(15), *range(16), *range(16), 0]
     assert table.tolist() == [[0, 1], [1, 2], [1, 2], [2, 3]]
     assert set(slots[48:].tolist()) == {(num_pages - 1) * 16} and num_pages - 1 > 3
