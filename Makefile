@@ -46,6 +46,8 @@ test-sglang: setup
 
 test-slow: setup
 	$(PY) -m pytest -q -m "slow and not gpu"
+	$(PY) scripts/setup_sglang.py
+	.venv-sglang/bin/python -m pytest -q -m "slow and not gpu" tests/engine_sglang
 
 # The emulator's whole proof: about a quarter of an hour on two cores. Other people's kernels need flash-attn-4.
 test-emulator-full: setup

@@ -61,7 +61,8 @@ def install() -> None:
     step("a virtual environment in .venv-sglang that sees the packages of this one")
     run(sys.executable, "-m", "venv", "--without-pip", VENV)
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(VENV)}))
-    (site_packages / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # As a folder of packages, not as a path: the compiler in it is found by a .pth file of its own. Sorts after this project's.
+    (site_packages / "behind.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     stub = f'import sys, types; sys.modules["{EMPTY_MODULE}"] = types.ModuleType("{EMPTY_MODULE}")\n'
     (site_packages / "no_meta_kernels.pth").write_text(stub)
     step(f"{', '.join(SGLANG)}, without what they require")
