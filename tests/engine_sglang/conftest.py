@@ -51,3 +51,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     monkeypatch.setattr(backend, "paged_attention", count)
     yield made
     assert made, "our operator did not run"
+
+
+@pytest.fixture
+def fp8(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit's cache, layer and reference in FP8."""
+    from tests.engine_sglang import pools
+
+    for name, cls in (
+        ("MHATokenToKVPool", pools.Fp8Pool),
+        ("MockModelRunner", pools.Fp8Runner),
+        ("ProjectedDenseAttention", pools.Fp8Attention),
+        ("ReferenceDenseAttention", pools.Fp8Reference),
+    ):
+        monkeypatch.setattr(kit, name, cls)

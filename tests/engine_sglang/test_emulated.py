@@ -45,3 +45,11 @@ def test_kernels(kit: Any, calls: list[dict[str, Any]], monkeypatch: pytest.Monk
 def test_padded_rows_of_a_graph(kit: Any, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, chip: str) -> None:
     monkeypatch.setenv("FA4_BACKEND_CPU", f"emulate-{chip}")
     decode_graphs.run_dense_cuda_graph_decode_case(SKIPS(), decode(2), cuda_graph_capture_batch_size=5, **SIZES)
+
+
+def test_fp8_cache(fp8: None, kit: Any, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill and decode rows of one step over e4m3, with the layer's scales. One KV head: a token is 64 bytes of the pool."""
+    monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm90")
+    for num_kv_heads in (1, 2):
+        kit.run_dense_attention_case(SKIPS(), mixed(num_kv_heads), **SIZES)
+    assert {call["plan"].problem.kv_dtype for call in calls} == {"float8_e4m3fn"}

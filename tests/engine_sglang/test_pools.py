@@ -16,7 +16,7 @@ from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend, kv_pool
 from fa4_integration.sglang_backend.draft import DraftSteps
 from fa4_integration.sglang_backend.plugin import NAME
-from tests.engine_sglang.pools import Fp8Attention, Fp8Pool, Fp8Reference, Fp8Runner, StridedPool, WindowPool
+from tests.engine_sglang.pools import Fp8Runner, StridedPool, WindowPool
 from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES, run_peaked, window_decode
 
 EXTEND, DECODE, ONE_HEAD = "mha_extend_ragged_page_boundary", "gqa_decode_page_boundary", "mqa_extend_total_exact_page"
@@ -108,18 +108,6 @@ def test_full_layers_of_a_hybrid_pool(kit: Any, monkeypatch: pytest.MonkeyPatch)
     assert fixture.backend.page_table(fixture.actual_module.attn, tables) is tables.page_table
     fixture.actual_module.attn.layer_id = 0
     assert fixture.backend.page_table(fixture.actual_module.attn, tables) is tables.window_page_table
-
-
-@pytest.fixture
-def fp8(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kit's cache, layer and reference in FP8."""
-    for name, cls in (
-        ("MHATokenToKVPool", Fp8Pool),
-        ("MockModelRunner", Fp8Runner),
-        ("ProjectedDenseAttention", Fp8Attention),
-        ("ReferenceDenseAttention", Fp8Reference),
-    ):
-        monkeypatch.setattr(dense, name, cls)
 
 
 @pytest.mark.parametrize("name", (EXTEND, DECODE, ONE_HEAD, *WINDOW_CASES))
