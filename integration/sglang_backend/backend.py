@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
+from sglang.srt.layers.attention.kv_shard_hooks import get_kv_shard_pool
+from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 
 from fa4_backend import envs, paged_attention
 from fa4_backend.problem import UnsupportedProblem
@@ -193,12 +194,14 @@ def engine_facts(runner: Any) -> EngineFacts:
 
 
 def refuse_strange(runner: Any) -> None:
-    """Refuse what no step of ours describes.
+    """Refuse what no step of ours describes. Under its own name `fa4` SGLang lets more pass than under ours.
 
     Raises:
         UnsupportedProblem: the model or an argument wants it.
     """
     check_page_size(runner.page_size)
+    without_cache = get_schedule().prefill_only_disable_kv_cache
+    is_sharded, sees_prompts = get_kv_shard_pool(runner.token_to_kv_pool) is not None, getattr(runner, "prefill_aware_swa", False)
     topk, parallel = get_spec().speculative_eagle_topk or 0, get_parallel()
     for what, expected, got, is_served in (
         ("model", "multi-head or grouped-query attention", "MLA", not runner.use_mla_backend),
@@ -206,6 +209,10 @@ def refuse_strange(runner: Any) -> None:
         ("--kv-cache-dtype", ", ".join(PLAIN_KV), runner.kv_cache_dtype_str, runner.kv_cache_dtype_str in PLAIN_KV),
         ("--speculative-eagle-topk", "1: a chain of drafts", topk, topk <= 1),
         ("decode context parallelism", "a size of 1", parallel.attn_dcp_size, parallel.attn_dcp_size == 1),
+        ("prefill context parallelism", "a size of 1", parallel.attn_cp_size, parallel.attn_cp_size == 1),
+        ("KV pool", "whole pages on each rank", "pages shared out among ranks", not is_sharded),
+        ("--prefill-only-disable-kv-cache", "not given", "given", not without_cache),
+        ("windows", "the same in decode as in prefill", "windows that see the whole prompt", not sees_prompts),
     ):
         if not is_served:
             raise UnsupportedProblem(f"{what}: expected {expected}, got {got}; use another --attention-backend here")

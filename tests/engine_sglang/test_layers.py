@@ -13,6 +13,7 @@ from sglang.test.kits.attention_unittest.attention_methods import dense_attentio
 from torch import nn
 
 from fa4_backend import UnsupportedProblem
+from fa4_integration.sglang_backend import backend
 from fa4_integration.sglang_backend.steps import attention_layers
 from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES
 
@@ -113,3 +114,27 @@ def test_limits_of_a_runner(fixture: Any) -> None:
     assert limits.max_seqlen_k == table.shape[1]
     assert limits.max_num_seqs >= fixture.runner.req_to_token_pool.size
     assert limits.max_num_tokens >= table.shape[1] + limits.max_num_seqs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"runner": {"use_mla_backend": True}}, "model: expected multi-head or grouped-query attention, got MLA"),
+        ({"runner": {"prefill_aware_swa": True}}, "windows: expected the same in decode as in prefill"),
+        ({"runner": {"kv_cache_dtype_str": "fp4_e2m1"}}, "--kv-cache-dtype: expected .*, got fp4_e2m1"),
+        ({"get_parallel": {"attn_dcp_size": 2, "attn_cp_size": 1}}, "decode context parallelism: expected a size of 1, got 2"),
+        ({"get_parallel": {"attn_dcp_size": 1, "attn_cp_size": 2}}, "prefill context parallelism: expected a size of 1, got 2"),
+        ({"get_schedule": {"prefill_only_disable_kv_cache": True}}, "--prefill-only-disable-kv-cache: expected not given"),
+        ({"get_spec": {"speculative_eagle_topk": 4}}, "--speculative-eagle-topk: expected 1"),
+    ),
+)
+def test_strange_runners_are_refused(fixture: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
+    backend.refuse_strange(fixture.runner)
+    for name, facts in change.items():
+        if name == "runner":
+            for fact, value in facts.items():
+                monkeypatch.setattr(fixture.runner, fact, value, raising=False)
+        else:
+            monkeypatch.setattr(backend, name, lambda facts=facts: SimpleNamespace(**facts))
+    with pytest.raises(UnsupportedProblem, match=message):
+        backend.refuse_strange(fixture.runner)

@@ -228,12 +228,6 @@ def test_each_draft_step_sees_the_tokens_before_it(chain: Any, calls: list[dict[
     assert lengths == [(step, [n + step + 1 for n in (13, 14, 15, 16)], [0, 1, 2, 3, 4]) for step in range(3)]
 
 
-def test_a_tree_of_drafts_is_refused(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "get_spec", lambda: SimpleNamespace(speculative_eagle_topk=4))
-    with pytest.raises(UnsupportedProblem, match="--speculative-eagle-topk: expected 1"):
-        kit.build_dense_attention_fixture(SKIPS(), window_decode(16), device="cpu")
-
-
 def test_a_verification_reads_the_places_of_a_window_pool(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffer of places that a graph reads holds the padding page past the batch's own."""
     monkeypatch.setattr(dense, "MHATokenToKVPool", WindowPool)
