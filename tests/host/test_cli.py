@@ -33,6 +33,7 @@ def test_doctor_finds_torch_and_the_plugin(capsys: pytest.CaptureFixture[str]) -
     by_subject = {f["subject"]: f for f in report["findings"]}
     assert by_subject["torch"]["status"] == "ok"
     assert by_subject["vllm.general_plugins"]["detail"] == "fa4 = fa4_integration.vllm_backend.plugin:register"
+    assert by_subject["sglang.srt.plugins"]["detail"] == "fa4_plugin = fa4_integration.sglang_backend.plugin:register"
     assert code == (0 if report["healthy"] else 1)
 
 
