@@ -3,7 +3,8 @@
 Query heads of a KV head are stacked as rows, so that keys and values are gathered once a KV head whatever the ratio. Long
 queries go in chunks, each against the keys its rows can see only; short queries of several sequences go together.
 
-FP8 keys and values become those of q's dtype, which holds every e4m3 number; their scales multiply logits and results, so neither is rounded.
+FP8 keys and values become those of q's dtype, which holds every e4m3 number; their scales multiply logits and results, so that no key and
+no value is rounded.
 """
 
 from __future__ import annotations
