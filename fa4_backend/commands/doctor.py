@@ -127,10 +127,7 @@ def _engines() -> list[Finding]:
     for group in ("vllm.general_plugins", "sglang.srt.plugins"):
         ours = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("fa4_integration.")]
         if not ours:
-            status = BROKEN if group.startswith("vllm") else NOTE
-            findings.append(
-                Finding(group, status, "no entry point of fa4-backend found" + ("; reinstall the package" if status == BROKEN else ""))
-            )
+            findings.append(Finding(group, BROKEN, "no entry point of fa4-backend found; reinstall the package"))
             continue
         findings += [_plugin(group, entry) for entry in ours]
     return findings

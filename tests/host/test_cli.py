@@ -39,6 +39,7 @@ def test_doctor_finds_torch_and_the_plugin(capsys: pytest.CaptureFixture[str]) -
     if by_subject["GPU"]["status"] == "note":
         assert by_subject["CPU kernel"]["detail"] == f"torch reference, K and V in the dtype of q or {FP8}"
     assert by_subject["vllm.general_plugins"]["detail"] == "fa4 = fa4_integration.vllm_backend.plugin:register"
+    assert by_subject["sglang.srt.plugins"]["detail"] == "fa4_plugin = fa4_integration.sglang_backend.plugin:register"
     assert code == (0 if report["healthy"] else 1)
 
 
