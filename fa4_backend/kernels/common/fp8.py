@@ -1,4 +1,4 @@
-"""K and V in FP8 (e4m3) as float16, in which every e4m3 number is exact, and a bfloat16 Q as float16 beside them.
+"""K and V in FP8 (e4m3) as 16-bit numbers, in which every e4m3 number is exact, and a bfloat16 Q as float16 beside them.
 
 Note [bfloat16 Q]. A product takes both operands in one type, and there is no instruction from e4m3 to bfloat16 before sm_100. So Q becomes
 float16 instead, once a tile: a row is multiplied by the power of 2 that brings its largest element to 2^14 .. 2^15, and its scores are
@@ -27,21 +27,13 @@ def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
     return tuple(Int32(ptx.inline_asm(text % half, [word], ptx.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
 
 
-def e4m3_bits_to_float16(word: Int32) -> tuple[Int32, Int32]:
-    """Four e4m3 numbers times 2^-8 as float16, exact: bytes 0 and 2, bytes 1 and 3. NaN becomes 480 * 2^-8.
-
-    A sign, four bits of exponent and three of mantissa of which the exponent's bias is 15 for 7. By operations that every lane has in two
-    cycles, where the instruction for it takes longer: see `sm90/convert_warps.py`.
-    """
-    magnitude, sign = 0x3F803F80, 0x80008000 - (1 << 32)
-    even = ((word << 7) & magnitude) | ((word << 8) & sign)
-    return even, ((word >> 1) & magnitude) | (word & sign)
-
-
-def pairs_in_order(even: Int32, odd: Int32) -> tuple[Int32, Int32]:
-    """Elements 0 and 1, 2 and 3 from 0 and 2, 1 and 3, or the other way round (PTX ISA, "prmt")."""
-    texts = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")
-    return tuple(Int32(ptx.inline_asm(text, [even, odd], ptx.i32(), "=r", pure=True)) for text in texts)  # type: ignore[return-value]
+def float16_to_bfloat16(word: Int32) -> Int32:
+    """Two float16 that bfloat16 holds too, as e4m3 numbers are: by way of float32, of which it is the upper half."""
+    text = (
+        "{ .reg .b16 low, high; .reg .b32 first, second; mov.b32 {low, high}, $1; "
+        "cvt.f32.f16 first, low; cvt.f32.f16 second, high; prmt.b32 $0, first, second, 0x7632; }"
+    )
+    return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
 
 
 def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:

@@ -34,7 +34,6 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
-from fa4_backend.kernels.sm90.staging import KEYS_BY_BITS, VALUES_BY_BITS
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
@@ -189,9 +188,9 @@ class ConsumerWarpgroup:
 
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
-        sQ = tensor_at(cute.recast_ptr(tiles.q, dtype=s.product_dtype), s.q_layout())
-        kv = cute.recast_ptr(tiles.kv, dtype=s.product_dtype)
-        sK, sVt = tensor_at(kv, s.k_layout()), tensor_at(kv, s.v_layout())
+        sQ = tensor_at(cute.recast_ptr(tiles.q, dtype=s.key_dtype), s.q_layout())
+        sK = tensor_at(cute.recast_ptr(tiles.kv, dtype=s.key_dtype), s.k_layout())
+        sVt = tensor_at(cute.recast_ptr(tiles.kv, dtype=s.value_dtype), s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
@@ -342,7 +341,7 @@ class ConsumerWarpgroup:
         softmax_scales = log2_scales = (values.softmax_scale, values.softmax_scale)
         if const_expr(self.config.has_kv_scales):
             work_slot = self.storage.work_slot(q)
-            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot]) * (256.0 if KEYS_BY_BITS else 1.0)
+            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])
             softmax_scales, log2_scales = (values.softmax_scale * k_scale,) * 2, (log2_scale(values.softmax_scale, k_scale),) * 2
             if const_expr(tiles.sRowScales is not None):
                 of_query = [tiles.sRowScales[_row_of_thread(group, thread, i), work_slot] for i in range(2)]
@@ -503,9 +502,7 @@ class ConsumerWarpgroup:
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_kv_scales):
-                scales[i] = (
-                    result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)]) * (256.0 if VALUES_BY_BITS else 1.0)
-                )
+                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse

@@ -1,13 +1,12 @@
-"""The convert warps: K and V tiles from e4m3 in staging to the float16 that wgmma reads from the ring, and Q to float16 in its buffer.
+"""The convert warps: K and V tiles from e4m3 in staging to the 16 bits that wgmma reads from the ring.
 
-float16 holds every e4m3 value, and one instruction makes two of them. A warp works on 32 chunks of 16 bytes of staging at a time, of
-which each lane makes two of the ring:
+V becomes float16, the type of P: every e4m3 value is exact in it, and one instruction makes two. K takes the type of Q; bfloat16 costs four
+instructions for two values, so at some head dimensions a bfloat16 Q becomes float16 in its buffer first (`tuning.FLOAT16_QUERY_DIMS`;
+`common/fp8.py`, Note [bfloat16 Q]), and what a row was divided by goes into the scale of its scores. A warp works on 32 chunks of 16 bytes
+of staging at a time, of which each lane makes two of the ring:
 
     staging  row after row, whole heads              16 e4m3 a chunk
     ring     part after part, row after row          8 elements a chunk, chunks swizzled as TMA does
-
-A bfloat16 Q becomes float16 in its buffer (`common/fp8.py`, Note [bfloat16 Q]): K in bfloat16 would take four instructions for two values
-where float16 takes one. What a row was divided by goes into the scale of its scores.
 
 Note [Bank conflicts]. Shared memory serves 16-byte accesses eight lanes at a time, which meet no conflict if their chunks lie apart modulo
 128 bytes. Where a row of the ring has 128 bytes, eight lanes take four chunks each of two neighbouring rows: of the same part where a row
@@ -21,13 +20,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Int32, const_expr
 from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.fp8 import e4m3_bits_to_float16, e4m3_to_float16, pairs_in_order, scaled_to_float16
+from fa4_backend.kernels.common.fp8 import e4m3_to_float16, float16_to_bfloat16, scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm90.staging import KEYS_BY_BITS, VALUES_BY_BITS, Note, Query, Staged, converts_query, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import Note, Query, Staged, converts_query, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
@@ -79,13 +78,13 @@ class ConvertWarps:
                 source = shared.staging.toint() + staged.slot * elems
                 target = shared.ring.toint() + position.slot * (elems * c.element_bytes)
                 if kind == int(Staged.KEYS):
-                    self._convert(source, target, warp, c.head_dim, True, None, None)
+                    self._convert(source, target, warp, c.head_dim, "float16" if converts_query(c) else c.dtype, None, None)
                 if kind == int(Staged.VALUES):
                     first, end = shared.sNotes[int(Note.FIRST_ROW), staged.slot], shared.sNotes[int(Note.END_ROW), staged.slot]
                     if (first > 0) | (end < c.tile.tile_n):
-                        self._convert(source, target, warp, c.head_dim_v, False, first, end)
+                        self._convert(source, target, warp, c.head_dim_v, "float16", first, end)
                     else:
-                        self._convert(source, target, warp, c.head_dim_v, False, None, None)
+                        self._convert(source, target, warp, c.head_dim_v, "float16", None, None)
                 self._hand_on(barriers.kv_full + position.slot)
                 if cute.arch.lane_idx() == 0:
                     cute.arch.mbarrier_arrive(barriers.fp8_empty + staged.slot)
@@ -115,7 +114,7 @@ class ConvertWarps:
         for group in cutlass.range(warp, c.tile.tile_m // rows, self.num_warps, unroll=1):
             lines = [buffer + (group * rows + i * c.tile.tile_m) * (2 * part) for i in range(c.head_dim // part)]
             words = [Int32(word) for line in lines for word in ptx.elements(ptx.load_shared_v4(line))]
-            scaled, divided_by = _query_as_float16(words, chunks, c.dtype)
+            scaled, divided_by = scaled_to_float16(words, chunks)
             for i, line in enumerate(lines):
                 ptx.store_shared_v4(line, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
             if chunk == 0:
@@ -128,7 +127,7 @@ class ConvertWarps:
         target: Int32,  # shared address of the slot of the ring
         warp: Int32,
         head_dim: cutlass.Constexpr[int],
-        is_keys: cutlass.Constexpr[bool],
+        dtype: cutlass.Constexpr[str],  # of the ring
         first: Int32 | None,  # rows `first .. end` are seen, others become zeros: a weight of 0 times NaN would be NaN
         end: Int32 | None,
     ):
@@ -154,24 +153,12 @@ class ConvertWarps:
                 if const_expr(first is not None):
                     words = ptx.select_words((row_in_tile >= first) & (row_in_tile < end), words)
                 line = writes[i] + group * (rows * 2 * part)
-                converted = _as_float16(ptx.elements(words), is_keys)
+                converted = [half for word in ptx.elements(words) for half in _two_pairs(word, dtype)]
                 ptx.store_shared_v4(line, converted[:4])
                 ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike
 
 
-def _as_float16(words: list[ir.Value], is_keys: bool) -> list[ir.Value]:
-    """Words of e4m3 as words of float16."""
-    by_bits = KEYS_BY_BITS if is_keys else VALUES_BY_BITS
-    out = []
-    for word in words:
-        halves = e4m3_bits_to_float16(Int32(word)) if by_bits else e4m3_to_float16(Int32(word))
-        out += pairs_in_order(*halves) if by_bits and not is_keys else halves
-    return [half.ir_value() for half in out]
-
-
-def _query_as_float16(words: list[Int32], lanes: int, dtype: str) -> tuple[list[Int32], Float32]:
-    """A lane's share of a row of Q as float16, in the order of K, and what it was divided by."""
-    scaled, divided_by = (words, Float32(1.0)) if dtype == "float16" else scaled_to_float16(words, lanes)
-    if KEYS_BY_BITS:
-        scaled = [word for i in range(0, len(scaled), 2) for word in pairs_in_order(*scaled[i : i + 2])]
-    return scaled, divided_by
+def _two_pairs(word: ir.Value, dtype: str) -> list[ir.Value]:
+    """The four e4m3 of a word, two words of a 16-bit type."""
+    halves = e4m3_to_float16(Int32(word))
+    return [(half if dtype == "float16" else float16_to_bfloat16(half)).ir_value() for half in halves]

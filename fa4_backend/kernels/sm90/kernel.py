@@ -80,10 +80,10 @@ class PrefillKernel:
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
         qk = make_trivial_tiled_mma(
-            storage.product_dtype, storage.product_dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n)
-        )
+            storage.key_dtype, storage.key_dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n)
+        )  # fmt: skip
         pv = make_trivial_tiled_mma(
-            storage.product_dtype, storage.product_dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
+            storage.value_dtype, storage.value_dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
             a_source=warpgroup.OperandSource.RMEM,
         )  # fmt: skip
         self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(

@@ -9,9 +9,9 @@ from enum import IntEnum
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm90.tuning import FLOAT16_QUERY_DIMS
 
 ALIGN_BYTES = 1024  # of every buffer
-KEYS_BY_BITS, VALUES_BY_BITS = True, True
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
 
 
@@ -45,8 +45,8 @@ class Staged(IntEnum):
 
 
 def converts_query(config: PrefillConfig) -> bool:
-    """Whether Q is brought to float16, since K is: see `convert_warps`."""
-    return config.has_kv_scales and (config.dtype != "float16" or KEYS_BY_BITS)
+    """Whether a bfloat16 Q is brought to float16 so that K may be: see `convert_warps`."""
+    return config.has_kv_scales and config.dtype == "bfloat16" and config.head_dim in FLOAT16_QUERY_DIMS
 
 
 def header_bytes(config: PrefillConfig) -> int:

@@ -65,8 +65,13 @@ class Storage:
         return ELEMENT_TYPES[self.config.dtype]
 
     @property
-    def product_dtype(self) -> type[cutlass.Numeric]:
-        """Element type of the products' operands: float16 holds every e4m3 value, and one instruction makes two of them."""
+    def key_dtype(self) -> type[cutlass.Numeric]:
+        """Element type of Q and K as the first product takes them."""
+        return cutlass.Float16 if converts_query(self.config) else self.dtype
+
+    @property
+    def value_dtype(self) -> type[cutlass.Numeric]:
+        """Element type of P and V: float16 holds every e4m3 value, and one instruction makes two of them."""
         return cutlass.Float16 if self.config.has_kv_scales else self.dtype
 
     @property
