@@ -458,19 +458,45 @@ class ConsumerWarpgroup:
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
         part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
-        if part.slot >= 0:
-            # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
-            part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-            is_whole = Int32(0)
-            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
-                barrier, lane = self.roles.output_barrier + group, part_thread % WARPGROUP_THREADS
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+        if const_expr(self.config.has_kv_scales):
+            # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
+            thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+            is_whole = Int32(1)
+            if part.slot >= 0:
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, thread)
             if is_whole == 1:
-                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
         else:
-            # Apart, though the same: whole tiles pay for nothing that parts need.
-            self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+            if part.slot >= 0:
+                # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
+                part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, part_thread)
+                if is_whole == 1:
+                    self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+            else:
+                # Apart, though the same: whole tiles pay for nothing that parts need.
+                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+
+    @cute.jit
+    def _join(
+        self,
+        part: TilePart,
+        products: Products,
+        stats: RowStats,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work: WorkTile,
+        work_slot: Int32,
+        group: Int32,
+        thread: Int32,
+    ) -> Int32:
+        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile."""
+        is_whole = Int32(0)
+        if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
+            flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
+            barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+            is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+        return is_whole
 
     @cute.jit
     def _finish(
