@@ -131,20 +131,26 @@ def test_nan_at_both_edges_changes_no_bit(page_size: int) -> None:
     assert torch.equal(again.out[:20], out) and torch.equal(again.lse[:, :20], lse)
 
 
-# A level whose reference is rounded, a maximum that moves with every block, and the largest bfloat16 queries.
-@pytest.mark.parametrize("name", ["level", "growing", "-3e37"])
-def test_large_logits(name: str) -> None:
-    built = large_logits.build(name, query_lens=(33,), kv_lens=(300,), num_q_heads=8, num_kv_heads=2, kv_dtype=FP8, arch=BASE.arch)
+# A level whose reference is rounded, a maximum that moves with every block, and the largest bfloat16 queries, as they are and as float16.
+@pytest.mark.parametrize(("name", "head_dim"), [("level", 128), ("growing", 128), ("-3e37", 128), ("growing", 256), ("-3e37", 256)])
+def test_large_logits(name: str, head_dim: int) -> None:
+    built = large_logits.build(
+        name, query_lens=(33,), kv_lens=(300,), num_q_heads=8, num_kv_heads=2, head_dim=head_dim, kv_dtype=FP8, arch=BASE.arch
+    )
     run = run_built(built, cuts=Cuts((3,)))
     assert run.report.races == []
     large_logits.check(built, run.out, run.lse)
 
 
-def test_rows_of_queries_over_all_of_bfloat16() -> None:
-    """Each head's queries at another power of 2, elements 2^0 to 2^-20 of the row's largest: what makes them float16 must not show."""
-    built = case((40, 3), (64, 33)).build()
+@pytest.mark.parametrize(("head_dim", "largest"), [(128, 100.0), (256, 120.0)])
+def test_rows_of_queries_over_all_of_bfloat16(head_dim: int, largest: float) -> None:
+    """Each head's queries at another power of 2, elements 2^0 to 2^-20 of the row's largest: what makes them float16 must not show.
+
+    Scores of what is stored must be float32 numbers, so a bfloat16 Q that stays so ends earlier.
+    """
+    built = case((40, 3), (64, 33), head_dim=head_dim).build()
     a, generator = built.arguments, torch.Generator().manual_seed(5)
-    exponents = torch.tensor([-126.0, -60.0, -30.0, -5.0, 0.0, 5.0, 30.0, 120.0])
+    exponents = torch.tensor([-126.0, -60.0, -30.0, -5.0, 0.0, 5.0, 30.0, largest])
     spread = torch.randint(0, 21, (a.q.shape[-1],), generator=generator)
     a.q[: built.total_q] = (a.q[: built.total_q].float() * (exponents[:, None] - spread).exp2()).to(a.q.dtype)
     run = run_built(built)
