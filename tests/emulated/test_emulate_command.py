@@ -130,6 +130,12 @@ def test_an_empty_row_that_is_not_zero_is_wrong(capsys: pytest.CaptureFixture[st
     assert code == 1 and not json.loads(text)["empty_rows_are_zero"]
 
 
+def test_fewer_slots_than_are_added_up_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A lone decode row on two CTAs: its two slots come to a ring of which nothing else was written."""
+    code, text = emulate(capsys, "--arch", "sm_90a", "--heads", "4/2", "--q-lens", "1", "--kv-lens", "100", "--page-size", "16", "--json")
+    assert code == 0, text
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_many_decode_rows_of_unequal_length(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     """More rows than a warp has lanes: threads of the schedule sort and cut them together, under any order of the warps."""
