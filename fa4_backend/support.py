@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.schedule.limits import largest_num_seqs
-from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, FP8, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
@@ -32,12 +32,14 @@ _BLACKWELL = KernelSupport(
     head_dims=((64, 64), (96, 96), (128, 128), (192, 128)),
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
+    quantised_kv=(FP8,),
 )
 _HOPPER = KernelSupport(
     dtypes=("bfloat16", "float16"),
     head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of the smaller query tile
+    quantised_kv=(FP8,),
 )
 
 SUPPORT: dict[str, KernelSupport] = {

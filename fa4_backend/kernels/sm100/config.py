@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm100.tuning import CTA_GROUP, ROWS, TILES, Sm100Tuning
+from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
 from fa4_backend.problem import AttentionProblem
 
 PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
@@ -29,9 +29,20 @@ class Sm100Config:
             raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
 
     @property
+    def converts(self) -> bool:
+        """Whether K and V are staged as they are in memory, in FP8, and converted for the products."""
+        return self.kernel.has_kv_scales
+
+    @property
     def kv_stage(self) -> int:
-        """Buffers of K and V tiles in a CTA: half a tile takes half the shared memory."""
-        return self.kernel.tile.kv_stage * self.tuning.cta_group
+        """Buffers of K and V tiles, in 16 bits, in a CTA: half a tile takes half the shared memory."""
+        buffers = self.kernel.tile.kv_stage * self.tuning.cta_group
+        return buffers - self.staged // 2
+
+    @property
+    def staged(self) -> int:
+        """Buffers of FP8 tiles in a CTA: two in the place of every fourth of 16 bits. 0 where K and V have 16 bits."""
+        return self.kernel.tile.kv_stage * self.tuning.cta_group // 2 if self.converts else 0
 
     @property
     def k_rows(self) -> int:
@@ -88,5 +99,6 @@ class Sm100Config:
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
     """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
     dims = problem.head_dim, problem.head_dim_v
-    tuning = replace(ROWS[problem.target_arch], cta_group=CTA_GROUP.get(dims, 1))
+    groups = FP8_CTA_GROUP if problem.has_kv_scales else CTA_GROUP
+    tuning = replace(ROWS[problem.target_arch], cta_group=groups.get(dims, 1))
     return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent), tuning)

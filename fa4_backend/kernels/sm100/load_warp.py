@@ -11,7 +11,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
-from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -35,6 +35,7 @@ class Share(NamedTuple):
     first_part: Int32 | int
     parts: int
     part_bytes: int
+    row_bytes: int
     tx_bytes: int
 
 
@@ -47,13 +48,14 @@ class PageBox(NamedTuple):
     part: Int32  # index along the head dimension
 
 
-def swizzled_box(shape: tuple[int, ...]) -> cute.ComposedLayout:
-    """Shared-memory layout of a box whose first mode is a 128-byte row."""
+def swizzled_box(shape: tuple[int, ...], element_bytes: int = 2) -> cute.ComposedLayout:
+    """Shared-memory layout of a box whose first mode is a row of 128 bytes, or of 64."""
     strides, stride = [], 1
     for extent in shape:
         strides.append(stride)
         stride *= extent
-    return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
+    bits = {128: 3, 64: 2}[shape[0] * element_bytes]
+    return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
 
 
 def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.CopyAtom:
@@ -67,7 +69,8 @@ def make_kv_atom(cache: cute.Tensor, box_rows: int) -> cute.CopyAtom:
     """Boxes (part of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
     kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
     shape = (PART_ELEMS, box_rows, 1, 1)
-    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, swizzled_box(shape), shape).atom
+    box = swizzled_box(shape, cache.element_type.width // 8)
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, box, shape).atom
 
 
 def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
@@ -88,11 +91,21 @@ class LoadWarp:
 
     geometry: Geometry
 
+    @property
+    def kv_edge(self) -> str:
+        """The edge that K and V tiles are loaded for."""
+        return "kv_load_to_convert" if self.geometry.config.converts else "kv_load_to_mma"
+
+    @property
+    def kv_group(self) -> CtaGroup:
+        """Who waits for a loaded tile: the mma warp of the group, or each CTA's own convert warps."""
+        return CtaGroup(1) if self.geometry.config.converts else self.geometry.group
+
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
-        """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with an edge."""
+        """Walk the work list; owns the producer sides of Q, of the KV tiles and of V tiles with an edge."""
         g, storage = self.geometry, self.geometry.storage
-        config = g.config.kernel
+        config, converts = g.config.kernel, g.config.converts
         k_share, v_share = self.shares(place)
         begin, end = g.item_range(work)
         stage, phase, q_phase, tail_phase = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -112,9 +125,9 @@ class LoadWarp:
                         barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
                         token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
                         self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
-                    ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
-                    barrier = g.full_at_leader(place, "kv_load_to_mma", stage)
-                    if const_expr(is_v == 1):
+                    ptx.mbarrier_wait(g.empty(place, self.kv_edge, stage), phase ^ 1)
+                    barrier = (g.full if converts else g.full_at_leader)(place, self.kv_edge, stage)
+                    if const_expr(is_v == 1 and not converts):
                         has_edge = i == 0 and g.has_v_tail(item)
                         if const_expr(g.has_window_left):
                             has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
@@ -124,10 +137,10 @@ class LoadWarp:
                             barrier = g.full(place, "v_tail_load_to_value_tail")
                             tail_phase ^= 1
                     atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
-                    slot = place.smem_base + storage.kv + stage * storage.kv_stride
+                    slot = place.smem_base + storage.loaded + stage * storage.loaded_stride
                     self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
                     stage += 1
-                    if stage == g.config.kv_stage:
+                    if stage == (g.config.staged if converts else g.config.kv_stage):
                         stage = Int32(0)
                         phase ^= 1
             q_phase ^= 1
@@ -140,8 +153,10 @@ class LoadWarp:
             first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * config.v_parts
         parts = num_parts(kernel.head_dim)
         return (
-            Share(first_row, config.k_rows, config.k_box_rows, 0, parts, sizes.k_part, sizes.k_tx_bytes),
-            Share(0, kernel.tile.tile_n, kernel.box_rows, first_part, config.v_parts, sizes.part, sizes.v_tx_bytes),
+            Share(first_row, config.k_rows, config.k_box_rows, 0, parts, sizes.k_loaded_part, sizes.kv_row, sizes.k_tx_bytes),
+            Share(
+                0, kernel.tile.tile_n, kernel.box_rows, first_part, config.v_parts, sizes.v_loaded_part, sizes.kv_row, sizes.v_tx_bytes
+            ),
         )
 
     @cute.jit
@@ -159,12 +174,12 @@ class LoadWarp:
     @cute.jit
     def load_kv(self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, share: Share, kv_head_idx: Int32, box: PageBox):
         """A share of one K or V tile into `slot`."""
-        group = self.geometry.group
+        group = self.kv_group
         if place.lane_idx == 0:
             group.announce(barrier, share.tx_bytes)
         cute.arch.sync_warp()
         if box.part < share.parts:
-            target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * ROW_BYTES)
+            target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * share.row_bytes)
             coords = ((share.first_part + box.part) * PART_ELEMS, box.row, kv_head_idx, box.page)
             group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
