@@ -52,7 +52,7 @@ class ConvertWarps:
             for i in range(cutlass.max(num_blocks, 2), unroll=1):
                 for is_v in cutlass.range_constexpr(2):
                     if i == 1 and index > begin:
-                        self.correction.finish_tile(place, is_v, item_phase, out.slot, out.phase)
+                        self.correction.finish_tile(place, is_v, item_phase, item_phase, out.slot, out.phase)
                         out = advance(out, self.correction.o_stage)
                     if i < num_blocks:
                         first_column = (blocks_end - 1 - i) * tile_n

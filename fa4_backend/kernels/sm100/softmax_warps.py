@@ -54,14 +54,16 @@ class SoftmaxWarps:
         row = warp * 32 + place.lane_idx
         s_tmem = g.tmem.s_at(place, q_idx) + (warp * 32 << LANE_SHIFT)
         stats = place.smem_base + g.storage.stats + row * o_pitch(config) + q_idx * STATS_BYTES
+        values, scale_log2 = work.values, self.scale_log2(work.values)
         begin, end = g.item_range(work)
         s_phase, stats_phase = Int32(0), Int32(0)
         block = BlockWeights(g.config)
         p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            values = self.values_of(work, heads, item)
-            scale_log2 = (values.softcap if config.mask.has_softcap else values.softmax_scale) * LOG2_E
+            if const_expr(config.has_kv_scales):
+                values = self.values_of(work, heads, item)
+                scale_log2 = self.scale_log2(values)
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             alibi = self.alibi_of(heads, item, packed.token, head, packed.is_valid, scale_log2)
@@ -104,10 +106,12 @@ class SoftmaxWarps:
                 if packed.is_valid:
                     heads.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
 
+    def scale_log2(self, values: MaskValues) -> Float32:
+        """What a score, capped where there is a cap, is multiplied by to be an exponent of 2."""
+        return (values.softcap if self.geometry.config.kernel.mask.has_softcap else values.softmax_scale) * LOG2_E
+
     def values_of(self, work: WorkTensors, heads: HeadTensors, item: WorkItem) -> MaskValues:
-        """The call's values for an item's scores, which with K in FP8 are products with K as it is stored."""
-        if not self.geometry.config.converts:
-            return work.values
+        """The call's values for an item with K in FP8, whose scores are products with K as it is stored."""
         return work.values._replace(softmax_scale=work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx])
 
     @cute.jit
