@@ -43,6 +43,8 @@ def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
         return (1, 0, 0, 0, tmem_columns(opcode))
     if base in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"):
         return (1, MUFU[arch], 0, 0, 0)
+    if opcode.startswith("cvt.f32.f16"):
+        return (1, 0, FMA, 0, 0)  # ptxas makes it HADD2.F32
     if base in ARITHMETIC and ".f32" in opcode:
         return (1, 0, FMA_PACKED if ".f32x2" in opcode else FMA, 0, 0)
     return (1, 0, 0, 0 if base in ISSUE_ONLY else ALU, 0)

@@ -7,7 +7,7 @@ that overwrites S (and P over it) needs no wait for the PV that reads P.
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100 import umma
@@ -58,6 +58,10 @@ class MmaWarp:
                     g.group.wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
+                    if const_expr(g.config.converts):
+                        # The convert warps' ring is short: they need V's buffer while the next QK still runs.
+                        if q_idx == Q_STAGE - 1 and not is_last:
+                            g.group.commit(g.empty(place, g.kv_edge, v_stage))
                     if is_last:
                         if q_idx == Q_STAGE - 1:
                             # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
@@ -70,7 +74,8 @@ class MmaWarp:
                 p_phase ^= 1
                 stage, phase = k_stage, k_phase
                 if not is_last:
-                    g.group.commit(g.empty(place, g.kv_edge, v_stage))
+                    if const_expr(not g.config.converts):
+                        g.group.commit(g.empty(place, g.kv_edge, v_stage))
                     g.group.commit(g.empty(place, g.kv_edge, k_stage))
             q_phase ^= 1
 
