@@ -22,6 +22,7 @@ class TileShape:
     tile_n: int  # KV tokens a step
     kv_stage: int  # shared-memory buffers for K and V tiles, together
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
+    q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
@@ -54,6 +55,7 @@ class PrefillConfig:
         features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent + "-parts" * self.has_parts
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
+        tile += "-q1" if self.tile.q_stage == 1 else ""
         kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES[self.kv_dtype]}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 

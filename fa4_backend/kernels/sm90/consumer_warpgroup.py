@@ -32,17 +32,18 @@ from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, tile_range
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
+from fa4_backend.kernels.sm90.fragment_store import store_fragment
 from fa4_backend.kernels.sm90.storage import WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
-from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
 
 class SharedTiles(NamedTuple):
     """Shared memory as a consumer sees it."""
 
-    q: cute.Pointer  # Q_STAGE buffers; O leaves through them
+    q: cute.Pointer  # q_stage buffers
     kv: cute.Pointer
-    sWork: cute.Tensor  # (WORK_INTS, Q_STAGE) int32
+    sWork: cute.Tensor  # (WORK_INTS, WORK_STAGE) int32
 
 
 class Products(NamedTuple):
@@ -123,6 +124,7 @@ class ConsumerWarpgroup:
             rS = self._scores(products, q.slot, position.slot)
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
+            self._release_read_query(barriers.q_empty + q.slot, tile.blocks, tile.blocks.end - 1)
             position = advance(position, stages)
             self._first_weights(fragment, rS, stats, tile, values, scale)
             fragment.to_operand(rS, products.rP)
@@ -147,7 +149,7 @@ class ConsumerWarpgroup:
                         n_block -= 1
                         position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
                 # Then into the next tile: its first scores with this tile's last product.
-                q_next = advance(q, Q_STAGE)
+                q_next = advance(q, c.tile.q_stage)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
                 after = advance(position, stages)
                 if const_expr(self.blocks.mask.has_left):
@@ -164,7 +166,10 @@ class ConsumerWarpgroup:
                     self._finish_part(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
                 else:
                     self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
-                self._release_query(barriers.q_empty + q.slot)
+                if const_expr(self.storage.o_through_q):
+                    self._release_query(barriers.q_empty + q.slot)
+                # Not before the tile is finished, whose numbers the tile after the next will overwrite.
+                self._release_read_query(barriers.q_empty + q_next.slot, next_tile.blocks, next_tile.blocks.end - 1)
                 products.rO.fill(0.0)
                 for i in cutlass.range_constexpr(2):
                     stats.row_max[i], stats.row_sum[i] = next_stats.row_max[i], next_stats.row_sum[i]
@@ -213,6 +218,7 @@ class ConsumerWarpgroup:
         rS = self._issue_turn(products, barriers, position, after, q, turn)
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
+        self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
         factors = fragment.softmax(rS, stats, scale, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
@@ -264,6 +270,14 @@ class ConsumerWarpgroup:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(empty)
 
+    @cute.jit
+    def _release_read_query(self, empty: cute.Pointer, blocks: BlockRange, n_block: Int32):
+        """Where O does not leave through Q's buffer: release it when the products of the tile's last block have read it."""
+        if const_expr(not self.storage.o_through_q):
+            if n_block == blocks.begin:
+                cute.arch.sync_warp()  # all lanes have read the numbers of the tile before, whose place is given away too
+                self._release(empty)
+
     def _release_query(self, empty: cute.Pointer) -> None:
         """One arrival a warp: Q was read, and O, which passed through the same buffer, has left it; the next writer is TMA."""
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -288,7 +302,7 @@ class ConsumerWarpgroup:
     ) -> TileState:
         """Wait for the tile at `q`: its numbers, blocks, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
-        n = [tiles.sWork[i, q.slot] for i in range(7)]
+        n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
         key_end = None
@@ -413,11 +427,12 @@ class ConsumerWarpgroup:
         # (24 bytes of spills for 72 at d64, none for 104 at d128).
         thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
         is_whole = Int32(1)
-        part = TilePart(*(tiles.sWork[i, q.slot] for i in range(7, 10)))
+        work_slot = self.storage.work_slot(q)
+        part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
         if part.slot >= 0:
             is_whole = Int32(0)
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                flag = tiles.sWork.iterator + (q.slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
+                flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
                 barrier = self.roles.output_barrier + group
                 is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
         if is_whole == 1:
@@ -458,6 +473,26 @@ class ConsumerWarpgroup:
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
         rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
         rO.store(products.rO.load().to(self.storage.dtype))
+        if const_expr(self.storage.o_through_q):
+            self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
+        else:
+            rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
+            store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
+
+    @cute.jit
+    def _store_through_q(
+        self,
+        products: Products,
+        rO: cute.Tensor,  # finished rows in 16 bits
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work: WorkTile,
+        q: RingPosition,
+        group: Int32,
+        lane: Int32,
+    ):
+        """Finished rows to `out` through their rows of Q's buffer."""
+        c = self.config
         first_row = group * WGMMA_ROWS
         sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(1024)
         sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))

@@ -26,7 +26,7 @@ from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, Share
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
 from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
-from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PrefillKernel:
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
         barrier_base = shared.barriers.data_ptr()
         barriers = storage.barriers(barrier_base)
-        sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, Q_STAGE)))
+        sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, WORK_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -120,7 +120,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(blocks, pack, k_pages, v_pages, storage.q_elems, c.element_bytes, c.has_parts)
+            load = LoadWarp(storage, blocks, pack, k_pages, v_pages)
             operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
             for loads_v in cutlass.range_constexpr(2):
                 if warp == loads_v:

@@ -15,8 +15,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, read_part, read_tile, tile_range
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import Barriers
-from fa4_backend.kernels.sm90.warp_roles import Q_STAGE
+from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
 
 class QueryOperand(NamedTuple):
@@ -31,13 +30,11 @@ class QueryOperand(NamedTuple):
 class LoadWarp:
     """Role of warps 0 and 1 of warpgroup 0: Q and K, and V."""
 
+    storage: Storage
     blocks: BlockInfo
     pack: PackGqa
     k_pages: PagedKv
     v_pages: PagedKv
-    q_elems: int  # elements of a Q buffer
-    element_bytes: int
-    has_parts: bool
 
     @cute.jit
     def run(
@@ -47,7 +44,7 @@ class LoadWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand, TmaOperand],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS, Q_STAGE) int32 in shared memory
+        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
@@ -55,6 +52,7 @@ class LoadWarp:
         Both load warps count every slot of the ring and fill their own. Behind the last tile stands an empty one, a block that holds
         whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
+        c = self.storage.config
         pages = self.v_pages if const_expr(loads_v) else self.k_pages
         position = RingPosition(Int32(0), Int32(0))
         if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ...
@@ -66,12 +64,12 @@ class LoadWarp:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
-                part = read_part(step.mTiles, tile_idx) if const_expr(self.has_parts) else None
-                self._hand_over(work, part, q_position, barriers, sWork, self.pack.box_elems * self.element_bytes)
+                part = read_part(step.mTiles, tile_idx) if const_expr(c.has_parts) else None
+                self._hand_over(work, part, q_position, barriers, sWork, self.pack.box_elems * c.element_bytes)
                 first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-                sQ_ptr = (query.sQ_ptr + q_position.slot * self.q_elems).align(1024)
+                sQ_ptr = (query.sQ_ptr + q_position.slot * self.storage.q_elems).align(1024)
                 self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
-                q_position = advance(q_position, Q_STAGE)
+                q_position = advance(q_position, c.tile.q_stage)
             first_key = None
             if const_expr(self.blocks.mask.has_left):
                 first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
@@ -87,7 +85,7 @@ class LoadWarp:
             if tile_begin < tile_end:
                 nothing = Int32(0)
                 empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-                whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.has_parts) else None
+                whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(c.has_parts) else None
                 self._hand_over(empty, whole, q_position, barriers, sWork, 0)
                 cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
                 if cute.arch.lane_idx() == 0:
@@ -118,8 +116,9 @@ class LoadWarp:
                 work.seqlen.q_begin, work.seqlen.seqlen_q, work.seqlen.seqlen_k,
                 *(part if const_expr(part is not None) else ()),
             )  # fmt: skip
+            work_slot = self.storage.work_slot(position)
             for i in cutlass.range_constexpr(len(fields)):
-                sWork[i, position.slot] = fields[i]
+                sWork[i, work_slot] = fields[i]
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
 
@@ -137,6 +136,6 @@ class LoadWarp:
         full = barriers.kv_full + position.slot
         cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.element_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.storage.config.element_bytes)
         cute.arch.sync_warp()
         pages.load(operand, boxes, kv_head_idx, position.slot, full)

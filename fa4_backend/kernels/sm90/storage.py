@@ -1,7 +1,7 @@
-"""Shared memory of one CTA: two buffers of Q, a ring of slots that K and V tiles share, the tiles being worked on, barriers.
+"""Shared memory of one CTA: one or two buffers of Q, a ring of slots that K and V tiles share, the tiles being worked on, barriers.
 
 The KV blocks of all tiles of a CTA are one stream, and ring order is its order of use: K0 K1 V0 K2 V1 ... K runs one block ahead of V,
-from one tile into the next. Finished rows of O leave through their tile's Q buffer.
+from one tile into the next. Finished rows of O leave through their tile's Q buffer where there are two, else from registers.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import const_expr
+from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 from cutlass.utils.hopper_helpers import get_smem_layout_atom
@@ -17,7 +17,8 @@ from cutlass.utils.hopper_helpers import get_smem_layout_atom
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm90.warp_roles import Q_STAGE, pipeline_edges
+from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 16  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
@@ -41,8 +42,9 @@ class Storage:
 
     def __post_init__(self) -> None:
         c = self.config
-        # A warpgroup's rows of O must lie where its own rows of Q lay.
-        assert c.head_dim_v <= c.head_dim and c.part_elems(c.head_dim_v) == c.part_elems(c.head_dim), f"O must fit Q's buffer: {c=}"
+        if self.o_through_q:
+            # A warpgroup's rows of O must lie where its own rows of Q lay.
+            assert c.head_dim_v <= c.head_dim and c.part_elems(c.head_dim_v) == c.part_elems(c.head_dim), f"O must fit Q's buffer: {c=}"
         limit = ARCHS[self.config.arch].smem_bytes
         assert self.num_bytes <= limit, f"{self.num_bytes=} {limit=} {self.config=}"
 
@@ -50,6 +52,15 @@ class Storage:
     def dtype(self) -> type[cutlass.Numeric]:
         """Element type of q, k, v and out."""
         return ELEMENT_TYPES[self.config.dtype]
+
+    @property
+    def o_through_q(self) -> bool:
+        """Whether O leaves through its tile's Q buffer; else from registers, and Q is released as soon as its last product has read it."""
+        return self.config.tile.q_stage > 1
+
+    def work_slot(self, q: RingPosition) -> Int32:
+        """Where the numbers of the tile whose Q is at `q` lie: of two places in turns, so that they outlive Q by a tile."""
+        return q.slot if self.config.tile.q_stage == WORK_STAGE else q.phase
 
     @property
     def slot_elems(self) -> int:
@@ -65,7 +76,7 @@ class Storage:
     def num_bytes(self) -> int:
         """Bytes of the whole, with room for alignment."""
         c = self.config
-        elems = Q_STAGE * self.q_elems + c.tile.kv_stage * self.slot_elems
+        elems = c.tile.q_stage * self.q_elems + c.tile.kv_stage * self.slot_elems
         return 1024 + elems * c.element_bytes
 
     def struct(self) -> type:
@@ -75,8 +86,8 @@ class Storage:
         @cute.struct
         class SharedStorage:
             barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
-            work: cute.struct.MemRange[cutlass.Int32, Q_STAGE * WORK_INTS]
-            q: cute.struct.Align[cute.struct.MemRange[self.dtype, Q_STAGE * self.q_elems], 1024]
+            work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
 
         return SharedStorage
@@ -108,9 +119,11 @@ class Storage:
         return cute.make_composed_layout(atom.inner, 0, outer)
 
     def q_layout(self) -> cute.ComposedLayout:
-        """(tile_m, head_dim, Q_STAGE)."""
+        """(tile_m, head_dim, q_stage)."""
         tile = self.rows_layout(self.config.tile.tile_m, self.config.head_dim)
-        return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, cute.make_layout(Q_STAGE, stride=self.q_elems)))
+        return cute.make_composed_layout(
+            tile.inner, 0, cute.append(tile.outer, cute.make_layout(self.config.tile.q_stage, stride=self.q_elems))
+        )
 
     def k_layout(self) -> cute.ComposedLayout:
         """(tile_n, head_dim, kv_stage): the ring seen as K tiles."""

@@ -11,7 +11,7 @@ from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
 WARPGROUP_THREADS = 128
-Q_STAGE = 2  # tiles whose Q is in shared memory: the one being finished and the next
+WORK_STAGE = 2  # tiles whose numbers are in shared memory: the one being finished and the next
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
 
 # Registers a thread after setmaxnreg (multiples of 8), by number of consumer warpgroups: 128 * (load + n * consumer) <= 65536.
@@ -79,8 +79,8 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     q_bytes = config.q_per_kv * config.tokens_per_tile * config.head_dim * config.element_bytes
     kv_bytes = config.tile.tile_n * max(config.head_dim, config.head_dim_v) * config.element_bytes
     return (
-        # Q and the tile's numbers; O leaves through the same buffer before it is released.
-        PipelineEdge("q_load_to_consumers", Q_STAGE, (load,), (consumers,), q_bytes),
+        # Q and the tile's numbers; where there are two buffers, O leaves through Q's before it is released.
+        PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes),
         # K and V tiles share the ring; a narrower one announces its own bytes.
         PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
     )
