@@ -85,9 +85,15 @@ def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
     return [coords[dims.index(dim)] for dim in range(len(coords))]
 
 
+# Of an item's first block: (payload, index); further blocks have K and V alone. FP8 tiles come first, since they have to be converted, which
+# needs none of the buffers that the item before still has.
+ORDER = (("q", 0), ("kv", 0), ("q", 1), ("kv", 1))
+ORDER_FP8 = (("kv", 0), ("kv", 1), ("q", 0), ("q", 1))
+
+
 @dataclass(frozen=True)
 class LoadWarp:
-    """Order: Q 0, K, Q 1, V, then K and V of each further block."""
+    """One warp; `ORDER` says what comes when."""
 
     geometry: Geometry
 
@@ -119,30 +125,32 @@ class LoadWarp:
                 v_box = k_box
                 if const_expr(g.group.ctas > 1):
                     v_box = self.find_box(place, operands, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, v_share)
-                for is_v in cutlass.range_constexpr(2):
-                    if i == 0:
-                        ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
-                        barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
-                        token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
-                        self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
-                    ptx.mbarrier_wait(g.empty(place, self.kv_edge, stage), phase ^ 1)
-                    barrier = (g.full if converts else g.full_at_leader)(place, self.kv_edge, stage)
-                    if const_expr(is_v == 1 and not converts):
-                        has_edge = i == 0 and g.has_v_tail(item)
-                        if const_expr(g.has_window_left):
-                            has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
-                        if has_edge:
-                            # The value tail warp fills the ring's buffer once the tile is clean.
-                            ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
-                            barrier = g.full(place, "v_tail_load_to_value_tail")
-                            tail_phase ^= 1
-                    atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
-                    slot = place.smem_base + storage.loaded + stage * storage.loaded_stride
-                    self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
-                    stage += 1
-                    if stage == (g.config.staged if converts else g.config.kv_stage):
-                        stage = Int32(0)
-                        phase ^= 1
+                for payload, is_v in ORDER_FP8 if converts else ORDER:
+                    if const_expr(payload == "q"):
+                        if i == 0:
+                            ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
+                            barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
+                            token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
+                            self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
+                    else:
+                        ptx.mbarrier_wait(g.empty(place, self.kv_edge, stage), phase ^ 1)
+                        barrier = (g.full if converts else g.full_at_leader)(place, self.kv_edge, stage)
+                        if const_expr(is_v == 1 and not converts):
+                            has_edge = i == 0 and g.has_v_tail(item)
+                            if const_expr(g.has_window_left):
+                                has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
+                            if has_edge:
+                                # The value tail warp fills the ring's buffer once the tile is clean.
+                                ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
+                                barrier = g.full(place, "v_tail_load_to_value_tail")
+                                tail_phase ^= 1
+                        atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
+                        slot = place.smem_base + storage.loaded + stage * storage.loaded_stride
+                        self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
+                        stage += 1
+                        if stage == (g.config.staged if converts else g.config.kv_stage):
+                            stage = Int32(0)
+                            phase ^= 1
             q_phase ^= 1
 
     def shares(self, place: Place) -> tuple[Share, Share]:
