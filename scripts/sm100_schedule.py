@@ -27,6 +27,7 @@ from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
 from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
+from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -55,11 +56,11 @@ SHAPES = {
 }
 
 
-def ours(shape: Shape, num_blocks: int, cta_group: int = 1) -> Recording:
+def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME_AS_Q) -> Recording:
     """Our kernel's steps."""
     rows, keys = ROWS * cta_group, num_blocks * BLOCK
     dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
-    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", **dims)
+    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", kv_dtype=kv_dtype, **dims)
     recording = Recording()
     key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
     run_prefill(case, num_ctas=1, key=key, trace=recording).check()
@@ -105,6 +106,7 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result: dict[str, Any] = {"CTAs of a cluster": ctas}
     for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
         result[f"shared memory, {name}"] = (long.smem_bytes(kind) - short.smem_bytes(kind)) // (LONG - SHORT)
+    result["shared memory, bytes of warps"] = (long.port_bytes() - short.port_bytes()) // (LONG - SHORT)
     cycles = {}
     for copy_latency in COPY_LATENCIES:
         runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
@@ -122,6 +124,9 @@ def main() -> int:
         results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
         if shape.head_dim_v == 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
+            results[name]["ours, FP8 K and V, CTA pairs"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape)
+        if shape.head_dim <= 128:
+            results[name]["ours, FP8 K and V"] = report(partial(ours, kv_dtype=FP8), shape)
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0

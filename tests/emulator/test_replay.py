@@ -63,7 +63,14 @@ def test_cycles_of_an_instruction(opcode: str, expected: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize(
     ("opcode", "expected"),
-    [("ld.shared.v4.b32", 512), ("st.shared.v2.b64", 512), ("st.shared.b32", 128), ("ld.shared.b16", 64), ("ld.global.v4.b32", 0), ("shl.b32", 0)],
+    [
+        ("ld.shared.v4.b32", 512),
+        ("st.shared.v2.b64", 512),
+        ("st.shared.b32", 128),
+        ("ld.shared.b16", 64),
+        ("ld.global.v4.b32", 0),
+        ("shl.b32", 0),
+    ],
 )
 def test_shared_memory_bytes_of_an_instruction(opcode: str, expected: int) -> None:
     assert port_bytes(opcode) == expected

@@ -64,7 +64,9 @@ def test_counts_with_fp8_by_hand(cta_group: int) -> None:
     fp8 = config(cta_group=cta_group, kv_dtype="float8_e4m3fn")
     sizes = TileBytes.of(fp8)
     edges = {edge.name: edge for edge in pipeline_edges(sizes, fp8, o_stage=1)}
-    found = {name: (edge.stages, edge.full_count, edge.empty_count, edge.tx_bytes) for name, edge in edges.items() if name[:2] in ("kv", "v_")}
+    found = {
+        name: (edge.stages, edge.full_count, edge.empty_count, edge.tx_bytes) for name, edge in edges.items() if name[:2] in ("kv", "v_")
+    }
     assert found == {
         "kv_load_to_convert": (2 * cta_group, 1, 4, 16384 // cta_group),
         "kv_convert_to_mma": (3 * cta_group, 4 * cta_group, 1, 0),
@@ -72,7 +74,8 @@ def test_counts_with_fp8_by_hand(cta_group: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "head_dim_v", "kv_stage", "cta_group"), [(64, 64, 8, 1), (96, 96, 4, 1), (128, 128, 4, 1), (128, 128, 4, 2), (192, 128, 2, 2)]
+    ("head_dim", "head_dim_v", "kv_stage", "cta_group"),
+    [(64, 64, 8, 1), (96, 96, 4, 1), (128, 128, 4, 1), (128, 128, 4, 2), (192, 128, 2, 2)],
 )
 def test_fp8_takes_the_shared_memory_of_16_bits(head_dim: int, head_dim_v: int, kv_stage: int, cta_group: int) -> None:
     """Staged tiles lie behind the ring, 1024-byte aligned, in the place of 16-bit tiles: nothing behind them moves."""

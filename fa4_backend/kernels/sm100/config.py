@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
 from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
@@ -43,6 +44,15 @@ class Sm100Config:
     def staged(self) -> int:
         """Buffers of FP8 tiles in a CTA: two in the place of every fourth of 16 bits. 0 where K and V have 16 bits."""
         return self.kernel.tile.kv_stage * self.tuning.cta_group // 2 if self.converts else 0
+
+    @property
+    def loaded_elems(self) -> int:
+        """Elements of a head in a row of K or V as TMA delivers it: those of a part, in FP8 those that divide the head as well."""
+        return gcd(PART_ELEMS, self.kernel.head_dim, self.kernel.head_dim_v) if self.converts else PART_ELEMS
+
+    def loaded_parts(self, head_dim: int) -> int:
+        """Such rows that a head takes."""
+        return -(-head_dim // self.loaded_elems)
 
     @property
     def k_rows(self) -> int:

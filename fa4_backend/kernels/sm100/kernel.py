@@ -66,8 +66,8 @@ class PrefillKernel:
         kernel, ctas = self.config.kernel, self.config.tuning.cta_group
         operands = Operands(
             make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
-            make_kv_atom(mK, self.config.k_box_rows),
-            make_kv_atom(mV, kernel.box_rows),
+            make_kv_atom(mK, self.config.loaded_elems, self.config.k_box_rows),
+            make_kv_atom(mV, self.config.loaded_elems, kernel.box_rows),
             mPageTable,
             Int32(cute.size(mK, mode=[1])),
             Int32(cute.size(mK, mode=[0])),

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
@@ -49,12 +48,12 @@ class PageBox(NamedTuple):
 
 
 def swizzled_box(shape: tuple[int, ...], element_bytes: int = 2) -> cute.ComposedLayout:
-    """Shared-memory layout of a box whose first mode is a row of 128 bytes, or of 64."""
+    """Shared-memory layout of a box whose first mode is a row of 128 bytes, of 64 or of 32."""
     strides, stride = [], 1
     for extent in shape:
         strides.append(stride)
         stride *= extent
-    bits = {128: 3, 64: 2}[shape[0] * element_bytes]
+    bits = {128: 3, 64: 2, 32: 1}[shape[0] * element_bytes]
     return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
 
 
@@ -65,10 +64,10 @@ def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.Co
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom
 
 
-def make_kv_atom(cache: cute.Tensor, box_rows: int) -> cute.CopyAtom:
-    """Boxes (part of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
+def make_kv_atom(cache: cute.Tensor, elems: int, box_rows: int) -> cute.CopyAtom:
+    """Boxes (elements of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
     kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
-    shape = (PART_ELEMS, box_rows, 1, 1)
+    shape = (elems, box_rows, 1, 1)
     box = swizzled_box(shape, cache.element_type.width // 8)
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, box, shape).atom
 
@@ -85,8 +84,8 @@ def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
     return [coords[dims.index(dim)] for dim in range(len(coords))]
 
 
-# Of an item's first block: (payload, index); further blocks have K and V alone. FP8 tiles come first, since they have to be converted, which
-# needs none of the buffers that the item before still has.
+# Of an item's first block: (payload, index); further blocks have K and V alone. FP8 tiles come first, since they have yet to be converted,
+# which needs none of the buffers that the item before still has.
 ORDER = (("q", 0), ("kv", 0), ("q", 1), ("kv", 1))
 ORDER_FP8 = (("kv", 0), ("kv", 1), ("q", 0), ("q", 1))
 
@@ -157,14 +156,13 @@ class LoadWarp:
         """This CTA's shares of a K and of a V tile."""
         config, sizes = self.geometry.config, self.geometry.storage.sizes
         kernel, first_row, first_part = config.kernel, 0, 0
+        k_part, v_part, row = sizes.k_loaded_part, sizes.v_loaded_part, sizes.kv_row
+        k_parts, v_parts = sizes.k_tx_bytes // k_part, sizes.v_tx_bytes // v_part
         if self.geometry.group.ctas > 1:
-            first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * config.v_parts
-        parts = num_parts(kernel.head_dim)
+            first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * v_parts
         return (
-            Share(first_row, config.k_rows, config.k_box_rows, 0, parts, sizes.k_loaded_part, sizes.kv_row, sizes.k_tx_bytes),
-            Share(
-                0, kernel.tile.tile_n, kernel.box_rows, first_part, config.v_parts, sizes.v_loaded_part, sizes.kv_row, sizes.v_tx_bytes
-            ),
+            Share(first_row, config.k_rows, config.k_box_rows, 0, k_parts, k_part, row, sizes.k_tx_bytes),
+            Share(0, kernel.tile.tile_n, kernel.box_rows, first_part, v_parts, v_part, row, sizes.v_tx_bytes),
         )
 
     @cute.jit
@@ -188,7 +186,7 @@ class LoadWarp:
         cute.arch.sync_warp()
         if box.part < share.parts:
             target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * share.row_bytes)
-            coords = ((share.first_part + box.part) * PART_ELEMS, box.row, kv_head_idx, box.page)
+            coords = ((share.first_part + box.part) * self.geometry.config.loaded_elems, box.row, kv_head_idx, box.page)
             group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit

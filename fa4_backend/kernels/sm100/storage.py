@@ -2,8 +2,8 @@
 
 An operand tile consists of parts of 64 elements of the head dimension; a part is 128 rows of 128 bytes, swizzled in 16-byte units by the
 row's low three bits (TMA's and tcgen05's 128-byte swizzle, PTX ISA "Shared memory matrix layout"). A head_dim of 96 fills its second part
-to one half; TMA fills the rest with zeros, and no MMA reads it. K and V in FP8 are staged in parts of 64 elements as well, rows of 64 bytes in
-TMA's 64-byte swizzle.
+to one half; TMA fills the rest with zeros, and no MMA reads it. K and V in FP8 are staged in parts of 64 elements, or of 32 where 64 do not
+divide the head, in TMA's swizzle of that many bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm100.config import PART_ELEMS, Sm100Config, num_parts
+from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
 
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
@@ -54,8 +54,8 @@ class TileBytes:
         assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
         qk_parts, v_parts = num_parts(config.head_dim), resolved.v_parts
         rows = config.tokens_per_tile * config.q_per_kv
-        kv_row = PART_ELEMS * config.kv_element_bytes
-        k_loaded_part, v_loaded_part = (size // ROW_BYTES * kv_row for size in (k_part, part))
+        kv_row = resolved.loaded_elems * config.kv_element_bytes
+        k_loaded_part, v_loaded_part = resolved.k_rows * kv_row, config.tile.tile_n * kv_row
         return TileBytes(
             part=part,
             k_part=k_part,
@@ -64,8 +64,8 @@ class TileBytes:
             v=v_parts * part,
             o=config.tile.tile_m * o_pitch(config),
             q_tx_bytes=qk_parts * rows * ROW_BYTES,
-            k_tx_bytes=qk_parts * k_loaded_part,
-            v_tx_bytes=v_parts * v_loaded_part,
+            k_tx_bytes=resolved.loaded_parts(config.head_dim) * k_loaded_part,
+            v_tx_bytes=resolved.loaded_parts(config.head_dim_v) // resolved.tuning.cta_group * v_loaded_part,
             kv_row=kv_row,
             k_loaded_part=k_loaded_part,
             v_loaded_part=v_loaded_part,

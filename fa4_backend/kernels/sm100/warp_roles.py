@@ -44,8 +44,10 @@ ROLES = WarpRoles()
 
 
 def kv_edges(sizes: TileBytes, config: Sm100Config) -> tuple[PipelineEdge, ...]:
-    """How K and V come to the mma warp. Tiles share a ring; a V tile may be narrower than a K tile, so the load warp announces each one's own
-    bytes."""
+    """How K and V come to the mma warp.
+
+    Tiles share a ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes.
+    """
     ctas = config.tuning.cta_group
     load, load_all, mma = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=ctas), Party("mma", Signal.COMMIT)
     tx_bytes = max(sizes.k_tx_bytes, sizes.v_tx_bytes)
