@@ -36,14 +36,18 @@ class Sm100Config:
 
     @property
     def kv_stage(self) -> int:
-        """Buffers of K and V tiles, in 16 bits, in a CTA: half a tile takes half the shared memory."""
+        """Buffers of K and V tiles, in 16 bits, in a CTA: half a tile takes half the shared memory; FP8 is staged in every fourth one's."""
         buffers = self.kernel.tile.kv_stage * self.tuning.cta_group
-        return buffers - self.staged // 2
+        return buffers - buffers // 4 if self.converts else buffers
 
     @property
     def staged(self) -> int:
-        """Buffers of FP8 tiles in a CTA: two in the place of every fourth of 16 bits. 0 where K and V have 16 bits."""
-        return self.kernel.tile.kv_stage * self.tuning.cta_group // 2 if self.converts else 0
+        """Buffers of FP8 tiles in a CTA: what fills the place of every fourth buffer of 16 bits. 0 where K and V have 16 bits."""
+        if not self.converts:
+            return 0
+        buffers, head_dim = max(1, self.kernel.tile.kv_stage * self.tuning.cta_group // 4), self.kernel.head_dim
+        # Head dimension 96 takes two parts of 64 in the ring, and is staged without what they have too much.
+        return -(-buffers * 2 * num_parts(head_dim) * PART_ELEMS // (self.loaded_parts(head_dim) * self.loaded_elems))
 
     @property
     def loaded_elems(self) -> int:
