@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.decode_batches import BatchTensors, DecodeBatch
-from fa4_backend.bench.decode_peers import installed, prepare
+from fa4_backend.bench.decode_peers import WIDE, installed, prepare
 from fa4_backend.bench.figures import write_bars
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
@@ -47,13 +47,13 @@ class Ours:
     call: Call
 
     @classmethod
-    def make(cls, batch: DecodeBatch, t: BatchTensors, *, batch_invariant: bool = False) -> Ours:
+    def make(cls, batch: DecodeBatch, t: BatchTensors, *, batch_invariant: bool = False, exact: bool = False) -> Ours:
         """Plan, allocate and refresh."""
         device = torch.cuda.get_device_properties(0)
         problem = AttentionProblem(
             num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
             dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-            batch_invariant=batch_invariant,
+            kv_dtype=batch.kv_dtype, batch_invariant=batch_invariant, exact=exact,
         )  # fmt: skip
         limits = BatchLimits(max(256, len(batch.kv_lens)), max(8192, t.q.shape[0]), 131072, batch.decode_query_len)
         plan = plan_attention(problem, limits, num_sms=device.multi_processor_count)
@@ -81,13 +81,13 @@ def run(
     Raises:
         RuntimeError: a kernel of ours is wrong on a batch.
     """
-    peers = installed() if peers is None else peers
     copy = copy_bandwidth()
     torch.manual_seed(0)
     for batch in batches:
         tensors = BatchTensors.make(batch)
         calls = {name: Ours.make(batch, tensors, **flags).call for name, flags in OURS.items()}
-        calls |= {peer: call for peer in peers if (call := ready(peer, batch.label, partial(prepare, peer, batch, tensors))) is not None}
+        chosen = installed(batch.kv_dtype) if peers is None else peers
+        calls |= {peer: call for peer in chosen if (call := ready(peer, batch.label, partial(prepare, peer, batch, tensors))) is not None}
         measured: dict[str, tuple[float, float]] = {}
         for name, call in calls.items():
             tensors.out.fill_(float("nan"))
@@ -99,7 +99,8 @@ def run(
         best = min((us for name, (us, _) in measured.items() if name not in OURS), default=None)
         timings = []
         for name, (us, error) in measured.items():
-            rate = batch.kv_bytes / us / 1e3
+            num_bytes = replace(batch, kv_dtype="bfloat16").kv_bytes if name == WIDE else batch.kv_bytes
+            rate = num_bytes / us / 1e3
             ratio = None if best is None else best / us
             timings.append(Timing(batch.label, name, us, rate, rate / copy, ratio, error))
         yield timings

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fa4_backend.problem import DTYPE_BYTES, KV_SHORT_NAMES
+
 DTYPE = torch.bfloat16
 
 
@@ -22,16 +24,18 @@ class DecodeBatch:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    kv_dtype: str = "bfloat16"
 
     @property
     def label(self) -> str:
         """Heads, page size and batch on one line."""
-        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim} page {self.page_size}: {self.name}"
+        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim}{kv} page {self.page_size}: {self.name}"
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that must be read once."""
-        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * 2
+        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
 
     @property
     def max_query_len(self) -> int:
@@ -71,8 +75,9 @@ def ragged_batches() -> list[DecodeBatch]:
     return [DecodeBatch(name, lens, (1,) * len(lens)) for name, lens in named.items()]
 
 
-def issue_batches() -> dict[str, list[DecodeBatch]]:
-    """Named sets. `grid`: batch x KV; `heads`: other heads, pages and query lengths; `ragged`; `mixed`: with a prefill chunk."""
+def issue_batches(kv_dtype: str = "bfloat16") -> dict[str, list[DecodeBatch]]:
+    """Named sets with K and V in `kv_dtype`. `grid`: batch x KV; `heads`: other heads, pages and query lengths; `ragged`; `mixed`: with a
+    prefill chunk; `quantised`: where FP8 K and V are compared with 16-bit ones."""
     sizes = [(rows, kv) for rows in (1, 8, 64) for kv in (1024, 4096, 16384)]
     grid = [uniform(*size) for size in [*sizes[:3], (1, 131072), *sizes[3:]]]
     some = [uniform(1, 4096), uniform(8, 4096), uniform(64, 4096)]
@@ -94,12 +99,19 @@ def issue_batches() -> dict[str, list[DecodeBatch]]:
         with_chunk("8 x 16K + a 512 chunk of 512", 8, 16384, 512, 512),
         with_chunk("32 x 4K + 64 tokens of 32K", 32, 4096, 64, 32768),
     ]
-    return {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed}
+    quantised = [
+        *(b for b in grid if max(b.kv_lens) <= 16384 and b.name != "8 x 16K"),
+        uniform(32, 4096, 4),
+        replace(uniform(64, 4096), num_q_heads=64, num_kv_heads=8, head_dim=64),
+        replace(uniform(32, 4096), num_q_heads=16, num_kv_heads=2, head_dim=256),
+    ]
+    sets = {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed, "quantised": quantised}
+    return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
 
 
 @dataclass
 class BatchTensors:
-    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33."""
+    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33; FP8 K and V with a scale of 1."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -116,7 +128,9 @@ class BatchTensors:
         b, device = batch, "cuda"
         pages_of = [-(-n // b.page_size) for n in b.kv_lens]
         num_pages = sum(pages_of) + 8
-        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE)
+        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE).to(
+            getattr(torch, b.kv_dtype)
+        )
         k_cache, v_cache = pool.split(b.head_dim, dim=-1)
         shuffled = torch.randperm(num_pages, device=device).int()
         page_table = torch.zeros(len(pages_of), max(pages_of), device=device, dtype=torch.int32)
@@ -135,7 +149,7 @@ class BatchTensors:
         kv_len, query_len = batch.kv_lens[row], batch.query_lens[row]
         pages = self.page_table[row, : self.pages_of[row]].long()
         group = batch.num_q_heads // batch.num_kv_heads
-        k, v = (x[pages].flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
+        k, v = (gathered(x, pages).flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
         begin = int(self.cu_seqlens_q[row])
         q = self.q[begin : begin + query_len].float().unflatten(1, (batch.num_kv_heads, group))
         scores = torch.einsum("qhgd,khd->hgqk", q, k) * batch.head_dim**-0.5
@@ -143,6 +157,11 @@ class BatchTensors:
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         want = torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
         return (self.out[begin : begin + query_len].float() - want).abs().max().item()
+
+
+def gathered(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Pages of a cache; by bytes where it is FP8, of which torch gathers none."""
+    return cache.view(torch.uint8)[pages].view(cache.dtype) if cache.dtype.itemsize == 1 else cache[pages]
 
 
 def _short(tokens: int) -> str:

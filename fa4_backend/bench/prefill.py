@@ -7,8 +7,8 @@ and backwards, and a figure is the median over the rounds; compare figures of on
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.figures import write_bars
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
-from fa4_backend.bench.prefill_peers import PAGED, installed, prepare
+from fa4_backend.bench.prefill_peers import PAGED, WIDE, installed, prepare
 from fa4_backend.bench.timing import capture
+from fa4_backend.problem import FP8
 
 OURS = "fa4"
+OURS_WIDE = "fa4 bf16"  # beside FP8 K and V: our kernel of the same values in bf16
 MAX_ERROR = 0.04  # of bf16 outputs of unit values, whose rounding alone is 0.008 to 0.016; no figure stands for a wrong result
 ROUND_US = 5000.0  # device time of one kernel in one round
 
@@ -46,7 +48,7 @@ def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
         dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-        mask=MaskFeatures(is_causal=batch.is_causal),
+        kv_dtype=batch.kv_dtype, mask=MaskFeatures(is_causal=batch.is_causal),
     )  # fmt: skip
     plan = plan_attention(problem, BatchLimits(256, 32768, 131072), num_sms=device.multi_processor_count)
     metadata = AttentionMetadata.allocate(plan, "cuda")
@@ -56,33 +58,39 @@ def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
     )
 
 
+def _ours_in_bf16(batch: PrefillBatch, t: PrefillTensors) -> Call:
+    return ours(replace(batch, kv_dtype="bfloat16"), t.in_bf16())
+
+
 def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: int = 8) -> Iterator[list[Timing]]:
-    """Time every kernel on every batch; yields one list a batch, ours first.
+    """Time every kernel on every batch; yields one list a batch, ours first; with FP8 K and V also ours on the same values in bf16.
 
     Raises:
-        RuntimeError: our kernel is wrong on a batch.
+        RuntimeError: a kernel of ours is wrong on a batch.
     """
-    peers = installed() if peers is None else peers
     matmul = matmul_tflop_per_s()
     torch.manual_seed(0)
     for batch in batches:
         tensors = PrefillTensors.make(batch)
         replays, errors = {}, {}
         kept: list[object] = []  # a graph holds addresses, not tensors: what a call reads and writes must outlive its replays
-        for name in [OURS, *peers]:
+        makers: dict[str, Callable[[PrefillBatch, PrefillTensors], Call | None]] = {OURS: ours}
+        if batch.kv_dtype == FP8:
+            makers[OURS_WIDE] = _ours_in_bf16
+        makers |= {name: partial(prepare, name) for name in (installed(batch.kv_dtype) if peers is None else peers)}
+        for name, maker in makers.items():
             tensors.out = torch.full_like(tensors.q, float("nan"))
-            maker = ours if name == OURS else partial(prepare, name)
-            call = ready(name, batch.label, partial(maker, batch, tensors), must_run=name == OURS)
+            call = ready(name, batch.label, partial(maker, batch, tensors), must_run=name in (OURS, OURS_WIDE))
             if call is None:
                 continue
             errors[name] = tensors.error(batch)
-            if name == OURS and not errors[name] <= MAX_ERROR:
+            if name in (OURS, OURS_WIDE) and not errors[name] <= MAX_ERROR:
                 raise RuntimeError(f"{batch.label}: expected an error of at most {MAX_ERROR}, got {errors[name]}")
             kept += [call, tensors.out]
             replays[name] = capture(call)
             kept.append(tensors.out)
         us = in_turns(replays, rounds)
-        best = min((us[name] for name in us if name in PAGED), default=None)
+        best = min((us[name] for name in us if name in (*PAGED, WIDE)), default=None)
         rates = {name: batch.flops / time / 1e6 for name, time in us.items()}
         yield [
             Timing(batch.label, name, us[name], rates[name], rates[name] / matmul, None if best is None else best / us[name], errors[name])

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fa4_backend.bench.decode_batches import gathered
+from fa4_backend.problem import FP8, KV_SHORT_NAMES
+
 DTYPE = torch.bfloat16
 
 
@@ -22,13 +25,15 @@ class PrefillBatch:
     head_dim: int = 128
     page_size: int = 16
     is_causal: bool = True
+    kv_dtype: str = "bfloat16"
 
     @property
     def label(self) -> str:
         """Heads, page size and batch on one line."""
+        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
         size = f"{self.rows} x {_short(self.query_len)}" + ("" if self.query_len == self.kv_len else f" of {_short(self.kv_len)}")
         mask = "" if self.is_causal else " full"
-        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim} page {self.page_size}{mask}: {size}"
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim}{kv} page {self.page_size}{mask}: {size}"
 
     @property
     def flops(self) -> float:
@@ -39,14 +44,15 @@ class PrefillBatch:
         return 4.0 * self.rows * self.num_q_heads * self.head_dim * seen
 
 
-def named_batches() -> dict[str, list[PrefillBatch]]:
-    """Sets by name. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`: other shapes;
-    `prefix`: short messages over long cached prefixes, whose tiles are cut along KV."""
+def named_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
+    """Sets by name, K and V in `kv_dtype`. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`:
+    other shapes; `prefix`: short messages over long cached prefixes, whose tiles are cut along KV."""
     whole = [PrefillBatch(32768 // n, n, n) for n in (1024, 4096, 16384, 32768)]
     chunked = [PrefillBatch(4, 512, 8192), PrefillBatch(1, 2048, 32768)]
     some = whole[:3]
     heads = [replace(b, num_q_heads=64) for b in [*some, *chunked]]
     heads += [replace(b, num_q_heads=16, num_kv_heads=16, head_dim=64) for b in some]
+    heads += [replace(b, num_q_heads=16, num_kv_heads=2, head_dim=256) for b in some] if kv_dtype == FP8 else []
     prefix = [
         PrefillBatch(1, 16, 65536),
         PrefillBatch(1, 64, 32768),
@@ -55,12 +61,13 @@ def named_batches() -> dict[str, list[PrefillBatch]]:
         PrefillBatch(8, 128, 16384),
     ]
     full = [replace(b, is_causal=False) for b in some]
-    return {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "prefix": prefix}
+    sets = {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "prefix": prefix}
+    return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
 
 
 @dataclass
 class PrefillTensors:
-    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33."""
+    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33; FP8 K and V with a scale of 1."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -77,17 +84,23 @@ class PrefillTensors:
         pages = -(-b.kv_len // b.page_size)
         num_pages = b.rows * pages + 8
         pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE)
-        k_cache, v_cache = pool.split(b.head_dim, dim=-1)
+        k_cache, v_cache = pool.to(getattr(torch, b.kv_dtype)).split(b.head_dim, dim=-1)
         table = torch.randperm(num_pages, device=device)[: b.rows * pages].reshape(b.rows, pages).int()
         q = torch.randn(b.rows * b.query_len, b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
         cu_seqlens_q = torch.arange(0, b.rows + 1, device=device, dtype=torch.int32) * b.query_len
         seqused_k = torch.full((b.rows,), b.kv_len, device=device, dtype=torch.int32)
         return cls(q, k_cache, v_cache, table, cu_seqlens_q, seqused_k, torch.empty_like(q))
 
+    def in_bf16(self) -> PrefillTensors:
+        """The same values of K and V in bfloat16."""
+        k_cache, v_cache = torch.cat([self.k_cache.to(DTYPE), self.v_cache.to(DTYPE)], dim=-1).split(self.k_cache.shape[-1], dim=-1)
+        return replace(self, k_cache=k_cache, v_cache=v_cache)
+
     def error(self, batch: PrefillBatch) -> float:
         """Largest error of `out` against float32 attention, on 64 query tokens spread over the last sequence."""
         b, row = batch, batch.rows - 1
-        k, v = (x[self.page_table[row].long()].flatten(0, 1)[: b.kv_len].float() for x in (self.k_cache, self.v_cache))
+        pages = self.page_table[row].long()
+        k, v = (gathered(x, pages).flatten(0, 1)[: b.kv_len].float() for x in (self.k_cache, self.v_cache))
         tokens = torch.linspace(0, b.query_len - 1, 64, device=k.device).long()
         q = self.q[row * b.query_len + tokens].float().unflatten(1, (b.num_kv_heads, -1))
         scores = torch.einsum("qhgd,khd->hgqk", q, k) * b.head_dim**-0.5

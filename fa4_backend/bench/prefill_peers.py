@@ -1,6 +1,7 @@
 """The peers of `fa4 bench prefill`, as an engine calls them: FA3, Triton and FlashInfer paged; FlashAttention-4 and cuDNN dense.
 
 The dense peers read contiguous K and V, without a page table: a bound for a paged kernel rather than a choice that a server has.
+With K and V in FP8, FA3 takes q in FP8 too, which vLLM quantises before (not timed); Triton takes it in bf16.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import torch
 
 from fa4_backend.bench.peers import Call
 from fa4_backend.bench.prefill_batches import DTYPE, PrefillBatch, PrefillTensors
+from fa4_backend.problem import FP8
 
 PAGED = ("fa3", "flashinfer", "triton")
 DENSE = ("fa4-sm90 dense", "cudnn dense")
+WIDE = "fa3 bf16"  # beside FP8 K and V: FA3 with the same values in bf16
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
 
 
-def installed() -> list[str]:
-    """Peers that can be imported here."""
+def installed(kv_dtype: str) -> list[str]:
+    """Peers of K and V in `kv_dtype` that can be imported here."""
 
     def has(module: str) -> bool:
         try:
@@ -27,6 +30,8 @@ def installed() -> list[str]:
         except ModuleNotFoundError:
             return False
 
+    if kv_dtype == FP8:
+        return ["fa3", WIDE, "triton"] if has("vllm") else []
     found = ["fa3", "triton"] if has("vllm") else []
     found += ["flashinfer"] if has("flashinfer") else []
     found += ["fa4-sm90 dense"] if has("flash_attn.cute") else []
@@ -37,23 +42,30 @@ def prepare(peer: str, batch: PrefillBatch, tensors: PrefillTensors) -> Call | N
     """One layer's call of `peer`, its metadata made; None where the peer has nothing to say about the batch."""
     if peer in DENSE and batch.query_len != batch.kv_len:
         return None
+    if peer == WIDE:
+        return _fa3(batch, tensors.in_bf16())
     makers = {"fa3": _fa3, "triton": _triton, "flashinfer": _flashinfer, "fa4-sm90 dense": _fa4, "cudnn dense": _cudnn}
     if peer not in makers:
-        raise ValueError(f"peer: expected one of {', '.join(makers)}, got {peer!r}")
+        raise ValueError(f"peer: expected one of {', '.join([*makers, WIDE])}, got {peer!r}")
     return makers[peer](batch, tensors)
 
 
 def _fa3(b: PrefillBatch, t: PrefillTensors) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
+    dtype = t.k_cache.dtype
+    q, scales = t.q, {}
+    if dtype != DTYPE:
+        q, ones = t.q.to(dtype), torch.ones(b.rows, b.num_kv_heads, device="cuda")
+        scales = {"q_descale": ones, "k_descale": ones, "v_descale": ones}
     metadata = get_scheduler_metadata(
-        b.rows, b.query_len, b.kv_len, b.num_q_heads, b.num_kv_heads, b.head_dim, t.seqused_k, qkv_dtype=DTYPE,
+        b.rows, b.query_len, b.kv_len, b.num_q_heads, b.num_kv_heads, b.head_dim, t.seqused_k, qkv_dtype=dtype,
         cu_seqlens_q=t.cu_seqlens_q, page_size=b.page_size, causal=b.is_causal, num_splits=0,
     )  # fmt: skip
     return lambda: flash_attn_varlen_func(
-        q=t.q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_q=b.query_len, seqused_k=t.seqused_k,
+        q=q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_q=b.query_len, seqused_k=t.seqused_k,
         max_seqlen_k=b.kv_len, softmax_scale=b.head_dim**-0.5, causal=b.is_causal, block_table=t.page_table,
-        scheduler_metadata=metadata, fa_version=3, num_splits=0,
+        scheduler_metadata=metadata, fa_version=3, num_splits=0, **scales,
     )  # fmt: skip
 
 
@@ -62,9 +74,10 @@ def _triton(b: PrefillBatch, t: PrefillTensors) -> Call | None:
         return None
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
+    scale = None if t.k_cache.dtype == DTYPE else torch.ones((), device="cuda")
     return lambda: unified_attention(
         t.q, t.k_cache, t.v_cache, t.out, t.cu_seqlens_q, b.query_len, t.seqused_k, b.kv_len, b.head_dim**-0.5, True,
-        (-1, -1), t.page_table, 0.0, None, None, None,
+        (-1, -1), t.page_table, 0.0, None, scale, scale,
     )  # fmt: skip
 
 

@@ -9,23 +9,30 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend.problem import FP8
+
 bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+KV_DTYPES = {"auto": "bfloat16", "fp8": FP8, "fp8_e4m3": FP8}
 
 Sets = Annotated[str, typer.Option("--batches", help="comma-separated sets of batches; empty: all")]
 Peers = Annotated[str | None, typer.Option(help="comma-separated peers; default: all that are installed")]
 Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there, and beside them which kernels made them")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matplotlib)")]
+KvDtype = Annotated[str, typer.Option(help=f"of K and V: {', '.join(KV_DTYPES)}; auto is that of q, bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @bench.command()
-def prefill(batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False) -> None:
+def prefill(
+    batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False, kv_dtype: KvDtype = "auto"
+) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best paged peer."""
     from fa4_backend.bench import prefill as module
     from fa4_backend.bench.prefill_batches import named_batches
 
     _require_gpu()
-    _run(module, named_batches(), batches, peers, csv_path, plot, json_output)
+    _run(module, named_batches(_stored(kv_dtype)), batches, peers, csv_path, plot, json_output)
 
 
 @bench.command()
@@ -35,6 +42,7 @@ def decode(
     csv_path: Csv = None,
     plot: Plot = None,
     json_output: Json = False,
+    kv_dtype: KvDtype = "auto",
     flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
 ) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
@@ -46,7 +54,15 @@ def decode(
     if flush not in list(Flush):
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
-    _run(module, issue_batches(), batches, peers, csv_path, plot, json_output, flush=Flush(flush))
+    _run(module, issue_batches(_stored(kv_dtype)), batches, peers, csv_path, plot, json_output, flush=Flush(flush))
+
+
+def _stored(kv_dtype: str) -> str:
+    """The `kv_dtype` of a problem for what the command line calls it."""
+    if kv_dtype not in KV_DTYPES:
+        typer.echo(f"fa4 bench: --kv-dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}", err=True)
+        raise typer.Exit(2)
+    return KV_DTYPES[kv_dtype]
 
 
 def _require_gpu() -> None:

@@ -51,6 +51,10 @@ class PrefillKey(Protocol):
         """Query tokens of an entry: what its `m_block` counts in."""
 
     @property
+    def has_queue(self) -> bool:
+        """Whether CTAs take entries of the work list from a queue; else each has its own."""
+
+    @property
     def part_floats(self) -> int:
         """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
 
@@ -117,4 +121,5 @@ def _work_shape(
         max_num_tokens=limits.max_num_tokens,
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
+        has_queue=prefill.has_queue,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, TILE_INTS, WorkLists
+from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, QUEUE_INTS, TILE_INTS, WorkLists
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class ScheduleArguments(NamedTuple):
     seqused_k: Any  # (batch,) int32
     prefill_tiles: Any  # (max_prefill_tiles, TILE_INTS) int32
     prefill_begin: Any  # (prefill_groups + 1,) int32
+    prefill_queue: Any  # (1, QUEUE_INTS) int32
     decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
     arrivals: Any  # (max_slots,) int32
@@ -42,6 +43,7 @@ class PrefillArguments(NamedTuple):
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
     mBegin: Any  # (prefill_groups + 1,) int32
+    mQueue: Any  # (1, QUEUE_INTS) int32; None where the kernel's entries are dealt out
     mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
     mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)
@@ -94,17 +96,18 @@ def schedule_arguments(
     """
     params = work.shape.params(window_left, window_right)
     return ScheduleArguments(
-        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.decode_tiles, work.decode_first, work.arrivals,
-        work.part_arrivals, params,
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.prefill_queue, work.decode_tiles,
+        work.decode_first, work.arrivals, work.part_arrivals, params,
     )  # fmt: skip
 
 
 def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArguments:
     """A call of a prefill kernel over the step's list."""
+    queue = work.prefill_queue if work.shape.has_queue else None
     part_arrivals = None if work.part_slots is None else work.part_arrivals
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
-        work.prefill_tiles, work.prefill_begin, work.part_slots, part_arrivals, a.out, a.lse,
+        work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
         a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
@@ -126,6 +129,7 @@ def schedule_fakes() -> tuple[Any, ...]:
         seqused_k=fake.numbers(),
         prefill_tiles=fake.entries(TILE_INTS),
         prefill_begin=fake.numbers(),
+        prefill_queue=fake.entries(QUEUE_INTS),
         decode_tiles=fake.entries(DECODE_INTS),
         decode_first=fake.entries(DECODE_INTS),
         arrivals=fake.numbers(),
@@ -135,7 +139,7 @@ def schedule_fakes() -> tuple[Any, ...]:
     return (*arguments, fake.stream())
 
 
-def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
+def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -> tuple[Any, ...]:
     """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic. part_floats: 0: no parts."""
     fake = _Fakes()
     total_q, heads, batch = fake.size(), fake.size(), fake.size()
@@ -148,6 +152,7 @@ def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
         mCuSeqlensQ=fake.plain("int32", fake.size()),
         mTiles=fake.entries(TILE_INTS),
         mBegin=fake.plain("int32", fake.size()),
+        mQueue=fake.entries(QUEUE_INTS) if has_queue else None,
         mPartSlots=fake.entries(part_floats, "float32") if part_floats else None,
         mPartArrivals=fake.entries(PART_COUNTERS) if part_floats else None,
         mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),

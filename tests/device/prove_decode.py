@@ -23,8 +23,9 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.loading import load
+from fa4_backend.problem import FP8
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
-from tests.support.fuzz import Fuzzer, FuzzSetup
+from tests.support.fuzz import SCALES, Fuzzer, FuzzSetup
 from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
@@ -35,23 +36,28 @@ FEATURES: tuple[dict[str, bool], ...] = (
 DEVICE = "cuda"
 
 
-def setups(arch: str) -> list[tuple[FuzzSetup, int]]:
+def setups(arch: str, kv_dtype: str) -> list[tuple[FuzzSetup, int]]:
     """Problems to fuzz and their query length: every head shape, every feature on one of them, many short rows and few long ones."""
     chosen = [(heads, {}) for heads in HEADS] + [(HEADS[4], features) for features in FEATURES[1:]]
+    if kv_dtype == FP8:
+        chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
     out = []
     for (q_heads, kv_heads, head_dim, query_len), features in chosen:
         problem = make_problem(
-            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
-            has_lse=True, **features,
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, page_size=16, arch=arch,
+            kv_dtype=kv_dtype, has_lse=True, **{"dtype": "bfloat16", **features},
         )  # fmt: skip
         name = f"{q_heads}/{kv_heads} d{head_dim} q{query_len} {' '.join(features)}"
         for shape, rows, kv_len in (("short", 64, 130), ("long", 6, 6000)):
-            setup = FuzzSetup(f"{name} {shape}", problem, max_seqs=rows, max_query=query_len, max_kv=kv_len, decode_query_len=query_len)
+            setup = FuzzSetup(
+                f"{name} {shape}", problem, max_seqs=rows, max_query=query_len, max_kv=kv_len, decode_query_len=query_len,
+                per_head_scales=shape == "short",
+            )  # fmt: skip
             out.append((setup, query_len))
     return out
 
 
-def mixed_setups(arch: str) -> list[FuzzSetup]:
+def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
     """Problems whose batches have decode rows beside prefill rows: both kernels at once, sharing the SMs."""
     problems: dict[str, tuple[tuple[int, int, int], int, dict[str, bool]]] = {
         "32/8 d128 q1": ((32, 8, 128), 1, {}),
@@ -66,7 +72,7 @@ def mixed_setups(arch: str) -> list[FuzzSetup]:
     for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
         problem = make_problem(
             num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
-            has_lse=True, **features,
+            kv_dtype=kv_dtype, has_lse=True, **features,
         )  # fmt: skip
         setup = FuzzSetup(
             f"mixed {name}", problem, max_seqs=16, max_query=100, max_kv=900, decode_query_len=query_len, decode_share=0.7
@@ -93,20 +99,20 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         assert plan.kernels is not None
         shape = plan.kernels.work
         work = empty_lists(shape, rows)
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
+        for name in ("prefill_tiles", "prefill_begin", "prefill_queue", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
         load(plan.kernels.schedule, emulated=False)(*schedule_arguments(work, cu_seqlens_q, seqused_k))
-        for name in ("prefill_tiles", "prefill_begin", "decode_tiles", "decode_first"):
+        for name in ("prefill_tiles", "prefill_begin", "prefill_queue", "decode_tiles", "decode_first"):
             setattr(work, name, getattr(work, name).cpu())
         assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
     return {"steps": steps}
 
 
-def check_fuzz(arch: str, batches: int, shard: tuple[int, int], only: str) -> dict[str, Any]:
+def check_fuzz(arch: str, kv_dtype: str, batches: int, shard: tuple[int, int], only: str) -> dict[str, Any]:
     """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every `shard[1]`-th from `shard[0]` on."""
-    every = [(setup, query_len) for setup, query_len in setups(arch) if setup.name.startswith(only)]
+    every = [(setup, query_len) for setup, query_len in setups(arch, kv_dtype) if setup.name.startswith(only)]
     chosen = every[shard[0] :: shard[1]]
     results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
     failed = [r for r in results if r.failures]
@@ -122,13 +128,15 @@ def check_mixed(batches: int, setups_of_arch: list[FuzzSetup]) -> dict[str, Any]
     return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
 
 
-def check_bits(arch: str, rounds: int) -> dict[str, Any]:
+def check_bits(arch: str, kv_dtype: str, rounds: int) -> dict[str, Any]:
     """Page sizes, neighbours (batch-invariant mode) and graph replay do not change a bit."""
-    case = PagedCase((1, 2, 2, 1), (3000, 17, 8000, 0), num_q_heads=8, num_kv_heads=2, head_dim=128, arch=arch, decode_query_len=2)
+    case = PagedCase(
+        (1, 2, 2, 1), (3000, 17, 8000, 0), num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, arch=arch, decode_query_len=2
+    )  # fmt: skip
     outs = [replace(case, page_size=size).build(DEVICE).run(case_plan(replace(case, page_size=size)))[0][:6] for size in (16, 48, 128, 528)]
     assert all(torch.equal(out, outs[0]) for out in outs), "bits depend on the page size"
     draw = random.Random(0)
-    batch = Batch(arch, batch_invariant=True)
+    batch = Batch(arch, kv_dtype, batch_invariant=True)
     for _ in range(rounds):
         rows = draw.randint(2, batch.rows)
         query_lens = [draw.choice((1, 2)) for _ in range(rows)]
@@ -140,7 +148,7 @@ def check_bits(arch: str, rounds: int) -> dict[str, Any]:
         alone = batch.alone(row, at, query_lens[row], kv_lens[row])
         assert torch.equal(alone, together[at : at + query_lens[row]]), (query_lens, kv_lens, row)
     for invariant in (False, True):
-        batch = Batch(arch, batch_invariant=invariant)
+        batch = Batch(arch, kv_dtype, batch_invariant=invariant)
         replay = batch.capture()
         for _ in range(rounds):
             longest = draw.choice((0, 1, 64, 1000, batch.max_kv))
@@ -153,25 +161,25 @@ def check_bits(arch: str, rounds: int) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
-def check_exact(arch: str, rounds: int) -> dict[str, Any]:
+def check_exact(arch: str, kv_dtype: str, rounds: int) -> dict[str, Any]:
     """Exact mode, with and without a window: tokens of a prompt, cut at random into chunks and single tokens beside each other, keep the
     whole prompt's bits."""
-    return {"rounds": 2 * rounds, "tokens": _check_exact(arch, rounds, None) + _check_exact(arch, rounds, 700)}
+    return {"rounds": 2 * rounds, "tokens": sum(_check_exact(arch, kv_dtype, rounds, window_left) for window_left in (None, 700))}
 
 
-def _check_exact(arch: str, rounds: int, window_left: int | None) -> int:
+def _check_exact(arch: str, kv_dtype: str, rounds: int, window_left: int | None) -> int:
     """Tokens compared."""
     draw = random.Random(0)
     prompt, heads, kv_heads, dim = 3000, 8, 2, 128
     problem = make_problem(
         num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, head_dim_v=dim, dtype="bfloat16", page_size=16, arch=arch, has_lse=True,
-        batch_invariant=True, exact=True, has_window_left=window_left is not None,
+        kv_dtype=kv_dtype, batch_invariant=True, exact=True, has_window_left=window_left is not None,
     )  # fmt: skip
     plan = plan_of(problem, 64, 8192, prompt, 1)
     metadata = AttentionMetadata.allocate(plan, DEVICE)
     q = torch.randn(prompt, heads, dim, device=DEVICE, dtype=torch.bfloat16)
     pages = -(-prompt // 16)
-    k, v = torch.randn(pages, 16, kv_heads, 2 * dim, device=DEVICE, dtype=torch.bfloat16).split(dim, -1)
+    k, v = torch.randn(pages, 16, kv_heads, 2 * dim, device=DEVICE, dtype=torch.bfloat16).to(getattr(torch, kv_dtype)).split(dim, -1)
     table = torch.randperm(pages, device=DEVICE).int()
 
     def attend(ranges: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +214,7 @@ class Batch:
 
     rows, max_kv = 32, 16384
 
-    def __init__(self, arch: str, *, batch_invariant: bool) -> None:
+    def __init__(self, arch: str, kv_dtype: str, *, batch_invariant: bool) -> None:
         problem = make_problem(
             num_q_heads=8,
             num_kv_heads=2,
@@ -215,12 +223,15 @@ class Batch:
             dtype="bfloat16",
             page_size=16,
             arch=arch,
+            kv_dtype=kv_dtype,
             batch_invariant=batch_invariant,
         )
         self.plan = plan_of(problem, self.rows, 2 * self.rows, self.max_kv, 2)
         self.metadata = AttentionMetadata.allocate(self.plan, DEVICE)
         pages = self.max_kv // 16
-        self.k, self.v = torch.randn(8 * pages, 16, 2, 256, device=DEVICE, dtype=torch.bfloat16).split(128, -1)
+        pool = torch.randn(8 * pages, 16, 2, 256, device=DEVICE, dtype=torch.bfloat16).to(getattr(torch, kv_dtype))
+        self.k, self.v = pool.split(128, -1)
+        self.scales = dict(zip(SCALES, torch.tensor([[0.5, 2.0], [3.0, 0.1]], device=DEVICE), strict=True)) if kv_dtype == FP8 else {}
         self.table = torch.stack([torch.randperm(8 * pages, device=DEVICE)[:pages].int() for _ in range(self.rows)])
         self.q = torch.randn(2 * self.rows, 8, 128, device=DEVICE, dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
@@ -257,7 +268,9 @@ class Batch:
         self, q: torch.Tensor, table: torch.Tensor, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
         self.metadata.refresh(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=2, max_seqlen_k=self.max_kv)
-        return paged_attention(q, self.k, self.v, table, cu_seqlens_q, seqused_k, plan=self.plan, metadata=self.metadata, out=out)[0]
+        return paged_attention(
+            q, self.k, self.v, table, cu_seqlens_q, seqused_k, plan=self.plan, metadata=self.metadata, out=out, **self.scales
+        )[0]
 
 
 def plan_of(problem: AttentionProblem, rows: int, tokens: int, max_kv: int, query_len: int) -> AttentionPlan:
@@ -275,6 +288,7 @@ def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="lists,fuzz,mixed,bits,exact")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of K and V")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
     parser.add_argument("--only", default="", help="fuzz problems whose name begins so (both kinds of batches)")
@@ -285,14 +299,17 @@ def main() -> int:
     shard = (begin, step)
     arch = arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
+    kv_dtype = {"bf16": "bfloat16", "fp8": FP8}[options.kv_dtype]
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(arch, options.batches, shard, options.only),
-        "mixed": lambda: check_mixed(options.mixed_batches, [setup for setup in mixed_setups(arch) if setup.name.startswith(options.only)]),
-        "bits": lambda: check_bits(arch, 100),
-        "exact": lambda: check_exact(arch, 100),
+        "fuzz": lambda: check_fuzz(arch, kv_dtype, options.batches, shard, options.only),
+        "mixed": lambda: check_mixed(
+            options.mixed_batches, [setup for setup in mixed_setups(arch, kv_dtype) if setup.name.startswith(options.only)]
+        ),
+        "bits": lambda: check_bits(arch, kv_dtype, 100),
+        "exact": lambda: check_exact(arch, kv_dtype, 100),
     }
-    seen: dict[str, Any] = {"stamp": gpu_stamp()}
+    seen: dict[str, Any] = {"stamp": gpu_stamp(), "kv_dtype": kv_dtype}
     for name in options.parts.split(","):
         try:
             seen[name] = {"ok": True, **parts[name]()}

@@ -19,6 +19,7 @@ import torch
 from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
+from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.support.fuzz import Fuzzer, prefill_alone, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
@@ -40,14 +41,15 @@ def run_case(built: BuiltCase, min_part_blocks: int | None = None) -> None:
     torch.cuda.synchronize()
 
 
-def cases(arch: str) -> dict[str, PagedCase]:
+def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
     """A poisoned case for each fuzzed problem (same compile keys), with lengths at the edges of tiles and pages."""
     out = {}
-    for setup in prefill_setups(arch):
+    for setup in prefill_setups(arch, kv_dtype):
         p = setup.problem
         out[setup.name] = PagedCase(
             **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
-            page_size=p.page_size, arch=arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
+            kv_dtype=p.kv_dtype, per_head_scales=setup.per_head_scales, page_size=p.page_size, arch=arch,
+            is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
             window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0,
             sinks=p.mask.has_sinks, alibi=p.mask.has_alibi,
             layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant,
@@ -58,10 +60,10 @@ def cases(arch: str) -> dict[str, PagedCase]:
     return out
 
 
-def check_cases(arch: str, repeats: int, only: str) -> list[dict]:
+def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]:
     """Every case whose name begins with `only` against the oracle, and the same bits over repeats."""
     results = []
-    for name, case in cases(arch).items():
+    for name, case in cases(arch, kv_dtype).items():
         if not name.startswith(only):
             continue
         built = case.build("cuda")
@@ -83,10 +85,10 @@ def check_cases(arch: str, repeats: int, only: str) -> list[dict]:
     return results
 
 
-def check_page_sizes(arch: str) -> dict:
+def check_page_sizes(arch: str, kv_dtype: str) -> dict:
     """One batch in pages of 16 to 256 tokens: the same bits."""
     outs = []
-    base = cases(arch)["d128 page 16"].build("cuda")
+    base = cases(arch, kv_dtype)["d128 page 16"].build("cuda")
     for page_size in (16, 32, 48, 64, 128, 256):
         built = repage(base, page_size)
         run_case(built)
@@ -96,15 +98,15 @@ def check_page_sizes(arch: str) -> dict:
     return result
 
 
-def check_large_pool(arch: str) -> dict:
+def check_large_pool(arch: str, kv_dtype: str) -> dict:
     """A pool above 2^31 elements, NaN but for the pages in use, which lie at its end."""
-    case = replace(cases(arch)["d128 page 16"], layout="nhd")
+    case = replace(cases(arch, kv_dtype)["d128 page 16"], layout="nhd")
     built = case.build("cuda")
     a = built.arguments
     used = a.k_cache.shape[0]
     per_page = case.page_size * case.num_kv_heads * 2 * case.head_dim
     num_pages = 2**31 // per_page + 4096
-    pool = torch.full((num_pages, case.page_size, case.num_kv_heads, 2 * case.head_dim), math.nan, dtype=a.q.dtype, device="cuda")
+    pool = torch.full((num_pages, case.page_size, case.num_kv_heads, 2 * case.head_dim), math.nan, dtype=a.k_cache.dtype, device="cuda")
     k, v = pool.split(case.head_dim, dim=-1)
     k[-used:], v[-used:] = a.k_cache, a.v_cache
     table = torch.where(a.page_table < used, a.page_table + (num_pages - used), a.page_table)
@@ -117,9 +119,9 @@ def check_large_pool(arch: str) -> dict:
     return result
 
 
-def check_fuzz(arch: str, batches: int, seed: int) -> list[dict]:
+def check_fuzz(arch: str, kv_dtype: str, batches: int, seed: int) -> list[dict]:
     """Fuzzed ragged batches, the same number for each problem."""
-    setups = prefill_setups(arch)
+    setups = prefill_setups(arch, kv_dtype)
     results = []
     for index, setup in enumerate(setups):
         start = time.perf_counter()
@@ -134,6 +136,7 @@ def main() -> None:
     """Run the parts asked for; exits 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default="cases,pages,pool,fuzz")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of K and V; auto: that of q")
     parser.add_argument("--batches", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
     parser.add_argument("--only", default="", help="cases whose name begins so")
@@ -143,16 +146,17 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     arch = arch_of_capability(device.major, device.minor) or "none"
     schedule, _, prefill = families_of(arch)
-    report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed}
+    kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
+    report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
     parts = options.parts.split(",")
     if "cases" in parts:
-        report["cases"] = check_cases(arch, options.repeats, options.only)
+        report["cases"] = check_cases(arch, kv_dtype, options.repeats, options.only)
     if "pages" in parts:
-        report["page_sizes"] = check_page_sizes(arch)
+        report["page_sizes"] = check_page_sizes(arch, kv_dtype)
     if "pool" in parts:
-        report["large_pool"] = check_large_pool(arch)
+        report["large_pool"] = check_large_pool(arch, kv_dtype)
     if "fuzz" in parts:
-        report["fuzz"] = check_fuzz(arch, options.batches, options.seed)
+        report["fuzz"] = check_fuzz(arch, kv_dtype, options.batches, options.seed)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import pytest
 
+from fa4_backend.problem import FP8
 from tests.device import prove_decode, prove_large_logits
 
 pytestmark = pytest.mark.gpu
 
 FUZZED = 200
+kv_dtypes = pytest.mark.parametrize("kv_dtype", ["bfloat16", FP8])
 
 
 def test_the_devices_lists_are_the_hosts(arch: str) -> None:
     assert prove_decode.check_lists(arch, 40)["steps"] == 40
 
 
-def test_fuzzed_batches(arch: str) -> None:
-    seen = prove_decode.check_fuzz(arch, FUZZED, (0, 1), "")
+@kv_dtypes
+def test_fuzzed_batches(arch: str, kv_dtype: str) -> None:
+    seen = prove_decode.check_fuzz(arch, kv_dtype, FUZZED, (0, 1), "")
     assert seen["batches"] >= FUZZED // 2 and not any(setup["failures"] for setup in seen["setups"])
 
 
-def test_fuzzed_batches_beside_prefill(arch: str) -> None:
-    setups = prove_decode.mixed_setups(arch)
+@kv_dtypes
+def test_fuzzed_batches_beside_prefill(arch: str, kv_dtype: str) -> None:
+    setups = prove_decode.mixed_setups(arch, kv_dtype)
     seen = prove_decode.check_mixed(FUZZED, setups)
     assert seen["batches"] >= FUZZED // 2 and len(seen["setups"]) == len(setups)
 
 
-def test_bits_do_not_depend_on_pages_neighbours_or_replay(arch: str) -> None:
-    assert prove_decode.check_bits(arch, 20)["rounds"] == 20
+@kv_dtypes
+def test_bits_do_not_depend_on_pages_neighbours_or_replay(arch: str, kv_dtype: str) -> None:
+    assert prove_decode.check_bits(arch, kv_dtype, 20)["rounds"] == 20
 
 
-def test_exact_mode_keeps_a_prompts_bits(arch: str) -> None:
-    assert prove_decode.check_exact(arch, 10)["tokens"] > 0
+@kv_dtypes
+def test_exact_mode_keeps_a_prompts_bits(arch: str, kv_dtype: str) -> None:
+    assert prove_decode.check_exact(arch, kv_dtype, 10)["tokens"] > 0
 
 
 # The channel that shows a weight's drift where ptxas contracts a product, and one with random values beside it; both ends of the lengths.

@@ -16,6 +16,7 @@ import pytest
 from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernel_facts import disassemble, find_cuda_tool
 from fa4_backend.kernels.decode.config import DecodeConfig, resolve
+from fa4_backend.problem import FP8
 from tests.support.paged_case import PagedCase
 from tests.support.sass import product_loops
 
@@ -26,6 +27,7 @@ KEYS = {
     "16/2, 4 tokens": {"num_q_heads": 16, "num_kv_heads": 2, "decode_query_len": 4},
     "d64, window, sinks": {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64, "window_left": 64, "sinks": True},
     "batch invariant": {"num_q_heads": 8, "num_kv_heads": 2, "decode_query_len": 2, "batch_invariant": True},
+    "FP8": {"num_q_heads": 8, "num_kv_heads": 2, "decode_query_len": 4, "kv_dtype": FP8},
 }
 
 
@@ -71,12 +73,12 @@ def test_no_arrival_overtakes_an_ldmatrix(name: str) -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_nothing_but_row_sums_is_fused(batch_invariant: bool) -> None:
+@pytest.mark.parametrize("changes", [*({**KEYS["batch invariant"], "batch_invariant": on} for on in (False, True)), KEYS["FP8"]])
+def test_nothing_but_row_sums_is_fused(changes: dict[str, object]) -> None:
     """A lane's 2 row sums of a box are FMAs. A factor that is one is off 1 where a maximum stays (`online_softmax`, Note [Contraction])."""
     if find_cuda_tool("nvdisasm") is None:
         pytest.skip("nvdisasm is in no package here (triton carries one)")
-    config = config_of({**KEYS["batch invariant"], "batch_invariant": batch_invariant})
+    config = config_of(changes)
     loops = product_loops(disassemble(ensure_object(config).with_suffix(".cubin")), 2 * 16, "HMMA")
     assert len(loops) == 1
     assert sum(bool(re.search(r"\bFFMA\b", text)) for text in loops[0]) == 2

@@ -12,6 +12,7 @@ import torch
 
 from fa4_backend import plan_attention
 from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
+from fa4_backend.problem import FP8
 from tests.support.emulated_mixed import run_mixed
 from tests.support.paged_case import PagedCase
 
@@ -32,8 +33,10 @@ def test_mixed_step(arch: str, seed: int | None) -> None:
     assert (run.work.decode_tiles[:, PARTIAL_SLOT] >= 0).any()
 
 
-@pytest.mark.parametrize("changes", [{"decode_query_len": 4, "query_lens": (4, 130, 2, 0, 70, 1, 3)}, {"head_dim": 64, "layout": "hnd"}])
-def test_mixed_step_of_drafts_and_other_heads(changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"decode_query_len": 4, "query_lens": (4, 130, 2, 0, 70, 1, 3)}, {"head_dim": 64, "layout": "hnd"}, {"kv_dtype": FP8}]
+)
+def test_mixed_step_of_drafts_other_heads_and_fp8(changes: dict) -> None:
     run_mixed(replace(CASE, arch="emulated-sm_90a", **changes), seed=2).check()
 
 

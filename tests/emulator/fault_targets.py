@@ -104,6 +104,7 @@ def own_schedule() -> Target:
         return [
             work.arrivals,
             work.prefill_begin,
+            work.prefill_queue,
             work.prefill_tiles,
             work.decode_first[:, :13].contiguous(),
             work.decode_tiles[:, :11].contiguous(),

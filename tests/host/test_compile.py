@@ -17,10 +17,10 @@ from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8
 from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.plan import plan_attention
-from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import FP8, AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
 from tests.support.stub_kernels import StubKey, compile_stub
 
@@ -140,18 +140,26 @@ def test_the_hopper_kernel_is_what_it_claims(has_parts: bool, tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", [KERNEL.dtype, FP8])
 @pytest.mark.parametrize("dims", list(TILES))
 def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
-    dims: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dims: tuple[int, int], kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = Sm90Config(replace(KERNEL, head_dim=dims[0], head_dim_v=dims[1], tile=TILES[dims]))
+    tile = (TILES_FP8 if kv_dtype == FP8 else TILES)[dims]
+    key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
-    assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
+    # Per-tile values, outside the loops: d256 keeps 88 bytes, d64 40, and 144 where K and V are FP8.
+    assert facts.spills is not None and facts.spills <= (144 if kv_dtype == FP8 and dims == (64, 64) else 96), facts
     if sass:
-        num_wgmma = dims[0] // 16 + TILES[dims].tile_n // 16
-        loops = product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), num_wgmma)
+        num_wgmma = dims[0] // 16 + tile.tile_n // 16
+        code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
+        loops = product_loops(code, num_wgmma)
         assert len(loops) == 2, "over masked and over whole blocks"
         assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
+        if kv_dtype == FP8:
+            # An instruction for two values of V, and of K before it goes on to bfloat16; a lane's 16 of a part. What is left: addresses.
+            conversions = product_loops(code, 8 * (dims[1] // key.kernel.part_elems(dims[1])), "F2FP.F16.E4M3.UNPACK_B")
+            assert conversions and not any(re.search(r"\b(LDL|STL)\b", text) for body in conversions for text in body)
 
 
 # Imported for types of arguments, to load what was compiled, or by the torch kernel: nothing of theirs is compiled in.

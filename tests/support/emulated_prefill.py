@@ -13,7 +13,7 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, QUEUE_LEFT, QUEUE_NEXT, WorkLists, WorkShape
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -51,6 +51,7 @@ class EmulatedRun:
     def check(self) -> Errors:
         """Within the error budget, nothing written that is not ours, no race."""
         assert self.report.races == [], "\n".join(str(race) for race in self.report.races[:3])
+        assert not self.work.prefill_queue[0, [QUEUE_NEXT, QUEUE_LEFT]].any(), "the queue: expected to be ready for the next launch"
         assert not self.work.part_arrivals.any(), "arrival counters of parts: expected 0 after the launch"
         return self.built.check(self.out, self.lse, padding_is_zero=self.zeroes_padding)
 
@@ -109,6 +110,7 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=NO_WINDOW, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
+        has_queue=key.has_queue,
     )  # fmt: skip
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window
@@ -126,6 +128,7 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         shape,
         prefill_tiles=torch.from_numpy(lists.prefill_tiles.copy()),
         prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
+        prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, 0]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
         part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,
         part_arrivals=torch.zeros(max(1, slots), PART_COUNTERS, dtype=torch.int32),

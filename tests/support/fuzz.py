@@ -18,8 +18,10 @@ from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT
+from fa4_backend.problem import SAME_AS_Q
 from tests.support.problems import make_problem
 
+SCALES = ("k_scale", "v_scale")
 NO_PAGE = 2**30  # page-table entries past a sequence's pages: following one is an access far outside
 
 
@@ -37,6 +39,7 @@ class FuzzSetup:
     decode_query_len: int = 1
     min_part_blocks: int | None = None  # n_blocks of the shortest part of a prefill tile; None: the plan's
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
+    per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
 
 
 @dataclass
@@ -72,12 +75,28 @@ class Fuzzer:
         self.num_pages = setup.max_seqs * self.pages_per_seq + 2
         torch.manual_seed(1)
         shape = (self.num_pages, p.page_size, p.num_kv_heads)
-        self.k = torch.randn(*shape, p.head_dim, device=device).to(self.dtype)
-        self.v = torch.randn(*shape, p.head_dim_v, device=device).to(self.dtype)
-        self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.dtype, device=device)
+        self.kv_dtype = getattr(torch, p.kv_dtype)
+        # Over numbers that shift values into the subnormal ones of FP8 and past its largest.
+        self.scales = torch.linspace(-7, 6, 2 * p.num_kv_heads).exp2().to(device).view(2, -1)
+        if not setup.per_head_scales:
+            self.scales = self.scales[:, :1]
+        self.k, self.v = (self._draw((*shape, n), scale) for n, scale in zip((p.head_dim, p.head_dim_v), self.scales, strict=True))
+        self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.kv_dtype, device=device)
         self.failed: list[torch.Tensor] = []
         self.worst = torch.zeros(2, device=device)
         self.cut: list[torch.Tensor] = []
+
+    def _draw(self, shape: tuple[int, ...], scale: torch.Tensor) -> torch.Tensor:
+        """Clean K or V as it is stored; in FP8 divided by the heads' scale, saturated, one value in eight 0."""
+        values = torch.randn(*shape, device=self.device)
+        if self.setup.problem.has_kv_scales:
+            values = (values / scale[:, None]).clamp(-448, 448) * (torch.rand(shape, device=self.device) > 0.125)
+        return values.to(self.kv_dtype)
+
+    def _stands_for(self, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Pages of K or V that the sequences use, as float32: (num_seqs, tokens, num_kv_heads, head_dim)."""
+        listed = stored.view(_bits(stored.dtype))[self.table_pages].view(stored.dtype).flatten(1, 2).float()
+        return listed * scale[:, None] if self.setup.problem.has_kv_scales else listed
 
     def run(self, batches: int, seed: int) -> FuzzResult:
         """Run `batches` batches; a failure is counted, not raised."""
@@ -123,8 +142,9 @@ class Fuzzer:
             "alibi_slopes": torch.rand(p.num_q_heads, device=device) if p.mask.has_alibi else None,
         }
         arguments = AttentionArguments(
-            q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, out, lse if p.has_lse else None, p.head_dim**-0.5, **values
-        )
+            q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, out, lse if p.has_lse else None, p.head_dim**-0.5, **values,
+            **(dict(zip(SCALES, self.scales.expand(2, p.num_kv_heads), strict=True)) if p.has_kv_scales else {}),
+        )  # fmt: skip
         self._launch(arguments, max(int(query.max()), 1), max(int(kv.max()), 1))
         if total_q:
             self._judge(q[:total_q], out, lse, table, query_lens, kv_lens, cu_seqlens_q, total_q, values)
@@ -136,7 +156,7 @@ class Fuzzer:
             prefill_alone(self.metadata, a)
             return
         self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-        values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes")}
+        values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes", *SCALES)}
         paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
 
     def _poison(self, rng: np.random.Generator, query: np.ndarray, kv: np.ndarray, window_left: int | None) -> tuple[torch.Tensor, ...]:
@@ -158,9 +178,12 @@ class Fuzzer:
         first, last = torch.from_numpy(bounds).to(device)[..., None]
         row = torch.arange(p.page_size, device=device)
         valid = (row >= first) & (row < last)
-        nan = torch.tensor(math.nan, dtype=self.dtype, device=device)
-        self.pool[..., : p.head_dim] = torch.where(valid[..., None, None], self.k, nan)
-        self.pool[..., p.head_dim :] = torch.where(valid[..., None, None], self.v, nan)
+        # By bits: torch selects no FP8.
+        bits = _bits(self.kv_dtype)
+        nan = torch.tensor(math.nan, dtype=self.kv_dtype, device=device).view(bits)
+        pool = self.pool.view(bits)
+        pool[..., : p.head_dim] = torch.where(valid[..., None, None], self.k.view(bits), nan)
+        pool[..., p.head_dim :] = torch.where(valid[..., None, None], self.v.view(bits), nan)
         self.table_pages = torch.from_numpy(np.where(used, pages, 0)).to(device)
         k_cache, v_cache = self.pool.split([p.head_dim, p.head_dim_v], dim=-1)
         return table, k_cache, v_cache
@@ -181,8 +204,8 @@ class Fuzzer:
         p, device = self.setup.problem, self.device
         group = p.q_per_kv
         seq_of_row = torch.repeat_interleave(torch.arange(len(kv_lens), device=device), query_lens, output_size=total_q)
-        k = self.k[self.table_pages].flatten(1, 2)[seq_of_row].float()  # (total_q, tokens, num_kv_heads, head_dim)
-        v = self.v[self.table_pages].flatten(1, 2)[seq_of_row]
+        # (total_q, tokens, num_kv_heads, head_dim)
+        k, v = (self._stands_for(stored, scale)[seq_of_row] for stored, scale in zip((self.k, self.v), self.scales, strict=True))
         rows = q.float().unflatten(1, (p.num_kv_heads, group))
         scores = torch.einsum("thgd,tnhd->thgn", rows, k).flatten(1, 2) * p.head_dim**-0.5
         if values["softcap"]:
@@ -204,8 +227,8 @@ class Fuzzer:
         if values["sinks"] is not None:
             want_lse = torch.where(empty, want_lse, torch.logaddexp(want_lse, values["sinks"].expand_as(want_lse)))
         weights = torch.exp(scores - torch.where(empty, 0.0, want_lse)[..., None]).unflatten(1, (p.num_kv_heads, group))
-        want = torch.einsum("thgn,tnhd->thgd", weights, v.float()).flatten(1, 2)
-        rounded = torch.einsum("thgn,tnhd->thgd", weights.to(self.dtype).float(), v.float()).flatten(1, 2).to(self.dtype).float()
+        want = torch.einsum("thgn,tnhd->thgd", weights, v).flatten(1, 2)
+        rounded = torch.einsum("thgn,tnhd->thgd", weights.to(self.dtype).float(), v).flatten(1, 2).to(self.dtype).float()
         budget = rounding_budget(rounded, want, self.dtype)
         # A batch of empty rows has no budget; its rows must be 0, which is checked below.
         share = (out[:total_q].float() - want).abs().max() / budget.clamp(min=torch.finfo(torch.float32).tiny)
@@ -240,16 +263,21 @@ def _has_parts(metadata: AttentionMetadata) -> torch.Tensor:
     return ((torch.arange(len(tiles), device=tiles.device) < begin[-1]) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
 
 
+def _bits(dtype: torch.dtype) -> torch.dtype:
+    """The integer type of the same size."""
+    return torch.uint8 if dtype.itemsize == 1 else torch.int16
+
+
 def _num_sms(device: str) -> int | None:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else None
 
 
-def prefill_setups(arch: str) -> list[FuzzSetup]:
+def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
     """Problems that cover every head dimension, dtype, ratio, page size and mask feature of the prefill kernel at least once."""
 
     def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], page: int, dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
-        problem = make_problem(*heads, *dims, dtype, page, arch, has_lse=True, **flags)
-        return FuzzSetup(name, problem, prefill_only=True)
+        problem = make_problem(*heads, *dims, dtype, page, arch, kv_dtype=kv_dtype, has_lse=True, **flags)
+        return FuzzSetup(name, problem, prefill_only=True, per_head_scales=page != 64)
 
     def parts(whole: FuzzSetup) -> FuzzSetup:
         return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4, max_kv=1200)

@@ -33,7 +33,7 @@ def make_lists(
     window_right: int = 0,
     parts: tuple[int, ...] | None = None,
 ) -> HostLists:
-    """Lists for one step. KV lengths are cut to the limits.
+    """Lists for one step. KV lengths are cut to the limits. Where the kernel has a queue, its tiles are in the queue's order.
 
     Args:
         window_right: 0 for causal attention, NO_WINDOW for full attention.
@@ -51,7 +51,10 @@ def make_lists(
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
-    return HostLists(*_deal(shape, tiles, share), *_decode(shape, decode, groups, q_begins, share))
+    dealt, begin = _deal(shape, tiles, share)
+    if shape.has_queue:
+        dealt = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
+    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share))
 
 
 @dataclass(frozen=True)

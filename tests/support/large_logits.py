@@ -10,6 +10,7 @@ import torch
 from fa4_backend.reference import attention_oracle
 from tests.support.paged_case import BuiltCase, PagedCase
 
+LARGEST_FP8 = 448.0
 # The channel's factor by key; keys as a float64 column 0 .. kv_len - 1 of a sequence.
 KeyFactor = Callable[[torch.Tensor], torch.Tensor]
 
@@ -66,24 +67,36 @@ CHANNELS = {
 def fill(built: BuiltCase, channel: Channel) -> BuiltCase:
     """Overwrite the channel, and what else `channel` names, in place; padding and unused rows stay poisoned."""
     a = built.arguments
-    q, dtype = a.q[: built.total_q], a.q.dtype
+    q, dtype = a.q[: built.total_q], a.k_cache.dtype
+    largest = 1.0  # K stored for a key whose factor is 1 is channel.k / largest
+    if a.k_scale is not None and a.v_scale is not None:
+        largest = abs(channel.k) / LARGEST_FP8
+        _rescale(a.k_cache, a.k_scale, largest)
+        if not channel.is_random:
+            a.v_scale.fill_(1.0)
     if not channel.is_random:
         q.zero_()
     q[..., 0] = channel.q
     page_size = built.case.page_size
     for seq_idx, kv_len in enumerate(built.case.kv_lens):
-        values = (channel.k * channel.factor(torch.arange(kv_len, dtype=torch.float64))).to(dtype)
+        values = (channel.k / largest * channel.factor(torch.arange(kv_len, dtype=torch.float64))).to(dtype)
         for logical in range(-(-kv_len // page_size)):
             keys = slice(logical * page_size, min((logical + 1) * page_size, kv_len))
             page, count = int(a.page_table[seq_idx, logical]), keys.stop - keys.start
             if not channel.is_random:
                 a.k_cache[page, :count] = 0
-                a.v_cache[page, :count] = a.v_cache[page, :count].sign() if channel.signs else 1
+                a.v_cache[page, :count] = a.v_cache[page, :count].float().sign().to(dtype) if channel.signs else 1
             a.k_cache[page, :count, :, 0] = values[keys, None].to(a.k_cache.device)
     if channel.sink is not None:
         assert a.sinks is not None
         a.sinks.fill_(channel.sink)
     return built
+
+
+def _rescale(cache: torch.Tensor, scale: torch.Tensor, changed: float) -> None:
+    """The same values, as FP8 can hold them, with another scale."""
+    cache.copy_((cache.float() * (scale / changed)[:, None]).clamp(-LARGEST_FP8, LARGEST_FP8))
+    scale.fill_(changed)
 
 
 def build(name: str, device: torch.device | str = "cpu", **changes: object) -> BuiltCase:

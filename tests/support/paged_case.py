@@ -166,6 +166,8 @@ def move_strided(tensor: torch.Tensor, device: torch.device | str) -> torch.Tens
     """A copy on `device` with the same strides (K and V of one pool become two pools with gaps)."""
     if torch.device(device).type == "cpu":
         return tensor
+    if tensor.dim() == 1:  # a scale for all heads has stride 0
+        return tensor.as_strided((len(tensor) if tensor.stride(0) else 1,), (1,)).to(device).expand(len(tensor))
     copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return copy.copy_(tensor)
 

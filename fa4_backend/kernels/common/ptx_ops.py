@@ -114,6 +114,12 @@ def load_shared_f32(address: Int32) -> Float32:
     return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))
 
 
+def load_shared_i32x2(address: Int32) -> list[Int32]:
+    """Two 32-bit words from an 8-byte aligned shared address."""
+    value = llvm.load(words(2), smem_pointer(address), alignment=8)
+    return [Int32(vector.extract(value, [], [i])) for i in range(2)]
+
+
 def load_shared_f32x2(address: Int32) -> list[Float32]:
     """Two float32 from an 8-byte aligned shared address."""
     value = llvm.load(vec(2), smem_pointer(address), alignment=8)
@@ -376,6 +382,11 @@ def keep_in_loop(value: Int32) -> Int32:
     All 32 lanes are active, which ptxas cannot know; a copy it would see through.
     """
     return Int32(inline_asm("{ .reg .b32 lanes; activemask.b32 lanes; and.b32 $0, $1, lanes; }", [value], T.i32(), "=r"))
+
+
+def max_u16x2(a: Int32, b: Int32) -> Int32:
+    """The larger of each of two unsigned halves (PTX ISA, "max")."""
+    return Int32(inline_asm("max.u16x2 $0, $1, $2;", [a, b], T.i32(), "=r", pure=True))
 
 
 def shift_left(value: Int32, count: Int32) -> Int32:

@@ -1,4 +1,4 @@
-"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`), read by its load warp."""
+"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`): its own, or taken from the queue by its load warp."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from fa4_backend.kernels.schedule.work_list import (
     N_BLOCK_END,
     NUM_PIECES,
     PARTIAL_SLOT,
+    QUEUE_LEFT,
+    QUEUE_NEXT,
     SEQ_IDX,
     TILE_KV_LEN,
 )
@@ -38,6 +40,30 @@ def tile_range(mBegin: cute.Tensor, cluster_size: int = 1) -> tuple[Int32, Int32
     if cluster_size > 1:
         cta_idx = cta_idx // cluster_size
     return mBegin[cta_idx], mBegin[cta_idx + 1]
+
+
+@cute.jit
+def take_tile(mQueue: cute.Tensor) -> Int32:
+    """Take the next entry; one warp of a CTA calls.
+
+    Not before the CTA needs it: with one entry taken ahead, 128 tiles of equal length went to 64 of 132 CTAs (512 of 128K on an H100: 2704
+    us for 1902). The ring of K and V tiles, full at that moment, hides the atomic's latency.
+    """
+    taken = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        taken = cute.arch.atomic_add(mQueue.iterator + QUEUE_NEXT, Int32(1), sem="relaxed", scope="gpu")
+    return cute.arch.shuffle_sync(taken, 0)
+
+
+@cute.jit
+def leave_queue(mQueue: cute.Tensor):
+    """After the last `take_tile` of a CTA, by the same warp: the CTA that leaves last readies the queue for the next launch."""
+    num_ctas, _, _ = cute.arch.grid_dim()
+    if cute.arch.lane_idx() == 0:
+        left = cute.arch.atomic_add(mQueue.iterator + QUEUE_LEFT, Int32(1), sem="acq_rel", scope="gpu")
+        if left + 1 == num_ctas:
+            mQueue[0, QUEUE_NEXT] = Int32(0)
+            mQueue[0, QUEUE_LEFT] = Int32(0)
 
 
 class TilePart(NamedTuple):

@@ -19,6 +19,7 @@ VEC = 4  # float32 of a vector that a thread of the merge holds: 16 bytes
 MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
 SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
+MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of others as many bytes
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
@@ -54,7 +55,7 @@ class DecodeConfig:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES[self.kv_dtype]}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
@@ -107,17 +108,19 @@ class DecodeConfig:
         """Consumer warps and the load warp."""
         return 32 * (self.num_consumer_warps + 1)
 
-    def part_elems(self, head_dim: int) -> int:
-        """Elements of a head that lie in one swizzled row of shared memory."""
-        for width in (128, 64, 32):
-            if head_dim * self.element_bytes % width == 0:
-                return width // self.element_bytes
-        raise AssertionError(f"head_dim: expected a multiple of {32 // self.element_bytes}, got {head_dim}")
+    @property
+    def q_part_bytes(self) -> int:
+        """Bytes of a head of q that lie in one swizzled row of shared memory."""
+        return part_bytes(self.head_dim * self.element_bytes)
+
+    def kv_part_bytes(self, head_dim: int) -> int:
+        """The same of a head of K or V."""
+        return part_bytes(head_dim * self.kv_element_bytes)
 
     @property
     def kv_stage_bytes(self) -> int:
         """One KV tile, K and V."""
-        return TILE_N * (self.head_dim + self.head_dim_v) * self.element_bytes
+        return TILE_N * (self.head_dim + self.head_dim_v) * self.kv_element_bytes
 
     @property
     def q_stage_bytes(self) -> int:
@@ -133,6 +136,11 @@ class DecodeConfig:
     def kv_stage(self) -> int:
         """KV tiles in flight: as many as fit. A tile of d128 is 32 KB; the H200 needs about 45 KB in flight an SM (4.8 TB/s, 1.2 us)."""
         return self._kv_stage(self.merge_buffers)
+
+    @property
+    def has_enough_stages(self) -> bool:
+        """Whether shared memory holds the bytes of `MIN_KV_STAGE` tiles: one is loaded while another is attended to."""
+        return self.kv_stage >= self._stages_of(MIN_KV_STAGE)
 
     @property
     def slot_bytes(self) -> int:
@@ -157,23 +165,53 @@ class DecodeConfig:
     def _merge_bytes(self, buffers: int) -> int:
         return buffers * self.row_groups * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
 
+    def _stages_of(self, tiles: int) -> int:
+        """KV tiles with as many bytes as `tiles` of q's dtype."""
+        return tiles * self.element_bytes // self.kv_element_bytes
+
     def _kv_stage(self, merge_buffers: int) -> int:
         other = RESERVED_BYTES + self._merge_bytes(merge_buffers) + ENTRY_STAGE * self.q_stage_bytes
+        most = self._stages_of(MAX_KV_STAGE)
         # Each CTA costs 1 KiB of the SM's 228 beside its own.
-        return min(8, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
+        return min(most, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
+
+
+def part_bytes(row_bytes: int) -> int:
+    """Bytes of a head's `row_bytes` that lie in one swizzled row of shared memory: the widest of 128, 64 and 32 that divides them."""
+    for width in (128, 64, 32):
+        if row_bytes % width == 0:
+            return width
+    raise AssertionError(f"row_bytes: expected a multiple of 32, got {row_bytes}")
+
+
+# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by head_dim; 32 for the others: more rows of wide
+# heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
+#   d64     64 rows 19.2 / 21.0 / 39.9 and 24.3 / 26.2 / 39.6
+#   d96     48 rows 18.8 / 24.1 / 52.2 and 26.1 / 26.7 / 50.3; 64 rows 27.3 / 34.7 / 72.2 and 25.1 / 26.4 / 50.2
+#   d128    32 rows 16.9 / 24.4 / 57.2 and 28.9 / 29.6 / 58.5; 48 rows 23.6 / 29.9 / 62.5 and 27.1 / 28.6 / 59.0;
+#           64 rows 41.7 / 222 / 843 and 29.5 / 101 / 375
+#   192/128 48 rows 28.7 / 38.5 / 97.9 and 29.7 / 31.6 / 71.4
+MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
+
+
+def most_rows(problem: AttentionProblem) -> int:
+    """Packed rows up to which the decode kernel serves a problem's short queries."""
+    prefill_has_parts = problem.target_arch == "sm_90a" and not problem.batch_invariant
+    return MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
 
 
 def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256, or so many rows of so wide heads that two
-    KV tiles do not fit.
+    That is: exact mode, float32, more packed rows than `most_rows`, heads wider than 256 or of no whole 32 bytes, or so many rows of so
+    wide heads that two KV tiles of 16-bit elements do not fit.
     """
     if problem.exact:
         return None
-    if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > MAX_ROWS:
+    if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows(problem):
         return None
-    if problem.head_dim % 16 or problem.head_dim_v % 16 or max(problem.head_dim, problem.head_dim_v) > 256:
+    elements = 32 // DTYPE_BYTES[problem.kv_dtype]
+    if problem.head_dim % elements or problem.head_dim_v % elements or max(problem.head_dim, problem.head_dim_v) > 256:
         return None
     config = DecodeConfig(
         arch=problem.target_arch,
@@ -193,9 +231,9 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | No
     # flight: 1 x 16K 32.4 us (35.8), 8 x 1K 23.4 (24.9), 256 ragged rows 389 (412), 64 x 16K 955 (966); 1 x 1K 12.0 (11.4).
     pair = replace(config, ctas_per_sm=2)
     fits_registers = config.row_groups == 1 and config.head_dim_v <= 128  # 5 warps of up to 204 registers, twice
-    if fits_registers and pair.kv_stage >= 2:
+    if fits_registers and pair.has_enough_stages:
         return pair
-    return config if config.kv_stage >= 2 else None
+    return config if config.has_enough_stages else None
 
 
 def slot_floats(config: DecodeConfig) -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common.mask import MaskValues
@@ -18,6 +19,8 @@ from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_float
 from fa4_backend.kernels.decode.consumer_warps import ConsumerWarps
 from fa4_backend.kernels.decode.load_warp import LoadWarp, QueryMode, TensorMaps, query_modes
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.decode.operands import PlainOperands
+from fa4_backend.kernels.decode.operands_fp8 import Fp8Operands
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles
@@ -35,8 +38,9 @@ class DecodeKernel:
         self.storage = DecodeStorage(config)
         self.scores = ScoreTransform(config)
         visible = VisibleTiles(self.scores.mask)
+        operands = Fp8Operands(config) if config.has_kv_scales else PlainOperands(config)
         self.load_warp = LoadWarp(self.storage, visible)
-        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, Merge(config))
+        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, Merge(config, operands))
 
     @cute.jit
     def __call__(
@@ -67,8 +71,8 @@ class DecodeKernel:
         page_size = Int32(mK.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
-        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks)
-        self.kernel(maps, mSlopes, step, values, results).launch(
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale)
+        self.kernel(maps, mSlopes, mKScale, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),
             min_blocks_per_mp=self.config.ctas_per_sm,
@@ -80,7 +84,7 @@ class DecodeKernel:
         """TMA of the packed rows of one KV head: all tokens a decode row may have, one behind the other. Rows past a
         sequence's end are another's or zeros; they are masked."""
         c = self.config
-        part = c.part_elems(c.head_dim)
+        part = c.q_part_bytes // c.element_bytes
         d_stride = mQ.stride[2]
         # (elements of a box, its stride in shared memory, extent of q, stride of q)
         modes = {
@@ -92,15 +96,16 @@ class DecodeKernel:
         boxes, box_strides, extents, strides = zip(*chosen, strict=True)
         rows_first = cute.make_tensor(mQ.iterator, cute.make_layout((part, *extents), stride=(d_stride, *strides)))
         shape = (part, *boxes)
-        swizzle = cute.make_swizzle(SWIZZLE_BITS[part * c.element_bytes], 4, 3)
+        swizzle = cute.make_swizzle(SWIZZLE_BITS[c.q_part_bytes], 4, 3)
         box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     def _box_tma(self, cache: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box: 16 keys of a page, all parts of a head, each as wide as its swizzle."""
-        part = self.config.part_elems(cache.shape[3])
+        part_bytes = self.config.kv_part_bytes(cache.shape[3])
+        part = part_bytes // self.config.kv_element_bytes
         parts = cache.shape[3] // part
-        swizzle = cute.make_swizzle(SWIZZLE_BITS[part * self.config.element_bytes], 4, 3)
+        swizzle = cute.make_swizzle(SWIZZLE_BITS[part_bytes], 4, 3)
         # A mode of one part would vanish from the tensor map, and its coordinate with it: see `LoadWarp`.
         inner, inner_stride = (part, cache.shape[1], parts)[: 3 if parts > 1 else 2], (1, cache.stride[1], part)
         layout = cute.make_layout(
@@ -116,6 +121,7 @@ class DecodeKernel:
         self,
         maps: TensorMaps,
         mSlopes: cute.Tensor | None,
+        mKScale: cute.Tensor | None,
         step: StepTensors,
         values: MaskValues,
         results: ResultTensors,
@@ -128,6 +134,11 @@ class DecodeKernel:
         if warp == self.config.num_consumer_warps:
             for atom in maps:
                 cpasync.prefetch_descriptor(atom)
+            if const_expr(self.config.has_kv_scales):
+                # Consumers ask for an entry's scales when its Q has come: from the memory they would come after its first tile.
+                head = cutlass.min(cute.arch.lane_idx(), cute.size(mKScale) - 1)
+                for scales in (mKScale, results.mVScale):
+                    cute.arch.prefetch((scales.iterator + scales.layout(head)).to_llvm_ptr(), cache_level="L2")
         if warp == 0:
             with cute.arch.elect_one():
                 self.storage.init_barriers(shared)
@@ -135,10 +146,9 @@ class DecodeKernel:
             self.load_warp.run(step, values, maps, shared)
             zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
-            self.consumer_warps.run(step, values, mSlopes, results, shared)
+            self.consumer_warps.run(step, values, mSlopes, mKScale, results, shared)
 
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:
     """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
-    assert not config.has_kv_scales, "FP8 K and V"
     return DecodeKernel(config), decode_fakes(config, slot_floats(config))

@@ -51,7 +51,7 @@ def query_modes(config: DecodeConfig) -> list[QueryMode]:
     """Dimensions 1, 2, ... of Q's tensor map. The compiler moves those that a box has one of behind the others, so they are put
     there; a constant extent of one would vanish, so a single part is none."""
     counts = {QueryMode.HEAD: config.q_per_kv, QueryMode.TOKEN: config.query_len}
-    parts = config.head_dim // config.part_elems(config.head_dim)
+    parts = config.head_dim * config.element_bytes // config.q_part_bytes
     if parts > 1:
         counts[QueryMode.PART] = parts
     return sorted(counts, key=lambda mode: counts[mode] == 1)
@@ -158,5 +158,6 @@ class LoadWarp:
     def _box_coords(self, head_dim: int, where: tuple[Int32, Int32, Int32]) -> tuple[Int32 | int, ...]:
         """Coordinates of a box in the tensor map: element, row in page, part of the head where there are several, KV head, page."""
         row, kv_head_idx, page = where
-        has_parts = self.storage.config.part_elems(head_dim) < head_dim
+        c = self.storage.config
+        has_parts = c.kv_part_bytes(head_dim) < head_dim * c.kv_element_bytes
         return (0, row, 0, kv_head_idx, page) if has_parts else (0, row, kv_head_idx, page)

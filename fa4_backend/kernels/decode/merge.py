@@ -22,6 +22,7 @@ from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_o
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
+from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.storage import SharedTensors
 from fa4_backend.kernels.decode.work import Entry
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
@@ -40,6 +41,7 @@ class ResultTensors(NamedTuple):
     mSlots: cute.Tensor  # (max_slots, slot_floats) float32: rows of O, then row_max and row_sum of each row
     mArrivals: cute.Tensor  # (max_slots,) int32
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
+    mVScale: cute.Tensor | None  # (num_kv_heads,) float32: V is the stored value times it
 
 
 class Part(NamedTuple):
@@ -66,11 +68,17 @@ class Totals(NamedTuple):
     rSum: cute.Tensor  # (vectors,) float32
 
 
+def scale_of(scales: cute.Tensor | None, kv_head_idx: Int32) -> Float32 | None:
+    """A KV head's scale; None where K and V have none."""
+    return None if scales is None else scales[kv_head_idx]
+
+
 @dataclass(frozen=True)
 class Merge:
     """What follows the main loop, for one kernel."""
 
     config: DecodeConfig
+    operands: Operands
 
     @property
     def num_threads(self) -> int:
@@ -155,7 +163,7 @@ class Merge:
                     shared.sSum[buffer, row] = state.rSum[h]
                 for i in cutlass.range_constexpr(c.head_dim_v // 8):
                     for e in cutlass.range_constexpr(2):
-                        shared.sO[buffer, row, 8 * i + 2 * pair + e] = state.rO[4 * i + 2 * h + e]
+                        shared.sO[buffer, row, self.operands.column(i, pair, e)] = state.rO[4 * i + 2 * h + e]
 
     @cute.jit
     def _take_up(self, state: RowState, shared: SharedTensors, row_group: Int32, buffer: Int32):
@@ -173,7 +181,7 @@ class Merge:
                 other_weight = cute.math.exp2(other_max - finite, fastmath=True)
                 for i in cutlass.range_constexpr(c.head_dim_v // 8):
                     for e in cutlass.range_constexpr(2):
-                        other = shared.sO[buffer, row, 8 * i + 2 * pair + e]
+                        other = shared.sO[buffer, row, self.operands.column(i, pair, e)]
                         state.rO[4 * i + 2 * h + e] = cute.math.fma(other, other_weight, state.rO[4 * i + 2 * h + e] * weight)
                 state.rSum[h] = cute.math.fma(other_sum, other_weight, state.rSum[h] * weight)
                 state.rMax[h] = row_max
@@ -181,7 +189,9 @@ class Merge:
         cute.arch.sync_warp()
 
     @cute.jit
-    def finish_piece(self, entry: Entry, piece_in_entry: Int32, shared: SharedTensors, totals: Totals, results: ResultTensors):
+    def finish_piece(
+        self, entry: Entry, piece_in_entry: Int32, shared: SharedTensors, totals: Totals, v_scale: Float32 | None, results: ResultTensors
+    ):
         """Add up the key warps; to `out`, to the running totals or to the piece's slot. Ends with a barrier of the consumers."""
         c = self.config
         for v in cutlass.range_constexpr(self.vectors):
@@ -193,17 +203,17 @@ class Merge:
                 elif const_expr(c.has_pieces):
                     self._fold(totals, v, [part])
                 else:
-                    self._write(results, entry, row, at, part)
+                    self._write(results, entry, row, at, part, v_scale)
         self._barrier()
 
     @cute.jit
-    def finish_whole(self, entry: Entry, totals: Totals, results: ResultTensors):
+    def finish_whole(self, entry: Entry, totals: Totals, v_scale: Float32 | None, results: ResultTensors):
         """After the last piece of an entry that is a whole row group: write the totals."""
         if const_expr(self.config.has_pieces):
             for v in cutlass.range_constexpr(self.vectors):
                 row, at = self._vector(v)
                 if row < self.config.rows:
-                    self._write(results, entry, row, at, self._total(totals, v))
+                    self._write(results, entry, row, at, self._total(totals, v), v_scale)
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
@@ -248,6 +258,7 @@ class Merge:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         stages = (entry.num_pieces + c.stage_slots - 1) // c.stage_slots
+        v_scale = scale_of(results.mVScale, entry.kv_head_idx)
         if tidx == 0:
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads of tiles before
             # what they write.
@@ -273,7 +284,7 @@ class Merge:
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                self._write(results, entry, row, at, self._total(totals, v))
+                self._write(results, entry, row, at, self._total(totals, v), v_scale)
         return ring
 
     @property
@@ -355,7 +366,7 @@ class Merge:
         totals.rSum[v], totals.rMax[v] = row_sum, maxima[-1]
 
     @cute.jit
-    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part):
+    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part, v_scale: Float32 | None):
         """One vector of a finished row to `out`, and the row's lse; rows past the query are left alone."""
         c = self.config
         token = row // c.q_per_kv
@@ -365,9 +376,12 @@ class Merge:
             if const_expr(results.mSinks is not None):
                 sink = Float32(results.mSinks[head])
             result = finalize_row(part.row_max, part.row_sum, sink)
+            o_scale = result.o_scale
+            if const_expr(v_scale is not None):
+                o_scale = o_scale * v_scale
             r = cute.make_rmem_tensor(VEC, results.mO.element_type)
             for e in cutlass.range_constexpr(VEC):
-                r[e] = results.mO.element_type(part.o[e] * result.o_scale)
+                r[e] = results.mO.element_type(part.o[e] * o_scale)
             cute.autovec_copy(r, self._row_vector(results.mO[entry.seqlen.q_begin + token, head, None], at))
             if const_expr(results.mLse is not None):
                 if at == 0:

@@ -23,6 +23,7 @@ class RowView(NamedTuple):
     end: Int32
     diagonal: Int32  # key on the row's diagonal
     slope_log2: Float32  # ALiBi slope in log2 units; 0 without
+    scale: Float32  # multiplies raw scores
     is_valid: Boolean  # the row is a token of the sequence
 
 
@@ -40,7 +41,15 @@ class ScoreTransform:
         """The kernel's mask."""
         return MaskSpec(self.config.mask)
 
-    def row(self, row: Int32, seqlen: SeqlenInfo, kv_head_idx: Int32, values: MaskValues, slopes: cute.Tensor | None) -> RowView:
+    def row(
+        self,
+        row: Int32,
+        seqlen: SeqlenInfo,
+        kv_head_idx: Int32,
+        values: MaskValues,
+        slopes: cute.Tensor | None,
+        scale: Float32,
+    ) -> RowView:
         """Packed row `row` of a row group; rows past the query see nothing."""
         c = self.config
         token = row // c.q_per_kv
@@ -50,15 +59,16 @@ class ScoreTransform:
         if const_expr(slopes is not None):
             head = cutlass.min(kv_head_idx * c.q_per_kv + row % c.q_per_kv, cute.size(slopes) - 1)
             slope = slopes[head] * LOG2_E
-        return RowView(columns.begin, cutlass.select_(is_valid, columns.end, Int32(0)), seqlen.diagonal + token, slope, is_valid)
+        end = cutlass.select_(is_valid, columns.end, Int32(0))
+        return RowView(columns.begin, end, seqlen.diagonal + token, slope, scale, is_valid)
 
     def apply(self, score: Float32, column: Int32, row: RowView, values: MaskValues) -> Float32:
         """The exponent of one key; -inf where the row does not see it (NaN of an unused key included)."""
         if const_expr(self.config.mask.has_softcap):
-            scaled = score * (values.softmax_scale / values.softcap)
+            scaled = score * (row.scale / values.softcap)
             score = ptx.mul_rn(cute.math.tanh(scaled), values.softcap * LOG2_E)
         else:
-            score = ptx.mul_rn(score, values.softmax_scale * LOG2_E)
+            score = ptx.mul_rn(score, row.scale * LOG2_E)
         if const_expr(self.config.mask.has_alibi):
             distance = cutlass.max(row.diagonal - column, column - row.diagonal)
             score = cute.math.fma(Float32(distance), -row.slope_log2, score)

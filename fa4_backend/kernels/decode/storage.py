@@ -44,7 +44,7 @@ class DecodeStorage:
     def box_bytes(self) -> tuple[int, int]:
         """Bytes of a box of K and of V."""
         c = self.config
-        return BOX_KEYS * c.head_dim * c.element_bytes, BOX_KEYS * c.head_dim_v * c.element_bytes
+        return BOX_KEYS * c.head_dim * c.kv_element_bytes, BOX_KEYS * c.head_dim_v * c.kv_element_bytes
 
     @property
     def edges(self) -> EdgeBarriers:
@@ -113,5 +113,5 @@ class DecodeStorage:
 
     def v_box(self, shared: SharedTensors, slot: Int32, box: Int32) -> Int32:
         """Address of a box of V."""
-        k_bytes = TILE_N * self.config.head_dim * self.config.element_bytes
+        k_bytes = TILE_N * self.config.head_dim * self.config.kv_element_bytes
         return shared.kv_address + slot * self.config.kv_stage_bytes + k_bytes + box * self.box_bytes[1]

@@ -1,4 +1,4 @@
-"""The two warp instructions the decode kernel computes with: ldmatrix and mma.sync m16n8k16, and where a lane's data lie.
+"""The instructions the decode kernel computes with, ldmatrix, mma.sync m16n8k16 and conversions, and where a lane's data lie.
 
 Fragments of mma.sync.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"), lane = 4 * group + pair:
 A 16 x 16: words (row group, k 2 pair), (row group + 8, k 2 pair), (row group, k 2 pair + 8), (row group + 8, k 2 pair + 8);
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass.cutlass_dsl import T
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.decode.config import BOX_KEYS
 
 _MMA_TYPES = {"bfloat16": "bf16", "float16": "f16"}
@@ -42,6 +44,17 @@ def load_matrices(address: Int32, *, transpose: bool) -> list[Int32]:
     )
 
 
+def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
+    """Four e4m3 numbers as float16, exact: bytes 0 and 1, bytes 2 and 3 (PTX ISA, "cvt")."""
+    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, %s; }"
+    return tuple(Int32(ptx.inline_asm(text % half, [word], T.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
+
+
+def permute_bytes(word: Int32, selector: Int32) -> Int32:
+    """Bytes of a word in another order; 4 in a nibble of the selector gives 0 (PTX ISA, "prmt")."""
+    return Int32(ptx.inline_asm("prmt.b32 $0, $1, 0, $2;", [word, selector], T.i32(), "=r", pure=True))
+
+
 @dataclass(frozen=True)
 class BoxLayout:
     """A box of 16 keys in shared memory as TMA writes it: parts of a head one behind the other, each 16 rows of `part_bytes`, swizzled.
@@ -59,7 +72,7 @@ class BoxLayout:
         return key * self.part_bytes + ((chunk * 16) ^ bits)
 
     def step_address(self, lane_address: Int32, step: int) -> Int32:
-        """Address of the lane's chunk for the `step`-th 16 elements (32 bytes) of a head."""
+        """Address of the lane's chunk for the `step`-th 32 bytes of a head."""
         part, within = divmod(32 * step, self.part_bytes)
         return (lane_address ^ within) + part * BOX_KEYS * self.part_bytes
 

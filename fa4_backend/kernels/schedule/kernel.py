@@ -8,7 +8,8 @@ strictly inside a row group splits its KV between CTAs (`work_list`). Where a cu
 own length in batch-invariant mode, from balance alone otherwise.
 
 Prefill (`prefill_list`): longest sequences first and late query blocks first (they see most keys), heads in groups whose KV
-fits L2, dealt out back and forth over the CTAs. Tiles that are few and see many keys are cut along KV (`prefill_parts`).
+fits L2. CTAs take tiles from this list as from a queue, or the schedule deals them out back and forth, as the kernel asks for.
+Tiles that are few and see many keys are cut along KV (`prefill_parts`).
 
 Steps with both: decode waits for memory and prefill for the tensor cores, so they run side by side. `share_chip` gives some SMs
 to decode for a while; the prefill kernel's last CTAs, which start when those SMs are free again, get fewer tiles.
@@ -27,7 +28,7 @@ from fa4_backend.kernels.launch_abi import schedule_fakes
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile, upper_bound
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.prefill_list import sum_prefill, write_prefill
+from fa4_backend.kernels.schedule.prefill_list import PrefillList, sum_prefill, write_prefill
 from fa4_backend.kernels.schedule.prefill_parts import PartTables
 from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
 from fa4_backend.kernels.schedule.share import Share, share_chip
@@ -65,6 +66,7 @@ class ScheduleKernel:
         seqused_k: cute.Tensor,  # (batch,) int32
         prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
         prefill_begin: cute.Tensor,  # (prefill_groups + 1,) int32
+        prefill_queue: cute.Tensor,  # (1, QUEUE_INTS) int32
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         arrivals: cute.Tensor,  # (max_slots,) int32
@@ -75,7 +77,8 @@ class ScheduleKernel:
         """Launch."""
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         lengths = StepLengths(cu_seqlens_q, seqused_k)
-        self.kernel(lengths, prefill_tiles, prefill_begin, decode_tiles, decode_first, arrivals, part_arrivals, params).launch(
+        prefill = PrefillList(prefill_tiles, prefill_begin, prefill_queue, part_arrivals)
+        self.kernel(lengths, prefill, decode_tiles, decode_first, arrivals, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
 
@@ -83,12 +86,10 @@ class ScheduleKernel:
     def kernel(
         self,
         lengths: StepLengths,
-        prefill_tiles: cute.Tensor,
-        prefill_begin: cute.Tensor,
+        prefill: PrefillList,
         decode_tiles: cute.Tensor,
         decode_first: cute.Tensor,
         arrivals: cute.Tensor,
-        part_arrivals: cute.Tensor,
         params: ScheduleParams,
     ):
         smem = cutlass.utils.SmemAllocator()
@@ -102,12 +103,12 @@ class ScheduleKernel:
         parts = PartTables(cuts.item, cuts.block, ints(NUM_THREADS))
 
         rows = scan_rows(lengths, seqs, table, sums, params)
-        num_groups = cute.size(prefill_begin) - 1
+        num_groups = cute.size(prefill.begin) - 1
         share = Share(Int32(0), num_groups, Int32(0))
         tiles = Int32(0)
         if rows.num_prefill > 0:
             order_by_length(rows)
-            tiles, blocks = sum_prefill(lengths, rows, parts, sums, prefill_tiles.shape[0] // params.num_kv_heads, num_groups, params)
+            tiles, blocks = sum_prefill(lengths, rows, parts, sums, prefill.tiles.shape[0] // params.num_kv_heads, num_groups, params)
             if rows.num_decode > 0:
                 share = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, num_groups, sums, params)
         num_cuts = share.decode_sms
@@ -115,7 +116,7 @@ class ScheduleKernel:
             num_cuts = self.usable_ctas(rows, sums, decode_first.shape[0], params)
         self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
         self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        write_prefill(lengths, rows, parts, prefill_tiles, prefill_begin, part_arrivals, tiles, share, params)
+        write_prefill(lengths, rows, parts, prefill, tiles, share, params)
 
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:

@@ -25,3 +25,4 @@ class ScheduleParams(NamedTuple):
     max_num_tokens: Any
     part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
     min_part_blocks: Any
+    has_queue: Any  # 1: the prefill list is in the order of a queue; 0: dealt out to CTAs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
@@ -12,6 +14,15 @@ from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, PartTables, PrefillSum, cut_rows, part_length
 from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, read_row
 from fa4_backend.kernels.schedule.share import Share, deal, deal_begin
+
+
+class PrefillList(NamedTuple):
+    """What the schedule writes for the prefill kernel."""
+
+    tiles: cute.Tensor  # (max_prefill_tiles, TILE_INTS) int32
+    begin: cute.Tensor  # (prefill_groups + 1,) int32
+    queue: cute.Tensor  # (1, QUEUE_INTS) int32
+    part_arrivals: cute.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32
 
 
 @cute.jit
@@ -67,9 +78,7 @@ def write_prefill(
     lengths: StepLengths,
     rows: RowTables,
     parts: PartTables,
-    prefill_tiles: cute.Tensor,
-    prefill_begin: cute.Tensor,
-    part_arrivals: cute.Tensor,
+    out: PrefillList,
     tiles: Int32,
     share: Share,
     params: ScheduleParams,
@@ -82,7 +91,7 @@ def write_prefill(
     bidx, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
     thread = bidx * NUM_THREADS + tidx
-    num_ctas = cute.size(prefill_begin) - 1
+    num_ctas = cute.size(out.begin) - 1
     heads = params.num_kv_heads
     total = tiles * heads
     # The first rounds go to the early CTAs, what is left to all.
@@ -90,7 +99,9 @@ def write_prefill(
     late_total = total - early_total
     if thread <= num_ctas:
         early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
-        prefill_begin[thread] = early + deal_begin(thread, late_total, num_ctas)
+        out.begin[thread] = early + deal_begin(thread, late_total, num_ctas)
+    if thread == 0:
+        store_tile(out.queue, 0, (Int32(0), total, Int32(0), Int32(0)))
     for rank in range(thread, total, grid * NUM_THREADS):
         row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
         seq_idx = rows.prefill_seq[row]
@@ -111,7 +122,7 @@ def write_prefill(
             first_slot = parts.slot[row] + (head * m_blocks + m_block) * num_parts
             slot = first_slot + part
             if part == 0:
-                store_tile(part_arrivals, first_slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
+                store_tile(out.part_arrivals, first_slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
             length, longer = (end - begin) // num_parts, (end - begin) % num_parts
             begin += part * length + cutlass.min(part, longer)
             end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
@@ -123,7 +134,9 @@ def write_prefill(
             cta, turn = deal(rank - early_total, num_ctas)
             early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
             place = early_end + deal_begin(cta, late_total, num_ctas) + turn
-        store_tile(prefill_tiles, place, (*tile, row_lengths.kv_len, Int32(0), Int32(0), Int32(0)))
+        if params.has_queue == 1:
+            place = rank
+        store_tile(out.tiles, place, (*tile, row_lengths.kv_len, Int32(0), Int32(0), Int32(0)))
 
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:

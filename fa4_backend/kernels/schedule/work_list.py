@@ -1,6 +1,7 @@
 """Work lists: which CTA does which tile. Made on the device once a step (`kernel.py`), read by every layer's kernels.
 
-A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. An entry of the prefill list is TILE_INTS
+A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. The prefill list of a kernel that takes its tiles
+from a queue (`has_queue`) is in the order in which they are taken, whoever is free first. An entry of the prefill list is TILE_INTS
 int32, one of the decode list DECODE_INTS (the names below index both; what stands behind the slots is one list's alone):
 
     seq_idx, kv_head_idx     whose queries and keys
@@ -48,6 +49,9 @@ TILE_KV_LEN = 8
 DECODE_INTS = 16
 Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 
+QUEUE_INTS = 4
+QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
+
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
@@ -76,6 +80,7 @@ class WorkShape:
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
     part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
+    has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule
 
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
@@ -83,6 +88,7 @@ class WorkShape:
     def params(self, window_left: int, window_right: int) -> ScheduleParams:
         """The numbers for a launch of the schedule, with the windows of a step."""
         others = {"window_left": window_left, "window_right": window_right, "part_slots": self.max_part_slots()}
+        others["has_queue"] = int(self.has_queue)
         return ScheduleParams(*(others[name] if name in others else getattr(self, name) for name in ScheduleParams._fields))
 
     def max_prefill_tiles(self, max_num_seqs: int) -> int:
@@ -120,6 +126,7 @@ class WorkLists:
     shape: WorkShape
     prefill_tiles: torch.Tensor  # (max_prefill_tiles, TILE_INTS) int32
     prefill_begin: torch.Tensor  # (prefill_groups + 1,) int32
+    prefill_queue: torch.Tensor  # (1, QUEUE_INTS) int32; a launch leaves QUEUE_NEXT and QUEUE_LEFT at 0
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
@@ -140,6 +147,7 @@ class WorkLists:
             shape,
             prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_seqs), TILE_INTS),
             prefill_begin=ints(shape.prefill_groups + 1),
+            prefill_queue=ints(1, QUEUE_INTS),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),

@@ -78,6 +78,11 @@ class Sm100Config:
         return replace(self, tuning=replace(self.tuning, **changes))
 
     @property
+    def has_queue(self) -> bool:
+        """Entries are dealt out by the schedule."""
+        return False
+
+    @property
     def part_floats(self) -> int:
         """This kernel takes whole tiles only."""
         return 0

@@ -48,6 +48,7 @@ class PrefillKernel:
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mQueue: cute.Tensor | None,  # (1, QUEUE_INTS) int32
         mPartSlots: None,  # tiles are not cut along KV
         mPartArrivals: None,
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -142,4 +143,4 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats)
+    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)

@@ -15,10 +15,12 @@ class Step(NamedTuple):
     mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
     mTiles: cute.Tensor  # (max_tiles, TILE_INTS) int32
-    mBegin: cute.Tensor  # (num_ctas + 1,) int32
+    mQueue: cute.Tensor  # (1, QUEUE_INTS) int32
     page_size: Int32  # tokens a page
     num_pages: Int32  # pages of the pool
     bounds: SeqlenBounds
+    mKScale: cute.Tensor | None  # (num_kv_heads,) float32; None where K and V are not FP8
+    mVScale: cute.Tensor | None  # (num_kv_heads,) float32
 
 
 class Outputs(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import AttentionProblem
 
@@ -55,6 +55,11 @@ class Sm90Config:
         return self.kernel.tokens_per_tile
 
     @property
+    def has_queue(self) -> bool:
+        """CTAs take entries from a queue: tiles that see few and many keys then end together, whatever the batch."""
+        return True
+
+    @property
     def part_floats(self) -> int:
         """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
         return part_floats(self.kernel) if self.kernel.has_parts else 0
@@ -65,5 +70,5 @@ def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
 
     Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
-    tile = TILES[problem.head_dim, problem.head_dim_v]
+    tile = (TILES_FP8 if problem.has_kv_scales else TILES)[problem.head_dim, problem.head_dim_v]
     return Sm90Config(prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant))

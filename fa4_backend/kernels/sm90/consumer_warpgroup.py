@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
@@ -29,11 +30,11 @@ from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import RowFragment, RowStats, ScoreScale
+from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
-from fa4_backend.kernels.sm90.storage import WORK_FLAGS, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -68,11 +69,14 @@ class Turn(NamedTuple):
 class TileState(NamedTuple):
     """A tile, its KV blocks, and what its rows need of the sequence: their keys and their bias."""
 
+    is_tile: Int32  # 0: the empty one behind the last
     work: WorkTile
     blocks: BlockRange
     columns: tuple[Columns, Columns]  # of this thread's two rows
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
+    softmax_scale: Float32  # multiplies raw logits; K's scale included
+    scale: ScoreScale  # of the call: K's scale not included
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,13 @@ class ConsumerWarpgroup:
         barriers: Barriers,
         values: MaskValues,
         outputs: Outputs,
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
     ):
         """Compute every tile of this CTA."""
         c, stages = self.config, self.config.tile.kv_stage
-        thread = cute.arch.thread_idx()[0] - WARPGROUP_THREADS
+        thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold)
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, FP8_LIFT if c.has_kv_scales else 0.0)
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -111,26 +114,26 @@ class ConsumerWarpgroup:
         if const_expr(c.tile.ping_pong):
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
-        # Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first.
-        scale = None if const_expr(c.mask.has_softcap or c.mask.has_alibi) else ScoreScale.make(values.softmax_scale)
+        # Where K and V are FP8 each tile has its own.
+        scale = ScoreScale.of_call(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-        tile_begin, tile_end = tile_range(mBegin)
-        if tile_begin < tile_end:
+        q = RingPosition(Int32(0), Int32(0))
+        tile = self._next_tile(tiles, barriers, q, values, scale, outputs, group, thread)
+        if tile.is_tile == 1:
             # The stream's first block: nothing to overlap with yet.
-            q = RingPosition(Int32(0), Int32(0))
             position = RingPosition(Int32(0), Int32(0))
-            tile = self._next_tile(tiles, barriers, q, values, outputs, group, thread)
             cute.arch.mbarrier_wait(barriers.kv_full + position.slot, position.phase)
             rS = self._scores(products, q.slot, position.slot)
             warpgroup.wait_group(0)
             self._release(barriers.kv_empty + position.slot)
             self._release_read_query(barriers.q_empty + q.slot, tile.blocks, tile.blocks.end - 1)
             position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values, scale)
+            self._first_weights(fragment, rS, stats, tile, values)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
-            self._clear_tail(tiles, barriers, position, tile, thread)
-            for _ in cutlass.range(tile_end - tile_begin, unroll=1):
+            if const_expr(not c.has_kv_scales):
+                self._clear_tail(tiles, barriers, position, tile, thread)
+            while tile.is_tile == 1:
                 # From the tile's second block down to its first key: masked on the right, whole, masked on the left.
                 blocks = tile.blocks
                 n_block = blocks.end - 1
@@ -139,33 +142,33 @@ class ConsumerWarpgroup:
                 num_right = cutlass.max(n_block - full_end, 0)
                 for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, True)
                 num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
                 for _ in cutlass.range(num_full, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, False)
+                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, False)
                 if const_expr(self.blocks.mask.has_left):
                     for _ in cutlass.range(n_block - blocks.begin, unroll=1):
                         n_block -= 1
-                        position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, scale, True)
+                        position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, True)
                 # Then into the next tile: its first scores with this tile's last product.
                 q_next = advance(q, c.tile.q_stage)
-                next_tile = self._next_tile(tiles, barriers, q_next, values, outputs, group, thread)
+                next_tile = self._next_tile(tiles, barriers, q_next, values, scale, outputs, group, thread)
                 after = advance(position, stages)
-                if const_expr(self.blocks.mask.has_left):
+                if const_expr(self.blocks.mask.has_left and not c.has_kv_scales):
                     self._clear_head(tiles, barriers, after, tile, values, thread)
                 rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                 warpgroup.wait_group(1)
                 self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values, scale)
+                self._first_weights(fragment, rS, next_stats, next_tile, values)
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
                 if const_expr(c.has_parts):
-                    self._finish_part(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
+                    self._finish_part(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
                 else:
-                    self._finish(products, stats, scale, tiles, outputs, tile.work, q, group, thread)
+                    self._finish(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.o_through_q):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -174,7 +177,8 @@ class ConsumerWarpgroup:
                 for i in cutlass.range_constexpr(2):
                     stats.row_max[i], stats.row_sum[i] = next_stats.row_max[i], next_stats.row_sum[i]
                 position, q, tile = advance(after, stages), q_next, next_tile
-                self._clear_tail(tiles, barriers, position, tile, thread)
+                if const_expr(not c.has_kv_scales):
+                    self._clear_tail(tiles, barriers, position, tile, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -183,7 +187,7 @@ class ConsumerWarpgroup:
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
         sQ = tensor_at(tiles.q, s.q_layout())
-        sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(tiles.kv, s.v_layout())
+        sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(cute.recast_ptr(tiles.kv, dtype=s.value_dtype), s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
@@ -209,7 +213,6 @@ class ConsumerWarpgroup:
         n_block: Int32,
         values: MaskValues,
         tile: TileState,
-        scale: ScoreScale | None,
         is_masked: cutlass.Constexpr[bool],
     ):
         """Scores of `n_block` while the block before it is accumulated; see the module's text. Returns the ring position after both."""
@@ -220,7 +223,7 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, scale, may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -248,11 +251,17 @@ class ConsumerWarpgroup:
         stats: RowStats,
         tile: TileState,
         values: MaskValues,
-        scale: ScoreScale | None,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, scale, may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=True, is_first=True)
+
+    def _score_scale(self, tile: TileState) -> ScoreScale | None:
+        """Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
+        c = self.config
+        if c.mask.has_softcap or c.mask.has_alibi:
+            return None
+        return ScoreScale.of_tile(tile.softmax_scale) if c.has_kv_scales else tile.scale
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -296,11 +305,12 @@ class ConsumerWarpgroup:
         barriers: Barriers,
         q: RingPosition,
         values: MaskValues,
+        scale: ScoreScale,  # of the call
         outputs: Outputs,
         group: Int32,
         thread: Int32,
     ) -> TileState:
-        """Wait for the tile at `q`: its numbers, blocks, and the keys, diagonals and slopes of this thread's two rows."""
+        """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
         n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
         # The sequence's index is not needed here.
@@ -325,7 +335,19 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        return TileState(work, blocks, tuple(columns), tuple(diagonals), tuple(slopes))
+        softmax_scale = values.softmax_scale
+        if const_expr(self.config.has_kv_scales):
+            softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, self.storage.work_slot(q)])
+        return TileState(
+            tiles.sWork[IS_TILE, self.storage.work_slot(q)],
+            work,
+            blocks,
+            tuple(columns),
+            tuple(diagonals),
+            tuple(slopes),
+            softmax_scale,
+            scale,
+        )
 
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
@@ -334,9 +356,9 @@ class ConsumerWarpgroup:
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, values.softmax_scale, values.softcap)
+            fragment.softcap(rS, state.softmax_scale, values.softcap)
         elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, values.softmax_scale * LOG2_E)
+            fragment.scale(rS, state.softmax_scale * LOG2_E)
         if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
@@ -423,19 +445,20 @@ class ConsumerWarpgroup:
         thread: Int32,
     ):
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
-        # The same number, which compilers take for a new one: addresses are computed here, not held in registers over the loops over KV
-        # (24 bytes of spills for 72 at d64, none for 104 at d128).
-        thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-        is_whole = Int32(1)
         work_slot = self.storage.work_slot(q)
         part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
         if part.slot >= 0:
+            # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
+            part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
             is_whole = Int32(0)
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
-                barrier = self.roles.output_barrier + group
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, thread % WARPGROUP_THREADS, barrier, flag)
-        if is_whole == 1:
+                barrier, lane = self.roles.output_barrier + group, part_thread % WARPGROUP_THREADS
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+            if is_whole == 1:
+                self._finish(products, stats, scale, tiles, outputs, work, q, group, part_thread)
+        else:
+            # Apart, though the same: whole tiles pay for nothing that parts need.
             self._finish(products, stats, scale, tiles, outputs, work, q, group, thread)
 
     @cute.jit
@@ -467,6 +490,8 @@ class ConsumerWarpgroup:
                 row_max = scale.true_max(row_max)
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
+            if const_expr(c.has_kv_scales):
+                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse

@@ -15,6 +15,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
+FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
@@ -39,17 +40,24 @@ class ScoreScale(NamedTuple):
 
     log2: Float32  # softmax_scale * log2(e)
     power: Float32  # the next power of two, at most twice as large
-    huge: Float32  # raw scores of this size and more take `power`
+    huge: Float32 | None  # raw scores of this size and more take `power`; None: those whose product with `log2` is `HUGE` and more
 
     @staticmethod
-    def make(softmax_scale: Float32) -> "ScoreScale":
-        """The scale of a call."""
+    def of_call(softmax_scale: Float32) -> "ScoreScale":
+        """One scale for all tiles: three registers that stay."""
         log2 = softmax_scale * LOG2_E
-        power = ptx.bits_to_float((ptx.float_to_bits(log2) + 0x007FFFFF) & 0x7F800000)
-        return ScoreScale(log2, power, Float32(HUGE) / log2)
+        return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
+
+    @staticmethod
+    def of_tile(softmax_scale: Float32) -> "ScoreScale":
+        """The scale of a tile, made where it is used: `softmax_scale` is all that a loop has to keep."""
+        log2 = softmax_scale * LOG2_E
+        return ScoreScale(log2, _next_power(log2), None)
 
     def of(self, largest: Float32) -> Float32:
         """The scale of a row whose largest score of a block this is."""
+        if const_expr(self.huge is None):
+            return cutlass.select_(ptx.absolute(largest * self.log2) >= HUGE, self.power, self.log2)
         return cutlass.select_(ptx.absolute(largest) >= self.huge, self.power, self.log2)
 
     def true_max(self, row_max: Float32) -> Float32:
@@ -59,10 +67,17 @@ class ScoreScale(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFragment:
-    """Elementwise work on a fragment with `n` columns; every method works in place."""
+    """Elementwise work on a fragment with `n` columns; every method works in place.
+
+    Note [Lifted weights]. A weight in float16 is subnormal below 2^-14, and loses bits where a bfloat16 would not. So beside V in FP8,
+    where P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the
+    row's largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks,
+    parts and lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
+    """
 
     n: int
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
+    lift: float = 0.0  # log2 units that a row's reference lies below its maximum: Note [Lifted weights]
 
     def _row(self, i: int) -> range:
         """Flat indices of row half `i`, in column order."""
@@ -81,7 +96,12 @@ class RowFragment:
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
             if const_expr(scale is not None):
                 factor = scale.of(block_max)
-                block_max = ptx.mul_rn(block_max, factor)
+                # One rounding either way.
+                block_max = (
+                    ptx.mul_rn(block_max, factor) if const_expr(self.lift == 0) else cute.math.fma(block_max, factor, Float32(-self.lift))
+                )
+            elif const_expr(self.lift != 0):
+                block_max = block_max - self.lift
             update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
@@ -101,9 +121,15 @@ class RowFragment:
                 o[j] = o[j] * factor
 
     def to_operand(self, rS: cute.Tensor, rP: cute.Tensor) -> None:
-        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's."""
-        p = flat(rP)
-        p.store(flat(rS).load().to(rP.element_type))
+        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's.
+
+        Pair by pair: of a vector of 40 or 56, which no power of two divides into words, LLVM makes halves and puts them together between
+        the products.
+        """
+        p, s = flat(rP), flat(rS)
+        for j in range(0, cute.size(p), 2):
+            pair = cute.make_tensor(s.iterator + j, cute.make_layout(2))
+            cute.make_tensor(p.iterator + j, cute.make_layout(2)).store(pair.load().to(rP.element_type))
 
     def scale(self, rS: cute.Tensor, factor: Float32) -> None:
         """Multiply every score."""
@@ -139,6 +165,11 @@ class RowFragment:
             for j in self._row(i):
                 column = 8 * (j // 4) + j % 2
                 s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
+
+
+def _next_power(value: Float32) -> Float32:
+    """The power of two at or above a positive value."""
+    return ptx.bits_to_float((ptx.float_to_bits(value) + 0x007FFFFF) & 0x7F800000)
 
 
 def flat(fragment: cute.Tensor) -> cute.Tensor:

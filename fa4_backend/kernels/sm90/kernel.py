@@ -1,6 +1,8 @@
-"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM walks its part of the work list.
+"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM takes tiles from the work list until none is left.
 
 work list -> load warps --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
+
+K and V in FP8 come by a single load warp, and convert warps bring them to 16 bits on their way to the consumers.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
+from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
+from fa4_backend.kernels.sm90.staging import STAGE_INTS, staging_slots
+from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
 from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
@@ -44,7 +49,8 @@ class PrefillKernel:
         mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32: as many CTAs; its numbers are not read
+        mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
         mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
@@ -63,18 +69,19 @@ class PrefillKernel:
         c, storage = self.config, Storage(self.config)
         pack, k_pages, v_pages = self._geometry(storage)
         q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
-        k_atom, mK_tma = k_pages.make_tma(mK, storage.row_atom(c.head_dim).inner)
-        v_atom, mV_tma = v_pages.make_tma(mV, storage.row_atom(c.head_dim_v).inner)
+        swizzles = [cute.make_swizzle(0, 4, 3) if c.has_kv_scales else storage.row_atom(d).inner for d in (c.head_dim, c.head_dim_v)]
+        k_atom, mK_tma = k_pages.make_tma(mK, swizzles[0])
+        v_atom, mV_tma = v_pages.make_tma(mV, swizzles[1])
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
         bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
-        step = Step(mPageTable, mCuSeqlensQ, mTiles, mBegin, Int32(page_size), Int32(num_pages), bounds)
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mQueue, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
         qk = make_trivial_tiled_mma(storage.dtype, storage.dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n))
         pv = make_trivial_tiled_mma(
-            storage.dtype, storage.dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
+            storage.value_dtype, storage.value_dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
             a_source=warpgroup.OperandSource.RMEM,
         )  # fmt: skip
         self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(
@@ -116,15 +123,24 @@ class PrefillKernel:
             with cute.arch.elect_one():
                 storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
-        if warp < WARPGROUP_THREADS // 32:
+        if warp < roles.first_consumer_warp:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
             load = LoadWarp(storage, blocks, pack, k_pages, v_pages)
-            operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
-            for loads_v in cutlass.range_constexpr(2):
-                if warp == loads_v:
-                    load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
+            if const_expr(c.has_kv_scales):
+                sFp8 = shared.fp8.data_ptr()
+                sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
+                if warp == 0:
+                    operands = k_pages.partition(k_atom, mK, sFp8), v_pages.partition(v_atom, mV, sFp8)
+                    StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
+                else:
+                    ConvertWarps(c, roles.convert_warps).run(sFp8, sKV, barriers, sNotes, warp - 1)
+            else:
+                operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
+                for loads_v in cutlass.range_constexpr(2):
+                    if warp == loads_v:
+                        load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
@@ -135,11 +151,17 @@ class PrefillKernel:
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
-            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs, step.mBegin)
+            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
         """How Q, K and V lie in global and shared memory."""
         c = self.config
+        if c.has_kv_scales:
+            slots = staging_slots(c)
+            staged = [
+                PagedKv(c.tile.tile_n, c.box_rows, d, 1, storage.slot_elems, slots, whole_rows=True) for d in (c.head_dim, c.head_dim_v)
+            ]
+            return PackGqa.of(c), staged[0], staged[1]
         k_pages = PagedKv.of(c, c.head_dim, storage.slot_elems, whole_rows=False)
         v_pages = PagedKv.of(c, c.head_dim_v, storage.slot_elems, whole_rows=True)
         return PackGqa.of(c), k_pages, v_pages
@@ -147,5 +169,4 @@ class PrefillKernel:
 
 def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    assert not config.kernel.has_kv_scales, "FP8 K and V"
-    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats)
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)

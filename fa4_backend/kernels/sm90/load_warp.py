@@ -1,21 +1,24 @@
-"""The load warps: they walk the CTA's work list and keep Q and the ring of K and V tiles filled."""
+"""The load warps: they walk the CTA's work list and keep Q and the ring of 16-bit K and V tiles filled."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, read_part, read_tile, tile_range
+from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile
+from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import Barriers, Storage
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, TAKEN_TILE, V_SCALE, Barriers, Storage
+from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE
 
 
 class QueryOperand(NamedTuple):
@@ -49,7 +52,8 @@ class LoadWarp:
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
 
-        Both load warps count every slot of the ring and fill their own. Behind the last tile stands an empty one, a block that holds
+        Both load warps count every slot of the ring and fill their own. The one that loads K takes tiles from the queue, each when
+        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one, a block that holds
         whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
         c = self.storage.config
@@ -59,16 +63,20 @@ class LoadWarp:
             position = advance(advance(position, pages.stages), pages.stages)
         is_first = Boolean(True)
         q_position = RingPosition(Int32(0), Int32(0))
-        tile_begin, tile_end = tile_range(step.mBegin)
-        for tile_idx in cutlass.range(tile_begin, tile_end, unroll=1):
+        feed = RingPosition(Int32(0), Int32(0))
+        num_tiles = step.mQueue[0, QUEUE_TOTAL]
+        if const_expr(loads_v):
+            tile_idx = self._hear_tile(feed, barriers, sWork)
+        else:
+            tile_idx = take_tile(step.mQueue)
+            self._pass_tile(tile_idx, feed, barriers, sWork)
+        has_tile = tile_idx < num_tiles
+        while tile_idx < num_tiles:
+            feed = advance(feed, WORK_STAGE)
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             if const_expr(not loads_v):
-                part = read_part(step.mTiles, tile_idx) if const_expr(c.has_parts) else None
-                self._hand_over(work, part, q_position, barriers, sWork, self.pack.box_elems * c.element_bytes)
-                first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-                sQ_ptr = (query.sQ_ptr + q_position.slot * self.storage.q_elems).align(1024)
-                self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + q_position.slot)
+                self.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
                 q_position = advance(q_position, c.tile.q_stage)
             first_key = None
             if const_expr(self.blocks.mask.has_left):
@@ -81,15 +89,37 @@ class LoadWarp:
                 self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
                 position = self._after(position, pages.stages, loads_v, is_first)
                 is_first = Boolean(False)
+            if const_expr(loads_v):
+                tile_idx = self._hear_tile(feed, barriers, sWork)
+            else:
+                tile_idx = take_tile(step.mQueue)
+                self._pass_tile(tile_idx, feed, barriers, sWork)
         if const_expr(not loads_v):
-            if tile_begin < tile_end:
-                nothing = Int32(0)
-                empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-                whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(c.has_parts) else None
-                self._hand_over(empty, whole, q_position, barriers, sWork, 0)
+            leave_queue(step.mQueue)
+            self.hand_over_empty(q_position, barriers, sWork)
+            if has_tile:
                 cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
                 if cute.arch.lane_idx() == 0:
                     cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+
+    @cute.jit
+    def _pass_tile(self, tile_idx: Int32, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor):
+        """Tell the other load warp which tile is taken."""
+        cute.arch.mbarrier_wait(barriers.tile_empty + feed.slot, feed.phase ^ 1)
+        if cute.arch.lane_idx() == 0:
+            sWork[TAKEN_TILE, feed.slot] = tile_idx
+            cute.arch.mbarrier_arrive(barriers.tile_full + feed.slot)
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def _hear_tile(self, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor) -> Int32:
+        """The tile that `_pass_tile` told."""
+        cute.arch.mbarrier_wait(barriers.tile_full + feed.slot, feed.phase)
+        tile_idx = sWork[TAKEN_TILE, feed.slot]
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(barriers.tile_empty + feed.slot)
+        return tile_idx
 
     def _after(self, position: RingPosition, stages: int, loads_v: int, is_first: Boolean) -> RingPosition:
         """The next slot of the same operand: two slots on, but one after K0."""
@@ -99,14 +129,46 @@ class LoadWarp:
         return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 
     @cute.jit
+    def load_query(
+        self,
+        step: Step,
+        query: QueryOperand,
+        work: WorkTile,
+        tile_idx: Int32,
+        position: RingPosition,
+        barriers: Barriers,
+        sWork: cute.Tensor,
+    ):
+        """Hand over entry `tile_idx` of the work list and load its Q."""
+        part = read_part(step.mTiles, tile_idx) if const_expr(self.storage.config.has_parts) else None
+        scales = None
+        if const_expr(step.mKScale is not None):
+            scales = (step.mKScale[work.kv_head_idx], step.mVScale[work.kv_head_idx])
+        self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
+        first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
+        sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(1024)
+        self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
+
+    @cute.jit
+    def hand_over_empty(self, position: RingPosition, barriers: Barriers, sWork: cute.Tensor):
+        """Hand over the tile behind the last one."""
+        nothing = Int32(0)
+        empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
+        whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
+        scales = (Float32(1.0), Float32(1.0)) if const_expr(self.storage.config.has_kv_scales) else None
+        self._hand_over(empty, whole, scales, position, barriers, sWork, 0, is_tile=False)
+
+    @cute.jit
     def _hand_over(
         self,
         work: WorkTile,
         part: TilePart | None,
+        scales: tuple[Float32, Float32] | None,  # of K and V; None: there are none
         position: RingPosition,
         barriers: Barriers,
         sWork: cute.Tensor,
         q_bytes: cutlass.Constexpr[int],
+        is_tile: cutlass.Constexpr[bool] = True,
     ):
         """Hand a tile's numbers to the consumers once its Q buffer is free, and announce `q_bytes` of Q."""
         cute.arch.mbarrier_wait(barriers.q_empty + position.slot, position.phase ^ 1)
@@ -119,6 +181,10 @@ class LoadWarp:
             work_slot = self.storage.work_slot(position)
             for i in cutlass.range_constexpr(len(fields)):
                 sWork[i, work_slot] = fields[i]
+            if const_expr(scales is not None):
+                sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
+                sWork[V_SCALE, work_slot] = ptx.float_to_bits(scales[1])
+            sWork[IS_TILE, work_slot] = Int32(int(is_tile))
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
 

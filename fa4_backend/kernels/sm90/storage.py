@@ -1,4 +1,5 @@
 """Shared memory of one CTA: one or two buffers of Q, a ring of slots that K and V tiles share, the tiles being worked on, barriers.
+K and V in FP8 wait for their conversion in slots of their own (`staging.py`).
 
 The KV blocks of all tiles of a CTA are one stream, and ring order is its order of use: K0 K1 V0 K2 V1 ... K runs one block ahead of V,
 from one tile into the next. Finished rows of O leave through their tile's Q buffer where there are two, else from registers.
@@ -18,20 +19,29 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.sm90.staging import ALIGN_BYTES, STAGE_INTS, q_buffer_bytes, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-WORK_INTS = 16  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
+WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
 WORK_FLAGS = 10  # the first of those: one a consumer
+K_SCALE, V_SCALE = 13, 14  # bits of the scales of the tile's KV head, where K and V are FP8
+
+IS_TILE = 15  # 1; 0: the empty tile behind the last one
+TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
 
 
 class Barriers(NamedTuple):
-    """mbarriers. `q`: Q and the tile's numbers, one pair a buffer. `kv`: one pair a slot."""
+    """mbarriers, a pair a buffer; None where the kernel has no such pipeline."""
 
-    q_full: cute.Pointer
+    q_full: cute.Pointer  # Q and the tile's numbers
     q_empty: cute.Pointer
-    kv_full: cute.Pointer
+    kv_full: cute.Pointer  # slots of the ring
     kv_empty: cute.Pointer
+    fp8_full: cute.Pointer | None = None  # slots of staging
+    fp8_empty: cute.Pointer | None = None
+    tile_full: cute.Pointer | None = None  # taken tiles
+    tile_empty: cute.Pointer | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,13 @@ class Storage:
 
     @property
     def dtype(self) -> type[cutlass.Numeric]:
-        """Element type of q, k, v and out."""
+        """Element type of q and out, and of K in the ring."""
         return ELEMENT_TYPES[self.config.dtype]
+
+    @property
+    def value_dtype(self) -> type[cutlass.Numeric]:
+        """Element type of P, and of V in the ring: float16 holds every e4m3 value, and one instruction makes it."""
+        return cutlass.Float16 if self.config.has_kv_scales else self.dtype
 
     @property
     def o_through_q(self) -> bool:
@@ -64,8 +79,8 @@ class Storage:
 
     @property
     def slot_elems(self) -> int:
-        """Elements of a ring slot: a K or a V tile."""
-        return self.config.tile.tile_n * max(self.config.head_dim, self.config.head_dim_v)
+        """Elements of a slot, of the ring or of staging: a K or a V tile."""
+        return tile_elems(self.config)
 
     @property
     def q_elems(self) -> int:
@@ -76,21 +91,33 @@ class Storage:
     def num_bytes(self) -> int:
         """Bytes of the whole, with room for alignment."""
         c = self.config
-        elems = c.tile.q_stage * self.q_elems + c.tile.kv_stage * self.slot_elems
-        return 1024 + elems * c.element_bytes
+        slots = c.tile.kv_stage * c.element_bytes + staging_slots(c) * c.kv_element_bytes
+        return ALIGN_BYTES + c.tile.q_stage * q_buffer_bytes(c) + slots * self.slot_elems
 
     def struct(self) -> type:
         """The DSL's struct of this layout."""
         c = self.config
+        if not c.has_kv_scales:
+
+            @cute.struct
+            class SharedStorage:
+                barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
+                work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
+                q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
+                kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
+
+            return SharedStorage
 
         @cute.struct
-        class SharedStorage:
+        class StagedStorage:
             barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
             work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
+            notes: cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
+            fp8: cute.struct.Align[cute.struct.MemRange[cutlass.Float8E4M3FN, staging_slots(c) * self.slot_elems], 1024]
 
-        return SharedStorage
+        return StagedStorage
 
     @property
     def edges(self) -> EdgeBarriers:
@@ -99,9 +126,11 @@ class Storage:
 
     def barriers(self, base: cute.Pointer) -> Barriers:
         """The barriers by name."""
-        edges, names = self.edges, ("q_load_to_consumers", "kv_load_to_consumers")
-        offsets = [find(name) for name in names for find in (edges.full_offset, edges.empty_offset)]
-        return Barriers(*(base + offset // MBARRIER_BYTES for offset in offsets))
+        edges = self.edges
+        pairs = {"full": edges.full_offset, "empty": edges.empty_offset}
+        return Barriers(**{
+            f"{name.split('_')[0]}_{end}": base + find(name) // MBARRIER_BYTES for name in edges.edges for end, find in pairs.items()
+        })  # fmt: skip
 
     def row_atom(self, head_dim: int) -> cute.ComposedLayout:
         """Swizzled atom for rows of `head_dim` elements, head contiguous."""
@@ -133,8 +162,12 @@ class Storage:
         return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, stages))
 
     def v_layout(self) -> cute.ComposedLayout:
-        """(head_dim_v, tile_n, kv_stage): the ring seen as V tiles, transposed; box after box, each with all parts of the head."""
-        c, rows = self.config, self.config.box_rows
+        """(head_dim_v, tile_n, kv_stage): the ring seen as V tiles, transposed; box after box, each with all parts of the head.
+
+        A tile that was converted is one box.
+        """
+        c = self.config
+        rows = c.tile.tile_n if c.has_kv_scales else c.box_rows
         part = c.part_elems(c.head_dim_v)
         parts = c.head_dim_v // part
         outer = cute.make_layout(

@@ -12,11 +12,27 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #     threshold 8 against 0, without turns: 564 / 620 / 640 against 573 / 618 / 645; nothing is gained where the rescale is not skipped
 #   d64, 16/16 heads, FA3 379 / 465 (8 x 4K / 2 x 16K)
 #     192 rows in turns 404 / 467, without turns 381 / 448; 128 rows, tile_n 128: 363 / 399, tile_n 192: 354 / 406
-# The other head dimensions take what fits: 128 rows, and the widest tile_n that leaves three or more slots.
+# On an H100 (page 16, causal, tiles from the queue, medians of 6 rounds in turns, TFLOP/s), FA3 beside it in the same run:
+#   d256 8/4 heads 8 x 4K / 1 x 16K, 16/2 heads 4 x 4K, FA3 606 / 662, 630
+#     one buffer of Q: tile_n 80, 4 slots 648 / 643, 638; tile_n 64, 5 slots 611 / 600, 595
+#   (192, 128) 16/16 heads 4 x 4K / 2 x 16K, 16/2 heads 4 x 4K, FA3 509 / 566, 488
+#     one buffer of Q: tile_n 128, 3 slots 570 / 654, 606; tile_n 112, 4 slots 526 / 610, 587
+#   d96 32/8 heads 8 x 4K / 2 x 16K, FA3 507 / 561 (tiles dealt out, not from a queue)
+#     tile_n 128 504 / 526; 160 457 / 492; 192 rows, tile_n 96 474 / 516; one buffer of Q and 8 slots 460 / 526
 TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=0.0),
-    (192, 128): TileShape(tile_m=128, tile_n=112, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
-    (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=5, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=3, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+}
+
+# The same for K and V in e4m3: tiles wait for their conversion in slots of half the size, which take their place out of the ring
+# (`staging.py`). Not timed: the most that fits with three slots of the ring or more and two of staging.
+TILES_FP8: dict[tuple[int, int], TileShape] = {
+    (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
+    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }

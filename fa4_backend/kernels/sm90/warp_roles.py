@@ -1,6 +1,7 @@
 """Who does what in a CTA: warpgroup 0 loads, the others compute 64 query rows each; registers move from the first to the others.
 
-load --q, kv--> consumers
+16-bit K and V:  load --q, kv--> consumers
+FP8 K and V:     load --q--> consumers,  load --fp8--> convert --kv--> consumers
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm90.staging import staging_slots, tile_elems
 
 WARPGROUP_THREADS = 128
 WORK_STAGE = 2  # tiles whose numbers are in shared memory: the one being finished and the next
 WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 64)
 
-# Registers a thread after setmaxnreg (multiples of 8), by number of consumer warpgroups: 128 * (load + n * consumer) <= 65536.
-LOAD_REGISTERS = {1: 56, 2: 40, 3: 32}
-CONSUMER_REGISTERS = {1: 240, 2: 232, 3: 160}
+# Registers a thread after setmaxnreg (multiples of 8), by number of convert and of consumer warpgroups:
+# 128 * ((1 + m) * load + n * consumer) <= 65536.
+LOAD_REGISTERS = {(0, 1): 56, (0, 2): 40, (0, 3): 32, (1, 2): 40}
+CONSUMER_REGISTERS = {(0, 1): 240, (0, 2): 232, (0, 3): 160, (1, 2): 216}
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,27 @@ class WarpRoles:
     """Warpgroups, thread counts and barrier ids of one kernel."""
 
     num_consumers: int
+    num_converters: int = 0  # warpgroups that do nothing but convert, beside the warps of warpgroup 0 that do not load
 
     @staticmethod
     def of(config: PrefillConfig) -> WarpRoles:
-        """The roles of a kernel: a consumer warpgroup for each 64 rows of the tile."""
+        """The roles of a kernel: a consumer warpgroup for each 64 rows of the tile.
+
+        With one that converts, 512 threads begin with 128 registers: too few for three consumers, and for a wgmma of 256 columns.
+        """
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
-        return WarpRoles(config.tile.tile_m // WGMMA_ROWS)
+        num_consumers = config.tile.tile_m // WGMMA_ROWS
+        return WarpRoles(num_consumers, int(config.has_kv_scales and num_consumers == 2 and config.head_dim_v < 256))
+
+    @property
+    def convert_warps(self) -> int:
+        """Warps that convert where K and V are FP8: all before the consumers but warp 0."""
+        return self.first_consumer_warp - 1
+
+    @property
+    def first_consumer_warp(self) -> int:
+        """Consumers are the warps from here on."""
+        return WARPGROUP_THREADS // 32 * (1 + self.num_converters)
 
     @property
     def consumer_threads(self) -> int:
@@ -39,7 +57,7 @@ class WarpRoles:
     @property
     def threads(self) -> int:
         """Threads of the CTA."""
-        return WARPGROUP_THREADS + self.consumer_threads
+        return 32 * self.first_consumer_warp + self.consumer_threads
 
     @property
     def consumer_warps(self) -> int:
@@ -48,13 +66,13 @@ class WarpRoles:
 
     @property
     def load_registers(self) -> int:
-        """Registers a thread of the load warpgroup keeps."""
-        return LOAD_REGISTERS[self.num_consumers]
+        """Registers a thread that loads or converts keeps."""
+        return LOAD_REGISTERS[self.num_converters, self.num_consumers]
 
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread takes."""
-        return CONSUMER_REGISTERS[self.num_consumers]
+        return CONSUMER_REGISTERS[self.num_converters, self.num_consumers]
 
     # Named barriers; 0 is the CTA's own.
     @property
@@ -77,10 +95,21 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     """Every pipeline of the kernel."""
     load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, WarpRoles.of(config).consumer_warps)
     q_bytes = config.q_per_kv * config.tokens_per_tile * config.head_dim * config.element_bytes
-    kv_bytes = config.tile.tile_n * max(config.head_dim, config.head_dim_v) * config.element_bytes
+    kv_bytes = tile_elems(config) * config.kv_element_bytes
+    # Q and the tile's numbers; where there are two buffers, O leaves through Q's before it is released.
+    q = PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes)
+    # K and V tiles share the ring; a narrower one announces its own bytes.
+    if not config.has_kv_scales:
+        return (
+            q,
+            PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
+            # Which tile the warp that loads K has taken.
+            PipelineEdge("tile_k_to_v", WORK_STAGE, (Party("k", Signal.WARPS),), (Party("v", Signal.WARPS),)),
+        )
+    convert = Party("convert", Signal.WARPS, WarpRoles.of(config).convert_warps)
     return (
-        # Q and the tile's numbers; where there are two buffers, O leaves through Q's before it is released.
-        PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes),
-        # K and V tiles share the ring; a narrower one announces its own bytes.
-        PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
+        q,
+        PipelineEdge("kv_convert_to_consumers", config.tile.kv_stage, (convert,), (consumers,)),
+        # A tile in FP8 and its note.
+        PipelineEdge("fp8_load_to_convert", staging_slots(config), (load,), (convert,), kv_bytes),
     )

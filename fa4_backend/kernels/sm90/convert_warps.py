@@ -1,0 +1,114 @@
+"""The convert warps: K and V tiles from e4m3 in staging to the 16 bits that wgmma reads from the ring.
+
+K takes the type of Q, V float16, the type of P; every e4m3 value is exact in either. A warp works on 32 chunks of 16 bytes of staging at a
+time, of which each lane makes two of the ring:
+
+    staging  row after row, whole heads              16 e4m3 a chunk
+    ring     part after part, row after row          8 elements a chunk, chunks swizzled as TMA does
+
+Note [Bank conflicts]. Shared memory serves 16-byte accesses eight lanes at a time, which meet no conflict if their chunks lie apart modulo
+128 bytes. Where a row of the ring has 128 bytes, eight lanes take four chunks each of two neighbouring rows: of the same part where a row
+of staging has an odd number of parts (of 64 bytes), of neighbouring parts where that is even. Either way they read both halves of 128
+bytes, and write the even chunks of one row and the odd ones of the other, since the swizzle of neighbouring rows differs in its last bit.
+Rows of 64 bytes (head dimension 96): two chunks each of four rows, likewise.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.sm90.staging import Note, Staged, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.storage import Barriers
+
+CHUNK_BYTES = 16  # of a shared-memory access of a lane
+LANES = 32
+PARTS_AT_ONCE = 2  # chunks that a lane loads before it converts the first: registers of a thread that keeps 40 or 32
+
+
+@dataclass(frozen=True)
+class ConvertWarps:
+    """Role of the warps between the load warp and the consumers."""
+
+    config: PrefillConfig
+    num_warps: int
+
+    @cute.jit
+    def run(
+        self,
+        staging: cute.Pointer,  # slots of e4m3
+        ring: cute.Pointer,  # slots of 16 bits
+        barriers: Barriers,
+        sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
+        warp: Int32,  # 0 .. num_warps
+    ):
+        """Convert tile after tile until a note says that none follows: waits for a tile and for its slot of the ring, hands on both."""
+        c = self.config
+        elems = const_expr(tile_elems(c))
+        staged, position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        kind = Int32(int(Staged.NOTHING))
+        while kind != int(Staged.END):
+            cute.arch.mbarrier_wait(barriers.fp8_full + staged.slot, staged.phase)
+            kind = sNotes[int(Note.KIND), staged.slot]
+            if kind != int(Staged.END):
+                cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
+                source = staging.toint() + staged.slot * elems
+                target = ring.toint() + position.slot * (elems * c.element_bytes)
+                if kind == int(Staged.KEYS):
+                    self._convert(source, target, warp, c.head_dim, c.dtype, None, None)
+                if kind == int(Staged.VALUES):
+                    first, end = sNotes[int(Note.FIRST_ROW), staged.slot], sNotes[int(Note.END_ROW), staged.slot]
+                    if (first > 0) | (end < c.tile.tile_n):
+                        self._convert(source, target, warp, c.head_dim_v, "float16", first, end)
+                    else:
+                        self._convert(source, target, warp, c.head_dim_v, "float16", None, None)
+                ptx.fence_proxy_async_shared()
+                cute.arch.sync_warp()
+                if cute.arch.lane_idx() == 0:
+                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+                    cute.arch.mbarrier_arrive(barriers.fp8_empty + staged.slot)
+                position = advance(position, c.tile.kv_stage)
+                staged = advance(staged, staging_slots(c))
+                # Groups of rows are not a multiple of the warps: who begins changes from tile to tile.
+                warp = cutlass.select_(warp == 0, Int32(self.num_warps - 1), warp - 1)
+
+    @cute.jit
+    def _convert(
+        self,
+        source: Int32,  # shared address of the slot of staging
+        target: Int32,  # shared address of the slot of the ring
+        warp: Int32,
+        head_dim: cutlass.Constexpr[int],
+        dtype: cutlass.Constexpr[str],  # of the ring
+        first: Int32 | None,  # rows `first .. end` are seen, others become zeros: a weight of 0 times NaN would be NaN
+        end: Int32 | None,
+    ):
+        """This warp's rows of a tile. None: all rows as they are."""
+        part = const_expr(self.config.part_elems(head_dim))
+        parts = const_expr(head_dim // part)
+        chunks = const_expr(part // CHUNK_BYTES)  # of staging in a part
+        rows = const_expr(LANES // chunks)  # a group: those of a lane's chunks of one part
+        tile_n = const_expr(self.config.tile.tile_n)
+        assert tile_n % rows == 0 and part * 2 in (64, 128), f"{self.config.tile=} {part=}"
+        row, chunk = cute.arch.lane_idx() // chunks, cute.arch.lane_idx() % chunks
+        swizzle = row % 8 if const_expr(part * 2 == 128) else row // 2 % 4
+        # Note [Bank conflicts]
+        part_of = [Int32(i) ^ (row & 1) if parts % 2 == 0 else Int32(i) for i in range(parts)]
+        reads = [source + (row * head_dim + part_of[i] * part + chunk * CHUNK_BYTES) for i in range(parts)]
+        writes = [target + ((part_of[i] * tile_n + row) * (2 * part) + ((2 * chunk) ^ swizzle) * CHUNK_BYTES) for i in range(parts)]
+        for group in cutlass.range(warp, tile_n // rows, self.num_warps, unroll=1):
+            row_in_tile = group * rows + row
+            for i in cutlass.range_constexpr(parts):
+                if const_expr(i % PARTS_AT_ONCE == 0):
+                    loaded = [ptx.load_shared_v4(read + group * (rows * head_dim)) for read in reads[i : i + PARTS_AT_ONCE]]
+                words = loaded[i % PARTS_AT_ONCE]
+                if const_expr(first is not None):
+                    words = ptx.select_words((row_in_tile >= first) & (row_in_tile < end), words)
+                line = writes[i] + group * (rows * 2 * part)
+                converted = [ptx.e4m3_pair(word, upper, dtype) for word in ptx.elements(words) for upper in (0, 1)]
+                ptx.store_shared_v4(line, converted[:4])
+                ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike

@@ -1,0 +1,129 @@
+"""The load warp where K and V are FP8: Q to its buffer, tiles in the ring's order to the slots of staging, a note beside each."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, const_expr
+
+from fa4_backend.kernels.common.mask import MaskValues
+from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile
+from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
+from fa4_backend.kernels.sm90.arguments import Step
+from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
+from fa4_backend.kernels.sm90.staging import Note, Staged
+from fa4_backend.kernels.sm90.storage import Barriers
+
+
+class KvBlock(NamedTuple):
+    """A block of keys: where its K and V lie, and which of them a row sees."""
+
+    boxes: PageBoxes
+    kv_head_idx: Int32
+    first_row: Int32
+    end_row: Int32
+
+
+class StagingOperand(NamedTuple):
+    """K or V on its way to staging."""
+
+    pages: PagedKv
+    tma: TmaOperand
+
+
+@dataclass(frozen=True)
+class StagingWarp:
+    """Role of warp 0. It alone loads: rows of a byte an element are half the boxes of K, and pages are looked up once for K and V."""
+
+    load: LoadWarp
+
+    @cute.jit
+    def run(
+        self,
+        step: Step,
+        values: MaskValues,
+        query: QueryOperand,
+        operands: tuple[TmaOperand, TmaOperand],  # K, V
+        barriers: Barriers,
+        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
+        sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
+    ):
+        """Load Q, K and V of every tile of this CTA; K runs one block ahead of V, and behind the last tile stands an empty one."""
+        load = self.load
+        blocks_of = load.blocks
+        position, q_position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        before = KvBlock(PageBoxes(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0))
+        is_first = Boolean(True)
+        num_tiles = step.mQueue[0, QUEUE_TOTAL]
+        tile_idx = take_tile(step.mQueue)
+        has_tile = tile_idx < num_tiles
+        while tile_idx < num_tiles:
+            work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
+            blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
+            load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
+            q_position = advance(q_position, load.storage.config.tile.q_stage)
+            first_key = None
+            if const_expr(blocks_of.mask.has_left):
+                first_key = blocks_of.first_key(work.m_block, work.seqlen, values)
+            for i in cutlass.range(blocks.end - blocks.begin, unroll=1):
+                n_block = blocks.end - 1 - i
+                boxes = load.k_pages.find_boxes(
+                    step.mPageTable, work.seq_idx, n_block, first_key, work.seqlen.seqlen_k, step.page_size, step.num_pages
+                )
+                first_row = Int32(0)
+                if const_expr(first_key is not None):
+                    first_row = first_key - n_block * blocks_of.tile_n
+                block = KvBlock(boxes, work.kv_head_idx, first_row, work.seqlen.seqlen_k - n_block * blocks_of.tile_n)
+                self._fill(load.k_pages, operands[0], block, Staged.KEYS, position, barriers, sNotes)
+                position = advance(position, load.k_pages.stages)
+                if not is_first:
+                    self._fill(load.v_pages, operands[1], before, Staged.VALUES, position, barriers, sNotes)
+                    position = advance(position, load.k_pages.stages)
+                before = block
+                is_first = Boolean(False)
+            tile_idx = take_tile(step.mQueue)
+        leave_queue(step.mQueue)
+        load.hand_over_empty(q_position, barriers, sWork)
+        if has_tile:
+            self._note(Staged.NOTHING, before, position, barriers, sNotes, 0)
+            position = advance(position, load.k_pages.stages)
+            self._fill(load.v_pages, operands[1], before, Staged.VALUES, position, barriers, sNotes)
+            position = advance(position, load.k_pages.stages)
+        self._note(Staged.END, before, position, barriers, sNotes, 0)
+
+    @cute.jit
+    def _fill(
+        self,
+        pages: cutlass.Constexpr,
+        operand: TmaOperand,
+        block: KvBlock,
+        kind: cutlass.Constexpr,
+        position: RingPosition,
+        barriers: Barriers,
+        sNotes: cute.Tensor,
+    ):
+        """Fill the slot at `position` once it was converted."""
+        self._note(kind, block, position, barriers, sNotes, pages.tile_elems)
+        pages.load(operand, block.boxes, block.kv_head_idx, position.slot, barriers.fp8_full + position.slot)
+
+    @cute.jit
+    def _note(
+        self,
+        kind: cutlass.Constexpr,
+        block: KvBlock,
+        position: RingPosition,
+        barriers: Barriers,
+        sNotes: cute.Tensor,
+        num_bytes: cutlass.Constexpr[int],
+    ):
+        """Write a slot's note once it is free, and announce `num_bytes` of its tile."""
+        cute.arch.mbarrier_wait(barriers.fp8_empty + position.slot, position.phase ^ 1)
+        if cute.arch.lane_idx() == 0:
+            sNotes[int(Note.KIND), position.slot] = Int32(int(kind))
+            sNotes[int(Note.FIRST_ROW), position.slot] = block.first_row
+            sNotes[int(Note.END_ROW), position.slot] = block.end_row
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers.fp8_full + position.slot, num_bytes)
+        cute.arch.sync_warp()

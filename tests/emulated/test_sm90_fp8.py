@@ -1,0 +1,135 @@
+"""The Hopper prefill kernel with K and V in FP8, on the emulator against the oracle on dequantised values.
+
+A case's scales lie between 2^-7 and 2^6, one a KV head or one for all: stored values are subnormal, saturated or zero in places, and what
+no row sees is 0x7F, which is NaN. Blocks hold 128 keys at d128, boxes 16 at page 16; cases share few compiled kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa4_backend.problem import FP8
+from tests.support.emulated_prefill import Cuts, run_built, run_prefill
+from tests.support.paged_case import PagedCase, repage
+
+pytestmark = pytest.mark.emulated
+
+BASE = PagedCase(
+    (5, 40, 90), (133, 300, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=FP8, page_size=16, arch="emulated-sm_90a"
+)  # fmt: skip
+
+
+def case(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], **changes: object) -> PagedCase:
+    return replace(BASE, query_lens=query_lens, kv_lens=kv_lens, **changes)  # type: ignore[arg-type]
+
+
+CASES = {
+    # Around one KV block and one query tile, and one scale for all heads.
+    "kv 127, 128, 129": case((31, 32, 33), (127, 128, 129), per_head_scales=False),
+    # Empty rows, and a last block of which one box is seen in part and the others not at all.
+    "more queries than keys, no query, no key": case((40, 0, 4, 1), (20, 40, 0, 1)),
+    "both windows, page 48": case((70, 33), (300, 64), window_left=90, window_right=20, is_causal=False, page_size=48),
+    # Three consumers; one part of 64 elements a row.
+    "d64, all score features": case((60, 33, 1), (260, 20, 1), head_dim=64, num_q_heads=6, sinks=True, alibi=True, softcap=20.0),
+    # Four parts, a left window only: rows cleared at both edges of one tile.
+    "d256, left window": case((40, 3), (130, 65), head_dim=256, num_q_heads=2, num_kv_heads=1, window_left=5, layout="hnd"),
+    # Three parts beside two, tiles of 80 keys, K in float16 as well.
+    "(192, 128) in fp16, sinks": case(
+        (10, 70), (230, 300), head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2, dtype="float16", sinks=True
+    ),
+}
+SLOW_CASES = {
+    "d96": case((70, 3), (200, 65), head_dim=96, num_q_heads=4),  # rows of 64 bytes in the ring
+    "one token fills a tile": case((3, 2), (140, 20), num_q_heads=128, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edges_and_features(name: str) -> None:
+    run_prefill(CASES[name], seed=len(name)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_other_heads(name: str) -> None:
+    run_prefill(SLOW_CASES[name]).check()
+
+
+@pytest.mark.parametrize("name", ["both warpgroups, 3 parts", "8 parts"])
+def test_parts(name: str) -> None:
+    """Parts lay down O without V's scale; whoever comes last brings it in."""
+    drawn, parts = {
+        "both warpgroups, 3 parts": (case((33,), (400,)), (3,)),
+        "8 parts": (case((5,), (1100,)), (8,)),
+    }[name]
+    run_prefill(drawn, cuts=Cuts(parts), num_ctas=3, seed=2).check()
+
+
+def test_bits_do_not_depend_on_schedule_or_page_size() -> None:
+    base = BASE.build()
+    outs = []
+    for page_size, seed in ((16, None), (16, 7), (64, 8)):
+        run = run_built(repage(base, page_size), seed=seed)
+        run.check()
+        outs.append((run.out[: base.total_q].clone(), run.lse[:, : base.total_q].clone()))
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
+def test_scales_are_read_at_each_launch() -> None:
+    """K times 1/8 with a query times 8, and V times 4, are the same and 4 times the result: powers of 2 change no bit."""
+    built = BASE.build()
+    run = run_built(built)
+    run.check()
+    out, lse = run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()
+    a = built.arguments
+    assert a.k_scale is not None and a.v_scale is not None
+    again = run_built(replace(built, arguments=a._replace(q=a.q * 8, k_scale=a.k_scale / 8, v_scale=a.v_scale * 4)))
+    assert torch.equal(again.out[: built.total_q], 4 * out) and torch.equal(again.lse[:, : built.total_q], lse)
+
+
+def test_every_stored_value_reaches_the_products() -> None:
+    """One query row a key whose softmax is that key: O is its V, all 254 finite values of e4m3 among them."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = values[values.float().isfinite()]
+    built = replace(BASE, query_lens=(96,), kv_lens=(96,), num_q_heads=2, num_kv_heads=2, is_causal=False, page_size=96).build()
+    a = built.arguments
+    page = int(a.page_table[0, 0])
+    a.k_cache[page] = 0
+    # K of key i is 448 in channel i, so a query of 64 in channel i takes all weight there.
+    for key in range(96):
+        a.k_cache[page, key, :, key] = 448.0
+    a.q[:96] = 0
+    for token in range(96):
+        a.q[token, :, token] = 64.0
+    a.v_cache[page] = values[torch.arange(96 * 2 * 128) % len(values)].view(96, 2, 128)
+    a.k_scale.fill_(1.0)
+    a.v_scale.fill_(1.0)
+    run = run_built(built)
+    assert torch.equal(run.out[:96].float(), a.v_cache[page].float())
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_nan_at_both_edges_changes_no_bit(page_size: int) -> None:
+    """0x7F left of the window and right of the last key, in pages that hold keys too, against the same rows as numbers."""
+    drawn = case((20,), (150,), window_left=37, window_right=3, is_causal=False, page_size=page_size)
+    built = drawn.build()
+    run = run_built(built)
+    run.check()
+    out, lse = run.out[:20].clone(), run.lse[:, :20].clone()
+    for cache in (built.arguments.k_cache, built.arguments.v_cache):
+        bits = cache.view(torch.uint8)
+        assert (bits == 0x7F).any()
+        bits[bits == 0x7F] = 0x38  # 1
+    again = run_built(built)
+    assert torch.equal(again.out[:20], out) and torch.equal(again.lse[:, :20], lse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", *CASES])
+def test_no_race_over_seeds(name: str) -> None:
+    for seed in range(100):
+        run_prefill({"base": BASE, **CASES}[name], seed=seed).check()
