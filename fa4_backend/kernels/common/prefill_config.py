@@ -56,7 +56,7 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES[self.kv_dtype]}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property
