@@ -63,7 +63,7 @@ def test_pairs_have_the_bits_of_one_cta() -> None:
 
 def test_bits_do_not_depend_on_the_page_size() -> None:
     out, lse = test_sm100_prefill.repaged(16, kv_dtype=FP8, head_dim=64)
-    for page_size in (48, 64, 528):
+    for page_size in (64, 528):
         other, other_lse = test_sm100_prefill.repaged(page_size, kv_dtype=FP8, head_dim=64)
         assert torch.equal(out[:40], other[:40]) and torch.equal(lse[:, :40], other_lse[:, :40]), f"{page_size=}"
 

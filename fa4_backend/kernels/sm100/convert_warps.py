@@ -93,7 +93,7 @@ class ConvertWarps:
             loaded_part, part_bytes = sizes.v_loaded_part, sizes.part
         # Warps that have the same rows take every other chunk.
         shares, staged_chunks = THREADS // rows, config.loaded_elems // CHUNK
-        assert staged_chunks % shares == 0, f"{elems=} {shares=}"
+        assert staged_chunks % shares == 0, f"{staged_chunks=} {shares=}"
         thread = place.warp_idx % WARPGROUP * 32 + place.lane_idx
         row, share = thread % rows, thread // rows
         # Swizzles: chunk c of a row of n chunks lies at c ^ (row * n / 8 % n).

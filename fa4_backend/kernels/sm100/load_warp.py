@@ -97,7 +97,7 @@ class LoadWarp:
     geometry: Geometry
 
     @property
-    def kv_edge(self) -> str:
+    def loaded_edge(self) -> str:
         """The edge that K and V tiles are loaded for."""
         return "kv_load_to_convert" if self.geometry.config.converts else "kv_load_to_mma"
 
@@ -132,8 +132,8 @@ class LoadWarp:
                             token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
                             self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
                     else:
-                        ptx.mbarrier_wait(g.empty(place, self.kv_edge, stage), phase ^ 1)
-                        barrier = (g.full if converts else g.full_at_leader)(place, self.kv_edge, stage)
+                        ptx.mbarrier_wait(g.empty(place, self.loaded_edge, stage), phase ^ 1)
+                        barrier = (g.full if converts else g.full_at_leader)(place, self.loaded_edge, stage)
                         if const_expr(is_v == 1 and not converts):
                             has_edge = i == 0 and g.has_v_tail(item)
                             if const_expr(g.has_window_left):
