@@ -184,7 +184,9 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
     assert set((alone[1:] - alone[:-1]).tolist()) == {3, 4}
 
 
-H100 = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=8)
+H100 = WorkShape(
+    8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2, has_queue=True
+)
 PARTS = {
     # A new message over a long prefix: one round of CTAs where the tiles can fill it.
     "16 of 64K": ([16], [65536], 16),
@@ -195,8 +197,9 @@ PARTS = {
     "8 x 128 of 16K": ([128] * 8, [16384] * 8, 1),
     "4 x 512 of 8K": ([512] * 4, [8192] * 4, 1),
     "a prompt of 4K": ([4096], [4096], 1),
+    "16 of 1,900": ([16], [1900], 5),
     # Shorter than two parts.
-    "16 of 1,900": ([16], [1900], 1),
+    "16 of 380": ([16], [380], 1),
     # Beside many short rows the long one alone is cut, into parts that take no longer than the others.
     "64 of 64K beside 32 x 300": ([64] + [300] * 32, [65536] + [300] * 32, 5),
 }
@@ -223,6 +226,7 @@ def test_the_devices_cuts_are_the_hosts() -> None:
         shape = replace(
             H100, num_kv_heads=draw.choice((1, 2, 8)), prefill_groups=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
             min_part_blocks=draw.choice((1, 8)), decode_query_len=draw.choice((0, 1)), l2_tokens=draw.choice((1000, 49152)),
+            has_queue=draw.choice((False, True)),
         )  # fmt: skip
         rows = draw.choice((1, 2, 3, 12))
         query_lens = [draw.choice((1, 16, 33, draw.randint(2, 300))) for _ in range(rows)]
