@@ -67,14 +67,15 @@ def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME
     return recording
 
 
-def upstream(shape: Shape, num_blocks: int) -> Recording:
-    """Steps of flash-attn-4's dense kernel."""
+def upstream(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.bfloat16) -> Recording:
+    """Steps of flash-attn-4's dense kernel; in FP8 its Q, K, V and P all are."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2 * ROWS, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
-    q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).bfloat16() for rows, columns in sizes)
+    q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).to(dtype) for rows, columns in sizes)
+    scales = {f"{name}_descale": torch.ones(1, 1) for name in "qkv"} if dtype.itemsize == 1 else {}
     recording = Recording()
     with emulator.session(arch=ARCH, num_sms=flash_attention.NUM_SMS, trace=recording) as emu:
-        flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True)
+        flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True, **scales)
     return recording
 
 
@@ -125,6 +126,8 @@ def main() -> int:
         if shape.head_dim_v == 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
             results[name]["ours, FP8 K and V, CTA pairs"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape)
+        if shape.head_dim == 128:
+            results[name]["upstream, FP8"] = report(partial(upstream, dtype=torch.float8_e4m3fn), shape)
         if shape.head_dim <= 128:
             results[name]["ours, FP8 K and V"] = report(partial(ours, kv_dtype=FP8), shape)
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
