@@ -5,12 +5,13 @@ PY := .venv/bin/python
 PORT ?= 8471
 export PROMPT
 
-.PHONY: help setup demo demo-emulated model test test-host test-engines test-slow lint types clean
+.PHONY: help setup demo demo-emulated model test test-host test-engines test-sglang test-slow lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
 	@echo "make demo-emulated  two layers of it with the compiled Blackwell kernels on the emulator, tokens compared"
 	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
+	@echo "make test-sglang SGLang's own attention tests and a whole engine on our backend, in an environment of their own"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (a quarter of an hour)"
 	@echo "make lint types  ruff; mypy"
@@ -28,18 +29,25 @@ demo-emulated: setup
 model: setup
 	@$(PY) -m examples.smollm2
 
-test: lint types test-host test-engines
+test: lint types test-host test-engines test-sglang
 
 # Kernels, host code and the emulator: one test process a core.
 test-host: setup
-	$(PY) -m pytest -q -m "not slow and not gpu" -n $(shell nproc) --dist worksteal --ignore tests/engines
+	$(PY) -m pytest -q -m "not slow and not gpu" -n $(shell nproc) --dist worksteal --ignore tests/engines --ignore tests/engine_sglang
 
 # An engine takes all cores and binds its threads to them, so these run one after the other.
 test-engines: setup
 	$(PY) -m pytest -q -m "not slow and not gpu" tests/engines
 
+# SGLang pins other versions than vLLM: .venv-sglang holds it and sees the packages of .venv behind its own.
+test-sglang: setup
+	$(PY) scripts/setup_sglang.py
+	.venv-sglang/bin/python -m pytest -q -m "not slow and not gpu" tests/engine_sglang
+
 test-slow: setup
 	$(PY) -m pytest -q -m "slow and not gpu"
+	$(PY) scripts/setup_sglang.py
+	.venv-sglang/bin/python -m pytest -q -m "slow and not gpu" tests/engine_sglang
 
 # The emulator's whole proof: about a quarter of an hour on two cores. Other people's kernels need flash-attn-4.
 test-emulator-full: setup

@@ -17,6 +17,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
     "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),
+    "FA4_BACKEND_SGLANG_OVERRIDE_FA4": ("0", "1: SGLang's own name fa4 means this backend too, for models whose lists of backends hold it"),
     "FA4_BACKEND_TRACE_FILE": ("", "append one line a process and forward kernel to this file: which kernel really ran"),
     "XDG_CACHE_HOME": ("~/.cache", "folder of all caches of this user; used where FA4_BACKEND_CACHE_DIR is not set"),
     "CC": ("cc, gcc or clang", "C compiler that links kernels and builds the emulator's core, with its options"),
@@ -50,6 +51,11 @@ def strict() -> bool:
 def exact() -> bool:
     """Whether batch invariance shall hold between decode and prefill too."""
     return _read("FA4_BACKEND_EXACT") == "1"
+
+
+def sglang_override_fa4() -> bool:
+    """Whether SGLang's own backend name `fa4` shall mean this backend."""
+    return _read("FA4_BACKEND_SGLANG_OVERRIDE_FA4") == "1"
 
 
 def cpu_kernel() -> str:

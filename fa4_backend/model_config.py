@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.model_layers import ATTENTION, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
-from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,34 @@ class LayerGroup:
 
 
 def layer_groups(
-    path: Path, *, arch: str, page_size: int, dtype: str | None = None, tp: int = 1, text_only: bool = False, **modes: Any
+    path: Path,
+    *,
+    arch: str,
+    page_size: int,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    tp: int = 1,
+    text_only: bool = False,
+    **modes: Any,
 ) -> list[LayerGroup]:
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
         dtype: one of `COMPUTE_DTYPES`; default: the config's own, bfloat16 where it says none or float32, as vLLM does.
+        kv_dtype: of K and V, "auto" for that of q; default: FP8 where the checkpoint declares it, else "auto".
         tp: GPUs that share the heads (tensor parallelism); the problems are those of one GPU.
         text_only: a multimodal model will be given no images.
         modes: what no config says, such as `batch_invariant`; fields of `AttentionProblem`.
 
     Raises:
         ModelConfigError: the config cannot be read; see `read_layers`.
-        UnsupportedProblem: `arch`, `page_size`, `dtype` or `modes` are wrong for any model.
+        UnsupportedProblem: `arch`, `page_size`, `dtype`, `kv_dtype`, `modes` or what the checkpoint declares are wrong for any model.
     """
     model = read_layers(path, text_only=text_only)
     dtype = dtype or {None: "bfloat16", "float32": "bfloat16"}.get(model.dtype, model.dtype)
     if dtype not in COMPUTE_DTYPES:
         raise ModelConfigError(f"dtype: expected one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
-    common = AttentionProblem(1, 1, 1, 1, dtype, page_size, arch, **modes)
+    common = AttentionProblem(1, 1, 1, 1, dtype, page_size, arch, kv_dtype=kv_dtype or model.kv_dtype or SAME_AS_Q, **modes)
     return [_group(layer, count, common, tp) for layer, count in Counter(model.layers).items()]
 
 

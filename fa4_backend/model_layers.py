@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
+from fa4_backend.model_quantisation import QUANTISATION_FILE, declared_kv_dtype
+
 ATTENTION = "attention"
 # A layer of these kinds asks nothing of an attention backend.
 NOT_ATTENTION = {
@@ -84,6 +86,7 @@ class ModelLayers:
 
     layers: list[Layer]
     dtype: str | None  # the config's, None where it says none
+    kv_dtype: str | None  # of K and V, where the checkpoint declares one; see `declared_kv_dtype`
 
 
 class _Facts(Protocol):
@@ -98,7 +101,7 @@ class _Facts(Protocol):
 
 
 def read_layers(path: Path, *, text_only: bool = False) -> ModelLayers:
-    """Read a Hugging Face config.json, or the folder that holds one. Reads no other file and nothing from a network.
+    """Read a Hugging Face config.json, or the folder that holds one, and `QUANTISATION_FILE` beside it. Nothing comes from a network.
 
     Args:
         text_only: a multimodal model will be given no images.
@@ -108,7 +111,12 @@ def read_layers(path: Path, *, text_only: bool = False) -> ModelLayers:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ModelConfigError(f"expected transformers, which knows models' configs, got none; {_INSTALL.format(extra='models')}")
-    raw = _read_json(path)
+    file = path / "config.json" if path.is_dir() else path
+    raw = _read_json(file)
+    if not raw.get("model_type") and not raw.get("architectures"):
+        raise ModelConfigError(f"{file}: expected a model_type or architectures, got neither")
+    separate = file.with_name(QUANTISATION_FILE)
+    kv_dtype = declared_kv_dtype(raw, _read_json(separate) if separate.exists() else None)
     with_engine = importlib.util.find_spec("vllm") is not None
     try:
         # vLLM logs to the stdout of its first import; stdout belongs to the command that asks.
@@ -121,21 +129,18 @@ def read_layers(path: Path, *, text_only: bool = False) -> ModelLayers:
         family = raw.get("model_type") or raw.get("architectures")
         raise ModelConfigError(f"{family}: expected a config that transformers or vLLM can read, got {_in_a_line(error)}") from error
     dtype = getattr(config, "dtype", None) or getattr(_text(config), "dtype", None)
-    return ModelLayers(layers, None if dtype is None else str(dtype).removeprefix("torch."))
+    return ModelLayers(layers, None if dtype is None else str(dtype).removeprefix("torch."), kv_dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text())
     except OSError as error:
-        raise ModelConfigError(f"{path}: expected a readable config.json, got {error.strerror}") from error
+        raise ModelConfigError(f"{path}: expected a readable file, got {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ModelConfigError(f"{path}: expected JSON, got an error in line {error.lineno}: {error.msg}") from error
     if not isinstance(raw, dict):
         raise ModelConfigError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    if not raw.get("model_type") and not raw.get("architectures"):
-        raise ModelConfigError(f"{path}: expected a model_type or architectures, got neither")
     return raw
 
 

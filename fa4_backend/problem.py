@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # by torch's names
-FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits; finite up to 448
+FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits
+FP8_MAX = 448.0  # the largest finite number
 KV_SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of q and out
 EMULATED_PREFIX = "emulated-"  # arch "emulated-sm_100a": the sm_100a kernel, executed on the emulator over CPU tensors

@@ -44,7 +44,7 @@ _HOPPER = KernelSupport(
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}),
+    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,)),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }

@@ -77,7 +77,8 @@ def ragged_batches() -> list[DecodeBatch]:
 
 def issue_batches(kv_dtype: str = "bfloat16") -> dict[str, list[DecodeBatch]]:
     """Named sets with K and V in `kv_dtype`. `grid`: batch x KV; `heads`: other heads, pages and query lengths; `ragged`; `mixed`: with a
-    prefill chunk; `quantised`: where FP8 K and V are compared with 16-bit ones."""
+    prefill chunk; `rows`: 16 to 96 packed query rows a KV head; `quantised`: where FP8 K and V are
+    compared with 16-bit ones."""
     sizes = [(rows, kv) for rows in (1, 8, 64) for kv in (1024, 4096, 16384)]
     grid = [uniform(*size) for size in [*sizes[:3], (1, 131072), *sizes[3:]]]
     some = [uniform(1, 4096), uniform(8, 4096), uniform(64, 4096)]
@@ -99,13 +100,20 @@ def issue_batches(kv_dtype: str = "bfloat16") -> dict[str, list[DecodeBatch]]:
         with_chunk("8 x 16K + a 512 chunk of 512", 8, 16384, 512, 512),
         with_chunk("32 x 4K + 64 tokens of 32K", 32, 4096, 64, 32768),
     ]
+    many, one = uniform(16, 4096, 8), uniform(16, 4096, 4)
+    rows = [
+        replace(many, num_q_heads=64),
+        replace(one, num_q_heads=16, num_kv_heads=1),
+        *(replace(uniform(8, 4096), num_q_heads=heads, num_kv_heads=1, head_dim=dim) for heads, dim in ((48, 64), (71, 64), (96, 128))),
+        replace(uniform(1, 16384), num_q_heads=16, num_kv_heads=1),
+    ]
     quantised = [
         *(b for b in grid if max(b.kv_lens) <= 16384 and b.name != "8 x 16K"),
         uniform(32, 4096, 4),
         replace(uniform(64, 4096), num_q_heads=64, num_kv_heads=8, head_dim=64),
         replace(uniform(32, 4096), num_q_heads=16, num_kv_heads=2, head_dim=256),
     ]
-    sets = {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed, "quantised": quantised}
+    sets = {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed, "rows": rows, "quantised": quantised}
     return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
 
 

@@ -46,7 +46,7 @@ def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
     """Our operator on one batch, its metadata made once, as for all layers of a step."""
     device = torch.cuda.get_device_properties(0)
     problem = AttentionProblem(
-        num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.head_dim,
+        num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
         dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
         kv_dtype=batch.kv_dtype, mask=MaskFeatures(is_causal=batch.is_causal),
     )  # fmt: skip
@@ -79,7 +79,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
             makers[OURS_WIDE] = _ours_in_bf16
         makers |= {name: partial(prepare, name) for name in (installed(batch.kv_dtype) if peers is None else peers)}
         for name, maker in makers.items():
-            tensors.out = torch.full_like(tensors.q, float("nan"))
+            tensors.out = torch.full_like(tensors.out, float("nan"))
             call = ready(name, batch.label, partial(maker, batch, tensors), must_run=name in (OURS, OURS_WIDE))
             if call is None:
                 continue

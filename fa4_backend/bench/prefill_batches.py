@@ -23,9 +23,15 @@ class PrefillBatch:
     num_q_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    head_dim_v: int = 0  # 0: head_dim
     page_size: int = 16
     is_causal: bool = True
     kv_dtype: str = "bfloat16"
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value or output row."""
+        return self.head_dim_v or self.head_dim
 
     @property
     def label(self) -> str:
@@ -33,7 +39,8 @@ class PrefillBatch:
         kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
         size = f"{self.rows} x {_short(self.query_len)}" + ("" if self.query_len == self.kv_len else f" of {_short(self.kv_len)}")
         mask = "" if self.is_causal else " full"
-        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim}{kv} page {self.page_size}{mask}: {size}"
+        dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{dims}{kv} page {self.page_size}{mask}: {size}"
 
     @property
     def flops(self) -> float:
@@ -41,18 +48,23 @@ class PrefillBatch:
         seen = self.query_len * self.kv_len
         if self.is_causal:
             seen -= self.query_len * (self.query_len - 1) // 2
-        return 4.0 * self.rows * self.num_q_heads * self.head_dim * seen
+        return 2.0 * self.rows * self.num_q_heads * (self.head_dim + self.value_dim) * seen
 
 
 def named_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
     """Sets by name, K and V in `kv_dtype`. `whole`: 32K tokens as whole prompts; `chunked`: late chunks of long prompts; `heads`, `full`:
-    other shapes; `prefix`: short messages over long cached prefixes, whose tiles are cut along KV."""
+    other shapes; `wide`: head dimensions 256 and (192, 128); `prefix`: short messages over long cached prefixes, whose tiles are cut along
+    KV."""
     whole = [PrefillBatch(32768 // n, n, n) for n in (1024, 4096, 16384, 32768)]
     chunked = [PrefillBatch(4, 512, 8192), PrefillBatch(1, 2048, 32768)]
     some = whole[:3]
     heads = [replace(b, num_q_heads=64) for b in [*some, *chunked]]
     heads += [replace(b, num_q_heads=16, num_kv_heads=16, head_dim=64) for b in some]
     heads += [replace(b, num_q_heads=16, num_kv_heads=2, head_dim=256) for b in some] if kv_dtype == FP8 else []
+    grouped = replace(whole[1], num_q_heads=8, num_kv_heads=4, head_dim=256)
+    mla = PrefillBatch(4, 4096, 4096, num_q_heads=16, num_kv_heads=16, head_dim=192, head_dim_v=128)
+    wide = [grouped, replace(grouped, rows=1, query_len=16384, kv_len=16384)]
+    wide += [replace(grouped, rows=4, num_q_heads=16, num_kv_heads=2), mla, replace(mla, rows=2, query_len=16384, kv_len=16384)]
     prefix = [
         PrefillBatch(1, 16, 65536),
         PrefillBatch(1, 64, 32768),
@@ -61,7 +73,7 @@ def named_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
         PrefillBatch(8, 128, 16384),
     ]
     full = [replace(b, is_causal=False) for b in some]
-    sets = {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "prefix": prefix}
+    sets = {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "wide": wide, "prefix": prefix}
     return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
 
 
@@ -83,17 +95,20 @@ class PrefillTensors:
         b, device = batch, "cuda"
         pages = -(-b.kv_len // b.page_size)
         num_pages = b.rows * pages + 8
-        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE)
-        k_cache, v_cache = pool.to(getattr(torch, b.kv_dtype)).split(b.head_dim, dim=-1)
+        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, b.head_dim + b.value_dim, device=device, dtype=DTYPE)
+        k_cache, v_cache = pool.to(getattr(torch, b.kv_dtype)).split([b.head_dim, b.value_dim], dim=-1)
         table = torch.randperm(num_pages, device=device)[: b.rows * pages].reshape(b.rows, pages).int()
         q = torch.randn(b.rows * b.query_len, b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
         cu_seqlens_q = torch.arange(0, b.rows + 1, device=device, dtype=torch.int32) * b.query_len
         seqused_k = torch.full((b.rows,), b.kv_len, device=device, dtype=torch.int32)
-        return cls(q, k_cache, v_cache, table, cu_seqlens_q, seqused_k, torch.empty_like(q))
+        out = torch.empty(*q.shape[:2], b.value_dim, device=device, dtype=DTYPE)
+        return cls(q, k_cache, v_cache, table, cu_seqlens_q, seqused_k, out)
 
     def in_bf16(self) -> PrefillTensors:
         """The same values of K and V in bfloat16."""
-        k_cache, v_cache = torch.cat([self.k_cache.to(DTYPE), self.v_cache.to(DTYPE)], dim=-1).split(self.k_cache.shape[-1], dim=-1)
+        k_cache, v_cache = torch.cat([self.k_cache.to(DTYPE), self.v_cache.to(DTYPE)], dim=-1).split(
+            [self.k_cache.shape[-1], self.v_cache.shape[-1]], dim=-1
+        )
         return replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def error(self, batch: PrefillBatch) -> float:

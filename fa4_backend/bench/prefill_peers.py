@@ -59,8 +59,8 @@ def _fa3(b: PrefillBatch, t: PrefillTensors) -> Call:
         q, ones = t.q.to(dtype), torch.ones(b.rows, b.num_kv_heads, device="cuda")
         scales = {"q_descale": ones, "k_descale": ones, "v_descale": ones}
     metadata = get_scheduler_metadata(
-        b.rows, b.query_len, b.kv_len, b.num_q_heads, b.num_kv_heads, b.head_dim, t.seqused_k, qkv_dtype=dtype,
-        cu_seqlens_q=t.cu_seqlens_q, page_size=b.page_size, causal=b.is_causal, num_splits=0,
+        b.rows, b.query_len, b.kv_len, b.num_q_heads, b.num_kv_heads, b.head_dim, t.seqused_k, headdim_v=b.value_dim,
+        qkv_dtype=dtype, cu_seqlens_q=t.cu_seqlens_q, page_size=b.page_size, causal=b.is_causal, num_splits=0,
     )  # fmt: skip
     return lambda: flash_attn_varlen_func(
         q=q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_q=b.query_len, seqused_k=t.seqused_k,
@@ -70,7 +70,7 @@ def _fa3(b: PrefillBatch, t: PrefillTensors) -> Call:
 
 
 def _triton(b: PrefillBatch, t: PrefillTensors) -> Call | None:
-    if not b.is_causal:
+    if not b.is_causal or b.value_dim != b.head_dim:
         return None
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 

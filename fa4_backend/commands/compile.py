@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fa4_backend.cache.errors import CacheError
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 
 def compile(
@@ -25,6 +26,7 @@ def compile(
     head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16; bf16 and fp16 for short")] = "bfloat16",
+    kv_dtype: Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
     causal: Annotated[bool, typer.Option(help="causal mask")] = True,
     lse: Annotated[bool, typer.Option(help="write the log of the denominator")] = False,
@@ -34,18 +36,19 @@ def compile(
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
     limits = BatchLimits(max_num_seqs, 8192, 32768)
-    modes = {"batch_invariant": batch_invariant or exact, "exact": exact}
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype)
+    modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact}
+    kv_dtype = None if kv_dtype is None else full_dtype(kv_dtype)
     try:
         if model is not None:
-            problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, dtype=None, **modes))
+            problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, **modes))
         else:
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
             shape = AttentionProblem(
-                num_q_heads, num_kv_heads, dims[0], dims[-1], dtype, page_size, arch, mask=MaskFeatures(is_causal=causal), has_lse=lse
-            )
-            problems = [replace(shape, batch_invariant=batch_invariant or exact, exact=exact)]
+                num_q_heads, num_kv_heads, dims[0], dims[-1], full_dtype(dtype), page_size, arch, mask=MaskFeatures(is_causal=causal),
+                kv_dtype=kv_dtype or SAME_AS_Q, has_lse=lse, **modes,
+            )  # fmt: skip
+            problems = [shape]
         plans = [plan_attention(problem, limits) for problem in problems]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)

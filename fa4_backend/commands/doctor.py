@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fa4_backend import __version__, envs
-from fa4_backend.arch import ARCHS, arch_of_capability
+from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 
@@ -80,7 +80,7 @@ def _gpu(properties: Any) -> Finding:
         return Finding("GPU", BROKEN, f"{what}: expected one of {', '.join(f'{a.name} ({a.chips})' for a in ARCHS.values())}")
     if arch not in SUPPORT:
         return Finding("GPU", BROKEN, f"{what}: kernels for {arch} are not in this version")
-    return Finding("GPU", OK, f"{what}: the {arch} kernels run")
+    return Finding("GPU", OK, f"{what}: the {arch} kernels run, {_kv_dtypes(arch)}")
 
 
 def _cpu_kernel() -> Finding:
@@ -93,7 +93,14 @@ def _cpu_kernel() -> Finding:
     target = envs.EMULATED_ARCH.get(kernel)
     if target is not None and target not in SUPPORT:
         return Finding("CPU kernel", BROKEN, f"FA4_BACKEND_CPU={kernel}: kernels for {target} are not in this version")
-    return Finding("CPU kernel", OK, "torch reference" if target is None else f"{target} kernels on the emulator (slow, for proof)")
+    runs = "torch reference" if target is None else f"{target} kernels on the emulator (slow, for proof)"
+    return Finding("CPU kernel", OK, f"{runs}, {_kv_dtypes(target or REFERENCE_ARCH)}")
+
+
+def _kv_dtypes(arch: str) -> str:
+    from fa4_backend.support import SUPPORT
+
+    return " or ".join(("K and V in the dtype of q", *SUPPORT[arch].quantised_kv))
 
 
 def _distribution(name: str, purpose: str, if_missing: str) -> Finding:
@@ -120,10 +127,7 @@ def _engines() -> list[Finding]:
     for group in ("vllm.general_plugins", "sglang.srt.plugins"):
         ours = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("fa4_integration.")]
         if not ours:
-            status = BROKEN if group.startswith("vllm") else NOTE
-            findings.append(
-                Finding(group, status, "no entry point of fa4-backend found" + ("; reinstall the package" if status == BROKEN else ""))
-            )
+            findings.append(Finding(group, BROKEN, "no entry point of fa4-backend found; reinstall the package"))
             continue
         findings += [_plugin(group, entry) for entry in ours]
     return findings

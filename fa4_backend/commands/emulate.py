@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+
 if TYPE_CHECKING:
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.emulator import Report
     from fa4_backend.emulator.trace import Trace
     from fa4_backend.plan import AttentionPlan
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 # The sm_90a prefill multiplies one empty tile behind the last (`kernels/sm90/load_warp.py`) and throws the result away. Shared memory is
 # poison until written, so a result that is not thrown away would be NaN, and the comparison with the oracle would show it.
 DISCARDED_PRODUCT = "uninitialised: memory that nobody wrote is read by wgmma "
@@ -48,6 +49,7 @@ def emulate(
     kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included; 0 or more")] = "133,300",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
+    kv_dtype: Annotated[str, typer.Option(help=f"{KV_DTYPE_HELP}; fp8 comes with a scale of K and one of V for each head")] = "auto",
     causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
     window_left: Annotated[int | None, typer.Option(help="keys visible before the diagonal")] = None,
     softcap: Annotated[float, typer.Option(help="logits become softcap * tanh(logits / softcap)")] = 0.0,
@@ -74,8 +76,8 @@ def emulate(
         else:
             plan, arguments = build_case(
                 arch=arch, heads=heads, head_dim=head_dim, q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
-                page_size=page_size, dtype=DTYPES.get(dtype, dtype), causal=causal, window_left=window_left, softcap=softcap, sinks=sinks,
-                num_sms=num_sms,
+                page_size=page_size, dtype=full_dtype(dtype), kv_dtype=full_dtype(kv_dtype), causal=causal, window_left=window_left,
+                softcap=softcap, sinks=sinks, num_sms=num_sms,
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
     except (EmulatorError, CacheError, CompileError) as error:
@@ -105,8 +107,8 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def build_case(
-    *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, causal: bool,
-    window_left: int | None, softcap: float, sinks: bool, num_sms: int,
+    *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, kv_dtype: str,
+    causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int,
 ) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
     """Random tensors of one step over scattered pages; whatever the kernel must not use holds NaN.
 
@@ -117,7 +119,7 @@ def build_case(
 
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.plan import plan_attention
-    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
+    from fa4_backend.problem import EMULATED_PREFIX, FP8_MAX, AttentionProblem, BatchLimits, MaskFeatures
 
     if len(q_lens) != len(kv_lens) or min(*q_lens, *kv_lens) < 0:
         raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {q_lens} and {kv_lens}")
@@ -128,28 +130,35 @@ def build_case(
     problem = AttentionProblem(
         num_q_heads, num_kv_heads, head_dim, head_dim, dtype, page_size, EMULATED_PREFIX + arch,
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
-        has_lse=True,
+        kv_dtype=kv_dtype, has_lse=True,
     )  # fmt: skip
     limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1))
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
-    kind = getattr(torch, dtype)
+    kind, kv_kind = getattr(torch, problem.dtype), getattr(torch, problem.kv_dtype)
+    scales = None
+    if problem.has_kv_scales:
+        scales = torch.rand(2, num_kv_heads, generator=generator).mul(-8).exp2()
+        scales[:, 0] = 2.0**-8  # values above 1.75 are cut
     pages_of = [-(-n // page_size) for n in kv_lens]
-    k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kind) for _ in range(2))
+    k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kv_kind) for _ in range(2))
     page_table = torch.zeros(len(kv_lens), max(*pages_of, 1), dtype=torch.int32)
     free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
     for seq_idx, kv_len in enumerate(kv_lens):
         for logical in range(pages_of[seq_idx]):
             page, rows = free.pop(), min(page_size, kv_len - logical * page_size)
             page_table[seq_idx, logical] = page
-            for cache in (k_cache, v_cache):
-                cache[page, :rows] = torch.randn(rows, num_kv_heads, head_dim, generator=generator).to(kind)
+            for index, cache in enumerate((k_cache, v_cache)):
+                values = torch.randn(rows, num_kv_heads, head_dim, generator=generator)
+                if scales is not None:
+                    values = (values / scales[index, :, None]).clamp(-FP8_MAX, FP8_MAX)
+                cache[page, :rows] = values.to(kv_kind)
     q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind)
     q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(kind)
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
         torch.full_like(q, torch.nan), torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
-        torch.randn(num_q_heads, generator=generator) if sinks else None, None,
+        torch.randn(num_q_heads, generator=generator) if sinks else None, None, *(() if scales is None else scales),
     )  # fmt: skip
     return plan, arguments
 
@@ -174,7 +183,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
             paged_attention(
                 *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, softcap=a.softcap,
-                sinks=a.sinks, out=a.out, lse=a.lse,
+                sinks=a.sinks, k_scale=a.k_scale, v_scale=a.v_scale, out=a.out, lse=a.lse,
             )  # fmt: skip
         reports.extend(seen.reports)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
-from fa4_backend.problem import COMPUTE_DTYPES, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, FP8, AttentionProblem, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import check_problem
 
 # A plain problem, and what each row of the matrix changes in it.
@@ -22,6 +22,7 @@ BASE = {
 }
 ROWS: dict[str, dict[str, object]] = {
     **{f"dtype {name}": {"dtype": name} for name in COMPUTE_DTYPES},
+    "K and V in FP8 (e4m3)": {"kv_dtype": FP8},
     **{f"head_dim {d}": {"head_dim": d, "head_dim_v": d} for d in (64, 72, 80, 96, 128, 192, 256, 512)},
     "head_dim 192, head_dim_v 128": {"head_dim": 192},
     **{f"page size {n}": {"page_size": n} for n in (1, 8, 16, 32, 48, 64, 128, 256, 528)},

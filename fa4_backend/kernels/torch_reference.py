@@ -2,10 +2,14 @@
 
 Query heads of a KV head are stacked as rows, so that keys and values are gathered once a KV head whatever the ratio. Long
 queries go in chunks, each against the keys its rows can see only; short queries of several sequences go together.
+
+FP8 keys and values become those of q's dtype, which holds every e4m3 number; their scales multiply logits and results, so that no key and
+no value is rounded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -62,7 +66,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
             _store(a, rows, None, torch.full((problem.num_q_heads, group[0].num_rows), -math.inf))
             continue
         pages = _pages(page_table, group, a.k_cache.shape[1])
-        k, v = (_gather(cache, pages, group) for cache in (a.k_cache, a.v_cache))
+        k, v = (_gather(cache, pages, group).to(a.q.dtype) for cache in (a.k_cache, a.v_cache))
         _store(a, rows, *_attend(problem, a, group, rows, k, v, right))
 
 
@@ -180,10 +184,16 @@ def _attend(
     q = a.q[rows].unflatten(0, (len(group), num_rows)).unflatten(2, (problem.num_kv_heads, problem.q_per_kv))
     q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
     bias = _mask(problem, a, group, k.shape[2], right)
-    if a.softcap > 0:
-        out, lse = _softcapped_attention(q, k, v, bias, a.softmax_scale, a.softcap)
-    else:
-        out, lse = _fused_attention(q, k, v, bias, a.softmax_scale)
+    parts = []
+    for heads, scale in _logit_scales(a):
+        own_bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
+        if a.softcap > 0:
+            parts.append(_softcapped_attention(q[:, heads], k[:, heads], v[:, heads], own_bias, scale, a.softcap))
+        else:
+            parts.append(_fused_attention(q[:, heads], k[:, heads], v[:, heads], own_bias, scale))
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat([part[i] for part in parts], dim=1) for i in (0, 1))
+    if a.v_scale is not None:
+        out = out.float() * a.v_scale[:, None, None]
     out = out.unflatten(2, (problem.q_per_kv, num_rows)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
     lse = lse.float().unflatten(2, (problem.q_per_kv, num_rows)).permute(1, 2, 0, 3).reshape(problem.num_q_heads, -1)
     # Only leading rows can be empty: those whose diagonal key, and all it may look ahead to, lies before key 0.
@@ -192,6 +202,18 @@ def _attend(
         out, lse = out.clone(), lse.clone()
         out[:num_empty], lse[:, :num_empty] = 0.0, -math.inf
     return out, lse
+
+
+def _logit_scales(a: AttentionArguments) -> list[tuple[slice, float]]:
+    """What dot products with stored keys are multiplied by, for each run of KV heads with the same K scale."""
+    if a.k_scale is None:
+        return [(slice(None), a.softmax_scale)]
+    runs, begin = [], 0
+    for k_scale, equal in itertools.groupby(a.k_scale.tolist()):
+        end = begin + sum(1 for _ in equal)
+        runs.append((slice(begin, end), a.softmax_scale * k_scale))
+        begin = end
+    return runs
 
 
 def _mask(problem: AttentionProblem, a: AttentionArguments, group: list[Span], num_keys: int, right: int | None) -> torch.Tensor | None:

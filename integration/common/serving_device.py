@@ -38,6 +38,21 @@ def arch_of_device(device: DeviceFacts) -> str:
     return arch
 
 
+def arch_of_torch_device(device: torch.device) -> str:
+    """The arch of an `AttentionProblem` over tensors on `device`.
+
+    Raises:
+        UnsupportedProblem, ValueError: as `arch_of_device`.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return arch_of_device(DeviceFacts(True, None, "CPU"))
+    if device.type != "cuda" or torch.version.hip:
+        return arch_of_device(DeviceFacts(False, None, str(device)))
+    return arch_of_device(DeviceFacts(False, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)))
+
+
 def count_sms(device: torch.device) -> int | None:
     """SMs of `device`; None where it is no GPU."""
     import torch

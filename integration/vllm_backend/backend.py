@@ -10,15 +10,14 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fa4_backend import AttentionProblem, MaskFeatures
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.problem import FP8, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.impl import FA4Impl
+from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
 from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 from fa4_integration.vllm_backend.plugin import NAME
 from fa4_integration.vllm_backend.serving_arch import serving_arch
-
-UNQUANTISED = {"float16": "float16", "bfloat16": "bfloat16"}  # vLLM's name of a KV cache dtype -> torch's
 
 
 class FA4Backend(AttentionBackend):
@@ -27,7 +26,7 @@ class FA4Backend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supports_kv_cache_update_bypass = True  # forward never reads key and value
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
-    supported_kv_cache_dtypes = ["auto", *UNQUANTISED]  # noqa: RUF012
+    supported_kv_cache_dtypes = [*STORED]  # noqa: RUF012  likewise
 
     @staticmethod
     def get_name() -> str:
@@ -62,6 +61,19 @@ class FA4Backend(AttentionBackend):
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         return refusal(dtype=str(dtype).removeprefix("torch.")) is None
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        # A name of a 16-bit dtype is right for the models that have it; `supports_combination` knows the model's.
+        return kv_cache_dtype is None or (kv_cache_dtype in STORED and (STORED[kv_cache_dtype] != FP8 or cls._serves_fp8()))
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        return cls._serves_fp8()
+
+    @classmethod
+    def _serves_fp8(cls) -> bool:
+        return refusal(kv_dtype=FP8) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -100,14 +112,15 @@ class FA4Backend(AttentionBackend):
         **kwargs: Any,
     ) -> str | None:
         """The reason, in a sentence, why this layer cannot be served here; None if it can."""
-        name = str(dtype).removeprefix("torch.")
-        stored = UNQUANTISED.get(kv_cache_dtype or "auto", name)
-        if stored != name:
-            return f"kv_cache_dtype: expected the model's {name} (or auto), got {kv_cache_dtype}"
+        try:
+            kv_dtype = stored_dtype(kv_cache_dtype)
+        except UnsupportedProblem as reason:
+            return str(reason)
         return refusal(
             head_dim=head_size,
             head_dim_v=head_size,
-            dtype=name,
+            dtype=str(dtype).removeprefix("torch."),
+            kv_dtype=kv_dtype,
             page_size=block_size or PAGE_MULTIPLE,
             mask=MaskFeatures(has_sinks=has_sink),
         )

@@ -12,8 +12,8 @@ from fa4_backend import envs as fa4_envs
 from fa4_backend.problem import UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
-from fa4_integration.vllm_backend.kv_cache import split_kv_cache, write_kv
-from fa4_integration.vllm_backend.metadata_builder import FA4Metadata
+from fa4_integration.vllm_backend.kv_cache import split_kv_cache, stored_dtype, write_kv
+from fa4_integration.vllm_backend.metadata_builder import FA4Metadata, LayerKind
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 
@@ -23,6 +23,8 @@ class FA4Impl(AttentionImpl):
     Raises:
         UnsupportedProblem: at construction, for what no kernel on this device serves.
     """
+
+    supports_quant_query_input = False  # with K and V in FP8 too: q in 16 bits makes products of what is stored exact
 
     def __init__(
         self,
@@ -45,6 +47,8 @@ class FA4Impl(AttentionImpl):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        # Of q: vLLM makes a model's layers with its dtype as torch's default. The cache's own dtype may be another, and says nothing of q.
+        self.dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sliding_window = sliding_window
@@ -53,6 +57,7 @@ class FA4Impl(AttentionImpl):
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.given_slopes = None if alibi_slopes is None else tuple(alibi_slopes)
         self.slopes: DeviceSlopes | None = None  # made by the builder, which restores them
+        self.writer: Any = None  # the layer that wrote the cache, where this one shares another's; set by the builder
         self._sinks = sinks
         self.mask = MaskFeatures(
             has_window_left=self.window_left is not None,
@@ -61,7 +66,10 @@ class FA4Impl(AttentionImpl):
             has_alibi=alibi_slopes is not None,
         )
         # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
-        check_problem(self.problem(PAGE_MULTIPLE, torch.get_default_dtype()))
+        problem = self.problem(PAGE_MULTIPLE)
+        check_problem(problem)
+        self.is_fp8 = problem.has_kv_scales
+        self.kind: LayerKind = (self.mask, problem.kv_dtype)
 
     @property
     def sinks(self) -> torch.Tensor | None:
@@ -73,7 +81,7 @@ class FA4Impl(AttentionImpl):
         """(num_q_heads,) float32 on the device; None without ALiBi, and until a builder serves the layer."""
         return None if self.slopes is None else self.slopes.tensor
 
-    def problem(self, page_size: int, dtype: torch.dtype) -> AttentionProblem:
+    def problem(self, page_size: int) -> AttentionProblem:
         """What this layer asks of the operator, for pages of `page_size` tokens."""
         from vllm import envs
 
@@ -82,7 +90,8 @@ class FA4Impl(AttentionImpl):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
             head_dim_v=self.head_size,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=self.dtype,
+            kv_dtype=stored_dtype(self.kv_cache_dtype),
             page_size=page_size,
             arch=serving_arch(),
             mask=self.mask,
@@ -106,8 +115,9 @@ class FA4Impl(AttentionImpl):
         """Attention of a step's queries over the KV cache, which already holds the step's own keys and values.
 
         Args:
+            layer: of vLLM; its scales of K and V are read at each call, since a checkpoint's replace the tensors it starts with.
             query: (num_tokens, num_q_heads, head_dim), may be longer than the step's `num_actual_tokens`; key and value are not read.
-            kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides.
+            kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides; bytes where K and V are FP8.
             attn_metadata: None in a profiling run, which has no cache.
             output: (num_tokens, num_q_heads, head_dim), written in place.
         """
@@ -117,7 +127,13 @@ class FA4Impl(AttentionImpl):
             return output.fill_(0)
         num_tokens = attn_metadata.num_actual_tokens
         k_cache, v_cache = split_kv_cache(kv_cache, self.head_size)
-        step = attn_metadata.steps[self.mask]
+        k_scale = v_scale = None
+        if self.is_fp8:
+            # After the split: of a cache whose elements are no bytes a row becomes too long, which the operator refuses.
+            k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
+            writer = layer if self.writer is None else self.writer
+            k_scale, v_scale = writer._k_scale, writer._v_scale
+        step = attn_metadata.steps[self.kind]
         paged_attention(
             query[:num_tokens],
             k_cache,
@@ -132,6 +148,8 @@ class FA4Impl(AttentionImpl):
             softcap=self.logits_soft_cap,
             sinks=self.sinks,
             alibi_slopes=self.alibi_slopes,
+            k_scale=k_scale,
+            v_scale=v_scale,
             out=output[:num_tokens],
         )
         return output

@@ -1,7 +1,8 @@
 """vLLM's KV cache seen as ours, and written to.
 
 vLLM hands each layer one tensor (num_pages, num_kv_heads, page_size, 2 * head_dim) in which a token's K and V are neighbours, in one of
-several physical orders. Nothing is copied: K and V are strided views.
+several physical orders. Nothing is copied: K and V are strided views. In FP8 the tensor is of bytes: e4m3 numbers, each the value divided
+by the layer's scale.
 """
 
 from __future__ import annotations
@@ -10,9 +11,26 @@ from typing import Any
 
 import torch
 
+from fa4_backend.problem import FP8, FP8_MAX, SAME_AS_Q, UnsupportedProblem
+
+# vLLM's name of a KV cache dtype -> ours.
+STORED = {"auto": SAME_AS_Q, "float16": "float16", "bfloat16": "bfloat16", "fp8": FP8, "fp8_e4m3": FP8}
+
+
+def stored_dtype(kv_cache_dtype: str | None) -> str:
+    """The `kv_dtype` of an `AttentionProblem` for vLLM's name of a KV cache dtype; None is vLLM's "auto".
+
+    Raises:
+        UnsupportedProblem: the cache holds something else, such as e5m2, integers or packed groups with scales of their own.
+    """
+    name = kv_cache_dtype or "auto"
+    if name not in STORED:
+        raise UnsupportedProblem(f"kv_cache_dtype: expected one of {', '.join(STORED)}, got {name}")
+    return STORED[name]
+
 
 def split_kv_cache(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views k_cache and v_cache, each (num_pages, page_size, num_kv_heads, head_dim), of a layer's cache.
+    """Views k_cache and v_cache, each (num_pages, page_size, num_kv_heads, head_dim), of a layer's cache, in its dtype.
 
     Args:
         kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides with last stride 1.
@@ -44,5 +62,12 @@ def write_kv(
     slots = slot_mapping[tokens]
     page_size = k_cache.shape[1]
     page, row = slots // page_size, slots % page_size
-    k_cache[page, row] = key[tokens]
-    v_cache[page, row] = value[tokens]
+    for cache, new, scale in ((k_cache, key[tokens], layer._k_scale), (v_cache, value[tokens], layer._v_scale)):
+        cache[page, row] = quantise(new, scale).view(cache.dtype) if stored_dtype(kv_cache_dtype) == FP8 else new
+
+
+def quantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 numbers of `values` (tokens, num_kv_heads, head_dim) as vLLM's scatter kernel makes them: divided in float32, cut to what is
+    finite, rounded to the nearest. `scale`: one for all, or one a KV head."""
+    divided = values.float() / scale.view(-1, 1)
+    return divided.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)

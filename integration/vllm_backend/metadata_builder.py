@@ -10,15 +10,16 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import BatchLimits, UnsupportedProblem
+from fa4_backend import BatchLimits, MaskFeatures, UnsupportedProblem
 from fa4_integration.common import start
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:
-    from fa4_backend import AttentionMetadata, MaskFeatures
+    from fa4_backend import AttentionMetadata
 
+LayerKind = tuple[MaskFeatures, str]  # what layers of a group may differ in: their masks, and the dtype of their K and V
 # Specs whose pages hold one sequence's tokens in order, each once: what the operator's page table describes.
 SERVED_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
 
@@ -32,11 +33,11 @@ class FA4Metadata:
     seqused_k: torch.Tensor  # (batch,) int32
     page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
     slot_mapping: torch.Tensor  # (num_tokens,), where the step's keys and values were written
-    steps: dict[MaskFeatures, AttentionMetadata]  # refreshed for this step, by the layers' masks
+    steps: dict[LayerKind, AttentionMetadata]  # refreshed for this step
 
 
 class FA4MetadataBuilder(AttentionMetadataBuilder):
-    """Plans at start, one plan for each mask among the group's layers; `build` refreshes their device buffers.
+    """Plans at start, one plan for each kind of layer in the group; `build` refreshes their device buffers.
 
     Raises:
         UnsupportedProblem: at construction, for a KV cache or a layer that no kernel on this device serves.
@@ -55,20 +56,24 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         announce_layers(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         impls = [layer.impl for layer in layers.values()]
-        self.steps: dict[MaskFeatures, AttentionMetadata] = self._allocate_steps(impls, device)
+        self.steps: dict[LayerKind, AttentionMetadata] = self._allocate_steps(impls, device)
         self.slopes = share_slopes(impls, device)
+        for impl in impls:
+            target = impl.kv_sharing_target_layer_name
+            if target is not None:
+                impl.writer = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, [target])[target]
 
-    def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[MaskFeatures, AttentionMetadata]:
+    def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[LayerKind, AttentionMetadata]:
         # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
         start.open_warm_up()
-        limits, spec = self._limits(), self.kv_cache_spec
-        steps: dict[MaskFeatures, AttentionMetadata] = {}
+        limits = self._limits()
+        steps: dict[LayerKind, AttentionMetadata] = {}
         for impl in impls:
-            if impl.mask not in steps:
-                steps[impl.mask] = start.allocate(impl.problem(spec.block_size, spec.dtype), limits, device)
-        for mask, step in steps.items():
-            windows = [impl.window_left for impl in impls if impl.mask == mask]
-            step.window_left = max(windows) if mask.has_window_left else None
+            if impl.kind not in steps:
+                steps[impl.kind] = start.allocate(impl.problem(self.kv_cache_spec.block_size), limits, device)
+        for kind, step in steps.items():
+            windows = [impl.window_left for impl in impls if impl.kind == kind]
+            step.window_left = max(windows) if step.plan.problem.mask.has_window_left else None
         return steps
 
     @classmethod

@@ -1,22 +1,28 @@
 """vLLM on a GPU with `--attention-backend FA4` beside FLASH_ATTN: tokens, CUDA graphs, a real model's answer, time of a step.
 
-    python -m tests.device.serve_tokens --out results.json [--model FOLDER]
+    python -m tests.device.serve_tokens --out results.json [--model FOLDER | --kv-cache-dtype fp8]
 
 Each engine runs in a process of its own: small random models (`tests.engines.tiny_models`), or the real model in FOLDER. In bfloat16
 two right kernels differ in the last bit now and then, and a greedy answer parts from there on. So what is judged is the log-probability
 of a first token: how far Triton's is from FLASH_ATTN's is the yardstick, which FA4 must keep and a softmax scale that is 5% off must not.
+
+With K and V in FP8 all engines are compared with FLASH_ATTN on a 16-bit cache, by the root mean square over the tokens of all prompts
+(prefill) and over tokens that each engine is made to generate, the same ones (decode). The yardstick is FLASH_ATTN in FP8, which rounds
+queries and weights too: FA4 must be nearer, and must not be with scales of K and V that are 25% off.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +51,87 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FA4, scale 5% off": ("FA4", EAGER),
 }
 STRICT = ("FA4, full graphs", "FA4, drafts")  # run with FA4_BACKEND_STRICT=1: a compile after warm-up would end them
+FP8: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+# "auto" is FP8 with the checkpoint's scales for the model that declares them, and 16 bits for the others.
+FP8_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FLASH_ATTN, 16 bits": ("FLASH_ATTN", {**EAGER, "kv_cache_dtype": "bfloat16"}),
+    "FLASH_ATTN": ("FLASH_ATTN", {**EAGER, **FP8}),
+    "FA4": ("FA4", {**EAGER, **FP8}),
+    "FA4, full graphs": ("FA4", {**FULL_GRAPHS, **FP8}),
+    "FA4, drafts": ("FA4", {**EAGER, **FP8, **DRAFTS}),
+    "FA4, pages of 64": ("FA4", {**EAGER, **FP8, "block_size": 64}),
+    "FA4, sleep and reload": ("FA4", {**FULL_GRAPHS, **FP8, "enable_sleep_mode": True}),
+    "FA4, first layer skipped": ("FA4", {**EAGER, **FP8, "kv_cache_dtype_skip_layers": ["0"]}),
+    "FA4, windows skipped": ("FA4", {**EAGER, **FP8, "kv_cache_dtype_skip_layers": ["sliding_window"]}),
+    "FLASH_ATTN, declared": ("FLASH_ATTN", EAGER),
+    "FA4, declared": ("FA4", EAGER),
+    "FA4, declared, full graphs": ("FA4", FULL_GRAPHS),
+    # Scales come back too, at the addresses that graphs hold.
+    "FA4, declared, sleep and reload": ("FA4", {**FULL_GRAPHS, "enable_sleep_mode": True}),
+    "FA4, declared, scales 25% off": ("FA4", EAGER),
+    "FA4, scales 25% off": ("FA4", {**EAGER, **FP8}),
+}
+# K's largest values are about 4: a scale of 2^-7 cuts what is above 3.5.
+KV_SCALES: list[tuple[float, ...]] = [(0.011, 0.3), (0.07, 2.0**-7)]
 
-RUNS_OF = {"llama": list(RUNS), "gemma2": ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs", "FA4, scale 5% off"]}
+
+@dataclass(frozen=True)
+class Suite:
+    """Engines to run, and how they are judged."""
+
+    runs: dict[str, tuple[str, dict[str, Any]]]
+    runs_of: dict[str, list[str]]  # of each model; first the one that all others are compared with, then the yardstick
+    metrics: tuple[str, ...]  # of `compare`
+    too_far: float  # times the yardstick
+    planted: float  # factor on scales in runs that are "off"
+    trace: str  # in the line of a kernel of ours that ran
+
+
+SUITES = {
+    "auto": Suite(
+        RUNS,
+        {"llama": list(RUNS), "gemma2": ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs", "FA4, scale 5% off"]},
+        ("first_logprob_difference",),
+        TOO_FAR,
+        1.05,
+        "FA4: ",
+    ),
+    "fp8": Suite(
+        FP8_RUNS,
+        {
+            "llama": [run for run in FP8_RUNS if "declared" not in run and "windows" not in run],
+            "gemma2": [
+                "FLASH_ATTN, 16 bits", "FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, drafts", "FA4, windows skipped",
+                "FA4, scales 25% off",
+            ],
+            "llama_with_scales": ["FLASH_ATTN, 16 bits", *(run for run in FP8_RUNS if "declared" in run)],
+        },
+        ("prefill_logprob_rms", "decode_logprob_rms"),
+        1.0,
+        1.25,
+        "(K and V float8_e4m3fn)",
+    ),
+}  # fmt: skip
+
+
+def plant(scale_error: float) -> None:
+    """Multiply the scales of K and V in FP8, and the softmax scale of any other call."""
+    from fa4_backend.ops import paged_attention
+    from fa4_integration.vllm_backend import impl
+
+    def off(*tensors: Any, softmax_scale: float, k_scale: Any, v_scale: Any, **values: Any) -> Any:
+        if k_scale is None:
+            return paged_attention(*tensors, softmax_scale=softmax_scale * scale_error, **values)
+        scales = {"k_scale": k_scale * scale_error, "v_scale": v_scale * scale_error}
+        return paged_attention(*tensors, softmax_scale=softmax_scale, **scales, **values)
+
+    impl.paged_attention = off  # type: ignore[attr-defined]
 
 
 def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: float, prompts: list[Any]) -> dict[str, Any]:
     """Start an engine in this process and answer `prompts` greedily; which kernels ran is read from our trace file."""
     if scale_error != 1.0:
-        from fa4_backend.ops import paged_attention
-        from fa4_integration.vllm_backend import impl
-
-        impl.paged_attention = lambda *a, softmax_scale, **k: paged_attention(*a, softmax_scale=softmax_scale * scale_error, **k)  # type: ignore[attr-defined]
+        plant(scale_error)
     from vllm import LLM, SamplingParams
 
     arguments = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
@@ -77,10 +153,36 @@ def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: f
         "tokens": [list(output.token_ids) for output in outputs],
         "text": [output.text for output in outputs],
         "first_logprob": [max(p.logprob for p in output.logprobs[0].values()) for output in outputs],
+        "prefill_logprobs": prefill_logprobs(llm, inputs) if engine_args.get("speculative_config") is None else [],
+        "decode_logprobs": decode_logprobs(llm, inputs),
         "start_seconds": round(started, 1),
         "generate_seconds": round(time.perf_counter() - begin, 2),
         "kernels": sorted({line.split(" ", 1)[1] for line in trace.read_text().splitlines()}) if trace.exists() else [],
     }
+
+
+def prefill_logprobs(llm: Any, inputs: list[Any]) -> list[float]:
+    """The log-probability of each token of each prompt but its first."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    pairs = [pair for output in outputs for pair in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+    return [of_token[token].logprob for token, of_token in pairs]
+
+
+def decode_logprobs(llm: Any, inputs: list[Any]) -> list[float]:
+    """What the model thinks of tokens that it is made to generate, for each prompt another one again and again: contexts of different
+    engines do not part. Without the first, which a prefill's row decides."""
+    from vllm import SamplingParams
+
+    forced = [100 + 37 * index for index in range(len(inputs))]
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=32, logprobs=0, allowed_token_ids=[token], ignore_eos=True, detokenize=False)
+        for token in forced
+    ]
+    outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False)]
+    assert [set(output.token_ids) for output in outputs] == [{token} for token in forced]
+    return [of_token[token].logprob for output, token in zip(outputs, forced, strict=True) for of_token in output.logprobs[1:]]
 
 
 def wake_from_level_1(llm: Any) -> None:
@@ -99,10 +201,10 @@ def wake_from_level_2(llm: Any) -> None:
     llm.reset_prefix_cache()
 
 
-def in_own_process(model: Path, run: str, prompts: list[Any], folder: Path) -> dict[str, Any]:
+def in_own_process(suite: Suite, model: Path, run: str, prompts: list[Any], folder: Path) -> dict[str, Any]:
     """One engine, one process; its log is kept in `folder` and shown if it fails."""
-    backend, engine_args = RUNS[run]
-    scale_error = 1.05 if "off" in run else 1.0
+    backend, engine_args = suite.runs[run]
+    scale_error = suite.planted if "off" in run else 1.0
     request = {"model": str(model), "backend": backend, "engine_args": engine_args, "prompts": prompts, "scale_error": scale_error}
     own = folder / f"{model.name}-{run.replace(' ', '_').replace('%', '')}"
     own.mkdir()
@@ -120,26 +222,40 @@ def in_own_process(model: Path, run: str, prompts: list[Any], folder: Path) -> d
 
 
 def compare(got: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Equal answers and the largest difference of a first token's log-probability."""
+    """Equal answers, and how far log-probabilities are apart: the largest of first tokens, and root mean squares (see the module)."""
     pairs = list(zip(got["tokens"], reference["tokens"], strict=True))
     differences = [abs(a - b) for a, b in zip(got["first_logprob"], reference["first_logprob"], strict=True)]
-    return {"equal": sum(a == b for a, b in pairs), "of": len(pairs), "first_logprob_difference": round(max(differences), 5)}
+    seen = {"equal": sum(a == b for a, b in pairs), "of": len(pairs), "first_logprob_difference": round(max(differences), 5)}
+    for part in ("prefill", "decode"):
+        if got[f"{part}_logprobs"]:
+            squares = [(a - b) ** 2 for a, b in zip(got[f"{part}_logprobs"], reference[f"{part}_logprobs"], strict=True)]
+            seen |= {f"{part}_logprob_rms": round(math.sqrt(sum(squares) / len(squares)), 6), f"{part}_tokens": len(squares)}
+    return seen
 
 
-def judge(results: dict[str, Any]) -> list[str]:
+def judge(results: dict[str, Any], suite: Suite = SUITES["auto"]) -> list[str]:
     """What is wrong with the runs of one or several models: engines that failed, answers too far away, controls that are not."""
     wrong = [f"{name} failed" for name, result in results.items() if "failed" in result]
     for name, result in results.items():
         model, run = name.split(": ", 1)
-        yardstick = results.get(f"{model}: TRITON_ATTN", {}).get("against_flash_attn")
+        other = yardstick_of(model, suite)
+        yardstick = results.get(f"{model}: {other}", {}).get("against_flash_attn")
         if "FA4" not in run or "failed" in result or yardstick is None:
             continue
-        share = result["against_flash_attn"]["first_logprob_difference"] / yardstick["first_logprob_difference"]
-        if (share > TOO_FAR) != ("off" in run):
-            wrong.append(f"{name}: a first token's log-probability is {share:.2f} times as far from FLASH_ATTN's as Triton's")
-        if not result["kernels"]:
-            wrong.append(f"{name}: none of our kernels ran")
+        seen = result["against_flash_attn"]
+        shares = {metric: seen[metric] / yardstick[metric] for metric in suite.metrics if metric in seen}
+        far = [metric for metric, share in shares.items() if share > suite.too_far]
+        if not shares or ("off" in run and not far) or ("off" not in run and far):
+            bound = f"{'above' if 'off' in run else 'at most'} {suite.too_far}"
+            wrong.append(f"{name}: expected {bound} times the distance of {other}, got {shares}")
+        if not any(suite.trace in line for line in result["kernels"]):
+            wrong.append(f"{name}: none of our kernels ran with {suite.trace!r} in its line")
     return wrong
+
+
+def yardstick_of(model: str, suite: Suite) -> str:
+    """The run whose distance is the yardstick of a model, a real one included."""
+    return suite.runs_of.get(model, [*suite.runs])[1]
 
 
 def report(name: str, result: dict[str, Any]) -> None:
@@ -151,11 +267,15 @@ def report(name: str, result: dict[str, Any]) -> None:
     print(f"    {result['text'][0]!r}" if result["text"][0] else "", flush=True)
 
 
+WRITE = {"llama": write_llama, "gemma2": write_gemma2, "llama_with_scales": lambda folder: write_llama(folder, KV_SCALES)}
+
+
 def main() -> int:
     """Run everything, print a table, write the JSON; 1 when an engine failed or the control was not noticed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", type=Path, help="folder of a real model to ask about France; only this one is asked then")
+    parser.add_argument("--kv-cache-dtype", choices=SUITES, default="auto", help="fp8: engines with K and V in FP8")
     parser.add_argument("--side-by-side", type=int, default=3, help="engines that run at once")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -164,25 +284,25 @@ def main() -> int:
         options.request.with_name("answers.json").write_text(json.dumps(answer(**request)))
         return 0
     results: dict[str, Any] = {}
+    suite = SUITES[options.kv_cache_dtype]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.model:
-            models = [(options.model, [CHAT], ["FLASH_ATTN", "TRITON_ATTN", "FA4", "FA4, full graphs"])]
+            models = [(options.model, [CHAT], [*suite.runs][:4])]
         else:
-            models = [
-                (write(folder / kind), make_prompts(), RUNS_OF[kind]) for kind, write in (("llama", write_llama), ("gemma2", write_gemma2))
-            ]
+            models = [(WRITE[kind](folder / kind), make_prompts(), runs) for kind, runs in suite.runs_of.items()]
         jobs = [(model, run, prompts) for model, prompts, runs in models for run in runs]
+        reference_of = {model: f"{model.name}: {runs[0]}" for model, _, runs in models}
         with ThreadPoolExecutor(options.side_by_side) as pool:
-            for (model, run, _), result in zip(jobs, pool.map(lambda job: in_own_process(*job, folder), jobs), strict=True):
+            for (model, run, _), result in zip(jobs, pool.map(lambda job: in_own_process(suite, *job, folder), jobs), strict=True):
                 results[f"{model.name}: {run}"] = result
-                reference = results[f"{model.name}: FLASH_ATTN"]
+                reference = results[reference_of[model]]
                 if "failed" not in result and "failed" not in reference:
                     result["against_flash_attn"] = compare(result, reference)
                 report(f"{model.name}: {run}", result)
                 if options.out:  # after each engine: a machine's time may end before the last one's
                     options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
-    wrong = judge(results)
+    wrong = judge(results, suite)
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 
 from fa4_backend.cli import main
+from fa4_backend.commands.emulate import build_case, judge
+from fa4_backend.kernels.torch_reference import run_reference
+from fa4_backend.problem import FP8
+from fa4_backend.support import SUPPORT
 
 pytestmark = pytest.mark.emulated
 CASE = ["--heads", "2/1", "--q-lens", "3,70", "--kv-lens", "40,200", "--page-size", "16", "--num-sms", "2"]
@@ -40,6 +45,34 @@ def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.Capture
     prefill = next(k for name, k in result["kernels"].items() if "prefill" in name)
     assert prefill["units"]["MUFU"] > 0
     check_timeline(json.loads(path.read_text())["traceEvents"])
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
+def test_fp8_keys_and_values(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the arch's row of the table has it: right beside the oracle on what is stored times its scale. Elsewhere refused by name."""
+    code, text = emulate(capsys, "--arch", arch, *CASE, "--kv-dtype", "fp8", "--seeds", "1", "--json")
+    if FP8 not in SUPPORT[arch].quantised_kv:
+        assert code == 2 and f"kv_dtype on {arch}: expected bfloat16 with q in bfloat16, got {FP8}" in text
+        return
+    assert code == 0, text
+    result = json.loads(text)
+    assert result["ok"] and result["races"] == [] and 0 < result["max_err"] <= result["budget"]
+    assert all("kve4m3" in name for name in result["kernels"] if not name.startswith("schedule"))
+
+
+@pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
+def test_fp8_cases_are_judged_with_their_scales(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch kernel is right; with one scale 5% off it is not."""
+    monkeypatch.setitem(SUPPORT, "sm_90a", dataclasses.replace(SUPPORT["sm_90a"], quantised_kv=(FP8,)))
+    plan, arguments = build_case(
+        arch="sm_90a", heads="4/2", head_dim=64, q_lens=[3, 70], kv_lens=[40, 200], page_size=16, dtype="bfloat16", kv_dtype=FP8,
+        causal=True, window_left=None, softcap=0.0, sinks=False, num_sms=2,
+    )  # fmt: skip
+    stored = arguments.k_cache.float()
+    assert stored.isnan().any() and (stored.abs() == 448.0).any() and arguments.k_scale.unique().numel() == 2
+    for error, is_right in ((1.0, True), (1.05, False)):
+        run_reference(plan.problem, arguments._replace(**{scale: getattr(arguments, scale) * error}))
+        assert judge(plan, arguments)["ok"] == is_right
 
 
 def test_a_kernel_that_cannot_be_compiled_exits_1(
@@ -97,6 +130,12 @@ def test_an_empty_row_that_is_not_zero_is_wrong(capsys: pytest.CaptureFixture[st
     assert code == 1 and not json.loads(text)["empty_rows_are_zero"]
 
 
+def test_fewer_slots_than_are_added_up_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A lone decode row on two CTAs: its two slots come to a ring of which nothing else was written."""
+    code, text = emulate(capsys, "--arch", "sm_90a", "--heads", "4/2", "--q-lens", "1", "--kv-lens", "100", "--page-size", "16", "--json")
+    assert code == 0, text
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_many_decode_rows_of_unequal_length(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     """More rows than a warp has lanes: threads of the schedule sort and cut them together, under any order of the warps."""
@@ -111,7 +150,7 @@ def test_many_decode_rows_of_unequal_length(arch: str, capsys: pytest.CaptureFix
     "arguments",
     [
         ["--heads", "3/2"], ["--q-lens", "1,x"], ["--q-lens", "9,1", "--kv-lens", "5"], ["--q-lens", "-1", "--kv-lens", "5"],
-        ["--q-lens", "", "--kv-lens", "5"], ["--arch", "sm_80"], ["no_such_module:f"], ["no_colon"],
+        ["--q-lens", "", "--kv-lens", "5"], ["--arch", "sm_80"], ["--kv-dtype", "fp4"], ["no_such_module:f"], ["no_colon"],
     ],
 )  # fmt: skip
 def test_a_wrong_call_exits_2_with_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

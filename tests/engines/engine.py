@@ -26,19 +26,28 @@ class OperatorCalls:
     query_lens: set[int] = field(default_factory=set)  # longest query of each call's step
     kernels: set[str] = field(default_factory=set)  # "sm100 kernels", "torch reference"
     page_sizes: set[int] = field(default_factory=set)
+    kv_dtypes: set[tuple[str, int]] = field(default_factory=set)  # of K and V in a call, with the number of scales, 0 for none
 
 
 @contextmanager
-def watch_operator(scale_error: float = 1.0) -> Iterator[OperatorCalls]:
-    """Record the calls of vLLM's adapter; `scale_error` multiplies the softmax scale, a planted fault."""
+def watch_operator(scale_error: float = 1.0, kv_scale_error: float = 1.0) -> Iterator[OperatorCalls]:
+    """Record the calls of vLLM's adapter.
+
+    Args:
+        scale_error, kv_scale_error: what the softmax scale, and the scales of FP8 K and V, are multiplied by: planted faults.
+    """
     calls = OperatorCalls()
 
-    def watched(*args: Any, plan: Any, metadata: Any, softmax_scale: float, **kwargs: Any) -> Any:
+    def watched(*args: Any, plan: Any, metadata: Any, softmax_scale: float, k_scale: Any, v_scale: Any, **kwargs: Any) -> Any:
         calls.count += 1
         calls.query_lens.add(metadata.bounds.max_seqlen_q)
         calls.kernels.add(plan.describe().removeprefix("FA4: ").partition(" on ")[0])
         calls.page_sizes.add(plan.problem.page_size)
-        return paged_attention(*args, plan=plan, metadata=metadata, softmax_scale=softmax_scale * scale_error, **kwargs)
+        calls.kv_dtypes.add((plan.problem.kv_dtype, 0 if k_scale is None else k_scale.numel()))
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        if kv_scale_error != 1.0:
+            scales = {name: scale if scale is None else scale * kv_scale_error for name, scale in scales.items()}
+        return paged_attention(*args, plan=plan, metadata=metadata, softmax_scale=softmax_scale * scale_error, **scales, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fa4_integration.vllm_backend.impl.paged_attention", watched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from fa4_backend import UnsupportedProblem
+from fa4_backend.problem import FP8
 from fa4_backend.support import SUPPORT
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.serving_arch import serving_arch
@@ -58,12 +60,26 @@ def test_other_gpus_are_refused_with_a_sentence(cuda: DeviceCapability) -> None:
     [
         ({"dtype": torch.float32}, "dtype on sm_100a: expected one of bfloat16, float16, got 'float32'"),
         ({"head_size": 80}, "head_dim/head_dim_v on sm_100a: expected one of"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "got fp8_e5m2"),
     ],
 )
 def test_gpus_refuse_with_a_reason(cuda: DeviceCapability, facts: dict[str, Any], reason: str) -> None:
     reasons = FA4Backend.validate_configuration(device_capability=cuda, **{**ORDINARY, **facts})
     assert any(reason in one for one in reasons), reasons
+
+
+@pytest.mark.parametrize(("cuda", "arch"), [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((10, 3), "sm_103a")], indirect=["cuda"])
+@pytest.mark.parametrize("is_served", [True, False])
+def test_fp8_is_what_the_table_says(cuda: DeviceCapability, arch: str, is_served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arch's row decides, for the cache and for scales of each head; nothing else is kept that could say otherwise."""
+    monkeypatch.setitem(SUPPORT, arch, dataclasses.replace(SUPPORT[arch], quantised_kv=(FP8,) if is_served else ()))
+    facts = {**ORDINARY, "kv_cache_dtype": "fp8", "use_per_head_quant_scales": True}
+    reasons = FA4Backend.validate_configuration(device_capability=cuda, **facts)
+    if is_served:
+        assert reasons == []
+        return
+    assert {"kv_cache_dtype not supported", "per-head quant scales not supported"} <= set(reasons)
+    assert f"kv_dtype on {arch}: expected bfloat16 with q in bfloat16, got {FP8}" in reasons
 
 
 @pytest.mark.parametrize(

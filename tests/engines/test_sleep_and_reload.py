@@ -16,6 +16,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from fa4_backend.problem import FP8
+from fa4_backend.support import SUPPORT
+from fa4_integration.vllm_backend.serving_arch import serving_arch
 from tests.engines.vllm_step import BuiltStep, OneLayer, VllmStep
 
 KERNELS = ["reference", *(pytest.param(f"emulate-{chip}", marks=pytest.mark.emulated) for chip in ("sm90", "sm100"))]
@@ -81,22 +84,27 @@ def test_sinks_are_those_loaded_last(kernel: str, change: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("feature", ["sinks", "alibi"])
+@pytest.mark.parametrize("feature", ["sinks", "alibi", "fp8"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_step_after_sleep_is_the_same(kernel: str, feature: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, at the same addresses."""
     monkeypatch.setenv("FA4_BACKEND_CPU", kernel)
-    built = step(**{feature: True})
+    if feature == "fp8" and FP8 not in SUPPORT[serving_arch().removeprefix("emulated-")].quantised_kv:
+        pytest.skip(f"{kernel} does not serve FP8")
+    built = step(**({"kv_cache_dtype": "fp8", "scale_shape": (2,)} if feature == "fp8" else {feature: True}))
     awake = built.run()
     built.check(awake)
     cache, sinks = built.cache.clone(), None if built.sinks is None else built.sinks.clone()
+    scales = {name: buffer.clone() for name, buffer in built.layer.named_buffers()}
     buffers = device_buffers(built, level)
     addresses = [buffer.data_ptr() for buffer in buffers]
     assert buffers, "nothing is discarded: this test would see nothing"
     for buffer in buffers:
-        buffer.fill_(float("nan") if buffer.is_floating_point() else GARBAGE)
-    # What the engine brings back: its parameters, by a reload or from the host, and the KV cache, by computing it again.
+        buffer.fill_(float("nan") if buffer.is_floating_point() else GARBAGE % 256 if buffer.dtype == torch.uint8 else GARBAGE)
+    # What the engine brings back: its parameters and buffers, by a reload or from the host, and the KV cache, by computing it again.
     built.cache.copy_(cache)
+    for name, buffer in built.layer.named_buffers():
+        buffer.copy_(scales[name])
     if built.sinks is not None and sinks is not None:
         built.sinks.copy_(sinks)
     assert torch.equal(built.run()[:10], awake[:10])
@@ -109,7 +117,8 @@ def device_buffers(built: BuiltStep, level: int) -> list[torch.Tensor]:
     fields = [getattr(work, field.name) for work in lists for field in dataclasses.fields(work)]
     buffers = [field for field in fields if isinstance(field, torch.Tensor)]  # the rest: a shape, and what only some archs have
     if level == 2:
-        buffers += tensors_of(built.layer)
+        buffers += [*tensors_of(built.layer), *built.layer.buffers()]
+    buffers += [step.unit_scale for step in built.builder.steps.values() if step.unit_scale is not None]
     return [*buffers, built.cache]
 
 

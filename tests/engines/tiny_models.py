@@ -18,12 +18,25 @@ HIDDEN, INTERMEDIATE, HEAD_DIM = 256, 512, 64
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def write_llama(folder: Path) -> Path:
-    """Two layers, 4 query and 2 KV heads of 64: the plain causal decoder."""
+def write_llama(folder: Path, kv_scales: list[tuple[float, ...]] | None = None) -> Path:
+    """Two layers, 4 query and 2 KV heads of 64: the plain causal decoder.
+
+    Args:
+        kv_scales: make it a checkpoint of compressed-tensors that declares FP8 K and V, with these scales of K in each layer and twice as
+            large ones of V: one for all heads, or one a KV head.
+    """
     config = _config(
         "LlamaForCausalLM", "llama", num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", tie_word_embeddings=False
     )
-    return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0)
+    weights: dict[str, torch.Tensor] = {}
+    if kv_scales is not None:
+        per_head = len(kv_scales[0]) > 1
+        scheme = {"type": "float", "num_bits": 8, "symmetric": True, "dynamic": False, "strategy": "attn_head" if per_head else "tensor"}
+        config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme}
+        for index, scales in enumerate(kv_scales):
+            for name, factor in (("k_scale", 1.0), ("v_scale", 2.0)):
+                weights[f"model.layers.{index}.self_attn.{name}"] = torch.tensor(scales).mul(factor).view(-1, *[1] * 2 * per_head)
+    return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0, more=weights)
 
 
 def write_gemma2(folder: Path) -> Path:
@@ -64,8 +77,15 @@ def _config(architecture: str, model_type: str, **more: Any) -> dict[str, Any]:
     return common | more
 
 
-def _write(folder: Path, config: dict[str, Any], norms: tuple[str, ...], embedding_std: float, norm_offset: float = 0.0) -> Path:
-    """Weights, config and tokenizer. `norm_offset`: Gemma's norms multiply by 1 + weight."""
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    norms: tuple[str, ...],
+    embedding_std: float,
+    norm_offset: float = 0.0,
+    more: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Weights (and `more` of them), config and tokenizer. `norm_offset`: Gemma's norms multiply by 1 + weight."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1234)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -92,7 +112,7 @@ def _write(folder: Path, config: dict[str, Any], norms: tuple[str, ...], embeddi
     # Random signs: with tied embeddings (Gemma-2's always are) a plain norm would let the last token predict itself.
     signs = torch.randint(0, 2, (HIDDEN,), generator=generator) * 2.0 - 1.0
     weights["model.norm.weight"] = signs + norm_offset
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights | (more or {}), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder)
     return folder

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fa4_backend.arguments import AttentionArguments
@@ -18,6 +19,7 @@ from fa4_backend.error_budget import judge
 from fa4_integration.vllm_backend.backend import FA4Backend
 
 LAYER = "model.layers.0.self_attn.attn"
+NAN_BYTE = 0x7F  # of e4m3
 
 
 class OneLayer(torch.nn.Module, AttentionLayerBase):
@@ -26,7 +28,8 @@ class OneLayer(torch.nn.Module, AttentionLayerBase):
     def __init__(self, impl: Any) -> None:
         super().__init__()
         self.impl, self.layer_name = impl, LAYER
-        self._q_scale = self._k_scale = self._v_scale = torch.ones(())
+        for name in ("_q_scale", "_k_scale", "_v_scale"):
+            self.register_buffer(name, torch.ones(()))
 
     def get_attn_backend(self) -> Any:
         return FA4Backend
@@ -48,6 +51,8 @@ class VllmStep:
     num_kv_heads: int = 2
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
+    kv_cache_dtype: str = "auto"
+    scale_shape: tuple[int, ...] = ()  # of FP8 K and V: () or (1,) for all heads, (num_kv_heads,) for one each
     page_size: int = 16
     layout: KVCacheLayout = KVCacheLayout.LBNHC
     padding_rows: int = 0  # empty sequences at the end, as in a captured graph
@@ -79,7 +84,7 @@ class VllmStep:
             self.num_kv_heads,
             slopes,
             self.sliding_window,
-            "auto",
+            self.kv_cache_dtype,
             self.softcap,
         )
         default = torch.get_default_dtype()
@@ -95,15 +100,32 @@ class VllmStep:
         sinks = torch.randn(self.num_q_heads, generator=generator).to(self.dtype) if self.sinks else None
         parameter = None if sinks is None else torch.nn.Parameter(sinks, requires_grad=False)
         layer = OneLayer(self.impl(slopes, parameter))
+        if self.is_fp8:
+            layer._k_scale, layer._v_scale = self._draw_scales(seed)
         config = self.config()
         config.compilation_config.static_forward_context[LAYER] = layer
-        shape = {"block_size": self.page_size, "num_kv_heads": self.num_kv_heads, "head_size": self.head_dim, "dtype": self.dtype}
+        shape = {"block_size": self.page_size, "num_kv_heads": self.num_kv_heads, "head_size": self.head_dim, "dtype": self._stored_dtype()}
+        shape["kv_quant_mode"] = get_kv_quant_mode(self.kv_cache_dtype)
         spec = SlidingWindowSpec(**shape, sliding_window=self.sliding_window) if self.sliding_window else FullAttentionSpec(**shape)
         builder = FA4Backend.get_builder_cls()(spec, [LAYER], config, torch.device("cpu"))
-        return BuiltStep(self, layer, builder, slopes, parameter, *self._tensors(generator))
+        return BuiltStep(self, layer, builder, slopes, parameter, *self._tensors(generator, layer))
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.kv_cache_dtype.startswith("fp8")
+
+    def _stored_dtype(self) -> torch.dtype:
+        """The dtype of the cache that vLLM makes."""
+        return self.dtype if self.kv_cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[self.kv_cache_dtype]
+
+    def _draw_scales(self, seed: int) -> torch.Tensor:
+        """k_scale and v_scale, 2^-7 to 2^4; the first of K's is 2^-8, so that values above 1.75 are saturated."""
+        exponents = torch.rand(2, *self.scale_shape, generator=torch.Generator().manual_seed(seed + 1)) * 11 - 7
+        exponents[0].view(-1)[0] = -8.0
+        return exponents.exp2()
 
     def _tensors(
-        self, generator: torch.Generator
+        self, generator: torch.Generator, layer: OneLayer
     ) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         pages_of = [-(-n // self.page_size) for n in self.kv_lens]
         num_pages = 1 + sum(pages_of) + 3  # page 0 is vLLM's null block
@@ -119,9 +141,12 @@ class VllmStep:
             page_table[seq_idx, : len(pages)] = torch.tensor(pages)
             slot = torch.tensor([pages[n // self.page_size] * self.page_size + n % self.page_size for n in range(kv_len)])
             context = slot[: kv_len - query_len]
-            cache[context // self.page_size, :, context % self.page_size] = self._draw(
-                (len(context), self.num_kv_heads, 2 * self.head_dim), generator
-            )
+            drawn = self._draw((len(context), self.num_kv_heads, 2 * self.head_dim), generator)
+            if self.is_fp8:
+                halves = zip(drawn.float().chunk(2, dim=-1), (layer._k_scale, layer._v_scale), strict=True)
+                stored = torch.cat([half / scale.view(-1, 1) for half, scale in halves], dim=-1)
+                drawn = stored.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+            cache[context // self.page_size, :, context % self.page_size] = drawn
             slots[token : token + query_len] = slot[kv_len - query_len :]
             token += query_len
         # One projection makes q, k and v: each is a view with the whole row's stride.
@@ -145,10 +170,10 @@ class VllmStep:
         return description, cache, q, k, v
 
     def _empty_cache(self, num_pages: int) -> torch.Tensor:
-        """(num_pages, num_kv_heads, page_size, 2 * head_dim) of NaN, physically in the layout's order."""
+        """(num_pages, num_kv_heads, page_size, 2 * head_dim) of NaN, physically in the layout's order; in FP8 of bytes."""
         logical = (num_pages, self.num_kv_heads, self.page_size, 2 * self.head_dim)
         order = self.layout.layer_view_order
-        physical = torch.full([logical[axis] for axis in order], math.nan, dtype=self.dtype)
+        physical = torch.full([logical[axis] for axis in order], NAN_BYTE if self.is_fp8 else math.nan, dtype=self._stored_dtype())
         return physical.permute([order.index(axis) for axis in range(4)])
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -187,11 +212,15 @@ class BuiltStep:
         slopes = None if self.slopes is None else torch.tensor(self.slopes)
         total_q, rows = sum(step.query_lens), slice(0, len(step.query_lens))
         pages = self.cache.transpose(1, 2)
+        scales: list[torch.Tensor] = []
+        if step.is_fp8:
+            pages = pages.view(torch.float8_e4m3fn)
+            scales = [scale.expand(step.num_kv_heads) for scale in (self.layer._k_scale, self.layer._v_scale)]
         window = None if step.sliding_window is None else step.sliding_window - 1
         d, starts, lens = self.description, self.description.query_start_loc[: rows.stop + 1], self.description.seq_lens[rows]
         arguments = AttentionArguments(
             self.query, pages[..., : step.head_dim], pages[..., step.head_dim :], d.block_table_tensor[rows], starts, lens, output, None,
-            step.head_dim**-0.5, window, None, step.softcap or 0.0, sinks, slopes,
+            step.head_dim**-0.5, window, None, step.softcap or 0.0, sinks, slopes, *scales,
         )  # fmt: skip
         want = judge(arguments, is_causal=True)
         got = output[:total_q].double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pytest
 from fa4_backend import envs
 from fa4_backend.arch import ARCHS
 from fa4_backend.cli import main
+from fa4_backend.commands import compile as compile_command
 from fa4_backend.commands import features
+from fa4_backend.plan import AttentionPlan
+from fa4_backend.problem import FP8
 from fa4_backend.support import SUPPORT
 
 GEMMA_2 = {
@@ -32,7 +36,10 @@ def test_doctor_finds_torch_and_the_plugin(capsys: pytest.CaptureFixture[str]) -
     report = json.loads(out)
     by_subject = {f["subject"]: f for f in report["findings"]}
     assert by_subject["torch"]["status"] == "ok"
+    if by_subject["GPU"]["status"] == "note":
+        assert by_subject["CPU kernel"]["detail"] == f"torch reference, K and V in the dtype of q or {FP8}"
     assert by_subject["vllm.general_plugins"]["detail"] == "fa4 = fa4_integration.vllm_backend.plugin:register"
+    assert by_subject["sglang.srt.plugins"]["detail"] == "fa4_plugin = fa4_integration.sglang_backend.plugin:register"
     assert code == (0 if report["healthy"] else 1)
 
 
@@ -99,8 +106,6 @@ def test_every_environment_variable_is_read_in_envs() -> None:
 
 def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a feature away from the table that validates takes its 'yes' away from the matrix."""
-    import dataclasses
-
     assert features.support_matrix()["attention sinks"]["cpu"] is None
     poorer = dataclasses.replace(SUPPORT["cpu"], masks=SUPPORT["cpu"].masks - {"has_sinks"})
     monkeypatch.setitem(SUPPORT, "cpu", poorer)
@@ -108,6 +113,28 @@ def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[
     matrix = json.loads(out)
     assert code == 0 and "has_sinks" in matrix["attention sinks"]["cpu"]
     assert set(matrix["causal"]) == {"cpu", *ARCHS}
+    served = {arch for arch, reason in matrix["K and V in FP8 (e4m3)"].items() if reason is None}
+    assert served == {arch for arch, support in SUPPORT.items() if FP8 in support.quantised_kv} and "cpu" in served
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compile_takes_fp8_keys_and_values(
+    arch: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the option, or as a model's checkpoint declares it: the plans that are compiled have it. Refused where the arch has no kernel."""
+    plans: list[AttentionPlan] = []
+    monkeypatch.setattr(compile_command, "compile_plans", lambda given: plans.extend(given) or [])
+    declaring = {**GEMMA_2, "head_dim": 128, "quantization_config": {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "config.json").write_text(json.dumps(declaring))
+    for asked in (("--kv-dtype", "fp8"), ("--model", str(tmp_path))):
+        for served in ((), (FP8,)):
+            monkeypatch.setitem(SUPPORT, arch, dataclasses.replace(SUPPORT[arch], quantised_kv=served))
+            plans.clear()
+            code, _, err = run(capsys, "compile", "--arch", arch, *asked)
+            if served:
+                assert code == 0 and plans and {plan.problem.kv_dtype for plan in plans} == {FP8}
+            else:
+                assert code == 1 and f"kv_dtype on {arch}: expected bfloat16 with q in bfloat16, got {FP8}" in err
 
 
 def test_plan_of_gemma_2_has_two_groups(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

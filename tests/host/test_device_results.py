@@ -16,7 +16,7 @@ from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
 from tests import conftest
 from tests.device import proofs
 from tests.device.proofs import Proof
-from tests.device.serve_tokens import judge
+from tests.device.serve_tokens import SUITES, compare, judge
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
 
@@ -52,6 +52,48 @@ def test_a_wrong_engine_is_noticed() -> None:
     runs = load("serve_h100.json")["runs"]
     assert judge({**runs, "llama: FA4": {**runs["llama: FA4, scale 5% off"]}}) != []
     assert judge({**runs, "llama: FA4": {**runs["llama: FA4"], "kernels": []}}) != []
+
+
+def fp8_runs(distances: dict[str, float]) -> dict[str, Any]:
+    """Runs of one model as `serve_tokens` makes them; each differs from the reference by a number in every log-probability."""
+    suite, runs = SUITES["fp8"], {}
+    reference = {"tokens": [[1, 2]], "first_logprob": [-1.0], "prefill_logprobs": [-1.0, -2.0, -3.0], "decode_logprobs": [-1.0, -1.5]}
+    for run in suite.runs_of["llama"]:
+        distance = distances.get(run, distances["FA4"] if run.startswith("FA4") and "off" not in run else 0.0)
+        parts = {name: [value + distance for value in reference[name]] for name in reference if name != "tokens"}
+        if "drafts" in run:
+            parts["prefill_logprobs"] = []
+        line = f"FA4: sm90 kernels on sm_90a, 4/2 heads, head_dim 64, bfloat16 {suite.trace}, page 16 device=cuda:0"
+        result = {**parts, "tokens": reference["tokens"], "kernels": [line] if run.startswith("FA4") else []}
+        runs[f"llama: {run}"] = {**result, "against_flash_attn": compare(result, reference)}
+    return runs
+
+
+RIGHT = {"FLASH_ATTN, 16 bits": 0.0, "FLASH_ATTN": 0.09, "FA4": 0.06, "FA4, scales 25% off": 0.3}
+
+
+def test_fp8_engines_are_judged_by_distance() -> None:
+    assert judge(fp8_runs(RIGHT), SUITES["fp8"]) == []
+
+
+@pytest.mark.parametrize("run", [run for run in SUITES["fp8"].runs_of["llama"] if run.startswith("FA4")])
+def test_a_wrong_fp8_engine_is_noticed(run: str) -> None:
+    """Farther than the yardstick, or a control that is not; not our kernels, or not with K and V in FP8."""
+    runs = fp8_runs(RIGHT)
+    name, spoilt = f"llama: {run}", fp8_runs({**RIGHT, run: 0.08 if "off" in run else 0.1})
+    (wrong,) = judge({**runs, name: spoilt[name]}, SUITES["fp8"])
+    assert wrong.startswith(f"{name}: expected {'above' if 'off' in run else 'at most'} 1.0 times the distance of FLASH_ATTN")
+    for lines in ([], ["FA4: sm90 kernels on sm_90a, 4/2 heads, head_dim 64, bfloat16, page 16 device=cuda:0"]):
+        runs = fp8_runs(RIGHT)
+        runs[f"llama: {run}"]["kernels"] = lines
+        (wrong,) = judge(runs, SUITES["fp8"])
+        assert "none of our kernels ran" in wrong
+
+
+def test_engines_of_a_suite_have_their_yardsticks() -> None:
+    for suite in SUITES.values():
+        for runs in suite.runs_of.values():
+            assert set(runs) <= set(suite.runs) and not any(run.startswith("FA4") for run in runs[:2])
 
 
 def test_sanitizer() -> None:

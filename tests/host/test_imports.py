@@ -29,6 +29,7 @@ PLAN = (
     [
         (PLAN, ["torch", "cutlass", "vllm", "numpy"]),
         ("import fa4_integration.vllm_backend.plugin", ["torch", "cutlass", "vllm", "numpy"]),
+        ("import fa4_integration.sglang_backend.plugin", ["torch", "cutlass", "sglang", "numpy"]),
         ("from fa4_backend.cli import main\nmain(['--version'])", ["torch", "cutlass", "vllm"]),
         ("import fa4_backend.commands.plan, fa4_backend.commands.compile", ["transformers", "vllm", "cutlass"]),
         ("import fa4_backend.ops, fa4_backend.reference, fa4_backend.kernels.torch_reference", ["cutlass", "vllm", "triton"]),

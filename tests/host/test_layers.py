@@ -1,4 +1,7 @@
-"""Who may import whom: kernels know nothing of plans, a family knows only what families share, and `cutlass` stays below the kernels."""
+"""Who may import whom: kernels know nothing of plans, a family knows only what families share, and `cutlass` stays below the kernels.
+
+An engine's adapter knows its engine, the operator and what adapters share.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ KERNELS = PACKAGE / "kernels"
 FAMILIES = ("sm90", "sm100", "decode", "schedule")
 # Facts of a family that another one builds on: what a list holds, and no code that runs on the device.
 SHARED_FACTS = {"fa4_backend.kernels.schedule.work_list"}
+INTEGRATION = ROOT / "integration"
+# Folder or module below integration/ -> the engine that it alone may import.
+ENGINES = {"vllm_backend": "vllm", "sglang_backend": "sglang", "transformers_attention": "transformers"}
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -70,3 +76,24 @@ def test_the_compiler_is_imported_below_the_kernels_only() -> None:
             continue
         found = [name for name in imported_modules(path) if name.split(".")[0] == "cutlass"]
         assert not found, f"{path.relative_to(ROOT)} imports the compiler: {found}"
+
+
+def integration_files() -> list[Path]:
+    return sorted(INTEGRATION.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", integration_files(), ids=lambda path: str(path.relative_to(INTEGRATION)))
+def test_an_adapter_knows_its_own_engine(path: Path) -> None:
+    name = path.relative_to(INTEGRATION).parts[0].removesuffix(".py")
+    foreign = {engine for owner, engine in ENGINES.items() if owner != name}
+    others = tuple(f"fa4_integration.{owner}" for owner in ENGINES if owner != name)
+    imported = list(imported_modules(path))
+    found = [module for module in imported if module.split(".")[0] in foreign or module.startswith(others)]
+    assert not found, f"{path.relative_to(ROOT)} imports another engine: {found}"
+    found = [module for module in imported if module.startswith("fa4_backend.kernels")]
+    assert not found, f"{path.relative_to(ROOT)} imports past the operator: {found}"
+
+
+def test_every_adapter_is_known() -> None:
+    names = {path.name.removesuffix(".py") for path in INTEGRATION.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert names - {"common", "__pycache__", "__init__"} == set(ENGINES)

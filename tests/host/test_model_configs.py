@@ -12,7 +12,7 @@ import pytest
 
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.problem import DTYPE_BYTES, FP8, UnsupportedProblem
 from tests.support.model_configs import CONFIGS
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="these families are known to vLLM only")
@@ -125,6 +125,75 @@ def test_layers_of_a_published_model(tmp_path: Path, name: str) -> None:
     attention, rest = FACTS[name]
     assert sorted(asked(groups), key=str) == sorted(attention, key=str)
     assert others(groups) == rest
+
+
+SCHEME = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}
+MODELOPT_FILE = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+# A checkpoint's quantization_config, and what K and V are; a name that is no dtype is refused.
+DECLARED: dict[str, tuple[dict[str, Any], str]] = {
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}, FP8),
+    "compressed-tensors, heads": ({"quant_method": "compressed-tensors", "kv_cache_scheme": {**SCHEME, "strategy": "attn_head"}}, FP8),
+    "compressed-tensors, weights only": ({"quant_method": "compressed-tensors", "kv_cache_scheme": None}, "bfloat16"),
+    "compressed-tensors, integers": ({"quant_method": "compressed-tensors", "kv_cache_scheme": {**SCHEME, "type": "int"}}, "8-bit int"),
+    "ModelOpt, scheme": ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": SCHEME}, FP8),
+    "ModelOpt, dynamic": ({"quant_method": "modelopt", "kv_cache_scheme": {**SCHEME, "dynamic": True}}, "bfloat16"),
+    "ModelOpt, name": ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "kv_cache_quant_algo": "fp8"}, FP8),
+    "ModelOpt, nested": ({"quant_method": "modelopt", **MODELOPT_FILE}, FP8),
+    "ModelOpt, NVFP4": ({"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}, "nvfp4"),
+    "ModelOpt, unknown": ({"quant_method": "modelopt", "kv_cache_quant_algo": "INT8"}, "bfloat16"),
+    "ModelOpt, weights only": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "bfloat16"),
+    "weights only": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "bfloat16"),
+}
+
+
+def kv_dtypes(path: Path, **arguments: Any) -> set[str]:
+    return {group.problem.kv_dtype for group in layer_groups(path, arch="cpu", page_size=16, **arguments) if group.problem}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_what_a_checkpoint_declares(tmp_path: Path, declared: str) -> None:
+    quantisation, kv_dtype = DECLARED[declared]
+    path = write(tmp_path, "Llama-3.1-8B", quantization_config=quantisation)
+    if kv_dtype in DTYPE_BYTES:
+        assert kv_dtypes(path) == {kv_dtype}
+    else:
+        with pytest.raises(UnsupportedProblem, match=f"kv_dtype: expected one of .*, got '{kv_dtype}'"):
+            kv_dtypes(path)
+    assert kv_dtypes(path, kv_dtype="auto") == {"bfloat16"}, "a dtype that is named is another choice"
+    assert kv_dtypes(path, kv_dtype=FP8) == {FP8}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_vllm_takes_auto_for_the_same(name: str) -> None:
+    """Its own reading, where it is installed. What it leaves at "auto" its layers resolve by the scheme of compressed-tensors."""
+    torch_utils = pytest.importorskip("vllm.utils.torch_utils")
+    quantisation, kv_dtype = DECLARED[name]
+    resolved = torch_utils.get_kv_cache_quant_algo_string(quantisation) or "auto"
+    if quantisation["quant_method"] == "compressed-tensors":
+        assert resolved == "auto" and bool(quantisation["kv_cache_scheme"]) == (kv_dtype != "bfloat16")
+        return
+    assert {"fp8": FP8, "fp8_e4m3": FP8, "auto": "bfloat16"}.get(resolved, resolved) == kv_dtype
+
+
+def test_declared_in_a_file_beside_the_config(tmp_path: Path) -> None:
+    """As ModelOpt did; config.json goes first where both say something."""
+    path = write(tmp_path, "Llama-3.1-8B")
+    path.with_name("hf_quant_config.json").write_text(json.dumps(MODELOPT_FILE))
+    assert kv_dtypes(path) == kv_dtypes(tmp_path) == {FP8}
+    assert kv_dtypes(write(tmp_path, "Llama-3.1-8B", quantization_config={"quant_method": "fp8"})) == {"bfloat16"}
+
+
+def test_plan_says_fp8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(write(tmp_path, "Llama-3.1-8B", quantization_config=DECLARED["compressed-tensors"][0]))
+    for arguments, words in (((), f"bfloat16 (K and V {FP8})"), (("--kv-dtype", "auto"), "head_dim 128, bfloat16, page")):
+        code, out, _ = plan(capsys, "--model", path, *arguments)
+        assert code == 0 and words in out, out
+    path = str(write(tmp_path, "Llama-3.1-8B"))
+    for name in ("fp8", "fp8_e4m3", FP8):
+        code, out, _ = plan(capsys, "--model", path, "--kv-dtype", name)
+        assert code == 0 and f"(K and V {FP8})" in out, out
+    code, _, err = plan(capsys, "--model", path, "--kv-dtype", "fp8_e5m2")
+    assert code == 1 and "kv_dtype: expected one of" in err and "got 'fp8_e5m2'" in err
 
 
 @needs_vllm

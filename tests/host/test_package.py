@@ -49,6 +49,7 @@ def test_wheel_names_its_entry_points_and_touches_no_pin_of_vllm(wheel: zipfile.
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
     assert "fa4 = fa4_integration.vllm_backend.plugin:register" in text and "fa4 = fa4_backend.cli:main" in text
+    assert "[sglang.srt.plugins]\nfa4_plugin = fa4_integration.sglang_backend.plugin:register" in text
     metadata = wheel.read(name.replace("entry_points.txt", "METADATA")).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert not [line for line in required if "==" in line], "an exact version of ours would fight with the engine's"

@@ -211,7 +211,72 @@ def test_the_float32_budget_catches_values_of_eleven_bits(monkeypatch: pytest.Mo
         built.check(*built.run())
 
 
-@settings(max_examples=60, deadline=None)
+FP8_EDGES = dataclasses.replace(EDGES, kv_dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize("per_head_scales", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("feature", ["plain", *FEATURES])
+def test_fp8_keys_and_values(feature: str, dtype: str, per_head_scales: bool) -> None:
+    """Scales from 2^-7 to 2^6, saturated values, zeros, and bytes of NaN where no row looks."""
+    built = dataclasses.replace(FP8_EDGES, dtype=dtype, per_head_scales=per_head_scales, **FEATURES.get(feature, {})).build()
+    assert (built.arguments.k_cache.view(torch.uint8) == 0x7F).any(), "nothing is poisoned"
+    built.check(*built.run())
+
+
+@pytest.mark.parametrize("layout", ["separate", "nhd", "hnd"])
+@pytest.mark.parametrize("window_left", [None, 17])
+def test_fp8_short_queries_go_together(window_left: int | None, layout: str) -> None:
+    case = dataclasses.replace(TOGETHER, kv_dtype="float8_e4m3fn", window_left=window_left, layout=layout, dtype="float32", alibi=True)
+    built = case.build()
+    out, lse = built.run()
+    built.check(out, lse)
+    for page_size in (48, 256):
+        other, other_lse = repage(built, page_size).run()
+        assert torch.equal(other, out) and torch.equal(other_lse, lse), page_size
+
+
+@pytest.mark.parametrize("exponents", [(-6, 6), (6, -6), (0, 0)])
+@pytest.mark.parametrize("stored", [448.0, -448.0, 0.0, 2.0**-9])
+def test_fp8_extremes(stored: float, exponents: tuple[int, int]) -> None:
+    """All values the largest, zero or the smallest: a row's result is that value times V's scale, and equal logits give the lse."""
+    built = dataclasses.replace(FP8_EDGES, dtype="float16").build()
+    k_scale, v_scale = (torch.tensor([2.0**exponent]).expand(2) for exponent in exponents)
+    built.arguments = built.arguments._replace(k_scale=k_scale, v_scale=v_scale)
+    for cache in built.arguments[1:3]:
+        cache.copy_(torch.where(cache.float().isnan(), cache.float(), stored))
+    out, lse = built.run()
+    built.check(out, lse)
+    seen = ~lse[:, : built.total_q].isneginf().T
+    assert seen.any() and (out[: built.total_q][seen] == stored * 2.0 ** exponents[1]).all()
+
+
+def test_fp8_without_scales_is_what_is_stored() -> None:
+    """Bit for bit the result of the same numbers in the dtype of q: e4m3 is exact in it."""
+    built = FP8_EDGES.build()
+    a = built.arguments
+    built.arguments = a._replace(k_scale=None, v_scale=None)
+    out, lse = (tensor.clone() for tensor in built.run())
+    wide = BuiltCase(EDGES, built.arguments._replace(k_cache=a.k_cache.to(a.q.dtype), v_cache=a.v_cache.to(a.q.dtype)), built.total_q)
+    for got, want in zip((out, lse), wide.run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("per_head_scales", [True, False])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+@pytest.mark.parametrize("head", [0, 1])
+def test_the_budget_catches_a_scale_of_one_head_that_is_five_percent_off(name: str, head: int, per_head_scales: bool) -> None:
+    built = dataclasses.replace(FP8_EDGES, per_head_scales=per_head_scales).build()
+    out, lse = built.run()
+    built.check(out, lse)
+    scale = getattr(built.arguments, name).clone()
+    scale[head] *= 1.05
+    built.arguments = built.arguments._replace(**{name: scale})
+    with pytest.raises(AssertionError, match=r"out:|lse:"):
+        built.check(*built.run())
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 150)), min_size=1, max_size=6),
     heads=st.sampled_from([(1, 1), (6, 2), (9, 3), (8, 8), (5, 1)]),
@@ -222,13 +287,14 @@ def test_the_float32_budget_catches_values_of_eleven_bits(monkeypatch: pytest.Mo
     sinks=st.booleans(),
     alibi=st.booleans(),
     layout=st.sampled_from(["separate", "nhd", "hnd"]),
+    kv_dtype=st.sampled_from(["auto", "float8_e4m3fn"]),
     seed=st.integers(0, 1000),
 )
-def test_any_ragged_batch(lengths, heads, page_size, is_causal, window, softcap, sinks, alibi, layout, seed) -> None:
+def test_any_ragged_batch(lengths, heads, page_size, is_causal, window, softcap, sinks, alibi, layout, kv_dtype, seed) -> None:
     query_lens, kv_lens = zip(*lengths, strict=True)
     case = PagedCase(
         query_lens, kv_lens, num_q_heads=heads[0], num_kv_heads=heads[1], head_dim=32, dtype="float32", page_size=page_size,
-        is_causal=is_causal, window_left=window, softcap=softcap, sinks=sinks, alibi=alibi, layout=layout, seed=seed,
+        is_causal=is_causal, window_left=window, softcap=softcap, sinks=sinks, alibi=alibi, layout=layout, kv_dtype=kv_dtype, seed=seed,
     )  # fmt: skip
     built = case.build()
     built.check(*built.run())

@@ -293,12 +293,11 @@ class Merge:
         return max(1, FOLD_VECTORS // self.vectors)
 
     def _slot_vector(self, base: Int32, index: Int32, count: Int32, v: int) -> Part:
-        """A vector of the `index`-th slot in a stage; past the `count` slots nothing, without weight."""
+        """A vector of the `index`-th slot in a stage; past the `count` slots nothing, without weight, and no memory that nobody wrote."""
         c = self.config
         row, at = self._vector(v)
         row = cutlass.min(row, c.rows - 1)
-        # What lies past the last slot may be anything, but it lies in the stage.
-        address = base + cutlass.min(index, c.stage_slots - 1) * c.slot_bytes
+        address = base + cutlass.min(index, count - 1) * c.slot_bytes
         is_part = index < count
         values = ptx.load_shared_f32x4(address + 4 * (row * c.head_dim_v + at * VEC))
         row_max, row_sum = ptx.load_shared_f32x2(address + 4 * (c.rows * c.head_dim_v + 2 * row))

@@ -1,0 +1,13 @@
+"""Names of dtypes as a user types them."""
+
+from __future__ import annotations
+
+from fa4_backend.problem import FP8
+
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp8": FP8, "fp8_e4m3": FP8}
+KV_DTYPE_HELP = "of K and V: fp8, or auto for that of q"
+
+
+def full_dtype(name: str) -> str:
+    """torch's name of a dtype, or `auto`; what is not a short name is left for the problem to accept or refuse."""
+    return SHORT_NAMES.get(name, name)

@@ -1,0 +1,26 @@
+"""The largest batches that an SGLang runner makes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fa4_backend import BatchLimits
+
+
+def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
+    """Bounds of every step of `runner`.
+
+    Args:
+        draft_tokens: tokens that a verification checks of each sequence; 0 without speculation.
+    """
+    from sglang.srt.runtime_context import get_exec, get_schedule
+
+    schedule, graphs = get_schedule(), get_exec().graph.cuda_graph_config
+    captured = (graphs.decode.max_bs or 0) if graphs is not None else 0
+    max_num_seqs = max(runner.req_to_token_pool.size, captured)
+    max_seqlen_k = runner.req_to_token_pool.req_to_token.shape[1]
+    # Without chunks a prompt comes whole. SGLang may let a chunk grow by a quarter, pads it to whole pages, and mixes decode rows in.
+    prompt = max(schedule.max_prefill_tokens or 0, math.ceil(1.25 * max(schedule.chunked_prefill_size or 0, 0)), max_seqlen_k)
+    rows = max_num_seqs * max(draft_tokens, 1)
+    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, decode_query_len=max(draft_tokens, 1))
