@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from fa4_backend import BatchLimits, plan_attention
+from fa4_backend.compile_cache import ensure_object
 from fa4_backend.problem import FP8
 from tests.emulated import test_sm100_prefill
+from tests.support import large_logits
+from tests.support.contraction import contractible
 from tests.support.emulated_prefill import run_built, run_prefill
 from tests.support.paged_case import PagedCase
 
@@ -90,6 +93,21 @@ def test_a_nan_that_rows_see_reaches_these_rows_alone() -> None:
     a.k_cache[int(a.page_table[0, page]), row, 0, 5] = math.nan
     done = run_built(built)
     assert done.out[20:40].isnan().all() and done.out[:20].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["one block, then none, then more", "all score features"])
+def test_scales_add_no_product_that_may_be_fused_into_a_sum(name: str) -> None:
+    case = CASES[name]
+    assert contractible(ensure_object(case.plan().kernels.prefill).with_suffix(".ptx").read_text()) == []
+    run_prefill(case, contraction="always").check()
+
+
+@pytest.mark.parametrize("name", ["growing", "-3e37"])
+def test_large_logits(name: str) -> None:
+    """From scales: k_scale is up to 7 * 10^16."""
+    built = large_logits.build(name, arch=BASE.arch, kv_dtype=FP8, query_lens=(70, 3), kv_lens=(400, 129), num_q_heads=2, num_kv_heads=1)
+    done = run_built(built)
+    large_logits.check(built, done.out, done.lse)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
