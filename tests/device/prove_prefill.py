@@ -119,11 +119,11 @@ def check_large_pool(arch: str, kv_dtype: str) -> dict:
     return result
 
 
-def check_fuzz(arch: str, kv_dtype: str, batches: int, seed: int) -> list[dict]:
-    """Fuzzed ragged batches, the same number for each problem."""
+def check_fuzz(arch: str, kv_dtype: str, batches: int, seed: int, shard: tuple[int, int]) -> list[dict]:
+    """Fuzzed ragged batches, the same number for each problem; of the problems, every `shard[1]`-th from `shard[0]` on."""
     setups = prefill_setups(arch, kv_dtype)
     results = []
-    for index, setup in enumerate(setups):
+    for index, setup in list(enumerate(setups))[shard[0] :: shard[1]]:
         start = time.perf_counter()
         result = Fuzzer(setup, "cuda").run(-(-batches // len(setups)), seed + 1_000_000 * index)
         results.append(asdict(result) | {"seconds": round(time.perf_counter() - start, 1)})
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
     parser.add_argument("--only", default="", help="cases whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes at once")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.cuda.get_device_properties(0)
@@ -156,7 +157,7 @@ def main() -> None:
     if "pool" in parts:
         report["large_pool"] = check_large_pool(arch, kv_dtype)
     if "fuzz" in parts:
-        report["fuzz"] = check_fuzz(arch, kv_dtype, options.batches, options.seed)
+        report["fuzz"] = check_fuzz(arch, kv_dtype, options.batches, options.seed, tuple(map(int, options.shard.split("/"))))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]

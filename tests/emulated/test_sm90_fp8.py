@@ -11,7 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fa4_backend.compile_cache import ensure_object
 from fa4_backend.problem import FP8
+from tests.support import large_logits
+from tests.support.contraction import contractible
 from tests.support.emulated_prefill import Cuts, run_built, run_prefill
 from tests.support.paged_case import PagedCase, repage
 
@@ -126,6 +129,38 @@ def test_nan_at_both_edges_changes_no_bit(page_size: int) -> None:
         bits[bits == 0x7F] = 0x38  # 1
     again = run_built(built)
     assert torch.equal(again.out[:20], out) and torch.equal(again.lse[:, :20], lse)
+
+
+# A level whose reference is rounded, a maximum that moves with every block, and the largest bfloat16 queries, as they are and as float16.
+@pytest.mark.parametrize(("name", "head_dim"), [("level", 128), ("growing", 128), ("-3e37", 128), ("growing", 256), ("-3e37", 256)])
+def test_large_logits(name: str, head_dim: int) -> None:
+    built = large_logits.build(
+        name, query_lens=(33,), kv_lens=(300,), num_q_heads=8, num_kv_heads=2, head_dim=head_dim, kv_dtype=FP8, arch=BASE.arch
+    )
+    run = run_built(built, cuts=Cuts((3,)))
+    assert run.report.races == []
+    large_logits.check(built, run.out, run.lse)
+
+
+@pytest.mark.parametrize(("head_dim", "largest"), [(128, 100.0), (256, 120.0)])
+def test_rows_of_queries_over_all_of_bfloat16(head_dim: int, largest: float) -> None:
+    """Each head's queries at another power of 2, elements 2^0 to 2^-20 of the row's largest: what makes them float16 must not show.
+
+    Scores of what is stored must be float32 numbers, so a bfloat16 Q that stays so ends earlier.
+    """
+    built = case((40, 3), (64, 33), head_dim=head_dim).build()
+    a, generator = built.arguments, torch.Generator().manual_seed(5)
+    exponents = torch.tensor([-126.0, -60.0, -30.0, -5.0, 0.0, 5.0, 30.0, largest])
+    spread = torch.randint(0, 21, (a.q.shape[-1],), generator=generator)
+    a.q[: built.total_q] = (a.q[: built.total_q].float() * (exponents[:, None] - spread).exp2()).to(a.q.dtype)
+    run = run_built(built)
+    large_logits.check(built, run.out, run.lse)
+
+
+def test_no_product_may_be_fused_into_a_sum() -> None:
+    for features in ({}, {"softcap": 30.0, "alibi": True}):
+        kernels = replace(BASE, **features).plan().kernels
+        assert kernels is not None and contractible(ensure_object(kernels.prefill).with_suffix(".ptx").read_text()) == []
 
 
 @pytest.mark.slow

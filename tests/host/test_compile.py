@@ -148,8 +148,7 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
     tile = (TILES_FP8 if kv_dtype == FP8 else TILES)[dims]
     key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
-    # Per-tile values, outside the loops: d256 keeps 88 bytes, d64 40, and 144 where K and V are FP8.
-    assert facts.spills is not None and facts.spills <= (144 if kv_dtype == FP8 and dims == (64, 64) else 96), facts
+    assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     if sass:
         num_wgmma = dims[0] // 16 + tile.tile_n // 16
         code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
@@ -157,7 +156,7 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
         assert len(loops) == 2, "over masked and over whole blocks"
         assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
         if kv_dtype == FP8:
-            # An instruction for two values of V, and of K before it goes on to bfloat16; a lane's 16 of a part. What is left: addresses.
+            # An instruction for two values of K and of V, of which a lane has 16 of a part.
             conversions = product_loops(code, 8 * (dims[1] // key.kernel.part_elems(dims[1])), "F2FP.F16.E4M3.UNPACK_B")
             assert conversions and not any(re.search(r"\b(LDL|STL)\b", text) for body in conversions for text in body)
 

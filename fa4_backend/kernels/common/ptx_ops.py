@@ -326,24 +326,6 @@ def pack_16bit(v: ir.Value, dtype: str) -> ir.Value:
     return vector.bitcast(ir.VectorType.get([n // 2], T.i32()), halves)
 
 
-def e4m3_pair(word: ir.Value, upper: int, dtype: str) -> ir.Value:
-    """The lower or upper two of the four e4m3 of a word, exact in a 16-bit type: a word (PTX ISA, "cvt").
-
-    bfloat16 holds what such a float16 holds, but there is no instruction from one to the other: by way of float32, of which it is the
-    upper half.
-    """
-    half = "upper" if upper else "lower"
-    pair = f"{{ .reg .b16 lower, upper; mov.b32 {{lower, upper}}, $1; cvt.rn.f16x2.e4m3x2 $0, {half}; }}"
-    halves = inline_asm(pair, [Int32(word)], T.i32(), "=r", pure=True)
-    if dtype == "float16":
-        return halves
-    widened = (
-        "{ .reg .b16 lower, upper; .reg .b32 first, second; mov.b32 {lower, upper}, $1; "
-        "cvt.f32.f16 first, lower; cvt.f32.f16 second, upper; prmt.b32 $0, first, second, 0x7632; }"
-    )
-    return inline_asm(widened, [Int32(halves)], T.i32(), "=r", pure=True)
-
-
 def elements(v: ir.Value) -> list[ir.Value]:
     """All elements of a vector."""
     return [vector.extract(v, [], [i]) for i in range(ir.VectorType(v.type).shape[0])]

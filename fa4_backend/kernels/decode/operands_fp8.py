@@ -9,11 +9,8 @@ A product sums over all 16, so Q is put in the same order: a lane loads four nei
 side by side and zeros in place of a key that is not kept (0x7F is NaN), and the two halves become B words of two tiles of O: one holds a
 chunk's even elements, the other the odd ones. A lane's four accumulators of a row and chunk are four neighbours.
 
-Note [bfloat16 Q]. There is no instruction from e4m3 to bfloat16 before sm_100, and 9 operations on bits for every 4 elements are a third
-of a box's work. So Q becomes float16 instead, once an entry: a row is multiplied by the power of 2 that brings its largest element to
-2^14 .. 2^15, and its scores are scaled back with the softmax's scale. bfloat16's 8 bits fit float16's 11, so an element is exact down to
-2^-32 of its row's largest, and one below is off by at most 2^-39 of that: far below a float32 sum of such products, whose first 24 bits
-the largest take. A row's factor is a function of the row alone.
+A bfloat16 Q becomes float16, once an entry (`common/fp8.py`, Note [bfloat16 Q]): nine operations on bits for every 4 elements of K would
+be a third of a box's work.
 
 Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all of them at 2^-24. So a row's reference is put 7
 below its largest score: that one weighs 2^7, those down to 2^-21 of it keep 11 bits and those down to 2^-31 some. The reference moves where
@@ -29,16 +26,13 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
-from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.fp8 import e4m3_to_float16, scaled_to_float16
 from fa4_backend.kernels.decode.config import MMA_ROWS, DecodeConfig
 from fa4_backend.kernels.decode.operands import WeightRange
-from fa4_backend.kernels.decode.warp_mma import BoxLayout, e4m3_to_float16, load_matrices, permute_bytes
+from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, permute_bytes
 
-# Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
-BIAS, SCALED_EXPONENT = 127, 127 + 14
-SMALLEST_EXPONENT = SCALED_EXPONENT - BIAS + 1  # of a row's largest element: below it, the row's factor would be subnormal
 # Nibbles of a prmt's selector, of each of two keys: nibbles 0 and 2 take the first one's elements, 1 and 3 the second one's, or zeros.
 KEPT, DROPPED = (0x0100, 0x3020), (0x0404, 0x4040)
 
@@ -75,7 +69,7 @@ class Fp8Operands:
                 for within in range(0, c.q_part_bytes, 32):
                     words += ptx.load_shared_i32x2(address ^ within)
             if c.dtype == "bfloat16":
-                words, factor = _scaled_to_float16(words)
+                words, factor = scaled_to_float16(words, 4)
                 factors.append(factor)
             for chunk in range(c.head_dim // 16):
                 for i in range(2):
@@ -114,21 +108,3 @@ class Fp8Operands:
         """See `Operands`: a lane's even and odd tile of a chunk interleave."""
         chunk, parity = divmod(tile, 2)
         return 16 * chunk + 4 * pair + 2 * element + parity
-
-
-def _scaled_to_float16(words: list[Int32]) -> tuple[list[Int32], Float32]:
-    """A lane's share of a row of Q, pairs of bfloat16, as float16, and what they were divided by: Note [bfloat16 Q]."""
-    largest = words[0] & 0x7FFF7FFF
-    for word in words[1:]:
-        largest = ptx.max_u16x2(largest, word & 0x7FFF7FFF)
-    largest = cutlass.max(largest & 0xFFFF, largest >> 16)
-    for offset in (1, 2):
-        largest = cutlass.max(largest, cute.arch.shuffle_sync_bfly(largest, offset))
-    exponent = cutlass.max(largest >> 7, SMALLEST_EXPONENT)
-    multiplier = ptx.bits_to_float((SCALED_EXPONENT + BIAS - exponent) << 23)
-    scaled = []
-    for word in words:
-        low, high = ptx.bits_to_float(word << 16), ptx.bits_to_float(word & -65536)
-        both = ptx.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
-        scaled.append(Int32(vector.extract(ptx.pack_16bit(both, "float16"), [], [0])))
-    return scaled, ptx.bits_to_float((exponent - (SCALED_EXPONENT - BIAS)) << 23)

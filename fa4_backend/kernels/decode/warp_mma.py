@@ -44,12 +44,6 @@ def load_matrices(address: Int32, *, transpose: bool) -> list[Int32]:
     )
 
 
-def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
-    """Four e4m3 numbers as float16, exact: bytes 0 and 1, bytes 2 and 3 (PTX ISA, "cvt")."""
-    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, %s; }"
-    return tuple(Int32(ptx.inline_asm(text % half, [word], T.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
-
-
 def permute_bytes(word: Int32, selector: Int32) -> Int32:
     """Bytes of a word in another order; 4 in a nibble of the selector gives 0 (PTX ISA, "prmt")."""
     return Int32(ptx.inline_asm("prmt.b32 $0, $1, 0, $2;", [word, selector], T.i32(), "=r", pure=True))

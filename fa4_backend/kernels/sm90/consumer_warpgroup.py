@@ -32,7 +32,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale
+from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
@@ -45,6 +45,7 @@ class SharedTiles(NamedTuple):
     q: cute.Pointer  # q_stage buffers
     kv: cute.Pointer
     sWork: cute.Tensor  # (WORK_INTS, WORK_STAGE) int32
+    sRowScales: cute.Tensor | None  # (tile_m, WORK_STAGE) float32: what a row of Q was divided by; None: Q is as it came
 
 
 class Products(NamedTuple):
@@ -75,8 +76,9 @@ class TileState(NamedTuple):
     columns: tuple[Columns, Columns]  # of this thread's two rows
     diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
-    softmax_scale: Float32  # multiplies raw logits; K's scale included
-    scale: ScoreScale  # of the call: K's scale not included
+    softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
+    log2_scales: tuple[Float32, Float32]  # the same times log2(e), where K and V are FP8
+    scale: ScoreScale  # of the call: no other scale included
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,9 @@ class ConsumerWarpgroup:
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
                 if const_expr(c.has_parts):
-                    self._finish_part(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
+                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 else:
-                    self._finish(products, stats, self._score_scale(tile), tiles, outputs, tile.work, q, group, thread)
+                    self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.o_through_q):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -186,8 +188,9 @@ class ConsumerWarpgroup:
 
     def _operands(self, qk: cute.TiledMma, pv: cute.TiledMma, tiles: SharedTiles, group: Int32) -> Products:
         c, s = self.config, self.storage
-        sQ = tensor_at(tiles.q, s.q_layout())
-        sK, sVt = tensor_at(tiles.kv, s.k_layout()), tensor_at(cute.recast_ptr(tiles.kv, dtype=s.value_dtype), s.v_layout())
+        sQ = tensor_at(cute.recast_ptr(tiles.q, dtype=s.key_dtype), s.q_layout())
+        sK = tensor_at(cute.recast_ptr(tiles.kv, dtype=s.key_dtype), s.k_layout())
+        sVt = tensor_at(cute.recast_ptr(tiles.kv, dtype=s.value_dtype), s.v_layout())
         first_thread = group * WARPGROUP_THREADS
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
@@ -223,7 +226,7 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -254,14 +257,14 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, self._score_scale(tile), may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=True, is_first=True)
 
-    def _score_scale(self, tile: TileState) -> ScoreScale | None:
-        """Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
+    def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
+        """Of both rows. Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
-        return ScoreScale.of_tile(tile.softmax_scale) if c.has_kv_scales else tile.scale
+        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -335,9 +338,16 @@ class ConsumerWarpgroup:
                 head = cutlass.min(work.kv_head_idx * self.pack.q_per_kv + packed.head, cute.size(outputs.mSlopes, mode=[0]) - 1)
                 slope = outputs.mSlopes[head] * LOG2_E
             slopes.append(slope)
-        softmax_scale = values.softmax_scale
+        softmax_scales = log2_scales = (values.softmax_scale, values.softmax_scale)
         if const_expr(self.config.has_kv_scales):
-            softmax_scale = softmax_scale * ptx.bits_to_float(tiles.sWork[K_SCALE, self.storage.work_slot(q)])
+            work_slot = self.storage.work_slot(q)
+            k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])
+            softmax_scales, log2_scales = (values.softmax_scale * k_scale,) * 2, (log2_scale(values.softmax_scale, k_scale),) * 2
+            if const_expr(tiles.sRowScales is not None):
+                of_query = [tiles.sRowScales[_row_of_thread(group, thread, i), work_slot] for i in range(2)]
+                softmax_scales, log2_scales = (
+                    tuple(x * y for x, y in zip(scales, of_query, strict=True)) for scales in (softmax_scales, log2_scales)
+                )
         return TileState(
             tiles.sWork[IS_TILE, self.storage.work_slot(q)],
             work,
@@ -345,7 +355,8 @@ class ConsumerWarpgroup:
             tuple(columns),
             tuple(diagonals),
             tuple(slopes),
-            softmax_scale,
+            softmax_scales,
+            log2_scales,
             scale,
         )
 
@@ -356,9 +367,9 @@ class ConsumerWarpgroup:
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scale, values.softcap)
+            fragment.softcap(rS, state.softmax_scales, values.softcap)
         elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, state.softmax_scale * LOG2_E)
+            fragment.scale(rS, state.softmax_scales)
         if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
@@ -436,7 +447,7 @@ class ConsumerWarpgroup:
         self,
         products: Products,
         stats: RowStats,
-        scale: ScoreScale | None,
+        score_scales: tuple[ScoreScale, ScoreScale] | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -447,26 +458,52 @@ class ConsumerWarpgroup:
         """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
         part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
-        if part.slot >= 0:
-            # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
-            part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-            is_whole = Int32(0)
-            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
-                barrier, lane = self.roles.output_barrier + group, part_thread % WARPGROUP_THREADS
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+        if const_expr(self.config.has_kv_scales):
+            # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
+            thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+            is_whole = Int32(1)
+            if part.slot >= 0:
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, thread)
             if is_whole == 1:
-                self._finish(products, stats, scale, tiles, outputs, work, q, group, part_thread)
+                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
         else:
-            # Apart, though the same: whole tiles pay for nothing that parts need.
-            self._finish(products, stats, scale, tiles, outputs, work, q, group, thread)
+            if part.slot >= 0:
+                # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
+                part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, part_thread)
+                if is_whole == 1:
+                    self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+            else:
+                # Apart, though the same: whole tiles pay for nothing that parts need.
+                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+
+    @cute.jit
+    def _join(
+        self,
+        part: TilePart,
+        products: Products,
+        stats: RowStats,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work: WorkTile,
+        work_slot: Int32,
+        group: Int32,
+        thread: Int32,
+    ) -> Int32:
+        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile."""
+        is_whole = Int32(0)
+        if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
+            flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
+            barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+            is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+        return is_whole
 
     @cute.jit
     def _finish(
         self,
         products: Products,
         stats: RowStats,
-        scale: ScoreScale | None,
+        score_scales: tuple[ScoreScale, ScoreScale] | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -486,8 +523,8 @@ class ConsumerWarpgroup:
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
             row_sum = _quad_sum(stats.row_sum[i])
             row_max = stats.row_max[i]
-            if const_expr(scale is not None and (c.has_lse or c.mask.has_sinks)):
-                row_max = scale.true_max(row_max)
+            if const_expr(score_scales is not None and (c.has_lse or c.mask.has_sinks)):
+                row_max = score_scales[i].true_max(row_max)
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
             if const_expr(c.has_kv_scales):

@@ -17,6 +17,7 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 
 FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
+LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -44,14 +45,13 @@ class ScoreScale(NamedTuple):
 
     @staticmethod
     def of_call(softmax_scale: Float32) -> "ScoreScale":
-        """One scale for all tiles: three registers that stay."""
+        """One scale for all rows: three registers that stay."""
         log2 = softmax_scale * LOG2_E
         return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
 
     @staticmethod
-    def of_tile(softmax_scale: Float32) -> "ScoreScale":
-        """The scale of a tile, made where it is used: `softmax_scale` is all that a loop has to keep."""
-        log2 = softmax_scale * LOG2_E
+    def of_row(log2: Float32) -> "ScoreScale":
+        """The scale of a row, made where it is used: `log2` is all that a loop has to keep."""
         return ScoreScale(log2, _next_power(log2), None)
 
     def of(self, largest: Float32) -> Float32:
@@ -83,19 +83,21 @@ class RowFragment:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
-    def softmax(self, rS: cute.Tensor, stats: RowStats, scale: ScoreScale | None, *, may_be_empty: bool, is_first: bool) -> cute.Tensor:
+    def softmax(
+        self, rS: cute.Tensor, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, *, may_be_empty: bool, is_first: bool
+    ) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
 
         Args:
-            scale: of raw scores; None: they are in log2 units already.
+            scales: of the raw scores of each row; None: they are in log2 units already.
         """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
         for i in range(2):
             row = self._row(i)
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
-            if const_expr(scale is not None):
-                factor = scale.of(block_max)
+            if const_expr(scales is not None):
+                factor = scales[i].of(block_max)
                 # One rounding either way.
                 block_max = (
                     ptx.mul_rn(block_max, factor) if const_expr(self.lift == 0) else cute.math.fma(block_max, factor, Float32(-self.lift))
@@ -106,7 +108,7 @@ class RowFragment:
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
             for j in row:
-                exponent = s[j] - update.offset if const_expr(scale is None) else cute.math.fma(s[j], factor, -update.offset)
+                exponent = s[j] - update.offset if const_expr(scales is None) else cute.math.fma(s[j], factor, -update.offset)
                 s[j] = cute.math.exp2(exponent, fastmath=True)
             total = _tree([s[j] for j in row], lambda a, b: a + b)
             stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
@@ -131,19 +133,20 @@ class RowFragment:
             pair = cute.make_tensor(s.iterator + j, cute.make_layout(2))
             cute.make_tensor(p.iterator + j, cute.make_layout(2)).store(pair.load().to(rP.element_type))
 
-    def scale(self, rS: cute.Tensor, factor: Float32) -> None:
-        """Multiply every score."""
+    def scale(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32]) -> None:
+        """Scores of each row to log2 units."""
         s = flat(rS)
+        factors = [scale * LOG2_E for scale in softmax_scales]
         for j in range(self.n // 2):
-            s[j] = s[j] * factor
+            s[j] = s[j] * factors[j // 2 % 2]
 
-    def softcap(self, rS: cute.Tensor, softmax_scale: Float32, softcap: Float32) -> None:
-        """cap * tanh(s * softmax_scale / cap), in log2 units. tanh from exp2 and a reciprocal: 1e-7, where tanh.approx has 5e-4."""
+    def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32) -> None:
+        """cap * tanh(s * scale / cap), in log2 units. tanh from exp2 and a reciprocal: 1e-7, where tanh.approx has 5e-4."""
         s = flat(rS)
-        inner = softmax_scale / softcap * (2.0 * LOG2_E)
+        inner = [scale / softcap * (2.0 * LOG2_E) for scale in softmax_scales]
         outer = softcap * LOG2_E
         for j in range(self.n // 2):
-            denominator = cute.math.exp2(s[j] * inner, fastmath=True) + 1.0
+            denominator = cute.math.exp2(s[j] * inner[j // 2 % 2], fastmath=True) + 1.0
             s[j] = cute.math.fma(cute.arch.rcp_approx(denominator), -2.0 * outer, outer)
 
     def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
@@ -165,6 +168,13 @@ class RowFragment:
             for j in self._row(i):
                 column = 8 * (j // 4) + j % 2
                 s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
+
+
+def log2_scale(softmax_scale: Float32, k_scale: Float32) -> Float32:
+    """softmax_scale * k_scale * log2(e), rounded once: an lse of 2e4 shows each rounding of what made it."""
+    product = ptx.mul_rn(softmax_scale, k_scale)
+    rest = cute.math.fma(softmax_scale, k_scale, -product)
+    return cute.math.fma(product, Float32(LOG2_E), cute.math.fma(product, Float32(LOG2_E_REST), rest * Float32(LOG2_E)))
 
 
 def _next_power(value: Float32) -> Float32:

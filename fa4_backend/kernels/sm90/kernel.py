@@ -25,9 +25,9 @@ from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
-from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
+from fa4_backend.kernels.sm90.convert_warps import ConvertWarps, SharedBuffers
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.staging import STAGE_INTS, staging_slots
+from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
 from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
@@ -79,7 +79,9 @@ class PrefillKernel:
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
         major = warpgroup.OperandMajorMode
-        qk = make_trivial_tiled_mma(storage.dtype, storage.dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n))
+        qk = make_trivial_tiled_mma(
+            storage.key_dtype, storage.key_dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n)
+        )  # fmt: skip
         pv = make_trivial_tiled_mma(
             storage.value_dtype, storage.value_dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
             a_source=warpgroup.OperandSource.RMEM,
@@ -116,6 +118,9 @@ class PrefillKernel:
         barriers = storage.barriers(barrier_base)
         sWork = shared.work.get_tensor(cute.make_layout((WORK_INTS, WORK_STAGE)))
         sQ, sKV = shared.q.data_ptr(), shared.kv.data_ptr()
+        sRowScales = None
+        if const_expr(converts_query(c)):
+            sRowScales = shared.row_scales.get_tensor(cute.make_layout((c.tile.tile_m, WORK_STAGE)))
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for atom in (q_atom, k_atom, v_atom):
@@ -135,7 +140,7 @@ class PrefillKernel:
                     operands = k_pages.partition(k_atom, mK, sFp8), v_pages.partition(v_atom, mV, sFp8)
                     StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
                 else:
-                    ConvertWarps(c, roles.convert_warps).run(sFp8, sKV, barriers, sNotes, warp - 1)
+                    ConvertWarps(storage, roles.convert_warps).run(SharedBuffers(sQ, sFp8, sKV, sNotes, sRowScales), barriers, warp - 1)
             else:
                 operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
                 for loads_v in cutlass.range_constexpr(2):
@@ -151,7 +156,7 @@ class PrefillKernel:
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
-            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork), barriers, values, outputs)
+            consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
         """How Q, K and V lie in global and shared memory."""

@@ -9,8 +9,9 @@ from enum import IntEnum
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm90.tuning import FLOAT16_QUERY_DIMS
 
-ALIGN_BYTES = 1024  # of every buffer; barriers, tile numbers and notes lie in front of the first
+ALIGN_BYTES = 1024  # of every buffer
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
 
 
@@ -20,9 +21,18 @@ class Note(IntEnum):
     KIND = 0  # a `Staged`
     FIRST_ROW = 1  # rows of V that a row of the tile sees: FIRST_ROW .. END_ROW
     END_ROW = 2
+    QUERY = 3  # a `Query`
 
 
 STAGE_INTS = 4
+
+
+class Query(IntEnum):
+    """What becomes of the next buffer of Q before the tile of a note."""
+
+    NOTHING = 0
+    CONVERT = 1
+    PASS = 2  # it goes on as it is: that of the empty tile behind the last
 
 
 class Staged(IntEnum):
@@ -32,6 +42,16 @@ class Staged(IntEnum):
     VALUES = 1
     NOTHING = 2  # the ring's slot goes on as it is: the keys of the empty tile behind the last
     END = 3  # nothing follows
+
+
+def converts_query(config: PrefillConfig) -> bool:
+    """Whether a bfloat16 Q is brought to float16 so that K may be: see `convert_warps`."""
+    return config.has_kv_scales and config.dtype == "bfloat16" and config.head_dim in FLOAT16_QUERY_DIMS
+
+
+def header_bytes(config: PrefillConfig) -> int:
+    """Bytes in front of the buffers: barriers, numbers of tiles, and where Q is converted a scale a row."""
+    return ALIGN_BYTES * (2 if converts_query(config) else 1)
 
 
 def q_buffer_bytes(config: PrefillConfig) -> int:
@@ -48,7 +68,11 @@ def staging_slots(config: PrefillConfig) -> int:
     """Slots of staging: those that fit beside Q and the ring. 0 where K and V have 16 bits."""
     if not config.has_kv_scales:
         return 0
-    taken = ALIGN_BYTES + config.tile.q_stage * q_buffer_bytes(config) + config.tile.kv_stage * tile_elems(config) * config.element_bytes
+    taken = (
+        header_bytes(config)
+        + config.tile.q_stage * q_buffer_bytes(config)
+        + config.tile.kv_stage * tile_elems(config) * config.element_bytes
+    )
     slots = min(MAX_STAGING, (ARCHS[config.arch].smem_bytes - taken) // (tile_elems(config) * config.kv_element_bytes))
     assert slots >= 2, f"a slot of staging is filled while another is converted: {slots=} {config=}"
     return slots

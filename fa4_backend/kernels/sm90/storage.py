@@ -19,7 +19,7 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
-from fa4_backend.kernels.sm90.staging import ALIGN_BYTES, STAGE_INTS, q_buffer_bytes, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, header_bytes, q_buffer_bytes, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
@@ -40,6 +40,7 @@ class Barriers(NamedTuple):
     kv_empty: cute.Pointer
     fp8_full: cute.Pointer | None = None  # slots of staging
     fp8_empty: cute.Pointer | None = None
+    bf16q_full: cute.Pointer | None = None  # Q before its conversion, and the tile's numbers
     tile_full: cute.Pointer | None = None  # taken tiles
     tile_empty: cute.Pointer | None = None
 
@@ -60,12 +61,17 @@ class Storage:
 
     @property
     def dtype(self) -> type[cutlass.Numeric]:
-        """Element type of q and out, and of K in the ring."""
+        """Element type of q and out."""
         return ELEMENT_TYPES[self.config.dtype]
 
     @property
+    def key_dtype(self) -> type[cutlass.Numeric]:
+        """Element type of Q and K as the first product takes them."""
+        return cutlass.Float16 if converts_query(self.config) else self.dtype
+
+    @property
     def value_dtype(self) -> type[cutlass.Numeric]:
-        """Element type of P, and of V in the ring: float16 holds every e4m3 value, and one instruction makes it."""
+        """Element type of P and V: float16 holds every e4m3 value, and one instruction makes two of them."""
         return cutlass.Float16 if self.config.has_kv_scales else self.dtype
 
     @property
@@ -92,7 +98,7 @@ class Storage:
         """Bytes of the whole, with room for alignment."""
         c = self.config
         slots = c.tile.kv_stage * c.element_bytes + staging_slots(c) * c.kv_element_bytes
-        return ALIGN_BYTES + c.tile.q_stage * q_buffer_bytes(c) + slots * self.slot_elems
+        return header_bytes(c) + c.tile.q_stage * q_buffer_bytes(c) + slots * self.slot_elems
 
     def struct(self) -> type:
         """The DSL's struct of this layout."""
@@ -113,6 +119,7 @@ class Storage:
             barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
             work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
             notes: cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS]
+            row_scales: cute.struct.MemRange[cutlass.Float32, WORK_STAGE * c.tile.tile_m if converts_query(c) else 1]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
             fp8: cute.struct.Align[cute.struct.MemRange[cutlass.Float8E4M3FN, staging_slots(c) * self.slot_elems], 1024]
@@ -127,10 +134,9 @@ class Storage:
     def barriers(self, base: cute.Pointer) -> Barriers:
         """The barriers by name."""
         edges = self.edges
-        pairs = {"full": edges.full_offset, "empty": edges.empty_offset}
-        return Barriers(**{
-            f"{name.split('_')[0]}_{end}": base + find(name) // MBARRIER_BYTES for name in edges.edges for end, find in pairs.items()
-        })  # fmt: skip
+        at = {f"{name.split('_')[0]}_full": edges.full_offset(name) for name in edges.edges}
+        at |= {f"{name.split('_')[0]}_empty": edges.empty_offset(name) for name, edge in edges.edges.items() if edge.empty_by}
+        return Barriers(**{name: base + offset // MBARRIER_BYTES for name, offset in at.items()})
 
     def row_atom(self, head_dim: int) -> cute.ComposedLayout:
         """Swizzled atom for rows of `head_dim` elements, head contiguous."""

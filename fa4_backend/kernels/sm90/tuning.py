@@ -28,7 +28,11 @@ TILES: dict[tuple[int, int], TileShape] = {
 }
 
 # The same for K and V in e4m3: tiles wait for their conversion in slots of half the size, which take their place out of the ring
-# (`staging.py`). Not timed: the most that fits with three slots of the ring or more and two of staging.
+# (`staging.py`). Tried on an H100 (page 16, causal, medians in turns, TFLOP/s of 8 x 4K / 2 x 16K / 4 x 512 of 8K / 32 x 1K):
+#   d128 32/8 heads, two buffers of Q and 4 slots 498 / 543 / 479 / 363; one buffer and 4 slots 522 / 538 / 464 / 372,
+#     5 slots 508 / 537 / 469 / 388
+#   d96 32/8 heads, 6 slots 485 / 508 / 477 / 321; 5 slots 476 / 498 / 473 / 324; one buffer of Q and 6 slots 470 / 505 / 483 / 324
+# The others were timed as they are: see docs/sm90.md.
 TILES_FP8: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
@@ -36,3 +40,9 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
     (192, 128): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
     (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
+
+# Where a bfloat16 Q becomes float16 once a tile, so that K costs one instruction for two values, not four. Shared memory is what limits,
+# not instructions, where seven warps convert. Share of our bf16 kernel's TFLOP/s in the same run, H100, with it and without:
+#   d128 8 x 4K 0.80 and 0.79, 2 x 16K 0.83 and 0.82, 32 x 1K 0.69 and 0.77: Q's conversion stands between two tiles
+#   three warps convert: d256 8 x 4K 0.68 and 0.61, d64 8 x 4K 0.85 and 0.90
+FLOAT16_QUERY_DIMS = (256,)

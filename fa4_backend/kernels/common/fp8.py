@@ -1,0 +1,58 @@
+"""K and V in FP8 (e4m3) as 16-bit numbers, in which every e4m3 number is exact, and a bfloat16 Q as float16 beside them.
+
+Note [bfloat16 Q]. A product takes both operands in one type, and there is no instruction from e4m3 to bfloat16 before sm_100. So Q becomes
+float16 instead, once a tile: a row is multiplied by the power of 2 that brings its largest element to 2^14 .. 2^15, and its scores are
+scaled back with the softmax's scale. bfloat16's 8 bits fit float16's 11, so an element is exact down to 2^-32 of its row's largest, and one
+below is off by at most 2^-39 of that: far below a float32 sum of such products, whose first 24 bits the largest take. A row's factor is a
+function of the row alone.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir.dialects import vector
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+
+# Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
+BIAS, SCALED_EXPONENT = 127, 127 + 14
+SMALLEST_EXPONENT = SCALED_EXPONENT - BIAS + 1  # of a row's largest element: below it, the row's factor would be subnormal
+
+
+def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
+    """Four e4m3 numbers as float16, exact: bytes 0 and 1, bytes 2 and 3 (PTX ISA, "cvt")."""
+    text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, %s; }"
+    return tuple(Int32(ptx.inline_asm(text % half, [word], ptx.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
+
+
+def float16_to_bfloat16(word: Int32) -> Int32:
+    """Two float16 that bfloat16 holds too, as e4m3 numbers are: by way of float32, of which it is the upper half."""
+    text = (
+        "{ .reg .b16 low, high; .reg .b32 first, second; mov.b32 {low, high}, $1; "
+        "cvt.f32.f16 first, low; cvt.f32.f16 second, high; prmt.b32 $0, first, second, 0x7632; }"
+    )
+    return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
+
+
+def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:
+    """A lane's share of a row of Q, pairs of bfloat16, as float16, and what they were divided by: Note [bfloat16 Q].
+
+    Args:
+        lanes: neighbours that share the row, a power of 2.
+    """
+    largest = words[0] & 0x7FFF7FFF
+    for word in words[1:]:
+        largest = ptx.max_u16x2(largest, word & 0x7FFF7FFF)
+    largest = cutlass.max(largest & 0xFFFF, largest >> 16)
+    for offset in (1 << i for i in range(lanes.bit_length() - 1)):
+        largest = cutlass.max(largest, cute.arch.shuffle_sync_bfly(largest, offset))
+    exponent = cutlass.max(largest >> 7, SMALLEST_EXPONENT)
+    multiplier = ptx.bits_to_float((SCALED_EXPONENT + BIAS - exponent) << 23)
+    scaled = []
+    for word in words:
+        low, high = ptx.bits_to_float(word << 16), ptx.bits_to_float(word & -65536)
+        both = ptx.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
+        scaled.append(Int32(vector.extract(ptx.pack_16bit(both, "float16"), [], [0])))
+    return scaled, ptx.bits_to_float((exponent - (SCALED_EXPONENT - BIAS)) << 23)
