@@ -22,6 +22,7 @@ from fa4_backend.compile import compile_to_object, cpu_seconds
 from fa4_backend.kernel_facts import find_cuda_tool, resource_usage
 from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.problem import FP8
 from tests.support.paged_case import PagedCase
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +42,16 @@ OURS = {
     "causal d128 sm_103a": replace(BASE, arch="emulated-sm_103a"),
     "causal d128 CTA pairs": BASE,
     "causal d192 and 128 one CTA": replace(BASE, num_q_heads=1, head_dim=192, head_dim_v=128),
+    "FP8 K and V, causal d128 (CTA pairs)": replace(BASE, kv_dtype=FP8),
+    "FP8 K and V, causal d128 all score features": replace(BASE, kv_dtype=FP8, window_left=100, softcap=30.0, sinks=True, alibi=True),
+    "FP8 K and V, causal d128 fp16": replace(BASE, kv_dtype=FP8, dtype="float16"),
+    "FP8 K and V, causal d64": replace(BASE, kv_dtype=FP8, head_dim=64),
+    "FP8 K and V, causal d96": replace(BASE, kv_dtype=FP8, head_dim=96),
+    "FP8 K and V, causal d192 and 128 (CTA pairs)": replace(BASE, kv_dtype=FP8, num_q_heads=1, head_dim=192, head_dim_v=128),
+    "FP8 K and V, causal d128 one CTA": replace(BASE, kv_dtype=FP8),
 }
-CTA_GROUPS = {"causal d128 CTA pairs": 2, "causal d192 and 128 one CTA": 1}  # where another than the tuned one is asked for
+# Where another than the tuned one is asked for.
+CTA_GROUPS = {"causal d128 CTA pairs": 2, "causal d192 and 128 one CTA": 1, "FP8 K and V, causal d128 one CTA": 1}
 UPSTREAM: dict[str, dict[str, int]] = {
     "causal d128": {},
     "causal d128 varlen paged 128": {"paged": 128},

@@ -4,7 +4,8 @@
 
 Each kernel runs one work item of 256 query rows (one head, bf16, head_dim 128, causal, bottom-right) against 1024 and against 1152 keys;
 the difference is one KV block that no mask touches, in steady state. Register moves (mov, and the packing of register pairs) are left out:
-the assembler removes nearly all of them. Everything else is a PTX instruction a warp issued.
+the assembler removes nearly all of them. Everything else is a PTX instruction a warp issued. CTA pairs work on 512 rows: one CTA's share is
+given.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
+from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -49,7 +51,9 @@ def classify(opcode: str) -> str | None:
         return "fma_packed"
     if base in ("fma", "add", "sub", "mul") and ".f32" in opcode:
         return "fma_scalar"
-    if base == "cvt" and ".f32" in opcode:
+    if opcode.startswith("cvt.f32.f16"):
+        return "fma_scalar"  # ptxas makes it HADD2.F32
+    if base == "cvt" and (".f32" in opcode or ".e4m3" in opcode):
         return "convert"
     if base in ("max", "min") and ".f32" in opcode:
         return "float_max"
@@ -87,14 +91,18 @@ def counts(report: emulator.Report) -> dict[str, Counter[str]]:
 def steady_state(run: Any) -> dict[str, dict[str, int]]:
     """Counts of one KV block: a run with LONG keys less one with SHORT keys."""
     short, long = counts(run(SHORT)), counts(run(LONG))
-    return {role: {unit: number - short[role][unit] for unit, number in sorted(long[role].items())} for role in ROLES}
+    ctas = getattr(run, "ctas", 1)
+    return {role: {unit: (number - short[role][unit]) // ctas for unit, number in sorted(long[role].items())} for role in ROLES}
 
 
-def ours(**tuning: float) -> Any:
+def ours(kv_dtype: str = SAME_AS_Q, **tuning: float) -> Any:
     """A runner of our kernel."""
 
     def run(num_keys: int) -> emulator.Report:
-        case = PagedCase((ROWS,), (num_keys,), num_q_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, page_size=128, arch="emulated-sm_100a")
+        case = PagedCase(
+            (ROWS * run.ctas,), (num_keys,), num_q_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, page_size=128, arch="emulated-sm_100a",
+            kv_dtype=kv_dtype,
+        )  # fmt: skip
         key = case.plan().kernels.prefill
         if "rescale_threshold" in tuning:
             kernel = replace(key.kernel, tile=replace(key.kernel.tile, rescale_threshold=tuning["rescale_threshold"]))
@@ -105,6 +113,7 @@ def ours(**tuning: float) -> Any:
         done.check()
         return done.report
 
+    run.ctas = int(tuning.get("cta_group", 1))
     return run
 
 
@@ -126,6 +135,9 @@ def main() -> int:
         "ours, polynomial share 1": ours(polynomial_every=1),
         "ours, polynomial degree 3": ours(polynomial_degree=3),
         "ours, rescale threshold 0": ours(rescale_threshold=0.0),
+        "ours, CTA pairs": ours(cta_group=2),
+        "ours, FP8 K and V, CTA pairs": ours(FP8, cta_group=2),
+        "ours, FP8 K and V, one CTA": ours(FP8, cta_group=1),
     }
     counts = {name: steady_state(run) for name, run in kernels.items()}
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), **counts}, sys.stdout, indent=1)

@@ -27,6 +27,7 @@ from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
 from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
+from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
@@ -55,25 +56,26 @@ SHAPES = {
 }
 
 
-def ours(shape: Shape, num_blocks: int, cta_group: int = 1) -> Recording:
+def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME_AS_Q) -> Recording:
     """Our kernel's steps."""
     rows, keys = ROWS * cta_group, num_blocks * BLOCK
     dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
-    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", **dims)
+    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", kv_dtype=kv_dtype, **dims)
     recording = Recording()
     key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
     run_prefill(case, num_ctas=1, key=key, trace=recording).check()
     return recording
 
 
-def upstream(shape: Shape, num_blocks: int) -> Recording:
-    """Steps of flash-attn-4's dense kernel."""
+def upstream(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.bfloat16) -> Recording:
+    """Steps of flash-attn-4's dense kernel; in FP8 its Q, K, V and P all are."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2 * ROWS, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
-    q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).bfloat16() for rows, columns in sizes)
+    q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).to(dtype) for rows, columns in sizes)
+    scales = {f"{name}_descale": torch.ones(1, 1) for name in "qkv"} if dtype.itemsize == 1 else {}
     recording = Recording()
     with emulator.session(arch=ARCH, num_sms=flash_attention.NUM_SMS, trace=recording) as emu:
-        flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True)
+        flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True, **scales)
     return recording
 
 
@@ -105,6 +107,7 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result: dict[str, Any] = {"CTAs of a cluster": ctas}
     for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
         result[f"shared memory, {name}"] = (long.smem_bytes(kind) - short.smem_bytes(kind)) // (LONG - SHORT)
+    result["shared memory, bytes of warps"] = (long.port_bytes() - short.port_bytes()) // (LONG - SHORT)
     cycles = {}
     for copy_latency in COPY_LATENCIES:
         runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
@@ -122,6 +125,11 @@ def main() -> int:
         results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
         if shape.head_dim_v == 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
+            results[name]["ours, FP8 K and V, CTA pairs"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape)
+        if shape.head_dim == 128:
+            results[name]["upstream, FP8"] = report(partial(upstream, dtype=torch.float8_e4m3fn), shape)
+        if shape.head_dim <= 128:
+            results[name]["ours, FP8 K and V"] = report(partial(ours, kv_dtype=FP8), shape)
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0

@@ -43,9 +43,20 @@ def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
         return (1, 0, 0, 0, tmem_columns(opcode))
     if base in ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh"):
         return (1, MUFU[arch], 0, 0, 0)
+    if opcode.startswith("cvt.f32.f16"):
+        return (1, 0, FMA, 0, 0)  # ptxas makes it HADD2.F32
     if base in ARITHMETIC and ".f32" in opcode:
         return (1, 0, FMA_PACKED if ".f32x2" in opcode else FMA, 0, 0)
     return (1, 0, 0, 0 if base in ISSUE_ONLY else ALU, 0)
+
+
+def port_bytes(opcode: str) -> int:
+    """Bytes of shared memory that a warp's load or store reads or writes, of all 32 lanes."""
+    parts = opcode.split(".")
+    if parts[0] not in ("ld", "st") or not parts[-1][1:].isdigit() or not any(part.startswith("shared") for part in parts):
+        return 0
+    vector = next((int(part[1:]) for part in parts if part in ("v2", "v4")), 1)
+    return 32 * vector * int(parts[-1][1:]) // 8
 
 
 @dataclass(slots=True)
@@ -54,6 +65,7 @@ class Step:
 
     kind: str  # arrive, wait, mma, commit, copy, end
     work: np.ndarray  # cycles of PIPES
+    port: int  # bytes of shared memory that the warp's own instructions read and write
     edges: list[tuple[int, int]] = field(default_factory=list)
     flops: dict[int, int] = field(default_factory=dict)  # by CTA of the cluster
     smem_bytes: dict[int, int] = field(default_factory=dict)
@@ -66,6 +78,10 @@ class Recording:
     warps: list[list[Step]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     warps_per_cta: int = 0
+
+    def port_bytes(self) -> int:
+        """Bytes of CTA 0's shared memory that its warps' own instructions read and write."""
+        return sum(step.port for steps in self.warps[: self.warps_per_cta] for step in steps)
 
     def smem_bytes(self, kind: str) -> int:
         """Bytes of CTA 0's shared memory that products ("mma") read or copies ("copy") write."""
@@ -84,6 +100,7 @@ class RecordedRaces(Races):
         program, arch = cluster.grid.program, cluster.grid.session.arch
         self.opcodes = [i.opcode for i in program.kernel.instructions]
         self.cycles = np.array([pipe_cycles(opcode, arch) for opcode in self.opcodes], np.int64)
+        self.port = np.array([port_bytes(opcode) for opcode in self.opcodes], np.int64)
         self.seen = [np.zeros(len(self.opcodes), np.int64) for _ in range(cluster.num_warps)]
         self.numbers: dict[int, int] = {}  # id of a barrier -> its number
         self.kept: list[Any] = []  # so that no id is used twice
@@ -93,10 +110,10 @@ class RecordedRaces(Races):
 
     def step(self, warp: Warp, kind: str) -> Step:
         counts = warp.counts[: len(self.opcodes)].astype(np.int64)
-        work = (counts - self.seen[warp.actor]) @ self.cycles
+        done = counts - self.seen[warp.actor]
         self.seen[warp.actor] = counts
         steps = self.recording.warps[warp.actor]
-        steps.append(Step(kind, work))
+        steps.append(Step(kind, done @ self.cycles, int(done @ self.port)))
         return steps[-1]
 
     def phase(self, edge: Any) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 A discrete-event model, not a measurement. Rules:
 * A warp's instructions run in order. Each occupies an issue slot and its unit's share on the warp's scheduler (warp w of a CTA: w mod 4),
-  which that scheduler's warps share. Work is served in pieces of about QUANTUM instructions, within which units overlap.
+  which that scheduler's warps share, and what it loads from and stores to shared memory takes the CTA's port. Work is served in pieces of
+  about QUANTUM instructions, within which units overlap.
 * A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
   not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive `copy_latency` later.
 * A wait ends `latency` cycles after the last arrival of its phase. Commits arrive when the products before them are done.
@@ -93,6 +94,7 @@ class Replay:
         warps = recording.warps
         self.at, self.now, self.pieces = [0] * len(warps), [START] * len(warps), [-1] * len(warps)
         self.share = [np.zeros(len(PIPES))] * len(warps)
+        self.port_share = [0.0] * len(warps)
         self.missing: Counter[Edge] = Counter()  # arrivals a phase still lacks
         self.arrived: dict[Edge, tuple[Moment, str]] = {}  # latest arrival, and who
         self.sleepers: dict[Edge, list[int]] = defaultdict(list)
@@ -138,6 +140,7 @@ class Replay:
         if self.pieces[warp] < 0:
             self.pieces[warp] = -(-int(step.work[0]) // QUANTUM)
             self.share[warp] = step.work / max(1, self.pieces[warp])
+            self.port_share[warp] = step.port / SMEM_BYTES_A_CYCLE / max(1, self.pieces[warp])
         if self.pieces[warp]:
             self.work(warp)
         elif step.kind == "wait" and self.missing[step.edges[0]]:
@@ -152,9 +155,10 @@ class Replay:
         """Serve one piece of the step's instructions."""
         role, cta = self.recording.roles[warp], warp // self.recording.warps_per_cta
         begin, needs = self.now[warp], [(pipe, float(c)) for pipe, c in zip(PIPES, self.share[warp], strict=True) if c]
-        self.now[warp] = later(
-            *(self.pipes[cta, warp % SCHEDULERS, pipe].serve(begin, cycles, f"{role}: {pipe}") for pipe, cycles in needs)
-        )
+        over = [self.pipes[cta, warp % SCHEDULERS, pipe].serve(begin, cycles, f"{role}: {pipe}") for pipe, cycles in needs]
+        if self.port_share[warp]:
+            over.append(self.pipes[cta, "smem"].serve(begin, self.port_share[warp], "shared-memory port"))
+        self.now[warp] = later(*over)
         self.busy[role].update(dict(needs))
         self.pieces[warp] -= 1
         self.note(warp, begin.time, "it issues")

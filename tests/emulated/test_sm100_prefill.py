@@ -78,11 +78,13 @@ def test_rows_of_one_dominant_key() -> None:
     run_prefill(case((40, 5), (300, 77), peaked=20.0)).check()
 
 
-def repaged(page_size: int, key_of: Callable[[PagedCase], CompileKey] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def repaged(
+    page_size: int, key_of: Callable[[PagedCase], CompileKey] | None = None, **changes: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same keys and values for every page size: one sequence whose tokens are drawn before they are paged."""
     from tests.support import emulated_prefill
 
-    paged = case((40,), (300,), page_size=page_size)
+    paged = case((40,), (300,), page_size=page_size, **changes)
     built = paged.build()
     a = built.arguments
     generator = torch.Generator().manual_seed(7)

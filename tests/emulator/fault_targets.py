@@ -12,6 +12,7 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.host_calls import handles
 from fa4_backend.emulator.programs import LoadedKernel, forget_programs
+from fa4_backend.problem import FP8, SAME_AS_Q
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Target:
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
 
 
-def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0) -> Target:
+def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
     """This package's prefill kernel for `arch`: three sequences over pages, causal.
 
     One CTA (or pair) has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own
@@ -44,6 +45,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         page_size=64,
         arch=f"emulated-{arch}",
         peaked=peaked,
+        kv_dtype=kv_dtype,
     )
     built = case.build()
     library = ensure_object(case.plan(num_sms=1).kernels.prefill)
@@ -160,6 +162,8 @@ def load_target(name: str, folder: Path) -> Target:
         "sm100_prefill": lambda: own_prefill("sm_100a prefill", "sm_100a", num_kv_heads=1, head_dim=128),
         # The head dimension that runs as pairs.
         "sm100_pair": lambda: own_prefill("sm_100a prefill, CTA pairs", "sm_100a", num_kv_heads=1, head_dim=192),
+        # Staged tiles, the convert warps and their turns with the correction, as pairs.
+        "sm100_fp8": lambda: own_prefill("sm_100a prefill, FP8 K and V", "sm_100a", num_kv_heads=1, head_dim=128, kv_dtype=FP8),
         # 128 tokens a tile: with two heads packed, every key after the 64th of the second masked tile is masked.
         "sm90_prefill": lambda: own_prefill("sm_90a prefill", "sm_90a", num_kv_heads=2, head_dim=128),
         "sm90_decode": lambda: own_decode("sm_90a"),

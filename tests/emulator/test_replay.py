@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from fa4_backend.emulator.recording import Recording, Step, pipe_cycles
+from fa4_backend.emulator.recording import Recording, Step, pipe_cycles, port_bytes
 from fa4_backend.emulator.replay import Replay
 from fa4_backend.emulator.trace import COPY_LATENCY
 
 
 def steps(*events: tuple[str, int, list[tuple[int, int]]]) -> list[Step]:
     """(kind, issue slots before it, edges)."""
-    return [Step(kind, np.array([issue, 0, 0, 0, 0]), edges) for kind, issue, edges in events]
+    return [Step(kind, np.array([issue, 0, 0, 0, 0]), 0, edges) for kind, issue, edges in events]
 
 
 def test_a_wait_ends_with_the_last_arrival_and_the_latency() -> None:
@@ -50,6 +50,8 @@ def test_copies_and_products_by_hand() -> None:
         ("add.f32", (1, 0, 1, 0, 0)),
         ("max.f32", (1, 0, 0, 2, 0)),
         ("cvt.rn.bf16x2.f32", (1, 0, 0, 2, 0)),
+        ("cvt.f32.f16", (1, 0, 1, 0, 0)),
+        ("cvt.rn.f16x2.e4m3x2", (1, 0, 0, 2, 0)),
         ("tcgen05.ld.sync.aligned.32x32b.x32.b32", (1, 0, 0, 0, 32)),
         ("mbarrier.try_wait.parity.shared.b64", (1, 0, 0, 0, 0)),
         ("mov.b64", (0, 0, 0, 0, 0)),
@@ -57,6 +59,31 @@ def test_copies_and_products_by_hand() -> None:
 )
 def test_cycles_of_an_instruction(opcode: str, expected: tuple[int, ...]) -> None:
     assert pipe_cycles(opcode, "sm_100a") == expected
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("ld.shared.v4.b32", 512),
+        ("st.shared.v2.b64", 512),
+        ("st.shared.b32", 128),
+        ("ld.shared.b16", 64),
+        ("ld.global.v4.b32", 0),
+        ("shl.b32", 0),
+    ],
+)
+def test_shared_memory_bytes_of_an_instruction(opcode: str, expected: int) -> None:
+    assert port_bytes(opcode) == expected
+
+
+def test_what_warps_load_and_store_takes_the_port() -> None:
+    """Two warps of different schedulers, 4096 bytes each beside 16 issue slots: the port's 128 bytes a cycle are the bound."""
+    work = [steps(("end", 16, [])) for _ in range(2)]
+    for (step,) in work:
+        step.port = 4096
+    recording = Recording(work, ["warp"] * 2, warps_per_cta=2)
+    times = Replay(recording, "sm_100a").run()
+    assert (times.total, times.smem_busy) == pytest.approx((64, 64)) and recording.port_bytes() == 8192
 
 
 @pytest.mark.emulated

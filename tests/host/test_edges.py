@@ -11,9 +11,11 @@ from fa4_backend.kernels.sm100.tuning import ROWS
 from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
 
-def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4, cta_group: int = 1) -> Sm100Config:
+def config(
+    head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4, cta_group: int = 1, kv_dtype: str = "bfloat16"
+) -> Sm100Config:
     kernel = PrefillConfig(
-        arch="sm_100a", dtype="bfloat16", kv_dtype="bfloat16",
+        arch="sm_100a", dtype="bfloat16", kv_dtype=kv_dtype,
         head_dim=head_dim, head_dim_v=head_dim_v, q_per_kv=q_per_kv, tile=TileShape(128, 128, kv_stage),
         box_rows=16, mask=MaskFeatures(),
         has_lse=True, sinks_dtype="float32",
@@ -22,7 +24,7 @@ def config(head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_sta
 
 
 def test_counts_by_hand() -> None:
-    edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), kv_stage=4, o_stage=1, ctas=1)}
+    edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), config(), o_stage=1)}
     # (full, empty): one elected thread for TMA and commits, one arrival a warp elsewhere.
     assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
         "q_load_to_mma": (1, 1),
@@ -38,8 +40,9 @@ def test_counts_by_hand() -> None:
 
 
 def test_counts_of_a_cta_pair_by_hand() -> None:
-    sizes = TileBytes.of(config(192, 128, cta_group=2))
-    edges = {edge.name: edge for edge in pipeline_edges(sizes, kv_stage=4, o_stage=1, ctas=2)}
+    pair = config(192, 128, kv_stage=2, cta_group=2)
+    sizes = TileBytes.of(pair)
+    edges = {edge.name: edge for edge in pipeline_edges(sizes, pair, o_stage=1)}
     # Both CTAs signal what the mma warp waits for; all else stays within a CTA.
     assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
         "q_load_to_mma": (2, 1),
@@ -53,6 +56,40 @@ def test_counts_of_a_cta_pair_by_hand() -> None:
         "o_correction_to_epilogue": (4, 1),
     }
     assert (sizes.q_tx_bytes, sizes.k_tx_bytes, sizes.v_tx_bytes) == (49152, 24576, 16384)  # 64 rows of K, 64 columns of V
+
+
+@pytest.mark.parametrize("cta_group", [1, 2])
+def test_counts_with_fp8_by_hand(cta_group: int) -> None:
+    """Staged tiles stay within a CTA; the converted halves of both CTAs make a tile of the leader's ring."""
+    fp8 = config(cta_group=cta_group, kv_dtype="float8_e4m3fn")
+    sizes = TileBytes.of(fp8)
+    edges = {edge.name: edge for edge in pipeline_edges(sizes, fp8, o_stage=1)}
+    found = {
+        name: (edge.stages, edge.full_count, edge.empty_count, edge.tx_bytes) for name, edge in edges.items() if name[:2] in ("kv", "v_")
+    }
+    assert found == {
+        "kv_load_to_convert": (2 * cta_group, 1, 4, 16384 // cta_group),
+        "kv_convert_to_mma": (3 * cta_group, 4 * cta_group, 1, 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "kv_stage", "cta_group"),
+    [(64, 64, 8, 1), (96, 96, 4, 1), (128, 128, 4, 1), (128, 128, 4, 2), (192, 128, 2, 2)],
+)
+def test_fp8_takes_the_shared_memory_of_16_bits(head_dim: int, head_dim_v: int, kv_stage: int, cta_group: int) -> None:
+    """Staged tiles lie behind the ring, 1024-byte aligned, in the place of 16-bit tiles: what is behind them moves by less than one."""
+    fp8, plain = (
+        Storage.of(config(head_dim, head_dim_v, kv_stage=kv_stage, cta_group=cta_group, kv_dtype=kv_dtype), q_stage=2, o_stage=1)
+        for kv_dtype in ("float8_e4m3fn", "bfloat16")
+    )
+    assert fp8.kv < fp8.loaded and plain.o <= fp8.o < plain.o + fp8.loaded_stride and (fp8.o == plain.o) == (head_dim != 96)
+    assert fp8.loaded % 1024 == fp8.loaded_stride % 1024 == 0 and fp8.loaded_stride == 128 // cta_group * head_dim
+
+
+def test_fp8_of_192_does_not_fit_one_cta() -> None:
+    with pytest.raises(ValueError, match=r"shared memory of prefill-.*-kve4m3-d192v128-.*: expected at most 232448 bytes, got 2\d{5}"):
+        Storage.of(config(192, 128, kv_stage=2, kv_dtype="float8_e4m3fn"), q_stage=2, o_stage=1)
 
 
 @pytest.mark.parametrize(

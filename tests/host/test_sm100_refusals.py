@@ -34,7 +34,8 @@ def test_unsupported_problems(changes: dict, message: str, arch: str) -> None:
 def test_what_is_served_on_both_chips() -> None:
     for arch in ("sm_100a", "sm_103a"):
         for dims in ((64, 64), (96, 96), (128, 128), (192, 128)):
-            check_problem(replace(SERVED, arch=arch, head_dim=dims[0], head_dim_v=dims[1], page_size=784))
+            for kv_dtype in ("auto", "float8_e4m3fn"):
+                check_problem(replace(SERVED, arch=arch, head_dim=dims[0], head_dim_v=dims[1], page_size=784, kv_dtype=kv_dtype))
 
 
 def test_strides_that_tma_cannot_take() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass._mlir import ir
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
@@ -34,6 +35,12 @@ def float16_to_bfloat16(word: Int32) -> Int32:
         "cvt.f32.f16 first, low; cvt.f32.f16 second, high; prmt.b32 $0, first, second, 0x7632; }"
     )
     return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
+
+
+def e4m3_to_16bit(word: ir.Value, dtype: str) -> list[ir.Value]:
+    """Four e4m3 numbers as two words of a 16-bit type, exact."""
+    halves = e4m3_to_float16(Int32(word))
+    return [(half if dtype == "float16" else float16_to_bfloat16(half)).ir_value() for half in halves]
 
 
 def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:

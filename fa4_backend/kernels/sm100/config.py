@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm100.tuning import CTA_GROUP, ROWS, TILES, Sm100Tuning
+from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
 from fa4_backend.problem import AttentionProblem
 
 PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
@@ -29,9 +30,33 @@ class Sm100Config:
             raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
 
     @property
+    def converts(self) -> bool:
+        """Whether K and V are staged as they are in memory, in FP8, and converted for the products."""
+        return self.kernel.has_kv_scales
+
+    @property
     def kv_stage(self) -> int:
-        """Buffers of K and V tiles in a CTA: half a tile takes half the shared memory."""
-        return self.kernel.tile.kv_stage * self.tuning.cta_group
+        """Buffers of K and V tiles, in 16 bits, in a CTA: half a tile takes half the shared memory; FP8 is staged in every fourth one's."""
+        buffers = self.kernel.tile.kv_stage * self.tuning.cta_group
+        return buffers - buffers // 4 if self.converts else buffers
+
+    @property
+    def staged(self) -> int:
+        """Buffers of FP8 tiles in a CTA: what fills the place of every fourth buffer of 16 bits. 0 where K and V have 16 bits."""
+        if not self.converts:
+            return 0
+        buffers, head_dim = max(1, self.kernel.tile.kv_stage * self.tuning.cta_group // 4), self.kernel.head_dim
+        # Head dimension 96 takes two parts of 64 in the ring, and is staged without what they have too much.
+        return -(-buffers * 2 * num_parts(head_dim) * PART_ELEMS // (self.loaded_parts(head_dim) * self.loaded_elems))
+
+    @property
+    def loaded_elems(self) -> int:
+        """Elements of a head in a row of K or V as TMA delivers it: those of a part, in FP8 those that divide the head as well."""
+        return gcd(PART_ELEMS, self.kernel.head_dim, self.kernel.head_dim_v) if self.converts else PART_ELEMS
+
+    def loaded_parts(self, head_dim: int) -> int:
+        """Such rows that a head takes."""
+        return -(-head_dim // self.loaded_elems)
 
     @property
     def k_rows(self) -> int:
@@ -93,5 +118,6 @@ class Sm100Config:
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
     """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
     dims = problem.head_dim, problem.head_dim_v
-    tuning = replace(ROWS[problem.target_arch], cta_group=CTA_GROUP.get(dims, 1))
+    groups = FP8_CTA_GROUP if problem.has_kv_scales else CTA_GROUP
+    tuning = replace(ROWS[problem.target_arch], cta_group=groups.get(dims, 1))
     return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent), tuning)

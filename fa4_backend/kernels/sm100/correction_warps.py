@@ -35,34 +35,39 @@ class CorrectionWarps:
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
         """Walk the work list; owns the consumer sides of the statistics and of O, and the producer side of finished tiles."""
-        g, config = self.geometry, self.geometry.config.kernel
-        warp = place.warp_idx % WARPGROUP
-        row = warp * 32 + place.lane_idx
-        lanes = warp * 32 << LANE_SHIFT
-        stats = place.smem_base + g.storage.stats + row * o_pitch(config)
-        begin, end = g.item_range(work)
+        begin, end = self.geometry.item_range(work)
         stats_phase, o_phase = Int32(0), Int32(0)
         out_stage, out_phase = Int32(0), Int32(0)
         for _ in range(begin, end, unroll=1):
             for q_idx in range(Q_STAGE, unroll=1):
-                edge = q_idx * WARPGROUP + warp
-                ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
-                scale = ptx.load_shared_f32(stats + q_idx * STATS_BYTES)
-                ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
-                ptx.mbarrier_wait(g.full(place, "o_mma_to_correction", q_idx), o_phase)
-                ptx.tcgen05_fence_after_sync()
-                ptx.mbarrier_wait(g.empty(place, "o_correction_to_epilogue", out_stage), out_phase ^ 1)
-                target = place.smem_base + g.storage.o + out_stage * g.storage.sizes.o
-                self.finish_rows(g.tmem.o_at(place, q_idx) + lanes, target + row * o_pitch(config), scale)
-                ptx.tcgen05_fence_before_sync()
-                g.group.warp_arrive(g.empty_at_leader(place, "o_mma_to_correction", q_idx), place.lane_idx)
-                ptx.warp_arrive(g.full(place, "o_correction_to_epilogue", out_stage), place.lane_idx)
+                self.finish_tile(place, q_idx, stats_phase, o_phase, out_stage, out_phase)
                 out_stage += 1
                 if out_stage == self.o_stage:
                     out_stage = Int32(0)
                     out_phase ^= 1
             stats_phase ^= 1
             o_phase ^= 1
+
+    @cute.jit
+    def finish_tile(self, place: Place, q_idx: Int32 | int, stats_phase: Int32, o_phase: Int32, out_stage: Int32, out_phase: Int32):
+        """Query tile `q_idx` of an item: wait for its statistics, its O and a buffer, and hand the finished tile on."""
+        g, config = self.geometry, self.geometry.config.kernel
+        warp = place.warp_idx % WARPGROUP
+        row = warp * 32 + place.lane_idx
+        lanes = warp * 32 << LANE_SHIFT
+        stats = place.smem_base + g.storage.stats + row * o_pitch(config)
+        edge = q_idx * WARPGROUP + warp
+        ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), stats_phase)
+        scale = ptx.load_shared_f32(stats + q_idx * STATS_BYTES)
+        ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
+        ptx.mbarrier_wait(g.full(place, "o_mma_to_correction", q_idx), o_phase)
+        ptx.tcgen05_fence_after_sync()
+        ptx.mbarrier_wait(g.empty(place, "o_correction_to_epilogue", out_stage), out_phase ^ 1)
+        target = place.smem_base + g.storage.o + out_stage * g.storage.sizes.o
+        self.finish_rows(g.tmem.o_at(place, q_idx) + lanes, target + row * o_pitch(config), scale)
+        ptx.tcgen05_fence_before_sync()
+        g.group.warp_arrive(g.empty_at_leader(place, "o_mma_to_correction", q_idx), place.lane_idx)
+        ptx.warp_arrive(g.full(place, "o_correction_to_epilogue", out_stage), place.lane_idx)
 
     def finish_rows(self, o_tmem: Int32, target: Int32, scale: Float32) -> None:
         """This thread's row of O, scaled, to shared memory."""

@@ -17,6 +17,7 @@ from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
 from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
@@ -66,8 +67,8 @@ class PrefillKernel:
         kernel, ctas = self.config.kernel, self.config.tuning.cta_group
         operands = Operands(
             make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
-            make_kv_atom(mK, self.config.k_box_rows),
-            make_kv_atom(mV, kernel.box_rows),
+            make_kv_atom(mK, self.config.loaded_elems, self.config.k_box_rows),
+            make_kv_atom(mV, self.config.loaded_elems, kernel.box_rows),
             mPageTable,
             Int32(cute.size(mK, mode=[1])),
             Int32(cute.size(mK, mode=[0])),
@@ -75,7 +76,7 @@ class PrefillKernel:
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
         bounds = SeqlenBounds.of(mO, mPageTable, operands.page_size)
         work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
-        heads = HeadTensors(mLse, mSinks, mSlopes)
+        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,
@@ -111,7 +112,11 @@ class PrefillKernel:
             SoftmaxWarps(g).run(place, work, heads)
         elif warp_idx < ROLES.mma:
             cute.arch.setmaxregister_decrease(tuning.correction_registers)
-            CorrectionWarps(g, O_STAGE).run(place, work)
+            correction = CorrectionWarps(g, O_STAGE)
+            if const_expr(self.config.converts):
+                ConvertWarps(g, correction).run(place, work)
+            else:
+                correction.run(place, work)
         else:
             cute.arch.setmaxregister_decrease(tuning.other_registers)
             if warp_idx == ROLES.mma:
@@ -122,7 +127,8 @@ class PrefillKernel:
             elif warp_idx == ROLES.epilogue:
                 EpilogueWarp(g, O_STAGE).run(place, work, mO)
             else:
-                ValueTailWarp(g).run(place, work)
+                if const_expr(not self.config.converts):
+                    ValueTailWarp(g).run(place, work)
                 if const_expr(not self.config.kernel.is_dependent):
                     zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, heads.mLse)
         ptx.tcgen05_fence_before_sync()
@@ -137,5 +143,4 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    assert not config.kernel.has_kv_scales, "FP8 K and V"
     return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)

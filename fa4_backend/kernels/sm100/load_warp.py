@@ -4,14 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
-from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -35,6 +34,7 @@ class Share(NamedTuple):
     first_part: Int32 | int
     parts: int
     part_bytes: int
+    row_bytes: int
     tx_bytes: int
 
 
@@ -47,13 +47,14 @@ class PageBox(NamedTuple):
     part: Int32  # index along the head dimension
 
 
-def swizzled_box(shape: tuple[int, ...]) -> cute.ComposedLayout:
-    """Shared-memory layout of a box whose first mode is a 128-byte row."""
+def swizzled_box(shape: tuple[int, ...], element_bytes: int = 2) -> cute.ComposedLayout:
+    """Shared-memory layout of a box whose first mode is a row of 128 bytes, of 64 or of 32."""
     strides, stride = [], 1
     for extent in shape:
         strides.append(stride)
         stride *= extent
-    return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
+    bits = {128: 3, 64: 2, 32: 1}[shape[0] * element_bytes]
+    return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
 
 
 def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.CopyAtom:
@@ -63,11 +64,12 @@ def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.Co
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom
 
 
-def make_kv_atom(cache: cute.Tensor, box_rows: int) -> cute.CopyAtom:
-    """Boxes (part of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
+def make_kv_atom(cache: cute.Tensor, elems: int, box_rows: int) -> cute.CopyAtom:
+    """Boxes (elements of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
     kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
-    shape = (PART_ELEMS, box_rows, 1, 1)
-    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, swizzled_box(shape), shape).atom
+    shape = (elems, box_rows, 1, 1)
+    box = swizzled_box(shape, cache.element_type.width // 8)
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, box, shape).atom
 
 
 def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
@@ -82,17 +84,33 @@ def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
     return [coords[dims.index(dim)] for dim in range(len(coords))]
 
 
+# Of an item's first block: (payload, index); further blocks have K and V alone. FP8 tiles come first, since they have yet to be converted,
+# which needs none of the buffers that the item before still has.
+ORDER = (("q", 0), ("kv", 0), ("q", 1), ("kv", 1))
+ORDER_FP8 = (("kv", 0), ("kv", 1), ("q", 0), ("q", 1))
+
+
 @dataclass(frozen=True)
 class LoadWarp:
-    """Order: Q 0, K, Q 1, V, then K and V of each further block."""
+    """One warp; `ORDER` says what comes when."""
 
     geometry: Geometry
 
+    @property
+    def loaded_edge(self) -> str:
+        """The edge that K and V tiles are loaded for."""
+        return "kv_load_to_convert" if self.geometry.config.converts else "kv_load_to_mma"
+
+    @property
+    def kv_group(self) -> CtaGroup:
+        """Who waits for a loaded tile: the mma warp of the group, or each CTA's own convert warps."""
+        return CtaGroup(1) if self.geometry.config.converts else self.geometry.group
+
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
-        """Walk the work list; owns the producer sides of Q, of the KV ring and of V tiles with an edge."""
+        """Walk the work list; owns the producer sides of Q, of the KV tiles and of V tiles with an edge."""
         g, storage = self.geometry, self.geometry.storage
-        config = g.config.kernel
+        config, converts = g.config.kernel, g.config.converts
         k_share, v_share = self.shares(place)
         begin, end = g.item_range(work)
         stage, phase, q_phase, tail_phase = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -106,42 +124,45 @@ class LoadWarp:
                 v_box = k_box
                 if const_expr(g.group.ctas > 1):
                     v_box = self.find_box(place, operands, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, v_share)
-                for is_v in cutlass.range_constexpr(2):
-                    if i == 0:
-                        ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
-                        barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
-                        token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
-                        self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
-                    ptx.mbarrier_wait(g.empty(place, "kv_load_to_mma", stage), phase ^ 1)
-                    barrier = g.full_at_leader(place, "kv_load_to_mma", stage)
-                    if const_expr(is_v == 1):
-                        has_edge = i == 0 and g.has_v_tail(item)
-                        if const_expr(g.has_window_left):
-                            has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
-                        if has_edge:
-                            # The value tail warp fills the ring's buffer once the tile is clean.
-                            ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
-                            barrier = g.full(place, "v_tail_load_to_value_tail")
-                            tail_phase ^= 1
-                    atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
-                    slot = place.smem_base + storage.kv + stage * storage.kv_stride
-                    self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
-                    stage += 1
-                    if stage == g.config.kv_stage:
-                        stage = Int32(0)
-                        phase ^= 1
+                for payload, is_v in ORDER_FP8 if converts else ORDER:
+                    if const_expr(payload == "q"):
+                        if i == 0:
+                            ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
+                            barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
+                            token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
+                            self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
+                    else:
+                        ptx.mbarrier_wait(g.empty(place, self.loaded_edge, stage), phase ^ 1)
+                        barrier = (g.full if converts else g.full_at_leader)(place, self.loaded_edge, stage)
+                        if const_expr(is_v == 1 and not converts):
+                            has_edge = i == 0 and g.has_v_tail(item)
+                            if const_expr(g.has_window_left):
+                                has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
+                            if has_edge:
+                                # The value tail warp fills the ring's buffer once the tile is clean.
+                                ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
+                                barrier = g.full(place, "v_tail_load_to_value_tail")
+                                tail_phase ^= 1
+                        atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
+                        slot = place.smem_base + storage.loaded + stage * storage.loaded_stride
+                        self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
+                        stage += 1
+                        if stage == (g.config.staged if converts else g.config.kv_stage):
+                            stage = Int32(0)
+                            phase ^= 1
             q_phase ^= 1
 
     def shares(self, place: Place) -> tuple[Share, Share]:
         """This CTA's shares of a K and of a V tile."""
         config, sizes = self.geometry.config, self.geometry.storage.sizes
         kernel, first_row, first_part = config.kernel, 0, 0
+        k_part, v_part, row = sizes.k_loaded_part, sizes.v_loaded_part, sizes.kv_row
+        k_parts, v_parts = sizes.k_tx_bytes // k_part, sizes.v_tx_bytes // v_part
         if self.geometry.group.ctas > 1:
-            first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * config.v_parts
-        parts = num_parts(kernel.head_dim)
+            first_row, first_part = place.cta_rank * config.k_rows, place.cta_rank * v_parts
         return (
-            Share(first_row, config.k_rows, config.k_box_rows, 0, parts, sizes.k_part, sizes.k_tx_bytes),
-            Share(0, kernel.tile.tile_n, kernel.box_rows, first_part, config.v_parts, sizes.part, sizes.v_tx_bytes),
+            Share(first_row, config.k_rows, config.k_box_rows, 0, k_parts, k_part, row, sizes.k_tx_bytes),
+            Share(0, kernel.tile.tile_n, kernel.box_rows, first_part, v_parts, v_part, row, sizes.v_tx_bytes),
         )
 
     @cute.jit
@@ -159,13 +180,13 @@ class LoadWarp:
     @cute.jit
     def load_kv(self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, share: Share, kv_head_idx: Int32, box: PageBox):
         """A share of one K or V tile into `slot`."""
-        group = self.geometry.group
+        group = self.kv_group
         if place.lane_idx == 0:
             group.announce(barrier, share.tx_bytes)
         cute.arch.sync_warp()
         if box.part < share.parts:
-            target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * ROW_BYTES)
-            coords = ((share.first_part + box.part) * PART_ELEMS, box.row, kv_head_idx, box.page)
+            target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * share.row_bytes)
+            coords = ((share.first_part + box.part) * self.geometry.config.loaded_elems, box.row, kv_head_idx, box.page)
             group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit

@@ -7,7 +7,7 @@ that overwrites S (and P over it) needs no wait for the PV that reads P.
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100 import umma
@@ -31,11 +31,11 @@ class MmaWarp:
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             num_blocks = item.num_blocks
-            g.group.wait(g.full(place, "kv_load_to_mma", stage), phase)
+            g.group.wait(g.full(place, g.kv_edge, stage), phase)
             for q_idx in range(Q_STAGE, unroll=1):
                 g.group.wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
                 self.issue_qk(place, q_idx, stage)
-            g.group.commit(g.empty(place, "kv_load_to_mma", stage))
+            g.group.commit(g.empty(place, g.kv_edge, stage))
             for i in range(num_blocks, unroll=1):
                 k_stage, k_phase = stage + 1, phase
                 if k_stage == kv_stage:
@@ -48,7 +48,7 @@ class MmaWarp:
                 if is_last:
                     for q_idx in range(Q_STAGE, unroll=1):
                         g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
-                g.group.wait(g.full(place, "kv_load_to_mma", v_stage), v_phase)
+                g.group.wait(g.full(place, g.kv_edge, v_stage), v_phase)
                 for q_idx in range(Q_STAGE, unroll=1):
                     if i == 0:
                         g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
@@ -58,20 +58,25 @@ class MmaWarp:
                     g.group.wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
                     self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
+                    if const_expr(g.config.converts):
+                        # The convert warps' ring is short: they need V's buffer while the next QK still runs.
+                        if q_idx == Q_STAGE - 1 and not is_last:
+                            g.group.commit(g.empty(place, g.kv_edge, v_stage))
                     if is_last:
                         if q_idx == Q_STAGE - 1:
                             # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
-                            g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
+                            g.group.commit(g.empty(place, g.kv_edge, v_stage))
                         g.group.commit(g.full(place, "o_mma_to_correction", q_idx))
                     else:
                         if q_idx == 0:
-                            g.group.wait(g.full(place, "kv_load_to_mma", k_stage), k_phase)
+                            g.group.wait(g.full(place, g.kv_edge, k_stage), k_phase)
                         self.issue_qk(place, q_idx, k_stage)
                 p_phase ^= 1
                 stage, phase = k_stage, k_phase
                 if not is_last:
-                    g.group.commit(g.empty(place, "kv_load_to_mma", v_stage))
-                    g.group.commit(g.empty(place, "kv_load_to_mma", k_stage))
+                    if const_expr(not g.config.converts):
+                        g.group.commit(g.empty(place, g.kv_edge, v_stage))
+                    g.group.commit(g.empty(place, g.kv_edge, k_stage))
             q_phase ^= 1
 
     def issue_qk(self, place: Place, q_idx: Int32, stage: Int32) -> None:

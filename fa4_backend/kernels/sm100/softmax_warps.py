@@ -28,6 +28,8 @@ class HeadTensors(NamedTuple):
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
     mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+    mKScale: cute.Tensor | None  # (num_kv_heads,) float32
+    mVScale: cute.Tensor | None  # (num_kv_heads,) float32
 
 
 class Alibi(NamedTuple):
@@ -52,15 +54,16 @@ class SoftmaxWarps:
         row = warp * 32 + place.lane_idx
         s_tmem = g.tmem.s_at(place, q_idx) + (warp * 32 << LANE_SHIFT)
         stats = place.smem_base + g.storage.stats + row * o_pitch(config) + q_idx * STATS_BYTES
-        scale_log2 = work.values.softmax_scale * LOG2_E
-        if const_expr(config.mask.has_softcap):
-            scale_log2 = work.values.softcap * LOG2_E
+        values, scale_log2 = work.values, self.scale_log2(work.values)
         begin, end = g.item_range(work)
         s_phase, stats_phase = Int32(0), Int32(0)
         block = BlockWeights(g.config)
         p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
+            if const_expr(config.has_kv_scales):
+                values = self.values_of(work, heads, item)
+                scale_log2 = self.scale_log2(values)
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             alibi = self.alibi_of(heads, item, packed.token, head, packed.is_valid, scale_log2)
@@ -74,7 +77,7 @@ class SoftmaxWarps:
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
                 columns = functools.partial(self.columns, place, work, item, row, q_idx)
-                load = functools.partial(self.load_scores, s_tmem, work.values, alibi, columns, item, n_block, barrier, s_phase)
+                load = functools.partial(self.load_scores, s_tmem, values, alibi, columns, item, n_block, barrier, s_phase)
                 wait_again = functools.partial(ptx.mbarrier_wait, barrier, s_phase)
                 weights = block.decide(load, wait_again, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
@@ -93,12 +96,23 @@ class SoftmaxWarps:
             result = finalize_row(row_max, row_sum, sink)
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
-            ptx.store_shared_f32(stats, result.o_scale)
+            o_scale = result.o_scale
+            if const_expr(config.has_kv_scales):
+                o_scale = o_scale * heads.mVScale[item.tile.kv_head_idx]
+            ptx.store_shared_f32(stats, o_scale)
             ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
             stats_phase ^= 1
             if const_expr(config.has_lse):
                 if packed.is_valid:
                     heads.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
+
+    def scale_log2(self, values: MaskValues) -> Float32:
+        """What a score, capped where there is a cap, is multiplied by to be an exponent of 2."""
+        return (values.softcap if self.geometry.config.kernel.mask.has_softcap else values.softmax_scale) * LOG2_E
+
+    def values_of(self, work: WorkTensors, heads: HeadTensors, item: WorkItem) -> MaskValues:
+        """The call's values for an item with K in FP8, whose scores are products with K as it is stored."""
+        return work.values._replace(softmax_scale=work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx])
 
     @cute.jit
     def alibi_of(self, heads: HeadTensors, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):

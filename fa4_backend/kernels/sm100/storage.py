@@ -2,7 +2,8 @@
 
 An operand tile consists of parts of 64 elements of the head dimension; a part is 128 rows of 128 bytes, swizzled in 16-byte units by the
 row's low three bits (TMA's and tcgen05's 128-byte swizzle, PTX ISA "Shared memory matrix layout"). A head_dim of 96 fills its second part
-to one half; TMA fills the rest with zeros, and no MMA reads it.
+to one half; TMA fills the rest with zeros, and no MMA reads it. K and V in FP8 are staged in parts of 64 elements, or of 32 where 64 do not
+divide the head, in TMA's swizzle of that many bytes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class TileBytes:
     q_tx_bytes: int
     k_tx_bytes: int
     v_tx_bytes: int
+    kv_row: int  # a row of a part of K or V as TMA delivers it
+    k_loaded_part: int  # one part of K as TMA delivers it
+    v_loaded_part: int
 
     @staticmethod
     def of(resolved: Sm100Config) -> TileBytes:
@@ -50,6 +54,8 @@ class TileBytes:
         assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
         qk_parts, v_parts = num_parts(config.head_dim), resolved.v_parts
         rows = config.tokens_per_tile * config.q_per_kv
+        kv_row = resolved.loaded_elems * config.kv_element_bytes
+        k_loaded_part, v_loaded_part = resolved.k_rows * kv_row, config.tile.tile_n * kv_row
         return TileBytes(
             part=part,
             k_part=k_part,
@@ -58,8 +64,11 @@ class TileBytes:
             v=v_parts * part,
             o=config.tile.tile_m * o_pitch(config),
             q_tx_bytes=qk_parts * rows * ROW_BYTES,
-            k_tx_bytes=qk_parts * k_part,
-            v_tx_bytes=v_parts * part,
+            k_tx_bytes=resolved.loaded_parts(config.head_dim) * k_loaded_part,
+            v_tx_bytes=resolved.loaded_parts(config.head_dim_v) // resolved.tuning.cta_group * v_loaded_part,
+            kv_row=kv_row,
+            k_loaded_part=k_loaded_part,
+            v_loaded_part=v_loaded_part,
         )
 
 
@@ -70,8 +79,10 @@ class Storage:
     sizes: TileBytes
     barriers: EdgeBarriers
     q: int
-    kv: int
+    kv: int  # the ring that products read
     kv_stride: int
+    loaded: int  # where TMA delivers K and V: that ring, or in FP8 the staged tiles behind it
+    loaded_stride: int
     o: int
     stats: int  # of row 0, query tile 0; rows are o_pitch apart, query tiles STATS_BYTES
     tmem_pointer: int
@@ -91,12 +102,15 @@ class Storage:
         kv_stage = resolved.kv_stage
         kv = q_stage * sizes.q
         kv_stride = max(sizes.k, sizes.v)
-        o = kv + kv_stage * kv_stride
+        loaded, loaded_stride = kv, kv_stride
+        if resolved.converts:
+            loaded, loaded_stride = kv + kv_stage * kv_stride, max(sizes.k_tx_bytes, sizes.v_tx_bytes)
+        o = kv + kv_stage * kv_stride + resolved.staged * loaded_stride
         assert q_stage * STATS_BYTES <= O_PAD_BYTES, f"{q_stage=}"
         stats = o + o_pitch(config) - O_PAD_BYTES
         tmem_pointer = o + o_stage * sizes.o
-        barriers = EdgeBarriers(pipeline_edges(sizes, kv_stage, o_stage, resolved.tuning.cta_group), tmem_pointer + TMEM_POINTER_BYTES)
+        barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
         limit = ARCHS[config.arch].smem_bytes
         if barriers.end_bytes > limit:
             raise ValueError(f"shared memory of {config.name}: expected at most {limit} bytes, got {barriers.end_bytes}")
-        return Storage(sizes, barriers, 0, kv, kv_stride, o, stats, tmem_pointer, barriers.end_bytes)
+        return Storage(sizes, barriers, 0, kv, kv_stride, loaded, loaded_stride, o, stats, tmem_pointer, barriers.end_bytes)

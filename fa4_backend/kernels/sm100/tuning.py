@@ -22,6 +22,9 @@ TILES: dict[tuple[int, int], TileShape] = {
 #   for the 2560 of the tensor core. The other side: a pair walks to the end of the longer of its CTAs' rows, 2 more blocks a causal item.
 #   128: 2218 and 2048, but items of 512 packed rows leave a CTA of the pair idle for queries of fewer than 256, so 1.
 CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2}
+# The same with K and V in FP8, whose conversion takes the shared-memory port as well: for 128 one CTA needs 2560 cycles of it, a pair's CTA
+# 1536, beside 2048 of the tensor core (docs/sm100.md). 192 and 128 does not fit one CTA's shared memory.
+FP8_CTA_GROUP: dict[tuple[int, int], int] = {(128, 128): 2, (192, 128): 2}
 
 
 @dataclass(frozen=True)

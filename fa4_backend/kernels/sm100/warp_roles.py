@@ -4,6 +4,10 @@
     load --kv--> mma        softmax 0, 1 --stats--> correction
     load --v_tail--> value_tail --kv--> mma --o--> correction --o--> epilogue
 
+With K and V in FP8 the correction warps convert them as well, and there is no value tail:
+
+    load --kv--> convert --kv--> mma
+
 Each softmax group owns one query tile of 128 rows, one row a thread.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
-from fa4_backend.kernels.sm100.config import Q_STAGE
+from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.storage import TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
@@ -23,7 +27,7 @@ class WarpRoles:
     """Warp indices within the CTA."""
 
     softmax_first: int = 0  # 8 warps: group 0, then group 1
-    correction_first: int = 8  # 4 warps
+    correction_first: int = 8  # 4 warps; they convert, too
     mma: int = 12
     load: int = 13
     epilogue: int = 14
@@ -39,21 +43,40 @@ class WarpRoles:
 ROLES = WarpRoles()
 
 
-def pipeline_edges(sizes: TileBytes, kv_stage: int, o_stage: int, ctas: int) -> tuple[PipelineEdge, ...]:
-    """Every pipeline of the kernel; `docs/sm100.md` draws them. ctas: that share products; all of them signal to the mma warp."""
+def kv_edges(sizes: TileBytes, config: Sm100Config) -> tuple[PipelineEdge, ...]:
+    """How K and V come to the mma warp.
+
+    Tiles share a ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes.
+    """
+    ctas = config.tuning.cta_group
+    load, load_all, mma = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=ctas), Party("mma", Signal.COMMIT)
+    tx_bytes = max(sizes.k_tx_bytes, sizes.v_tx_bytes)
+    if config.converts:
+        convert, convert_all = Party("convert", Signal.WARPS, WARPGROUP), Party("convert", Signal.WARPS, WARPGROUP, ctas)
+        return (
+            PipelineEdge("kv_load_to_convert", config.staged, (load,), (convert,), tx_bytes),
+            PipelineEdge("kv_convert_to_mma", config.kv_stage, (convert_all,), (mma,)),
+        )
+    return (
+        # The arrival for a V tile with a tail is the value tail warp's instead.
+        PipelineEdge("kv_load_to_mma", config.kv_stage, (load_all,), (mma,), tx_bytes),
+        PipelineEdge("v_tail_load_to_value_tail", 1, (load,), (Party("value_tail", Signal.WARPS, 1),), sizes.v_tx_bytes),
+    )
+
+
+def pipeline_edges(sizes: TileBytes, config: Sm100Config, o_stage: int) -> tuple[PipelineEdge, ...]:
+    """Every pipeline of the kernel; `docs/sm100.md` draws them. All CTAs that share products signal to the mma warp."""
+    ctas = config.tuning.cta_group
     softmax_all = Party("softmax", Signal.WARPS, WARPGROUP, ctas)
     softmax_warp = Party("softmax", Signal.WARPS, 1)
     correction = Party("correction", Signal.WARPS, WARPGROUP)
     correction_warp = Party("correction", Signal.WARPS, 1)
     correction_all = Party("correction", Signal.WARPS, WARPGROUP, ctas)
     mma = Party("mma", Signal.COMMIT)
-    load, load_all = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=ctas)
+    load_all = Party("load", Signal.TMA, ctas=ctas)
     return (
         PipelineEdge("q_load_to_mma", Q_STAGE, (load_all,), (mma,), sizes.q_tx_bytes),
-        # K and V tiles share the ring; a V tile may be narrower than a K tile, so the load warp announces each one's own bytes. The
-        # arrival for a V tile with a tail is the value tail warp's instead.
-        PipelineEdge("kv_load_to_mma", kv_stage, (load_all,), (mma,), max(sizes.k_tx_bytes, sizes.v_tx_bytes)),
-        PipelineEdge("v_tail_load_to_value_tail", 1, (load,), (Party("value_tail", Signal.WARPS, 1),), sizes.v_tx_bytes),
+        *kv_edges(sizes, config),
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
         PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
         # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.

@@ -70,6 +70,11 @@ class Geometry:
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
         return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
 
+    @property
+    def kv_edge(self) -> str:
+        """The edge of the ring that products read."""
+        return "kv_convert_to_mma" if self.config.converts else "kv_load_to_mma"
+
     def full(self, place: Place, edge: str, index=0) -> Int32:
         """Shared address of an edge's full barrier."""
         return place.smem_base + self.storage.barriers.full_offset(edge) + index * 8

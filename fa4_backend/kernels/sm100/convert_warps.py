@@ -1,0 +1,112 @@
+"""Convert warps: K and V tiles from e4m3, as they are staged, to the 16 bits that tcgen05 reads from the ring; every value is exact.
+
+They are the correction warps, which between the ends of two items have nothing else to do. An item's rows are finished (`correction_warps`)
+while tiles of the next are converted: query tile 0 behind its first K and V, query tile 1 behind its second K. What products of the next
+item need before they need O is then ready when O is, and no tile waits for a buffer that only finished rows would free.
+
+A lane has one row of a tile, and takes chunks of 16 bytes of it. Eight lanes, whose accesses shared memory serves together, then have eight
+neighbouring rows: in TMA's swizzles their chunks lie in eight different groups of banks, staged (rows of 64 or 32 bytes) and in the ring
+(rows of 128 bytes).
+
+PTX ISA 9.2 has a conversion from e4m3 to bfloat16 in one instruction (sm_100a and later), which would take a quarter of these; the
+compiler here writes PTX ISA 8.8.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.sm100.config import PART_ELEMS
+from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
+from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+
+CHUNK = 16  # bytes of a shared-memory access: elements of FP8
+PART_CHUNKS = PART_ELEMS // CHUNK  # of FP8 that make a row of a part of the ring
+THREADS = 32 * WARPGROUP
+
+
+@dataclass(frozen=True)
+class ConvertWarps:
+    """Four warps that convert every K and V tile of their CTA."""
+
+    geometry: Geometry
+    correction: CorrectionWarps
+
+    @cute.jit
+    def run(self, place: Place, work: WorkTensors):
+        """Walk the work list; owns both sides of the convert warps' edges of K and V, and the places in the correction's edges."""
+        g, storage, tile_n = self.geometry, self.geometry.storage, self.geometry.config.kernel.tile.tile_n
+        begin, end = g.item_range(work)
+        staged, ring = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        out, item_phase = RingPosition(Int32(0), Int32(0)), Int32(0)
+        # The last round has no tiles: it finishes the last item's rows.
+        for index in range(begin, end + 1, unroll=1):
+            num_blocks, blocks_end, seqlen_k, first_key = Int32(0), Int32(0), Int32(0), Int32(0)
+            if index < end:
+                item = g.read_item(work, index)
+                num_blocks, blocks_end, seqlen_k = item.num_blocks, item.blocks.end, item.tile.seqlen.seqlen_k
+                first_key = g.first_key(work, item)
+            for i in range(cutlass.max(num_blocks, 2), unroll=1):
+                for is_v in cutlass.range_constexpr(2):
+                    if i == 1 and index > begin:
+                        self.correction.finish_tile(place, is_v, item_phase, item_phase, out.slot, out.phase)
+                        out = advance(out, self.correction.o_stage)
+                    if i < num_blocks:
+                        first_column = (blocks_end - 1 - i) * tile_n
+                        ptx.mbarrier_wait(g.full(place, "kv_load_to_convert", staged.slot), staged.phase)
+                        ptx.mbarrier_wait(g.empty(place, "kv_convert_to_mma", ring.slot), ring.phase ^ 1)
+                        source = place.smem_base + storage.loaded + staged.slot * storage.loaded_stride
+                        target = place.smem_base + storage.kv + ring.slot * storage.kv_stride
+                        self.convert(place, source, target, is_v, first_key - first_column, seqlen_k - first_column)
+                        ptx.warp_arrive(g.empty(place, "kv_load_to_convert", staged.slot), place.lane_idx)
+                        ptx.fence_proxy_async_shared()
+                        g.group.warp_arrive(g.full_at_leader(place, "kv_convert_to_mma", ring.slot), place.lane_idx)
+                        staged, ring = advance(staged, g.config.staged), advance(ring, g.config.kv_stage)
+            if index > begin:
+                item_phase ^= 1
+
+    @cute.jit
+    def convert(
+        self,
+        place: Place,
+        source: Int32,  # shared address of a staged tile
+        target: Int32,  # shared address of a buffer of the ring
+        is_v: cutlass.Constexpr[int],
+        first_row: Int32,
+        end_row: Int32,
+    ):
+        """This thread's chunks of a tile of K or V.
+
+        first_row, end_row: rows that the item sees. Others of V become zeros: they may hold NaN, and a weight of 0 times NaN is NaN. K
+        needs none of this, since masked scores are replaced, not multiplied.
+        """
+        config, sizes, kernel = self.geometry.config, self.geometry.storage.sizes, self.geometry.config.kernel
+        rows, elems, loaded_part, part_bytes = config.k_rows, kernel.head_dim, sizes.k_loaded_part, sizes.k_part
+        if const_expr(is_v):
+            rows, elems = kernel.tile.tile_n, min(config.v_parts * PART_ELEMS, kernel.head_dim_v)
+            loaded_part, part_bytes = sizes.v_loaded_part, sizes.part
+        # Warps that have the same rows take every other chunk.
+        shares, staged_chunks = THREADS // rows, config.loaded_elems // CHUNK
+        assert staged_chunks % shares == 0, f"{staged_chunks=} {shares=}"
+        thread = place.warp_idx % WARPGROUP * 32 + place.lane_idx
+        row, share = thread % rows, thread // rows
+        # Swizzles: chunk c of a row of n chunks lies at c ^ (row * n / 8 % n).
+        source += row * config.loaded_elems + (share ^ (row * staged_chunks // 8 % staged_chunks)) * CHUNK
+        target += row * ROW_BYTES + (2 * share ^ (row % 8)) * CHUNK
+        is_seen = (row >= first_row) & (row < end_row)
+        for staged_part in cutlass.range_constexpr(elems // config.loaded_elems):
+            chunks = list(range(0, staged_chunks, shares))
+            loaded = [ptx.load_shared_v4((source ^ c * CHUNK) + staged_part * loaded_part) for c in chunks]
+            for chunk, words in zip(chunks, loaded, strict=True):
+                part, c = divmod(staged_part * staged_chunks + chunk, PART_CHUNKS)
+                kept = ptx.select_words(is_seen, words) if const_expr(is_v) else words
+                pairs = [pair for word in ptx.elements(kept) for pair in e4m3_to_16bit(word, kernel.dtype)]
+                for half in cutlass.range_constexpr(2):
+                    ptx.store_shared_v4((target ^ (2 * c + half) * CHUNK) + part * part_bytes, pairs[4 * half : 4 * half + 4])
