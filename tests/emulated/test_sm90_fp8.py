@@ -6,12 +6,15 @@ no row sees is 0x7F, which is NaN. Blocks hold 128 keys at d128, boxes 16 at pag
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from fa4_backend.compile_cache import ensure_object
+from fa4_backend.kernels.sm90.fragment import FP8_LIFT, HUGE
 from fa4_backend.problem import FP8
 from tests.support import large_logits
 from tests.support.contraction import contractible
@@ -140,6 +143,19 @@ def test_large_logits(name: str, head_dim: int) -> None:
     run = run_built(built, cuts=Cuts((3,)))
     assert run.report.races == []
     large_logits.check(built, run.out, run.lse)
+
+
+def test_no_weight_outgrows_float16() -> None:
+    """A row's reference lies `FP8_LIFT` below its largest score, rounded: below `HUGE` its float32 neighbours are up to 16 apart."""
+    largest = 0.0
+    for exponent in range(int(math.log2(HUGE))):
+        scores = np.ldexp(1 + np.arange(0, 1, 2.0**-12), exponent)
+        scores = np.concatenate(
+            [scores, scores + 2.0 ** (exponent - 24), -scores, 2.0 ** (exponent + 1) - np.ldexp(1.0, np.arange(-20, 5))]
+        )
+        scores = scores[np.abs(scores) < HUGE]
+        largest = max(largest, float((scores - (scores - FP8_LIFT).astype(np.float32)).max()))
+    assert 2.0**largest <= torch.finfo(torch.float16).max, largest
 
 
 @pytest.mark.parametrize(("head_dim", "largest"), [(128, 100.0), (256, 120.0)])
