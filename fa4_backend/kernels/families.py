@@ -84,8 +84,10 @@ class KernelSet:
 
 def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
     """The kernels that serve `problem` on a device of `num_sms` SMs; `problem` has passed `fa4_backend.support.check_problem`."""
-    decode = decode_family.resolve(problem, limits)
-    prefill = PREFILL[problem.target_arch](problem, is_dependent=decode is not None)
+    prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
+    decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
+    if decode is None:
+        prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
     return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, decode, prefill))
 

@@ -121,7 +121,7 @@ def test_columns_of_a_row_are_each_one_lanes() -> None:
 
 def config_of(case: PagedCase) -> DecodeConfig:
     """Compile key of a case's decode kernel."""
-    config = resolve(case.problem(), case.plan().limits)
+    config = resolve(case.problem(), case.plan().limits, prefill_has_parts=False)
     assert config is not None
     return config
 

@@ -34,7 +34,7 @@ KEYS = {
 def config_of(changes: dict[str, object]) -> DecodeConfig:
     fields = {"query_lens": (1,), "kv_lens": (1,), "head_dim": 128, "arch": "emulated-sm_90a", **changes}
     case = PagedCase(**fields)  # type: ignore[arg-type]
-    config = resolve(case.problem(), case.plan().limits)
+    config = resolve(case.problem(), case.plan().limits, prefill_has_parts=False)
     assert config is not None
     return config
 

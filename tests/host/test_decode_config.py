@@ -8,6 +8,7 @@ import pytest
 
 from fa4_backend import AttentionProblem, BatchLimits
 from fa4_backend.kernels.decode.config import MAX_ROWS, SMEM_BYTES, DecodeConfig, resolve
+from fa4_backend.kernels.families import resolve_kernels
 from fa4_backend.problem import FP8
 
 LIMITS = {"max_num_seqs": 8, "max_num_tokens": 64, "max_seqlen_k": 4096}
@@ -16,10 +17,10 @@ RATIOS, QUERY_LENS, HEAD_DIMS = (1, 3, 7, 8, 16, 64), (1, 2, 4), ((64, 64), (80,
 
 
 def config_of(
-    q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16", kv_dtype: str = "auto", arch: str = "sm_100a"
+    q_per_kv: int, dims: tuple[int, int], query_len: int, dtype: str = "bfloat16", kv_dtype: str = "auto", *, parts: bool = False
 ) -> DecodeConfig | None:
-    problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, arch, kv_dtype=kv_dtype)
-    return resolve(problem, BatchLimits(**LIMITS, decode_query_len=query_len))
+    problem = AttentionProblem(2 * q_per_kv, 2, *dims, dtype, 16, "emulated-sm_90a", kv_dtype=kv_dtype)
+    return resolve(problem, BatchLimits(**LIMITS, decode_query_len=query_len), prefill_has_parts=parts)
 
 
 def test_every_config_fits_its_sm() -> None:
@@ -59,9 +60,11 @@ def test_rows_that_the_prefill_kernel_must_serve(q_per_kv: int, dims: tuple[int,
 
 @pytest.mark.parametrize(("head_dim", "most"), [(64, 64), (96, 48), (128, 32), (192, 32)])
 def test_many_rows_go_to_prefill_tiles_where_those_are_cut(head_dim: int, most: int) -> None:
-    dims = (head_dim, min(head_dim, 128)) if head_dim == 192 else (head_dim, head_dim)
-    assert config_of(most, dims, 1, arch="sm_90a") is not None
-    assert config_of(most + 1, dims, 1, arch="sm_90a") is None
-    assert config_of(64, dims, 1, arch="sm_100a") is not None, "Blackwell's prefill tiles are not cut"
-    invariant = AttentionProblem(64, 1, *dims, "bfloat16", 16, "sm_90a", batch_invariant=True)
-    assert resolve(invariant, BatchLimits(**LIMITS, decode_query_len=1)) is not None, "nor are those of batch-invariant mode"
+    dims = (head_dim, 128) if head_dim == 192 else (head_dim, head_dim)
+    assert config_of(most, dims, 1, parts=True) is not None
+    assert config_of(most + 1, dims, 1, parts=True) is None
+    assert config_of(64, dims, 1) is not None
+    # Of a plan: Hopper's prefill tiles are cut, but not in batch-invariant mode, and Blackwell's are not.
+    for arch, invariant, served in (("sm_90a", False, most == 64), ("sm_90a", True, True), ("sm_100a", False, True)):
+        problem = AttentionProblem(64, 1, *dims, "bfloat16", 16, arch, batch_invariant=invariant)
+        assert (resolve_kernels(problem, BatchLimits(**LIMITS), 132).decode is not None) == served, (arch, invariant)

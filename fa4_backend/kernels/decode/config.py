@@ -194,21 +194,19 @@ def part_bytes(row_bytes: int) -> int:
 MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
 
 
-def most_rows(problem: AttentionProblem) -> int:
-    """Packed rows up to which the decode kernel serves a problem's short queries."""
-    prefill_has_parts = problem.target_arch == "sm_90a" and not problem.batch_invariant
-    return MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
-
-
-def resolve(problem: AttentionProblem, limits: BatchLimits) -> DecodeConfig | None:
+def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts: bool) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: exact mode, float32, more packed rows than `most_rows`, heads wider than 256 or of no whole 32 bytes, or so many rows of so
+    That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256 or of no whole 32 bytes, or so many rows of so
     wide heads that two KV tiles of 16-bit elements do not fit.
+
+    Args:
+        prefill_has_parts: the prefill kernel cuts tiles along KV; then `MOST_ROWS_BESIDE_PARTS` in place of `MAX_ROWS`.
     """
     if problem.exact:
         return None
-    if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows(problem):
+    most_rows = MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
+    if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows:
         return None
     elements = 32 // DTYPE_BYTES[problem.kv_dtype]
     if problem.head_dim % elements or problem.head_dim_v % elements or max(problem.head_dim, problem.head_dim_v) > 256:
