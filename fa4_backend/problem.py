@@ -20,6 +20,11 @@ class UnsupportedProblem(ValueError):
 
 SAME_AS_Q = "auto"  # kv_dtype: K and V are stored in the dtype of q, as engines call it
 
+PAGED = "paged"  # K and V in pages of a pool, found by a page table
+RAGGED = "ragged"  # K and V of the batch one sequence behind the other, without pages
+LATENT = "latent"  # pages of multi-head latent attention: one head a token, of which the first head_dim_v elements are V
+KV_SOURCES = (PAGED, RAGGED, LATENT)
+
 
 @dataclass(frozen=True)
 class MaskFeatures:
@@ -65,10 +70,11 @@ class AttentionProblem:
     head_dim: int  # elements of a query or key row
     head_dim_v: int  # elements of a value or output row
     dtype: str  # of q and out: one of COMPUTE_DTYPES
-    page_size: int  # tokens a page
+    page_size: int  # tokens a page; 1 where K and V have no pages
     arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
     mask: MaskFeatures = MaskFeatures()
     kv_dtype: str = SAME_AS_Q  # of K and V as stored: a key of DTYPE_BYTES; after construction never "auto"
+    kv_source: str = PAGED  # where K and V lie: one of KV_SOURCES
     sinks_dtype: str = "float32"  # of the tensor of sinks, where the mask has them: kernels read the engine's own parameter
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
@@ -92,6 +98,15 @@ class AttentionProblem:
                 raise UnsupportedProblem(f"{name}: expected one of {', '.join(served)}, got {getattr(self, name)!r}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
+        if self.kv_source not in KV_SOURCES:
+            raise UnsupportedProblem(f"kv_source: expected one of {', '.join(KV_SOURCES)}, got {self.kv_source!r}")
+        if self.kv_source == RAGGED and self.page_size != 1:
+            raise UnsupportedProblem(f"page_size: expected 1 for K and V without pages, got {self.page_size}")
+        if self.kv_source == LATENT and (self.num_kv_heads != 1 or self.head_dim_v > self.head_dim):
+            raise UnsupportedProblem(
+                "num_kv_heads, head_dim_v: expected 1 and at most head_dim for a latent cache, got "
+                f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, head_dim_v={self.head_dim_v}"
+            )
         if self.exact and not self.batch_invariant:
             raise UnsupportedProblem("exact: expected batch_invariant=True with it (in vLLM: VLLM_BATCH_INVARIANT=1), got False")
 
@@ -107,8 +122,9 @@ class AttentionProblem:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes of one token's K and V of one KV head."""
-        return (self.head_dim + self.head_dim_v) * DTYPE_BYTES[self.kv_dtype]
+        """Bytes of one token's K and V of one KV head; of a latent cache V is a part of K."""
+        elements = self.head_dim if self.kv_source == LATENT else self.head_dim + self.head_dim_v
+        return elements * DTYPE_BYTES[self.kv_dtype]
 
     @property
     def is_emulated(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.schedule.limits import largest_num_seqs
-from fa4_backend.problem import COMPUTE_DTYPES, FP8, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, FP8, PAGED, RAGGED, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
@@ -25,6 +25,7 @@ class KernelSupport:
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
     quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside q's own
+    kv_sources: tuple[str, ...] = (PAGED,)  # where K and V may lie
 
 
 _BLACKWELL = KernelSupport(
@@ -63,7 +64,9 @@ def check_problem(problem: AttentionProblem) -> None:
         raise UnsupportedProblem(f"arch: expected one of {served}, got {arch!r}; kernels for {_chips(arch)} are not in this version")
     if problem.dtype not in support.dtypes:
         raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}")
-    if problem.page_size % PAGE_MULTIPLE:
+    if problem.kv_source not in support.kv_sources:
+        raise UnsupportedProblem(f"kv_source on {arch}: expected {' or '.join(support.kv_sources)}, got {problem.kv_source}")
+    if problem.kv_source != RAGGED and problem.page_size % PAGE_MULTIPLE:
         raise UnsupportedProblem(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {problem.page_size}")
     dims = (problem.head_dim, problem.head_dim_v)
     if support.head_dims is not None and dims not in support.head_dims:
