@@ -187,6 +187,17 @@ def flat(fragment: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
+def row_of_thread(thread: Int32, i: int) -> Int32:
+    """Row of half `i` of a thread of a warpgroup (PTX ISA, wgmma.mma_async: D fragment layout)."""
+    return thread // 32 * 16 + thread % 32 // 4 + 8 * i
+
+
+def quad_sum(value: Float32) -> Float32:
+    """Sum over the four lanes that share a row."""
+    value = value + cute.arch.shuffle_sync_bfly(value, offset=1)
+    return value + cute.arch.shuffle_sync_bfly(value, offset=2)
+
+
 def _tree(values: list, combine) -> Float32:
     """Combine in CHAINS chains, then the chains."""
     chains = values[:CHAINS]
