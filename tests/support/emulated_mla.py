@@ -103,8 +103,8 @@ class MlaCase:
 
 def oracle(a: Latent, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention sequence by sequence in float32, P and results rounded to `dtype`."""
-    out = torch.zeros(a.out.shape)
-    lse = torch.full(a.lse.shape, -math.inf)
+    out = torch.zeros(a.out.shape, device=a.q.device)
+    lse = torch.full(a.lse.shape, -math.inf, device=a.q.device)
     bounds, page_size = a.cu_seqlens_q.tolist(), a.latent_cache.shape[1]
     for seq_idx, kv_len in enumerate(a.seqused_k.tolist()):
         rows = slice(bounds[seq_idx], bounds[seq_idx + 1])
@@ -114,8 +114,8 @@ def oracle(a: Latent, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         keys = a.latent_cache[pages].flatten(0, 1)[:kv_len].float()
         q = torch.cat((a.q, a.q_rope), -1)[rows].float().transpose(0, 1)
         scores = q @ keys.T * a.softmax_scale
-        diagonal = torch.arange(rows.stop - rows.start) + kv_len - (rows.stop - rows.start)
-        scores = scores.masked_fill(torch.arange(kv_len) > diagonal[:, None], -math.inf)
+        diagonal = torch.arange(rows.stop - rows.start, device=a.q.device) + kv_len - (rows.stop - rows.start)
+        scores = scores.masked_fill(torch.arange(kv_len, device=a.q.device) > diagonal[:, None], -math.inf)
         weights = scores.softmax(-1).nan_to_num(0.0)
         out[rows] = (weights.to(dtype).float() @ keys[:, :LATENT_DIM]).to(dtype).float().transpose(0, 1)
         lse[:, rows] = torch.logsumexp(scores, -1)

@@ -23,7 +23,6 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.mask import Columns, MaskValues
@@ -201,7 +200,7 @@ class ConsumerWarpgroup:
         return Rows(tuple(columns), entry.seqlen.seqlen_k, blocks.full_end, scale)  # type: ignore[arg-type]
 
     def _is_last(self, side: int, n_block: Int32, blocks: Blocks) -> Boolean:
-        """Whether a pair's block of this side is its last of the entry. Pieces pair their blocks anew; then Q is kept until the entry ends."""
+        """Whether a pair's block of this side is its last of the entry. Pieces begin pairs anew; then Q is kept until the entry ends."""
         return Boolean(False) if self.config.has_pieces else n_block + side + 2 >= blocks.end
 
     # -- a pair of blocks, as either side sees it -----------------------------------------------------------------------------------
@@ -324,9 +323,7 @@ class ConsumerWarpgroup:
             target = (part + (first * PART_DIM + i * chunk)).align(16)
             cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
 
-    def _weights(
-        self, products: Products, stats: RowStats, rows: Rows, rS: cute.Tensor, n_block: Int32
-    ) -> tuple[cute.Tensor, Boolean]:
+    def _weights(self, products: Products, stats: RowStats, rows: Rows, rS: cute.Tensor, n_block: Int32) -> tuple[cute.Tensor, Boolean]:
         """Scores to 16-bit weights in `products.rP`; the factors for O of earlier blocks, and whether any row of the warp has one."""
         fragment = RowFragment(TILE_N, RESCALE_THRESHOLD)
         self._mask(fragment, rS, n_block, rows)
@@ -342,9 +339,7 @@ class ConsumerWarpgroup:
             fragment.mask(rS, n_block * TILE_N, rows.columns)
 
     @cute.jit
-    def _publish(
-        self, products: Products, stats: RowStats, kv: RingPosition, shared: SharedTensors, side: cutlass.Constexpr[int]
-    ):
+    def _publish(self, products: Products, stats: RowStats, kv: RingPosition, shared: SharedTensors, side: cutlass.Constexpr[int]):
         """Weights and reference to shared memory, for the other side."""
         thread = cute.arch.thread_idx()[0] % SIDE_THREADS
         copy = cute.make_tiled_copy_C(
@@ -362,9 +357,7 @@ class ConsumerWarpgroup:
         self._arrive(shared.barriers.p_full + side, 0, 1)
 
     @cute.jit
-    def _take(
-        self, products: Products, stats: RowStats, phase: Int32, shared: SharedTensors, other: cutlass.Constexpr[int]
-    ):
+    def _take(self, products: Products, stats: RowStats, phase: Int32, shared: SharedTensors, other: cutlass.Constexpr[int]):
         """Wait for the other side's weights; O and row_sum to the reference that comes with them."""
         thread = cute.arch.thread_idx()[0] % SIDE_THREADS
         cute.arch.mbarrier_wait(shared.barriers.p_full + other, phase)

@@ -159,7 +159,7 @@ class LoadWarp:
 
 
 def query_modes(storage: MlaStorage, has_parts: bool) -> list[str]:
-    """Dimensions 1, 2, ... of a tensor map of Q. The compiler moves those that a box has one of behind the others, so they are put there."""
+    """Dimensions 1, 2, ... of a tensor map of Q. The compiler moves those that a box has one of behind the others: so does this."""
     c = storage.config
     counts = {"head": c.box_heads, "token": c.box_tokens} | ({"part": 1} if has_parts else {})
     return sorted(counts, key=lambda mode: counts[mode] == 1)

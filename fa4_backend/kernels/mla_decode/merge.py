@@ -6,8 +6,8 @@ add it up, each a share of its vectors. A CTA that has written all its slots arr
 then adds up the whole row group. So no CTA depends on another one's running beside it. Parts are added in slot order whoever does it, and
 a vector's sum knows nothing of the shares.
 
-Counters: `mArrivals[first_slot]` parts that came, and CTAs that left in units of `GAVE_UP`; `mArrivals[first_slot + 1]` parts whose CTAs are
-done with the first counter. The last one clears both for the next launch.
+Counters: `mArrivals[first_slot]` parts that came, and CTAs that left in units of `GAVE_UP`; `mArrivals[first_slot + 1]` parts whose CTAs
+are done with the first counter. The last one clears both for the next launch.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ class Merge:
                     if piece_in_entry > 0:
                         cute.autovec_copy(at, pair)
                     j = const_expr(4 * group + 2 * i)
-                    total = fold(Part([pair[0], pair[1]], before[0], before[1]), [Part([o[j], o[j + 1]], stats.row_max[i], stats.row_sum[i])])
+                    part = Part([o[j], o[j + 1]], stats.row_max[i], stats.row_sum[i])
+                    total = fold(Part([pair[0], pair[1]], before[0], before[1]), [part])
                     pair[0], pair[1] = total.o
                     o[j], o[j + 1] = total.o
                     if not is_last:
@@ -222,7 +223,7 @@ class Merge:
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors, thread: Int32):
-        """Note an entry whose slots are written; its arrival waits until the CTA is done, so that nobody waits before it has nothing else to do."""
+        """Note an entry whose slots are written; its arrival waits until the CTA is done: who waits for others has nothing else to do."""
         if thread == 0:
             q = entry.seqlen
             fields = (
@@ -315,8 +316,8 @@ class Merge:
         shared: SharedTensors,
         results: ResultTensors,
     ) -> Int32:
-        """Add up a share of a row group's vectors and write them. Parts come by bulk copies to where Q and KV were, a chunk of vectors of all
-        slots at a time. Returns the phase of the copies' barrier."""
+        """Add up a share of a row group's vectors and write them. Parts come by bulk copies to where KV tiles were, a chunk of vectors
+        of all slots at a time. Returns the phase of the copies' barrier."""
         c = self.config
         entry = entry_of(lambda field: shared.sPending[place, field], step.bounds)
         pieces = entry.num_pieces
@@ -350,9 +351,7 @@ class Merge:
         return phase
 
     @cute.jit
-    def _fetch(
-        self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors
-    ):
+    def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
         """Start the copies of a chunk of every slot, by the first warp, a slot a lane."""
         c = self.config
         if thread < 32:

@@ -1,7 +1,7 @@
 """Shared memory of a CTA: Q, two KV tiles, each with three groups of parts that are loaded and released apart, and small tables.
 
-A tile is nine parts of 64 keys x 64 elements, swizzled rows of 128 bytes: parts 0-3 are the left half of V, 4-7 its right half, 8 the rotary
-part of K. When its scores are done, the rotary part's place takes the tile's weights P, 64 rows x 64 keys, for the other warpgroup.
+A tile is nine parts of 64 keys x 64 elements, swizzled rows of 128 bytes: parts 0-3 are the left half of V, 4-7 its right half, 8 the
+rotary part of K. When its scores are done, the rotary part's place takes the tile's weights P, 64 rows x 64 keys, for the other warpgroup.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class WorkLists:
     prefill_queue: torch.Tensor  # (1, QUEUE_INTS) int32; a launch leaves QUEUE_NEXT and QUEUE_LEFT at 0
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
-    slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
+    slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; cleared by the schedule, and 0 between launches
     part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
     part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32, parts of a prefill tile that arrived, likewise
