@@ -23,11 +23,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, row_of_thread
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, row_of_thread
 from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_DIM,
@@ -330,6 +331,10 @@ class ConsumerWarpgroup:
         before = [stats.row_max[i] for i in range(2)]
         factors = fragment.softmax(rS, stats, (rows.scale, rows.scale), may_be_empty=True, is_first=False)
         fragment.to_operand(rS, products.rP)
+        # LLVM would convert anew where products take them, behind the fence that they need before.
+        words = cute.recast_tensor(flat(products.rP), Int32)
+        for i in range(cute.size(words)):
+            words[i] = ptx.keep_here(words[i])
         # Rows of no token may be NaN, which compares false.
         return factors, (stats.row_max[0] > before[0]) | (stats.row_max[1] > before[1])
 
