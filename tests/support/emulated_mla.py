@@ -45,6 +45,7 @@ class MlaCase:
     num_heads: int = 16
     decode_query_len: int = 1
     dtype: str = "bfloat16"
+    kv_dtype: str = "auto"  # FP8: with a scale of 2^-6, so that values of 7 and more would be saturated
     page_size: int = 64
     batch_invariant: bool = False
     max_seqlen_k: int = 0  # limit; 0: the longest row
@@ -57,7 +58,7 @@ class MlaCase:
     def kernels(self, num_sms: int) -> KernelSet:
         """The kernels for it."""
         problem = AttentionProblem(
-            num_q_heads=self.num_heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, page_size=self.page_size,
+            num_q_heads=self.num_heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, kv_dtype=self.kv_dtype, page_size=self.page_size,
             arch="emulated-sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
         )  # fmt: skip
         limits = BatchLimits(
@@ -76,13 +77,16 @@ class MlaCase:
         """Draw the batch; what no row sees is NaN, page-table entries past a sequence's end name a page of NaN."""
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
+        kv_dtype = dtype if self.kv_dtype == "auto" else getattr(torch, self.kv_dtype)
+        scale = None if self.kv_dtype == "auto" else torch.tensor([2.0**-6])
         pages_of = [-(-n // self.page_size) for n in self.kv_lens]
         num_pages = sum(pages_of) + 2
-        cache = torch.full((num_pages, self.page_size, DIM + 8), math.nan, dtype=dtype)[..., :DIM]
+        cache = torch.full((num_pages, self.page_size, DIM + 16), math.nan).to(kv_dtype)[..., :DIM]
         free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
         page_table = torch.full((len(pages_of), max(*pages_of, 1)), free.pop(0), dtype=torch.int32)
         for seq_idx, kv_len in enumerate(self.kv_lens):
-            values = torch.randn(kv_len, DIM, generator=generator).to(dtype)
+            values = torch.randn(kv_len, DIM, generator=generator)
+            values = (values if scale is None else values / scale).to(kv_dtype)
             for logical in range(pages_of[seq_idx]):
                 page = free.pop()
                 page_table[seq_idx, logical] = page
@@ -97,7 +101,7 @@ class MlaCase:
         return Latent(
             q, q_rope, cache, page_table, torch.tensor([0, *self.query_lens]).cumsum(0).int(), torch.tensor(self.kv_lens).int(),
             torch.full((len(rows), self.num_heads, LATENT_DIM), math.nan, dtype=dtype),
-            torch.full((self.num_heads, len(rows)), math.nan), 192**-0.5,
+            torch.full((self.num_heads, len(rows)), math.nan), 192**-0.5, scale,
         )  # fmt: skip
 
 
@@ -112,6 +116,8 @@ def oracle(a: Latent, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             continue
         pages = a.page_table[seq_idx, : -(-kv_len // page_size)].long()
         keys = a.latent_cache[pages].flatten(0, 1)[:kv_len].float()
+        if a.latent_scale is not None:
+            keys = keys * a.latent_scale
         q = torch.cat((a.q, a.q_rope), -1)[rows].float().transpose(0, 1)
         scores = q @ keys.T * a.softmax_scale
         diagonal = torch.arange(rows.stop - rows.start, device=a.q.device) + kv_len - (rows.stop - rows.start)

@@ -46,7 +46,11 @@ class ScoreScale(NamedTuple):
     @staticmethod
     def of_call(softmax_scale: Float32) -> "ScoreScale":
         """One scale for all rows: three registers that stay."""
-        log2 = softmax_scale * LOG2_E
+        return ScoreScale.of_log2(softmax_scale * LOG2_E)
+
+    @staticmethod
+    def of_log2(log2: Float32) -> "ScoreScale":
+        """The same of a scale that already is in log2 units."""
         return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
 
     @staticmethod

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.prefill_config import box_rows_of
-from fa4_backend.problem import DTYPE_BYTES, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
 
 LATENT_DIM, ROPE_DIM = 512, 64  # elements of a token: latents, which are V and the first part of K, and K's rotary part
 PART_DIM = 64  # elements of 16 bits in a swizzled row of shared memory, 128 bytes
@@ -27,6 +27,7 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
+CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 # KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
 # however many they are.
@@ -64,6 +65,11 @@ class MlaDecodeConfig:
     def element_bytes(self) -> int:
         """Bytes of an element of q and out."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether latents are stored in FP8, with one scale."""
+        return self.kv_dtype == FP8
 
     @property
     def rows(self) -> int:

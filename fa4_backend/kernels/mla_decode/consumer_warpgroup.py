@@ -28,7 +28,7 @@ from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, row_of_thread
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, log2_scale, row_of_thread
 from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_DIM,
@@ -42,7 +42,7 @@ from fa4_backend.kernels.mla_decode.config import (
     TILE_N,
     MlaDecodeConfig,
 )
-from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales
 from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_WARPS, SIDES, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import Blocks, MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
@@ -132,7 +132,7 @@ class ConsumerWarpgroup:
         products = self._operands(side, mmas, shared, thread)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         totals = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-        scale = ScoreScale.of_call(values.softmax_scale)
+        scales = self._scales(values, results)
         kv, phases = RingPosition(Int32(0), Int32(0)), WeightPhases(Int32(0), Int32(0))
         q_phase, num_pending, turn = Int32(0), Int32(0), Int32(0)
         num_entries = step.mFirst[self.work.list_idx(), NUM_ENTRIES]
@@ -141,7 +141,7 @@ class ConsumerWarpgroup:
             q_phase ^= 1
             entry = entry_of(lambda field: shared.sEntry[field], step.bounds)
             blocks = self.work.blocks(entry, values)
-            rows = self._rows(entry, blocks, values, scale, thread)
+            rows = self._rows(entry, blocks, values, scales.score, thread)
             if const_expr(not self.config.has_pieces):
                 if blocks.begin + side >= blocks.end:
                     self._release_query(shared)
@@ -167,7 +167,7 @@ class ConsumerWarpgroup:
                         kv = advance(kv, KV_STAGE)
                         phases = WeightPhases(phases.first, phases.second ^ 1)
                 self.merge.finish_piece(
-                    side, entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scale, shared, results
+                    side, entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scales, shared, results
                 )
                 turn ^= 1
             if const_expr(self.config.has_pieces):
@@ -177,7 +177,13 @@ class ConsumerWarpgroup:
                     self.merge.postpone(entry, last_piece - first_piece, num_pending, shared, thread)
                 num_pending += 1
         if num_pending > 0:
-            self.merge.join_parts(side, num_pending, step, scale, shared, results)
+            self.merge.join_parts(side, num_pending, step, scales, shared, results)
+
+    def _scales(self, values: MaskValues, results: ResultTensors) -> Scales:
+        if const_expr(results.mScale is None):
+            return Scales(ScoreScale.of_call(values.softmax_scale), None)
+        latent_scale = Float32(results.mScale[0])
+        return Scales(ScoreScale.of_log2(log2_scale(values.softmax_scale, latent_scale)), latent_scale)
 
     def _operands(self, side: int, mmas: Mmas, shared: SharedTensors, thread: Int32) -> Products:
         s = self.storage
@@ -285,6 +291,8 @@ class ConsumerWarpgroup:
         first = rows.seqlen_k - n_block * TILE_N
         box_rows = const_expr(self.config.box_rows)
         end = cutlass.min((first + box_rows - 1) // box_rows * box_rows, TILE_N)
+        if const_expr(self.config.has_scale):
+            end = Int32(0)  # who converts them has cleared them
         if first < end:
             self._clear_tail(first, end, kv, shared, side)
         rS = cute.make_rmem_tensor(products.mmas.qk.get_slice(0).partition_shape_C((TILE_M, TILE_N)), Float32)
@@ -400,12 +408,23 @@ class ConsumerWarpgroup:
     def _release(self, shared: SharedTensors, group: cutlass.Constexpr[int], kv: RingPosition):
         """This warpgroup has read a group: tell whoever loads it."""
         c = self.config
-        rank = Int32(0)
-        if const_expr(group == RIGHT):
-            rank = Int32(c.cluster_size - 1)
-        elif const_expr(group == ROPE):
-            rank = kv.slot % c.cluster_size
-        self._arrive(shared.barriers.kv_empty[group] + kv.slot, rank, c.cluster_size)
+        if const_expr(c.has_scale):
+            self._release_converted(shared, group, kv)
+        else:
+            rank = Int32(0)
+            if const_expr(group == RIGHT):
+                rank = Int32(c.cluster_size - 1)
+            elif const_expr(group == ROPE):
+                rank = kv.slot % c.cluster_size
+            self._arrive(shared.barriers.kv_empty[group] + kv.slot, rank, c.cluster_size)
+
+    @cute.jit
+    def _release_converted(self, shared: SharedTensors, group: cutlass.Constexpr[int], kv: RingPosition):
+        """The same of a tile that this CTA has converted: the left half's place is its own, to the others' come numbers from both CTAs."""
+        ctas = const_expr(1 if group == LEFT else self.config.cluster_size)
+        cute.arch.sync_warp()
+        if cute.arch.lane_idx() < ctas:
+            arrive_at(shared.barriers.kv_empty[group] + kv.slot, cute.arch.lane_idx(), ctas)
 
     def _release_query(self, shared: SharedTensors) -> None:
         """All lanes have the entry's ints in registers, and its scores are done."""

@@ -21,6 +21,7 @@ from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import mla_decode_fakes
 from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PARTS, TILE_M, TILE_N, MlaDecodeConfig, slot_floats
 from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup, Mmas
+from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
 from fa4_backend.kernels.mla_decode.load_warp import LoadWarp, TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
@@ -29,7 +30,8 @@ from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
 WARPGROUP_WARPS = 4
 NUM_THREADS = 32 * WARPGROUP_WARPS * (1 + SIDES)
-LOAD_REGISTERS, CONSUMER_REGISTERS = 24, 240  # a thread after setmaxnreg: 128 * (24 + 2 * 240) of 65536
+# A thread after setmaxnreg, 128 * (load + 2 * consumer) of 65536: without and with warps that convert.
+LOAD_REGISTERS, CONSUMER_REGISTERS = (24, 56), (240, 224)
 
 
 class MlaDecodeKernel:
@@ -40,6 +42,7 @@ class MlaDecodeKernel:
         self.storage = MlaStorage(config)
         self.work = MlaWork(config)
         self.load_warp = LoadWarp(self.storage, self.work)
+        self.convert_warps = ConvertWarps(self.storage, self.work)
         self.consumers = ConsumerWarpgroup(config, self.storage, self.work, Merge(config, self.work))
 
     @cute.jit
@@ -65,7 +68,7 @@ class MlaDecodeKernel:
         page_size = Int32(mLatent.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = MaskSpec(self.config.mask).values(softmax_scale, Float32(0.0), Int32(0), Int32(0))
-        results = ResultTensors(mO, mLse, mSlots, mArrivals)
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mScale)
         dtype, major = self.storage.dtype, warpgroup.OperandMajorMode
 
         def product(columns: int, b_major: Any, source: Any) -> cute.TiledMma:
@@ -96,21 +99,24 @@ class MlaDecodeKernel:
         }
         chosen = [modes[mode] for mode in query_modes(self.storage, parts > 1)]
         boxes, box_strides, extents, strides = zip(*chosen, strict=True)
-        return self._part_tma(q, boxes, box_strides, extents, strides)
+        return self._part_tma(q, boxes, box_strides, extents, strides, cute.make_swizzle(3, 4, 3))
 
     def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
-        """TMA of a box of a page's rows, one part of each."""
+        """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
         rows = self.config.box_rows
+        swizzle = cute.make_swizzle(0 if self.config.has_scale else 3, 4, 3)
         return self._part_tma(
             latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
-            (latent.stride[1], PART_DIM, latent.stride[0]),
+            (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,
         )  # fmt: skip
 
-    def _part_tma(self, tensor: cute.Tensor, boxes: tuple, box_strides: tuple, extents: tuple, strides: tuple) -> cute.CopyAtom:
-        """TMA whose boxes are rows of a part, one behind the other, swizzled as products want them."""
+    def _part_tma(
+        self, tensor: cute.Tensor, boxes: tuple, box_strides: tuple, extents: tuple, strides: tuple, swizzle: cute.Swizzle
+    ) -> cute.CopyAtom:
+        """TMA whose boxes are rows of a part, one behind the other."""
         rows_first = cute.make_tensor(tensor.iterator, cute.make_layout((PART_DIM, *extents), stride=(1, *strides)))
         shape = (PART_DIM, *boxes)
-        box = cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=(1, *box_strides)))
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     @cute.kernel
@@ -136,13 +142,15 @@ class MlaDecodeKernel:
             self.consumers.clear_unloaded_query(shared)
         sync_cluster(cluster)
         if warp < WARPGROUP_WARPS:
-            cute.arch.setmaxregister_decrease(LOAD_REGISTERS)
+            cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.has_scale])
             if warp == 0:
                 self.load_warp.run(step, num_pages, values, maps, shared)
-            elif warp == 1:
+            elif const_expr(self.config.has_scale):
+                self.convert_warps.run(step, values, shared, warp - 1)
+            if warp == 1:
                 zero_rows(step.mFirst[self.work.list_idx(), TOTAL_Q], results.mO, results.mLse)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.config.has_scale])
             for side in cutlass.range_constexpr(SIDES):
                 if warp // WARPGROUP_WARPS == 1 + side:
                     self.consumers.run(side, mmas, step, values, results, shared)

@@ -77,7 +77,10 @@ class LoadWarp:
                 word = step.mTiles[next_entry + index, lane % DECODE_INTS]
             for n_block in cutlass.range(blocks.begin, blocks.end, unroll=1):
                 ahead = self._find(step, num_pages, entry, n_block + 1)
-                self._load_block(descriptors[2], place, kv, shared)
+                if const_expr(self.storage.config.has_scale):
+                    self._load_raw(descriptors[2], place, kv, shared)
+                else:
+                    self._load_block(descriptors[2], place, kv, shared)
                 place = ahead
                 kv = advance(kv, KV_STAGE)
 
@@ -125,6 +128,25 @@ class LoadWarp:
         self._load_group(LEFT, descriptor, place, kv, shared, rank == 0)
         self._load_group(RIGHT, descriptor, place, kv, shared, rank == c.cluster_size - 1)
         self._load_group(ROPE, descriptor, place, kv, shared, kv.slot % c.cluster_size == rank)
+
+    @cute.jit
+    def _load_raw(self, descriptor: ir.Value, place: BoxPlace, kv: RingPosition, shared: SharedTensors):
+        """A block's e4m3 numbers to the upper half of its tile's place, which both CTAs of a cluster must have left; each loads every other
+        part for both."""
+        c = self.storage.config
+        lane = cute.arch.lane_idx()
+        full = shared.barriers.raw_full + kv.slot
+        for group in cutlass.range_constexpr(RIGHT, ROPE + 1):
+            wait_for_cluster(shared.barriers.kv_empty[group] + kv.slot, kv.phase ^ 1, c.cluster_size)
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full, TILE_ELEMS)
+        cute.arch.sync_warp()
+        raw = shared.kv.toint() + kv.slot * (TILE_ELEMS * c.element_bytes) + TILE_ELEMS
+        for box in cutlass.range(lane, PARTS * self.row_boxes, 32, unroll=1):
+            part = box // self.row_boxes
+            if part % c.cluster_size == self.work.rank():
+                where = raw + part * PART_ELEMS + box % self.row_boxes * (c.box_rows * PART_DIM)
+                tma_load(descriptor, where, full.toint(), (0, place.row, part, place.page), c.cluster_size)
 
     @cute.jit
     def _load_group(

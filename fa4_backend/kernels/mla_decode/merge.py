@@ -64,6 +64,14 @@ class ResultTensors(NamedTuple):
     mLse: cute.Tensor | None  # (num_heads, total_q) float32, natural log
     mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile rows of O, then reference and row_sum of each row
     mArrivals: cute.Tensor  # (max_slots,) int32
+    mScale: cute.Tensor | None  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
+
+
+class Scales(NamedTuple):
+    """What scores and values are multiplied by."""
+
+    score: ScoreScale  # of raw scores, the latents' scale included
+    value: Float32 | None  # the latents' scale; None: they have none
 
 
 class Part(NamedTuple):
@@ -92,7 +100,7 @@ class Merge:
         rO: cute.Tensor,
         stats: RowStats,
         totals: RowStats,  # of an entry's pieces so far, where it has several
-        scale: ScoreScale,
+        scales: Scales,
         shared: SharedTensors,
         results: ResultTensors,
     ):
@@ -110,9 +118,9 @@ class Merge:
         if entry.partial_slot >= 0:
             self._store_slot(side, entry, entry.partial_slot + piece_in_entry, rO, stats, thread, results)
         elif const_expr(self.config.has_pieces):
-            self._fold_whole(side, entry, piece_in_entry, is_last, rO, stats, totals, scale, thread, results)
+            self._fold_whole(side, entry, piece_in_entry, is_last, rO, stats, totals, scales, thread, results)
         else:
-            self._write_fragment(side, entry, rO, stats, scale, thread, results)
+            self._write_fragment(side, entry, rO, stats, scales, thread, results)
 
     @cute.jit
     def _write_fragment(
@@ -121,7 +129,7 @@ class Merge:
         entry: Entry,
         rO: cute.Tensor,
         stats: RowStats,
-        scale: ScoreScale,
+        scales: Scales,
         thread: Int32,
         results: ResultTensors,
     ):
@@ -130,8 +138,8 @@ class Merge:
         o_scales = cute.make_rmem_tensor(2, Float32)
         rows = tuple(self.work.row(first_row + row_of_thread(thread, i), entry.seqlen) for i in range(2))
         for i in cutlass.range_constexpr(2):
-            result = finalize_row(scale.true_max(stats.row_max[i]), stats.row_sum[i], None)
-            o_scales[i] = result.o_scale
+            result = finalize_row(scales.score.true_max(stats.row_max[i]), stats.row_sum[i], None)
+            o_scales[i] = _value_scale(result.o_scale, scales)
             if const_expr(results.mLse is not None and side == 0):
                 if rows[i].is_valid and thread % 4 == 0:
                     results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
@@ -183,7 +191,7 @@ class Merge:
         rO: cute.Tensor,
         stats: RowStats,
         totals: RowStats,
-        scale: ScoreScale,
+        scales: Scales,
         thread: Int32,
         results: ResultTensors,
     ):
@@ -214,7 +222,7 @@ class Merge:
                     if const_expr(group == 0):
                         totals.row_max[i], totals.row_sum[i] = total.row_max, total.row_sum
         if is_last:
-            self._write_fragment(side, entry, rO, totals, scale, thread, results)
+            self._write_fragment(side, entry, rO, totals, scales, thread, results)
 
     def _tile_slot(self, results: ResultTensors, slot: Int32) -> cute.Pointer:
         """Where this CTA's tile begins in a slot."""
@@ -241,7 +249,7 @@ class Merge:
         side: cutlass.Constexpr[int],
         num_pending: Int32,
         step: StepTensors,
-        scale: ScoreScale,
+        scales: Scales,
         shared: SharedTensors,
         results: ResultTensors,
     ):
@@ -260,7 +268,7 @@ class Merge:
         for place in cutlass.range(num_pending, unroll=1):
             share = shared.sShare[place]
             if share != NOTHING:
-                phase = self._add_up(place, share, phase, step, scale, thread, shared, results)
+                phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
         self._barrier()
         if const_expr(side == 0):
             if thread < num_pending:
@@ -311,7 +319,7 @@ class Merge:
         share: Int32,
         phase: Int32,
         step: StepTensors,
-        scale: ScoreScale,
+        scales: Scales,
         thread: Int32,
         shared: SharedTensors,
         results: ResultTensors,
@@ -345,7 +353,7 @@ class Merge:
                 row = (first + i) // ROW_VECTORS
                 total = self._sum_vector(i, count, row - first_row, last_row - first_row + 1, pieces, shared)
                 packed = self.work.row(group_rows + tile * TILE_M + row, entry.seqlen)
-                self._write_vector(entry, packed, (first + i) % ROW_VECTORS, total, scale, results)
+                self._write_vector(entry, packed, (first + i) % ROW_VECTORS, total, scales, results)
             at += count
             self._barrier()
         return phase
@@ -410,12 +418,13 @@ class Merge:
         )
 
     @cute.jit
-    def _write_vector(self, entry: Entry, packed, at: Int32, total: Part, scale: ScoreScale, results: ResultTensors):
+    def _write_vector(self, entry: Entry, packed, at: Int32, total: Part, scales: Scales, results: ResultTensors):
         """One vector of a finished row, and the row's lse."""
-        result = finalize_row(scale.true_max(total.row_max), total.row_sum, None)
+        result = finalize_row(scales.score.true_max(total.row_max), total.row_sum, None)
+        o_scale = _value_scale(result.o_scale, scales)
         r = cute.make_rmem_tensor(VEC, results.mO.element_type)
         for e in cutlass.range_constexpr(VEC):
-            r[e] = results.mO.element_type(total.o[e] * result.o_scale)
+            r[e] = results.mO.element_type(total.o[e] * o_scale)
         target = results.mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + at * VEC
         cute.autovec_copy(r, cute.make_tensor(target.align(VEC * results.mO.element_type.width // 8), cute.make_layout(VEC)))
         if const_expr(results.mLse is not None):
@@ -424,6 +433,11 @@ class Merge:
 
     def _barrier(self) -> None:
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=CONSUMER_THREADS)
+
+
+def _value_scale(o_scale: Float32, scales: Scales) -> Float32:
+    """What an accumulated O is multiplied by."""
+    return o_scale if scales.value is None else o_scale * scales.value
 
 
 def fold(total: Part, parts: list[Part]) -> Part:

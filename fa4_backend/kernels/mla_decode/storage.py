@@ -18,6 +18,7 @@ from cutlass.utils.hopper_helpers import get_smem_layout_atom
 
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.mla_decode.config import (
+    CONVERT_WARPS,
     KV_STAGE,
     LATENT_PARTS,
     MAX_PENDING,
@@ -51,6 +52,7 @@ class Barriers(NamedTuple):
     q_empty: cute.Pointer
     p_full: cute.Pointer  # weights of a pair's first block and of its second, and the reference of their rows
     slots_full: cute.Pointer  # parts of slots to add up
+    raw_full: cute.Pointer | None  # a tile's e4m3 numbers have come, two stages; None where latents have 16 bits
 
 
 class SharedTensors(NamedTuple):
@@ -84,23 +86,38 @@ class MlaStorage:
         return self.config.loaded_rows * PARTS * PART_DIM * self.config.element_bytes
 
     @property
+    def group_edges(self) -> tuple[str, ...]:
+        """Names of the groups' pipelines."""
+        producer = "convert" if self.config.has_scale else "load"
+        return tuple(f"{name}_{producer}_to_consumers" for name in GROUP_NAMES)
+
+    @property
     def edges(self) -> EdgeBarriers:
         """Every pipeline of the kernel."""
         c = self.config
         load = Party("load", Signal.TMA)
         # A group is read last by one warpgroup: half of V by whose columns of O it is, the weights by who did not make them.
         reader = Party("reader", Signal.WARPS, SIDE_WARPS, ctas=c.cluster_size)
-        groups = [
-            PipelineEdge(f"{name}_load_to_consumers", KV_STAGE, (load,), (reader,), (end - begin) * PART_ELEMS * c.element_bytes)
-            for name, (begin, end) in zip(GROUP_NAMES, GROUPS, strict=True)
-        ]
+        raw = []
+        if c.has_scale:
+            # A CTA converts for itself, but e4m3 numbers come to the place of all but the left half from both CTAs.
+            convert, own_reader = Party("convert", Signal.WARPS, CONVERT_WARPS), Party("reader", Signal.WARPS, SIDE_WARPS)
+            groups = [
+                PipelineEdge(name, KV_STAGE, (convert,), (own_reader if group == LEFT else reader,))
+                for group, name in enumerate(self.group_edges)
+            ]
+            raw = [PipelineEdge("raw_load_to_convert", KV_STAGE, (load,), tx_bytes=TILE_ELEMS, drained_by=self.group_edges[ROPE])]
+        else:
+            groups = [
+                PipelineEdge(name, KV_STAGE, (load,), (reader,), (end - begin) * PART_ELEMS * c.element_bytes)
+                for name, (begin, end) in zip(self.group_edges, GROUPS, strict=True)
+            ]
         edges = (
             *groups,
             PipelineEdge("entry_load_to_consumers", 1, (load,), (Party("consumers", Signal.WARPS, SIDES * SIDE_WARPS),), self.q_bytes),
-            PipelineEdge(
-                "weights_scorer_to_other", SIDES, (Party("scorer", Signal.WARPS, SIDE_WARPS),), drained_by="rope_load_to_consumers"
-            ),
+            PipelineEdge("weights_scorer_to_other", SIDES, (Party("scorer", Signal.WARPS, SIDE_WARPS),), drained_by=self.group_edges[ROPE]),
             PipelineEdge("slots_merge_to_consumers", 1, (Party("merge", Signal.TMA),), (), KV_STAGE * TILE_ELEMS * 2, AT_BARRIER),
+            *raw,
         )
         return EdgeBarriers(edges, 0)
 
@@ -122,11 +139,11 @@ class MlaStorage:
         def tensor(kind: type, *shape: int) -> cute.Tensor:
             return smem.allocate_tensor(kind, cute.make_ordered_layout(shape, order=tuple(reversed(range(len(shape))))), byte_alignment=16)
 
-        names = [f"{name}_load_to_consumers" for name in GROUP_NAMES]
         barriers = Barriers(
-            tuple(full(name) for name in names), tuple(empty(name) for name in names),
+            tuple(full(name) for name in self.group_edges), tuple(empty(name) for name in self.group_edges),
             full("entry_load_to_consumers"), empty("entry_load_to_consumers"),
             full("weights_scorer_to_other"), full("slots_merge_to_consumers"),
+            full("raw_load_to_convert") if self.config.has_scale else None,
         )  # fmt: skip
         return SharedTensors(
             q, kv, barriers,
