@@ -89,7 +89,6 @@ def compile_ours(name: str) -> dict[str, Any]:
     from fa4_backend.kernels.sm100.kernel import O_STAGE
     from fa4_backend.kernels.sm100.storage import Storage
     from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
-    from fa4_backend.kernels.sm100.warp_roles import Q_STAGE
 
     key = our_key(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +102,7 @@ def compile_ours(name: str) -> dict[str, Any]:
         "warm_cpu_seconds": warm.cpu_seconds,
         "registers": usage.get("REG"),
         "spill_bytes": usage.get("STACK"),
-        "smem_bytes": Storage.of(key, Q_STAGE, O_STAGE).num_bytes,
+        "smem_bytes": Storage.of(key, O_STAGE).num_bytes,
         "tmem_columns": TmemLayout.of(key.kernel).end,
         "ptx_instructions": warm.ptx_instructions,
         **facts,
