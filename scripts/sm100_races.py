@@ -47,9 +47,7 @@ PAIRED = {
     ),
     "CTA pairs, d256": replace(BASE, query_lens=(140, 40), head_dim=256),
     "CTA pairs, d256, peaked rows, page 64": replace(BASE, query_lens=(70, 40), head_dim=256, peaked=20.0, page_size=64),
-    "CTA pairs, d256, windows": replace(
-        BASE, query_lens=(140, 40), head_dim=256, is_causal=False, window_left=90, window_right=20
-    ),
+    "CTA pairs, d256, windows": replace(BASE, query_lens=(140, 40), head_dim=256, is_causal=False, window_left=90, window_right=20),
     "CTA pairs, d256, all score features": replace(
         BASE, query_lens=(140, 40), head_dim=256, sinks=True, alibi=True, softcap=20.0, window_left=60
     ),
