@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
+from fa4_backend.device import plan_on
 from fa4_backend.plan import AttentionPlan
 
 
-def plan_of(batch: BatchShape, arch: str, num_sms: int, *, batch_invariant: bool = False, exact: bool = False) -> AttentionPlan:
-    """The plan that a server would make whose largest step is at least this batch."""
+def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact: bool = False) -> tuple[AttentionProblem, BatchLimits]:
+    """What a server would plan for whose largest step is at least this batch."""
     rows = batch.row_lens
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
@@ -22,8 +23,12 @@ def plan_of(batch: BatchShape, arch: str, num_sms: int, *, batch_invariant: bool
         sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
-    limits = BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)
-    return plan_attention(problem, limits, num_sms=num_sms)
+    return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)
+
+
+def gpu_arch() -> str:
+    """The arch of the GPU present; "none" where there are no kernels for it, which plans refuse."""
+    return arch_of_capability(*torch.cuda.get_device_capability()) or "none"
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,8 @@ class Ours:
     @classmethod
     def make(cls, batch: BatchShape, t: BatchTensors, *, batch_invariant: bool = False, exact: bool = False) -> Ours:
         """Plan for the GPU present, allocate and refresh."""
-        device = torch.cuda.get_device_properties(0)
-        arch = arch_of_capability(device.major, device.minor) or "none"
-        plan = plan_of(batch, arch, device.multi_processor_count, batch_invariant=batch_invariant, exact=exact)
-        return cls.of_plan(plan, batch, t)
+        problem, limits = asked(batch, gpu_arch(), batch_invariant=batch_invariant, exact=exact)
+        return cls.of_plan(plan_on(problem, limits, t.q.device), batch, t)
 
     @classmethod
     def of_plan(cls, plan: AttentionPlan, batch: BatchShape, t: BatchTensors) -> Ours:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from fa4_backend.arch import arch_of_capability
+from fa4_backend import plan_attention
 from fa4_backend.bench.batch import PROMPT_ERROR, BatchShape, BatchTensors
 from fa4_backend.bench.figures import Cell, write_overview
-from fa4_backend.bench.ours import Ours, plan_of
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import Call, installed, prepare, ready
 from fa4_backend.bench.shape_cells import Kind
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, copy_bandwidth, matmul_tflop_per_s
@@ -117,12 +117,11 @@ def _time(batch: BatchShape, peers: list[str], rounds: int) -> tuple[dict[str, f
 
 def compile_all(kinds: Mapping[str, Kind]) -> None:
     """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes."""
-    device = torch.cuda.get_device_properties(0)
-    arch = arch_of_capability(device.major, device.minor) or "none"
+    arch = gpu_arch()
     keys: dict[CompileKey, None] = {}
     for kind in kinds.values():
         for batch in kind.batches:
-            plan = plan_of(batch, arch, device.multi_processor_count)
+            plan = plan_attention(*asked(batch, arch))
             keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(ensure_object, keys))

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fa4_backend import plan_attention
 from fa4_backend.bench import figures, shapes
 from fa4_backend.bench.batch import BatchShape, BatchTensors, Mask
 from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches
 from fa4_backend.bench.figures import write_csv
-from fa4_backend.bench.ours import Ours, plan_of
+from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
 from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.cli import main
@@ -51,7 +52,7 @@ def test_every_kind_has_five_to_ten_cells_and_no_cell_stands_twice() -> None:
 
 @pytest.mark.parametrize("batch", [batch for _, batch in CELLS], ids=lambda batch: batch.label)
 def test_our_kernels_serve_every_cell(batch: BatchShape) -> None:
-    plan = plan_of(batch, "sm_90a", 132)
+    plan = plan_attention(*asked(batch, "sm_90a"))
     assert plan.kernels is not None and plan.limits.max_seqlen_k >= batch.max_kv_len
 
 
@@ -84,7 +85,7 @@ def small_batches() -> list[BatchShape]:
 def test_the_check_passes_our_cpu_kernel_and_no_other_result(batch: BatchShape) -> None:
     torch.manual_seed(1)
     tensors = BatchTensors.make(batch, device="cpu")
-    Ours.of_plan(plan_of(batch, "cpu", 1), batch, tensors).call()
+    Ours.of_plan(plan_attention(*asked(batch, "cpu")), batch, tensors).call()
     assert tensors.worst_error(batch, "fa4", must_hold=True) <= 0.02
     for row in batch.checked_rows:  # one head of one checked token, and each checked row is looked at
         right = tensors.out.clone()
