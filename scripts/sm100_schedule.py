@@ -2,9 +2,10 @@
 
     python -m scripts.sm100_schedule [shape ...] > docs/data/sm100_schedule.json
 
-The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`, which
-states the rules). Each kernel works on 256 query rows a CTA, at d256 128 (one head, bf16, page 128), against 8 and against 24 KV blocks of 128; a figure
-is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of a range.
+The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`,
+which states the rules). Each kernel works on 256 query rows a CTA, at d256 on 128 (one head, bf16, page 128), against 8 and against 24 KV
+blocks of 128; a figure is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure:
+both ends of a range.
 Nothing here was measured.
 """
 
