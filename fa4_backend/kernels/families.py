@@ -85,8 +85,12 @@ class KernelSet:
         return tuple(key for key in (self.schedule, self.decode, self.prefill) if key is not None)
 
 
-def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
-    """The kernels that serve `problem` on a device of `num_sms` SMs; `problem` has passed `fa4_backend.support.check_problem`."""
+def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int, memory_gb: float | None = None) -> KernelSet:
+    """The kernels that serve `problem`, which has passed `fa4_backend.support.check_problem`.
+
+    Args:
+        num_sms, memory_gb: of the device: SMs, and the memory's peak in GB/s (default: the published one of the arch).
+    """
     if problem.kv_source == LATENT:
         return _latent_kernels(problem, limits, num_sms)
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
@@ -94,7 +98,7 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
     if decode is None:
         prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
-    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, decode, prefill))
+    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, memory_gb, decode, prefill))
 
 
 def _latent_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
@@ -126,7 +130,12 @@ def _latent_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
 
 
 def _work_shape(
-    problem: AttentionProblem, limits: BatchLimits, num_sms: int, decode: DecodeConfig | None, prefill: PrefillKey
+    problem: AttentionProblem,
+    limits: BatchLimits,
+    num_sms: int,
+    memory_gb: float | None,
+    decode: DecodeConfig | None,
+    prefill: PrefillKey,
 ) -> WorkShape:
     """What these kernels ask of their lists."""
     tile_n = prefill.kernel.tile.tile_n
@@ -151,7 +160,7 @@ def _work_shape(
         l2_tokens=L2_SHARE_BYTES // problem.kv_token_bytes,
         num_sms=num_sms,
         decode_tile_ticks=ticks,
-        decode_full_sms=decode_full_sms(problem.target_arch, num_sms),
+        decode_full_sms=decode_full_sms(problem.target_arch, num_sms, memory_gb),
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
         part_floats=prefill.part_floats,
