@@ -29,10 +29,11 @@ from fa4_backend.kernels.families import KernelSet, resolve_kernels
 from fa4_backend.kernels.launch_abi import mla_decode_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import WorkLists
-from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
+from fa4_backend.problem import FP8, LATENT, AttentionProblem, BatchLimits
 from tests.support.emulated_mla import DIM, LATENT_DIM, Latent, oracle
 
 DEVICE, SCALE = "cuda", 192**-0.5
+NAN_BYTE = 0xFF  # repeated, NaN in e4m3, bfloat16 and float16
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class Shape:
     page_size: int = 64
     batch_invariant: bool = False
     dtype: str = "bfloat16"
+    kv_dtype: str = "auto"
 
     def kernels(self, num_seqs: int, max_seqlen_k: int) -> tuple[KernelSet, BatchLimits]:
         """The kernels and the limits of batches of `num_seqs` sequences."""
         problem = AttentionProblem(
-            num_q_heads=self.heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, page_size=self.page_size,
-            arch="sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
+            num_q_heads=self.heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, kv_dtype=self.kv_dtype,
+            page_size=self.page_size, arch="sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
         )  # fmt: skip
         limits = BatchLimits(num_seqs, num_seqs * self.query_len + 3, max_seqlen_k, self.query_len)
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
@@ -86,13 +88,17 @@ def draw(shape: Shape, query_lens: list[int], kv_lens: list[int], seed: int, *, 
     order = torch.randperm(num_pages - 1, generator=generator, device=DEVICE).int() + 1
     table = torch.zeros((len(pages_of), max(*pages_of, 1)), dtype=torch.int32, device=DEVICE)  # page 0 holds NaN
     cache = torch.randn(num_pages, shape.page_size, DIM, generator=generator, device=DEVICE, dtype=dtype)
-    cache[0] = math.nan
+    scale = None
+    if shape.kv_dtype == FP8:
+        scale = torch.full((1,), 2.0**-6, device=DEVICE)
+        cache = (cache * 64).to(torch.float8_e4m3fn)
+    cache[0].view(torch.uint8).fill_(NAN_BYTE)
     at = 0
     for i, (n, pages) in enumerate(zip(kv_lens, pages_of, strict=True)):
         table[i, :pages] = order[at : at + pages]
         at += pages
         if poison and n % shape.page_size:
-            cache[table[i, pages - 1].long(), n % shape.page_size :] = math.nan
+            cache[int(table[i, pages - 1]), n % shape.page_size :].view(torch.uint8).fill_(NAN_BYTE)
     total_q = sum(query_lens)
     rows = torch.randn(total_q + 3, shape.heads, DIM, generator=generator, device=DEVICE, dtype=dtype) * peaked
     rows[total_q:] = math.nan
@@ -100,7 +106,7 @@ def draw(shape: Shape, query_lens: list[int], kv_lens: list[int], seed: int, *, 
     return Latent(
         rows[..., :LATENT_DIM], rows[..., LATENT_DIM:], cache, table, cu, torch.tensor(kv_lens, device=DEVICE).int(),
         torch.full((total_q + 3, shape.heads, LATENT_DIM), math.nan, device=DEVICE, dtype=dtype),
-        torch.full((shape.heads, total_q + 3), math.nan, device=DEVICE), SCALE,
+        torch.full((shape.heads, total_q + 3), math.nan, device=DEVICE), SCALE, scale,
     )  # fmt: skip
 
 
@@ -132,6 +138,7 @@ def judge(a: Latent) -> tuple[float, float]:
 FUZZ_SHAPES = (
     Shape(16), Shape(128), Shape(128, 4), Shape(16, 4, 16), Shape(64, 8, 128), Shape(8, 3, 48), Shape(24, 3, 32),
     Shape(128, 2, batch_invariant=True), Shape(16, 1, 16, batch_invariant=True), Shape(32, 2, dtype="float16"),
+    Shape(16, kv_dtype=FP8), Shape(128, 2, 16, kv_dtype=FP8),
 )  # fmt: skip
 PAGES = (16, 32, 64, 128, 48)
 
@@ -223,11 +230,15 @@ def graphs() -> dict[str, Any]:
     return {"replays": count}
 
 
-# (heads, batch, KV, queries): FA3 and FlashMLA as measured before, and the goal, us (issue 13)
+# (heads, batch, KV, queries, kv_dtype): FA3 and FlashMLA as measured before, and the goal, us (issue 13)
 CELLS = {
-    (128, 1, 1024, 1): 14, (128, 1, 4096, 1): 18, (128, 1, 16384, 1): 29, (128, 8, 4096, 1): 32, (128, 64, 1024, 1): 45,
-    (128, 64, 4096, 1): 128, (128, 64, 16384, 1): 445, (128, 64, 4096, 2): 240, (128, 64, 4096, 4): 445, (16, 1, 4096, 1): 15,
-    (16, 8, 4096, 1): 24, (16, 64, 4096, 1): 110, (16, 64, 16384, 1): 405,
+    (128, 1, 1024, 1, "auto"): 14, (128, 1, 4096, 1, "auto"): 18, (128, 1, 16384, 1, "auto"): 29,
+    (128, 8, 4096, 1, "auto"): 32,
+    (128, 64, 1024, 1, "auto"): 45,
+    (128, 64, 4096, 1, "auto"): 128, (128, 64, 16384, 1, "auto"): 445, (128, 64, 4096, 2, "auto"): 240, (128, 64, 4096, 4, "auto"): 445,
+    (16, 1, 4096, 1, "auto"): 15,
+    (16, 8, 4096, 1, "auto"): 24, (16, 64, 4096, 1, "auto"): 110, (16, 64, 16384, 1, "auto"): 405,
+    (16, 64, 16384, 1, FP8): 215, (128, 64, 4096, 1, FP8): 128, (128, 64, 4096, 4, FP8): 445,
 }  # fmt: skip
 
 
@@ -264,27 +275,52 @@ def peers(a: Latent, heads: int, batch: int, keys: int, queries: int) -> dict[st
 def times(rounds: int) -> list[dict[str, Any]]:
     """Medians of every cell, kernels in turns, L2 full of clean lines."""
     table = []
-    for (heads, batch, keys, queries), goal in CELLS.items():
-        shape = Shape(heads, queries)
+    for (heads, batch, keys, queries, kv_dtype), goal in CELLS.items():
+        shape = Shape(heads, queries, kv_dtype=kv_dtype)
         a = draw(shape, [queries] * batch, [keys] * batch, 1)
         step = Step(shape, a, keys)
         step.refresh()
         step.run()
         if batch * keys <= 1 << 16:
             judge(a)
-        calls = {"fa4": capture(step.run)} | {name: capture(call) for name, call in peers(a, heads, batch, keys, queries).items()}
+        calls = {"fa4": capture(step.run)}
+        for name, call in peers(a, heads, batch, keys, queries).items() if kv_dtype == "auto" else ():
+            call()
+            torch.cuda.synchronize()
+            replay = capture(call)
+            replay()
+            torch.cuda.synchronize()
+            got = call()
+            out = (got[0] if isinstance(got, tuple) else got).reshape(batch * queries, heads, LATENT_DIM)
+            wrong = (out - a.out[: batch * queries]).abs().max().item() > 0.02
+            calls[f"{name} WRONG" if wrong else name] = replay
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(rounds):
             for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
                 taken[name].append(median_us(calls[name], milliseconds=4.0, flush=Flush.READ))
         us = {name: statistics.median(values) for name, values in taken.items()}
-        gb = batch * keys * DIM * 2 / us["fa4"] / 1e3
+        gb = batch * keys * DIM * a.latent_cache.element_size() / us["fa4"] / 1e3
         tflops = 2 * batch * queries * heads * keys * (DIM + LATENT_DIM) / us["fa4"] / 1e6
-        table.append({"heads": heads, "batch": batch, "keys": keys, "queries": queries, "goal": goal, **us, "gb_s": gb, "tflops": tflops})
+        table.append(
+            {
+                "heads": heads,
+                "batch": batch,
+                "keys": keys,
+                "queries": queries,
+                "kv_dtype": kv_dtype,
+                "goal": goal,
+                **us,
+                "gb_s": gb,
+                "tflops": tflops,
+            }
+        )
         others = "  ".join(f"{name} {value:7.1f}" for name, value in us.items() if name != "fa4")
         mark = "ok" if us["fa4"] <= goal else f"{us['fa4'] / goal:.2f}x"
         ours = f"fa4 {us['fa4']:7.1f} us (goal {goal:3d} {mark})"
-        print(f"h{heads:3d} {batch:2d} x {keys:5d} q{queries}: {ours}  {others}  {gb:.0f} GB/s {tflops:.0f} TFLOP/s", flush=True)
+        print(
+            f"h{heads:3d} {batch:2d} x {keys:5d} q{queries} {kv_dtype[:8]}: {ours}  {others}  {gb:.0f} GB/s {tflops:.0f} TFLOP/s",
+            flush=True,
+        )
         del a, step, calls
     return table
 
@@ -297,7 +333,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shapes = {*FUZZ_SHAPES, *(Shape(heads, queries) for heads, _, _, queries in CELLS), *(Shape(128, 1, page) for page in PAGES)}
+    shapes = {
+        *FUZZ_SHAPES,
+        *(Shape(heads, queries, kv_dtype=kind) for heads, _, _, queries, kind in CELLS),
+        *(Shape(128, 1, page) for page in PAGES),
+    }
     keys = {key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}
     begin = time.monotonic()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

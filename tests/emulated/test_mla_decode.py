@@ -1,4 +1,4 @@
-"""Latent decode on Hopper, compiled by the real compiler and executed on the emulator behind the device's schedule, against a float32 oracle.
+"""Latent decode on Hopper, compiled by the real compiler and executed on the emulator behind the device's schedule, against an oracle.
 
 Sizes sit at 64 keys a block, 64 packed rows a tile, two blocks a pair, 16 keys a box. The pretended GPU has few SMs, so rows are cut
 between CTAs. What no row sees is NaN, lists, counters and slots hold garbage before.
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
+from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
 
 pytestmark = pytest.mark.emulated
@@ -27,6 +28,8 @@ CASES = {
     "24 heads, 3 tokens: tiles that begin inside a token": MlaCase((3, 1), (129, 63), num_heads=24, decode_query_len=3, page_size=48),
     "8 heads, 8 tokens, float16, peaked": MlaCase((8, 5), (140, 66), num_heads=8, decode_query_len=8, dtype="float16", peaked=8.0),
     "128 heads, 3 tokens, peaked": MlaCase((3, 2), (190, 20), num_heads=128, decode_query_len=3, peaked=20.0),
+    "FP8, 16 heads": replace(FEW, kv_dtype=FP8),
+    "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
     "batch invariant": MlaCase((2, 1), (600, 65), num_heads=64, decode_query_len=2, batch_invariant=True, max_seqlen_k=2048),
 }
 

@@ -58,8 +58,8 @@ class MlaCase:
     def kernels(self, num_sms: int) -> KernelSet:
         """The kernels for it."""
         problem = AttentionProblem(
-            num_q_heads=self.num_heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, kv_dtype=self.kv_dtype, page_size=self.page_size,
-            arch="emulated-sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
+            num_q_heads=self.num_heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, kv_dtype=self.kv_dtype,
+            page_size=self.page_size, arch="emulated-sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
         )  # fmt: skip
         limits = BatchLimits(
             max_num_seqs=len(self.query_lens),
@@ -115,7 +115,8 @@ def oracle(a: Latent, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if rows.start == rows.stop or kv_len == 0:
             continue
         pages = a.page_table[seq_idx, : -(-kv_len // page_size)].long()
-        keys = a.latent_cache[pages].flatten(0, 1)[:kv_len].float()
+        raw = a.latent_cache.view(torch.uint8)[pages].view(a.latent_cache.dtype)  # torch indexes no FP8 on a GPU
+        keys = raw.flatten(0, 1)[:kv_len].float()
         if a.latent_scale is not None:
             keys = keys * a.latent_scale
         q = torch.cat((a.q, a.q_rope), -1)[rows].float().transpose(0, 1)
