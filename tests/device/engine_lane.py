@@ -11,10 +11,12 @@ import gc
 import json
 import logging
 import os
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Engine:
     drafts: bool = False  # tokens have to be drafted, some accepted and some rejected
     drafts_at_random: bool = False  # none may be accepted
     sinks: bool = False  # layers have attention sinks
+    dummies: bool = False  # batches that vLLM makes up for a data-parallel rank without work run before each question
     adapters: tuple[str, ...] = ()  # folders of LoRA adapters, for the prompts in turn, and none for each third
 
 
@@ -82,9 +85,11 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
 
 def ask(llm: Any, engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     """Greedy answers, log-probabilities, answers under a grammar; the same after each way of sleeping where the engine sleeps."""
+    run_dummies(llm, engine)
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     lora = adapters_in_turn(engine.adapters, len(prompts))
     outputs = generate(llm, inputs, lora)
+    run_dummies(llm, engine)
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "text": ["" for _ in outputs],
@@ -103,6 +108,12 @@ def ask(llm: Any, engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
             again[wake.__name__] = [list(output.outputs[0].token_ids) for output in generate(llm, inputs, lora)]
         result["other_after"] = [name for name, tokens in again.items() if tokens != result["tokens"]]
     return result
+
+
+def run_dummies(llm: Any, engine: Engine) -> None:
+    """What a data-parallel rank without requests does while others work."""
+    for _ in range(3 * engine.dummies):
+        llm.llm_engine.engine_core.engine_core.execute_dummy_batch()
 
 
 def generate(llm: Any, inputs: list[Any], lora: list[Any], regex: str | None = None) -> list[Any]:
@@ -287,6 +298,24 @@ def main() -> None:
         with (folder / "answers.jsonl").open("a") as file:
             file.write(json.dumps({"name": engine.name, **result}) + "\n")
         gc.collect()
+
+
+def run_process(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> bool:
+    """Run a command in a group of its own; False if it had to be ended after `seconds`. Its log then ends with where each thread stood."""
+    everything = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **environment}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=everything, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            time.sleep(2)
+            return False
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def write_request(folder: Path, model: Path, engines: list[Engine], prompts: list[list[int]]) -> Path:

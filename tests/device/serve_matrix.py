@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attent
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernel_stamp import gpu_stamp
-from tests.device.engine_lane import COMMON, Engine, write_request
+from tests.device.engine_lane import COMMON, Engine, run_process, write_request
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_eagle, write_gemma2, write_llama, write_lora
@@ -43,6 +42,12 @@ BOTH = "FULL_AND_PIECEWISE"
 PEERS = ("FLASH_ATTN", "TRITON_ATTN")  # the reference; the yardstick
 FEW_BLOCKS: dict[str, Any] = {"num_gpu_blocks_override": 68}  # of 16 tokens: max_model_len and little more
 OFF = 1.05
+# FlashInfer's and torch's all-reduce use NVLink multicast, which can put a host's GPUs out of service for others. The first also compiles
+# at an engine's start, for longer than the rest of it takes.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_USE_NCCL_SYMM_MEM": "0",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ LLAMA = Group(
         ours("FA4, full graphs", {**MODE_0, "async_scheduling": True}, graphs="FULL"),
         ours("FA4, full graphs, no async scheduling", {**MODE_0, "async_scheduling": False}, graphs="FULL"),
         ours("FA4, preempted", {**MODE_0, **FEW_BLOCKS}, graphs="FULL", preempts=True),
+        ours("FA4, dummy batches", MODE_0, graphs="FULL", dummies=True),
         off(EAGER),
     ),
 )
@@ -133,6 +139,23 @@ def drafts(heads: tuple[int, int], num_tokens: int) -> Group:
     )
 
 
+TP_2: dict[str, Any] = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+NO_FUSED_ALL_REDUCE = {**DEFAULT["compilation_config"], "pass_config": {"fuse_allreduce_rms": False}}
+TWO_DRAFTS = {"num_speculative_tokens": 3, "model": "MODEL", "method": "draft_model", "attention_backend": "FA4"}
+TWO_GPUS = Group(
+    write_llama,
+    (
+        *peers(MODE_0),
+        ours("FA4", MODE_0),
+        ours("FA4, TP 2", {**MODE_0, **TP_2}, graphs="FULL", num_processes=2, is_alone=True),
+        ours("FA4, TP 2, default mode", {**TP_2, "compilation_config": NO_FUSED_ALL_REDUCE}, graphs=BOTH, num_processes=2, is_alone=True),
+        ours("FA4, TP 2, drafts", {**MODE_0, **TP_2, "speculative_config": TWO_DRAFTS}, drafts=True, num_processes=2, is_alone=True),
+        ours("FA4, PP 2", {**MODE_0, "pipeline_parallel_size": 2}, num_processes=2, is_alone=True),
+        off(MODE_0),
+    ),
+)
+
+
 GROUPS: dict[str, Group] = {
     "llama": LLAMA,
     "llama_default": LLAMA_DEFAULT,
@@ -140,9 +163,10 @@ GROUPS: dict[str, Group] = {
     "gemma2_default": GEMMA2_DEFAULT,
     "sinks": SINKS,
     "lora": LORA,
+    "two_gpus": TWO_GPUS,
     **{f"drafts_{q}_{kv}_{num}": drafts((q, kv), num) for q, kv in ((64, 8), (16, 1)) for num in (3, 7)},
 }
-DEFAULT_GROUPS = [name for name in GROUPS if not name.startswith("drafts")]
+DEFAULT_GROUPS = ("llama", "llama_default", "gemma2", "gemma2_default", "sinks", "lora")
 
 
 def suite_of(groups: dict[str, Group]) -> Suite:
@@ -186,6 +210,7 @@ def lanes(groups: dict[str, Group], folder: Path) -> list[tuple[str, Path]]:
         alone = [engine for engine in engines if engine.is_alone]
         for index, engine in enumerate(alone):
             found.append((name, write_request(folder / f"lane-{name}-{index}", model, [engine], prompts)))
+    # A group's reference is in its first lane, so that comes before those of the group that are alone.
     return sorted(found, key=lambda lane: -len(json.loads(lane[1].read_text())["engines"]))
 
 
@@ -229,23 +254,21 @@ def arch() -> str:
     return found
 
 
-def run_lane(request: Path) -> list[dict[str, Any]]:
-    """One process; what its engines answered, and a failure in place of those that did not."""
-    engines = [engine["name"] for engine in json.loads(request.read_text())["engines"]]
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    if len(engines) == 1:  # it is alone: what it sets holds from the start
-        environment |= json.loads(request.read_text())["engines"][0]["environment"]
-    command = [sys.executable, "-m", "tests.device.engine_lane", "--request", str(request)]
-    log = request.with_name("log")
-    with log.open("w") as output:
-        subprocess.run(command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT)
-    answers = request.with_name("answers.jsonl")
+def run_lane(request: Path, seconds: float) -> list[dict[str, Any]]:
+    """One process; what its engines answered, and a failure in place of those that did not within `seconds`."""
+    wanted = json.loads(request.read_text())["engines"]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **NO_MULTICAST}
+    if len(wanted) == 1:  # it is alone: what it sets holds from the start
+        environment |= wanted[0]["environment"]
+    log, answers = request.with_name("log"), request.with_name("answers.jsonl")
+    is_done = run_process([sys.executable, "-m", "tests.device.engine_lane", "--request", str(request)], environment, log, seconds)
     results = [json.loads(line) for line in answers.read_text().splitlines()] if answers.exists() else []
-    answered = {result["name"] for result in results}
+    words = ("" if is_done else f"not done within {seconds} s\n") + log.read_text(errors="replace")[-3500:]
     for result in results:
         if "failed" in result:
-            result["failed"] += "\n" + log.read_text(errors="replace")[-2500:]
-    return results + [{"name": name, "failed": log.read_text(errors="replace")[-2500:]} for name in engines if name not in answered]
+            result["failed"] += "\n" + words
+    answered = {result["name"] for result in results}
+    return results + [{"name": engine["name"], "failed": words} for engine in wanted if engine["name"] not in answered]
 
 
 def report(name: str, result: dict[str, Any]) -> None:
@@ -267,8 +290,9 @@ def main() -> int:
     """Run the groups, print a line an engine, write the JSON; 1 when an engine failed, was far away or did not show what it has to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}; default: all without drafts")
+    parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--side-by-side", type=int, default=4, help="lanes that run at once")
+    parser.add_argument("--lane-seconds", type=float, default=240, help="until a lane is ended; its log then says where it stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
     groups = {name: GROUPS[name] for name in options.groups.split(",")}
@@ -278,19 +302,18 @@ def main() -> int:
         requests = lanes(groups, folder)
         compile_kernels(groups, folder)
         with ThreadPoolExecutor(options.side_by_side) as pool:
-            for (group, request), answers in zip(requests, pool.map(lambda lane: run_lane(lane[1]), requests), strict=True):
+            answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
+            for (group, request), answers in zip(requests, answered, strict=True):
                 if options.logs:
                     options.logs.mkdir(parents=True, exist_ok=True)
                     (options.logs / f"{request.parent.name}.log").write_bytes(request.with_name("log").read_bytes())
                 for answer in answers:
-                    results[f"{group}: {answer.pop('name')}"] = answer
-                for run, answer in results.items():
-                    reference = results.get(f"{run.split(': ')[0]}: {PEERS[0]}", {"failed": ""})
-                    if run.startswith(f"{group}: ") and "failed" not in answer and "failed" not in reference:
+                    run = f"{group}: {answer.pop('name')}"
+                    results[run] = answer
+                    reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
+                    if "failed" not in answer and "failed" not in reference:
                         answer["against_flash_attn"] = compare(answer, reference)
-                        report(run, answer)
-                    elif "failed" in answer:
-                        report(run, answer)
+                    report(run, answer)
                 if options.out:  # after each lane: a machine's time may end before the last one's
                     options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
     wrong = judge(results, suite_of(groups))
