@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--side-by-side", type=int, default=4, help="lanes that run at once")
+    parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--lane-seconds", type=float, default=240, help="until a lane is ended; its log then says where it stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
@@ -301,6 +302,8 @@ def main() -> int:
         folder = Path(name)
         requests = lanes(groups, folder)
         compile_kernels(groups, folder)
+        if options.compile_only:
+            return 0
         with ThreadPoolExecutor(options.side_by_side) as pool:
             answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
             for (group, request), answers in zip(requests, answered, strict=True):
