@@ -1,7 +1,7 @@
 """Kernels that come with an installation: a wheel carries their objects, so that a server starts without a compiler.
 
-`fa4_backend.compile_cache` loads them (`PREBUILT`). Here is what fills the folder before a wheel is built, and what `fa4 doctor` says. An object
-fits one version of the DSL's launch runtime, one machine and the very sources of the kernels that stand beside it.
+`fa4_backend.compile_cache` loads them (`PREBUILT`). Here is what fills the folder before a wheel is built, and what `fa4 doctor` says. An
+object fits one version of the DSL's launch runtime, one machine and the very sources of the kernels that stand beside it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ round; a start with an empty cache of kernels and one with a full one come first
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fa4_backend import envs
 from fa4_backend.bench.engine_steps import VOCAB, EngineFigure
 
 BACKENDS = ("FA4", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -82,12 +82,12 @@ def in_own_process(request: dict[str, Any], folder: Path, more_environment: dict
     place = folder / "request.json"
     place.write_text(json.dumps(request))
     environment = {
-        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "FA4_BACKEND_TRACE_FILE": str(folder / "trace"), **more_environment,
     }  # fmt: skip
     begin = time.perf_counter()
     command = [sys.executable, "-m", "fa4_backend.bench.engine_steps", str(place)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=envs.environment_of_child(environment), capture_output=True, text=True)
     answer = folder / "answer.json"
     if done.returncode or not answer.exists():
         raise EngineBenchError(f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-FAILED_WORDS:]}")

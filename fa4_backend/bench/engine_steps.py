@@ -7,7 +7,6 @@ torch's profiler, and attention's share of it is told by kernel names. Hosts dif
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import statistics
@@ -15,8 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fa4_backend import envs
 
 VOCAB = 32000
 CHUNK = 2048  # tokens of a step
@@ -51,7 +53,7 @@ class Steps:
     def __init__(self, request: dict[str, Any]) -> None:
         from vllm import LLM
 
-        graphs = {"cudagraph_capture_sizes": CAPTURED}
+        graphs: dict[str, Any] = {"cudagraph_capture_sizes": CAPTURED}
         if request["mode"] == "0":
             graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         self.llm = LLM(
@@ -177,20 +179,21 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
     clock, begin = KernelClock(), time.perf_counter()
     steps = Steps(request)
-    of_backend = {"backend": request["backend"], "round_idx": request["round_idx"]}
+    of_backend: dict[str, Any] = {"backend": request["backend"], "round_idx": request["round_idx"]}
     start = {"start": time.perf_counter() - begin, "start, our kernels": clock.seconds}
     figures = [EngineFigure(**of_backend, case=case, seconds=round(seconds, 3)) for case, seconds in start.items()]
     cases: dict[str, Callable[[], dict[str, float]]] = {}
     if not request["is_start_only"]:
         context = steps.context
-        cases |= {f"prompt of {PROMPT} beside {rows} x {context}": lambda rows=rows: steps.prompt(rows) for rows in (0, *BATCHES[1:])}
-        cases |= {f"decode step, {rows} x {context}": lambda rows=rows: steps.decode(rows) for rows in BATCHES}
+        cases |= {f"prompt of {PROMPT} beside {rows} x {context}": partial(steps.prompt, rows) for rows in (0, *BATCHES[1:])}
+        cases |= {f"decode step, {rows} x {context}": partial(steps.decode, rows) for rows in BATCHES}
         cases["ragged load"] = steps.ragged
     for case, run in cases.items():
-        numbers = {name: round(value, 3) for name, value in run().items()}
+        numbers: dict[str, Any] = {name: round(value, 3) for name, value in run().items()}
         figures.append(EngineFigure(**of_backend, case=case, **numbers))
-    trace = Path(os.environ["FA4_BACKEND_TRACE_FILE"])
-    kernels = sorted({line.split(" ", 1)[1] for line in trace.read_text().splitlines()}) if trace.exists() else []
+    trace = envs.trace_file()
+    lines = trace.read_text().splitlines() if trace is not None and trace.exists() else []
+    kernels = sorted({line.split(" ", 1)[1] for line in lines})
     return {"figures": [asdict(figure) for figure in figures], "kernels": kernels}
 
 

@@ -81,7 +81,7 @@ def engine(
         raise typer.Exit(2)
     every = []
     try:
-        options = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
             if not json_output:
