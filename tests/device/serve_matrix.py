@@ -7,7 +7,8 @@ Every engine of a group is compared with the group's FLASH_ATTN, on a small rand
 prompts' tokens (prefill) and of tokens that each engine is made to generate (decode). TRITON_ATTN's distance is the yardstick, which FA4
 must keep and a softmax scale that is 5% off must not. What else an engine has to show stands in `engine_lane.Engine`.
 
-A group is a lane: one process, one engine after the other. The first stage compiles our kernels, which all lanes then load.
+The engines of a group are cut into lanes: one process each, one engine after the other. First our kernels are compiled and vLLM's imports
+warmed, once for all lanes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +172,20 @@ GROUPS: dict[str, Group] = {
 DEFAULT_GROUPS = ("llama", "llama_default", "gemma2", "gemma2_default", "sinks", "lora")
 
 
+def rehearsed(group: Group) -> Group:
+    """The group's engines as a machine without a GPU has them: on vLLM's CPU_ATTN in place of its GPU backends, eager, with little memory.
+
+    Nothing is asked of graphs then, nor of distances; all else is.
+    """
+    engines = []
+    for engine in group.engines:
+        arguments = {name: value for name, value in engine.arguments.items() if name not in ("compilation_config", "async_scheduling")}
+        arguments |= {**EAGER, "kv_cache_memory_bytes": 64 << 20, "block_size": 32 if engine.backend in PEERS else 16}
+        backend = "CPU_ATTN" if engine.backend in PEERS else engine.backend
+        engines.append(replace(engine, backend=backend, arguments=arguments, graphs=None))
+    return replace(group, engines=tuple(engines))
+
+
 def suite_of(groups: dict[str, Group]) -> Suite:
     """How `serve_tokens.judge` judges the groups."""
     names = {name: [engine.name for engine in group.engines] for name, group in groups.items()}
@@ -199,19 +216,36 @@ def write_models(group: Group, folder: Path) -> Path:
     return model
 
 
-def lanes(groups: dict[str, Group], folder: Path) -> list[tuple[str, Path]]:
-    """(group, request) of each process: the group's engines, and those that have to be alone. Long ones first."""
+def lanes(groups: dict[str, Group], folder: Path, per_lane: int) -> list[tuple[str, Path]]:
+    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own."""
     found = []
     prompts = make_prompts()
     for name, group in groups.items():
         model = write_models(group, folder / name)
         engines = [place_models(engine, model) for engine in group.engines]
-        found.append((name, write_request(folder / f"lane-{name}", model, [e for e in engines if not e.is_alone], prompts)))
-        alone = [engine for engine in engines if engine.is_alone]
-        for index, engine in enumerate(alone):
-            found.append((name, write_request(folder / f"lane-{name}-{index}", model, [engine], prompts)))
-    # A group's reference is in its first lane, so that comes before those of the group that are alone.
-    return sorted(found, key=lambda lane: -len(json.loads(lane[1].read_text())["engines"]))
+        together = [engine for engine in engines if not engine.is_alone]
+        parts = [together[i : i + per_lane] for i in range(0, len(together), per_lane)]
+        parts += [[engine] for engine in engines if engine.is_alone]
+        found += [(name, write_request(folder / f"lane-{name}-{index}", model, part, prompts)) for index, part in enumerate(parts)]
+    return found
+
+
+# vLLM inspects a model's class in a process of its own, and Python compiles modules at their first import: once for all lanes.
+WARM = """
+import json, sys
+import vllm.v1.worker.gpu.model_runner, vllm.entrypoints.llm, vllm.v1.engine.llm_engine
+from vllm.model_executor.models.registry import ModelRegistry
+for architecture in json.loads(sys.argv[1]):
+    ModelRegistry.models[architecture].inspect_model_cls()
+"""
+
+
+def warm_imports(groups: dict[str, Group], folder: Path) -> subprocess.Popen:
+    """What every lane imports, imported by one process, which the caller waits for."""
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in groups]
+    architectures = sorted({architecture for config in configs for architecture in config["architectures"]})
+    log = (folder / "imports.log").open("w")
+    return subprocess.Popen([sys.executable, "-c", WARM, json.dumps(architectures)], stdout=log, stderr=subprocess.STDOUT)
 
 
 def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
@@ -258,6 +292,7 @@ def run_lane(request: Path, seconds: float) -> list[dict[str, Any]]:
     """One process; what its engines answered, and a failure in place of those that did not within `seconds`."""
     wanted = json.loads(request.read_text())["engines"]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **NO_MULTICAST}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of the lanes
     if len(wanted) == 1:  # it is alone: what it sets holds from the start
         environment |= wanted[0]["environment"]
     log, answers = request.with_name("log"), request.with_name("answers.jsonl")
@@ -291,19 +326,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--side-by-side", type=int, default=4, help="lanes that run at once")
+    parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
+    parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
+    parser.add_argument("--per-lane", type=int, default=5, help="engines of a group in one process")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
-    parser.add_argument("--lane-seconds", type=float, default=240, help="until a lane is ended; its log then says where it stood")
+    parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
     groups = {name: GROUPS[name] for name in options.groups.split(",")}
+    if options.engines:
+        wanted = options.engines.split(";")
+        groups = {name: replace(group, engines=tuple(e for e in group.engines if e.name in wanted)) for name, group in groups.items()}
+    if options.rehearse:
+        groups = {name: rehearsed(group) for name, group in groups.items()}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        requests = lanes(groups, folder)
-        compile_kernels(groups, folder)
-        if options.compile_only:
+        requests = lanes(groups, folder, options.per_lane)
+        imports = None if options.compile_only else warm_imports(groups, folder)
+        if not options.rehearse:
+            compile_kernels(groups, folder)
+        if imports is None:
             return 0
+        begin = time.perf_counter()
+        with suppress(subprocess.TimeoutExpired):  # lanes then import by themselves
+            imports.wait(60)
+        print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
         with ThreadPoolExecutor(options.side_by_side) as pool:
             answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
             for (group, request), answers in zip(requests, answered, strict=True):
@@ -318,8 +367,10 @@ def main() -> int:
                         answer["against_flash_attn"] = compare(answer, reference)
                     report(run, answer)
                 if options.out:  # after each lane: a machine's time may end before the last one's
-                    options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
-    wrong = judge(results, suite_of(groups))
+                    stamp = None if options.rehearse else gpu_stamp()
+                    options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+    failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
+    wrong = failed if options.rehearse else judge(results, suite_of(groups))
     wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0
