@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.device.serve_tokens import decode_logprobs, off_scale, prefill_logprobs, wake_from_level_1, wake_from_level_2
+from tests.support.collector import settled_heap
 
 # Of each of the engines that run side by side. A fixed size: vLLM otherwise measures the memory that is free while others take theirs.
 KV_CACHE_BYTES = 1 << 30
@@ -61,7 +62,7 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
 
     lines: list[tuple[float, str]] = []
     with set_environment({**engine.environment, "FA4_BACKEND_TRACE_FILE": str(trace)}), off_scale(engine.scale_error):
-        with count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines):
+        with settled_heap(), count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines):
             begin = time.perf_counter()
             arguments = {**COMMON, "kv_cache_memory_bytes": KV_CACHE_BYTES, "disable_log_stats": not engine.drafts, **engine.arguments}
             llm = LLM(model, attention_backend=engine.backend, **arguments)

@@ -321,6 +321,37 @@ def report(name: str, result: dict[str, Any]) -> None:
         print(f"    {'; '.join(result['slow_parts'])}", flush=True)
 
 
+def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace) -> dict[str, Any]:
+    """What all engines answered, "group: engine" -> result; reported and written as lanes end, in their order."""
+    results: dict[str, Any] = {}
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
+        for (group, request), answers in zip(requests, answered, strict=True):
+            if options.logs:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                (options.logs / f"{request.parent.name}.log").write_bytes(request.with_name("log").read_bytes())
+            for answer in answers:
+                run = f"{group}: {answer.pop('name')}"
+                results[run] = answer
+                reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
+                if "failed" not in answer and "failed" not in reference:
+                    answer["against_flash_attn"] = compare(answer, reference)
+                report(run, answer)
+            if options.out:  # after each lane: a machine's time may end before the last one's
+                stamp = None if options.rehearse else gpu_stamp()
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+    return results
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Group]:
+    """The groups and engines that the command line names."""
+    groups = {name: GROUPS[name] for name in options.groups.split(",")}
+    if options.engines:
+        wanted = options.engines.split(";")
+        groups = {name: replace(group, engines=tuple(e for e in group.engines if e.name in wanted)) for name, group in groups.items()}
+    return {name: rehearsed(group) for name, group in groups.items()} if options.rehearse else groups
+
+
 def main() -> int:
     """Run the groups, print a line an engine, write the JSON; 1 when an engine failed, was far away or did not show what it has to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,13 +365,7 @@ def main() -> int:
     parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
-    groups = {name: GROUPS[name] for name in options.groups.split(",")}
-    if options.engines:
-        wanted = options.engines.split(";")
-        groups = {name: replace(group, engines=tuple(e for e in group.engines if e.name in wanted)) for name, group in groups.items()}
-    if options.rehearse:
-        groups = {name: rehearsed(group) for name, group in groups.items()}
-    results: dict[str, Any] = {}
+    groups = chosen(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         requests = lanes(groups, folder, options.per_lane)
@@ -353,22 +378,7 @@ def main() -> int:
         with suppress(subprocess.TimeoutExpired):  # lanes then import by themselves
             imports.wait(60)
         print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
-        with ThreadPoolExecutor(options.side_by_side) as pool:
-            answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
-            for (group, request), answers in zip(requests, answered, strict=True):
-                if options.logs:
-                    options.logs.mkdir(parents=True, exist_ok=True)
-                    (options.logs / f"{request.parent.name}.log").write_bytes(request.with_name("log").read_bytes())
-                for answer in answers:
-                    run = f"{group}: {answer.pop('name')}"
-                    results[run] = answer
-                    reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
-                    if "failed" not in answer and "failed" not in reference:
-                        answer["against_flash_attn"] = compare(answer, reference)
-                    report(run, answer)
-                if options.out:  # after each lane: a machine's time may end before the last one's
-                    stamp = None if options.rehearse else gpu_stamp()
-                    options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+        results = run_lanes(requests, options)
     failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
     wrong = failed if options.rehearse else judge(results, suite_of(groups))
     wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]

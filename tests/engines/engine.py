@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fa4_backend.ops import paged_attention
+from tests.support.collector import settled_heap
 
 KV_CACHE_BYTES = 256 << 20
 MAX_BATCHED_TOKENS = 256  # below the longest prompts: their prefill comes in chunks
@@ -82,16 +83,17 @@ def generate(model: Path, backend: str, prompts: list[Any], max_tokens: int = 32
         "seed": 0,
         **engine_args,
     }
-    with llvmlite_out_of_sight():
-        llm = LLM(str(model), attention_backend=backend, **arguments)
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
-    try:
-        outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
-        return [Answer(tuple(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
-    finally:
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    with settled_heap():
+        with llvmlite_out_of_sight():
+            llm = LLM(str(model), attention_backend=backend, **arguments)
+        try:
+            outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
+            return [Answer(tuple(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
+        finally:
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
 
 
 @contextmanager
