@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fa4_backend.problem import DTYPE_BYTES, KV_SHORT_NAMES
+from fa4_backend.problem import DTYPE_BYTES, SHORT_NAMES
 
 DTYPE = torch.bfloat16
 
@@ -29,7 +29,7 @@ class DecodeBatch:
     @property
     def label(self) -> str:
         """Heads, page size and batch on one line."""
-        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
+        kv = f" {SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in SHORT_NAMES else ""
         return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim}{kv} page {self.page_size}: {self.name}"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fa4_backend.bench.decode_batches import gathered
-from fa4_backend.problem import FP8, KV_SHORT_NAMES
+from fa4_backend.problem import FP8, SHORT_NAMES
 
 DTYPE = torch.bfloat16
 
@@ -36,7 +36,7 @@ class PrefillBatch:
     @property
     def label(self) -> str:
         """Heads, page size and batch on one line."""
-        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
+        kv = f" {SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in SHORT_NAMES else ""
         size = f"{self.rows} x {_short(self.query_len)}" + ("" if self.query_len == self.kv_len else f" of {_short(self.kv_len)}")
         mask = "" if self.is_causal else " full"
         dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"

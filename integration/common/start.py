@@ -6,10 +6,12 @@ An adapter calls `open_warm_up` and `allocate` where its engine makes the state 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fa4_backend import AttentionMetadata, plan_attention
 from fa4_backend.compile_cache import reopen, seal
+from fa4_backend.problem import FP8
 from fa4_integration.common.serving_device import count_sms
 
 if TYPE_CHECKING:
@@ -36,6 +38,16 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
         CompileError: a kernel could not be compiled or linked.
     """
     return AttentionMetadata.allocate(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+
+
+def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """The same for layers whose out an engine wants in FP8: refreshed with `step`, whose buffers it shares.
+
+    Raises:
+        UnsupportedProblem, CompileError: as `allocate`.
+    """
+    plan = plan_attention(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, num_sms=count_sms(device))
+    return step.sharing(plan)
 
 
 def seal_warm_up() -> None:

@@ -42,8 +42,8 @@ class EpilogueWarp:
     def store_tile(self, place: Place, mO: cute.Tensor, item: WorkItem, m_block: Int32, source: Int32):
         """Rows of query tile `m_block`. mO: (total_q, num_q_heads, head_dim_v)."""
         config, seqlen = self.geometry.config.kernel, item.tile.seqlen
-        chunks = config.head_dim_v * config.element_bytes // CHUNK_BYTES
-        elems = CHUNK_BYTES // config.element_bytes
+        chunks = config.head_dim_v * config.out_element_bytes // CHUNK_BYTES
+        elems = CHUNK_BYTES // config.out_element_bytes
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
         num_chunks = tokens * config.q_per_kv * chunks
         for chunk in range(place.lane_idx, num_chunks, 32, unroll=2):

@@ -26,7 +26,7 @@ TMEM_POINTER_BYTES = 8
 
 def o_pitch(config: PrefillConfig) -> int:
     """Bytes from a row of O to the next in shared memory."""
-    return config.head_dim_v * config.element_bytes + O_PAD_BYTES
+    return config.head_dim_v * config.out_element_bytes + O_PAD_BYTES
 
 
 @dataclass(frozen=True)
