@@ -9,10 +9,10 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fa4_backend import AttentionMetadata, plan_attention
+from fa4_backend import AttentionMetadata
 from fa4_backend.compile_cache import reopen, seal
+from fa4_backend.device import plan_on
 from fa4_backend.problem import FP8
-from fa4_integration.common.serving_device import count_sms
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
         CompileError: a kernel could not be compiled or linked.
     """
-    return AttentionMetadata.allocate(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+    return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
 
 
 def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMetadata:
@@ -46,8 +46,7 @@ def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMe
     Raises:
         UnsupportedProblem, CompileError: as `allocate`.
     """
-    plan = plan_attention(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, num_sms=count_sms(device))
-    return step.sharing(plan)
+    return step.sharing(plan_on(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, device))
 
 
 def seal_warm_up() -> None:
