@@ -33,8 +33,8 @@ from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
-from fa4_backend.kernels.sm90.fragment_store import store_fragment
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.fragment_store import store_fragment, store_fragment_fp8
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -171,7 +171,7 @@ class ConsumerWarpgroup:
                     self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 else:
                     self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
-                if const_expr(self.storage.o_through_q):
+                if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
                 self._release_read_query(barriers.q_empty + q_next.slot, next_tile.blocks, next_tile.blocks.end - 1)
@@ -289,8 +289,8 @@ class ConsumerWarpgroup:
 
     @cute.jit
     def _release_read_query(self, empty: cute.Pointer, blocks: BlockRange, n_block: Int32):
-        """Where O does not leave through Q's buffer: release it when the products of the tile's last block have read it."""
-        if const_expr(not self.storage.o_through_q):
+        """Where Q is not released with its tile: release it when the products of the tile's last block have read it."""
+        if const_expr(not self.storage.releases_q_late):
             if n_block == blocks.begin:
                 cute.arch.sync_warp()  # all lanes have read the numbers of the tile before, whose place is given away too
                 self._release(empty)
@@ -537,19 +537,23 @@ class ConsumerWarpgroup:
                 row_max = score_scales[i].true_max(row_max)
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
-            if const_expr(c.has_kv_scales):
-                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
+            if const_expr(self.storage.has_factors):
+                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
-        rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
-        rO.store(products.rO.load().to(self.storage.dtype))
-        if const_expr(self.storage.o_through_q):
-            self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
-        else:
+        if const_expr(c.has_out_scale):
             rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
-            store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
+            store_fragment_fp8(outputs.mO, products.rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
+        else:
+            rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
+            rO.store(products.rO.load().to(self.storage.dtype))
+            if const_expr(self.storage.o_through_q):
+                self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
+            else:
+                rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
+                store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
 
     @cute.jit
     def _store_through_q(
