@@ -45,16 +45,18 @@ traitlets==5.16.1 typing-inspection==0.4.5 uvicorn==0.54.0 uvloop==0.23.0 watchf
 """.split()
 MODELS = "__init__ registry utils llama llama_eagle llama_eagle3 gemma2 gemma3_causal gpt_oss mistral llava qwen2 qwen3 deepseek_v2".split()
 DROP = [
-    "*.dist-info/RECORD", "*.dist-info/licenses/*", "*.dist-info/sboms/*", "*.pyi",
+    "*.dist-info/RECORD", "*.dist-info/licenses/*", "*.dist-info/sboms/*", "*.pyi", "example.py",
     "sglang/multimodal_gen/*", "sglang/test/*", "sglang/benchmark/*", "sglang/srt/rust_extensions/*.so", "sglang/srt/models/*.py",
-    "sglang/kernels/jit/csrc/diffusion/*", "sglang/kernels/ops/diffusion/*", "*/hardware_backend/npu/*",
-    "sgl_kernel/sm100/*", "sgl_kernel/infllm_ops.*", "sgl_kernel/flashmla_ops.*",
+    "sglang/kernels/jit/csrc/diffusion/*", "sgl_kernel/sm100/*", "sgl_kernel/infllm_ops.*", "sgl_kernel/flashmla_ops.*",
     "tvm_ffi/3rdparty/libbacktrace/*", "tvm_ffi/cython/*", "tvm_ffi/src/*",
 ]  # fmt: skip
-KEEP = [f"sglang/srt/models/{name}.py" for name in MODELS] + [
+# xgrammar finds its library by its list of files.
+KEEP = [
+    *(f"sglang/srt/models/{name}.py" for name in MODELS),
+    "sglang/srt/models/deepseek_common/*",
     "sglang/test/kits/*",
     "sglang/test/__init__.py",
-    "sglang/kernels/ops/diffusion/__init__.py",
+    "xgrammar-*.dist-info/RECORD",
 ]
 FLASH, COMMON = "sgl_kernel/flash_ops.abi3.so", "sgl_kernel/sm90/common_ops.abi3.so"
 # Which of FlashAttention 3's objects stay: heads of Q and K, heads of V, elements.
