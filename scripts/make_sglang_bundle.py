@@ -28,6 +28,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ FLASH, COMMON = "sgl_kernel/flash_ops.abi3.so", "sgl_kernel/sm90/common_ops.abi3
 # Which of FlashAttention 3's objects stay: heads of Q and K, heads of V, elements.
 FLASH_KEPT = {(dim, dim, dtype) for dim in ("64", "128") for dtype in ("bfloat16_t", "float_e4m3_t")}
 VARIANTS = 10  # objects of each: with pages or not, parts, soft cap, packed heads
+CONTAINER, CONTAINER_HEADER = bytes.fromhex("50ed55ba01001000"), 16  # magic, version 1, bytes of the header; the payload's size follows
 MAINLOOP = re.compile(r"CollectiveMainloopFwd(Sm\d+)<.*?cute::tuple<cute::C<\d+>, cute::C<\d+>, cute::C<(\d+)> *>, (\d+), cutlass::(\w+)")
 SITECUSTOMIZE = """# Makes this folder behave like a folder of packages: its .pth files are honoured.
 import os, site
@@ -146,7 +148,7 @@ def matches(path: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def fatbin_section(binary: bytes) -> tuple[int, int]:
+def fatbin_section(binary: bytes | bytearray) -> tuple[int, int]:
     """Offset and size of the section of a 64-bit ELF file that holds GPU code. Raises BundleError when it has none."""
     (table,) = struct.unpack_from("<Q", binary, 40)
     entry_size, count, names_index = struct.unpack_from("<HHH", binary, 58)
@@ -158,26 +160,23 @@ def fatbin_section(binary: bytes) -> tuple[int, int]:
     raise BundleError("expected a section .nv_fatbin, got none")
 
 
-def containers(binary: bytes) -> Iterator[tuple[int, int]]:
+def containers(binary: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """Where each container's payload starts, and its size."""
     position, size = fatbin_section(binary)
     end = position + size
-    while position + 16 <= end:
-        magic, _, header, payload = struct.unpack_from("<IHHQ", binary, position)
-        if magic != 0xBA55ED50:
-            position += 8
-            continue
-        yield position + header, payload
-        position = (position + header + payload + 7) & ~7
+    while (position := binary.find(CONTAINER, position, end)) >= 0:
+        (payload,) = struct.unpack_from("<Q", binary, position + 8)
+        yield position + CONTAINER_HEADER, payload
+        position += CONTAINER_HEADER + payload
 
 
-def entries(binary: bytes, start: int, size: int) -> list[Entry]:
+def entries(binary: bytes | bytearray, start: int, size: int) -> list[Entry]:
     """What a container holds."""
     found, position = [], start
     while position + 64 <= start + size:
         kind, _, header, payload = struct.unpack_from("<HHIQ", binary, position)
         (arch,) = struct.unpack_from("<I", binary, position + 28)
-        found.append(Entry(kind == 2, arch, binary[position : position + header + payload]))
+        found.append(Entry(kind == 2, arch, bytes(binary[position : position + header + payload])))
         position += header + payload
     return found
 
@@ -220,7 +219,7 @@ def slim(path: Path) -> None:
         data = b"".join(entry.data for entry in kept) or filler
         if len(data) <= size:
             library[start : start + size] = data.ljust(size, b"\0")
-            struct.pack_into("<Q", library, start - 8, len(data))
+            struct.pack_into("<Q", library, start - CONTAINER_HEADER + 8, len(data))
     if is_flash and set(seen.values()) != {VARIANTS}:
         raise BundleError(f"{path.name}: expected {VARIANTS} objects of each kind, got {seen}")
     path.write_bytes(library)
@@ -232,27 +231,40 @@ def pack(site: Path, out: Path) -> None:
     library = (site / FLASH).read_bytes()
     start, size = fatbin_section(library)
     end = start + size
-    ranges = {"gpu.xz": [(start, size)], "host.xz": [(0, start), (end, len(library) - end)]}
-    # Machine code of this chip comes in instructions of 16 bytes.
-    chains = {"gpu.xz": [lzma_filter(size, lc=0, lp=4, pb=4)], "host.xz": [{"id": lzma.FILTER_X86}, lzma_filter(len(library) - size)]}
-    for name, chain in chains.items():
-        data = b"".join(library[offset : offset + length] for offset, length in ranges[name])
-        (out / name).write_bytes(lzma.compress(data, check=lzma.CHECK_CRC32, filters=chain))
-    buffer = BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for path in sorted((path for path in site.rglob("*") if path.is_file()), key=lambda path: (path.suffix, str(path))):
-            if path != site / FLASH:
-                tar.add(path, str(path.relative_to(site)))
-    files = lzma.compress(buffer.getbuffer(), check=lzma.CHECK_CRC32, filters=[lzma_filter(buffer.tell(), lc=4)])
-    (out / "files.tar.xz").write_bytes(files)
+    # Between containers' payloads are zeros.
+    gpu = [(offset - CONTAINER_HEADER, CONTAINER_HEADER + payload) for offset, payload in containers(library)]
+    ranges = {"gpu.xz": gpu, "host.xz": [(0, start), (end, len(library) - end)]}
+    parts = {name: b"".join(library[offset : offset + length] for offset, length in pieces) for name, pieces in ranges.items()}
+    with ThreadPoolExecutor() as pool:  # compressing leaves the interpreter to others
+        # Machine code of this chip comes in instructions of 16 bytes.
+        jobs = [
+            pool.submit(compress, parts["gpu.xz"], out / "gpu.xz", lc=0, lp=4, pb=4),
+            pool.submit(compress, parts["host.xz"], out / "host.xz", is_x86=True),
+            pool.submit(compress, tar_of(site, left_out=site / FLASH), out / "files.tar.xz", lc=4),
+        ]
+    for job in jobs:
+        job.result()  # raises what the job raised
     (out / "pieces.json").write_text(json.dumps({FLASH: ranges}))
     (out / "unpack.py").write_text(UNPACK)
     (out / "install.sh").write_text(INSTALL)
 
 
-def lzma_filter(size: int, **options: int) -> dict[str, int]:
-    """LZMA2 whose window holds `size` bytes, or 192 MiB: the libraries repeat themselves over long distances."""
-    return {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": min(max(1 << 20, size), 192 * MIB), **options}
+def tar_of(site: Path, left_out: Path) -> bytes:
+    """All files of a folder but one, like next to like."""
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for path in sorted((path for path in site.rglob("*") if path.is_file()), key=lambda path: (path.suffix, str(path))):
+            if path != left_out:
+                tar.add(path, str(path.relative_to(site)))
+    return buffer.getvalue()
+
+
+def compress(data: bytes, out: Path, *, is_x86: bool = False, **options: int) -> None:
+    """Write `data` as xz, with a window that holds all of it, or 192 MiB: the libraries repeat themselves over long distances."""
+    window = min(max(1 << 20, len(data)), 192 * MIB)
+    chain: list[dict[str, int]] = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": window, **options}]
+    before: list[dict[str, int]] = [{"id": lzma.FILTER_X86}] if is_x86 else []
+    out.write_bytes(lzma.compress(data, check=lzma.CHECK_CRC32, filters=before + chain))
 
 
 def main() -> int:
