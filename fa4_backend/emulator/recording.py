@@ -16,6 +16,7 @@ from fa4_backend.emulator.races import Access, Races
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta, Warp
 
+WARPGROUP = 4  # warps
 PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 # Cycles a warp instruction occupies its scheduler's share of a pipe, from lanes a clock and SM: MUFU 16 (32 on sm_103a), FMA 128, minimum,
 # maximum, integer and conversions to 16 bits 64 (CUDA programming guide, "Throughput of Native Arithmetic Instructions"). A column of
@@ -24,7 +25,7 @@ MUFU = {"sm_90a": 8, "sm_100a": 8, "sm_103a": 4}
 FMA, FMA_PACKED, ALU = 1, 2, 2
 ARITHMETIC = ("fma", "add", "sub", "mul")
 # What a role is known by: the first row whose instruction one of its warps executed.
-ROLES = (("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
+ROLES = (("wgmma", "consumer"), ("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
 FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
 ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "fence", "elect", "vote", "tcgen05", "cp", "setmaxnreg")
 
@@ -63,7 +64,7 @@ def port_bytes(opcode: str) -> int:
 class Step:
     """Work of a warp, then one event. `edges`: (number of a barrier, its phase) that the event arrives on, or the one it waits for."""
 
-    kind: str  # arrive, wait, mma, commit, copy, end
+    kind: str  # arrive, wait, mma, wgmma, commit, wgmma commit, copy, end
     work: np.ndarray  # cycles of PIPES
     port: int  # bytes of shared memory that the warp's own instructions read and write
     edges: list[tuple[int, int]] = field(default_factory=list)
@@ -106,6 +107,9 @@ class RecordedRaces(Races):
         self.kept: list[Any] = []  # so that no id is used twice
         self.open: dict[int, Step] = {}  # id of an access -> its step
         self.recording = recording
+        self.report = cluster.grid.session.report
+        self.product: tuple[Step, int] | None = None  # the wgmma issued last, and the report's flops before it
+        self.groups = [0] * cluster.num_warps  # wgmma groups that each warp has committed
         recording.warps = [[] for _ in range(cluster.num_warps)]
 
     def step(self, warp: Warp, kind: str) -> Step:
@@ -113,8 +117,20 @@ class RecordedRaces(Races):
         done = counts - self.seen[warp.actor]
         self.seen[warp.actor] = counts
         steps = self.recording.warps[warp.actor]
+        self.settle_wgmma()
         steps.append(Step(kind, done @ self.cycles, int(done @ self.port)))
         return steps[-1]
+
+    def settle_wgmma(self) -> None:
+        """What the wgmma issued last took is known once it ran: its flops; a quarter of the operand bytes that its warp was seen to read,
+        since the four warps of a warpgroup share one reading."""
+        if self.product is None:
+            return
+        step, before = self.product
+        (cta,) = step.smem_bytes
+        step.flops[cta] = self.report.tensor_flops - before
+        step.smem_bytes[cta] //= WARPGROUP
+        self.product = None
 
     def phase(self, edge: Any) -> tuple[int, int]:
         """(number of the barrier, phase it is in)."""
@@ -150,6 +166,27 @@ class RecordedRaces(Races):
         self.kept.append(access)
         return access
 
+    def issue_wgmma(self, warp: Warp) -> Access:
+        access = super().issue_wgmma(warp)
+        self.open[id(access)] = step = self.step(warp, "wgmma")
+        self.product = (step, self.report.tensor_flops)
+        self.kept.append(access)
+        return access
+
+    def group(self, warp: Warp, index: int) -> tuple[int, int]:
+        """The edge of a warp's wgmma group."""
+        return -1 - warp.actor, index
+
+    def commit_wgmma(self, warp: Warp) -> None:
+        super().commit_wgmma(warp)
+        self.step(warp, "wgmma commit").edges.append(self.group(warp, self.groups[warp.actor]))
+        self.groups[warp.actor] += 1
+
+    def wait_wgmma(self, warp: Warp, allowed: int) -> None:
+        super().wait_wgmma(warp, allowed)
+        if (done := self.groups[warp.actor] - allowed) > 0:
+            self.step(warp, "wait").edges.append(self.group(warp, done - 1))
+
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
         access = super().issue_copy(warp, barrier)
         step = self.open[id(access)] = self.step(warp, "copy")
@@ -178,6 +215,7 @@ class RecordedRaces(Races):
 
     def close(self) -> None:
         if self.handle:
+            self.settle_wgmma()
             for cta in self.cluster.ctas:
                 for warp in cta.warps:
                     self.step(warp, "end")

@@ -99,7 +99,7 @@ class Replay:
         self.arrived: dict[Edge, tuple[Moment, str]] = {}  # latest arrival, and who
         self.sleepers: dict[Edge, list[int]] = defaultdict(list)
         self.pipes: dict[tuple[object, ...], Pipe] = defaultdict(Pipe)
-        self.engines: dict[tuple[str, int], Engine] = defaultdict(Engine)
+        self.engines: dict[tuple[object, ...], Engine] = defaultdict(Engine)
         self.busy: dict[str, Counter[str]] = defaultdict(Counter)
         self.waits: dict[str, Counter[str]] = defaultdict(Counter)
         self.products: list[tuple[float, float]] = []  # of CTA 0
@@ -176,6 +176,8 @@ class Replay:
             self.arrive(step, self.now[warp], self.recording.roles[warp])
         elif step.kind in ("mma", "commit"):
             self.give(("tensor core", cta), warp, step)
+        elif step.kind in ("wgmma", "wgmma commit"):
+            self.give(("tensor core", cta, warp % SCHEDULERS), warp, step)
         elif step.kind == "copy":
             self.give(("copies", cta), warp, step)
 
@@ -194,7 +196,7 @@ class Replay:
 
     # -- engines ------------------------------------------------------------------------------------------------
 
-    def give(self, name: tuple[str, int], warp: int, step: Step) -> None:
+    def give(self, name: tuple[object, ...], warp: int, step: Step) -> None:
         engine = self.engines[name]
         engine.queue.append((self.now[warp], warp, step))
         if len(engine.queue) == 1:
@@ -209,7 +211,7 @@ class Replay:
             over = self.copy_piece(engine, step, ready)
         else:
             over = True
-            if step.kind == "mma":
+            if step.kind in ("mma", "wgmma"):
                 engine.now = self.multiply(step, ready)
             else:
                 self.arrive(step, ready, "tensor core")
@@ -222,7 +224,7 @@ class Replay:
         """Run one product; the end."""
         ends = []
         for cta, flops in step.flops.items():
-            cycles = flops / FLOPS_A_CYCLE[self.arch]
+            cycles = flops / FLOPS_A_CYCLE[self.arch] * (SCHEDULERS if step.kind == "wgmma" else 1)  # a scheduler's part of the core
             self.pipes[cta, "tensor"].busy += cycles
             ends.append(ready.then(cycles, "tensor core"))
             ends.append(self.pipes[cta, "smem"].serve(ready, step.smem_bytes.get(cta, 0) / SMEM_BYTES_A_CYCLE, "shared-memory port"))
