@@ -23,7 +23,9 @@ _STALL_SHIFT, _STALL_MASK = 105 - 64, 15
 # The first row that a loop has an instruction of; `recording.ROLES` has the same names.
 LOOPS = (("HGMMA", "consumer"), ("UTCHMMA", "mma"), ("UTCQMMA", "mma"), ("HMMA", "consumer"), ("LDTM", "softmax"), ("UTMALDG", "load"))
 SHORTEST_LOOP = 24  # instructions; shorter ones wait for barriers
-FALLBACK = 2.0  # cycles an instruction, where there is no disassembler: between the 1.9 and 2.3 that the softmax loops of these kernels have
+FALLBACK = (
+    2.0  # cycles an instruction, where there is no disassembler: between the 1.9 and 2.3 that the softmax loops of these kernels have
+)
 
 
 def parse(sass: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
@@ -82,7 +84,7 @@ def ratios_of(sass: str) -> dict[str, float]:
 def stall_ratios(cubin: bytes) -> dict[str, float]:
     """`ratios_of` a cubin; empty where nvdisasm is not installed."""
     tool = find_cuda_tool("nvdisasm")
-    if tool is None:
+    if tool is None or not cubin:
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)

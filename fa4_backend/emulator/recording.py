@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fa4_backend.emulator.issue_stalls import FALLBACK, stall_ratios
 from fa4_backend.emulator.races import Access, Races
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 MUFU = {"sm_90a": 8, "sm_100a": 8, "sm_103a": 4}
 FMA, FMA_PACKED, ALU = 1, 2, 2
 ARITHMETIC = ("fma", "add", "sub", "mul")
+# Instructions whose result is waited for at once, and the field of `timing.Timing` that says for how long.
+LAGS = {"shfl": "shuffle", "tcgen05.wait": "tensor_memory", "ld.": "far_memory", "atom.": "far_memory"}
 # What a role is known by: the first row whose instruction one of its warps executed.
 ROLES = (("wgmma", "consumer"), ("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
 FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
@@ -51,6 +54,13 @@ def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
     return (1, 0, 0, 0 if base in ISSUE_ONLY else ALU, 0)
 
 
+def lag(opcode: str) -> str:
+    """Which of `timing.Timing`'s latencies a warp waits out at the instruction; "" for none."""
+    if opcode.startswith(("ld.", "atom.")) and ".global" not in opcode:
+        return ""
+    return next((name for start, name in LAGS.items() if opcode.startswith(start)), "")
+
+
 def port_bytes(opcode: str) -> int:
     """Bytes of shared memory that a warp's load or store reads or writes, of all 32 lanes."""
     parts = opcode.split(".")
@@ -70,6 +80,9 @@ class Step:
     edges: list[tuple[int, int]] = field(default_factory=list)
     flops: dict[int, int] = field(default_factory=dict)  # by CTA of the cluster
     smem_bytes: dict[int, int] = field(default_factory=dict)
+    lags: dict[str, int] = field(default_factory=dict)  # waits by scoreboard in the work, by the name that `timing.Timing` has for each
+    is_remote: bool = False  # an arrival at a barrier of another CTA
+    is_ts: bool = False  # a product whose A is in tensor memory or registers
 
 
 @dataclass
@@ -79,6 +92,7 @@ class Recording:
     warps: list[list[Step]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     warps_per_cta: int = 0
+    stalls: dict[str, float] = field(default_factory=dict)  # role -> cycles that one warp alone takes an instruction (`issue_stalls.py`)
 
     def port_bytes(self) -> int:
         """Bytes of CTA 0's shared memory that its warps' own instructions read and write."""
@@ -102,6 +116,7 @@ class RecordedRaces(Races):
         self.opcodes = [i.opcode for i in program.kernel.instructions]
         self.cycles = np.array([pipe_cycles(opcode, arch) for opcode in self.opcodes], np.int64)
         self.port = np.array([port_bytes(opcode) for opcode in self.opcodes], np.int64)
+        self.lags = {name: np.array([lag(opcode) == name for opcode in self.opcodes], np.int64) for name in set(LAGS.values())}
         self.seen = [np.zeros(len(self.opcodes), np.int64) for _ in range(cluster.num_warps)]
         self.numbers: dict[int, int] = {}  # id of a barrier -> its number
         self.kept: list[Any] = []  # so that no id is used twice
@@ -118,7 +133,8 @@ class RecordedRaces(Races):
         self.seen[warp.actor] = counts
         steps = self.recording.warps[warp.actor]
         self.settle_wgmma()
-        steps.append(Step(kind, done @ self.cycles, int(done @ self.port)))
+        lags = {name: int(done @ mask) for name, mask in self.lags.items() if done @ mask}
+        steps.append(Step(kind, done @ self.cycles, int(done @ self.port), lags=lags))
         return steps[-1]
 
     def settle_wgmma(self) -> None:
@@ -145,7 +161,9 @@ class RecordedRaces(Races):
 
     def release(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
         super().release(warp, edge, lanes, relaxed)
-        self.step(warp, "arrive").edges.append(self.phase(edge))
+        step = self.step(warp, "arrive")
+        step.edges.append(self.phase(edge))
+        step.is_remote = getattr(edge, "cta", warp.cta) is not warp.cta
 
     def acquire(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
         super().acquire(warp, edge, lanes, relaxed)
@@ -209,7 +227,9 @@ class RecordedRaces(Races):
     def tmem_access(self, access: Access, cta: Cta, groups: Any, column: int, columns: int, write: bool, read: bool = False) -> None:
         super().tmem_access(access, cta, groups, column, columns, write, read)
         step = self.open.get(id(access))
-        if step is not None and write:
+        if step is not None and not write:
+            step.is_ts = True
+        elif step is not None:
             # 16 lanes a group, and the 16 steps of the reduction of one 16-bit product.
             step.flops[cta.rank] = step.flops.get(cta.rank, 0) + 2 * 16 * len(groups) * columns * 16
 
@@ -221,8 +241,14 @@ class RecordedRaces(Races):
                     self.step(warp, "end")
                     self.recording.roles.append(self.role(warp))
             self.recording.warps_per_cta = self.cluster.ctas[0].num_warps
+            self.recording.stalls = self.stalls()
         super().close()
 
     def role(self, warp: Warp) -> str:
         executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]
         return next((role for start, role in ROLES if any(opcode.startswith(start) for opcode in executed)), "other")
+
+    def stalls(self) -> dict[str, float]:
+        """Cycles an instruction that a warp of each role takes alone."""
+        ratios = stall_ratios(self.cluster.grid.cubin)
+        return {role: ratios.get(role, FALLBACK) for role in set(self.recording.roles)}
