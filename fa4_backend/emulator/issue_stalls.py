@@ -1,8 +1,8 @@
 """How fast one warp can issue a kernel's loops, from the machine code itself.
 
 Since Volta every instruction carries, in bits 105 to 108 of its 128, the cycles that its warp's scheduler waits before the warp's next
-instruction: ptxas writes there what the fixed latencies of the arithmetic need (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via
-Microbenchmarking", 2.1, describe the field). Their sum over a loop is the least time that one warp alone takes for it, however empty its
+instruction: ptxas writes there what the fixed latencies of the arithmetic need (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture
+via Microbenchmarking", 2.1, describe the field). Their sum over a loop is the least time that one warp alone takes for it, however empty its
 scheduler is; what waits on a scoreboard (special functions, memory, shuffles) comes on top. A role's loop is known by what it executes.
 """
 
@@ -81,11 +81,11 @@ def ratios_of(sass: str) -> dict[str, float]:
 
 
 @cache
-def stall_ratios(cubin: bytes) -> dict[str, float]:
-    """`ratios_of` a cubin; empty where nvdisasm is not installed."""
+def disassembly(cubin: bytes) -> str:
+    """What `nvdisasm -c -hex` prints of a cubin; empty where there is none, of either."""
     tool = find_cuda_tool("nvdisasm")
     if tool is None or not cubin:
-        return {}
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        return ratios_of(subprocess.run([tool, "-c", "-hex", file.name], capture_output=True, text=True).stdout)
+        return subprocess.run([tool, "-c", "-hex", file.name], capture_output=True, text=True).stdout

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fa4_backend.emulator.issue_stalls import FALLBACK, stall_ratios
+from fa4_backend.emulator.issue_stalls import FALLBACK, disassembly, ratios_of
+from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.races import Access, Races
 
 if TYPE_CHECKING:
@@ -83,6 +84,22 @@ class Step:
     lags: dict[str, int] = field(default_factory=dict)  # waits by scoreboard in the work, by the name that `timing.Timing` has for each
     is_remote: bool = False  # an arrival at a barrier of another CTA
     is_ts: bool = False  # a product whose A is in tensor memory or registers
+
+
+@dataclass
+class Launches:
+    """A recording of the first cluster of every launch of a session, in order; give it to `session(trace=...)`."""
+
+    recordings: list[Recording] = field(default_factory=list)
+    last: Any = None  # the launch that is being recorded
+
+    def races(self, cluster: Cluster) -> Races:
+        """The race detector that fills a launch's recording, or a plain one for its other clusters."""
+        if cluster.grid is self.last:
+            return Races(cluster)
+        self.last = cluster.grid
+        self.recordings.append(Recording())
+        return RecordedRaces(cluster, self.recordings[-1])
 
 
 @dataclass
@@ -241,14 +258,19 @@ class RecordedRaces(Races):
                     self.step(warp, "end")
                     self.recording.roles.append(self.role(warp))
             self.recording.warps_per_cta = self.cluster.ctas[0].num_warps
-            self.recording.stalls = self.stalls()
+            self.follow_machine_code()
         super().close()
+
+    def follow_machine_code(self) -> None:
+        """What only the machine code says: how fast a warp of each role issues alone, and in which order it computes and waits."""
+        sass = disassembly(self.cluster.grid.cubin)
+        ratios, early = ratios_of(sass), early_shares(sass)
+        self.recording.stalls = {role: ratios.get(role, FALLBACK) for role in set(self.recording.roles)}
+        if early is not None:
+            for steps, role in zip(self.recording.warps, self.recording.roles, strict=True):
+                if role == "consumer":
+                    reorder(steps, early, PIPES.index("mufu"))
 
     def role(self, warp: Warp) -> str:
         executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]
         return next((role for start, role in ROLES if any(opcode.startswith(start) for opcode in executed)), "other")
-
-    def stalls(self) -> dict[str, float]:
-        """Cycles an instruction that a warp of each role takes alone."""
-        ratios = stall_ratios(self.cluster.grid.cubin)
-        return {role: ratios.get(role, FALLBACK) for role in set(self.recording.roles)}

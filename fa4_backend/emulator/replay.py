@@ -73,6 +73,7 @@ class Engine:
     now: Moment = START
     left: int = 0  # bytes of the copy under way
     drain: float = 0.0  # of the last product
+    ends: dict[int, Moment] = field(default_factory=dict)  # warp -> end of its last product
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Replay:
         warps = recording.warps
         self.at, self.now, self.pieces = [0] * len(warps), [START] * len(warps), [-1] * len(warps)
         self.share = [np.zeros(len(PIPES))] * len(warps)
+        self.alone = [0.0] * len(warps)  # cycles of a piece that the warp takes however idle its scheduler is
         self.port_share = [0.0] * len(warps)
         self.missing: Counter[Edge] = Counter()  # arrivals a phase still lacks
         self.arrived: dict[Edge, tuple[Moment, str]] = {}  # latest arrival, and who
@@ -143,7 +145,9 @@ class Replay:
         step = steps[index]
         if self.pieces[warp] < 0:
             self.pieces[warp] = -(-int(step.work[0]) // QUANTUM)
-            self.share[warp] = step.work / max(1, self.pieces[warp])
+            slow = self.timing.beside_products if self.recording.roles[warp] == "consumer" else 1.0
+            self.share[warp] = step.work * (1.0, *[slow] * (len(PIPES) - 1)) / max(1, self.pieces[warp])
+            self.alone[warp] = slow * self.recording.stalls.get(self.recording.roles[warp], 1.0) * step.work[0] / max(1, self.pieces[warp])
             self.port_share[warp] = step.port / self.timing.smem_bytes_a_cycle / max(1, self.pieces[warp])
         if self.pieces[warp]:
             self.work(warp)
@@ -164,8 +168,7 @@ class Replay:
         over = [self.pipes[cta, warp % SCHEDULERS, pipe].serve(begin, cycles, f"{role}: {pipe}") for pipe, cycles in needs]
         if self.port_share[warp]:
             over.append(self.pipes[cta, "smem"].serve(begin, self.port_share[warp], "shared-memory port"))
-        alone = self.share[warp][0] * self.recording.stalls.get(role, 1.0)
-        self.now[warp] = later(*over, begin.then(alone, f"{role}: latencies"))
+        self.now[warp] = later(*over, begin.then(self.alone[warp], f"{role}: latencies"))
         self.busy[role].update(dict(needs))
         self.pieces[warp] -= 1
         self.note(warp, begin.time, "it issues")
@@ -213,7 +216,7 @@ class Replay:
     def serve(self, name: object) -> None:
         """The engine's next product, commit or piece of a copy."""
         engine = self.engines[name]  # type: ignore[index]
-        issued, _, step = engine.queue[0]
+        issued, warp, step = engine.queue[0]
         ready = later(issued, engine.now)
         if step.kind == "copy":
             over = self.copy_piece(engine, step, ready)
@@ -222,7 +225,9 @@ class Replay:
             if step.kind in ("mma", "wgmma"):
                 engine.now = self.multiply(step, ready)
                 engine.drain = self.drain(step)
+                engine.ends[warp] = engine.now
             else:
+                ready = later(issued, engine.ends.get(warp, START))
                 self.arrive(step, ready.then(max(0.0, engine.drain - self.timing.barrier), "tensor core pipeline"), "tensor core")
         if over:
             engine.queue.popleft()

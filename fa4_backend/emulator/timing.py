@@ -44,6 +44,7 @@ class Timing:
     tensor_memory: float  # from the last tcgen05.ld or st to the end of its wait
     shuffle: float  # latency of a shuffle
     far_memory: float  # latency of a load or an atomic in L2
+    beside_products: float  # by how much the arithmetic of warps whose accumulators are registers takes longer
     facts: dict[str, Fact] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -71,6 +72,7 @@ _HOPPER = {
     "tensor_memory": _known(0, "there is no tensor memory"),
     "shuffle": _SHUFFLE,
     "far_memory": Fact(260, 200, 600, f"{_LUO}: L2 hit; 600 is a miss"),
+    "beside_products": Fact(1.6, 1.5, 1.75, "fitted"),
 }
 _BLACKWELL = {
     "flops_a_cycle": _known(
@@ -93,5 +95,6 @@ _BLACKWELL = {
         1100,
         "published: SemiAnalysisAI/microbench-blackwell, ldgsts_latency (B200): 350 to 400 at least, 1100 to 1200 median from memory",
     ),
+    "beside_products": _known(1, "accumulators are in tensor memory"),
 }
 TIMINGS = {"sm_90a": _timing(_HOPPER), "sm_100a": _timing(_BLACKWELL), "sm_103a": _timing(_BLACKWELL)}
