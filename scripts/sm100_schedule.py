@@ -4,7 +4,7 @@
 
 The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`, which
 states the rules). Each kernel works on 256 query rows a CTA (one head, bf16, page 128) against 8 and against 24 KV blocks of 128; a figure
-is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of a range.
+is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of its range.
 Nothing here was measured.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
+from fa4_backend.emulator.timing import TIMINGS  # noqa: E402
 from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
@@ -34,7 +35,7 @@ from tests.support.paged_case import PagedCase  # noqa: E402
 ARCH, ROWS, BLOCK = "sm_100a", 256, 128
 SHORT, LONG = 8, 24  # KV blocks
 LATENCIES = (0, 64)
-COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone, with barriers that cost nothing
+COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,13 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result["shared memory, bytes of warps"] = (long.port_bytes() - short.port_bytes()) // (LONG - SHORT)
     cycles = {}
     for copy_latency in COPY_LATENCIES:
-        runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
+        runs = (Replay(recording, replace(TIMINGS[ARCH], copy_latency=copy_latency)).run().total for recording in (long, short))
         cycles[copy_latency] = round((next(runs) - next(runs)) / (LONG - SHORT), 1)
     result["cycles by copy latency"] = cycles
     for latency in LATENCIES:
-        result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)), ctas)
+        result[f"latency {latency}"] = per_block(
+            *(Replay(recording, replace(TIMINGS[ARCH], barrier=latency)).run() for recording in (short, long)), ctas
+        )
     return result
 
 

@@ -1,9 +1,10 @@
 """How fast one warp can issue a kernel's loops, from the machine code itself.
 
 Since Volta every instruction carries, in bits 105 to 108 of its 128, the cycles that its warp's scheduler waits before the warp's next
-instruction: ptxas writes there what the fixed latencies of the arithmetic need (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture
-via Microbenchmarking", 2.1, describe the field). Their sum over a loop is the least time that one warp alone takes for it, however empty its
-scheduler is; what waits on a scoreboard (special functions, memory, shuffles) comes on top. A role's loop is known by what it executes.
+instruction: ptxas writes there what the fixed latencies of the arithmetic need (the field is described in Jia et al., "Dissecting the
+NVIDIA Volta GPU Architecture via Microbenchmarking"). Their sum over a loop is the least time that one warp alone takes for it, however
+empty its scheduler is; what waits on a scoreboard (special functions, memory, shuffles) comes on top. A role's loop is known by
+what it executes.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""From modelled cycles of a few recorded tiles to the time of a whole kernel. `timing.py` has the constants of an SM, `chip.py` those of a chip.
+"""From modelled cycles of a few recorded tiles to the time of a whole kernel: `timing.py` has an SM's constants, `chip.py` those of a chip.
 
-A prefill kernel's time is that of its last CTA: what its tiles cost, in the order of the work list, by the cycles of three replays. Tiles of
-a list are dealt out by the list, or taken from a queue by whoever is free first; kernels that start a CTA a tile are the latter. The clock
-follows the load: a board at its power limit is slower the busier its tensor cores are.
+A prefill kernel's time is that of its last CTA: what its tiles cost, in the order of the work list, by the cycles of three replays. Tiles
+are dealt out by the list, or taken from a queue by whoever is free first; kernels that start a CTA a tile are the latter. The clock follows
+the load: a board at its power limit is slower the busier its tensor cores are.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.emulator.chip import Chip
 from fa4_backend.emulator.recording import Recording
@@ -41,17 +41,20 @@ class TileCosts:
 
 def tile_costs(record: Record, timing: Timing) -> TileCosts:
     """What tiles cost by three replays: one of few blocks, one of many, two of few."""
-    recordings = [record(1, SHORT), record(1, LONG), record(2, SHORT)]
-    short, long, two = (Replay(recording, timing).run() for recording in recordings)
+    short, two = (Replay(record(tiles, SHORT), timing).run().total for tiles in (1, 2))
+    alone = single_tile_costs(record, timing)
+    return replace(alone, first=2 * short - two, tile=two - short - SHORT * alone.block)
+
+
+def single_tile_costs(record: Record, timing: Timing) -> TileCosts:
+    """The same of a kernel that starts a CTA a tile: all that is not a block's is the tile's."""
+    recordings = [record(1, SHORT), record(1, LONG)]
+    short, long = (Replay(recording, timing).run() for recording in recordings)
     block = (long.total - short.total) / (LONG - SHORT)
-    return TileCosts(
-        first=2 * short.total - two.total,
-        tile=two.total - short.total - SHORT * block,
-        block=block,
-        tensor=(long.tensor_busy - short.tensor_busy) / (LONG - SHORT) / _quarters(recordings[0]),
-        busy=_busy_units(short, long, len(recordings[0].warps) // recordings[0].warps_per_cta),
-        critical={name: (cycles - short.critical.get(name, 0.0)) / (LONG - SHORT) for name, cycles in long.critical.items()},
-    )
+    tensor = (long.tensor_busy - short.tensor_busy) / (LONG - SHORT) / _quarters(recordings[0])
+    busy = _busy_units(short, long, len(recordings[0].warps) // recordings[0].warps_per_cta)
+    critical = {name: (cycles - short.critical.get(name, 0.0)) / (LONG - SHORT) for name, cycles in long.critical.items()}
+    return TileCosts(0.0, short.total - SHORT * block, block, tensor, busy, critical)
 
 
 def _quarters(recording: Recording) -> int:
@@ -107,3 +110,27 @@ def kernel_time(chip: Chip, cycles: float, tensor_cycles: float, num_bytes: floa
         return chip.launch_us.value + max(cycles / mhz, memory_us)
 
     return KernelTime(cycles, utilisation, middle, us(middle), us(fast), us(slow), memory_us)
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Modelled time of a decode step; GB/s of K and V, each read once."""
+
+    us: float
+    low_us: float
+    high_us: float
+    gb_per_s: float
+    parts: dict[str, float]  # microseconds
+
+
+def decode_time(chip: Chip, kv_bytes: float, is_split: bool) -> DecodeTime:
+    """The launch, the chain that no other CTA hides, and the bytes at the rate that large reads reach."""
+    facts = {"launch": chip.launch_us, "first entry, Q, first K and V, arithmetic, end": chip.decode_chain_us}
+    if is_split:
+        facts["adding up parts of rows"] = chip.decode_merge_us
+    stream = kv_bytes / chip.gb_per_s.value / 1e3
+    parts = {name: fact.value for name, fact in facts.items()} | {"K and V at the memory's rate": stream}
+    us = sum(parts.values())
+    low = sum(fact.low for fact in facts.values()) + kv_bytes / chip.gb_per_s.high / 1e3
+    high = sum(fact.high for fact in facts.values()) + kv_bytes / chip.gb_per_s.low / 1e3
+    return DecodeTime(us, low, high, kv_bytes / us / 1e3, parts)
