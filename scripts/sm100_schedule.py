@@ -3,8 +3,8 @@
     python -m scripts.sm100_schedule > docs/data/sm100_schedule.json
 
 The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`, which
-states the rules). Each kernel works on 256 query rows a CTA (one head, bf16, page 128) against 8 and against 24 KV blocks of 128; a figure
-is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of its range.
+states the rules). Each kernel works on 256 query rows a CTA (one head, bf16, page 128) against 4 and against 12 KV blocks of 128; a figure
+is the difference over 8. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of its range.
 Nothing here was measured.
 """
 
@@ -33,7 +33,7 @@ from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
 ARCH, ROWS, BLOCK = "sm_100a", 256, 128
-SHORT, LONG = 8, 24  # KV blocks
+SHORT, LONG = 4, 12  # KV blocks
 LATENCIES = (0, 64)
 COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone
 
