@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -130,9 +130,11 @@ def record_tiles(step: Step, tiles: int, blocks: int) -> Recording:
     launches = Launches()
     with observed(None, launches):
         metadata = AttentionMetadata.allocate(plan, "cpu")
-        lengths = torch.tensor([0, query_len], dtype=torch.int32), torch.tensor([kv_len], dtype=torch.int32)
-        metadata.refresh(cu_seqlens_q=lengths[0], seqused_k=lengths[1], max_seqlen_q=query_len, max_seqlen_k=kv_len)
-        paged_attention(*_tensors(step, group, query_len, kv_len), *lengths, plan=plan, metadata=metadata, **_scales(problem))
+        begins, lengths = torch.tensor([0, query_len], dtype=torch.int32), torch.tensor([kv_len], dtype=torch.int32)
+        metadata.refresh(cu_seqlens_q=begins, seqused_k=lengths, max_seqlen_q=query_len, max_seqlen_k=kv_len)
+        q, k, v, table = _tensors(step, group, query_len, kv_len)
+        scale = torch.ones(1) if problem.has_kv_scales else None
+        paged_attention(q, k, v, table, begins, lengths, plan=plan, metadata=metadata, k_scale=scale, v_scale=scale)
     return launches.recordings[-1]
 
 
@@ -146,9 +148,3 @@ def _tensors(step: Step, group: int, query_len: int, kv_len: int) -> tuple[torch
     q = torch.randn(query_len, group, step.head_dim, generator=generator).to(getattr(torch, step.dtype))
     k, v = (torch.randn(pages, step.page_size, 1, d, generator=generator).to(kind) for d in (step.head_dim, step.head_dim_v))
     return q, k, v, torch.arange(pages, dtype=torch.int32)[None]
-
-
-def _scales(problem: AttentionProblem) -> dict[str, Any]:
-    import torch
-
-    return {name: torch.ones(1) for name in ("k_scale", "v_scale")} if problem.has_kv_scales else {}

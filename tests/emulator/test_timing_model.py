@@ -210,3 +210,21 @@ def test_recorded_costs_of_our_kernel_are_those_on_file() -> None:
     short, long = (Replay(record_tiles(step, 1, blocks), "sm_90a").run().total for blocks in (kernel_model.SHORT, kernel_model.LONG))
     block = (long - short) / (kernel_model.LONG - kernel_model.SHORT)
     assert block == pytest.approx(validation("H100")["tile costs"]["fa4 16-16 d64 causal"]["block"], rel=0.02)
+
+
+@pytest.mark.emulated
+def test_the_command_takes_the_real_work_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three decode rows of 4K on an H100: the schedule kernel cuts them over all CTAs, and K and V are counted once."""
+    from fa4_backend.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["model", "--arch", "sm_90a", "--kind", "decode", "--heads", "8/2", "--batch", "3x4K", "--json"])
+    assert not stop.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert result["modelled"] and result["chip"] == "H100" and result["rows are cut"] and result["entries"] > 3 * 2
+    stream = 3 * 4096 * 2 * 128 * 2 * 2 / 3030e3
+    assert result["parts us"]["K and V at the memory's rate"] == pytest.approx(stream, rel=0.01)
+    assert result["us"] == pytest.approx(2.0 + 4.2 + 2.9 + stream, rel=0.01)
+    with pytest.raises(SystemExit) as stop:
+        main(["model", "--arch", "sm_80"])
+    assert stop.value.code == 2
