@@ -32,7 +32,7 @@ from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
+from fa4_backend.kernels.sm90.fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.fragment_store import store_fragment, store_fragment_fp8
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
@@ -226,7 +226,7 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -257,14 +257,19 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=True, is_first=True)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
-        """Of both rows. Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
+        """Of raw logits of both rows; None where something is added to them or bounds them first."""
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
         return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
+
+    def _weight_scales(self, tile: TileState, values: MaskValues) -> tuple[ScoreScale, ScoreScale] | CapScale | None:
+        """From what `_transform` leaves to log2 units; None: there already."""
+        is_capped = self.config.mask.has_softcap and not self.config.mask.has_alibi
+        return CapScale.of_call(values.softcap) if is_capped else self._score_scales(tile)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -363,11 +368,16 @@ class ConsumerWarpgroup:
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
     ) -> None:
-        """Soft cap, ALiBi and mask, in place; capped or biased scores leave scaled to log2 units."""
+        """Soft cap, ALiBi and mask, in place; biased scores leave in log2 units, capped ones as `CapScale` reads them."""
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
+            if const_expr(is_masked):
+                # Scores share reciprocals, so a row's bits would depend on keys that it does not see.
+                fragment.mask(rS, first_column, state.columns)
             fragment.softcap(rS, state.softmax_scales, values.softcap)
+            if const_expr(c.mask.has_alibi):
+                fragment.to_log2(rS, CapScale.of_call(values.softcap))
         elif const_expr(c.mask.has_alibi):
             fragment.scale(rS, state.softmax_scales)
         if const_expr(c.mask.has_alibi):
