@@ -38,11 +38,15 @@ class AttentionPlan:
         )
 
 
-def plan_attention(problem: AttentionProblem, limits: BatchLimits, *, num_sms: int | None = None) -> AttentionPlan:
+def plan_attention(
+    problem: AttentionProblem, limits: BatchLimits, *, num_sms: int | None = None, memory_gb: float | None = None
+) -> AttentionPlan:
     """Choose the kernels for `problem`.
 
     Args:
         num_sms: SMs of the device that will run the plan; default: of the arch's largest part.
+        memory_gb: its memory's peak in GB/s, by which decode and prefill rows of a step share the SMs; default: the published one of the
+            arch. `fa4_backend.device.plan_on` asks the device for both.
 
     Raises:
         UnsupportedProblem: no kernel of `problem.arch` serves it, or none serves batches of these limits.
@@ -52,4 +56,4 @@ def plan_attention(problem: AttentionProblem, limits: BatchLimits, *, num_sms: i
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms))
+    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms, memory_gb))

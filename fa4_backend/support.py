@@ -43,7 +43,7 @@ class KernelSupport:
 
 _BLACKWELL = KernelSupport(
     dtypes=("bfloat16", "float16"),
-    head_dims=((64, 64), (96, 96), (128, 128), (192, 128)),
+    head_dims=((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)),
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
     quantised_kv=(FP8,),

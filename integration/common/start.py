@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from fa4_backend import AttentionMetadata, plan_attention
+from fa4_backend import AttentionMetadata
 from fa4_backend.compile_cache import reopen, seal
-from fa4_integration.common.serving_device import count_sms
+from fa4_backend.device import plan_on
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
         CompileError: a kernel could not be compiled or linked.
     """
-    return AttentionMetadata.allocate(plan_attention(problem, limits, num_sms=count_sms(device)), device)
+    return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
 
 
 def seal_warm_up() -> None:
