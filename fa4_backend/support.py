@@ -34,6 +34,7 @@ _BLACKWELL = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
 )
 _HOPPER = KernelSupport(
     dtypes=("bfloat16", "float16"),
@@ -41,11 +42,14 @@ _HOPPER = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of the smaller query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
 )
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,)),
+    REFERENCE_ARCH: KernelSupport(
+        COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(PAGED, RAGGED)
+    ),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
