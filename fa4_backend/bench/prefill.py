@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention, ragged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.figures import write_bars
 from fa4_backend.bench.peers import Call, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch, PrefillTensors
-from fa4_backend.bench.prefill_peers import PAGED, WIDE, installed, prepare
+from fa4_backend.bench.prefill_peers import FA3_RAGGED, PAGED_PEERS, WIDE, installed, prepare
 from fa4_backend.bench.timing import capture
-from fa4_backend.problem import FP8
+from fa4_backend.problem import FP8, PAGED
 
 OURS = "fa4"
 OURS_WIDE = "fa4 bf16"  # beside FP8 K and V: our kernel of the same values in bf16
@@ -38,7 +38,9 @@ class Timing:
     us: float
     tflop_per_s: float
     share_of_matmul: float  # of an 8192^3 bf16 matmul in the same run
-    ratio_to_best_peer: float | None  # best paged peer's time over this kernel's; above 1: this kernel is faster
+    ratio_to_best_peer: (
+        float | None
+    )  # time of the best peer that reads K and V as ours does over this kernel's; above 1: this kernel is faster
     error: float
 
 
@@ -47,15 +49,22 @@ def ours(batch: PrefillBatch, t: PrefillTensors) -> Call:
     device = torch.cuda.get_device_properties(0)
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
-        dtype="bfloat16", page_size=batch.page_size, arch=arch_of_capability(device.major, device.minor) or "none",
-        kv_dtype=batch.kv_dtype, mask=MaskFeatures(is_causal=batch.is_causal),
+        dtype="bfloat16", page_size=batch.page_size if batch.kv_source == PAGED else 1,
+        arch=arch_of_capability(device.major, device.minor) or "none",
+        kv_dtype=batch.kv_dtype, kv_source=batch.kv_source, mask=MaskFeatures(is_causal=batch.is_causal),
     )  # fmt: skip
     plan = plan_attention(problem, BatchLimits(256, 32768, 131072), num_sms=device.multi_processor_count)
     metadata = AttentionMetadata.allocate(plan, "cuda")
-    metadata.refresh(cu_seqlens_q=t.cu_seqlens_q, seqused_k=t.seqused_k, max_seqlen_q=batch.query_len, max_seqlen_k=batch.kv_len)
-    return lambda: paged_attention(
-        t.q, t.k_cache, t.v_cache, t.page_table, t.cu_seqlens_q, t.seqused_k, plan=plan, metadata=metadata, out=t.out
-    )
+    bounds = {"max_seqlen_q": batch.query_len, "max_seqlen_k": batch.kv_len}
+    common = {"plan": plan, "metadata": metadata, "out": t.out}
+    if t.cu_seqlens_k is not None:
+        cu_seqlens_k = t.cu_seqlens_k
+        metadata.refresh(cu_seqlens_q=t.cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **bounds)
+        return lambda: ragged_attention(t.q, t.k_cache, t.v_cache, t.cu_seqlens_q, cu_seqlens_k, **common)
+    page_table = t.page_table
+    assert page_table is not None
+    metadata.refresh(cu_seqlens_q=t.cu_seqlens_q, seqused_k=t.seqused_k, **bounds)
+    return lambda: paged_attention(t.q, t.k_cache, t.v_cache, page_table, t.cu_seqlens_q, t.seqused_k, **common)
 
 
 def _ours_in_bf16(batch: PrefillBatch, t: PrefillTensors) -> Call:
@@ -77,7 +86,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
         makers: dict[str, Callable[[PrefillBatch, PrefillTensors], Call | None]] = {OURS: ours}
         if batch.kv_dtype == FP8:
             makers[OURS_WIDE] = _ours_in_bf16
-        makers |= {name: partial(prepare, name) for name in (installed(batch.kv_dtype) if peers is None else peers)}
+        makers |= {name: partial(prepare, name) for name in (installed(batch) if peers is None else peers)}
         for name, maker in makers.items():
             tensors.out = torch.full_like(tensors.out, float("nan"))
             call = ready(name, batch.label, partial(maker, batch, tensors), must_run=name in (OURS, OURS_WIDE))
@@ -90,7 +99,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
             replays[name] = capture(call)
             kept.append(tensors.out)
         us = in_turns(replays, rounds)
-        best = min((us[name] for name in us if name in (*PAGED, WIDE)), default=None)
+        best = min((us[name] for name in us if name in (*PAGED_PEERS, WIDE, FA3_RAGGED)), default=None)
         rates = {name: batch.flops / time / 1e6 for name, time in us.items()}
         yield [
             Timing(batch.label, name, us[name], rates[name], rates[name] / matmul, None if best is None else best / us[name], errors[name])
@@ -131,7 +140,7 @@ def format_line(timings: list[Timing]) -> str:
     """One batch on one line."""
     parts = [f"{t.kernel} {t.us:.0f} us {t.tflop_per_s:.0f} TFLOP/s {100 * t.share_of_matmul:.0f}%" for t in timings]
     ratio = timings[0].ratio_to_best_peer
-    ending = "" if ratio is None else f" | {ratio:.2f}x best paged peer"
+    ending = "" if ratio is None else f" | {ratio:.2f}x best peer of its kind"
     return f"{timings[0].batch} | {' | '.join(parts)}{ending}"
 
 

@@ -13,16 +13,17 @@ import torch
 
 from fa4_backend.bench.peers import Call
 from fa4_backend.bench.prefill_batches import DTYPE, PrefillBatch, PrefillTensors
-from fa4_backend.problem import FP8
+from fa4_backend.problem import FP8, RAGGED
 
-PAGED = ("fa3", "flashinfer", "triton")
+PAGED_PEERS = ("fa3", "flashinfer", "triton")
 DENSE = ("fa4-sm90 dense", "cudnn dense")
+FA3_RAGGED = "fa3 varlen"  # of batches without pages, as vLLM runs it for multi-head latent attention
 WIDE = "fa3 bf16"  # beside FP8 K and V: FA3 with the same values in bf16
 FLASHINFER_WORKSPACE_BYTES = 512 << 20
 
 
-def installed(kv_dtype: str) -> list[str]:
-    """Peers of K and V in `kv_dtype` that can be imported here."""
+def installed(batch: PrefillBatch) -> list[str]:
+    """Peers of a batch that can be imported here."""
 
     def has(module: str) -> bool:
         try:
@@ -30,7 +31,10 @@ def installed(kv_dtype: str) -> list[str]:
         except ModuleNotFoundError:
             return False
 
-    if kv_dtype == FP8:
+    if batch.kv_source == RAGGED:
+        found = [FA3_RAGGED] if has("vllm") and batch.kv_dtype != FP8 else []
+        return [*found, "fa4-sm90 dense"] if has("flash_attn.cute") else [*found, "cudnn dense"]
+    if batch.kv_dtype == FP8:
         return ["fa3", WIDE, "triton"] if has("vllm") else []
     found = ["fa3", "triton"] if has("vllm") else []
     found += ["flashinfer"] if has("flashinfer") else []
@@ -44,9 +48,11 @@ def prepare(peer: str, batch: PrefillBatch, tensors: PrefillTensors) -> Call | N
         return None
     if peer == WIDE:
         return _fa3(batch, tensors.in_bf16())
+    if peer == FA3_RAGGED:
+        return _fa3_ragged(batch, tensors)
     makers = {"fa3": _fa3, "triton": _triton, "flashinfer": _flashinfer, "fa4-sm90 dense": _fa4, "cudnn dense": _cudnn}
     if peer not in makers:
-        raise ValueError(f"peer: expected one of {', '.join([*makers, WIDE])}, got {peer!r}")
+        raise ValueError(f"peer: expected one of {', '.join([*makers, WIDE, FA3_RAGGED])}, got {peer!r}")
     return makers[peer](batch, tensors)
 
 
@@ -66,6 +72,15 @@ def _fa3(b: PrefillBatch, t: PrefillTensors) -> Call:
         q=q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_q=b.query_len, seqused_k=t.seqused_k,
         max_seqlen_k=b.kv_len, softmax_scale=b.head_dim**-0.5, causal=b.is_causal, block_table=t.page_table,
         scheduler_metadata=metadata, fa_version=3, num_splits=0, **scales,
+    )  # fmt: skip
+
+
+def _fa3_ragged(b: PrefillBatch, t: PrefillTensors) -> Call:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return lambda: flash_attn_varlen_func(
+        q=t.q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, cu_seqlens_k=t.cu_seqlens_k, max_seqlen_q=b.query_len,
+        max_seqlen_k=b.kv_len, softmax_scale=b.head_dim**-0.5, causal=b.is_causal, fa_version=3,
     )  # fmt: skip
 
 
@@ -89,6 +104,7 @@ def _workspace() -> torch.Tensor:
 def _flashinfer(b: PrefillBatch, t: PrefillTensors) -> Call:
     import flashinfer
 
+    assert t.page_table is not None
     pages = t.page_table.shape[1]
     indptr = torch.arange(0, b.rows + 1, device="cuda", dtype=torch.int32) * pages
     last = ((t.seqused_k - 1) % b.page_size + 1).int()
@@ -103,8 +119,11 @@ def _flashinfer(b: PrefillBatch, t: PrefillTensors) -> Call:
 
 
 def _dense(b: PrefillBatch, t: PrefillTensors) -> tuple[torch.Tensor, ...]:
-    """q, k, v as (rows, tokens, heads, head_dim), contiguous."""
-    k, v = (x[t.page_table.long()].flatten(1, 2)[:, : b.kv_len].contiguous() for x in (t.k_cache, t.v_cache))
+    """q, k, v as (rows, tokens, heads, head_dim)."""
+    if t.page_table is None:
+        k, v = (x.unflatten(0, (b.rows, b.kv_len)) for x in (t.k_cache, t.v_cache))
+    else:
+        k, v = (x[t.page_table.long()].flatten(1, 2)[:, : b.kv_len].contiguous() for x in (t.k_cache, t.v_cache))
     return t.q.unflatten(0, (b.rows, b.query_len)), k, v
 
 
