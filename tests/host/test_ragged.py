@@ -95,11 +95,11 @@ def test_a_plan_is_for_one_operator() -> None:
     r, p = ragged.arguments, paged.arguments
     metadata = AttentionMetadata.allocate(paged.case.plan(), "cpu")
     metadata.refresh(cu_seqlens_q=p.cu_seqlens_q, seqused_k=p.seqused_k, max_seqlen_q=40, max_seqlen_k=300)
-    with pytest.raises(ValueError, match="plan: expected one for ragged K and V, got paged; paged_attention takes it"):
+    with pytest.raises(ValueError, match="plan: expected kv_source ragged for ragged_attention, got paged"):
         ragged_attention(r.q, r.k_cache, r.v_cache, r.cu_seqlens_q, r.cu_seqlens_k, plan=metadata.plan, metadata=metadata)
     metadata = AttentionMetadata.allocate(ragged.case.plan(), "cpu")
     metadata.refresh(cu_seqlens_q=r.cu_seqlens_q, cu_seqlens_k=r.cu_seqlens_k, max_seqlen_q=40, max_seqlen_k=300)
-    with pytest.raises(ValueError, match="plan: expected one for paged K and V, got ragged; ragged_attention takes it"):
+    with pytest.raises(ValueError, match="plan: expected kv_source paged for paged_attention, got ragged"):
         paged_attention(*p[:6], plan=metadata.plan, metadata=metadata)
 
 
