@@ -122,9 +122,14 @@ class FA4MLAImpl(MLACommonImpl[FA4MLAMetadata]):
         slot_mapping: torch.Tensor,
         kv_cache_dtype: str,
         k_scale: torch.Tensor,
+        *more: Any,
     ) -> None:
-        """Store the step's latents in the pages that `slot_mapping` names; vLLM calls it before attention."""
+        """Store the step's latents in the pages that `slot_mapping` names; vLLM calls it before attention.
+
+        Args:
+            more: what vLLM tells its own kernel beside that: from 0.33 on whether the scale is known to be 1.
+        """
         if kv_cache.is_cuda:
-            super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)  # vLLM's own scatter kernel
+            super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, *more)
         elif kv_cache.numel():
             write_latents(kv_c_normed, k_pe, kv_cache, slot_mapping.flatten(), kv_cache_dtype, k_scale)
