@@ -32,6 +32,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -61,7 +62,10 @@ def paged_attention(
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
         k_scale, v_scale: float32 on the device, of shape (num_kv_heads,), or () or (1,) for all heads, any stride: K and V are what is
             stored times this. Only with FP8 K and V; default: 1. Read by the kernels, so that a captured graph follows its value.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor. Shares no element with q, the caches or lse.
+        out_scale: () or (1,) float32 on the device, above 0, likewise: `out` is the result divided by this, cut to +-448, as e4m3. Given
+            exactly when the plan's `out_dtype` is FP8.
+        out: (total_q, num_q_heads, head_dim_v) in the plan's `out_dtype`, written in place; default: a new tensor. Shares no element with
+            q, the caches or lse.
         lse: (num_q_heads, total_q) float32, written in place, likewise; default: a new tensor when the plan has it.
 
     Returns:
@@ -72,7 +76,9 @@ def paged_attention(
         ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched. On CPU tensors also: a
             row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
-    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale)
+    tensors = CallTensors(
+        q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale
+    )
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
@@ -86,6 +92,7 @@ def paged_attention(
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
+        None if out_scale is None else out_scale.view(1),
     )  # fmt: skip
     _run(metadata, arguments)
     return out, lse
@@ -108,6 +115,7 @@ def ragged_attention(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -124,7 +132,8 @@ def ragged_attention(
         cu_seqlens_k: (batch + 1,) int32, exclusive prefix sum of KV tokens, non-decreasing; that of the metadata's last refresh.
         plan: from `plan_attention`, of a problem with `kv_source="ragged"`.
         metadata: `AttentionMetadata.allocate(plan, device)`, refreshed with `cu_seqlens_q` and `cu_seqlens_k`.
-        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes, k_scale, v_scale, out, lse: as in `paged_attention`.
+        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes, k_scale, v_scale, out_scale, out, lse: as in
+            `paged_attention`.
 
     Returns:
         `out` and `lse`, as `paged_attention` does.
@@ -132,7 +141,7 @@ def ragged_attention(
     Raises:
         ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched.
     """
-    tensors = RaggedTensors(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, sinks, alibi_slopes, k_scale, v_scale)
+    tensors = RaggedTensors(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale)
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
@@ -152,7 +161,8 @@ def ragged_attention(
     right = None if window_right is None else clamp_window(window_right)
     _run(metadata, AttentionArguments(
         q, k, v, None, cu_seqlens_q, metadata.kv_lens[:num_seqs], out, lse,
-        scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale), cu_seqlens_k,
+        scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
+        None if out_scale is None else out_scale.view(1), cu_seqlens_k,
     ))  # fmt: skip
     return out, lse
 
@@ -162,7 +172,8 @@ def _results(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`out` and `lse` as given, or made."""
     if out is None:
-        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
+        out_dtype = getattr(torch, plan.problem.out_dtype)
+        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v, dtype=out_dtype)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     return out, lse

@@ -33,17 +33,22 @@ class AttentionPlan:
         source = RAGGED if p.kv_source == RAGGED else f"page {p.page_size}"
         heads = f"{p.num_q_heads} heads of latent attention" if p.kv_source == LATENT else f"{p.num_q_heads}/{p.num_kv_heads} heads"
         kv = "" if p.kv_dtype == p.dtype else f" ({'latents' if p.kv_source == LATENT else 'K and V'} {p.kv_dtype})"
+        out = "" if p.out_dtype == p.dtype else f" (out {p.out_dtype})"
         return (
             f"FA4: {what} on {where}, {heads}, "
-            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}, {source}{mode}"
+            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}{out}, {source}{mode}"
         )
 
 
-def plan_attention(problem: AttentionProblem, limits: BatchLimits, *, num_sms: int | None = None) -> AttentionPlan:
+def plan_attention(
+    problem: AttentionProblem, limits: BatchLimits, *, num_sms: int | None = None, memory_gb: float | None = None
+) -> AttentionPlan:
     """Choose the kernels for `problem`.
 
     Args:
         num_sms: SMs of the device that will run the plan; default: of the arch's largest part.
+        memory_gb: its memory's peak in GB/s, by which decode and prefill rows of a step share the SMs; default: the published one of the
+            arch. `fa4_backend.device.plan_on` asks the device for both.
 
     Raises:
         UnsupportedProblem: no kernel of `problem.arch` serves it, or none serves batches of these limits.
@@ -53,4 +58,4 @@ def plan_attention(problem: AttentionProblem, limits: BatchLimits, *, num_sms: i
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms))
+    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms, memory_gb))

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem, paged_attention, plan_attention
-from fa4_integration.common.serving_device import arch_of_torch_device, count_sms
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem, paged_attention
+from fa4_backend.device import plan_on
+from fa4_integration.common.serving_device import arch_of_torch_device
 
 NAME = "fa4_flash"  # continuous batching takes names with "flash" in them only
 PAGE_SIZE = 16
@@ -207,7 +208,7 @@ def metadata_of(problem: AttentionProblem, device: torch.device, *needed: int) -
     if held is None or any(n > limit for n, limit in zip(needed, limits, strict=True)):
         # Powers of two: sequences grow by a token a step.
         room = (1 << (max(n, limit, 1) - 1).bit_length() for n, limit in zip(needed, limits, strict=True))
-        plan = plan_attention(problem, BatchLimits(*room), num_sms=count_sms(device))
+        plan = plan_on(problem, BatchLimits(*room), device)
         held = _held[problem, device] = AttentionMetadata.allocate(plan, device)
     return held
 

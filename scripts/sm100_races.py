@@ -45,6 +45,12 @@ PAIRED = {
     "CTA pairs, d192 and 128, fp16, 3 to 1, window": replace(
         BASE, query_lens=(100, 40), head_dim=192, head_dim_v=128, num_q_heads=3, window_left=90, dtype="float16"
     ),
+    "CTA pairs, d256": replace(BASE, query_lens=(140, 40), head_dim=256),
+    "CTA pairs, d256, peaked rows, page 64": replace(BASE, query_lens=(70, 40), head_dim=256, peaked=20.0, page_size=64),
+    "CTA pairs, d256, windows": replace(BASE, query_lens=(140, 40), head_dim=256, is_causal=False, window_left=90, window_right=20),
+    "CTA pairs, d256, all score features": replace(
+        BASE, query_lens=(140, 40), head_dim=256, sinks=True, alibi=True, softcap=20.0, window_left=60
+    ),
     "CTA pairs, fp16, 5 to 1": replace(BASE, dtype="float16", num_q_heads=5),
     "CTA pairs, windows": replace(BASE, query_lens=(70, 40), is_causal=False, window_left=90, window_right=20),
     "CTA pairs, all score features": replace(BASE, query_lens=(70, 40), sinks=True, alibi=True, softcap=20.0, window_left=60),
@@ -65,6 +71,7 @@ FP8_PAIRED = {
     "FP8 K and V, CTA pairs, fp16, all score features": replace(
         BASE, kv_dtype=FP8, dtype="float16", query_lens=(70, 40), sinks=True, alibi=True, softcap=20.0, window_left=60
     ),
+    "FP8 K and V, CTA pairs, d256, peaked rows": replace(BASE, kv_dtype=FP8, query_lens=(140, 40), head_dim=256, peaked=20.0),
     "FP8 K and V, CTA pairs, d192 and 128": replace(
         BASE, kv_dtype=FP8, query_lens=(300, 40), head_dim=192, head_dim_v=128, num_q_heads=1, page_size=256
     ),

@@ -1,10 +1,11 @@
 """Modelled cycles of one KV block in steady state, ours beside upstream flash-attn-4's: where the tensor core idles, and for whom.
 
-    python -m scripts.sm100_schedule > docs/data/sm100_schedule.json
+    python -m scripts.sm100_schedule [shape ...] > docs/data/sm100_schedule.json
 
-The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`, which
-states the rules). Each kernel works on 256 query rows a CTA (one head, bf16, page 128) against 8 and against 24 KV blocks of 128; a figure
-is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure: both ends of a range.
+The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`,
+which states the rules). Each kernel works on 256 query rows a CTA, at d256 on 128 (one head, bf16, page 128), against 8 and against 24 KV
+blocks of 128; a figure is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure:
+both ends of a range.
 Nothing here was measured.
 """
 
@@ -31,7 +32,7 @@ from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
 from tests.support.paged_case import PagedCase  # noqa: E402
 
-ARCH, ROWS, BLOCK = "sm_100a", 256, 128
+ARCH, BLOCK = "sm_100a", 128
 SHORT, LONG = 8, 24  # KV blocks
 LATENCIES = (0, 64)
 COPY_LATENCIES = (0, 300, 600, 1000)  # for the cycles alone, with barriers that cost nothing
@@ -45,6 +46,11 @@ class Shape:
     head_dim_v: int
     is_causal: bool
 
+    @property
+    def rows(self) -> int:
+        """Query rows of a CTA: two tiles, or one where tensor memory holds O of one."""
+        return 128 if self.head_dim_v > 128 else 256
+
 
 SHAPES = {
     "causal d128": Shape(128, 128, True),
@@ -53,12 +59,14 @@ SHAPES = {
     "causal d96": Shape(96, 96, True),
     "causal d192 and 128": Shape(192, 128, True),
     "full attention d192 and 128": Shape(192, 128, False),
+    "causal d256": Shape(256, 256, True),
+    "full attention d256": Shape(256, 256, False),
 }
 
 
 def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME_AS_Q) -> Recording:
     """Our kernel's steps."""
-    rows, keys = ROWS * cta_group, num_blocks * BLOCK
+    rows, keys = shape.rows * cta_group, num_blocks * BLOCK
     dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
     case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", kv_dtype=kv_dtype, **dims)
     recording = Recording()
@@ -70,7 +78,7 @@ def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME
 def upstream(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.bfloat16) -> Recording:
     """Steps of flash-attn-4's dense kernel; in FP8 its Q, K, V and P all are."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((2 * ROWS, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
+    sizes = ((2 * shape.rows, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
     q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).to(dtype) for rows, columns in sizes)
     scales = {f"{name}_descale": torch.ones(1, 1) for name in "qkv"} if dtype.itemsize == 1 else {}
     recording = Recording()
@@ -121,9 +129,12 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
 def main() -> int:
     """Print the figures as JSON."""
     results: dict[str, dict[str, Any]] = {}
-    for name, shape in SHAPES.items():
-        results[name] = {"ours": report(ours, shape), "upstream": report(upstream, shape)}
-        if shape.head_dim_v == 128:
+    for name in sys.argv[1:] or SHAPES:
+        shape = SHAPES[name]
+        results[name] = {"upstream": report(upstream, shape)}
+        if shape.head_dim_v <= 128:
+            results[name]["ours"] = report(ours, shape)
+        if shape.head_dim_v >= 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
             results[name]["ours, FP8 K and V, CTA pairs"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape)
         if shape.head_dim == 128:

@@ -1,4 +1,4 @@
-"""The batches that `fa4 bench decode` times, without tensors and with them."""
+"""The batches that `fa4 bench decode` times."""
 
 from __future__ import annotations
 
@@ -6,41 +6,26 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-import torch
-
-from fa4_backend.problem import DTYPE_BYTES, KV_SHORT_NAMES
-
-DTYPE = torch.bfloat16
+from fa4_backend.bench.batch import BatchShape, short
 
 
 @dataclass(frozen=True)
-class DecodeBatch:
-    """One batch: KV lengths and query lengths of its rows, and the heads."""
+class DecodeBatch(BatchShape):
+    """One batch: KV lengths and query lengths of its rows. Queries as long as the shortest are decode rows, longer ones prefill chunks."""
 
     name: str
     kv_lens: tuple[int, ...]
     query_lens: tuple[int, ...]
-    num_q_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 16
-    kv_dtype: str = "bfloat16"
 
     @property
-    def label(self) -> str:
-        """Heads, page size and batch on one line."""
-        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
-        return f"{self.num_q_heads}/{self.num_kv_heads} d{self.head_dim}{kv} page {self.page_size}: {self.name}"
+    def row_lens(self) -> tuple[tuple[int, int], ...]:
+        """(query length, KV length) of each row."""
+        return tuple(zip(self.query_lens, self.kv_lens, strict=True))
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of K and V that must be read once."""
-        return 2 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
-
-    @property
-    def max_query_len(self) -> int:
-        """Longest query."""
-        return max(self.query_lens)
+    def size(self) -> str:
+        """The rows in a few words."""
+        return self.name
 
     @property
     def decode_query_len(self) -> int:
@@ -51,7 +36,7 @@ class DecodeBatch:
 def uniform(rows: int, kv_len: int, query_len: int = 1) -> DecodeBatch:
     """`rows` equal rows."""
     queries = f", {query_len} queries" if query_len > 1 else ""
-    return DecodeBatch(f"{rows} x {_short(kv_len)}{queries}", (kv_len,) * rows, (query_len,) * rows)
+    return DecodeBatch(f"{rows} x {short(kv_len)}{queries}", (kv_len,) * rows, (query_len,) * rows)
 
 
 def with_chunk(name: str, rows: int, kv_len: int, chunk_len: int, chunk_kv_len: int) -> DecodeBatch:
@@ -115,62 +100,3 @@ def issue_batches(kv_dtype: str = "bfloat16") -> dict[str, list[DecodeBatch]]:
     ]
     sets = {"grid": grid, "heads": heads, "ragged": ragged_batches(), "mixed": mixed, "rows": rows, "quantised": quantised}
     return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
-
-
-@dataclass
-class BatchTensors:
-    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33; FP8 K and V with a scale of 1."""
-
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    page_table: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    seqused_k: torch.Tensor
-    out: torch.Tensor
-    pages_of: list[int]
-
-    @classmethod
-    def make(cls, batch: DecodeBatch) -> BatchTensors:
-        """Draw the tensors; the seed is the caller's."""
-        b, device = batch, "cuda"
-        pages_of = [-(-n // b.page_size) for n in b.kv_lens]
-        num_pages = sum(pages_of) + 8
-        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, 2 * b.head_dim, device=device, dtype=DTYPE).to(
-            getattr(torch, b.kv_dtype)
-        )
-        k_cache, v_cache = pool.split(b.head_dim, dim=-1)
-        shuffled = torch.randperm(num_pages, device=device).int()
-        page_table = torch.zeros(len(pages_of), max(pages_of), device=device, dtype=torch.int32)
-        at = 0
-        for row, pages in enumerate(pages_of):
-            page_table[row, :pages] = shuffled[at : at + pages]
-            at += pages
-        cu_seqlens_q = torch.tensor([0, *b.query_lens], device=device).cumsum(0).int()
-        q = torch.randn(sum(b.query_lens), b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
-        seqused_k = torch.tensor(b.kv_lens, device=device, dtype=torch.int32)
-        return cls(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, torch.empty_like(q), pages_of)
-
-    def error(self, batch: DecodeBatch) -> float:
-        """Largest error of `out` on the batch's longest decode row against float32 attention."""
-        row = max(range(len(batch.kv_lens)), key=lambda i: (batch.query_lens[i] == batch.decode_query_len, batch.kv_lens[i]))
-        kv_len, query_len = batch.kv_lens[row], batch.query_lens[row]
-        pages = self.page_table[row, : self.pages_of[row]].long()
-        group = batch.num_q_heads // batch.num_kv_heads
-        k, v = (gathered(x, pages).flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
-        begin = int(self.cu_seqlens_q[row])
-        q = self.q[begin : begin + query_len].float().unflatten(1, (batch.num_kv_heads, group))
-        scores = torch.einsum("qhgd,khd->hgqk", q, k) * batch.head_dim**-0.5
-        hidden = torch.arange(kv_len, device=q.device)[None] > torch.arange(query_len, device=q.device)[:, None] + kv_len - query_len
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        want = torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
-        return (self.out[begin : begin + query_len].float() - want).abs().max().item()
-
-
-def gathered(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """Pages of a cache; by bytes where it is FP8, of which torch gathers none."""
-    return cache.view(torch.uint8)[pages].view(cache.dtype) if cache.dtype.itemsize == 1 else cache[pages]
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

@@ -1,8 +1,9 @@
-"""`fa4 bench prefill` and `fa4 bench decode`: ours beside the peers that are installed. Needs a GPU."""
+"""`fa4 bench prefill`, `decode`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,9 @@ def prefill(
         typer.echo(f"fa4 bench: --kind: expected one of {', '.join(sets)}, got {kind}", err=True)
         raise typer.Exit(2)
     _require_gpu()
-    _run(module, sets[kind](_stored(kv_dtype)), batches, peers, csv_path, plot, json_output)
+    chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
+    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers))
+    _report(module, timings, csv_path, plot, json_output)
 
 
 @bench.command()
@@ -64,7 +67,67 @@ def decode(
     if flush not in list(Flush):
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
-    _run(module, issue_batches(_stored(kv_dtype)), batches, peers, csv_path, plot, json_output, flush=Flush(flush))
+    chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
+    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers), flush=Flush(flush))
+    _report(module, timings, csv_path, plot, json_output)
+
+
+@bench.command()
+def shapes(
+    kinds: Annotated[str, typer.Option(help="comma-separated kinds of cells; empty: all")] = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
+) -> None:
+    """Shapes where kernels have cliffs: microseconds, share of the roofline, ratio to the best peer; in turns, L2 clean."""
+    from fa4_backend.bench.shape_cells import kinds as all_kinds
+
+    chosen = _chosen("--kinds", all_kinds(), kinds)
+    if list_only:
+        for name, kind in chosen.items():
+            print(f"{name}: {kind.what}", *(f"  {batch.title}" for batch in kind.batches), sep="\n")
+        return
+    from fa4_backend.bench import shapes as module
+
+    _require_gpu()
+    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+
+
+@bench.command()
+def engine(
+    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 4096,
+    mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
+    rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
+    starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
+    csv_path: Csv = None,
+    json_output: Json = False,
+    kv_dtype: KvDtype = "auto",
+) -> None:
+    """A whole vLLM engine: host and device time of steps, attention's share, ragged throughput, seconds to start."""
+    from fa4_backend.bench import engine as module
+    from fa4_backend.bench.figures import write_csv
+
+    _require_gpu()
+    stored = "auto" if _stored(kv_dtype) == KV_DTYPES["auto"] else "fp8"
+    if mode not in module.MODES:
+        typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
+        raise typer.Exit(2)
+    every = []
+    try:
+        options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
+            every += figures
+            if not json_output:
+                print(module.format_line(figures), flush=True)
+            if csv_path is not None:  # after each engine: a machine's time may end before the last one's
+                write_csv(csv_path, every)
+    except module.EngineBenchError as error:
+        typer.echo(f"fa4 bench: FA4: {error}", err=True)
+        raise typer.Exit(1) from None
+    print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every))
 
 
 def _stored(kv_dtype: str) -> str:
@@ -83,24 +146,30 @@ def _require_gpu() -> None:
         raise typer.Exit(2)
 
 
-def _run(
-    module: Any, sets: dict, names: str, peers: str | None, csv_path: Path | None, plot: Path | None, json_output: bool, **options: Any
-) -> None:
-    """Run the chosen sets of one benchmark and write what was asked for."""
-    from fa4_backend.bench.figures import write_csv
-
+def _chosen(option: str, sets: dict[str, Any], names: str) -> dict[str, Any]:
+    """The sets that the command line names, in its order; all where it names none."""
     chosen = names.split(",") if names else list(sets)
     unknown = [name for name in chosen if name not in sets]
     if unknown:
-        typer.echo(f"fa4 bench: --batches: expected names of {', '.join(sets)}, got {', '.join(unknown)}", err=True)
+        typer.echo(f"fa4 bench: {option}: expected names of {', '.join(sets)}, got {', '.join(unknown)}", err=True)
         raise typer.Exit(2)
+    return {name: sets[name] for name in chosen}
+
+
+def _listed(peers: str | None) -> list[str] | None:
+    """The peers that the command line names; None where it leaves the choice."""
+    return None if peers is None else [peer for peer in peers.split(",") if peer]
+
+
+def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
+    """Run one benchmark, print each batch as it comes, and write what was asked for."""
+    from fa4_backend.bench.figures import write_csv
+
     every = []
-    for timings in module.run(
-        [b for name in chosen for b in sets[name]], peers=None if peers is None else [p for p in peers.split(",") if p], **options
-    ):
-        every += timings
+    for batch in timings:
+        every += batch
         if not json_output:
-            print(module.format_line(timings), flush=True)
+            print(module.format_line(batch), flush=True)
     if json_output:
         print(json.dumps([asdict(t) for t in every], indent=1))
     if csv_path is not None:

@@ -14,6 +14,7 @@ import typer
 
 from fa4_backend import __version__, envs
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
+from fa4_backend.device import peak_memory_gb
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 
@@ -44,6 +45,7 @@ def examine() -> list[Finding]:
     findings.append(_distribution("apache-tvm-ffi", "launches compiled kernels", NOTE))
     findings.append(_c_compiler())
     findings += _engines()
+    findings.append(_prebuilt())
     findings.append(_cache_folder())
     findings += _environment()
     return findings
@@ -66,16 +68,17 @@ def _torch_and_device() -> list[Finding]:
         findings.append(_cpu_kernel())
         return findings
     for index in range(torch.cuda.device_count()):
-        findings.append(_gpu(torch.cuda.get_device_properties(index)))
+        findings.append(_gpu(torch.cuda.get_device_properties(index), peak_memory_gb(index)))
     return findings
 
 
-def _gpu(properties: Any) -> Finding:
+def _gpu(properties: Any, memory_gb: float | None) -> Finding:
     from fa4_backend.support import SUPPORT
 
     capability = (properties.major, properties.minor)
     arch = arch_of_capability(*capability)
-    what = f"{properties.name}, compute capability {capability[0]}.{capability[1]}, {properties.multi_processor_count} SMs"
+    memory = "a memory of unknown speed" if memory_gb is None else f"{memory_gb:.0f} GB/s of memory"
+    what = f"{properties.name}, compute capability {capability[0]}.{capability[1]}, {properties.multi_processor_count} SMs, {memory}"
     if arch is None:
         return Finding("GPU", BROKEN, f"{what}: expected one of {', '.join(f'{a.name} ({a.chips})' for a in ARCHS.values())}")
     if arch not in SUPPORT:
@@ -146,6 +149,13 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _prebuilt() -> Finding:
+    from fa4_backend import prebuilt
+
+    is_usable, detail = prebuilt.describe(prebuilt.records())
+    return Finding("prebuilt kernels", OK if is_usable else NOTE, detail)
 
 
 def _cache_folder() -> Finding:

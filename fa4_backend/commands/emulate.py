@@ -166,7 +166,8 @@ def build_case(
     arguments = AttentionArguments(
         q, k, v, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
         out, torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
-        torch.randn(num_q_heads, generator=generator) if sinks else None, None, *((None, None) if scales is None else scales), cu_seqlens_k,
+        torch.randn(num_q_heads, generator=generator) if sinks else None, None, *((None, None) if scales is None else scales),
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return plan, arguments
 

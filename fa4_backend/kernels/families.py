@@ -82,18 +82,27 @@ class KernelSet:
         return (self.schedule, *(() if self.decode is None else (self.decode,)), self.prefill)
 
 
-def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
-    """The kernels that serve `problem` on a device of `num_sms` SMs; `problem` has passed `fa4_backend.support.check_problem`."""
+def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int, memory_gb: float | None = None) -> KernelSet:
+    """The kernels that serve `problem`, which has passed `fa4_backend.support.check_problem`.
+
+    Args:
+        num_sms, memory_gb: of the device: SMs, and the memory's peak in GB/s (default: the published one of the arch).
+    """
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
     decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
     if decode is None:
         prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
-    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, decode, prefill))
+    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, memory_gb, decode, prefill))
 
 
 def _work_shape(
-    problem: AttentionProblem, limits: BatchLimits, num_sms: int, decode: DecodeConfig | None, prefill: PrefillKey
+    problem: AttentionProblem,
+    limits: BatchLimits,
+    num_sms: int,
+    memory_gb: float | None,
+    decode: DecodeConfig | None,
+    prefill: PrefillKey,
 ) -> WorkShape:
     """What these kernels ask of their lists."""
     tile_n = prefill.kernel.tile.tile_n
@@ -118,7 +127,7 @@ def _work_shape(
         l2_tokens=L2_SHARE_BYTES // problem.kv_token_bytes,
         num_sms=num_sms,
         decode_tile_ticks=ticks,
-        decode_full_sms=decode_full_sms(problem.target_arch, num_sms),
+        decode_full_sms=decode_full_sms(problem.target_arch, num_sms, memory_gb),
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
         part_floats=prefill.part_floats,

@@ -51,10 +51,3 @@ def arch_of_torch_device(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip:
         return arch_of_device(DeviceFacts(False, None, str(device)))
     return arch_of_device(DeviceFacts(False, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)))
-
-
-def count_sms(device: torch.device) -> int | None:
-    """SMs of `device`; None where it is no GPU."""
-    import torch
-
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from fa4_backend.bench.decode_batches import BatchTensors, issue_batches, ragged_batches
-from fa4_backend.bench.prefill_batches import PrefillTensors, named_batches
+from fa4_backend.bench.batch import BatchTensors
+from fa4_backend.bench.decode_batches import issue_batches, ragged_batches
+from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.timing import Flush, capture, median_us
 from fa4_backend.kernel_stamp import gpu_stamp
 
@@ -67,7 +68,7 @@ def warm(job: tuple[str, str, str]) -> None:
     package, folder, name = job
     sys.path.insert(0, folder)
     kind, _, batch, modes = next(case for case in cases() if case[1] == name)
-    tensors = (PrefillTensors if kind == "prefill" else BatchTensors).make(small(batch))
+    tensors = BatchTensors.make(small(batch))
     call_of(package, kind, small(batch), tensors, modes)
 
 
@@ -93,7 +94,7 @@ def main() -> int:
             list(pool.map(warm, [(package, folder, case[1]) for case in chosen for package in ("fa4_backend", OTHER)]))
         torch.manual_seed(0)
         for kind, name, batch, modes in chosen:
-            tensors = (PrefillTensors if kind == "prefill" else BatchTensors).make(batch)
+            tensors = BatchTensors.make(batch)
             calls, results = {}, {}
             for package in ("fa4_backend", OTHER):
                 call = call_of(package, kind, batch, tensors, modes)

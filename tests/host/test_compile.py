@@ -18,7 +18,6 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8
-from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8, AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
@@ -223,7 +222,7 @@ def test_facts_are_those_of_the_compiled_kernel(tmp_path: Path, monkeypatch: pyt
         assert kernel["smem_bytes"] <= ARCHS["sm_100a"].smem_bytes
     assert {kind: kernel["tmem_columns"] for kind, kernel in kernels.items()} == {"schedule": 0, "decode": 0, "prefill": 512}
     assert plan.kernels is not None
-    assert kernels["prefill"]["smem_bytes"] == Storage.of(plan.kernels.prefill, Q_STAGE, O_STAGE).num_bytes
+    assert kernels["prefill"]["smem_bytes"] == Storage.of(plan.kernels.prefill, O_STAGE).num_bytes
     assert kernels["schedule"]["smem_bytes"] >= SEQ_BYTES * 256 + 4 * 4 * NUM_THREADS  # tables of sequences and of cuts
 
 

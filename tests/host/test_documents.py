@@ -28,7 +28,18 @@ FOLDER = re.compile(r"(?:[\w-]+/)+")
 MODULE = re.compile(r"\b(?:fa4_backend|fa4_integration|tests|scripts|examples)(?:\.\w+)+")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\(\))?")
 # Files that a user or a run makes, and names of other people: instructions of PTX, parts of tools.
-MADE = ("config.json", "timeline.json", "results.json", "entry.json", "decode.csv", "prefill.csv", "decode.png", "prefill.png")
+MADE = (
+    "config.json",
+    "timeline.json",
+    "results.json",
+    "entry.json",
+    "decode.csv",
+    "prefill.csv",
+    "decode.png",
+    "prefill.png",
+    "shapes.csv",
+    "shapes.png",
+)
 FOREIGN = re.compile(r"(wgmma|tcgen05|mbarrier|mma|ex2|rcp|tanh|bar|atom|fence|griddepcontrol|mul|racecheck|memcheck)(\W.*)?")
 
 

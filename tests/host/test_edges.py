@@ -7,6 +7,7 @@ from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.storage import Storage, TileBytes
+from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 from fa4_backend.kernels.sm100.tuning import ROWS
 from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
@@ -58,6 +59,28 @@ def test_counts_of_a_cta_pair_by_hand() -> None:
     assert (sizes.q_tx_bytes, sizes.k_tx_bytes, sizes.v_tx_bytes) == (49152, 24576, 16384)  # 64 rows of K, 64 columns of V
 
 
+def test_counts_of_a_lone_tile_by_hand() -> None:
+    """Heads of 256: one query tile a CTA, both buffers of S, and a barrier for products with V."""
+    lone = config(256, 256, kv_stage=2, cta_group=2)
+    sizes = TileBytes.of(lone)
+    edges = {edge.name: edge for edge in pipeline_edges(sizes, lone, o_stage=1)}
+    assert {name: (edge.stages, edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "q_load_to_mma": (1, 2, 1),
+        "kv_load_to_mma": (4, 2, 1),
+        "v_tail_load_to_value_tail": (1, 1, 1),
+        "s_mma_to_softmax": (2, 1, 0),
+        "p_softmax_to_mma": (2, 8, 0),
+        "p_rest_softmax_to_mma": (2, 8, 0),
+        "pv_mma_to_softmax": (1, 1, 0),
+        "stats_softmax_to_correction": (4, 1, 1),
+        "o_mma_to_correction": (1, 1, 8),
+        "o_correction_to_epilogue": (1, 4, 1),
+    }
+    # 64 rows of K and 128 columns of V of 256; half a head of O on its way out.
+    assert (sizes.q_tx_bytes, sizes.k_tx_bytes, sizes.v_tx_bytes, sizes.o) == (65536, 32768, 32768, 128 * (2 * 128 + 16))
+    assert TmemLayout.of(lone).end == 512 and TmemLayout.of(lone).o_stride == 0
+
+
 @pytest.mark.parametrize("cta_group", [1, 2])
 def test_counts_with_fp8_by_hand(cta_group: int) -> None:
     """Staged tiles stay within a CTA; the converted halves of both CTAs make a tile of the leader's ring."""
@@ -75,12 +98,12 @@ def test_counts_with_fp8_by_hand(cta_group: int) -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v", "kv_stage", "cta_group"),
-    [(64, 64, 8, 1), (96, 96, 4, 1), (128, 128, 4, 1), (128, 128, 4, 2), (192, 128, 2, 2)],
+    [(64, 64, 8, 1), (96, 96, 4, 1), (128, 128, 4, 1), (128, 128, 4, 2), (192, 128, 2, 2), (256, 256, 2, 2)],
 )
 def test_fp8_takes_the_shared_memory_of_16_bits(head_dim: int, head_dim_v: int, kv_stage: int, cta_group: int) -> None:
     """Staged tiles lie behind the ring, 1024-byte aligned, in the place of 16-bit tiles: what is behind them moves by less than one."""
     fp8, plain = (
-        Storage.of(config(head_dim, head_dim_v, kv_stage=kv_stage, cta_group=cta_group, kv_dtype=kv_dtype), q_stage=2, o_stage=1)
+        Storage.of(config(head_dim, head_dim_v, kv_stage=kv_stage, cta_group=cta_group, kv_dtype=kv_dtype), o_stage=1)
         for kv_dtype in ("float8_e4m3fn", "bfloat16")
     )
     assert fp8.kv < fp8.loaded and plain.o <= fp8.o < plain.o + fp8.loaded_stride and (fp8.o == plain.o) == (head_dim != 96)
@@ -89,7 +112,7 @@ def test_fp8_takes_the_shared_memory_of_16_bits(head_dim: int, head_dim_v: int, 
 
 def test_fp8_of_192_does_not_fit_one_cta() -> None:
     with pytest.raises(ValueError, match=r"shared memory of prefill-.*-kve4m3-d192v128-.*: expected at most 232448 bytes, got 2\d{5}"):
-        Storage.of(config(192, 128, kv_stage=2, kv_dtype="float8_e4m3fn"), q_stage=2, o_stage=1)
+        Storage.of(config(192, 128, kv_stage=2, kv_dtype="float8_e4m3fn"), o_stage=1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +132,7 @@ def test_tx_bytes_by_hand(head_dim: int, head_dim_v: int, q_per_kv: int, expecte
 
 
 def test_barriers_do_not_overlap() -> None:
-    storage = Storage.of(config(), q_stage=2, o_stage=1)
+    storage = Storage.of(config(), o_stage=1)
     offsets = [offset for offset, _ in storage.barriers.initial_counts()]
     assert len(set(offsets)) == len(offsets) == 4 + 8 + 2 + 2 + 2 + 2 + 16 + 4 + 2
     assert min(offsets) > storage.tmem_pointer and max(offsets) + 8 == storage.num_bytes
@@ -118,7 +141,7 @@ def test_barriers_do_not_overlap() -> None:
 
 def test_too_large_a_ring_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shared memory of prefill-.*: expected at most 232448 bytes, got 2\d{5}"):
-        Storage.of(config(kv_stage=5), q_stage=2, o_stage=1)
+        Storage.of(config(kv_stage=5), o_stage=1)
 
 
 LOAD, MMA = Party("load", Signal.TMA), Party("mma", Signal.COMMIT)

@@ -10,7 +10,7 @@ import torch
 
 from fa4_backend import AttentionProblem, BatchLimits, UnsupportedProblem, compile_cache
 from fa4_integration.common import start
-from fa4_integration.common.serving_device import DeviceFacts, arch_of_device, count_sms
+from fa4_integration.common.serving_device import DeviceFacts, arch_of_device
 from tests.host.test_layers import imported_modules
 
 INTEGRATION = Path(__file__).parents[2] / "integration"
@@ -60,10 +60,6 @@ def test_devices_have_their_kernels(device: DeviceFacts, arch: str, monkeypatch:
 def test_other_devices_are_refused_with_a_sentence(device: DeviceFacts, got: str) -> None:
     with pytest.raises(UnsupportedProblem, match=rf"device: expected H100, .* or a CPU, got {got}; use another attention backend"):
         arch_of_device(device)
-
-
-def test_a_cpu_has_no_sms() -> None:
-    assert count_sms(torch.device("cpu")) is None
 
 
 def test_warm_up_opens_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

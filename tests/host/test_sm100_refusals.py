@@ -18,8 +18,8 @@ SERVED = make_problem(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head_dim": 72, "head_dim_v": 72}, r"head_dim/head_dim_v on sm_100a: expected one of 64, 96, 128, 192/128, got 72/72"),
-        ({"head_dim": 256, "head_dim_v": 256}, r"got 256/256"),
+        ({"head_dim": 72, "head_dim_v": 72}, r"head_dim/head_dim_v on sm_100a: expected one of 64, 96, 128, 192/128, 256, got 72/72"),
+        ({"head_dim": 256, "head_dim_v": 128}, r"got 256/128"),
         ({"page_size": 24}, r"page_size: expected a multiple of 16, got 24"),
         ({"dtype": "float32"}, r"dtype on sm_100a: expected one of bfloat16, float16, got 'float32'"),
         ({"num_q_heads": 129, "num_kv_heads": 1}, r"query heads per KV head on sm_100a: expected at most 128, got 129"),
@@ -33,7 +33,7 @@ def test_unsupported_problems(changes: dict, message: str, arch: str) -> None:
 
 def test_what_is_served_on_both_chips() -> None:
     for arch in ("sm_100a", "sm_103a"):
-        for dims in ((64, 64), (96, 96), (128, 128), (192, 128)):
+        for dims in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256)):
             for kv_dtype in ("auto", "float8_e4m3fn"):
                 check_problem(replace(SERVED, arch=arch, head_dim=dims[0], head_dim_v=dims[1], page_size=784, kv_dtype=kv_dtype))
 

@@ -25,7 +25,8 @@ class ChipRates:
     prefill_tflops: float  # of an SM: products of visible and masked keys alike
     decode_gb: float  # GB/s of one SM whose CTA decodes while others do not
     decode_pieces_gb: float  # the same in batch-invariant mode, where pieces end every few tiles
-    memory_gb: float  # GB/s that lone rates may add up to; `share_chip` reaches it with 1.5 times the SMs
+    memory_share: float  # of the memory's peak that lone rates may add up to; `share_chip` reaches it with 1.5 times the SMs
+    published_memory_gb: float  # GB/s, peak by the data sheet: of a plan that is made without a device
 
     def lone_decode_gb(self, problem: AttentionProblem) -> float:
         """GB/s of an SM that decodes alone."""
@@ -36,12 +37,14 @@ class ChipRates:
 # 61.7, 52.1 and 40.2 GB/s a CTA, in batch-invariant mode 43.9, 43.0, 41.6 and 37.8, on all SMs 2,780 GB/s together. A step of both, the
 # chunk beside the 32 rows, takes 350 us with these rates and 447 one kernel after the other; with either rate 20 to 40 % off 353 to 407.
 # In batch-invariant mode 392, with the other mode's rate 454. Where decode is nearly all, more SMs than saturate the memory are a little
-# faster still: 64 x 8K beside a 512 chunk on 58, 69, 80 and 99 SMs 800, 807, 764 and 812 us. Blackwell is modelled: prefill from the cycles
-# of a block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, memory 7 of the 8 TB/s in the data sheet.
+# faster still: 64 x 8K beside a 512 chunk on 58, 69, 80 and 99 SMs 800, 807, 764 and 812 us, hence 3,180 GB/s of a peak of 3,352.
+# A lone SM's rate is its bytes in flight over the latency, so a faster memory (H200: 4,917) means more SMs until it is full.
+# Blackwell is modelled: prefill from the cycles of a block (docs/sm100.md) at 1.85 GHz, a lone decode CTA as on the H100, 7/8 of the peak,
+# which for B200 and GB200 (sm_100a) and for B300 and GB300 (sm_103a) is 8 TB/s by NVIDIA's data sheets.
 CHIP_RATES = {
-    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, decode_pieces_gb=39, memory_gb=3180),
-    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
-    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_gb=7000),
+    "sm_90a": ChipRates(prefill_tflops=4.75, decode_gb=60, decode_pieces_gb=39, memory_share=3180 / 3352, published_memory_gb=3352),
+    "sm_100a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_share=7 / 8, published_memory_gb=8000),
+    "sm_103a": ChipRates(prefill_tflops=14.0, decode_gb=60, decode_pieces_gb=39, memory_share=7 / 8, published_memory_gb=8000),
 }
 
 
@@ -57,7 +60,12 @@ def decode_tile_ticks(problem: AttentionProblem, *, decode_tile_n: int, item_row
     return max(1, round(TICKS * decode_us / prefill_us))
 
 
-def decode_full_sms(arch: str, num_sms: int) -> int:
-    """SMs whose decode CTAs keep the memory busy: more are no faster."""
+def decode_full_sms(arch: str, num_sms: int, memory_gb: float | None = None) -> int:
+    """SMs whose decode CTAs keep the memory busy: more are no faster.
+
+    Args:
+        memory_gb: the memory's peak; default: the published one of the arch.
+    """
     rates = CHIP_RATES[arch]
-    return max(1, min(num_sms, round(rates.memory_gb / rates.decode_gb)))
+    peak = memory_gb or rates.published_memory_gb
+    return max(1, min(num_sms, round(rates.memory_share * peak / rates.decode_gb)))

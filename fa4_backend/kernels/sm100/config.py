@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import gcd
 
+from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
 from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
 from fa4_backend.problem import AttentionProblem
 
 PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
-Q_STAGE = 2  # query tiles of a CTA in a work item, in ping-pong
+S_STAGE = 2  # buffers of S: one for each of two query tiles, or two for a tile that is alone
+MOST_O_COLUMNS = 128  # of O that a CTA keeps in shared memory on its way out
 
 
 def num_parts(head_dim: int) -> int:
@@ -28,6 +30,8 @@ class Sm100Config:
     def __post_init__(self) -> None:
         if self.tuning.cta_group == 2 and self.kernel.head_dim_v % (2 * PART_ELEMS):
             raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
+        if not self.q_tiles or self.kernel.head_dim_v % self.o_columns:
+            raise ValueError(f"head_dim_v: expected at most 256, and a multiple of {MOST_O_COLUMNS} above it, got {self.kernel.head_dim_v}")
 
     @property
     def converts(self) -> bool:
@@ -78,6 +82,22 @@ class Sm100Config:
         return replace(self, tuning=replace(self.tuning, **changes))
 
     @property
+    def q_tiles(self) -> int:
+        """Query tiles of a CTA in a work item: two in ping-pong, or one where TMEM does not hold O of two beside both buffers of S."""
+        columns = ARCHS[self.arch].tmem_columns - S_STAGE * self.kernel.tile.tile_n
+        return min(S_STAGE, columns // self.kernel.head_dim_v)
+
+    @property
+    def o_columns(self) -> int:
+        """Columns of O that its buffer in shared memory holds: a part of a wide head."""
+        return min(MOST_O_COLUMNS, self.kernel.head_dim_v)
+
+    @property
+    def o_parts(self) -> int:
+        """Such parts of a head."""
+        return -(-self.kernel.head_dim_v // self.o_columns)
+
+    @property
     def has_queue(self) -> bool:
         """Entries are dealt out by the schedule."""
         return False
@@ -105,7 +125,7 @@ class Sm100Config:
     @property
     def tokens_per_item(self) -> int:
         """Query tokens of a work item: what its `m_block` counts in."""
-        return Q_STAGE * self.ctas_per_item * self.kernel.tokens_per_tile
+        return self.q_tiles * self.ctas_per_item * self.kernel.tokens_per_tile
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
 """Convert warps: K and V tiles from e4m3, as they are staged, to the 16 bits that tcgen05 reads from the ring; every value is exact.
 
 They are the correction warps, which between the ends of two items have nothing else to do. An item's rows are finished (`correction_warps`)
-while tiles of the next are converted: query tile 0 behind its first K and V, query tile 1 behind its second K. What products of the next
-item need before they need O is then ready when O is, and no tile waits for a buffer that only finished rows would free.
+while tiles of the next are converted: query tile 0 behind its first K and V, query tile 1 behind its second K, a lone tile behind its
+second K. What products of the next item need before they need O is then ready when O is, and no tile waits for a buffer that only finished
+rows would free.
 
 A lane has one row of a tile, and takes chunks of 16 bytes of it. Eight lanes, whose accesses shared memory serves together, then have eight
 neighbouring rows: in TMA's swizzles their chunks lie in eight different groups of banks, staged (rows of 64 or 32 bytes) and in the ring
@@ -13,6 +14,7 @@ compiler here writes PTX ISA 8.8.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -32,6 +34,15 @@ PART_CHUNKS = PART_ELEMS // CHUNK  # of FP8 that make a row of a part of the rin
 THREADS = 32 * WARPGROUP
 
 
+class Seen(NamedTuple):
+    """What of a sequence's K and V an item sees."""
+
+    num_blocks: Int32
+    blocks_end: Int32  # block behind the last
+    first_key: Int32
+    seqlen_k: Int32
+
+
 @dataclass(frozen=True)
 class ConvertWarps:
     """Four warps that convert every K and V tile of their CTA."""
@@ -42,35 +53,46 @@ class ConvertWarps:
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
         """Walk the work list; owns both sides of the convert warps' edges of K and V, and the places in the correction's edges."""
-        g, storage, tile_n = self.geometry, self.geometry.storage, self.geometry.config.kernel.tile.tile_n
+        g = self.geometry
+        is_lone = g.config.q_tiles == 1
         begin, end = g.item_range(work)
         staged, ring = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
         out, item_phase = RingPosition(Int32(0), Int32(0)), Int32(0)
         # The last round has no tiles: it finishes the last item's rows.
         for index in range(begin, end + 1, unroll=1):
-            num_blocks, blocks_end, seqlen_k, first_key = Int32(0), Int32(0), Int32(0), Int32(0)
+            seen = Seen(Int32(0), Int32(0), Int32(0), Int32(0))
             if index < end:
                 item = g.read_item(work, index)
-                num_blocks, blocks_end, seqlen_k = item.num_blocks, item.blocks.end, item.tile.seqlen.seqlen_k
-                first_key = g.first_key(work, item)
-            for i in range(cutlass.max(num_blocks, 2), unroll=1):
+                seen = Seen(item.num_blocks, item.blocks.end, g.first_key(work, item), item.tile.seqlen.seqlen_k)
+            # Of a lone query tile, V comes a round behind its K, as its products do.
+            for i in range(cutlass.max(seen.num_blocks + int(is_lone), 2), unroll=1):
                 for is_v in cutlass.range_constexpr(2):
                     if i == 1 and index > begin:
-                        self.correction.finish_tile(place, is_v, item_phase, item_phase, out.slot, out.phase)
-                        out = advance(out, self.correction.o_stage)
-                    if i < num_blocks:
-                        first_column = (blocks_end - 1 - i) * tile_n
-                        ptx.mbarrier_wait(g.full(place, "kv_load_to_convert", staged.slot), staged.phase)
-                        ptx.mbarrier_wait(g.empty(place, "kv_convert_to_mma", ring.slot), ring.phase ^ 1)
-                        source = place.smem_base + storage.loaded + staged.slot * storage.loaded_stride
-                        target = place.smem_base + storage.kv + ring.slot * storage.kv_stride
-                        self.convert(place, source, target, is_v, first_key - first_column, seqlen_k - first_column)
-                        ptx.warp_arrive(g.empty(place, "kv_load_to_convert", staged.slot), place.lane_idx)
-                        ptx.fence_proxy_async_shared()
-                        g.group.warp_arrive(g.full_at_leader(place, "kv_convert_to_mma", ring.slot), place.lane_idx)
-                        staged, ring = advance(staged, g.config.staged), advance(ring, g.config.kv_stage)
+                        if const_expr(not is_lone or is_v):
+                            out = self.correction.finish_tile(place, 0 if is_lone else is_v, item_phase, item_phase, out)
+                    if const_expr(is_lone and is_v):
+                        if (i > 0) & (i <= seen.num_blocks):
+                            staged, ring = self.convert_tile(place, is_v, seen, i - 1, staged, ring)
+                    else:
+                        if i < seen.num_blocks:
+                            staged, ring = self.convert_tile(place, is_v, seen, i, staged, ring)
             if index > begin:
                 item_phase ^= 1
+
+    @cute.jit
+    def convert_tile(self, place: Place, is_v: cutlass.Constexpr[int], seen: Seen, i: Int32, staged: RingPosition, ring: RingPosition):
+        """K or V of the item's block `i`, once it is staged and a buffer of the ring is free; returns the places behind both."""
+        g, storage = self.geometry, self.geometry.storage
+        first_column = (seen.blocks_end - 1 - i) * g.config.kernel.tile.tile_n
+        ptx.mbarrier_wait(g.full(place, "kv_load_to_convert", staged.slot), staged.phase)
+        ptx.mbarrier_wait(g.empty(place, "kv_convert_to_mma", ring.slot), ring.phase ^ 1)
+        source = place.smem_base + storage.loaded + staged.slot * storage.loaded_stride
+        target = place.smem_base + storage.kv + ring.slot * storage.kv_stride
+        self.convert(place, source, target, is_v, seen.first_key - first_column, seen.seqlen_k - first_column)
+        ptx.warp_arrive(g.empty(place, "kv_load_to_convert", staged.slot), place.lane_idx)
+        ptx.fence_proxy_async_shared()
+        g.group.warp_arrive(g.full_at_leader(place, "kv_convert_to_mma", ring.slot), place.lane_idx)
+        return advance(staged, g.config.staged), advance(ring, g.config.kv_stage)
 
     @cute.jit
     def convert(

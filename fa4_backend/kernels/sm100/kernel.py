@@ -23,11 +23,12 @@ from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
 from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
+from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
 from fa4_backend.kernels.sm100.softmax_warps import HeadTensors, SoftmaxWarps
 from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
-from fa4_backend.kernels.sm100.warp_roles import ROLES
+from fa4_backend.kernels.sm100.warp_roles import ROLES, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 from fa4_backend.problem import RAGGED
 
@@ -60,6 +61,7 @@ class PrefillKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -81,7 +83,7 @@ class PrefillKernel:
         )
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
         work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
-        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale)
+        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,
@@ -112,9 +114,11 @@ class PrefillKernel:
         g.group.sync_all()
         ptx.tcgen05_fence_after_sync()
         place = Place(smem_base, g.group.leader_base(smem_base), g.group.rank(), Int32(TMEM_BASE), warp_idx, lane_idx)
-        if warp_idx < ROLES.correction_first:
+        if warp_idx < ROLES.softmax_first + WARPGROUP * self.config.q_tiles:
             cute.arch.setmaxregister_increase(tuning.softmax_registers)
             SoftmaxWarps(g).run(place, work, heads)
+        elif warp_idx < ROLES.correction_first:
+            cute.arch.setmaxregister_decrease(tuning.other_registers)  # of a lone query tile: no second group
         elif warp_idx < ROLES.mma:
             cute.arch.setmaxregister_decrease(tuning.correction_registers)
             correction = CorrectionWarps(g, O_STAGE)
@@ -126,7 +130,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(tuning.other_registers)
             if warp_idx == ROLES.mma:
                 if const_expr(g.group.ctas == 1) or place.cta_rank == LEADER:
-                    MmaWarp(g).run(place, work)
+                    (MmaWarp(g) if self.config.q_tiles > 1 else LoneTileMmaWarp(g)).run(place, work)
             elif warp_idx == ROLES.load:
                 LoadWarp(g).run(place, work, operands)
             elif warp_idx == ROLES.epilogue:

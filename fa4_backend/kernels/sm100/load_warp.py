@@ -4,16 +4,18 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.paged_kv import KvPages
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
-from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 
 class Operands(NamedTuple):
@@ -113,48 +115,74 @@ class LoadWarp:
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
         """Walk the work list; owns the producer sides of Q, of the KV tiles and of V tiles with an edge."""
-        g, storage = self.geometry, self.geometry.storage
-        config, converts = g.config.kernel, g.config.converts
+        g = self.geometry
         k_share, v_share = self.shares(place)
         begin, end = g.item_range(work)
-        stage, phase, q_phase, tail_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+        ring, q_phase, tail_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0)
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
-            tile, seqlen = item.tile, item.tile.seqlen
             first_key = g.first_key(work, item) if const_expr(g.has_window_left) else None
-            for i in range(item.num_blocks, unroll=1):
-                n_block = item.blocks.end - 1 - i
-                k_box = self.find_box(place, operands, work.bounds, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, k_share)
-                v_box = k_box
-                if const_expr(g.group.ctas > 1):
-                    v_box = self.find_box(place, operands, work.bounds, tile.seq_idx, n_block, first_key, seqlen.seqlen_k, v_share)
-                for payload, is_v in ORDER_FP8 if converts else ORDER:
-                    if const_expr(payload == "q"):
+            if const_expr(g.config.q_tiles == 1):
+                # As a lone tile's products take them: K of a block, then V of the block before it.
+                for i in range(item.num_blocks + 1, unroll=1):
+                    if const_expr(not g.config.converts):
                         if i == 0:
-                            ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", is_v), q_phase ^ 1)
-                            barrier = g.full_at_leader(place, "q_load_to_mma", is_v)
-                            token = seqlen.q_begin + g.q_tile(place, tile, is_v) * config.tokens_per_tile
-                            self.load_q(place, operands, barrier, is_v, tile.kv_head_idx, token)
-                    else:
-                        ptx.mbarrier_wait(g.empty(place, self.loaded_edge, stage), phase ^ 1)
-                        barrier = (g.full if converts else g.full_at_leader)(place, self.loaded_edge, stage)
-                        if const_expr(is_v == 1 and not converts):
-                            has_edge = i == 0 and g.has_v_tail(item)
-                            if const_expr(g.has_window_left):
-                                has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
-                            if has_edge:
-                                # The value tail warp fills the ring's buffer once the tile is clean.
-                                ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
-                                barrier = g.full(place, "v_tail_load_to_value_tail")
-                                tail_phase ^= 1
-                        atom, share, box = (operands.v_atom, v_share, v_box) if is_v else (operands.k_atom, k_share, k_box)
-                        slot = place.smem_base + storage.loaded + stage * storage.loaded_stride
-                        self.load_kv(place, atom, barrier, slot, share, tile.kv_head_idx, box)
-                        stage += 1
-                        if stage == (g.config.staged if converts else g.config.kv_stage):
-                            stage = Int32(0)
-                            phase ^= 1
+                            self.load_q(place, operands, item, 0, q_phase)
+                    if i < item.num_blocks:
+                        box = self.find_box(place, operands, work.bounds, item, i, first_key, k_share)
+                        ring, tail_phase = self.load_tile(place, work, operands, item, i, 0, k_share, box, ring, tail_phase)
+                    if const_expr(g.config.converts):
+                        if i == 0:
+                            self.load_q(place, operands, item, 0, q_phase)
+                    if i > 0:
+                        box = self.find_box(place, operands, work.bounds, item, i - 1, first_key, v_share)
+                        ring, tail_phase = self.load_tile(place, work, operands, item, i - 1, 1, v_share, box, ring, tail_phase)
+            else:
+                for i in range(item.num_blocks, unroll=1):
+                    k_box = self.find_box(place, operands, work.bounds, item, i, first_key, k_share)
+                    v_box = k_box
+                    if const_expr(g.group.ctas > 1):
+                        v_box = self.find_box(place, operands, work.bounds, item, i, first_key, v_share)
+                    for payload, which in ORDER_FP8 if g.config.converts else ORDER:
+                        if const_expr(payload == "q"):
+                            if i == 0:
+                                self.load_q(place, operands, item, which, q_phase)
+                        else:
+                            share, box = (v_share, v_box) if which else (k_share, k_box)
+                            ring, tail_phase = self.load_tile(place, work, operands, item, i, which, share, box, ring, tail_phase)
             q_phase ^= 1
+
+    @cute.jit
+    def load_tile(
+        self,
+        place: Place,
+        work: WorkTensors,
+        operands: Operands,
+        item: WorkItem,
+        i: Int32,
+        is_v: cutlass.Constexpr[int],
+        share: Share,
+        box: KvBox,
+        ring: RingPosition,
+        tail_phase: Int32,
+    ):
+        """This CTA's share of K or V of the item's block `i`, once its buffer is free; returns the next buffer and phase of the tail."""
+        g, storage, converts = self.geometry, self.geometry.storage, self.geometry.config.converts
+        ptx.mbarrier_wait(g.empty(place, self.loaded_edge, ring.slot), ring.phase ^ 1)
+        barrier = (g.full if converts else g.full_at_leader)(place, self.loaded_edge, ring.slot)
+        if const_expr(is_v == 1 and not converts):
+            has_edge = i == 0 and g.has_v_tail(item)
+            if const_expr(g.has_window_left):
+                has_edge = has_edge or (i == item.num_blocks - 1 and g.has_v_head(work, item))
+            if has_edge:
+                # The value tail warp fills the ring's buffer once the tile is clean.
+                ptx.mbarrier_wait(g.empty(place, "v_tail_load_to_value_tail"), tail_phase ^ 1)
+                barrier = g.full(place, "v_tail_load_to_value_tail")
+                tail_phase ^= 1
+        slot = place.smem_base + storage.loaded + ring.slot * storage.loaded_stride
+        atom = operands.v_atom if is_v else operands.k_atom
+        self.load_kv(place, atom, barrier, slot, share, item.tile.kv_head_idx, box)
+        return advance(ring, g.config.staged if converts else g.config.kv_stage), tail_phase
 
     def shares(self, place: Place) -> tuple[Share, Share]:
         """This CTA's shares of a K and of a V tile."""
@@ -170,15 +198,19 @@ class LoadWarp:
         )
 
     @cute.jit
-    def load_q(self, place: Place, operands: Operands, barrier: Int32, q_idx: int, kv_head_idx: Int32, token: Int32):
-        """One query tile; boxes past the end of q bring zeros. token: row of q of the tile's first token."""
-        config, storage, group = self.geometry.config.kernel, self.geometry.storage, self.geometry.group
+    def load_q(self, place: Place, operands: Operands, item: WorkItem, q_idx: int, q_phase: Int32):
+        """Query tile `q_idx` of an item, once its buffer is free; boxes past the end of q bring zeros."""
+        g, tile = self.geometry, item.tile
+        config, storage, group = g.config.kernel, g.storage, g.group
+        ptx.mbarrier_wait(g.empty(place, "q_load_to_mma", q_idx), q_phase ^ 1)
+        barrier = g.full_at_leader(place, "q_load_to_mma", q_idx)
+        token = tile.seqlen.q_begin + g.q_tile(place, tile, q_idx) * config.tokens_per_tile
         if place.lane_idx == 0:
             group.announce(barrier, storage.sizes.q_tx_bytes)
         cute.arch.sync_warp()
         if place.lane_idx < num_parts(config.head_dim):
             slot = place.smem_base + storage.q + q_idx * storage.sizes.q + place.lane_idx * storage.sizes.part
-            coords = (place.lane_idx * PART_ELEMS, kv_head_idx * config.q_per_kv, token)
+            coords = (place.lane_idx * PART_ELEMS, tile.kv_head_idx * config.q_per_kv, token)
             group.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
 
     @cute.jit
@@ -201,16 +233,16 @@ class LoadWarp:
         place: Place,
         operands: Operands,
         bounds: SeqlenBounds,
-        seq_idx: Int32,
-        n_block: Int32,
+        item: WorkItem,
+        i: Int32,
         first_key: Int32 | None,
-        seqlen_k: Int32,
         share: Share,
     ):
-        """This lane's box of a share of KV block `n_block`; the page table is read only for pages with tokens that a row sees.
+        """This lane's box of a share of the item's block `i`; the page table is read only for pages with tokens that a row sees.
 
         first_key: that any row of the item sees; None: the sequence's first.
         """
+        n_block, seqlen_k = item.blocks.end - 1 - i, item.tile.seqlen.seqlen_k
         pages, row_boxes = operands.pages, share.rows // share.box_rows
         row_box = place.lane_idx % row_boxes
         token = n_block * self.geometry.config.kernel.tile.tile_n + share.first_row + row_box * share.box_rows
@@ -220,11 +252,11 @@ class LoadWarp:
         if const_expr(pages is None):
             page, row = None, bounds.kv_tokens
             if is_seen:
-                row = bounds.k_begin(seq_idx) + token
+                row = bounds.k_begin(item.tile.seq_idx) + token
         else:
             page, row = pages.num_pages, Int32(0)
             if is_seen:
                 page_idx = token // pages.page_size
                 row = token - page_idx * pages.page_size
-                page = pages.mPageTable[seq_idx, page_idx]
+                page = pages.mPageTable[item.tile.seq_idx, page_idx]
         return KvBox(page, row, row_box, place.lane_idx // row_boxes)

@@ -11,7 +11,6 @@ from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.sm100 import umma
-from fa4_backend.kernels.sm100.config import Q_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -32,9 +31,9 @@ class MmaWarp:
             item = g.read_item(work, index)
             num_blocks = item.num_blocks
             g.group.wait(g.full(place, g.kv_edge, stage), phase)
-            for q_idx in range(Q_STAGE, unroll=1):
+            for q_idx in range(g.config.q_tiles, unroll=1):
                 g.group.wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
-                self.issue_qk(place, q_idx, stage)
+                self.issue_qk(place, q_idx, q_idx, stage)
             g.group.commit(g.empty(place, g.kv_edge, stage))
             for i in range(num_blocks, unroll=1):
                 k_stage, k_phase = stage + 1, phase
@@ -46,10 +45,10 @@ class MmaWarp:
                     k_stage, k_phase = Int32(0), v_phase ^ 1
                 is_last = i == num_blocks - 1
                 if is_last:
-                    for q_idx in range(Q_STAGE, unroll=1):
+                    for q_idx in range(g.config.q_tiles, unroll=1):
                         g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
                 g.group.wait(g.full(place, g.kv_edge, v_stage), v_phase)
-                for q_idx in range(Q_STAGE, unroll=1):
+                for q_idx in range(g.config.q_tiles, unroll=1):
                     if i == 0:
                         g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
                     g.group.wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
@@ -60,17 +59,17 @@ class MmaWarp:
                     self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
                     if const_expr(g.config.converts):
                         # The convert warps' ring is short: they need V's buffer while the next QK still runs.
-                        if q_idx == Q_STAGE - 1 and not is_last:
+                        if q_idx == g.config.q_tiles - 1 and not is_last:
                             g.group.commit(g.empty(place, g.kv_edge, v_stage))
                     if is_last:
-                        if q_idx == Q_STAGE - 1:
+                        if q_idx == g.config.q_tiles - 1:
                             # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
                             g.group.commit(g.empty(place, g.kv_edge, v_stage))
                         g.group.commit(g.full(place, "o_mma_to_correction", q_idx))
                     else:
                         if q_idx == 0:
                             g.group.wait(g.full(place, g.kv_edge, k_stage), k_phase)
-                        self.issue_qk(place, q_idx, k_stage)
+                        self.issue_qk(place, q_idx, q_idx, k_stage)
                 p_phase ^= 1
                 stage, phase = k_stage, k_phase
                 if not is_last:
@@ -79,21 +78,21 @@ class MmaWarp:
                     g.group.commit(g.empty(place, g.kv_edge, k_stage))
             q_phase ^= 1
 
-    def issue_qk(self, place: Place, q_idx: Int32, stage: Int32) -> None:
-        """S of query tile `q_idx` against the K tile in `stage`, then its commit."""
+    def issue_qk(self, place: Place, q_idx: Int32, buffer: Int32, stage: Int32) -> None:
+        """S of query tile `q_idx` against the K tile in `stage` to `buffer`, then its commit."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         q_low = umma.descriptor_low(place.smem_base + storage.q + q_idx * storage.sizes.q)
         k_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride)
         q_steps, k_steps = (umma.k_major_steps(config.head_dim, part) for part in (storage.sizes.part, storage.sizes.k_part))
         idesc = umma.instruction_descriptor(config.dtype, config.tile.tile_n, b_mn_major=False, ctas=g.group.ctas)
-        umma.mma_ss(g.group.ctas, g.tmem.s_at(place, q_idx), q_low, k_low, q_steps, k_steps, idesc)
-        g.group.commit(g.full(place, "s_mma_to_softmax", q_idx))
+        umma.mma_ss(g.group.ctas, g.tmem.s_at(place, buffer), q_low, k_low, q_steps, k_steps, idesc)
+        g.group.commit(g.full(place, "s_mma_to_softmax", buffer))
 
-    def issue_pv(self, place: Place, q_idx: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
-        """First or last part of O += P V for query tile `q_idx` with the V tile in `stage`."""
+    def issue_pv(self, place: Place, buffer: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
+        """First or last part of O += P V for the weights in `buffer` with the V tile in `stage`."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         v_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride, storage.sizes.part)
         cut = g.config.tuning.p_first_columns // umma.MMA_K
         k_steps = range(cut, config.tile.tile_n // umma.MMA_K) if is_rest else range(cut)
         idesc = umma.instruction_descriptor(config.dtype, config.head_dim_v, b_mn_major=True, ctas=g.group.ctas)
-        umma.mma_ts(g.group.ctas, g.tmem.o_at(place, q_idx), g.tmem.p_at(place, q_idx), v_low, k_steps, idesc, accumulate)
+        umma.mma_ts(g.group.ctas, g.tmem.o_at(place, buffer), g.tmem.p_at(place, buffer), v_low, k_steps, idesc, accumulate)

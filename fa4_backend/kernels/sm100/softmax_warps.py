@@ -1,4 +1,4 @@
-"""Softmax warps: two groups of four, a query tile each, a row a thread. S from TMEM, P back over it, O kept at the reference's scale."""
+"""Softmax warps: a group of four for each query tile, a row a thread. S from TMEM, P back over it, O kept at the reference's scale."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
@@ -30,6 +31,7 @@ class HeadTensors(NamedTuple):
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
+    mOutScale: cute.Tensor | None  # (1,) float32
 
 
 class Alibi(NamedTuple):
@@ -41,7 +43,7 @@ class Alibi(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftmaxWarps:
-    """One body for both groups; the group is a runtime value."""
+    """One body for all groups; the group is a runtime value."""
 
     geometry: Geometry
 
@@ -52,13 +54,14 @@ class SoftmaxWarps:
         q_idx = place.warp_idx // WARPGROUP
         warp = place.warp_idx % WARPGROUP
         row = warp * 32 + place.lane_idx
-        s_tmem = g.tmem.s_at(place, q_idx) + (warp * 32 << LANE_SHIFT)
-        stats = place.smem_base + g.storage.stats + row * o_pitch(config) + q_idx * STATS_BYTES
+        lanes = warp * 32 << LANE_SHIFT
+        stats = place.smem_base + g.storage.stats + row * o_pitch(g.config) + q_idx * STATS_BYTES
         values, scale_log2 = work.values, self.scale_log2(work.values)
         begin, end = g.item_range(work)
-        s_phase, stats_phase = Int32(0), Int32(0)
+        # A group's buffer of S: its tile's own, or of a lone tile both in turns.
+        buffer, s_phase, pv_phase, stats_phase = q_idx, Int32(0), Int32(0), Int32(0)
         block = BlockWeights(g.config)
-        p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
+        s_tmem = g.tmem.s_at(place, buffer) + lanes
         for index in range(begin, end, unroll=1):
             item = g.read_item(work, index)
             if const_expr(config.has_kv_scales):
@@ -73,7 +76,10 @@ class SoftmaxWarps:
                 row_max = Float32(0.0)
             for i in range(item.num_blocks, unroll=1):
                 n_block = item.blocks.end - 1 - i
-                barrier = g.full(place, "s_mma_to_softmax", q_idx)
+                if const_expr(g.config.q_tiles == 1):
+                    s_tmem = g.tmem.s_at(place, buffer) + lanes
+                p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
+                barrier = g.full(place, "s_mma_to_softmax", buffer)
                 ptx.mbarrier_wait(barrier, s_phase)
                 ptx.tcgen05_fence_after_sync()
                 columns = functools.partial(self.columns, place, work, item, row, q_idx)
@@ -81,13 +87,21 @@ class SoftmaxWarps:
                 wait_again = functools.partial(ptx.mbarrier_wait, barrier, s_phase)
                 weights = block.decide(load, wait_again, i == 0, row_max, row_sum, scale_log2)
                 if i > 0 and cute.arch.vote_any_sync(weights.factor != 1.0):
-                    # S of this block has arrived, so PV of the block before it is done.
-                    self.rescale(g.tmem.o_at(place, q_idx) + (warp * 32 << LANE_SHIFT), weights.factor)
-                self.store_weights(place, q_idx, p_tmem, weights.first, 0, "p_softmax_to_mma")
+                    # S of this block has arrived, so PV of the block before it is done. A lone tile has its next S before that.
+                    if const_expr(g.config.q_tiles == 1):
+                        ptx.mbarrier_wait(g.full(place, "pv_mma_to_softmax"), pv_phase ^ 1)
+                        ptx.tcgen05_fence_after_sync()
+                    self.rescale(g.tmem.o_at(place, buffer) + lanes, weights.factor)
+                self.store_weights(place, buffer, p_tmem, weights.first, 0, "p_softmax_to_mma")
                 rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max))
-                self.store_weights(place, q_idx, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
+                self.store_weights(place, buffer, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
                 row_max, row_sum = weights.row_max, weights.row_sum + rest_sum
-                s_phase ^= 1
+                if const_expr(g.config.q_tiles == 1):
+                    pv_phase ^= 1
+                    s_phase ^= buffer  # a buffer comes again two blocks later
+                    buffer ^= 1
+                else:
+                    s_phase ^= 1
             # Read and worked out again instead of kept through the loop, whose registers are all taken.
             item = g.read_item(work, ptx.keep_here(index))
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
@@ -97,8 +111,9 @@ class SoftmaxWarps:
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
             o_scale = result.o_scale
-            if const_expr(config.has_kv_scales):
-                o_scale = o_scale * heads.mVScale[item.tile.kv_head_idx]
+            factor = result_factor(heads.mVScale, heads.mOutScale, item.tile.kv_head_idx)
+            if const_expr(factor is not None):
+                o_scale = o_scale * factor
             ptx.store_shared_f32(stats, o_scale)
             ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
             stats_phase ^= 1
@@ -179,14 +194,14 @@ class SoftmaxWarps:
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
         return ptx.when_scalars(needs_mask, s, masked)
 
-    def store_weights(self, place: Place, q_idx: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
+    def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
         g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
             ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
         ptx.tmem_wait_store()
         ptx.tcgen05_fence_before_sync()
-        g.group.warp_arrive(g.full_at_leader(place, edge, q_idx), place.lane_idx)
+        g.group.warp_arrive(g.full_at_leader(place, edge, buffer), place.lane_idx)
 
     def rescale(self, o_tmem: Int32, factor: Float32) -> None:
         """O *= factor, this thread's row."""

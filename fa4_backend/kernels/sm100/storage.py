@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
-from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
 
 ROW_BYTES = 128
@@ -24,9 +23,9 @@ O_PAD_BYTES = 16
 TMEM_POINTER_BYTES = 8
 
 
-def o_pitch(config: PrefillConfig) -> int:
-    """Bytes from a row of O to the next in shared memory."""
-    return config.head_dim_v * config.element_bytes + O_PAD_BYTES
+def o_pitch(config: Sm100Config) -> int:
+    """Bytes from a row of O, or of a part of it, to the next in shared memory."""
+    return config.o_columns * config.kernel.out_element_bytes + O_PAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class TileBytes:
             q=qk_parts * part,
             k=qk_parts * k_part,
             v=v_parts * part,
-            o=config.tile.tile_m * o_pitch(config),
+            o=config.tile.tile_m * o_pitch(resolved),
             q_tx_bytes=qk_parts * rows * ROW_BYTES,
             k_tx_bytes=resolved.loaded_parts(config.head_dim) * k_loaded_part,
             v_tx_bytes=resolved.loaded_parts(config.head_dim_v) // resolved.tuning.cta_group * v_loaded_part,
@@ -89,7 +88,7 @@ class Storage:
     num_bytes: int
 
     @staticmethod
-    def of(resolved: Sm100Config, q_stage: int, o_stage: int) -> Storage:
+    def of(resolved: Sm100Config, o_stage: int) -> Storage:
         """Lay out the buffers.
 
         Raises:
@@ -100,14 +99,14 @@ class Storage:
         config = resolved.kernel
         sizes = TileBytes.of(resolved)
         kv_stage = resolved.kv_stage
-        kv = q_stage * sizes.q
+        kv = resolved.q_tiles * sizes.q
         kv_stride = max(sizes.k, sizes.v)
         loaded, loaded_stride = kv, kv_stride
         if resolved.converts:
             loaded, loaded_stride = kv + kv_stage * kv_stride, max(sizes.k_tx_bytes, sizes.v_tx_bytes)
         o = kv + kv_stage * kv_stride + resolved.staged * loaded_stride
-        assert q_stage * STATS_BYTES <= O_PAD_BYTES, f"{q_stage=}"
-        stats = o + o_pitch(config) - O_PAD_BYTES
+        assert resolved.q_tiles * STATS_BYTES <= O_PAD_BYTES, f"{resolved.q_tiles=}"
+        stats = o + o_pitch(resolved) - O_PAD_BYTES
         tmem_pointer = o + o_stage * sizes.o
         barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
         limit = ARCHS[config.arch].smem_bytes

@@ -1,6 +1,7 @@
 """Tensor memory of a CTA: 128 lanes (query rows of a tile) x 512 columns of 32 bits.
 
 | S 0 | S 1 | O 0 | O 1 |        P i lies over the second half of S i, two 16-bit columns to a cell
+| S 0 | S 1 | O         |        one query tile a CTA: blocks take the buffers of S in turns
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
 
 ALL_COLUMNS = 512  # allocated whole: the kernel runs alone on its SM, and allocations are powers of two
 TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every address is a constant
@@ -16,35 +17,35 @@ TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every
 
 @dataclass(frozen=True)
 class TmemLayout:
-    """First columns of query tile 0's accumulators, and how far query tile 1's lie behind them."""
+    """First columns of the accumulators of buffer 0, and how far those of buffer 1 lie behind them.
+
+    With two query tiles, each has a buffer of S and one of O. A tile that is alone has both of S, and `o_stride` is 0.
+    """
 
     s: int
     p: int
     o: int
     s_stride: int
     o_stride: int
+    end: int  # columns in use
 
     @staticmethod
-    def of(config: PrefillConfig) -> TmemLayout:
-        """Columns for a config; two tiles of S and O must fit."""
-        tile_n, head_dim_v = config.tile.tile_n, config.head_dim_v
-        layout = TmemLayout(s=0, p=tile_n // 2, o=2 * tile_n, s_stride=tile_n, o_stride=head_dim_v)
+    def of(config: Sm100Config) -> TmemLayout:
+        """Columns for a config; two buffers of S and O of all query tiles must fit."""
+        tile_n, head_dim_v, q_tiles = config.kernel.tile.tile_n, config.kernel.head_dim_v, config.q_tiles
+        o, o_stride = S_STAGE * tile_n, head_dim_v * (q_tiles - 1)
+        layout = TmemLayout(s=0, p=tile_n // 2, o=o, s_stride=tile_n, o_stride=o_stride, end=o + q_tiles * head_dim_v)
         assert layout.end <= ARCHS[config.arch].tmem_columns, f"{layout.end=}"
         return layout
 
-    @property
-    def end(self) -> int:
-        """Columns in use."""
-        return self.o + 2 * self.o_stride
+    def s_at(self, place, buffer):
+        """TMEM address of buffer `buffer` (runtime) of S."""
+        return place.tmem_base + self.s + buffer * self.s_stride
 
-    def s_at(self, place, q_idx):
-        """TMEM address of S of query tile `q_idx` (runtime)."""
-        return place.tmem_base + self.s + q_idx * self.s_stride
+    def p_at(self, place, buffer):
+        """TMEM address of the P that lies over it."""
+        return place.tmem_base + self.p + buffer * self.s_stride
 
-    def p_at(self, place, q_idx):
-        """TMEM address of P of query tile `q_idx`."""
-        return place.tmem_base + self.p + q_idx * self.s_stride
-
-    def o_at(self, place, q_idx):
-        """TMEM address of O of query tile `q_idx`."""
-        return place.tmem_base + self.o + q_idx * self.o_stride
+    def o_at(self, place, buffer):
+        """TMEM address of the O that its P is for."""
+        return place.tmem_base + self.o + buffer * self.o_stride

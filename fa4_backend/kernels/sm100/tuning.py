@@ -9,22 +9,24 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 REGISTER_STEP = 8  # setmaxnreg takes multiples of 8 (PTX ISA, "setmaxnreg")
 REGISTER_FILE = 65536
 
-# (head_dim, head_dim_v) -> tile. TMEM holds two tiles of S and O, so 128 x 128 is the largest tile.
+# (head_dim, head_dim_v) -> tile. TMEM holds two tiles of S and O, or two of S and one of O at 256: 128 x 128 is the largest tile.
 TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=128, tile_n=128, kv_stage=8),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=4),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4),
     (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=2),
+    (256, 256): TileShape(tile_m=128, tile_n=128, kv_stage=2),
 }
 
 # (head_dim, head_dim_v) -> CTAs that share a product; 1 where nothing is said. Modelled cycles of a KV block (docs/sm100.md), 1 and 2 CTAs:
 #   192 and 128: 4027 and 2560. Shared memory holds two K/V tiles of one CTA but four halves of a pair, and one CTA's port needs 2688 cycles
 #   for the 2560 of the tensor core. The other side: a pair walks to the end of the longer of its CTAs' rows, 2 more blocks a causal item.
+#   256: a K or V tile of one CTA takes 64 KB, beside 64 of Q and 34 of O: one buffer; a pair's CTA has four halves.
 #   128: 2218 and 2048, but items of 512 packed rows leave a CTA of the pair idle for queries of fewer than 256, so 1.
-CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2}
+CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2, (256, 256): 2}
 # The same with K and V in FP8, whose conversion takes the shared-memory port as well: for 128 one CTA needs 2560 cycles of it, a pair's CTA
 # 1536, beside 2048 of the tensor core (docs/sm100.md). 192 and 128 does not fit one CTA's shared memory.
-FP8_CTA_GROUP: dict[tuple[int, int], int] = {(128, 128): 2, (192, 128): 2}
+FP8_CTA_GROUP: dict[tuple[int, int], int] = {(128, 128): 2, (192, 128): 2, (256, 256): 2}
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,19 @@ class ValueTailWarp:
             if const_expr(g.has_window_left):
                 has_edge = has_edge | (last == 0) & g.has_v_head(work, item)
             if has_edge:
-                self.clean(place, work, item, 0, (stage + 1) % kv_stage, tail_phase)
+                self.clean(place, work, item, 0, (stage + self.place_of_v(item, 0)) % kv_stage, tail_phase)
                 tail_phase ^= 1
             if const_expr(g.has_window_left):
                 if (last > 0) & g.has_v_head(work, item):
-                    self.clean(place, work, item, last, (stage + 1 + 2 * last) % kv_stage, tail_phase)
+                    self.clean(place, work, item, last, (stage + self.place_of_v(item, last)) % kv_stage, tail_phase)
                     tail_phase ^= 1
             stage = (stage + 2 * item.num_blocks) % kv_stage
+
+    def place_of_v(self, item: WorkItem, i: Int32 | int) -> Int32 | int:
+        """Where V of the item's block `i` comes among the item's tiles: behind its K; of a lone query tile behind the next block's K."""
+        if self.geometry.config.q_tiles > 1:
+            return 2 * i + 1
+        return cutlass.min(2 * i + 2, 2 * item.num_blocks - 1)
 
     @cute.jit
     def clean(self, place: Place, work: WorkTensors, item: WorkItem, i: Int32 | int, stage: Int32, tail_phase: Int32):

@@ -8,7 +8,7 @@ With K and V in FP8 the correction warps convert them as well, and there is no v
 
     load --kv--> convert --kv--> mma
 
-Each softmax group owns one query tile of 128 rows, one row a thread.
+Each softmax group owns one query tile of 128 rows, one row a thread. Where a CTA has one tile, the second group has nothing to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
-from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
+from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.storage import TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
@@ -75,15 +75,18 @@ def pipeline_edges(sizes: TileBytes, config: Sm100Config, o_stage: int) -> tuple
     mma = Party("mma", Signal.COMMIT)
     load_all = Party("load", Signal.TMA, ctas=ctas)
     return (
-        PipelineEdge("q_load_to_mma", Q_STAGE, (load_all,), (mma,), sizes.q_tx_bytes),
+        PipelineEdge("q_load_to_mma", config.q_tiles, (load_all,), (mma,), sizes.q_tx_bytes),
         *kv_edges(sizes, config),
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.
-        PipelineEdge("s_mma_to_softmax", Q_STAGE, (mma,), drained_by="p_softmax_to_mma"),
+        PipelineEdge("s_mma_to_softmax", S_STAGE, (mma,), drained_by="p_softmax_to_mma"),
         # P is overwritten after the next S has arrived, whose commit covers the PV that read this P.
-        PipelineEdge("p_softmax_to_mma", Q_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
-        PipelineEdge("p_rest_softmax_to_mma", Q_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_softmax_to_mma", S_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
+        PipelineEdge("p_rest_softmax_to_mma", S_STAGE, (softmax_all,), drained_by="s_mma_to_softmax"),
+        # Of one query tile a product with V may still run when the next block's scores are looked at: O is rescaled behind it. Its next
+        # product waits for the weights of that block.
+        *(() if config.q_tiles == S_STAGE else (PipelineEdge("pv_mma_to_softmax", 1, (mma,), drained_by="p_softmax_to_mma"),)),
         # One buffer a warp: lane i of a correction warp reads what lane i of its softmax warp wrote.
-        PipelineEdge("stats_softmax_to_correction", Q_STAGE * WARPGROUP, (softmax_warp,), (correction_warp,)),
-        PipelineEdge("o_mma_to_correction", Q_STAGE, (mma,), (correction_all,)),
+        PipelineEdge("stats_softmax_to_correction", config.q_tiles * WARPGROUP, (softmax_warp,), (correction_warp,)),
+        PipelineEdge("o_mma_to_correction", config.q_tiles, (mma,), (correction_all,)),
         PipelineEdge("o_correction_to_epilogue", o_stage, (correction,), (Party("epilogue", Signal.WARPS, 1),)),
     )

@@ -11,7 +11,7 @@ from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
-from fa4_backend.kernels.sm100.config import Q_STAGE, Sm100Config
+from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class WorkItem(NamedTuple):
-    """One entry of the work list: Q_STAGE query tiles a CTA of one KV head against `blocks`, from the last block to the first."""
+    """One entry of the work list: `q_tiles` query tiles a CTA of one KV head against `blocks`, from the last block to the first."""
 
     tile: WorkTile
     blocks: BlockRange
@@ -67,8 +67,8 @@ class Geometry:
         kernel = config.kernel
         pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
         blocks = BlockInfo(MaskSpec(kernel.mask), kernel.tile.tile_n, config.tokens_per_item)
-        group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, Q_STAGE, o_stage)
-        return Geometry(config, group, storage, TmemLayout.of(kernel), pack, blocks)
+        group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, o_stage)
+        return Geometry(config, group, storage, TmemLayout.of(config), pack, blocks)
 
     @property
     def kv_edge(self) -> str:
@@ -98,8 +98,8 @@ class Geometry:
     def q_tile(self, place: Place, tile: WorkTile, q_idx) -> Int32:
         """Index, in tiles of the sequence, of this CTA's query tile `q_idx` of an item."""
         if self.group.ctas == 1:
-            return tile.m_block * Q_STAGE + q_idx
-        return (tile.m_block * self.group.ctas + place.cta_rank) * Q_STAGE + q_idx
+            return tile.m_block * self.config.q_tiles + q_idx
+        return (tile.m_block * self.group.ctas + place.cta_rank) * self.config.q_tiles + q_idx
 
     def read_item(self, work: WorkTensors, index: Int32) -> WorkItem:
         """Entry `index` of the work list."""

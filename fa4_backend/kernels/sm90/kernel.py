@@ -63,6 +63,7 @@ class PrefillKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -81,7 +82,7 @@ class PrefillKernel:
         else:
             pages = KvPages(mPageTable, Int32(cute.size(mK, mode=[1])), Int32(cute.size(mK, mode=[0])))
             bounds = SeqlenBounds.of(mO, mPageTable, pages.page_size)
-        step = Step(pages, mCuSeqlensQ, mTiles, mQueue, bounds, mKScale, mVScale)
+        step = Step(pages, mCuSeqlensQ, mTiles, mQueue, bounds, mKScale, mVScale, mOutScale)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)

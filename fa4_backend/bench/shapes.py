@@ -1,0 +1,141 @@
+"""`fa4 bench shapes`: the shapes where kernels have cliffs, ours beside every peer installed, in one run and in turns, L2 clean.
+
+A figure is the median over rounds that go through the kernels forwards and backwards. Its roofline is the longer of two times that no
+kernel can be shorter than: the bytes it must move at a copy's bandwidth, and its operations at a matmul's rate, both measured in the run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from fa4_backend import plan_attention
+from fa4_backend.bench.batch import PROMPT_ERROR, BatchShape, BatchTensors
+from fa4_backend.bench.figures import Cell, write_overview
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
+from fa4_backend.bench.peers import Call, installed, prepare, ready
+from fa4_backend.bench.shape_cells import Kind
+from fa4_backend.bench.timing import Flush, capture, cold_in_turns, copy_bandwidth, matmul_tflop_per_s
+from fa4_backend.compile import CompileKey
+from fa4_backend.compile_cache import ensure_object
+
+OURS = "fa4"
+ROUNDS = 6
+MEMORY, TENSOR = "memory", "tensor cores"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches in this run."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+    @classmethod
+    def measure(cls) -> Ceilings:
+        """Of the GPU present, as it is now."""
+        return cls(copy_bandwidth(), matmul_tflop_per_s())
+
+    def least_us(self, batch: BatchShape) -> tuple[str, float]:
+        """Which ceiling is the lower one for a batch, and the time that it allows, in microseconds."""
+        memory, tensor = batch.moved_bytes / self.copy_gb_per_s / 1e3, batch.flops / self.matmul_tflop_per_s / 1e6
+        return (MEMORY, memory) if memory > tensor else (TENSOR, tensor)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel on one batch."""
+
+    kind: str
+    batch: str
+    kernel: str
+    us: float
+    gb_per_s: float  # bytes of K, V, q and out over time
+    tflop_per_s: float  # of the keys that are seen and no others
+    bound_by: str  # which ceiling is the lower one
+    share_of_roofline: float
+    ratio_to_best_peer: float | None  # best peer's time over this kernel's; above 1: this kernel is faster
+    error: float  # the largest on the rows that are checked
+
+
+def run(kinds: Mapping[str, Kind], *, peers: list[str] | None = None, rounds: int = ROUNDS) -> Iterator[list[Timing]]:
+    """Time every kernel on every cell; yields one list a cell, ours first.
+
+    Raises:
+        RuntimeError: our kernel is wrong on a cell.
+    """
+    compile_all(kinds)
+    ceilings = Ceilings.measure()
+    torch.manual_seed(0)
+    for name, kind in kinds.items():
+        for batch in kind.batches:
+            us, errors = _time(batch, installed(batch.kv_dtype) if peers is None else peers, rounds)
+            yield judge(name, batch, us, errors, ceilings)
+
+
+def judge(kind: str, batch: BatchShape, us: Mapping[str, float], errors: Mapping[str, float], ceilings: Ceilings) -> list[Timing]:
+    """What times of a cell say. us, errors: by kernel."""
+    best = min((time for name, time in us.items() if name != OURS), default=None)
+    bound_by, least = ceilings.least_us(batch)
+    return [
+        Timing(
+            kind, batch.title, name, time, batch.moved_bytes / time / 1e3, batch.flops / time / 1e6, bound_by, least / time,
+            None if best is None else best / time, errors[name],
+        )
+        for name, time in us.items()
+    ]  # fmt: skip
+
+
+def _time(batch: BatchShape, peers: list[str], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds and largest error of each kernel that serves the batch."""
+    tensors = BatchTensors.make(batch)
+    makers = {OURS: lambda: Ours.make(batch, tensors).call} | {peer: partial(prepare, peer, batch, tensors) for peer in peers}
+    replays: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    kept: list[Call] = []  # a graph holds addresses, not tensors: what a call reads must outlive its replays
+    for name, maker in makers.items():
+        tensors.out.fill_(float("nan"))
+        call = ready(name, batch.label, maker, must_run=name == OURS)
+        if call is None:
+            continue
+        errors[name] = tensors.worst_error(batch, name, must_hold=name == OURS)
+        if not errors[name] <= PROMPT_ERROR:
+            print(f"{batch.label}: {name} is wrong by {errors[name]} and not timed", file=sys.stderr, flush=True)
+            continue
+        kept.append(call)
+        replays[name] = capture(call)
+    return cold_in_turns(replays, rounds, Flush.READ), errors
+
+
+def compile_all(kinds: Mapping[str, Kind]) -> None:
+    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes."""
+    arch = gpu_arch()
+    keys: dict[CompileKey, None] = {}
+    for kind in kinds.values():
+        for batch in kind.batches:
+            plan = plan_attention(*asked(batch, arch))
+            keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, keys))
+
+
+def format_line(timings: list[Timing]) -> str:
+    """One cell on one line."""
+    parts = [f"{t.kernel} {t.us:.1f} us" for t in timings]
+    own = timings[0]
+    ending = "" if own.ratio_to_best_peer is None else f" | {own.ratio_to_best_peer:.2f}x best peer"
+    return f"{own.kind} | {own.batch} | {', '.join(parts)} | {100 * own.share_of_roofline:.0f}% of {own.bound_by}{ending}"
+
+
+def write_plot(path: Path, timings: list[Timing]) -> None:
+    """Best peer over ours, and our share of the roofline."""
+    ours = [t for t in timings if t.kernel == OURS]
+    write_overview(path, [Cell(t.kind, t.batch, t.ratio_to_best_peer, t.share_of_roofline) for t in ours], ceiling="roofline")

@@ -1,0 +1,104 @@
+"""What a plan takes from the device at hand: its SMs and the speed of its memory, and nothing from its name."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fa4_backend import AttentionProblem, BatchLimits, device, plan_attention
+from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.schedule.rates import CHIP_RATES, decode_full_sms
+
+LIMITS = BatchLimits(8, 8192, 131072)
+# By their drivers: kHz and bits.
+H100, H200 = (2619000, 5120), (3201000, 6144)
+
+
+def problem(arch: str) -> AttentionProblem:
+    return AttentionProblem(
+        num_q_heads=32, num_kv_heads=8, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch=arch,
+    )  # fmt: skip
+
+
+class Driver:
+    """Answers as libcuda does for one device; `fails` names the call that returns an error."""
+
+    def __init__(self, answers: tuple[int, int], fails: str = "") -> None:
+        self.answers = dict(zip((36, 37), answers, strict=True))
+        self.fails = fails
+
+    def cuInit(self, _flags: int) -> int:
+        return int(self.fails == "cuInit")
+
+    def cuDeviceGet(self, found: Any, index: int) -> int:
+        found._obj.value = 10 + index
+        return int(self.fails == "cuDeviceGet")
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, found: ctypes.c_int) -> int:
+        assert found.value == 11, "the device that was asked for"
+        value._obj.value = self.answers[attribute]
+        return int(self.fails == f"attribute {attribute}")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    device.peak_memory_gb.cache_clear()
+    yield
+    device.peak_memory_gb.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("driver", "gb"),
+    [
+        (Driver(H100), 3352.32),
+        (Driver(H200), 4916.7),
+        (Driver((0, 5120)), None),
+        *((Driver(H100, fails), None) for fails in ("cuInit", "cuDeviceGet", "attribute 36", "attribute 37")),
+    ],
+)
+def test_the_driver_says_how_fast_the_memory_is(driver: Driver, gb: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: driver)
+    assert device.peak_memory_gb(1) == (None if gb is None else pytest.approx(gb, rel=1e-4))
+
+
+def test_without_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_name: str) -> None:
+        raise OSError("no such library")
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    assert device.peak_memory_gb(0) is None
+
+
+def test_a_cpu_plans_without_a_device() -> None:
+    assert device.plan_on(problem("cpu"), LIMITS, torch.device("cpu")) == plan_attention(problem("cpu"), LIMITS)
+
+
+def test_a_gpu_plans_with_its_own_sms_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        multi_processor_count = 114
+        name = "a name that no table has"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: Properties)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Driver(H200))
+    work = device.plan_on(problem("sm_90a"), LIMITS, torch.device("cuda", 1)).kernels.work
+    assert work.num_sms == 114 and work.decode_full_sms == 78
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_faster_memory_keeps_more_sms_busy(arch: str) -> None:
+    sms = [decode_full_sms(arch, 132, gb) for gb in (500, 2039, 3352, 4917, 8000)]
+    assert sms == sorted(sms) and sms[0] < sms[-1]
+    assert decode_full_sms(arch, 132) == decode_full_sms(arch, 132, CHIP_RATES[arch].published_memory_gb)
+
+
+def test_the_measured_h100_stays_what_it_was() -> None:
+    assert decode_full_sms("sm_90a", 132, 3352.32) == 53 == decode_full_sms("sm_90a", 132)
+
+
+def test_memory_changes_work_and_no_kernel() -> None:
+    slow, fast = (plan_attention(problem("sm_90a"), LIMITS, memory_gb=gb).kernels for gb in (3352, 4917))
+    assert slow.keys == fast.keys and slow.work != fast.work
