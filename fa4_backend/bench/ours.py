@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,8 +52,8 @@ class Ours:
         metadata = AttentionMetadata.allocate(plan, t.q.device)
         metadata.window_left = batch.mask.window_left
 
-        bounds = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
-        values = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
+        bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
+        values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
         page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k
 
         def refresh() -> None:

@@ -162,11 +162,12 @@ def build_case(
         poison = [torch.full((POISONED_ROWS, num_kv_heads, dim), torch.nan, dtype=kv_kind) for dim in dims]
         k, v = (torch.cat([*(tokens[i] for tokens in sequences), poison[i]]) for i in range(2))
         cu_seqlens_k = torch.tensor([0, *kv_lens]).cumsum(0).int()
+    k_scale, v_scale = (None, None) if scales is None else scales
     out = torch.full((q.shape[0], num_q_heads, dims[1]), torch.nan, dtype=q.dtype)
     arguments = AttentionArguments(
         q, k, v, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
         out, torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
-        torch.randn(num_q_heads, generator=generator) if sinks else None, None, *((None, None) if scales is None else scales),
+        torch.randn(num_q_heads, generator=generator) if sinks else None, None, k_scale, v_scale,
         cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return plan, arguments
@@ -214,9 +215,9 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
         a.out.fill_(torch.nan)
         with observed(seed, trace, contraction) as seen:
             metadata = AttentionMetadata.allocate(plan, "cpu")
-            bounds = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
+            bounds: dict[str, Any] = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
             names = ("softmax_scale", "window_left", "softcap", "sinks", "k_scale", "v_scale", "out", "lse")
-            values = {name: getattr(a, name) for name in names}
+            values: dict[str, Any] = {name: getattr(a, name) for name in names}
             if a.page_table is None:
                 assert a.cu_seqlens_k is not None
                 metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)

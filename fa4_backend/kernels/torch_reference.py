@@ -66,6 +66,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
             _store(a, rows, None, torch.full((problem.num_q_heads, group[0].num_rows), -math.inf))
             continue
         if page_table is None:
+            assert a.cu_seqlens_k is not None
             k, v = (_slice(x, a.cu_seqlens_k, group).to(a.q.dtype) for x in (a.k_cache, a.v_cache))
         else:
             pages = _pages(page_table, group, a.k_cache.shape[1])

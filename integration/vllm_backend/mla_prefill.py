@@ -150,7 +150,7 @@ class FA4PrefillBackend(MLAPrefillBackend):
         """What a layer's prefill asks of the operator."""
         from vllm import envs
 
-        dims = head_dims(MLADimensions(
+        dims: dict[str, Any] = head_dims(MLADimensions(
             qk_nope_head_dim=self.qk_nope_head_dim, qk_rope_head_dim=self.qk_rope_head_dim, v_head_dim=self.v_head_dim
         ))  # fmt: skip
         return AttentionProblem(

@@ -12,7 +12,7 @@ from cutlass import Int32
 
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.pack_gqa import PackedRow
-from fa4_backend.kernels.sm90.fragment import flat
+from fa4_backend.kernels.common.wgmma_fragment import flat
 
 QUAD = 4
 
