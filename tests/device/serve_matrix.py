@@ -59,6 +59,7 @@ class Group:
 
     write: Callable[[Path], Path]
     engines: tuple[Engine, ...]
+    per_lane: int = 5  # of them in one process
 
 
 def peers(arguments: dict[str, Any], **more: Any) -> list[Engine]:
@@ -82,7 +83,6 @@ LLAMA = Group(
         ours("FA4, no async scheduling", {**EAGER, "async_scheduling": False}),
         ours("FA4, no prefix caching", {**EAGER, "enable_prefix_caching": False}),
         ours("FA4, full graphs", {**MODE_0, "async_scheduling": True}, graphs="FULL"),
-        ours("FA4, full graphs, no async scheduling", {**MODE_0, "async_scheduling": False}, graphs="FULL"),
         ours("FA4, preempted", {**MODE_0, **FEW_BLOCKS}, graphs="FULL", preempts=True),
         ours("FA4, dummy batches", MODE_0, graphs="FULL", dummies=True),
         off(EAGER),
@@ -93,26 +93,25 @@ LLAMA_DEFAULT = Group(
     (
         *peers(DEFAULT),
         ours("FA4", DEFAULT, graphs=BOTH),
-        ours("FA4, no async scheduling", {**DEFAULT, "async_scheduling": False}, graphs=BOTH),
-        ours("FA4, preempted", {**DEFAULT, **FEW_BLOCKS}, graphs=BOTH, preempts=True),
+        ours("FA4, preempted", {**DEFAULT, **FEW_BLOCKS, "async_scheduling": False}, graphs=BOTH, preempts=True),
         off(DEFAULT),
         ours("FA4, sleep and reload", {**DEFAULT, "enable_sleep_mode": True}, graphs=BOTH, is_alone=True),
         ours("FA4, engine apart", DEFAULT, graphs=BOTH, is_alone=True, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
     ),
+    per_lane=3,  # each compiles
 )
-GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", EAGER), ours("FA4, full graphs", MODE_0, graphs="FULL"), off(MODE_0)))
-GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH), off(DEFAULT)))
+GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", MODE_0, graphs="FULL"), off(MODE_0)))
+GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH)))  # GEMMA2 has the control
 SINKS = Group(
     write_llama,
-    (*peers(MODE_0, sinks=True), ours("FA4", EAGER, sinks=True), ours("FA4, full graphs", MODE_0, sinks=True), off(MODE_0, sinks=True)),
+    (*peers(MODE_0, sinks=True), ours("FA4", MODE_0, graphs="FULL", sinks=True), off(MODE_0, sinks=True)),
 )
 WITH_LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 LORA = Group(
     write_llama,
     (
         *peers({**EAGER, **WITH_LORA}),
-        ours("FA4", {**EAGER, **WITH_LORA}),
-        ours("FA4, full graphs", {**MODE_0, **WITH_LORA}, graphs="FULL"),
+        ours("FA4", {**MODE_0, **WITH_LORA}, graphs="FULL"),
         off({**EAGER, **WITH_LORA}),
     ),
 )
@@ -216,15 +215,20 @@ def write_models(group: Group, folder: Path) -> Path:
     return model
 
 
-def lanes(groups: dict[str, Group], folder: Path, per_lane: int) -> list[tuple[str, Path]]:
-    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own."""
+def lanes(groups: dict[str, Group], folder: Path, per_lane: int | None = None) -> list[tuple[str, Path]]:
+    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own.
+
+    Args:
+        per_lane: None: as each group says.
+    """
     found = []
     prompts = make_prompts()
     for name, group in groups.items():
         model = write_models(group, folder / name)
         engines = [place_models(engine, model) for engine in group.engines]
         together = [engine for engine in engines if not engine.is_alone]
-        parts = [together[i : i + per_lane] for i in range(0, len(together), per_lane)]
+        size = per_lane or group.per_lane
+        parts = [together[i : i + size] for i in range(0, len(together), size)]
         parts += [[engine] for engine in engines if engine.is_alone]
         found += [(name, write_request(folder / f"lane-{name}-{index}", model, part, prompts)) for index, part in enumerate(parts)]
     return found
@@ -360,7 +364,7 @@ def main() -> int:
     parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
     parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
-    parser.add_argument("--per-lane", type=int, default=5, help="engines of a group in one process")
+    parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
