@@ -31,9 +31,10 @@ class AttentionPlan:
         where = f"cpu (emulating {p.target_arch})" if p.is_emulated else p.arch
         mode = ", exact" if p.exact else ", batch-invariant" if p.batch_invariant else ""
         kv = "" if p.kv_dtype == p.dtype else f" (K and V {p.kv_dtype})"
+        out = "" if p.out_dtype == p.dtype else f" (out {p.out_dtype})"
         return (
             f"FA4: {what} on {where}, {p.num_q_heads}/{p.num_kv_heads} heads, "
-            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}, page {p.page_size}{mode}"
+            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}{out}, page {p.page_size}{mode}"
         )
 
 

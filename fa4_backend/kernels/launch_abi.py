@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, QUEUE_INTS, TILE_INTS, WorkLists
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from fa4_backend.arguments import AttentionArguments
+    from fa4_backend.arguments import AttentionArguments, LatentArguments
     from fa4_backend.kernels.common.prefill_config import PrefillConfig
     from fa4_backend.kernels.decode.config import DecodeConfig
+    from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
 
 
 class ScheduleArguments(NamedTuple):
@@ -52,6 +54,7 @@ class PrefillArguments(NamedTuple):
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mOutScale: Any  # (1,) float32; None where out is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -75,10 +78,29 @@ class DecodeArguments(NamedTuple):
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mOutScale: Any  # (1,) float32; None where out is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
     window_right: Any  # int32
+    split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
+
+
+class MlaDecodeArguments(NamedTuple):
+    """A latent decode launch over the step's decode list, whose row groups are tiles of packed rows; split KV as in `DecodeArguments`."""
+
+    mQ: Any  # (total_q, num_q_heads, 512)
+    mQRope: Any  # (total_q, num_q_heads, 64)
+    mLatent: Any  # (num_pages, page_size, 576)
+    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mO: Any  # (total_q, num_q_heads, 512)
+    mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
+    mTiles: Any  # (max_decode_tiles, DECODE_INTS) int32
+    mFirst: Any  # (decode_num_ctas, DECODE_INTS) int32
+    mSlots: Any  # (max_slots, slot_floats) float32
+    mArrivals: Any  # (max_slots,) int32
+    mScale: Any  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
+    softmax_scale: Any  # float32, multiplies raw logits
     split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
 
 
@@ -108,7 +130,7 @@ def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArgument
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
         work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
 
@@ -116,8 +138,16 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
     """A call of the decode kernel over the step's list."""
     return DecodeArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
         work.shape.split_blocks,
+    )  # fmt: skip
+
+
+def mla_decode_arguments(a: LatentArguments, work: WorkLists) -> MlaDecodeArguments:
+    """A call of the latent decode kernel over the step's list."""
+    return MlaDecodeArguments(
+        a.q, a.q_rope, a.latent_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
+        a.latent_scale, a.softmax_scale, work.shape.split_blocks,
     )  # fmt: skip
 
 
@@ -155,12 +185,13 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
         mQueue=fake.entries(QUEUE_INTS) if has_queue else None,
         mPartSlots=fake.entries(part_floats, "float32") if part_floats else None,
         mPartArrivals=fake.entries(PART_COUNTERS) if part_floats else None,
-        mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),
+        mO=fake.heads(config.out_dtype, total_q, heads, config.head_dim_v),
         mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
         mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,
         mSlopes=fake.plain("float32", heads) if config.mask.has_alibi else None,
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
+        mOutScale=fake.scales() if config.has_out_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -178,7 +209,7 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mK=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim),
         mV=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim_v),
         mPageTable=fake.plain("int32", n(), n()),
-        mO=fake.heads(config.dtype, n(), n(), config.head_dim_v),
+        mO=fake.heads(config.out_dtype, n(), n(), config.head_dim_v),
         mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
         mTiles=fake.entries(DECODE_INTS),
         mFirst=fake.entries(DECODE_INTS),
@@ -188,10 +219,33 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mSlopes=fake.plain("float32", n()) if config.mask.has_alibi else None,
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
+        mOutScale=fake.scales() if config.has_out_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
         window_right=fake.int32(0),
+        split_blocks=fake.int32(0),
+    )
+    return (*arguments, fake.stream())
+
+
+def mla_decode_fakes(config: MlaDecodeConfig, slot_floats: int) -> tuple[Any, ...]:
+    """Arguments to trace the latent decode kernel with, the stream behind them; shapes and strides stay symbolic."""
+    fake = _Fakes()
+    n = fake.size
+    arguments = MlaDecodeArguments(
+        mQ=fake.heads(config.dtype, n(), n(), LATENT_DIM),
+        mQRope=fake.heads(config.dtype, n(), n(), ROPE_DIM),
+        mLatent=fake.heads(config.kv_dtype, n(), n(), LATENT_DIM + ROPE_DIM),
+        mPageTable=fake.plain("int32", n(), n()),
+        mO=fake.heads(config.dtype, n(), n(), LATENT_DIM),
+        mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
+        mTiles=fake.entries(DECODE_INTS),
+        mFirst=fake.entries(DECODE_INTS),
+        mSlots=fake.entries(slot_floats, "float32"),
+        mArrivals=fake.plain("int32", n()),
+        mScale=fake.scales() if config.kv_dtype != config.dtype else None,
+        softmax_scale=fake.float32(1.0),
         split_blocks=fake.int32(0),
     )
     return (*arguments, fake.stream())

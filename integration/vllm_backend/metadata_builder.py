@@ -36,6 +36,7 @@ class FA4Metadata:
     max_seqlen_q: int  # host upper bounds of the step's lengths; in a captured graph the capture's
     max_seqlen_k: int
     steps: dict[LayerKind, AttentionMetadata]  # refreshed for this step
+    fused_steps: dict[LayerKind, AttentionMetadata]  # the same for layers that write FP8; empty where vLLM fuses no quantisation
 
 
 class FA4MetadataBuilder(AttentionMetadataBuilder):
@@ -64,6 +65,10 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         impls = [layer.impl for layer in layers.values()]
         self.steps: dict[LayerKind, AttentionMetadata] = self._allocate_steps(impls, device)
+        self.fused_steps: dict[LayerKind, AttentionMetadata] = {}
+        if vllm_config.compilation_config.pass_config.fuse_attn_quant:
+            # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
+            self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
         self.slopes = share_slopes(impls, device)
         for impl in impls:
             target = impl.kv_sharing_target_layer_name
@@ -109,6 +114,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             max_seqlen_q=batch.max_query_len,
             max_seqlen_k=batch.max_seq_len,
             steps=self.steps,
+            fused_steps=self.fused_steps,
         )
         self.update_draft_decode_metadata(metadata)
         return metadata

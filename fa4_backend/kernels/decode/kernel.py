@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
@@ -23,7 +24,7 @@ from fa4_backend.kernels.decode.operands import PlainOperands
 from fa4_backend.kernels.decode.operands_fp8 import Fp8Operands
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage
-from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles
+from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
@@ -59,6 +60,7 @@ class DecodeKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -71,7 +73,7 @@ class DecodeKernel:
         page_size = Int32(mK.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
-        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale)
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale, mOutScale)
         self.kernel(maps, mSlopes, mKScale, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),

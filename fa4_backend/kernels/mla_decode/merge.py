@@ -1,0 +1,461 @@
+"""The end of a piece and of a CTA: a piece's rows go to `out` or to a split-KV slot, and slots are added up.
+
+Note [Shares]. A slot of 64 rows is 128 KiB: one CTA that adds up n of them takes n times 1.2 us. So all CTAs that made parts of a row group
+add it up, each a share of its vectors. A CTA that has written all its slots arrives and waits for the others; it looks at the counter
+`arrival_looks` times and then leaves, which it notes in the counter (one compare-and-swap, so whoever comes last knows); the last one
+then adds up the whole row group. So no CTA depends on another one's running beside it. Parts are added in slot order whoever does it, and
+a vector's sum knows nothing of the shares.
+
+Counters: `mArrivals[first_slot]` parts that came, and CTAs that left in units of `GAVE_UP`; `mArrivals[first_slot + 1]` parts whose CTAs
+are done with the first counter. The last one clears both for the next launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
+
+from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
+from fa4_backend.kernels.common.fragment_store import store_fragment
+from fa4_backend.kernels.common.online_softmax import finalize_row
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum, row_of_thread
+from fa4_backend.kernels.mla_decode.config import (
+    KV_STAGE,
+    LATENT_DIM,
+    TILE_ELEMS,
+    TILE_M,
+    VEC,
+    WARP_ROWS,
+    WARP_VECTORS,
+    MlaDecodeConfig,
+    slot_floats,
+    tile_slot_floats,
+)
+from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, SharedTensors
+from fa4_backend.kernels.mla_decode.work import MlaWork
+from fa4_backend.kernels.schedule.work_list import (
+    DECODE_INTS,
+    FIRST_SLOT,
+    KV_HEAD_IDX,
+    NUM_PIECES,
+    PARTIAL_SLOT,
+    Q_BEGIN,
+    QUERY_LEN,
+    TOTAL_Q,
+)
+
+CONSUMER_THREADS = SIDES * SIDE_WARPS * 32
+SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
+CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
+PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
+GAVE_UP = 1 << 16  # of a counter: CTAs that left before all parts came
+NOTHING, MINE, ALL = range(3)  # what of a row group this CTA adds up
+FOLD_PARTS = 8  # slots whose values are asked for before the first is added
+assert PIECES_HERE > TOTAL_Q, "the work list's last int"
+
+
+class ResultTensors(NamedTuple):
+    """Where results go."""
+
+    mO: cute.Tensor  # (total_q, num_heads, 512)
+    mLse: cute.Tensor | None  # (num_heads, total_q) float32, natural log
+    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile O as `_vector` has it, then reference and row_sum of each row
+    mArrivals: cute.Tensor  # (max_slots,) int32
+    mScale: cute.Tensor | None  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
+
+
+class Scales(NamedTuple):
+    """What scores and values are multiplied by."""
+
+    score: ScoreScale  # of raw scores, the latents' scale included
+    value: Float32 | None  # the latents' scale; None: they have none
+
+
+class Part(NamedTuple):
+    """Some elements of a row of O, of some of its keys."""
+
+    o: list[Float32]  # relative to row_max
+    row_max: Float32  # reference, log2; -inf: no key
+    row_sum: Float32
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What follows the main loop, for one kernel."""
+
+    config: MlaDecodeConfig
+    work: MlaWork
+
+    @cute.jit
+    def finish_piece(
+        self,
+        side: cutlass.Constexpr[int],
+        entry: Entry,
+        piece_in_entry: Int32,
+        is_last: Boolean,
+        turn: Int32,  # 0 or 1, another one each piece
+        rO: cute.Tensor,
+        stats: RowStats,
+        totals: RowStats,  # of an entry's pieces so far, where it has several
+        scales: Scales,
+        shared: SharedTensors,
+        results: ResultTensors,
+    ):
+        """A piece's rows to `out` or to its slot. Both sides call and meet."""
+        thread = cute.arch.thread_idx()[0] % (32 * SIDE_WARPS)
+        lane_in_quad = thread % 4
+        for i in cutlass.range_constexpr(2):
+            total = quad_sum(stats.row_sum[i])
+            if lane_in_quad == 0:
+                shared.sRowSum[turn, side, row_of_thread(thread, i)] = total
+        self._barrier()
+        for i in cutlass.range_constexpr(2):
+            row = row_of_thread(thread, i)
+            stats.row_sum[i] = shared.sRowSum[turn, 0, row] + shared.sRowSum[turn, 1, row]
+        if entry.partial_slot >= 0:
+            self._store_slot(side, entry, entry.partial_slot + piece_in_entry, rO, stats, thread, results)
+        elif const_expr(self.config.has_pieces):
+            self._fold_whole(side, entry, piece_in_entry, is_last, rO, stats, totals, scales, thread, results)
+        else:
+            self._write_fragment(side, entry, rO, stats, scales, thread, results)
+
+    @cute.jit
+    def _write_fragment(
+        self,
+        side: cutlass.Constexpr[int],
+        entry: Entry,
+        rO: cute.Tensor,
+        stats: RowStats,
+        scales: Scales,
+        thread: Int32,
+        results: ResultTensors,
+    ):
+        """Finished rows from registers."""
+        first_row = self.work.first_row(entry)
+        o_scales = cute.make_rmem_tensor(2, Float32)
+        rows = tuple(self.work.row(first_row + row_of_thread(thread, i), entry.seqlen) for i in range(2))
+        for i in cutlass.range_constexpr(2):
+            result = finalize_row(scales.score.true_max(stats.row_max[i]), stats.row_sum[i], None)
+            o_scales[i] = _value_scale(result.o_scale, scales)
+            if const_expr(results.mLse is not None and side == 0):
+                if rows[i].is_valid and thread % 4 == 0:
+                    results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
+        RowFragment(LATENT_DIM // SIDES, 0.0).rescale(rO, o_scales)
+        rOut = cute.make_rmem_tensor_like(rO, results.mO.element_type)
+        rOut.store(rO.load().to(results.mO.element_type))
+        columns = const_expr(LATENT_DIM // SIDES)
+        half = cute.make_tensor((results.mO.iterator + side * columns).align(16), results.mO.layout)
+        store_fragment(half, rOut, rows, Int32(0), entry.seqlen.q_begin)
+
+    @cute.jit
+    def _store_slot(
+        self,
+        side: cutlass.Constexpr[int],
+        entry: Entry,
+        slot: Int32,
+        rO: cute.Tensor,
+        stats: RowStats,
+        thread: Int32,
+        results: ResultTensors,
+    ):
+        """A piece's rows to its slot, of warps that have a row; a warp writes 512 bytes in a row."""
+        first_row, lane, warp = self.work.first_row(entry), thread % 32, thread // 32
+        if self.work.row(first_row + warp * WARP_ROWS, entry.seqlen).is_valid:
+            base, o = self._tile_slot(results, slot), flat(rO)
+            target = base + self._vector(side, warp, lane)
+            for group in cutlass.range_constexpr(SIDE_GROUPS):
+                vector = cute.make_rmem_tensor(VEC, Float32)
+                for e in cutlass.range_constexpr(VEC):
+                    vector[e] = o[VEC * group + e]
+                cute.autovec_copy(vector, self._at(target, group))
+            if const_expr(side == 0):
+                if lane % 4 == 0:
+                    for i in cutlass.range_constexpr(2):
+                        pair = cute.make_rmem_tensor(2, Float32)
+                        pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
+                        where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * row_of_thread(thread, i))
+                        cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
+
+    def _vector(self, side: int, warp: Int32, lane: Int32) -> Int32:
+        """Where a lane's first vector of a slot's tile lies: warp after warp, groups of 8 columns, sides, lanes."""
+        return warp * (WARP_VECTORS * VEC) + (side * 32 + lane) * VEC
+
+    def _at(self, first: cute.Pointer, group: int) -> cute.Tensor:
+        """A lane's vector of a group of columns, given its first."""
+        return cute.make_tensor((first + group * (SIDES * 32 * VEC)).align(4 * VEC), cute.make_layout(VEC))
+
+    @cute.jit
+    def _fold_whole(
+        self,
+        side: cutlass.Constexpr[int],
+        entry: Entry,
+        piece_in_entry: Int32,
+        is_last: Boolean,
+        rO: cute.Tensor,
+        stats: RowStats,
+        totals: RowStats,
+        scales: Scales,
+        thread: Int32,
+        results: ResultTensors,
+    ):
+        """Add a piece to a whole row group's totals, whose O stands in a slot of this CTA's: registers hold one O. A thread keeps to its
+        own elements, so nobody waits for anybody; the arithmetic is that of parts (`fold`)."""
+        lane, warp = thread % 32, thread // 32
+        o = flat(rO)
+        if warp < self.config.tile_warps:
+            slot = results.mSlots.shape[0] - 1 - self.work.list_idx()
+            target = self._tile_slot(results, slot) + self._vector(side, warp, lane)
+            before = cute.make_rmem_tensor(4, Float32)
+            for i in cutlass.range_constexpr(2):
+                before[i], before[2 + i] = totals.row_max[i], totals.row_sum[i]
+            for group in cutlass.range_constexpr(SIDE_GROUPS):
+                vector = cute.make_rmem_tensor(VEC, Float32)
+                vector.fill(0.0)
+                if piece_in_entry > 0:
+                    cute.autovec_copy(self._at(target, group), vector)
+                for i in cutlass.range_constexpr(2):
+                    j = const_expr(VEC * group + 2 * i)
+                    part = Part([o[j], o[j + 1]], stats.row_max[i], stats.row_sum[i])
+                    total = fold(Part([vector[2 * i], vector[2 * i + 1]], before[i], before[2 + i]), [part])
+                    vector[2 * i], vector[2 * i + 1] = total.o
+                    o[j], o[j + 1] = total.o
+                    if const_expr(group == 0):
+                        totals.row_max[i], totals.row_sum[i] = total.row_max, total.row_sum
+                if not is_last:
+                    cute.autovec_copy(vector, self._at(target, group))
+        if is_last:
+            self._write_fragment(side, entry, rO, totals, scales, thread, results)
+
+    def _tile_slot(self, results: ResultTensors, slot: Int32) -> cute.Pointer:
+        """Where this CTA's tile begins in a slot."""
+        offset = Int64(slot) * slot_floats(self.config) + self.work.rank() * tile_slot_floats(self.config)
+        return results.mSlots.iterator + offset
+
+    @cute.jit
+    def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors, thread: Int32):
+        """Note an entry whose slots are written; its arrival waits until the CTA is done: who waits for others has nothing else to do."""
+        if thread == 0:
+            q = entry.seqlen
+            fields = (
+                (KV_HEAD_IDX, entry.kv_head_idx), (PARTIAL_SLOT, entry.partial_slot), (FIRST_SLOT, entry.first_slot),
+                (NUM_PIECES, entry.num_pieces), (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
+            )  # fmt: skip
+            for field, value in fields:
+                shared.sPending[place, field] = value
+
+    # -- adding up -------------------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def join_parts(
+        self,
+        side: cutlass.Constexpr[int],
+        num_pending: Int32,
+        step: StepTensors,
+        scales: Scales,
+        shared: SharedTensors,
+        results: ResultTensors,
+    ):
+        """Arrive at the slots of every pending entry, and add up this CTA's shares: Note [Shares].
+
+        The barriers before and after carry the release and the acquire of one thread's atomics to all consumers (PTX ISA, "Causality
+        order").
+        """
+        thread = side * (32 * SIDE_WARPS) + cute.arch.thread_idx()[0] % (32 * SIDE_WARPS)
+        self._barrier()
+        if const_expr(side == 0):
+            if thread < num_pending:
+                shared.sShare[thread] = self._arrive(thread, shared, results)
+        self._barrier()
+        phase = Int32(0)
+        for place in cutlass.range(num_pending, unroll=1):
+            share = shared.sShare[place]
+            if share != NOTHING:
+                phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
+
+    @cute.jit
+    def _arrive(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> Int32:
+        """Arrive at a row group's counter and wait for the other parts; what this CTA is to add up. One thread an entry."""
+        counter = results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT]
+        here = shared.sPending[place, PIECES_HERE]
+        expected = shared.sPending[place, NUM_PIECES] * self.config.cluster_size
+        seen = cute.arch.atomic_add(counter, here, sem="acq_rel", scope="gpu") + here
+        share = Int32(NOTHING)
+        if seen % GAVE_UP == expected:
+            share = cutlass.select_(seen >= GAVE_UP, Int32(ALL), Int32(MINE))
+        else:
+            looks = Int32(self.config.arrival_looks)
+            while looks > 0:
+                looks -= 1
+                if looks > 0:
+                    seen = Int32(cute.arch.load(counter, Int32, sem="acquire", scope="gpu"))
+                else:
+                    # One look more that is an atomic: either all parts have come, or the last one will know.
+                    before = seen
+                    seen = cute.arch.atomic_cas(counter, cmp=before, val=before + GAVE_UP, sem="acq_rel", scope="gpu")
+                    if seen != before and seen % GAVE_UP != expected:
+                        looks = Int32(1)
+                if seen % GAVE_UP == expected:
+                    looks = Int32(0)
+                    if seen < GAVE_UP:
+                        share = Int32(MINE)
+        self._leave(place, shared, results)
+        return share
+
+    @cute.jit
+    def _leave(self, place: Int32, shared: SharedTensors, results: ResultTensors):
+        """This CTA will not look at the counter again; the last one clears both."""
+        first_slot = shared.sPending[place, FIRST_SLOT]
+        here = shared.sPending[place, PIECES_HERE]
+        left = cute.arch.atomic_add(results.mArrivals.iterator + (first_slot + 1), here, sem="acq_rel", scope="gpu")
+        if left + here == shared.sPending[place, NUM_PIECES] * self.config.cluster_size:
+            results.mArrivals[first_slot] = Int32(0)
+            results.mArrivals[first_slot + 1] = Int32(0)
+
+    @cute.jit
+    def _add_up(
+        self,
+        place: Int32,
+        share: Int32,
+        phase: Int32,
+        step: StepTensors,
+        scales: Scales,
+        thread: Int32,
+        shared: SharedTensors,
+        results: ResultTensors,
+    ) -> Int32:
+        """Add up a share of a row group's vectors and write them. Parts come by bulk copies to where KV tiles were, a chunk of vectors
+        of all slots at a time. Returns the phase of the copies' barrier."""
+        c = self.config
+        entry = entry_of(lambda field: shared.sPending[place, field], step.bounds)
+        pieces = entry.num_pieces
+        first_row = entry.kv_head_idx * (c.cluster_size * TILE_M)
+        rows = cutlass.min(cutlass.max(entry.seqlen.seqlen_q * c.num_heads - first_row, 0), c.cluster_size * TILE_M)
+        vectors = (rows + WARP_ROWS - 1) // WARP_ROWS * WARP_VECTORS
+        begin, end = Int32(0), vectors
+        if share == MINE:
+            here = shared.sPending[place, PIECES_HERE]
+            unit = (entry.partial_slot - entry.first_slot) * c.cluster_size + self.work.rank() * here
+            begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
+        # A chunk's vectors lie in one tile.
+        tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
+        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - self.stats_bytes) // (4 * VEC)
+        at = begin
+        while at < end:
+            tile = at // tile_vectors
+            first = at - tile * tile_vectors
+            count = cutlass.min(cutlass.min(chunk, end - at), tile_vectors - first)
+            self._fetch(entry, tile, first, count, thread, shared, results)
+            cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
+            phase ^= 1
+            for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                self._sum_vector(entry, first_row + tile * TILE_M, first, i, count, scales, shared, results)
+            at += count
+            self._barrier()
+        return phase
+
+    @property
+    def stats_bytes(self) -> int:
+        """Reference and row_sum of all rows of a slot's tile."""
+        return self.config.tile_warps * WARP_ROWS * 8
+
+    @cute.jit
+    def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
+        """Start the copies of every slot's statistics of a tile and of a chunk of its vectors, by the first warp, a slot a lane."""
+        c = self.config
+        if thread < 32:
+            num_bytes = count * (4 * VEC)
+            barrier, memory = shared.barriers.slots_full, shared.kv.toint()
+            # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
+            cute.arch.fence_proxy("async")
+            if thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + self.stats_bytes) * entry.num_pieces)
+            cute.arch.sync_warp()
+            for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
+                at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
+                source = results.mSlots.iterator + at
+                stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
+                ptx.bulk_load(stats, memory + slot * self.stats_bytes, barrier, Int32(self.stats_bytes))
+                where = memory + entry.num_pieces * self.stats_bytes + slot * num_bytes
+                ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
+
+    @cute.jit
+    def _sum_vector(
+        self,
+        entry: Entry,
+        tile_row: Int32,  # first packed row of the tile
+        first: Int32,  # of the tile's vectors that are here
+        i: Int32,
+        count: Int32,
+        scales: Scales,
+        shared: SharedTensors,
+        results: ResultTensors,
+    ):
+        """Add up the i-th of `count` vectors over all slots, in slot order, and write it: two columns of two rows."""
+        index = first + i
+        lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
+        row = index // WARP_VECTORS * WARP_ROWS + lane // 4
+        pieces = entry.num_pieces
+        sums = cute.make_rmem_tensor(8, Float32)  # of each row: O, reference, row_sum
+        for r in cutlass.range_constexpr(2):
+            sums[4 * r], sums[4 * r + 1], sums[4 * r + 2], sums[4 * r + 3] = Float32(0.0), Float32(0.0), -Float32.inf, Float32(0.0)
+        stats = shared.kv.toint() + 8 * row
+        values = shared.kv.toint() + pieces * self.stats_bytes + i * (4 * VEC)
+        for slot in cutlass.range(0, pieces, FOLD_PARTS, unroll=1):
+            parts = [self._slot_vector(values, stats, count, slot + k, pieces) for k in range(FOLD_PARTS)]
+            for r in cutlass.range_constexpr(2):
+                total = fold(Part([sums[4 * r], sums[4 * r + 1]], sums[4 * r + 2], sums[4 * r + 3]), [part[r] for part in parts])
+                sums[4 * r], sums[4 * r + 1] = total.o
+                sums[4 * r + 2], sums[4 * r + 3] = total.row_max, total.row_sum
+        column = side * (LATENT_DIM // SIDES) + group * 8 + 2 * (lane % 4)
+        for r in cutlass.range_constexpr(2):
+            packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
+            if packed.is_valid:
+                result = finalize_row(scales.score.true_max(sums[4 * r + 2]), sums[4 * r + 3], None)
+                o_scale = _value_scale(result.o_scale, scales)
+                pair = cute.make_rmem_tensor(2, results.mO.element_type)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = results.mO.element_type(sums[4 * r + e] * o_scale)
+                target = results.mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + column
+                cute.autovec_copy(pair, cute.make_tensor(target.align(4), cute.make_layout(2)))
+                if const_expr(results.mLse is not None):
+                    if column == 0:
+                        results.mLse[packed.head, entry.seqlen.q_begin + packed.token] = result.lse
+
+    def _slot_vector(self, values: Int32, stats: Int32, count: Int32, index: Int32, pieces: Int32) -> list[Part]:
+        """A vector of the `index`-th slot, a part of each row; past the last slot nothing, without weight."""
+        slot, is_part = cutlass.min(index, pieces - 1), index < pieces
+        o = [cutlass.select_(is_part, x, Float32(0.0)) for x in ptx.load_shared_f32x4(values + 4 * VEC * count * slot)]
+        parts = []
+        for r in range(2):
+            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * self.stats_bytes + 64 * r)
+            row_max = cutlass.select_(is_part, row_max, -Float32.inf)
+            parts.append(Part(o[2 * r : 2 * r + 2], row_max, cutlass.select_(is_part, row_sum, Float32(0.0))))
+        return parts
+
+    def _barrier(self) -> None:
+        cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=CONSUMER_THREADS)
+
+
+def _value_scale(o_scale: Float32, scales: Scales) -> Float32:
+    """What an accumulated O is multiplied by."""
+    return o_scale if scales.value is None else o_scale * scales.value
+
+
+def fold(total: Part, parts: list[Part]) -> Part:
+    """Add parts to a total, one after the other: the same arithmetic whether they come at once or one by one."""
+    maxima = [total.row_max]
+    for part in parts:
+        maxima.append(cute.arch.fmax(maxima[-1], part.row_max))
+    finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
+    old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
+    weights = [cute.math.exp2(part.row_max - zero, fastmath=True) for part, zero in zip(parts, finite, strict=True)]
+    o, row_sum = list(total.o), total.row_sum
+    for part, old_weight, weight in zip(parts, old_weights, weights, strict=True):
+        o = [cute.math.fma(value, weight, ptx.mul_rn(before, old_weight)) for value, before in zip(part.o, o, strict=True)]
+        row_sum = cute.math.fma(part.row_sum, weight, ptx.mul_rn(row_sum, old_weight))
+    return Part(o, maxima[-1], row_sum)
