@@ -30,7 +30,7 @@ from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.engine_lane import COMMON, Engine, run_process, write_request
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
@@ -279,7 +279,7 @@ def compile_kernels(groups: dict[str, Group], folder: Path) -> None:
     begin = time.perf_counter()
     keys = keys_of(groups, folder)
     with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+        list(pool.map(library_of, keys))
     print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
 
 
