@@ -292,8 +292,9 @@ def arch() -> str:
     return found
 
 
-def run_lane(request: Path, seconds: float) -> list[dict[str, Any]]:
-    """One process; what its engines answered, and a failure in place of those that did not within `seconds`."""
+def run_lane(request: Path, deadline: float) -> list[dict[str, Any]]:
+    """One process; what its engines answered, and a failure in place of those that did not by `deadline` (of `time.monotonic`)."""
+    seconds = max(0.0, round(deadline - time.monotonic(), 1))
     wanted = json.loads(request.read_text())["engines"]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **NO_MULTICAST}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of the lanes
@@ -325,11 +326,11 @@ def report(name: str, result: dict[str, Any]) -> None:
         print(f"    {'; '.join(result['slow_parts'])}", flush=True)
 
 
-def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace) -> dict[str, Any]:
+def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """What all engines answered, "group: engine" -> result; reported and written as lanes end, in their order."""
     results: dict[str, Any] = {}
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
+        answered = pool.map(lambda lane: run_lane(lane[1], deadline), requests)
         for (group, request), answers in zip(requests, answered, strict=True):
             if options.logs:
                 options.logs.mkdir(parents=True, exist_ok=True)
@@ -366,9 +367,10 @@ def main() -> int:
     parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
     parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
-    parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
+    parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     groups = chosen(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -382,7 +384,7 @@ def main() -> int:
         with suppress(subprocess.TimeoutExpired):  # lanes then import by themselves
             imports.wait(60)
         print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
-        results = run_lanes(requests, options)
+        results = run_lanes(requests, options, deadline)
     failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
     wrong = failed if options.rehearse else judge(results, suite_of(groups))
     wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]
