@@ -204,4 +204,5 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if kernels.decode is not None:
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+        assert kernels.prefill is not None, metadata.plan
         kernels.prefill(*prefill_arguments(arguments, work))

@@ -77,11 +77,15 @@ SUPPORT: dict[str, KernelSupport] = {
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
 
-# Latent attention has kernels of its own: what they serve, by arch.
+# Latent attention has kernels of its own: what they serve, by arch. Not exact: rows of prompts go another way than decode rows.
 LATENT_SUPPORT: dict[str, KernelSupport] = {
     REFERENCE_ARCH: KernelSupport(
         COMPUTE_DTYPES, None, 8, None, masks=frozenset({"is_causal"}), modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,),
         kv_sources=(LATENT,),
+    ),
+    "sm_90a": KernelSupport(
+        ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
+        modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
     ),
 }  # fmt: skip
 

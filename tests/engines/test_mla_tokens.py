@@ -25,7 +25,15 @@ pytestmark = pytest.mark.engine
 
 # 5 to 511 tokens, and a pattern that drafts hit.
 PROMPTS = [make_prompts()[index] for index in (0, 1, 3, 5, 7)]
-ARGUMENTS = {"max_tokens": 16, "enable_chunked_prefill": False, "enable_prefix_caching": False, "max_num_batched_tokens": 1024}
+ARGUMENTS = {
+    "max_tokens": 16,
+    "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 1024,
+    # vLLM 0.32's rotary operator for CPUs is wrong on DeepSeek's views of q and of the latents: rows but the first get others' values, so
+    # that an answer depends on the batch. Its form in torch is right.
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 SCALE = 2.0**-8  # of FP8 latents: values above 1.75 are saturated
 

@@ -60,7 +60,7 @@ class PrefillConfig:
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
-        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
 

@@ -57,7 +57,7 @@ class DecodeConfig:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
-        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
