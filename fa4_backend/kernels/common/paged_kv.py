@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 
 
@@ -47,14 +48,18 @@ class PagedKv:
     box_rows: int
     part_elems: int  # elements of a head in one box
     num_parts: int
-    slot_elems: int  # elements of a shared-memory slot
-    stages: int
+    slots: RingSlots  # that tiles lie in
     whole_rows: bool  # a box holds whole heads (one part after the other), else one part
 
     @property
     def num_boxes(self) -> int:
         """Boxes of a tile along KV tokens."""
         return self.tile_n // self.box_rows
+
+    @property
+    def stages(self) -> int:
+        """Slots of the ring."""
+        return self.slots.stages
 
     @property
     def tile_elems(self) -> int:
@@ -88,8 +93,8 @@ class PagedKv:
         box_elems = rows * part * parts
         part_elems = box_elems if self.whole_rows else self.tile_n * part
         boxes = cute.make_layout(
-            ((rows, part, parts), self.num_boxes, self.num_parts // parts, self.stages),
-            stride=((part, 1, rows * part), box_elems, part_elems, self.slot_elems),
+            ((rows, part, parts), self.num_boxes, self.num_parts // parts, self.slots.layout.shape),
+            stride=((part, 1, rows * part), box_elems, part_elems, self.slots.layout.stride),
         )
         # (box_rows, part, box parts, row boxes, 1, head parts / box parts, kv heads, pages)
         gX = cute.flat_divide(mX, (rows, part, parts))

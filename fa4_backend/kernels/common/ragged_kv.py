@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 
 
@@ -35,8 +36,12 @@ class RaggedKv:
     tile_n: int
     part_elems: int  # elements of a head in one swizzled row of shared memory
     num_parts: int
-    slot_elems: int  # elements of a shared-memory slot
-    stages: int
+    slots: RingSlots  # that tiles lie in
+
+    @property
+    def stages(self) -> int:
+        """Slots of the ring."""
+        return self.slots.stages
 
     @property
     def tile_elems(self) -> int:
@@ -92,6 +97,6 @@ class RaggedKv:
         """Issue a tile's box into `slot`; it completes on the barrier `full`."""
         at_tile = cute.domain_offset((boxes.row, 0, 0), operand.mX[None, None, None, kv_head_idx])
         gX = cute.group_modes(cute.local_tile(at_tile, (self.tile_n, self.part_elems, self.num_parts), (0, 0, 0)), 0, 3)
-        sX = cute.group_modes(cute.make_tensor((operand.sX_ptr + slot * self.slot_elems).align(1024), self._box), 0, 3)
+        sX = cute.group_modes(cute.make_tensor((operand.sX_ptr + self.slots.offset(slot)).align(1024), self._box), 0, 3)
         tXsX, tXgX = cpasync.tma_partition(operand.atom, 0, cute.make_layout(1), sX, gX)
         cute.copy(operand.atom, tXgX, tXsX, tma_bar_ptr=full)

@@ -22,6 +22,7 @@ from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages, PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ragged_kv import RaggedKv
+from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
@@ -172,12 +173,14 @@ class PrefillKernel:
         boxes: list[PagedKv | RaggedKv] = []
         for head_dim, is_v in ((c.head_dim, False), (c.head_dim_v, True)):
             # FP8 is staged row after row, whole heads.
-            part, stages = (head_dim, staging_slots(c)) if c.has_kv_scales else (c.part_elems(head_dim), c.tile.kv_stage)
+            part, slots = c.part_elems(head_dim), storage.tile_slots
+            if c.has_kv_scales:
+                part, slots = head_dim, RingSlots(staging_slots(c), storage.slot_elems, storage.slot_elems)
             parts, whole_rows = head_dim // part, is_v or c.has_kv_scales
             if c.kv_source == RAGGED:
-                boxes.append(RaggedKv(c.tile.tile_n, part, parts, storage.slot_elems, stages))
+                boxes.append(RaggedKv(c.tile.tile_n, part, parts, slots))
             else:
-                boxes.append(PagedKv(c.tile.tile_n, c.box_rows, part, parts, storage.slot_elems, stages, whole_rows))
+                boxes.append(PagedKv(c.tile.tile_n, c.box_rows, part, parts, slots, whole_rows))
         return PackGqa.of(c), boxes[0], boxes[1]
 
 

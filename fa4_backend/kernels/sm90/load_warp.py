@@ -20,7 +20,7 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
-from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE
+from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots
 
 
 class QueryOperand(NamedTuple):
@@ -61,8 +61,14 @@ class LoadWarp:
         c = self.storage.config
         tiles = self.v_boxes if const_expr(loads_v) else self.k_boxes
         position = RingPosition(Int32(0), Int32(0))
-        if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ...
-            position = advance(advance(position, tiles.stages), tiles.stages)
+        own_slots = const_expr(has_own_slots(c))
+        if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ..., or K0 - K1 V0 K2 V1 ...
+            position = advance(position, tiles.stages)
+            if const_expr(own_slots):
+                if cute.arch.lane_idx() == 0:
+                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+                position = advance(position, tiles.stages)
+            position = advance(position, tiles.stages)
         is_first = Boolean(True)
         q_position = RingPosition(Int32(0), Int32(0))
         feed = RingPosition(Int32(0), Int32(0))
@@ -124,9 +130,9 @@ class LoadWarp:
         return tile_idx
 
     def _after(self, position: RingPosition, stages: int, loads_v: int, is_first: Boolean) -> RingPosition:
-        """The next slot of the same operand: two slots on, but one after K0."""
+        """The next slot of the same operand: two slots on, but one after K0 unless a slot stays empty behind it."""
         one, two = advance(position, stages), advance(advance(position, stages), stages)
-        if loads_v:
+        if loads_v or has_own_slots(self.storage.config):
             return two
         return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 

@@ -23,7 +23,7 @@ TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=0.0),
-    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=3, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
     (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
 
