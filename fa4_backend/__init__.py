@@ -13,6 +13,7 @@ from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, Uns
 
 if TYPE_CHECKING:
     from fa4_backend.metadata import AttentionMetadata
+    from fa4_backend.mla_ops import mla_decode
     from fa4_backend.ops import paged_attention
 
 __version__ = "0.1.0"
@@ -24,11 +25,16 @@ __all__ = [
     "BatchLimits",
     "MaskFeatures",
     "UnsupportedProblem",
+    "mla_decode",
     "paged_attention",
     "plan_attention",
 ]
 
-_NEEDS_TORCH = {"AttentionMetadata": "fa4_backend.metadata", "paged_attention": "fa4_backend.ops"}
+_NEEDS_TORCH = {
+    "AttentionMetadata": "fa4_backend.metadata",
+    "mla_decode": "fa4_backend.mla_ops",
+    "paged_attention": "fa4_backend.ops",
+}
 
 
 def __getattr__(name: str) -> Any:

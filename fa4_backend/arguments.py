@@ -25,6 +25,20 @@ class CallTensors(NamedTuple):
     v_scale: torch.Tensor | None = None
 
 
+class LatentTensors(NamedTuple):
+    """The tensors of one call of `mla_decode` as the caller gave them; shapes as in `LatentArguments`."""
+
+    q: torch.Tensor
+    q_rope: torch.Tensor
+    latent_cache: torch.Tensor
+    page_table: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    out: torch.Tensor | None  # None: made by the operator
+    lse: torch.Tensor | None
+    latent_scale: torch.Tensor | None = None
+
+
 class AttentionArguments(NamedTuple):
     """One call of `fa4_backend.ops.paged_attention` after its checks; optional values are resolved."""
 
@@ -44,3 +58,18 @@ class AttentionArguments(NamedTuple):
     alibi_slopes: torch.Tensor | None  # (num_q_heads,) float32; adds -slope * distance to the diagonal key
     k_scale: torch.Tensor | None = None  # (num_kv_heads,) float32, any stride: K is k_cache times it; None unless K and V are FP8
     v_scale: torch.Tensor | None = None  # the same of V
+
+
+class LatentArguments(NamedTuple):
+    """One call of `fa4_backend.mla_ops.mla_decode` after its checks; head_dim and head_dim_v are the problem's, 576 and 512."""
+
+    q: torch.Tensor  # (total_q, num_q_heads, head_dim_v): the part of a query that meets the latents
+    q_rope: torch.Tensor  # (total_q, num_q_heads, head_dim - head_dim_v): the rotary part
+    latent_cache: torch.Tensor  # (num_pages, page_size, head_dim): head_dim_v elements are K and V, the others K's rotary part
+    page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
+    cu_seqlens_q: torch.Tensor  # (batch + 1,) int32
+    seqused_k: torch.Tensor  # (batch,) int32
+    out: torch.Tensor  # (total_q, num_q_heads, head_dim_v)
+    lse: torch.Tensor | None  # (num_q_heads, total_q) float32, natural log
+    softmax_scale: float  # multiplies raw logits
+    latent_scale: torch.Tensor | None = None  # (1,) float32: a latent is what is stored times it; None unless latents are FP8

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, LatentArguments
 
 
 class Sequence(NamedTuple):
@@ -67,6 +67,49 @@ def attention_oracle(
         if sequence.k.shape[0]:
             out[sequence.rows], lse[:, sequence.rows] = _one_sequence(a, sequence, is_causal, dtype, accumulate)
     return out, lse
+
+
+def latent_oracle(
+    arguments: LatentArguments, *, dtype: torch.dtype = torch.float32, accumulate: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed latent attention of one call, sequence by sequence: for query i of a head, with latents c and rotary parts r of its keys,
+
+        logit[j] = (q[i] . c[j] + q_rope[i] . r[j]) * softmax_scale,   out[i] = sum over j of softmax(logit)[j] * c[j]
+
+    Args:
+        arguments: a checked call; its `out` and `lse` are neither read nor written.
+        dtype, accumulate: as in `attention_oracle`.
+
+    Returns:
+        out (total_q, num_q_heads, head_dim_v) and lse (num_q_heads, total_q), natural log, in `accumulate`; rows without a key and rows
+        past `cu_seqlens_q[-1]` are 0 and -inf.
+    """
+    a = arguments
+    out = torch.zeros(a.q.shape, dtype=accumulate, device=a.q.device)
+    lse = torch.full((a.q.shape[1], a.q.shape[0]), -math.inf, dtype=accumulate, device=a.q.device)
+    bounds, width = a.cu_seqlens_q.tolist(), a.page_table.shape[1] * a.latent_cache.shape[1]
+    for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
+        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, width)
+        if rows.start == rows.stop or seqlen_k == 0:
+            continue
+        latents = gather_pages(a.latent_cache[:, :, None], a.page_table[seq_idx], 0, seqlen_k)
+        c, r = dequantise(latents, a.latent_scale)[:, 0].to(dtype).to(accumulate).tensor_split([a.q.shape[-1]], dim=-1)
+        q, q_rope = (x[rows].to(dtype).to(accumulate).transpose(0, 1) for x in (a.q, a.q_rope))
+        scores = (q @ c.T + q_rope @ r.T) * a.softmax_scale
+        diagonal = torch.arange(rows.stop - rows.start, device=q.device) + seqlen_k - (rows.stop - rows.start)
+        scores = scores.masked_fill(torch.arange(seqlen_k, device=q.device) > diagonal[:, None], -math.inf)
+        out[rows] = (softmax_weights(scores, None).to(dtype).to(accumulate) @ c).to(dtype).to(accumulate).transpose(0, 1)
+        lse[:, rows] = torch.logsumexp(scores, dim=-1)
+    return out, lse
+
+
+def as_paged(a: LatentArguments) -> AttentionArguments:
+    """A latent call as one of paged attention: one KV head, whose values are the first columns of its keys."""
+    cache = a.latent_cache[:, :, None]
+    return AttentionArguments(
+        torch.cat((a.q, a.q_rope), dim=-1), cache, cache[..., : a.q.shape[-1]], a.page_table, a.cu_seqlens_q, a.seqused_k, a.out, a.lse,
+        a.softmax_scale, None, None, 0.0, None, None, a.latent_scale, a.latent_scale,
+    )  # fmt: skip
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:

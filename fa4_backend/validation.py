@@ -5,13 +5,14 @@ Only shapes, strides, dtypes, devices, addresses and host numbers are looked at:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.arguments import CallTensors
+from fa4_backend.arguments import CallTensors, LatentTensors
 from fa4_backend.memory_spans import num_bytes, overlaps_itself, share_memory
-from fa4_backend.problem import DTYPE_BYTES
+from fa4_backend.problem import DTYPE_BYTES, LATENT, PAGED
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
     from fa4_backend.metadata import AttentionMetadata
     from fa4_backend.plan import AttentionPlan
 
+Tensors = TypeVar("Tensors", CallTensors, LatentTensors)
+
 MAX_PASSED = 1024  # remembered facts of calls; layers and steps repeat theirs
 # Places in `CallTensors` of what a call writes, beside what it must not share memory with. A call looks at each pair.
 APART = tuple(
     (CallTensors._fields.index(written), CallTensors._fields.index(other))
     for written, others in (("out", ("q", "k_cache", "v_cache", "lse")), ("lse", ("q", "k_cache", "v_cache")))
+    for other in others
+)
+LATENT_APART = tuple(
+    (LatentTensors._fields.index(written), LatentTensors._fields.index(other))
+    for written, others in (("out", ("q", "q_rope", "latent_cache", "lse")), ("lse", ("q", "q_rope", "latent_cache")))
     for other in others
 )
 WIDEST_WINDOW = 1 << 30  # tokens: wider than any sequence, and a position plus it stays below 2^31
@@ -64,6 +72,11 @@ def check_step(
         _expect_whole(name, got)
         if not 0 <= got <= limit:
             raise ValueError(f"{name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
+    if metadata.plan.problem.kv_source == LATENT and max_seqlen_q > limits.decode_query_len:
+        raise ValueError(
+            f"max_seqlen_q: expected at most {limits.decode_query_len}, the plan's decode_query_len, since latent attention serves short "
+            f"rows only, got {max_seqlen_q}"
+        )
 
 
 def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: CallTensors) -> None:
@@ -72,10 +85,33 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
     Raises:
         ValueError: a tensor does not fit; the message says which, what was expected and what it got.
     """
+    _check_call(plan, metadata, tensors, APART, _check_tensors)
+
+
+def check_latent_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: LatentTensors) -> None:
+    """The same of a call of `fa4_backend.mla_ops.mla_decode`.
+
+    Raises:
+        ValueError: a tensor does not fit; the message says which, what was expected and what it got.
+    """
+    _check_call(plan, metadata, tensors, LATENT_APART, _check_latent_tensors)
+
+
+def _check_call(
+    plan: AttentionPlan,
+    metadata: AttentionMetadata,
+    tensors: Tensors,
+    apart: tuple[tuple[int, int], ...],
+    check: Callable[[AttentionPlan, AttentionMetadata, Tensors], None],
+) -> None:
+    """Check a call unless one of the same facts has passed; places in `apart` are of what is written and of what it must not lie in."""
+    source, operator = (LATENT, "mla_decode") if isinstance(tensors, LatentTensors) else (PAGED, "paged_attention")
+    if plan.problem.kv_source != source:
+        raise ValueError(f"plan: expected kv_source {source} for {operator}, got {plan.problem.kv_source}")
     if metadata.plan is not plan and metadata.plan != plan:
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     try:
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        addresses: list[int] = [0 if t is None else t.data_ptr() for t in tensors]
         # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
         facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     except AttributeError:
@@ -84,13 +120,13 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
     key = (*facts, *[address % 16 for address in addresses])
     sizes = metadata.passed.get(key)
     if sizes is None:
-        _check_tensors(plan, metadata, tensors)
+        check(plan, metadata, tensors)
         sizes = tuple(0 if t is None else num_bytes(t) for t in tensors)
         _remember(metadata, key, sizes)
-    _expect_apart(tensors, addresses, sizes)
+    _expect_apart(tensors, apart, addresses, sizes)
 
 
-def check_no_backward(tensors: CallTensors) -> None:
+def check_no_backward(tensors: CallTensors | LatentTensors) -> None:
     """Check a call where torch records operations for a backward pass, of which this operator would silently not be part.
 
     Raises:
@@ -111,9 +147,9 @@ def _remember(metadata: AttentionMetadata, facts: tuple[object, ...], sizes: tup
     metadata.passed[facts] = sizes
 
 
-def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) -> None:
+def _expect_apart(t: CallTensors | LatentTensors, apart: tuple[tuple[int, int], ...], addresses: list[int], sizes: tuple[int, ...]) -> None:
     """No element of what a call writes is one of the heads that it reads, or is written twice."""
-    for written, other in APART:
+    for written, other in apart:
         begin, at = addresses[written], addresses[other]
         if at < begin + sizes[written] and begin < at + sizes[other] and begin and at:  # no address: empty, or without memory
             a, b = t[written], t[other]
@@ -122,12 +158,39 @@ def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) 
 
 
 def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
-    p, limits = plan.problem, plan.limits
+    p = plan.problem
     _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
     _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
     if t.k_cache.shape[0] == 0:
         raise ValueError("k_cache: expected at least one page, got none")
     _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
+    _check_batch(plan, t)
+    for name, tensor, dtype in (("q", t.q, p.dtype), ("k_cache", t.k_cache, p.kv_dtype), ("v_cache", t.v_cache, p.kv_dtype)):
+        _expect_dtype(name, tensor, dtype)
+        _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=p.arch != REFERENCE_ARCH)
+    _check_optional(plan, t)
+    _check_written(plan, metadata, t)
+
+
+def _check_latent_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: LatentTensors) -> None:
+    p = plan.problem
+    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim_v))
+    _expect_shape("q_rope", t.q_rope, (t.q.shape[0], p.num_q_heads, p.head_dim - p.head_dim_v))
+    _expect_shape("latent_cache", t.latent_cache, (None, p.page_size, p.head_dim))
+    if t.latent_cache.shape[0] == 0:
+        raise ValueError("latent_cache: expected at least one page, got none")
+    _check_batch(plan, t)
+    for name, tensor, dtype in (("q", t.q, p.dtype), ("q_rope", t.q_rope, p.dtype), ("latent_cache", t.latent_cache, p.kv_dtype)):
+        _expect_dtype(name, tensor, dtype)
+        _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=p.arch != REFERENCE_ARCH)
+    _check_planned((("lse", t.lse, p.has_lse, (p.num_q_heads, t.q.shape[0]), "float32"),))
+    _check_scales(plan, (("latent_scale", t.latent_scale),))
+    _check_written(plan, metadata, t)
+
+
+def _check_batch(plan: AttentionPlan, t: CallTensors | LatentTensors) -> None:
+    """The batch of a call: its rows and sequences, and the integers that describe them."""
+    p, limits = plan.problem, plan.limits
     _expect_shape("page_table", t.page_table, (None, None))
     _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
     _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
@@ -138,18 +201,19 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTens
     device_type = "cpu" if p.arch == REFERENCE_ARCH or p.is_emulated else "cuda"
     if t.q.device.type not in (device_type, "meta"):
         raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {t.q.device}")
-    for name, tensor, dtype in (("q", t.q, p.dtype), ("k_cache", t.k_cache, p.kv_dtype), ("v_cache", t.v_cache, p.kv_dtype)):
-        _expect_dtype(name, tensor, dtype)
-        _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=p.arch != REFERENCE_ARCH)
     for name, tensor in (("page_table", t.page_table), ("cu_seqlens_q", t.cu_seqlens_q), ("seqused_k", t.seqused_k)):
         _expect_dtype(name, tensor, "int32")
         _expect_dense(name, tensor)
+
+
+def _check_written(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors | LatentTensors) -> None:
+    """What a call writes, and that all its tensors lie on the device of its metadata."""
+    p = plan.problem
     if t.out is not None:
         _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
         _expect_dtype("out", t.out, p.dtype)
         _expect_rows("out", t.out, DTYPE_BYTES[p.dtype], by_kernel=p.arch != REFERENCE_ARCH)
         _expect_one_place_each("out", t.out)
-    _check_optional(plan, t)
     if t.lse is not None:
         _expect_one_place_each("lse", t.lse)
     _expect_device("q", t.q, metadata.device, "the metadata")
@@ -159,13 +223,19 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTens
 
 
 def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
-    """The tensors that only some plans have: all of these, and no other."""
     p = plan.problem
-    for name, tensor, planned, shape, dtype in (
+    of_plan = (
         ("sinks", t.sinks, p.mask.has_sinks, (p.num_q_heads,), p.sinks_dtype),
         ("alibi_slopes", t.alibi_slopes, p.mask.has_alibi, (p.num_q_heads,), "float32"),
         ("lse", t.lse, p.has_lse, (p.num_q_heads, t.q.shape[0]), "float32"),
-    ):
+    )
+    _check_planned(of_plan)
+    _check_scales(plan, (("k_scale", t.k_scale), ("v_scale", t.v_scale)))
+
+
+def _check_planned(tensors: tuple[tuple[str, torch.Tensor | None, bool, tuple[int, ...], str], ...]) -> None:
+    """The tensors that only some plans have, (name, tensor, whether the plan has it, shape, dtype): all of these, and no other."""
+    for name, tensor, planned, shape, dtype in tensors:
         if tensor is None:
             if planned and name != "lse":  # an lse that is not given is made
                 raise ValueError(f"{name}: expected a value, since the plan has it, got none")
@@ -176,14 +246,19 @@ def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
         _expect_dtype(name, tensor, dtype)
         _expect_dense(name, tensor)
 
-    heads = p.num_kv_heads
-    for name, scale in (("k_scale", t.k_scale), ("v_scale", t.v_scale)):
+
+def _check_scales(plan: AttentionPlan, scales: tuple[tuple[str, torch.Tensor | None], ...]) -> None:
+    """Scales of what is stored in FP8: none, one for all KV heads or one each."""
+    p, heads = plan.problem, plan.problem.num_kv_heads
+    stored = "latents" if p.kv_source == LATENT else "K and V"
+    for name, scale in scales:
         if scale is None:
             continue
         if not p.has_kv_scales:
-            raise ValueError(f"{name}: expected none, since the plan's K and V are {p.kv_dtype}, got a tensor")
+            raise ValueError(f"{name}: expected none, since the plan's {stored} are {p.kv_dtype}, got a tensor")
         if tuple(scale.shape) not in ((), (1,), (heads,)):
-            raise ValueError(f"{name}: expected shape (), (1) or ({heads}), one a KV head, got {tuple(scale.shape)}")
+            each = f"() or (1) for {stored}" if heads == 1 else f"(), (1) or ({heads}), one a KV head"
+            raise ValueError(f"{name}: expected shape {each}, got {tuple(scale.shape)}")
         _expect_dtype(name, scale, "float32")
 
 
@@ -276,6 +351,8 @@ def _expect_one_place_each(name: str, tensor: torch.Tensor) -> None:
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: expected a tensor, got None")
     fits = tensor.dim() == len(expected) and all(want is None or want == got for want, got in zip(expected, tensor.shape, strict=True))
     if not fits:
         want = ", ".join("any" if n is None else str(n) for n in expected)

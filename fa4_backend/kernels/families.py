@@ -4,6 +4,7 @@
 |---|---|---|
 | schedule | makes the step's work lists | `schedule/` |
 | decode | short queries, KV split over CTAs | `decode/` |
+| latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/` |
 | prefill | the rest, on the chip's own tensor cores | `sm90/`, `sm100/` |
 
 A family is a folder with a `config` (its compile key, and how it follows from a problem) and a `kernel` (what the key's `builder` names).
@@ -18,12 +19,14 @@ from typing import Protocol
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.decode import config as decode_family
 from fa4_backend.kernels.decode.config import DecodeConfig
+from fa4_backend.kernels.mla_decode import config as mla_family
+from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
 from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
 from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, decode_full_sms, decode_tile_ticks
 from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
-from fa4_backend.problem import AttentionProblem, BatchLimits
+from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
 
 
 class PrefillKey(Protocol):
@@ -72,14 +75,14 @@ class KernelSet:
     """Compile keys of all kernels of a plan, and the shape of the work lists between them."""
 
     schedule: ScheduleConfig
-    decode: DecodeConfig | None  # None: the prefill kernel serves every row
-    prefill: PrefillKey
+    decode: DecodeConfig | MlaDecodeConfig | None  # None: the prefill kernel serves every row
+    prefill: PrefillKey | None  # None: the decode kernel does, as in latent attention
     work: WorkShape
 
     @property
-    def keys(self) -> tuple[ScheduleConfig | DecodeConfig | PrefillKey, ...]:
+    def keys(self) -> tuple[ScheduleConfig | DecodeConfig | MlaDecodeConfig | PrefillKey, ...]:
         """In the order of their launches."""
-        return (self.schedule, *(() if self.decode is None else (self.decode,)), self.prefill)
+        return tuple(key for key in (self.schedule, self.decode, self.prefill) if key is not None)
 
 
 def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int, memory_gb: float | None = None) -> KernelSet:
@@ -88,12 +91,42 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
     Args:
         num_sms, memory_gb: of the device: SMs, and the memory's peak in GB/s (default: the published one of the arch).
     """
+    if problem.kv_source == LATENT:
+        return _latent_kernels(problem, limits, num_sms)
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
     decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
     if decode is None:
         prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
     return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, memory_gb, decode, prefill))
+
+
+def _latent_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
+    """The schedule and the latent decode kernel, whose row groups are a cluster's tiles of a sequence's packed rows."""
+    key = mla_family.resolve(problem, limits)
+    num_ctas = max(1, num_sms // key.cluster_size)
+    work = WorkShape(
+        num_kv_heads=key.num_groups,
+        decode_num_ctas=num_ctas,
+        decode_query_len=limits.decode_query_len,
+        decode_tile_n=mla_family.TILE_N,
+        slot_floats=mla_family.slot_floats(key),
+        split_blocks=mla_family.split_tiles(limits) if problem.batch_invariant else 0,
+        slot_vectors=mla_family.slot_vectors(key),
+        max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
+        max_num_tokens=limits.max_num_tokens,
+        decode_part_blocks=mla_family.MIN_PART_BLOCKS,
+        private_slots=num_ctas if problem.batch_invariant else 0,
+        # No row is longer than `decode_query_len`: the other list stays empty.
+        prefill_groups=1,
+        tokens_per_item=limits.max_num_tokens,
+        prefill_tile_n=mla_family.TILE_N,
+        l2_tokens=L2_SHARE_BYTES // problem.kv_token_bytes,
+        num_sms=num_sms,
+        decode_tile_ticks=1,
+        decode_full_sms=num_ctas,
+    )
+    return KernelSet(schedule_config(problem.target_arch, limits.max_num_seqs), key, None, work)
 
 
 def _work_shape(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, QUEUE_INTS, TILE_INTS, WorkLists
 from fa4_backend.problem import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from fa4_backend.arguments import AttentionArguments
+    from fa4_backend.arguments import AttentionArguments, LatentArguments
     from fa4_backend.kernels.common.prefill_config import PrefillConfig
     from fa4_backend.kernels.decode.config import DecodeConfig
+    from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
 
 
 class ScheduleArguments(NamedTuple):
@@ -82,6 +84,24 @@ class DecodeArguments(NamedTuple):
     split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
 
 
+class MlaDecodeArguments(NamedTuple):
+    """A latent decode launch over the step's decode list, whose row groups are tiles of packed rows; split KV as in `DecodeArguments`."""
+
+    mQ: Any  # (total_q, num_q_heads, 512)
+    mQRope: Any  # (total_q, num_q_heads, 64)
+    mLatent: Any  # (num_pages, page_size, 576)
+    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mO: Any  # (total_q, num_q_heads, 512)
+    mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
+    mTiles: Any  # (max_decode_tiles, DECODE_INTS) int32
+    mFirst: Any  # (decode_num_ctas, DECODE_INTS) int32
+    mSlots: Any  # (max_slots, slot_floats) float32
+    mArrivals: Any  # (max_slots,) int32
+    mScale: Any  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
+    softmax_scale: Any  # float32, multiplies raw logits
+    split_blocks: Any  # int32, KV tiles of a long piece in batch-invariant mode
+
+
 def schedule_arguments(
     work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, *, window_left: int = NO_WINDOW, window_right: int = 0
 ) -> ScheduleArguments:
@@ -118,6 +138,14 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
         a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
         work.shape.split_blocks,
+    )  # fmt: skip
+
+
+def mla_decode_arguments(a: LatentArguments, work: WorkLists) -> MlaDecodeArguments:
+    """A call of the latent decode kernel over the step's list."""
+    return MlaDecodeArguments(
+        a.q, a.q_rope, a.latent_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
+        a.latent_scale, a.softmax_scale, work.shape.split_blocks,
     )  # fmt: skip
 
 
@@ -192,6 +220,28 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
         window_right=fake.int32(0),
+        split_blocks=fake.int32(0),
+    )
+    return (*arguments, fake.stream())
+
+
+def mla_decode_fakes(config: MlaDecodeConfig, slot_floats: int) -> tuple[Any, ...]:
+    """Arguments to trace the latent decode kernel with, the stream behind them; shapes and strides stay symbolic."""
+    fake = _Fakes()
+    n = fake.size
+    arguments = MlaDecodeArguments(
+        mQ=fake.heads(config.dtype, n(), n(), LATENT_DIM),
+        mQRope=fake.heads(config.dtype, n(), n(), ROPE_DIM),
+        mLatent=fake.heads(config.kv_dtype, n(), n(), LATENT_DIM + ROPE_DIM),
+        mPageTable=fake.plain("int32", n(), n()),
+        mO=fake.heads(config.dtype, n(), n(), LATENT_DIM),
+        mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
+        mTiles=fake.entries(DECODE_INTS),
+        mFirst=fake.entries(DECODE_INTS),
+        mSlots=fake.entries(slot_floats, "float32"),
+        mArrivals=fake.plain("int32", n()),
+        mScale=fake.scales() if config.kv_dtype != config.dtype else None,
+        softmax_scale=fake.float32(1.0),
         split_blocks=fake.int32(0),
     )
     return (*arguments, fake.stream())

@@ -17,7 +17,7 @@ class LoadedKernels(NamedTuple):
 
     schedule: Launcher
     decode: Launcher | None  # None: the prefill kernel serves every row
-    prefill: Launcher
+    prefill: Launcher | None  # None: the decode kernel does
 
 
 def load_kernels(kernels: KernelSet, *, emulated: bool) -> LoadedKernels:
@@ -27,8 +27,8 @@ def load_kernels(kernels: KernelSet, *, emulated: bool) -> LoadedKernels:
         CompileError: a kernel could not be compiled or linked.
         RuntimeError: strict mode, warm-up is over and the cache lacks a kernel.
     """
-    decode = None if kernels.decode is None else load(kernels.decode, emulated=emulated)
-    return LoadedKernels(load(kernels.schedule, emulated=emulated), decode, load(kernels.prefill, emulated=emulated))
+    decode, prefill = (None if key is None else load(key, emulated=emulated) for key in (kernels.decode, kernels.prefill))
+    return LoadedKernels(load(kernels.schedule, emulated=emulated), decode, prefill)
 
 
 def load(key: CompileKey, *, emulated: bool) -> Launcher:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, LatentArguments
 from fa4_backend.problem import AttentionProblem
-from fa4_backend.reference import softmax_weights
+from fa4_backend.reference import as_paged, softmax_weights
 
 # Query tokens a chunk. SmolLM2-135M (9/3 heads, d64, bf16), 2 cores of an AVX-512 server: see docs/benchmarks.md, "CPU reference".
 QUERY_CHUNK = 256
@@ -68,6 +68,15 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
         pages = _pages(page_table, group, a.k_cache.shape[1])
         k, v = (_gather(cache, pages, group).to(a.q.dtype) for cache in (a.k_cache, a.v_cache))
         _store(a, rows, *_attend(problem, a, group, rows, k, v, right))
+
+
+def run_latent_reference(problem: AttentionProblem, arguments: LatentArguments) -> None:
+    """Compute one call of latent attention into `arguments.out` (and `lse`), as attention over one KV head; tensors on the CPU.
+
+    Raises:
+        ValueError: a row sees a page that the page table puts outside the pool.
+    """
+    run_reference(problem, as_paged(arguments))
 
 
 def _spans(a: AttentionArguments, right: int | None) -> list[Span]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernels.sm90.fragment import FP8_LIFT, HUGE
+from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, HUGE
 from fa4_backend.problem import FP8
 from tests.support import large_logits
 from tests.support.contraction import contractible

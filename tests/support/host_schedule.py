@@ -291,7 +291,8 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
     used = used if used * 8 >= ctas * 7 else ctas
     if shape.split_blocks:
         return used
-    return min(used, items * max(1, math.isqrt(5 * cost[0] // shape.slot_vectors)))
+    parts = cost[0] // shape.decode_part_blocks if shape.decode_part_blocks else math.isqrt(5 * cost[0] // shape.slot_vectors)
+    return min(used, items * max(1, parts))
 
 
 def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:

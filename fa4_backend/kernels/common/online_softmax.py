@@ -14,7 +14,7 @@ share a factor 2^r, where r is that rounding. It is in row_sum and in O alike, b
 reference of 2^31 on it overflows or leaves nothing (4 * 10^8 is a logit that fp16 can make, 10^38 one of bf16). So where a row's largest
 score of a block is `MAX_FUSED` or more in size, products are rounded as the reference was, which makes the largest weight 1. That is a
 function of the row alone; scores of less weigh nothing beside a reference of which r matters. Decode, whose time is not exponents, always
-rounds; the Blackwell kernel takes a branch; the Hopper kernel needs neither (`sm90/fragment.py`, Note [Huge scores]).
+rounds; the Blackwell kernel takes a branch; the Hopper kernel needs neither (`wgmma_fragment.py`, Note [Huge scores]).
 """
 
 from __future__ import annotations

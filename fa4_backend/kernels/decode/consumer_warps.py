@@ -19,6 +19,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import update_max
 from fa4_backend.kernels.common.ring import RingPosition
@@ -28,7 +29,7 @@ from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
 from fa4_backend.kernels.decode.warp_mma import mma
-from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
 

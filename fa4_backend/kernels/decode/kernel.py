@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
@@ -23,7 +24,7 @@ from fa4_backend.kernels.decode.operands import PlainOperands
 from fa4_backend.kernels.decode.operands_fp8 import Fp8Operands
 from fa4_backend.kernels.decode.scores import ScoreTransform
 from fa4_backend.kernels.decode.storage import DecodeStorage
-from fa4_backend.kernels.decode.work import StepTensors, VisibleTiles
+from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 

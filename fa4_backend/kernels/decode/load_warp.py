@@ -15,10 +15,11 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.work import Entry, StepTensors, VisibleTiles, entry_of
+from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
 
 TILES_A_LOOKUP = 32 // BOXES  # KV tiles whose pages one read of the page table finds, a box a lane

@@ -18,13 +18,13 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.storage import SharedTensors
-from fa4_backend.kernels.decode.work import Entry
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps

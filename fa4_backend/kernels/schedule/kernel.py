@@ -142,6 +142,8 @@ class ScheduleKernel:
             usable = num_ctas
         if equal == 1 and items > 0 and params.split_blocks == 0:
             parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
+            if params.decode_part_blocks > 0:
+                parts = rows.decode_cost[1] // params.decode_part_blocks
             usable = cutlass.min(usable, items * cutlass.max(parts, 1))
         return usable
 
@@ -156,7 +158,7 @@ class ScheduleKernel:
         num_ctas: Int32,
         params: ScheduleParams,
     ):
-        """Thread c places the cut before consumer CTA c, and clears the counter of the row group that it is the first to cut; ends with
+        """Thread c places the cut before consumer CTA c, and clears the counters of the row group that it is the first to cut; ends with
         a barrier."""
         cta, _, _ = cute.arch.thread_idx()
         bidx, _, _ = cute.arch.block_idx()
@@ -224,7 +226,9 @@ class ScheduleKernel:
             slots = is_first * pieces
         slots_before, _ = block_scan(slots, sums)
         if is_first == 1 and bidx == 0:
+            # A second counter in the place of the second slot's, which a row group that is cut always has.
             arrivals[slots_before] = Int32(0)
+            arrivals[slots_before + 1] = Int32(0)
         cuts.inner[cta] = inner_before + is_inner
         cuts.slot[cta] = slots_before
         cute.arch.sync_threads()

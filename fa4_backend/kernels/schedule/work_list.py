@@ -80,6 +80,8 @@ class WorkShape:
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
     part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
+    decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
+    private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
     has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class WorkLists:
     prefill_queue: torch.Tensor  # (1, QUEUE_INTS) int32; a launch leaves QUEUE_NEXT and QUEUE_LEFT at 0
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
-    slots: torch.Tensor  # (max_slots, slot_floats) float32: O of a piece, relative to its own row_max, then row_max and row_sum
+    slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; cleared by the schedule, and 0 between launches
     part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
     part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32, parts of a prefill tile that arrived, likewise
@@ -150,7 +152,7 @@ class WorkLists:
             prefill_queue=ints(1, QUEUE_INTS),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
-            slots=torch.empty(slots, shape.slot_floats, dtype=torch.float32, device=device),
+            slots=torch.empty(slots + shape.private_slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
             part_slots=torch.empty(part_slots, shape.part_floats, dtype=torch.float32, device=device) if part_slots else None,
             part_arrivals=ints(max(1, part_slots), PART_COUNTERS),

@@ -23,6 +23,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
+from fa4_backend.kernels.common.fragment_store import store_fragment
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
@@ -31,9 +32,8 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
+from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
-from fa4_backend.kernels.sm90.fragment_store import store_fragment
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles

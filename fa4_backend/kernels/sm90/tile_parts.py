@@ -21,9 +21,9 @@ from cutlass import Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
-from fa4_backend.kernels.sm90.fragment import RowStats, flat
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
 VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O and the next tile's weights

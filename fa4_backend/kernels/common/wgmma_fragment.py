@@ -46,7 +46,11 @@ class ScoreScale(NamedTuple):
     @staticmethod
     def of_call(softmax_scale: Float32) -> "ScoreScale":
         """One scale for all rows: three registers that stay."""
-        log2 = softmax_scale * LOG2_E
+        return ScoreScale.of_log2(softmax_scale * LOG2_E)
+
+    @staticmethod
+    def of_log2(log2: Float32) -> "ScoreScale":
+        """The same of a scale that already is in log2 units."""
         return ScoreScale(log2, _next_power(log2), Float32(HUGE) / log2)
 
     @staticmethod
@@ -185,6 +189,17 @@ def _next_power(value: Float32) -> Float32:
 def flat(fragment: cute.Tensor) -> cute.Tensor:
     """The fragment as a vector in register order."""
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
+
+
+def row_of_thread(thread: Int32, i: int) -> Int32:
+    """Row of half `i` of a thread of a warpgroup (PTX ISA, wgmma.mma_async: D fragment layout)."""
+    return thread // 32 * 16 + thread % 32 // 4 + 8 * i
+
+
+def quad_sum(value: Float32) -> Float32:
+    """Sum over the four lanes that share a row."""
+    value = value + cute.arch.shuffle_sync_bfly(value, offset=1)
+    return value + cute.arch.shuffle_sync_bfly(value, offset=2)
 
 
 def _tree(values: list, combine) -> Float32:

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.pack_gqa import PackedRow
-from fa4_backend.kernels.sm90.fragment import flat
+from fa4_backend.kernels.common.wgmma_fragment import flat
 
 QUAD = 4
 

@@ -1,0 +1,159 @@
+"""What is compiled into the latent decode kernel, and how it follows from the problem. Imports no compiler.
+
+Lengths, strides, scales and the page table are arguments of each launch. Pages matter only by the rows of a TMA box.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fa4_backend.kernels.common.prefill_config import box_rows_of
+from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+
+LATENT_DIM, ROPE_DIM = 512, 64  # elements of a token: latents, which are V and the first part of K, and K's rotary part
+PART_DIM = 64  # elements of 16 bits in a swizzled row of shared memory, 128 bytes
+LATENT_PARTS = LATENT_DIM // PART_DIM
+PARTS = (LATENT_DIM + ROPE_DIM) // PART_DIM
+TILE_M = 64  # packed query rows of a CTA: `row = token * num_heads + head`
+TILE_N = 64  # keys of a block
+PART_ELEMS = TILE_N * PART_DIM  # of a part of a tile, of Q or of KV
+TILE_ELEMS = PARTS * PART_ELEMS
+KV_STAGE = 2  # Q and two tiles are 216 of 227 KiB
+VEC = 4  # float32 of a vector of a slot: 16 bytes
+ROW_VECTORS = LATENT_DIM // VEC
+CONSUMER_THREADS = 256
+MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
+# Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
+# round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
+ARRIVAL_LOOKS = 64
+CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
+RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
+# KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
+# however many they are.
+MIN_PART_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class MlaDecodeConfig:
+    """Compile key of a latent decode kernel."""
+
+    arch: str
+    dtype: str  # of q and out
+    kv_dtype: str  # of the latents in memory
+    num_heads: int
+    query_len: int  # longest query of a row
+    box_rows: int  # keys of a TMA box: the largest power of two that divides page and tile
+    mask: MaskFeatures
+    has_lse: bool
+    has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+    arrival_looks: int = ARRIVAL_LOOKS
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return "fa4_backend.kernels.mla_decode.kernel:build"
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file names."""
+        features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{features}"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of q and out."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether latents are stored in FP8, with one scale."""
+        return self.kv_dtype == FP8
+
+    @property
+    def rows(self) -> int:
+        """Packed rows of the longest query."""
+        return self.num_heads * self.query_len
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the longest query."""
+        return -(-self.rows // TILE_M)
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs of a cluster, each with a tile of the same sequence and the same keys: each loads half of a KV tile for both."""
+        return 2 if self.num_tiles % 2 == 0 else 1
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups of a sequence: clusters that its tiles take."""
+        return self.num_tiles // self.cluster_size
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile that may be a token's head."""
+        return min(TILE_M, self.rows)
+
+    @property
+    def group_rows(self) -> int:
+        """The same of a row group."""
+        return self.cluster_size * self.tile_rows
+
+    @property
+    def box_heads(self) -> int:
+        """Heads of a TMA box of Q."""
+        return math.gcd(self.num_heads, TILE_M)
+
+    @property
+    def box_tokens(self) -> int:
+        """Tokens of a TMA box of Q: several where a tile has all heads of each."""
+        return min(TILE_M // self.num_heads, self.query_len) if self.box_heads == self.num_heads else 1
+
+    @property
+    def q_boxes(self) -> int:
+        """Boxes of a part of Q."""
+        return -(-self.tile_rows // (self.box_heads * self.box_tokens))
+
+    @property
+    def loaded_rows(self) -> int:
+        """Rows of Q that boxes bring; the others of the tile are zero."""
+        return self.q_boxes * self.box_heads * self.box_tokens
+
+
+def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
+    """The compile key of a latent problem."""
+    assert (problem.head_dim, problem.head_dim_v) == (LATENT_DIM + ROPE_DIM, LATENT_DIM), problem
+    return MlaDecodeConfig(
+        arch=problem.target_arch,
+        dtype=problem.dtype,
+        kv_dtype=problem.kv_dtype,
+        num_heads=problem.num_q_heads,
+        query_len=limits.decode_query_len,
+        box_rows=box_rows_of(problem.page_size, TILE_N),
+        mask=problem.mask,
+        has_lse=problem.has_lse,
+        has_pieces=problem.batch_invariant,
+    )
+
+
+def tile_slot_floats(config: MlaDecodeConfig) -> int:
+    """Float32 of a tile's part of a split-KV slot: rows of O, then reference and row_sum of each row, to the next 16 bytes."""
+    return config.tile_rows * LATENT_DIM + -(-2 * config.tile_rows // VEC) * VEC
+
+
+def slot_floats(config: MlaDecodeConfig) -> int:
+    """Float32 of a split-KV slot: its tiles one behind the other."""
+    return config.cluster_size * tile_slot_floats(config)
+
+
+def slot_vectors(config: MlaDecodeConfig) -> int:
+    """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
+    return -(-config.tile_rows * ROW_VECTORS // CONSUMER_THREADS)
+
+
+def split_tiles(limits: BatchLimits) -> int:
+    """KV tiles of a long piece in batch-invariant mode: a constant of the plan. At least 512 keys, and at most 16 long pieces a row,
+    since a slot of 128 heads takes 258 KiB."""
+    return max(512 // TILE_N, -(-limits.max_seqlen_k // (16 * TILE_N)))

@@ -1,0 +1,164 @@
+"""The latent decode kernel of Hopper: host launch and the split into roles. See `docs/mla.md`.
+
+work list -> load warp --(Q, KV tiles by TMA)--> shared memory -> two consumer warpgroups -> merge (out | split-KV slots -> out)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
+
+from fa4_backend.kernels.common.cluster_ops import sync_cluster
+from fa4_backend.kernels.common.decode_entry import StepTensors
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
+from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+from fa4_backend.kernels.launch_abi import mla_decode_fakes
+from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PARTS, TILE_M, TILE_N, MlaDecodeConfig, slot_floats
+from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup, Mmas
+from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
+from fa4_backend.kernels.mla_decode.load_warp import LoadWarp, TensorMaps, query_modes
+from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
+from fa4_backend.kernels.mla_decode.work import MlaWork
+from fa4_backend.kernels.schedule.work_list import TOTAL_Q
+
+WARPGROUP_WARPS = 4
+NUM_THREADS = 32 * WARPGROUP_WARPS * (1 + SIDES)
+# A thread after setmaxnreg, 128 * (load + 2 * consumer) of 65536: without and with warps that convert.
+LOAD_REGISTERS, CONSUMER_REGISTERS = (24, 56), (240, 224)
+
+
+class MlaDecodeKernel:
+    """One compiled kernel; construct with its frozen config, then call under `cute.compile`."""
+
+    def __init__(self, config: MlaDecodeConfig):
+        self.config = config
+        self.storage = MlaStorage(config)
+        self.work = MlaWork(config)
+        self.load_warp = LoadWarp(self.storage, self.work)
+        self.convert_warps = ConvertWarps(self.storage, self.work)
+        self.consumers = ConsumerWarpgroup(config, self.storage, self.work, Merge(config, self.work))
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,  # (total_q, num_heads, 512)
+        mQRope: cute.Tensor,  # (total_q, num_heads, 64)
+        mLatent: cute.Tensor,  # (num_pages, page_size, 576)
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mO: cute.Tensor,  # (total_q, num_heads, 512)
+        mLse: cute.Tensor | None,  # (num_heads, total_q) float32
+        mTiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
+        mFirst: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32: a row for each cluster
+        mSlots: cute.Tensor,  # (max_slots, slot_floats) float32
+        mArrivals: cute.Tensor,  # (max_slots,) int32
+        mScale: cute.Tensor | None,  # (1,) float32
+        softmax_scale: Float32,
+        split_blocks: Int32,
+        stream,
+    ):
+        """Launch one CTA, or one cluster, for each range of the work list."""
+        maps = TensorMaps(self._query_tma(mQ, LATENT_PARTS), self._query_tma(mQRope, 1), self._latent_tma(mLatent))
+        page_size = Int32(mLatent.shape[1])
+        step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
+        values = MaskSpec(self.config.mask).values(softmax_scale, Float32(0.0), Int32(0), Int32(0))
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mScale)
+        dtype, major = self.storage.dtype, warpgroup.OperandMajorMode
+
+        def product(columns: int, b_major: Any, source: Any) -> cute.TiledMma:
+            return make_trivial_tiled_mma(dtype, dtype, major.K, b_major, Float32, (1, 1, 1), (TILE_M, columns), a_source=source)
+
+        half = const_expr(LATENT_PARTS // SIDES * PART_DIM)
+        mmas = Mmas(
+            product(TILE_N, major.K, warpgroup.OperandSource.SMEM),
+            product(half, major.MN, warpgroup.OperandSource.RMEM),
+            product(half, major.MN, warpgroup.OperandSource.SMEM),
+        )
+        self.kernel(maps, mmas, step, Int32(mLatent.shape[0]), values, results).launch(
+            grid=(mFirst.shape[0] * self.config.cluster_size, 1, 1),
+            block=(NUM_THREADS, 1, 1),
+            cluster=(self.config.cluster_size, 1, 1) if self.config.cluster_size > 1 else None,
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    def _query_tma(self, q: cute.Tensor, parts: int) -> cute.CopyAtom:
+        """TMA of a box of packed rows, one part of each: heads of a token, or all heads of several tokens. Rows past a sequence's end are
+        another's or zeros; nothing of theirs is stored."""
+        c = self.config
+        modes = {
+            "head": (c.box_heads, PART_DIM, q.shape[1], q.stride[1]),
+            "token": (c.box_tokens, PART_DIM * c.box_heads, q.shape[0], q.stride[0]),
+            "part": (1, PART_DIM * c.box_heads * c.box_tokens, parts, PART_DIM),
+        }
+        chosen = [modes[mode] for mode in query_modes(self.storage, parts > 1)]
+        boxes, box_strides, extents, strides = zip(*chosen, strict=True)
+        return self._part_tma(q, boxes, box_strides, extents, strides, cute.make_swizzle(3, 4, 3))
+
+    def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
+        """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
+        rows = self.config.box_rows
+        swizzle = cute.make_swizzle(0 if self.config.has_scale else 3, 4, 3)
+        return self._part_tma(
+            latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
+            (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,
+        )  # fmt: skip
+
+    def _part_tma(
+        self, tensor: cute.Tensor, boxes: tuple, box_strides: tuple, extents: tuple, strides: tuple, swizzle: cute.Swizzle
+    ) -> cute.CopyAtom:
+        """TMA whose boxes are rows of a part, one behind the other."""
+        rows_first = cute.make_tensor(tensor.iterator, cute.make_layout((PART_DIM, *extents), stride=(1, *strides)))
+        shape = (PART_DIM, *boxes)
+        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
+
+    @cute.kernel
+    def kernel(
+        self,
+        maps: TensorMaps,
+        mmas: Mmas,
+        step: StepTensors,
+        num_pages: Int32,
+        values: MaskValues,
+        results: ResultTensors,
+    ):
+        """Set up, then a role for each warpgroup."""
+        cluster = const_expr(self.config.cluster_size)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = self.storage.allocate()
+        if warp == 0:
+            for atom in maps:
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                self.storage.init_barriers(shared.barriers)
+        if warp >= WARPGROUP_WARPS:
+            self.consumers.clear_unloaded_query(shared)
+        sync_cluster(cluster)
+        if warp < WARPGROUP_WARPS:
+            cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.has_scale])
+            if warp == 0:
+                self.load_warp.run(step, num_pages, values, maps, shared)
+            elif const_expr(self.config.has_scale):
+                self.convert_warps.run(step, values, shared, warp - 1)
+            if warp == 1:
+                zero_rows(step.mFirst[self.work.list_idx(), TOTAL_Q], results.mO, results.mLse)
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.config.has_scale])
+            for side in cutlass.range_constexpr(SIDES):
+                if warp // WARPGROUP_WARPS == 1 + side:
+                    self.consumers.run(side, mmas, step, values, results, shared)
+        if const_expr(cluster > 1):
+            # The other CTA may still copy into this one's shared memory, and arrive at its barriers.
+            sync_cluster(cluster)
+
+
+def build(config: MlaDecodeConfig) -> tuple[MlaDecodeKernel, tuple[Any, ...]]:
+    """The host function of `config` and fake arguments to trace it with (see `fa4_backend.compile`)."""
+    return MlaDecodeKernel(config), mla_decode_fakes(config, slot_floats(config))

@@ -1,0 +1,81 @@
+"""Latent decode on Hopper, compiled by the real compiler and executed on the emulator behind the device's schedule, against an oracle.
+
+Sizes sit at 64 keys a block, 64 packed rows a tile, two blocks a pair, 16 keys a box. The pretended GPU has few SMs, so rows are cut
+between CTAs. What no row sees is NaN, lists, counters and slots hold garbage before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fa4_backend.kernels.schedule.work_list import NUM_PIECES
+from fa4_backend.problem import FP8
+from tests.support.emulated_mla import MlaCase, run_mla
+
+pytestmark = pytest.mark.emulated
+
+FEW = MlaCase((1, 1, 1, 0, 1), (130, 64, 0, 70, 1))  # 16 rows of a tile; 1, 2 and 3 blocks
+PAIR = MlaCase((1, 1), (300, 64), num_heads=128)  # two tiles: a cluster of two CTAs
+DRAFTS = MlaCase((4, 1, 3, 2), (200, 65, 3, 1), num_heads=32, decode_query_len=4, page_size=16, one_q=True)
+
+CASES = {
+    "16 heads": FEW,
+    "128 heads, a cluster": PAIR,
+    "drafts, more tokens than keys, one tensor of q": DRAFTS,
+    "24 heads, 3 tokens: tiles that begin inside a token": MlaCase((3, 1), (129, 63), num_heads=24, decode_query_len=3, page_size=48),
+    "8 heads, 8 tokens, float16, peaked": MlaCase((8, 5), (140, 66), num_heads=8, decode_query_len=8, dtype="float16", peaked=8.0),
+    "128 heads, 3 tokens, peaked": MlaCase((3, 2), (190, 20), num_heads=128, decode_query_len=3, peaked=20.0),
+    "FP8, 16 heads": replace(FEW, kv_dtype=FP8),
+    "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
+    "batch invariant": MlaCase((2, 1), (600, 65), num_heads=64, decode_query_len=2, batch_invariant=True, max_seqlen_k=2048),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edges(name: str) -> None:
+    run_mla(CASES[name], num_sms=6, seed=1).check()
+
+
+def test_bits_do_not_depend_on_page_size_or_schedule() -> None:
+    first = run_mla(DRAFTS, seed=None)
+    first.check()
+    for page_size, seed in ((64, 3), (96, None)):
+        again = run_mla(replace(DRAFTS, page_size=page_size), seed=seed)
+        again.check()
+        for got, want in zip(again.rows, first.rows, strict=True):
+            assert torch.equal(got, want), f"pages of {page_size}"
+
+
+@pytest.mark.parametrize("looks", [1, 1 << 20])
+def test_parts_are_added_up_by_all_or_by_the_last(looks: int) -> None:
+    """CTAs that leave at once, so that the last one has all to do, and CTAs that wait for all parts and add up a share each."""
+    outs = []
+    for seed in (None, 0, 1):
+        run = run_mla(replace(PAIR, query_lens=(1,), kv_lens=(500,), arrival_looks=looks), num_sms=8, seed=seed)
+        assert (run.work.decode_tiles[:4, NUM_PIECES] == 4).all(), "4 clusters, 2 blocks each"
+        run.check()
+        outs.append(run.rows[0].clone())
+    assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
+
+
+def test_batch_invariant_bits_do_not_depend_on_the_gpu() -> None:
+    """The same row cut over 1, 2 and 5 CTAs: whole, its pieces are added up by one CTA; cut, by all from their slots."""
+    alone = MlaCase((1,), (700,), batch_invariant=True, max_seqlen_k=2048)
+    first = run_mla(alone, num_sms=1)
+    first.check()
+    for num_sms in (2, 5):
+        again = run_mla(alone, num_sms=num_sms, seed=num_sms)
+        again.check()
+        assert torch.equal(again.rows[0], first.rows[0]) and torch.equal(again.rows[1], first.rows[1])
+    normal = [run_mla(replace(alone, batch_invariant=False), num_sms=n).rows[0] for n in (1, 5)]
+    assert not torch.equal(*normal), "the comparison cannot see a different cut"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_no_race_over_seeds(name: str) -> None:
+    for seed in range(100):
+        run_mla(CASES[name], num_sms=6, seed=seed).check()
