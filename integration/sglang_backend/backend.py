@@ -45,6 +45,8 @@ class FA4Backend(AttentionBackend):
         super().__init__()
         refuse_strange(runner, is_latent=self.is_latent)
         self.device = torch.device(runner.device)
+        # Under these names SGLang asks the backend of a step for its pools.
+        self.token_to_kv_pool, self.req_to_token_pool = runner.token_to_kv_pool, runner.req_to_token_pool
         self.pool = runner.token_to_kv_pool
         self.kv_index_translator = runner.kv_index_translator
         self.slots = TokenSlots(runner)

@@ -29,6 +29,12 @@ SIZES: dict[str, Any] = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "device": "
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 
 
+@pytest.fixture(autouse=True)
+def model(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit's runner of latent attention has no model to look for layers in; its layer is planned at its first call."""
+    monkeypatch.setattr(mla.MockMLAModelRunner, "model", torch.nn.Module(), raising=False)
+
+
 @pytest.fixture
 def calls(kit: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """Keyword arguments of every call of `mla_decode` in a test, which has to make some."""

@@ -116,7 +116,7 @@ def test_deterministic_mode_keeps_the_radix_cache_where_bits_do_not_depend_on_ch
 
 @pytest.mark.parametrize("argument", ("--attention-backend", "--prefill-attention-backend"))
 def test_prompts_of_mla_are_refused_before_a_model_loads(tmp_path: Path, argument: str) -> None:
-    with pytest.raises(UnsupportedProblem, match="prefill of a model with MLA: expected another backend.*--decode-attention-backend"):
+    with pytest.raises(UnsupportedProblem, match=r"prefill of a model with MLA: expected another backend.*--decode-attention-backend"):
         resolve(tmp_path, DEEPSEEK, "--attention-backend", "triton", argument, plugin.NAME)
 
 
