@@ -123,9 +123,3 @@ def test_parts_of_q_and_k_may_come_apart(calls: list[dict[str, Any]], apart: boo
 def test_prompts_are_refused(kit: Any) -> None:
     with pytest.raises(UnsupportedProblem, match="step of latent attention: expected decode or verification, got EXTEND"):
         mla.run_mla_attention_case(SKIPS(), CASES["mla_extend_prefix_exact_page"], **SIZES)
-
-
-def test_long_verifications_are_refused(kit: Any) -> None:
-    with pytest.raises(UnsupportedProblem, match="expected at most 8 queries a row of latent attention, got 9"):
-        case = replace(drafts(), extend_lens=(9, 9, 9))
-        verifications.run_mla_eagle_verify_case(SKIPS(), case, topk=1, **SIZES)
