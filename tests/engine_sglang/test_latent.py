@@ -120,6 +120,26 @@ def test_parts_of_q_and_k_may_come_apart(calls: list[dict[str, Any]], apart: boo
     torch.testing.assert_close(module.o_proj(latents.flatten(1, 2)), expected, **FLOAT32)
 
 
+class RoundedPool(mla.MLATokenToKVPool):
+    """Latents as FP8 would round them, in the model's dtype."""
+
+    def set_mla_kv_buffer(self, layer: Any, loc_info: Any, cache_k_nope: torch.Tensor, cache_k_rope: torch.Tensor) -> None:
+        rounded = [part.to(torch.float8_e4m3fn).to(part.dtype) for part in (cache_k_nope, cache_k_rope)]
+        super().set_mla_kv_buffer(layer, loc_info, *rounded)
+
+
+def test_latents_in_fp8(calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(**more: Any) -> torch.Tensor:
+        case = DECODE["mla_decode_page_boundary"]
+        return mla.run_mla_fixture_eager(mla.build_mla_attention_fixture(SKIPS(), case, dtype=torch.float32, **SIZES, **more))
+
+    plain, fp8 = run(), run(fp8_kv_cache=True)
+    assert {call["plan"].problem.kv_dtype for call in calls} == {"float32", "float8_e4m3fn"}
+    monkeypatch.setattr(mla, "MLATokenToKVPool", RoundedPool)
+    torch.testing.assert_close(fp8, run(), **FLOAT32)
+    assert not torch.allclose(fp8, plain, **FLOAT32)
+
+
 def test_prompts_are_refused(kit: Any) -> None:
     with pytest.raises(UnsupportedProblem, match="step of latent attention: expected decode or verification, got EXTEND"):
         mla.run_mla_attention_case(SKIPS(), CASES["mla_extend_prefix_exact_page"], **SIZES)
