@@ -23,6 +23,7 @@ class CallTensors(NamedTuple):
     alibi_slopes: torch.Tensor | None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
 
 
 class LatentTensors(NamedTuple):
@@ -58,6 +59,7 @@ class AttentionArguments(NamedTuple):
     alibi_slopes: torch.Tensor | None  # (num_q_heads,) float32; adds -slope * distance to the diagonal key
     k_scale: torch.Tensor | None = None  # (num_kv_heads,) float32, any stride: K is k_cache times it; None unless K and V are FP8
     v_scale: torch.Tensor | None = None  # the same of V
+    out_scale: torch.Tensor | None = None  # (1,) float32: the result is out times it; None unless out is FP8
 
 
 class LatentArguments(NamedTuple):

@@ -1,7 +1,8 @@
 """Compiled kernels on disk, keyed by content, and their loader, which needs no compiler.
 
-One key is compiled once for all processes of a machine: the first takes the file lock, the others wait and load. A compile in a
-serving process after `seal()` is a degradation: logged, counted, and an error in strict mode. `fa4_backend.cache` keeps the files.
+The loader looks among the objects that came with the installation (`fa4_backend.prebuilt`), then in the cache. There one key is compiled
+once for all processes of a machine: the first takes the file lock, the others wait and load. A compile in a serving process after `seal()`
+is a degradation: logged, counted, and an error in strict mode. `fa4_backend.cache` keeps the files.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ logger = logging.getLogger("fa4_backend")
 LIBRARY = "kernel.so"
 FILES = (LIBRARY, "kernel.ptx", "kernel.cubin")
 _PACKAGE = Path(__file__).parent
+PREBUILT = _PACKAGE / "prebuilt"  # what a wheel carries, laid out as the cache is; the library of an entry alone
 _sealed = False
 num_late_compiles = 0  # compiles after `seal()`
 
@@ -71,9 +73,14 @@ def dsl_version() -> str | None:
         return None
 
 
-def object_folder(arch: str) -> Path:
-    """Folder of an arch's objects: one for each DSL and host machine; where the DSL is not installed, the newest that exists."""
-    root, machine = envs.cache_dir() / "kernels" / arch, platform.machine()
+def object_folder(arch: str, root: Path | None = None, machine: str | None = None) -> Path:
+    """Folder of an arch's objects: one for each DSL and host machine; where the DSL is not installed, the newest that exists.
+
+    Args:
+        root: of all objects; None: the cache's.
+        machine: that will load them, such as "aarch64"; None: this one.
+    """
+    root, machine = (root or envs.cache_dir() / "kernels") / arch, machine or platform.machine()
     version = dsl_version()
     if version is not None:
         return root / f"dsl-{version}-{machine}"
@@ -86,9 +93,29 @@ def _version_numbers(folder: Path) -> list[int]:
 
 def object_entry(key: CompileKey) -> cache_entry.Entry:
     """Place of a key's object in the cache, and what must stand there."""
+    return _entry(key, object_folder(key.arch), FILES)
+
+
+def prebuilt_entry(key: CompileKey, machine: str | None = None) -> cache_entry.Entry:
+    """Place of a key's object among those that came with the installation; `machine` as in `object_folder`."""
+    return _entry(key, object_folder(key.arch, PREBUILT, machine), (LIBRARY,))
+
+
+def _entry(key: CompileKey, folder: Path, files: tuple[str, ...]) -> cache_entry.Entry:
     identity = json.loads(json.dumps({"key": describe(key), "sources": source_fingerprint()}))
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_entry.Entry(object_folder(key.arch) / f"{key.name}-{digest}", FILES, identity)
+    return cache_entry.Entry(folder / f"{key.name}-{digest}", files, identity)
+
+
+def find_prebuilt(key: CompileKey) -> Path | None:
+    """The shared library of `key` that came with the installation; None where there is none, or, with a log line, where it is damaged."""
+    entry = prebuilt_entry(key)
+    fault = cache_entry.find_fault(entry, is_package=True)
+    if fault is None:
+        return entry.folder / LIBRARY
+    if fault != cache_entry.MISSING:
+        logger.warning("%s came with the installation and is damaged (%s): the cache is asked instead", entry.folder, fault)
+    return None
 
 
 def ensure_object(key: CompileKey) -> Path:
@@ -103,7 +130,8 @@ def ensure_object(key: CompileKey) -> Path:
     def build(folder: Path) -> dict[str, Any]:
         _note_late_compile(key)
         facts = compile_to_object(key, folder / Path(LIBRARY).stem)
-        logger.info("compiled %s in %.1f s", key.name, facts.seconds)
+        lacked = "; it is not among the kernels that came with the installation" if (PREBUILT / key.arch).is_dir() else ""
+        logger.info("compiled %s in %.1f s%s", key.name, facts.seconds, lacked)
         return asdict(facts)
 
     cannot_build = None
@@ -134,7 +162,7 @@ def read_facts(key: CompileKey) -> KernelFacts:
 
 @functools.cache
 def load_kernel(key: CompileKey) -> Callable[..., None]:
-    """The launcher of `key`, a tvm-ffi function over torch tensors; compiles when the cache has no object.
+    """The launcher of `key`, a tvm-ffi function over torch tensors; compiles where neither installation nor cache has its object.
 
     Raises:
         CompileError: the kernel could not be compiled or linked.
@@ -144,7 +172,7 @@ def load_kernel(key: CompileKey) -> Callable[..., None]:
     import tvm_ffi
 
     load_runtime()
-    library = ensure_object(key)
+    library = find_prebuilt(key) or ensure_object(key)
     try:
         return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
     except (OSError, RuntimeError, AttributeError) as error:

@@ -37,6 +37,11 @@ def set_default(name: str, value: str) -> str:
     return os.environ.setdefault(name, value)
 
 
+def environment_of_child(more: dict[str, str]) -> dict[str, str]:
+    """This process's whole environment, with `more` on top: for a process that it starts."""
+    return {**os.environ, **more}
+
+
 def settings() -> dict[str, str | None]:
     """Value of every variable of the table, None where it is not set; those named like ours that are not in it come last."""
     unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in VARIABLES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
+from fa4_backend.problem import SAME_AS_Q
 from fa4_backend.validation import check_step, clamp_window
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class AttentionMetadata:
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
     passed: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # facts of calls that `validation` found to fit; bytes of tensors
     is_announced: bool = False  # the plan's log line was written
+    followers: list[AttentionMetadata] = field(default_factory=list)  # made by `sharing`
 
     @classmethod
     def allocate(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionMetadata:
@@ -66,6 +68,24 @@ class AttentionMetadata:
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
         return cls(plan, work.prefill_tiles.device, kernels, work, unit_scale=unit_scale)  # "cuda" alone has become one GPU
 
+    def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
+        """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
+
+        Refreshed with this one, and not by itself. Loads and compiles as `allocate` does, which says what is raised.
+        """
+        ours, theirs = ((replace(p.problem, out_dtype=SAME_AS_Q), p.limits, p.num_sms) for p in (self.plan, plan))
+        if ours != theirs:
+            raise ValueError(f"plan: expected one that differs in out_dtype alone from {self.plan.describe()}, got {plan.describe()}")
+        kernels = None
+        if plan.kernels is not None:
+            from fa4_backend.kernels.loading import load_kernels
+
+            assert self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
+            kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
+        follower = AttentionMetadata(plan, self.device, kernels, self.work, unit_scale=self.unit_scale, window_left=self.window_left)
+        self.followers.append(follower)
+        return follower
+
     def refresh(
         self,
         *,
@@ -86,6 +106,8 @@ class AttentionMetadata:
         """
         check_step(self, cu_seqlens_q, seqused_k, max_seqlen_q, max_seqlen_k)
         self.bounds = StepBounds(seqused_k.shape[0], max_seqlen_q, max_seqlen_k)
+        for follower in self.followers:
+            follower.bounds, follower.window_left = self.bounds, self.window_left
         if self.work is not None and self.kernels is not None:
             left = NO_WINDOW if self.window_left is None else clamp_window(self.window_left)
             right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fa4_backend.arguments import LatentArguments, LatentTensors
+from fa4_backend.kernels.launch_abi import mla_decode_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
@@ -67,7 +68,9 @@ def mla_decode(
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     if q.shape[0] == 0:
         return out, lse  # a step without tokens; a tensor map cannot describe zero rows
-    scale = metadata.unit_scale if latent_scale is None else latent_scale.expand(1)
+    scale = metadata.unit_scale if latent_scale is None else latent_scale
+    if scale is not None and scale.dim() == 0:
+        scale = scale.expand(1)
     arguments = LatentArguments(q, q_rope, latent_cache, page_table, cu_seqlens_q, seqused_k, out, lse, softmax_scale, scale)
     announce(metadata)
     if metadata.kernels is None:
@@ -81,5 +84,6 @@ def mla_decode(
 
 def _launch(metadata: AttentionMetadata, arguments: LatentArguments) -> None:
     """Run the plan's kernel over the work list that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
-    # `support.py` lets no plan through for which there is no kernel; its arguments belong in `kernels/launch_abi.py`.
-    raise AssertionError(f"a latent plan with kernels: expected none, got {metadata.plan.describe()} for {arguments.q.shape}")
+    kernels, work = metadata.kernels, metadata.work
+    assert kernels is not None and kernels.decode is not None and work is not None, metadata.plan
+    kernels.decode(*mla_decode_arguments(arguments, work))

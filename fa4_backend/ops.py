@@ -30,6 +30,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -59,7 +60,10 @@ def paged_attention(
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
         k_scale, v_scale: float32 on the device, of shape (num_kv_heads,), or () or (1,) for all heads, any stride: K and V are what is
             stored times this. Only with FP8 K and V; default: 1. Read by the kernels, so that a captured graph follows its value.
-        out: (total_q, num_q_heads, head_dim_v), written in place; default: a new tensor. Shares no element with q, the caches or lse.
+        out_scale: () or (1,) float32 on the device, above 0, likewise: `out` is the result divided by this, cut to +-448, as e4m3. Given
+            exactly when the plan's `out_dtype` is FP8.
+        out: (total_q, num_q_heads, head_dim_v) in the plan's `out_dtype`, written in place; default: a new tensor. Shares no element with
+            q, the caches or lse.
         lse: (num_q_heads, total_q) float32, written in place, likewise; default: a new tensor when the plan has it.
 
     Returns:
@@ -70,14 +74,17 @@ def paged_attention(
         ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched. On CPU tensors also: a
             row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
-    tensors = CallTensors(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale)
+    tensors = CallTensors(
+        q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale
+    )
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
     if out is None:
-        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v)
+        out_dtype = getattr(torch, plan.problem.out_dtype)
+        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v, dtype=out_dtype)
     if plan.problem.has_lse and lse is None:
         lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     if q.shape[0] == 0:
@@ -87,6 +94,7 @@ def paged_attention(
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
+        None if out_scale is None else out_scale.view(1),
     )  # fmt: skip
     announce(metadata)
     if metadata.kernels is None:
@@ -112,4 +120,5 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if kernels.decode is not None:
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+        assert kernels.prefill is not None, metadata.plan
         kernels.prefill(*prefill_arguments(arguments, work))

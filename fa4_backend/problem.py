@@ -9,8 +9,8 @@ from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # by torch's names
 FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits
 FP8_MAX = 448.0  # the largest finite number
-KV_SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of q and out
+SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of q
 EMULATED_PREFIX = "emulated-"  # arch "emulated-sm_100a": the sm_100a kernel, executed on the emulator over CPU tensors
 
 
@@ -18,7 +18,7 @@ class UnsupportedProblem(ValueError):
     """A combination no kernel here serves; the message names the feature, what was expected and what to use instead."""
 
 
-SAME_AS_Q = "auto"  # kv_dtype: K and V are stored in the dtype of q, as engines call it
+SAME_AS_Q = "auto"  # kv_dtype, out_dtype: the dtype of q, as engines call it
 
 PAGED = "paged"  # K and V in pages of a pool, found by a page table
 RAGGED = "ragged"  # K and V of the batch one sequence behind the other, without pages
@@ -69,12 +69,13 @@ class AttentionProblem:
     num_kv_heads: int
     head_dim: int  # elements of a query or key row
     head_dim_v: int  # elements of a value or output row
-    dtype: str  # of q and out: one of COMPUTE_DTYPES
+    dtype: str  # of q: one of COMPUTE_DTYPES
     page_size: int  # tokens a page; 1 where K and V have no pages
     arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
     mask: MaskFeatures = MaskFeatures()
     kv_dtype: str = SAME_AS_Q  # of K and V as stored: a key of DTYPE_BYTES; after construction never "auto"
     kv_source: str = PAGED  # where K and V lie: one of KV_SOURCES
+    out_dtype: str = SAME_AS_Q  # of out: q's, or FP8; after construction never "auto"
     sinks_dtype: str = "float32"  # of the tensor of sinks, where the mask has them: kernels read the engine's own parameter
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
@@ -91,9 +92,16 @@ class AttentionProblem:
                 raise UnsupportedProblem(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.kv_dtype == SAME_AS_Q:
             object.__setattr__(self, "kv_dtype", self.dtype)
+        if self.out_dtype == SAME_AS_Q:
+            object.__setattr__(self, "out_dtype", self.dtype)
         if not self.mask.has_sinks:
             object.__setattr__(self, "sinks_dtype", "float32")  # one key for all that have none
-        for name, served in (("dtype", COMPUTE_DTYPES), ("kv_dtype", tuple(DTYPE_BYTES)), ("sinks_dtype", COMPUTE_DTYPES)):
+        for name, served in (
+            ("dtype", COMPUTE_DTYPES),
+            ("kv_dtype", tuple(DTYPE_BYTES)),
+            ("out_dtype", (self.dtype, FP8)),
+            ("sinks_dtype", COMPUTE_DTYPES),
+        ):
             if getattr(self, name) not in served:
                 raise UnsupportedProblem(f"{name}: expected one of {', '.join(served)}, got {getattr(self, name)!r}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
@@ -119,6 +127,11 @@ class AttentionProblem:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8: what they stand for is the stored value times a scale, one of K and one of V a KV head."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_out_scale(self) -> bool:
+        """Whether `out` is FP8: what is written times one scale is the result."""
+        return self.out_dtype == FP8
 
     @property
     def kv_token_bytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fa4_backend.arguments import AttentionArguments, LatentArguments
+from fa4_backend.problem import FP8_MAX
 
 
 class Sequence(NamedTuple):
@@ -128,6 +129,17 @@ def dequantise(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor
         scale: (num_kv_heads,) float32.
     """
     return stored if scale is None else stored.float() * scale[:, None]
+
+
+def rounded(out: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """Results as `out` holds them: rounded to `dtype`; with a scale of FP8 divided by it first and cut to what e4m3 holds.
+
+    Args:
+        scale: (1,) float32, above 0.
+    """
+    if scale is None:
+        return out.to(dtype)
+    return (out.float() * scale.reciprocal()).clamp(-FP8_MAX, FP8_MAX).to(dtype)
 
 
 def visible_columns(

@@ -30,7 +30,7 @@ MAX_LATENT_QUERY_LEN = 8
 class KernelSupport:
     """What the kernels of one arch serve; the only place that says so."""
 
-    dtypes: tuple[str, ...]  # of q and out
+    dtypes: tuple[str, ...]  # of q
     head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
     head_dim_multiple: int
     max_q_per_kv: int | None  # query heads packed in one tile; None: any
@@ -38,6 +38,7 @@ class KernelSupport:
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
     quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside q's own
+    quantised_out: tuple[str, ...] = ()  # dtypes of out beside q's own, except beside a latent cache
     kv_sources: tuple[str, ...] = (PAGED,)  # where K and V may lie
 
 
@@ -47,6 +48,7 @@ _BLACKWELL = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
     quantised_kv=(FP8,),
+    quantised_out=(FP8,),
 )
 _HOPPER = KernelSupport(
     dtypes=("bfloat16", "float16"),
@@ -54,20 +56,27 @@ _HOPPER = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of the smaller query tile
     quantised_kv=(FP8,),
+    quantised_out=(FP8,),
 )
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
-    REFERENCE_ARCH: KernelSupport(COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,)),
+    REFERENCE_ARCH: KernelSupport(
+        COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), quantised_out=(FP8,)
+    ),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
 
-# Latent attention has kernels of its own: what they serve, by arch.
+# Latent attention has kernels of its own: what they serve, by arch. Not exact: rows of prompts go another way than decode rows.
 LATENT_SUPPORT: dict[str, KernelSupport] = {
     REFERENCE_ARCH: KernelSupport(
         COMPUTE_DTYPES, None, 8, None, masks=frozenset({"is_causal"}), modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,),
         kv_sources=(LATENT,),
+    ),
+    "sm_90a": KernelSupport(
+        ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
+        modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
     ),
 }  # fmt: skip
 
@@ -113,6 +122,10 @@ def check_problem(problem: AttentionProblem) -> None:
     served_kv = (problem.dtype, *support.quantised_kv)
     if problem.kv_dtype not in served_kv:
         raise UnsupportedProblem(f"kv_dtype on {arch}: expected {' or '.join(served_kv)} with q in {problem.dtype}, got {problem.kv_dtype}")
+    served_out = (problem.dtype, *(() if problem.kv_source == LATENT else support.quantised_out))
+    if problem.out_dtype not in served_out:
+        what = f"{problem.dtype} q and {problem.kv_source} K and V"
+        raise UnsupportedProblem(f"out_dtype on {arch}: expected {' or '.join(served_out)} with {what}, got {problem.out_dtype}")
 
 
 _FEATURE_ADVICE = "use another attention backend of the engine for this model"

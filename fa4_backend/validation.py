@@ -211,8 +211,8 @@ def _check_written(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTens
     p = plan.problem
     if t.out is not None:
         _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
-        _expect_dtype("out", t.out, p.dtype)
-        _expect_rows("out", t.out, DTYPE_BYTES[p.dtype], by_kernel=p.arch != REFERENCE_ARCH)
+        _expect_dtype("out", t.out, p.out_dtype)
+        _expect_rows("out", t.out, DTYPE_BYTES[p.out_dtype], by_kernel=p.arch != REFERENCE_ARCH)
         _expect_one_place_each("out", t.out)
     if t.lse is not None:
         _expect_one_place_each("lse", t.lse)
@@ -231,6 +231,7 @@ def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
     )
     _check_planned(of_plan)
     _check_scales(plan, (("k_scale", t.k_scale), ("v_scale", t.v_scale)))
+    _check_out_scale(plan, t.out_scale)
 
 
 def _check_planned(tensors: tuple[tuple[str, torch.Tensor | None, bool, tuple[int, ...], str], ...]) -> None:
@@ -260,6 +261,19 @@ def _check_scales(plan: AttentionPlan, scales: tuple[tuple[str, torch.Tensor | N
             each = f"() or (1) for {stored}" if heads == 1 else f"(), (1) or ({heads}), one a KV head"
             raise ValueError(f"{name}: expected shape {each}, got {tuple(scale.shape)}")
         _expect_dtype(name, scale, "float32")
+
+
+def _check_out_scale(plan: AttentionPlan, scale: torch.Tensor | None) -> None:
+    p = plan.problem
+    if scale is None:
+        if p.has_out_scale:
+            raise ValueError(f"out_scale: expected a tensor, since the plan's out is {p.out_dtype}, got none")
+        return
+    if not p.has_out_scale:
+        raise ValueError(f"out_scale: expected none, since the plan's out is {p.out_dtype}, got a tensor")
+    if tuple(scale.shape) not in ((), (1,)):
+        raise ValueError(f"out_scale: expected shape () or (1), one for all of out, got {tuple(scale.shape)}")
+    _expect_dtype("out_scale", scale, "float32")
 
 
 def check_values(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fa4_backend.problem import DTYPE_BYTES, KV_SHORT_NAMES, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, SHORT_NAMES, MaskFeatures
 
 DTYPE = torch.bfloat16  # of q and out
 LONGEST_DRAFT = 8  # query tokens: rows of more are a prompt's or a message's
@@ -92,7 +92,7 @@ class BatchShape:
     @property
     def label(self) -> str:
         """Heads, page size, mask and rows on one line."""
-        kv = f" {KV_SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in KV_SHORT_NAMES else ""
+        kv = f" {SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in SHORT_NAMES else ""
         dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
         return f"{self.num_q_heads}/{self.num_kv_heads} d{dims}{kv} page {self.page_size}{self.mask.label}: {self.size}"
 

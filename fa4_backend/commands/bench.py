@@ -1,4 +1,4 @@
-"""`fa4 bench prefill`, `decode` and `shapes`: ours beside the peers that are installed. Needs a GPU."""
+"""`fa4 bench prefill`, `decode`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -83,6 +83,41 @@ def shapes(
 
     _require_gpu()
     _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+
+
+@bench.command()
+def engine(
+    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 4096,
+    mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
+    rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
+    starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
+    csv_path: Csv = None,
+    json_output: Json = False,
+    kv_dtype: KvDtype = "auto",
+) -> None:
+    """A whole vLLM engine: host and device time of steps, attention's share, ragged throughput, seconds to start."""
+    from fa4_backend.bench import engine as module
+    from fa4_backend.bench.figures import write_csv
+
+    _require_gpu()
+    stored = "auto" if _stored(kv_dtype) == KV_DTYPES["auto"] else "fp8"
+    if mode not in module.MODES:
+        typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
+        raise typer.Exit(2)
+    every = []
+    try:
+        options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
+            every += figures
+            if not json_output:
+                print(module.format_line(figures), flush=True)
+            if csv_path is not None:  # after each engine: a machine's time may end before the last one's
+                write_csv(csv_path, every)
+    except module.EngineBenchError as error:
+        typer.echo(f"fa4 bench: FA4: {error}", err=True)
+        raise typer.Exit(1) from None
+    print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every))
 
 
 def _stored(kv_dtype: str) -> str:

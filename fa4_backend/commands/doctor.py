@@ -45,6 +45,7 @@ def examine() -> list[Finding]:
     findings.append(_distribution("apache-tvm-ffi", "launches compiled kernels", NOTE))
     findings.append(_c_compiler())
     findings += _engines()
+    findings.append(_prebuilt())
     findings.append(_cache_folder())
     findings += _environment()
     return findings
@@ -148,6 +149,13 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _prebuilt() -> Finding:
+    from fa4_backend import prebuilt
+
+    is_usable, detail = prebuilt.describe(prebuilt.records())
+    return Finding("prebuilt kernels", OK if is_usable else NOTE, detail)
 
 
 def _cache_folder() -> Finding:

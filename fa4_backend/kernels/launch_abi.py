@@ -54,6 +54,7 @@ class PrefillArguments(NamedTuple):
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mOutScale: Any  # (1,) float32; None where out is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -77,6 +78,7 @@ class DecodeArguments(NamedTuple):
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mOutScale: Any  # (1,) float32; None where out is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -128,7 +130,7 @@ def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArgument
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
         work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
     """A call of the decode kernel over the step's list."""
     return DecodeArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
         work.shape.split_blocks,
     )  # fmt: skip
 
@@ -183,12 +185,13 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
         mQueue=fake.entries(QUEUE_INTS) if has_queue else None,
         mPartSlots=fake.entries(part_floats, "float32") if part_floats else None,
         mPartArrivals=fake.entries(PART_COUNTERS) if part_floats else None,
-        mO=fake.heads(config.dtype, total_q, heads, config.head_dim_v),
+        mO=fake.heads(config.out_dtype, total_q, heads, config.head_dim_v),
         mLse=fake.plain("float32", heads, total_q) if config.has_lse else None,
         mSinks=fake.plain(config.sinks_dtype, heads) if config.mask.has_sinks else None,
         mSlopes=fake.plain("float32", heads) if config.mask.has_alibi else None,
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
+        mOutScale=fake.scales() if config.has_out_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -206,7 +209,7 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mK=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim),
         mV=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim_v),
         mPageTable=fake.plain("int32", n(), n()),
-        mO=fake.heads(config.dtype, n(), n(), config.head_dim_v),
+        mO=fake.heads(config.out_dtype, n(), n(), config.head_dim_v),
         mLse=fake.plain("float32", n(), n()) if config.has_lse else None,
         mTiles=fake.entries(DECODE_INTS),
         mFirst=fake.entries(DECODE_INTS),
@@ -216,6 +219,7 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mSlopes=fake.plain("float32", n()) if config.mask.has_alibi else None,
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
+        mOutScale=fake.scales() if config.has_out_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),

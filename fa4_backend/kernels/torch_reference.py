@@ -17,7 +17,7 @@ import torch
 
 from fa4_backend.arguments import AttentionArguments, LatentArguments
 from fa4_backend.problem import AttentionProblem
-from fa4_backend.reference import as_paged, softmax_weights
+from fa4_backend.reference import as_paged, rounded, softmax_weights
 
 # Query tokens a chunk. SmolLM2-135M (9/3 heads, d64, bf16), 2 cores of an AVX-512 server: see docs/benchmarks.md, "CPU reference".
 QUERY_CHUNK = 256
@@ -280,6 +280,10 @@ def _store(a: AttentionArguments, rows: slice | torch.Tensor, out: torch.Tensor 
         with_sink = torch.where(lse.isneginf(), lse, torch.logaddexp(lse, a.sinks.float()[:, None].expand_as(lse)))
         out = out.float() * torch.exp(torch.where(lse.isneginf(), 0.0, lse - with_sink)).T[..., None]
         lse = with_sink
-    a.out[rows] = 0.0 if out is None else out.to(a.out.dtype)
+    stored = a.out.new_zeros(()) if out is None else rounded(out, a.out.dtype, a.out_scale)
+    if a.out_scale is None:
+        a.out[rows] = stored
+    else:  # torch takes no list of rows of an FP8 tensor
+        a.out.view(torch.uint8)[rows] = stored.view(torch.uint8)
     if a.lse is not None:
         a.lse[:, rows] = lse

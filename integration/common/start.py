@@ -6,11 +6,13 @@ An adapter calls `open_warm_up` and `allocate` where its engine makes the state 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fa4_backend import AttentionMetadata
 from fa4_backend.compile_cache import reopen, seal
 from fa4_backend.device import plan_on
+from fa4_backend.problem import FP8
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,15 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
         CompileError: a kernel could not be compiled or linked.
     """
     return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
+
+
+def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """The same for layers whose out an engine wants in FP8: refreshed with `step`, whose buffers it shares.
+
+    Raises:
+        UnsupportedProblem, CompileError: as `allocate`.
+    """
+    return step.sharing(plan_on(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, device))
 
 
 def seal_warm_up() -> None:

@@ -119,10 +119,11 @@ class FA4Impl(AttentionImpl):
             query: (num_tokens, num_q_heads, head_dim), may be longer than the step's `num_actual_tokens`; key and value are not read.
             kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides; bytes where K and V are FP8.
             attn_metadata: None in a profiling run, which has no cache.
-            output: (num_tokens, num_q_heads, head_dim), written in place.
+            output: (num_tokens, num_q_heads, head_dim), written in place; e4m3 where vLLM fused the quantisation behind the layer.
+            output_scale: one float32, what e4m3 outputs are multiplied by to be the result; None: outputs in the dtype of q.
         """
-        if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedProblem("output quantisation: expected none (fused_output_quant_supported says False), got an output scale")
+        if output_block_scale is not None:
+            raise UnsupportedProblem("output quantisation: expected one scale (fused_output_quant_supported says so), got scales of blocks")
         if attn_metadata is None:
             return output.fill_(0)
         num_tokens = attn_metadata.num_actual_tokens
@@ -133,7 +134,7 @@ class FA4Impl(AttentionImpl):
             k_cache, v_cache = k_cache.view(torch.float8_e4m3fn), v_cache.view(torch.float8_e4m3fn)
             writer = layer if self.writer is None else self.writer
             k_scale, v_scale = writer._k_scale, writer._v_scale
-        step = attn_metadata.steps[self.kind]
+        step = (attn_metadata.steps if output_scale is None else attn_metadata.fused_steps)[self.kind]
         paged_attention(
             query[:num_tokens],
             k_cache,
@@ -150,9 +151,16 @@ class FA4Impl(AttentionImpl):
             alibi_slopes=self.alibi_slopes,
             k_scale=k_scale,
             v_scale=v_scale,
+            out_scale=None if output_scale is None else output_scale.view(1),
             out=output[:num_tokens],
         )
         return output
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """FP8 with one scale known before: vLLM's pass then drops the kernel that would quantise a layer's outputs."""
+        from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+        return bool(quant_key == kFp8StaticTensorSym)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor

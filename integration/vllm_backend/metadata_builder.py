@@ -33,15 +33,23 @@ class FA4Metadata:
     seqused_k: torch.Tensor  # (batch,) int32
     page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
     slot_mapping: torch.Tensor  # (num_tokens,), where the step's keys and values were written
+    max_seqlen_q: int  # host upper bounds of the step's lengths; in a captured graph the capture's
+    max_seqlen_k: int
     steps: dict[LayerKind, AttentionMetadata]  # refreshed for this step
+    fused_steps: dict[LayerKind, AttentionMetadata]  # the same for layers that write FP8; empty where vLLM fuses no quantisation
 
 
 class FA4MetadataBuilder(AttentionMetadataBuilder):
     """Plans at start, one plan for each kind of layer in the group; `build` refreshes their device buffers.
 
+    Metadata that another group's builder made cannot be taken over with an exchanged block table (`supports_update_block_table`): a graph
+    that was captured of this group reads the work lists of this builder, so each replay needs them refreshed.
+
     Raises:
         UnsupportedProblem: at construction, for a KV cache or a layer that no kernel on this device serves.
     """
+
+    supports_draft_decode_metadata_update = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -57,6 +65,10 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         impls = [layer.impl for layer in layers.values()]
         self.steps: dict[LayerKind, AttentionMetadata] = self._allocate_steps(impls, device)
+        self.fused_steps: dict[LayerKind, AttentionMetadata] = {}
+        if vllm_config.compilation_config.pass_config.fuse_attn_quant:
+            # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
+            self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
         self.slopes = share_slopes(impls, device)
         for impl in impls:
             target = impl.kv_sharing_target_layer_name
@@ -93,23 +105,35 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         start.seal_warm_up()
         for slopes in self.slopes:
             slopes.restore()
-        for step in self.steps.values():
-            step.refresh(
-                cu_seqlens_q=batch.query_start_loc,
-                seqused_k=batch.seq_lens,
-                max_seqlen_q=batch.max_query_len,
-                # A dummy or captured batch says that each sequence is as long as all its tokens together, a batch of drafts that it may
-                # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
-                max_seqlen_k=min(batch.max_seq_len, step.plan.limits.max_seqlen_k),
-            )
-        return FA4Metadata(
+        metadata = FA4Metadata(
             num_actual_tokens=batch.num_actual_tokens,
             cu_seqlens_q=batch.query_start_loc,
             seqused_k=batch.seq_lens,
             page_table=batch.block_table_tensor,
             slot_mapping=batch.slot_mapping,
+            max_seqlen_q=batch.max_query_len,
+            max_seqlen_k=batch.max_seq_len,
             steps=self.steps,
+            fused_steps=self.fused_steps,
         )
+        self.update_draft_decode_metadata(metadata)
+        return metadata
+
+    def update_draft_decode_metadata(self, metadata: FA4Metadata) -> None:
+        """Take over the lengths that `metadata`'s tensors hold at this moment.
+
+        A drafter's loop lengthens its sequences on the device and calls this before each of its steps. vLLM records it in the loop's CUDA
+        graph: one launch a plan, at fixed addresses, with no host sync and no allocation.
+        """
+        for step in self.steps.values():
+            step.refresh(
+                cu_seqlens_q=metadata.cu_seqlens_q,
+                seqused_k=metadata.seqused_k,
+                max_seqlen_q=metadata.max_seqlen_q,
+                # A dummy or captured batch says that each sequence is as long as all its tokens together, a batch of drafts that it may
+                # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
+                max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
+            )
 
     def _limits(self) -> BatchLimits:
         scheduler, compilation = self.vllm_config.scheduler_config, self.vllm_config.compilation_config

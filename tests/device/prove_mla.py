@@ -284,7 +284,8 @@ def times(rounds: int) -> list[dict[str, Any]]:
         if batch * keys <= 1 << 16:
             judge(a)
         calls = {"fa4": capture(step.run)}
-        for name, call in peers(a, heads, batch, keys, queries).items() if kv_dtype == "auto" else ():
+        alive = peers(a, heads, batch, keys, queries) if kv_dtype == "auto" else {}  # a graph holds no tensor of its calls
+        for name, call in alive.items():
             call()
             torch.cuda.synchronize()
             replay = capture(call)
@@ -321,7 +322,7 @@ def times(rounds: int) -> list[dict[str, Any]]:
             f"h{heads:3d} {batch:2d} x {keys:5d} q{queries} {kv_dtype[:8]}: {ours}  {others}  {gb:.0f} GB/s {tflops:.0f} TFLOP/s",
             flush=True,
         )
-        del a, step, calls
+        del a, step, calls, alive
     return table
 
 

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,8 @@ SUITES = {
 }  # fmt: skip
 
 
-def plant(scale_error: float) -> None:
+@contextmanager
+def off_scale(scale_error: float) -> Iterator[None]:
     """Multiply the scales of K and V in FP8, and the softmax scale of any other call."""
     from fa4_backend.ops import paged_attention
     from fa4_integration.vllm_backend import impl
@@ -125,13 +128,21 @@ def plant(scale_error: float) -> None:
         scales = {"k_scale": k_scale * scale_error, "v_scale": v_scale * scale_error}
         return paged_attention(*tensors, softmax_scale=softmax_scale, **scales, **values)
 
-    impl.paged_attention = off  # type: ignore[attr-defined]
+    if scale_error != 1.0:
+        impl.paged_attention = off  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        impl.paged_attention = paged_attention  # type: ignore[attr-defined]
 
 
 def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: float, prompts: list[Any]) -> dict[str, Any]:
     """Start an engine in this process and answer `prompts` greedily; which kernels ran is read from our trace file."""
-    if scale_error != 1.0:
-        plant(scale_error)
+    with off_scale(scale_error):
+        return _answer(model, backend, engine_args, prompts)
+
+
+def _answer(model: str, backend: str, engine_args: dict[str, Any], prompts: list[Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     arguments = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
@@ -161,16 +172,21 @@ def answer(model: str, backend: str, engine_args: dict[str, Any], scale_error: f
     }
 
 
-def prefill_logprobs(llm: Any, inputs: list[Any]) -> list[float]:
-    """The log-probability of each token of each prompt but its first."""
+def prefill_logprobs(llm: Any, inputs: list[Any], lora: list[Any] | None = None) -> list[float]:
+    """The log-probability of each token of each prompt but its first. `lora`: a request's adapter, or None."""
     from vllm import SamplingParams
 
-    outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate(inputs, sampling, use_tqdm=False, **_adapters(lora))
     pairs = [pair for output in outputs for pair in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
     return [of_token[token].logprob for token, of_token in pairs]
 
 
-def decode_logprobs(llm: Any, inputs: list[Any]) -> list[float]:
+def _adapters(lora: list[Any] | None) -> dict[str, Any]:
+    return {"lora_request": lora} if lora and any(lora) else {}
+
+
+def decode_logprobs(llm: Any, inputs: list[Any], lora: list[Any] | None = None) -> list[float]:
     """What the model thinks of tokens that it is made to generate, for each prompt another one again and again: contexts of different
     engines do not part. Without the first, which a prefill's row decides."""
     from vllm import SamplingParams
@@ -180,7 +196,7 @@ def decode_logprobs(llm: Any, inputs: list[Any]) -> list[float]:
         SamplingParams(temperature=0, max_tokens=32, logprobs=0, allowed_token_ids=[token], ignore_eos=True, detokenize=False)
         for token in forced
     ]
-    outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False)]
+    outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False, **_adapters(lora))]
     assert [set(output.token_ids) for output in outputs] == [{token} for token in forced]
     return [of_token[token].logprob for output, token in zip(outputs, forced, strict=True) for of_token in output.logprobs[1:]]
 

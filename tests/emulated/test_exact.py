@@ -27,7 +27,7 @@ PROBLEM = {
 class Prompt:
     """One sequence in a pool; `attend` computes any ranges of its tokens in one batch, as an engine might cut them."""
 
-    def __init__(self, arch: str, *, window_left: int | None = None, growing: bool = False, **flags: bool) -> None:
+    def __init__(self, arch: str, *, window_left: int | None = None, softcap: float = 0.0, growing: bool = False, **flags: bool) -> None:
         """`growing`: the first key's score is 10 (even tokens) or 20 (odd ones) log2 units above all others, which are seen before it."""
         generator = torch.Generator().manual_seed(0)
         pages = -(-PROMPT // PAGE)
@@ -43,12 +43,16 @@ class Prompt:
             log2_units = torch.where(torch.arange(PROMPT) % 2 == 0, 10.0, 20.0)
             self.q[..., 0] = (log2_units / (8.0 * HEAD_DIM**-0.5 * math.log2(math.e))).bfloat16()[:, None]
         self.window_left = window_left
-        flags |= {"has_window_left": window_left is not None}
+        self.softcap = softcap
+        flags |= {"has_window_left": window_left is not None, "has_softcap": softcap > 0}
         problem = make_problem(arch=f"emulated-{arch}", **PROBLEM, **flags)  # type: ignore[arg-type]
         self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=3)
 
-    def attend(self, *ranges: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """O and lse of tokens `begin .. end` of each range, a row of the batch each."""
+    def attend(self, *ranges: tuple[int, int], known: int = PROMPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """O and lse of tokens `begin .. end` of each range, a row of the batch each. Keys from token `known` on are of another prompt."""
+        tokens = torch.arange(known, PROMPT)
+        k = self.k.clone()
+        k[self.table[tokens // PAGE].long(), tokens % PAGE] *= -1.5
         lens = [end - begin for begin, end in ranges]
         q = torch.cat([self.q[begin:end] for begin, end in ranges])
         cu_seqlens_q = torch.tensor([0, *lens]).cumsum(0).int()
@@ -59,7 +63,7 @@ class Prompt:
         table = self.table.expand(len(ranges), -1).contiguous()
         paged_attention(
             q,
-            self.k,
+            k,
             self.v,
             table,
             cu_seqlens_q,
@@ -67,6 +71,7 @@ class Prompt:
             plan=self.plan,
             metadata=metadata,
             window_left=self.window_left,
+            softcap=self.softcap,
             out=out,
             lse=lse,
         )
@@ -76,6 +81,7 @@ class Prompt:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window_left": 150},  # blocks that only other rows of a tile see
+    "soft cap": {"window_left": 150, "softcap": 2.0},  # scores share reciprocals, with those that the row sees alone
     "growing": {"growing": True},  # rows that move their maximum beside rows that need not
 }
 
@@ -85,8 +91,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(name: str, arch: str) -> None:
     prompt = Prompt(arch, exact=True, **CASES[name])
     ((whole, whole_lse),) = prompt.attend((0, PROMPT))
-    cuts = [(127, 128), (128, 129), (PROMPT - 1, PROMPT), (31, 33), (100, 230), (130, 131)]
-    alone = [prompt.attend(cut)[0] for cut in cuts]
+    cuts = [(127, 128), (128, 129), (PROMPT - 1, PROMPT), (31, 33), (100, 230), (130, 131), (1, 3), (9, 11)]
+    alone = [prompt.attend(cut, known=cut[1])[0] for cut in cuts]
     for (begin, end), (out, lse) in zip([*cuts, *cuts], [*prompt.attend(*cuts), *alone], strict=True):
         assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), (begin, end)
 

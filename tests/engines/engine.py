@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from fa4_backend.ops import paged_attention
+from tests.support.collector import settled_heap
 
 KV_CACHE_BYTES = 256 << 20
 MAX_BATCHED_TOKENS = 256  # below the longest prompts: their prefill comes in chunks
+_scanned: set[str] = set()  # modules of vLLM that `llvmlite_out_of_sight` has let it scan
 
 
 @dataclass
@@ -82,26 +84,34 @@ def generate(model: Path, backend: str, prompts: list[Any], max_tokens: int = 32
         "seed": 0,
         **engine_args,
     }
-    with llvmlite_out_of_sight():
-        llm = LLM(str(model), attention_backend=backend, **arguments)
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
-    try:
-        outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
-        return [Answer(tuple(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
-    finally:
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    with settled_heap():
+        with llvmlite_out_of_sight():
+            llm = LLM(str(model), attention_backend=backend, **arguments)
+        try:
+            outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), use_tqdm=False)
+            return [Answer(tuple(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
+        finally:
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
 
 
 @contextmanager
 def llvmlite_out_of_sight() -> Iterator[None]:
-    """vLLM 0.32 scans all loaded modules for kernels, and stops at llvmlite's library object once numba has compiled anything here."""
+    """vLLM 0.32 scans all loaded modules for kernels, and stops at llvmlite's library object once numba has compiled anything here.
+
+    A scan takes as long as a quarter of an engine of a small model; where vLLM has loaded no module since the last, there is nothing new.
+    """
     from vllm.triton_utils import dispatcher
 
     scan = dispatcher._rebind_kernels
 
     def scan_without_llvmlite(overrides: Any) -> None:
+        loaded = {name for name in sys.modules if name.startswith("vllm")}
+        if loaded <= _scanned:
+            return
+        _scanned.update(loaded)
         with pytest.MonkeyPatch.context() as patch:
             for name in [name for name in sys.modules if name.startswith("llvmlite")]:
                 patch.delitem(sys.modules, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym, kNvfp4Dynamic
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -203,12 +204,26 @@ def test_batches_that_are_not_causal_are_refused(causal: Any) -> None:
         built.builder.build(0, replace(built.description, causal=causal))
 
 
-def test_output_quantisation_is_refused() -> None:
+def test_outputs_with_scales_of_blocks_are_refused() -> None:
     built = VllmStep((1,), (5,)).build()
     metadata = built.builder.build(0, built.description)
     with pytest.raises(UnsupportedProblem, match="output quantisation"):
         tensors = (built.query, built.key, built.value, built.cache, metadata, torch.empty_like(built.query))
-        built.layer.impl.forward(built.layer, *tensors, output_scale=torch.ones(1))
+        built.layer.impl.forward(built.layer, *tensors, output_block_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_outputs_with_one_scale_are_those_that_vllm_would_quantise(shape: tuple[int, ...]) -> None:
+    """A layer of the same group without a scale stays in the dtype of q."""
+    built = VllmStep((1, 40), (5, 60), kv_cache_dtype="fp8", fuses_quantisation=True).build()
+    assert built.layer.impl.fused_output_quant_supported(kFp8StaticTensorSym)
+    assert not built.layer.impl.fused_output_quant_supported(kNvfp4Dynamic)
+    scale = torch.full(shape, 2.0**-8)  # values above 1.75 are saturated
+    wide = built.run()
+    built.check(wide)
+    got = built.run(scale)
+    want = (wide.float() * 256).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)) and (got.float() == 448).any()
 
 
 def test_capabilities_say_what_is_served() -> None:

@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 VOCAB = 512
 HIDDEN, INTERMEDIATE, HEAD_DIM = 256, 512, 64
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def write_llama(folder: Path, kv_scales: list[tuple[float, ...]] | None = None) -> Path:
+def write_llama(
+    folder: Path, kv_scales: list[tuple[float, ...]] | None = None, heads: tuple[int, int] = (4, 2), num_layers: int = 2
+) -> Path:
     """Two layers, 4 query and 2 KV heads of 64: the plain causal decoder.
 
     Args:
+        heads: query heads, KV heads.
         kv_scales: make it a checkpoint of compressed-tensors that declares FP8 K and V, with these scales of K in each layer and twice as
             large ones of V: one for all heads, or one a KV head.
     """
-    config = _config(
-        "LlamaForCausalLM", "llama", num_attention_heads=4, num_key_value_heads=2, hidden_act="silu", tie_word_embeddings=False
-    )
+    config = _llama_config(heads, num_layers)
     weights: dict[str, torch.Tensor] = {}
     if kv_scales is not None:
         per_head = len(kv_scales[0]) > 1
@@ -39,17 +40,47 @@ def write_llama(folder: Path, kv_scales: list[tuple[float, ...]] | None = None) 
     return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0, more=weights)
 
 
+def _llama_config(heads: tuple[int, int], num_layers: int) -> dict[str, Any]:
+    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "num_hidden_layers": num_layers}
+    return _config("LlamaForCausalLM", "llama", **shape, hidden_act="silu", tie_word_embeddings=False)
+
+
+def write_eagle(folder: Path, heads: tuple[int, int] = (4, 2)) -> Path:
+    """An EAGLE head for `write_llama`'s model: a layer over the target's hidden state and the next token's embedding, which is the
+    target's, as its output matrix is. Its weights are random, so that what it drafts is mostly rejected."""
+    config = _llama_config(heads, 1)
+    _write(folder, config, norms=("post_attention_layernorm",), embedding_std=1.0)
+    weights = load_file(folder / "model.safetensors")
+    layer = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.layers.")}
+    fusion = torch.randn(HIDDEN, 2 * HIDDEN, generator=torch.Generator().manual_seed(5)) * HIDDEN**-0.5
+    save_file({"fc.weight": fusion, **layer}, folder / "model.safetensors")
+    return folder
+
+
+def write_lora(folder: Path, seed: int, heads: tuple[int, int] = (4, 2), num_layers: int = 2, rank: int = 8) -> Path:
+    """A LoRA adapter of `write_llama`'s model, on all its projections, large enough to change what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    query, kv = heads[0] * HEAD_DIM, heads[1] * HEAD_DIM
+    attention = {"q_proj": (query, HIDDEN), "k_proj": (kv, HIDDEN), "v_proj": (kv, HIDDEN), "o_proj": (HIDDEN, query)}
+    mlp = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
+    weights = {}
+    for index in range(num_layers):
+        for part, shapes in (("self_attn", attention), ("mlp", mlp)):
+            for name, (rows, columns) in shapes.items():
+                module = f"base_model.model.model.layers.{index}.{part}.{name}"
+                weights[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * columns**-0.5
+                weights[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.5 * rank**-0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none", "lora_dropout": 0.0}
+    config |= {"target_modules": [*attention, *mlp], "base_model_name_or_path": "llama"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_wide_llama(folder: Path) -> Path:
     """Two layers, 32 query and 8 KV heads of 128: a Llama-3-8B's attention."""
-    config = _config(
-        "LlamaForCausalLM",
-        "llama",
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        hidden_act="silu",
-        tie_word_embeddings=False,
-    )
+    config = _llama_config((32, 8), 2) | {"head_dim": 128}
     return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0)
 
 
@@ -137,7 +168,7 @@ def _write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: index for index, word in enumerate(SPECIAL.values())}
-    words |= {f"w{index}": index for index in range(len(words), VOCAB)}
+    words |= {f"w{index:03}": index for index in range(len(words), VOCAB)}  # of one length: none is the beginning of another
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["bos_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -61,6 +61,7 @@ class VllmStep:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
+    fuses_quantisation: bool = False  # vLLM replaced the quantisation of the layer's outputs by a scale for the layer
     num_speculative_tokens: int = 0
     max_model_len: int = 1024
 
@@ -69,7 +70,11 @@ class VllmStep:
         speculative = SimpleNamespace(num_speculative_tokens=self.num_speculative_tokens, parallel_drafting=False)
         return SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=512),
-            compilation_config=SimpleNamespace(max_cudagraph_capture_size=None, static_forward_context={}),
+            compilation_config=SimpleNamespace(
+                max_cudagraph_capture_size=None,
+                static_forward_context={},
+                pass_config=SimpleNamespace(fuse_attn_quant=self.fuses_quantisation),
+            ),
             model_config=SimpleNamespace(max_model_len=self.max_model_len),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative if self.num_speculative_tokens else None,
@@ -195,13 +200,13 @@ class BuiltStep:
     key: torch.Tensor
     value: torch.Tensor
 
-    def run(self) -> torch.Tensor:
-        """Builder, cache write and forward, in vLLM's order."""
+    def run(self, output_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Builder, cache write and forward, in vLLM's order; with a scale outputs are e4m3."""
         impl = self.layer.impl
         metadata = self.builder.build(0, self.description)
         impl.do_kv_cache_update(self.layer, self.key, self.value, self.cache, metadata.slot_mapping)
-        output = torch.full_like(self.query, math.nan)
-        result = impl.forward(self.layer, self.query, self.key, self.value, self.cache, metadata, output)
+        output = torch.full_like(self.query, math.nan, dtype=None if output_scale is None else torch.float8_e4m3fn)
+        result = impl.forward(self.layer, self.query, self.key, self.value, self.cache, metadata, output, output_scale)
         assert result is output
         return output
 

@@ -194,6 +194,31 @@ def test_wrong_scale(what: str) -> None:
         check_tensors(plan, metadata_of(built, plan), tensors_of(built)._replace(k_scale=scale(built.arguments)))
 
 
+OUT_SCALES = {
+    "a scale of an out that is not FP8": ("auto", torch.ones(1), "out_scale: expected none, since the plan's out is bfloat16"),
+    "none of an out that is": (FP8, None, "out_scale: expected a tensor, since the plan's out is float8_e4m3fn"),
+    "a scale a head": (FP8, torch.ones(2), r"out_scale: expected shape \(\) or \(1\)"),
+    "in float64": (FP8, torch.ones((), dtype=torch.float64), "out_scale: expected dtype float32, got float64"),
+    "on another device": (FP8, torch.ones((), device="meta"), "out_scale: expected a tensor on cpu as q, got meta"),
+}
+
+
+@pytest.mark.parametrize("what", OUT_SCALES)
+def test_wrong_scale_of_out(what: str) -> None:
+    out_dtype, scale, words = OUT_SCALES[what]
+    case = dataclasses.replace(CASE, out_dtype=out_dtype)
+    built, plan = case.build(), case.plan()
+    with pytest.raises(ValueError, match=words):
+        check_tensors(plan, metadata_of(built, plan), tensors_of(built)._replace(out_scale=scale))
+
+
+def test_out_in_another_dtype_than_the_plans() -> None:
+    case = dataclasses.replace(CASE, out_dtype=FP8)
+    built, plan = case.build(), case.plan()
+    with pytest.raises(ValueError, match="out: expected dtype float8_e4m3fn, got bfloat16"):
+        check_tensors(plan, metadata_of(built, plan), tensors_of(built)._replace(out=CASE.build().arguments.out))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2,)])
 def test_scales_of_every_shape(shape: tuple[int, ...]) -> None:
     case = dataclasses.replace(CASE, kv_dtype=FP8)

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from fa4_backend.kernels.launch_abi import DecodeArguments, PrefillArguments, ScheduleArguments
+from fa4_backend.kernels.launch_abi import DecodeArguments, MlaDecodeArguments, PrefillArguments, ScheduleArguments
 
 
 def parameters(host_function: object) -> list[str]:
@@ -29,3 +29,9 @@ def test_decode_takes_what_a_call_passes() -> None:
     from fa4_backend.kernels.decode.kernel import DecodeKernel
 
     assert parameters(DecodeKernel.__call__) == list(DecodeArguments._fields)
+
+
+def test_latent_decode_takes_what_a_call_passes() -> None:
+    from fa4_backend.kernels.mla_decode.kernel import MlaDecodeKernel
+
+    assert parameters(MlaDecodeKernel.__call__) == list(MlaDecodeArguments._fields)

@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fa4_backend import AttentionMetadata, paged_attention
 from fa4_backend.kernels import torch_reference
+from fa4_backend.problem import FP8
 from tests.support.paged_case import NO_PAGE, BuiltCase, PagedCase, repage
 
 # 0 and 1 query; page edges 15/16/17; chunk edges 255..257; a query longer than its KV (leading rows see nothing); empty KV.
@@ -298,3 +300,30 @@ def test_any_ragged_batch(lengths, heads, page_size, is_causal, window, softcap,
     )  # fmt: skip
     built = case.build()
     built.check(*built.run())
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", FP8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_out_in_fp8(dtype: str, kv_dtype: str) -> None:
+    """Single rows, rows that go together, empty rows and padding; values above 2.24 are saturated."""
+    built = dataclasses.replace(EDGES, dtype=dtype, kv_dtype=kv_dtype, out_dtype=FP8, peaked=5.0).build()
+    out, lse = built.run()
+    built.check(out, lse)
+    assert (out.float().abs() == 448).any()
+
+
+def test_a_plan_that_differs_in_out_alone_shares_its_steps() -> None:
+    built = EDGES.build()
+    fp8 = dataclasses.replace(EDGES, out_dtype=FP8)
+    plan, a = EDGES.plan(), built.arguments
+    metadata = AttentionMetadata.allocate(plan, "cpu")
+    follower = metadata.sharing(fp8.plan())
+    lengths = {"cu_seqlens_q": a.cu_seqlens_q, "seqused_k": a.seqused_k}
+    metadata.refresh(**lengths, max_seqlen_q=257, max_seqlen_k=513)
+    wide, _ = paged_attention(*a[:6], plan=plan, metadata=metadata)
+    out, _ = paged_attention(*a[:6], plan=follower.plan, metadata=follower, out_scale=torch.tensor(0.25))
+    assert out.dtype == torch.float8_e4m3fn
+    want = (wide.float() * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.view(torch.uint8), want.view(torch.uint8))
+    with pytest.raises(ValueError, match="plan: expected one that differs in out_dtype alone"):
+        metadata.sharing(dataclasses.replace(fp8, page_size=32).plan())

@@ -11,6 +11,7 @@ from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, Batc
 from fa4_backend.arguments import LatentArguments
 from fa4_backend.error_budget import Judge, judge_latent
 from fa4_backend.problem import LATENT
+from fa4_backend.reference import as_paged
 from tests.support.paged_case import BuiltCase, Errors, move_strided, quantise
 
 
@@ -149,4 +150,4 @@ class BuiltLatent:
         """
         if self.oracle is None:
             self.oracle = judge_latent(self.arguments)
-        return BuiltCase(self.case, self.arguments, self.total_q, self.oracle).check(out, lse)  # type: ignore[arg-type]
+        return BuiltCase(self.case, as_paged(self.arguments), self.total_q, self.oracle).check(out, lse)  # type: ignore[arg-type]

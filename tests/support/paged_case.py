@@ -10,6 +10,7 @@ import torch
 from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import Judge, judge
+from fa4_backend.problem import FP8_MAX
 from fa4_backend.reference import gather_pages
 
 NO_PAGE = 2**30  # page-table entry of a page that no row sees: following it is an access far outside
@@ -28,6 +29,8 @@ class PagedCase:
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"  # FP8 draws scales from 2^-7 to 2^6, saturated values, zeros and subnormals
     per_head_scales: bool = True
+    out_dtype: str = "auto"
+    out_scale: float = 0.005  # of out in FP8: values above 2.24 are saturated
     page_size: int = 16
     arch: str = "cpu"
     is_causal: bool = True
@@ -59,6 +62,7 @@ class PagedCase:
             head_dim_v=self.head_dim_v or self.head_dim,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
+            out_dtype=self.out_dtype,
             page_size=self.page_size,
             arch=self.arch,
             mask=MaskFeatures(
@@ -122,13 +126,15 @@ class PagedCase:
         total_q = int(cu_seqlens_q[-1])
         q = torch.full((total_q + self.padding_rows, self.num_q_heads, self.head_dim), math.nan, dtype=dtype)
         q[:total_q] = (torch.randn(total_q, self.num_q_heads, self.head_dim, generator=generator) * self.peaked).to(dtype)
-        out = torch.full((q.shape[0], self.num_q_heads, v_cache.shape[-1]), math.nan, dtype=dtype)
+        out_dtype = getattr(torch, self.problem().out_dtype)
+        out = torch.full((q.shape[0], self.num_q_heads, v_cache.shape[-1]), math.nan, dtype=out_dtype)
+        out_scale = torch.tensor([self.out_scale]) if self.problem().has_out_scale else None
         lse = torch.full((self.num_q_heads, q.shape[0]), math.nan)
         sinks = torch.randn(self.num_q_heads, generator=generator) if self.sinks else None
         slopes = torch.rand(self.num_q_heads, generator=generator) if self.alibi else None
         arguments = AttentionArguments(
             q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
-            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales,
+            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale,
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
@@ -195,7 +201,7 @@ class BuiltCase:
         out, lse = paged_attention(
             *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
             softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, k_scale=a.k_scale, v_scale=a.v_scale,
-            out=a.out, lse=a.lse,
+            out_scale=a.out_scale, out=a.out, lse=a.lse,
         )  # fmt: skip
         assert lse is not None
         return out, lse
@@ -210,10 +216,10 @@ class BuiltCase:
             AssertionError: padding is not as it should be, NaN or infinity stands where the oracle has none, or an error is over budget.
         """
         if padding_is_zero:
-            assert (out[self.total_q :] == 0).all(), "rows of out past cu_seqlens_q[-1]: expected 0"
+            assert (out[self.total_q :].float() == 0).all(), "rows of out past cu_seqlens_q[-1]: expected 0"
             assert lse[:, self.total_q :].isneginf().all(), "columns of lse past cu_seqlens_q[-1]: expected -inf"
         else:
-            assert out[self.total_q :].isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
+            assert out[self.total_q :].float().isnan().all(), "rows of out past cu_seqlens_q[-1] were written"
             assert lse[:, self.total_q :].isnan().all(), "columns of lse past cu_seqlens_q[-1] were written"
         errors = self.errors(out, lse)
         assert errors.out <= errors.out_budget, f"out: {errors}"
@@ -235,7 +241,18 @@ class BuiltCase:
         assert (got[empty] == 0).all(), "rows without a key: expected 0"
         finite = ~want_lse.isneginf()
         lse_error = (got_lse - want_lse)[finite].abs().max().item() if finite.any() else 0.0
+        if self.arguments.out_scale is not None:
+            return Errors(*self._stored_error(got, want, out_budget), lse_error, lse_budget)
         return Errors((got - want).abs().max().item(), out_budget, lse_error, lse_budget)
+
+    def _stored_error(self, got: torch.Tensor, want: torch.Tensor, budget: float) -> tuple[float, float]:
+        """Largest error and its budget of out in FP8, beyond half a unit of e4m3: 2^-4 of a value, or 2^-10 of the scale."""
+        assert self.arguments.out_scale is not None
+        scale = self.arguments.out_scale.item()
+        want = want.clamp(-FP8_MAX * scale, FP8_MAX * scale)
+        # Of a value that is off by `budget` itself.
+        error = (got * scale - want).abs() - 2.0**-4 * want.abs()
+        return error.max().item(), (1 + 2.0**-4) * budget + 2.0**-10 * scale
 
 
 def repage(built: BuiltCase, page_size: int) -> BuiltCase:

@@ -1,4 +1,4 @@
-"""K and V in FP8 (e4m3) as 16-bit numbers, in which every e4m3 number is exact, and a bfloat16 Q as float16 beside them.
+"""K and V in FP8 (e4m3) as 16-bit numbers, in which every e4m3 number is exact, a bfloat16 Q as float16 beside them, and out in FP8.
 
 Note [bfloat16 Q]. A product takes both operands in one type, and there is no instruction from e4m3 to bfloat16 before sm_100. So Q becomes
 float16 instead, once a tile: a row is multiplied by the power of 2 that brings its largest element to 2^14 .. 2^15, and its scores are
@@ -41,6 +41,28 @@ def e4m3_to_16bit(word: ir.Value, dtype: str) -> list[ir.Value]:
     """Four e4m3 numbers as two words of a 16-bit type, exact."""
     halves = e4m3_to_float16(Int32(word))
     return [(half if dtype == "float16" else float16_to_bfloat16(half)).ir_value() for half in halves]
+
+
+def float32_to_e4m3(values: list[Float32]) -> Int32:
+    """Two or four numbers, rounded and cut to +-448, in a word from its lowest byte on (PTX ISA, "cvt": satfinite); NaN stays NaN."""
+    # The first source of an instruction goes to the upper byte.
+    if len(values) == 2:
+        text = "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; cvt.u32.u16 $0, pair; }"
+    else:
+        text = (
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
+            "mov.b32 $0, {low, high}; }"
+        )
+    return ptx.inline_asm_f32(text, values)
+
+
+def result_factor(mVScale: cute.Tensor | None, mOutScale: cute.Tensor | None, kv_head_idx: Int32) -> Float32 | None:
+    """What rows of O are multiplied by, beside their softmax's denominator, to be what `out` holds; None: nothing."""
+    factor = None if mVScale is None else mVScale[kv_head_idx]
+    if mOutScale is not None:
+        inverse = Float32(1.0) / mOutScale[0]
+        factor = inverse if factor is None else factor * inverse
+    return factor
 
 
 def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:

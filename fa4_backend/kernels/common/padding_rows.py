@@ -25,13 +25,14 @@ def zero_rows(
     lane = cute.arch.lane_idx()
     elems = const_expr(STORE_BYTES * 8 // mO.element_type.width)
     chunks = const_expr(mO.shape[2] // elems)
-    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=8 * STORE_BYTES)
-    zeros = cute.make_rmem_tensor(elems, mO.element_type)
-    zeros.fill(0.0)
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=8 * STORE_BYTES)
+    zeros = cute.make_rmem_tensor(STORE_BYTES // 4, Int32)
+    zeros.fill(0)
     for row in cutlass.range(cutlass.max(first, 0) + cta, mO.shape[0], num_ctas, unroll=1):
         for chunk in cutlass.range(lane, mO.shape[1] * chunks, 32, unroll=1):
             head = chunk // chunks
-            cute.copy(copy, zeros, cute.local_tile(mO[row, head, None], (elems,), (chunk - head * chunks,)))
+            gO = cute.local_tile(mO[row, head, None], (elems,), (chunk - head * chunks,))
+            cute.copy(copy, zeros, cute.recast_tensor(gO, Int32))
         if const_expr(mLse is not None):
             for head in cutlass.range(lane, mO.shape[1], 32, unroll=1):
                 mLse[head, row] = -Float32.inf

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, MaskFeatures
 
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
@@ -31,8 +31,9 @@ class PrefillConfig:
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
-    dtype: str  # of q and out
+    dtype: str  # of q
     kv_dtype: str  # of K and V in memory
+    out_dtype: str  # of out
     head_dim: int
     head_dim_v: int
     q_per_kv: int
@@ -56,13 +57,24 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element of q and out, and of K and V as the products take them."""
+        """Bytes of an element of q, and of K and V as the products take them."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def out_element_bytes(self) -> int:
+        """Bytes of an element of out."""
+        return DTYPE_BYTES[self.out_dtype]
+
+    @property
+    def has_out_scale(self) -> bool:
+        """Whether out is FP8, divided by one scale."""
+        return self.out_dtype == FP8
 
     @property
     def kv_element_bytes(self) -> int:
@@ -104,6 +116,7 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         arch=problem.target_arch,
         dtype=problem.dtype,
         kv_dtype=problem.kv_dtype,
+        out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,

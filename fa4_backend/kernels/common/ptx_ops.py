@@ -32,6 +32,17 @@ def inline_asm(text: str, operands: Sequence[Int32], result: ir.Type | None = No
     )
 
 
+def inline_asm_f32(text: str, operands: Sequence[Float32]) -> Int32:
+    """Pure inline PTX from float32 registers to a word, as `inline_asm`."""
+    values = [Float32(x).ir_value() for x in operands]
+    constraints = ",".join(["=r"] + ["f"] * len(values))
+    return Int32(
+        llvm.inline_asm(
+            T.i32(), values, text, constraints, has_side_effects=False, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
+        )
+    )
+
+
 # ---- shared memory, mbarriers, TMA -------------------------------------------------------------------------------------------
 
 

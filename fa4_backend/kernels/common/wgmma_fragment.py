@@ -18,6 +18,8 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
+SHARED_RECIPROCAL = 4  # scores whose soft cap takes one reciprocal: RowFragment.softcap
+LARGEST_EXPONENT = 30.0
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -69,6 +71,19 @@ class ScoreScale(NamedTuple):
         return cutlass.select_(ptx.absolute(row_max) >= HUGE, ptx.mul_rn(row_max, self.log2 / self.power), row_max)
 
 
+class CapScale(NamedTuple):
+    """From what `RowFragment.softcap` leaves, -1 / (1 + exp(2x)) for tanh(x), to log2 units: one fma, also in a weight's exponent."""
+
+    slope: Float32
+    bias: Float32
+
+    @staticmethod
+    def of_call(softcap: Float32) -> "CapScale":
+        """cap * tanh(x) * log2(e) = bias + slope * score."""
+        bias = ptx.mul_rn(softcap, Float32(LOG2_E))
+        return CapScale(ptx.mul_rn(bias, Float32(2.0)), bias)
+
+
 @dataclass(frozen=True)
 class RowFragment:
     """Elementwise work on a fragment with `n` columns; every method works in place.
@@ -88,19 +103,28 @@ class RowFragment:
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
     def softmax(
-        self, rS: cute.Tensor, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, *, may_be_empty: bool, is_first: bool
+        self,
+        rS: cute.Tensor,
+        stats: RowStats,
+        scales: tuple[ScoreScale, ScoreScale] | CapScale | None,
+        *,
+        may_be_empty: bool,
+        is_first: bool,
     ) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
 
         Args:
-            scales: of the raw scores of each row; None: they are in log2 units already.
+            scales: of the raw scores of each row, or of capped ones; None: they are in log2 units already.
         """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
         for i in range(2):
             row = self._row(i)
             block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
-            if const_expr(scales is not None):
+            is_capped = const_expr(isinstance(scales, CapScale))
+            if is_capped:
+                block_max = cute.math.fma(block_max, scales.slope, scales.bias - self.lift)
+            elif const_expr(scales is not None):
                 factor = scales[i].of(block_max)
                 # One rounding either way.
                 block_max = (
@@ -111,8 +135,12 @@ class RowFragment:
             update = update_max(block_max, stats.row_max[i], may_be_empty=may_be_empty, is_first=is_first, threshold=self.rescale_threshold)
             stats.row_max[i] = update.row_max
             factors[i] = update.factor
+            if is_capped:
+                factor, zero = scales.slope, scales.bias - update.offset
+            else:
+                zero = -update.offset
             for j in row:
-                exponent = s[j] - update.offset if const_expr(scales is None) else cute.math.fma(s[j], factor, -update.offset)
+                exponent = s[j] + zero if const_expr(scales is None) else cute.math.fma(s[j], factor, zero)
                 s[j] = cute.math.exp2(exponent, fastmath=True)
             total = _tree([s[j] for j in row], lambda a, b: a + b)
             stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
@@ -145,13 +173,29 @@ class RowFragment:
             s[j] = s[j] * factors[j // 2 % 2]
 
     def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32) -> None:
-        """cap * tanh(s * scale / cap), in log2 units. tanh from exp2 and a reciprocal: 1e-7, where tanh.approx has 5e-4."""
+        """cap * tanh(s * scale / cap) as `CapScale` reads it; columns that a row does not see are -inf, not foreign.
+
+        Note [Shared reciprocals]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 7e-7, where tanh.approx has 5e-4, but takes two
+        operations of the special-function unit beside the softmax's one, and three a score are nearly as long as a block's products. So
+        four scores of a row share a reciprocal: 1/a = b * 1/(a b). Exponents end at 30, where tanh is 1 in float32 and the product of four
+        denominators is still a float32. A score's last bits then depend on the other three, so these must be the row's own; NaN spreads
+        among them, in a row of which it makes NaN anyway.
+        """
         s = flat(rS)
-        inner = [scale / softcap * (2.0 * LOG2_E) for scale in softmax_scales]
-        outer = softcap * LOG2_E
+        for i in range(2):
+            row, inner = self._row(i), softmax_scales[i] / softcap * (2.0 * LOG2_E)
+            for first in range(0, len(row), SHARED_RECIPROCAL):
+                group = row[first : first + SHARED_RECIPROCAL]
+                exponents = [cute.arch.fmin(s[j] * inner, LARGEST_EXPONENT, nan=True) for j in group]
+                denominators = [cute.math.exp2(x, fastmath=True) + 1.0 for x in exponents]
+                for j, inverse in zip(group, _negative_reciprocals(denominators), strict=True):
+                    s[j] = inverse
+
+    def to_log2(self, rS: cute.Tensor, scale: CapScale) -> None:
+        """Capped scores to log2 units."""
+        s = flat(rS)
         for j in range(self.n // 2):
-            denominator = cute.math.exp2(s[j] * inner[j // 2 % 2], fastmath=True) + 1.0
-            s[j] = cute.math.fma(cute.arch.rcp_approx(denominator), -2.0 * outer, outer)
+            s[j] = cute.math.fma(s[j], scale.slope, scale.bias)
 
     def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
         """Subtract slope * |column - diagonal|; scores and slopes in log2 units."""
@@ -210,6 +254,15 @@ def _tree(values: list, combine) -> Float32:
     while len(chains) > 1:
         chains = [combine(*chains[i : i + 2]) if len(chains[i : i + 2]) == 2 else chains[i] for i in range(0, len(chains), 2)]
     return chains[0]
+
+
+def _negative_reciprocals(values: list) -> list:
+    """-1 / value of each of four, from one reciprocal of their product."""
+    a, b, c, d = values
+    ab, cd = a * b, c * d
+    inverse = cute.arch.rcp_approx(-(ab * cd))
+    of_ab, of_cd = inverse * cd, inverse * ab
+    return [of_ab * b, of_ab * a, of_cd * d, of_cd * c]
 
 
 def _quad_max(value: Float32) -> Float32:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -30,8 +30,9 @@ class DecodeConfig:
     """Compile key of a decode kernel."""
 
     arch: str
-    dtype: str  # of q and out
+    dtype: str  # of q
     kv_dtype: str  # of K and V in memory
+    out_dtype: str  # of out
     head_dim: int
     head_dim_v: int
     q_per_kv: int
@@ -55,13 +56,24 @@ class DecodeConfig:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an element of q and out."""
+        """Bytes of an element of q."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def out_element_bytes(self) -> int:
+        """Bytes of an element of out."""
+        return DTYPE_BYTES[self.out_dtype]
+
+    @property
+    def has_out_scale(self) -> bool:
+        """Whether out is FP8, divided by one scale."""
+        return self.out_dtype == FP8
 
     @property
     def kv_element_bytes(self) -> int:
@@ -215,6 +227,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
         arch=problem.target_arch,
         dtype=problem.dtype,
         kv_dtype=problem.kv_dtype,
+        out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,

@@ -20,6 +20,7 @@ from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
+from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import update_max
 from fa4_backend.kernels.common.ring import RingPosition
@@ -77,7 +78,8 @@ class ConsumerWarps:
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
             entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             factors = self.operands.load_query(self.storage.q_tile(shared, stage), row_group, rQ)
-            k_scale, v_scale = (scale_of(scales, entry.kv_head_idx) for scales in (mKScale, results.mVScale))
+            k_scale = scale_of(mKScale, entry.kv_head_idx)
+            factor = result_factor(results.mVScale, results.mOutScale, entry.kv_head_idx)
             begin, end = self.visible.clip(entry, values)
             keys = self.visible.keys(entry, values)
             scales = self._row_scales(factors, k_scale, values)
@@ -104,12 +106,12 @@ class ConsumerWarps:
                         slot = Int32(0)
                         phase ^= 1
                 self.merge.meet(state, shared)
-                self.merge.finish_piece(entry, piece - first_piece, shared, totals, v_scale, results)
+                self.merge.finish_piece(entry, piece - first_piece, shared, totals, factor, results)
             if entry.partial_slot >= 0:
                 self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
                 num_pending += 1
             else:
-                self.merge.finish_whole(entry, totals, v_scale, results)
+                self.merge.finish_whole(entry, totals, factor, results)
             # Not before: see Note [Release].
             cute.arch.sync_warp()
             if lane == 0:

@@ -60,6 +60,7 @@ class DecodeKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -72,7 +73,7 @@ class DecodeKernel:
         page_size = Int32(mK.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
-        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale)
+        results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale, mOutScale)
         self.kernel(maps, mSlopes, mKScale, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),

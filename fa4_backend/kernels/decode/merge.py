@@ -19,6 +19,7 @@ from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry
+from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -42,6 +43,7 @@ class ResultTensors(NamedTuple):
     mArrivals: cute.Tensor  # (max_slots,) int32
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32: V is the stored value times it
+    mOutScale: cute.Tensor | None  # (1,) float32: the result is out times it
 
 
 class Part(NamedTuple):
@@ -190,7 +192,7 @@ class Merge:
 
     @cute.jit
     def finish_piece(
-        self, entry: Entry, piece_in_entry: Int32, shared: SharedTensors, totals: Totals, v_scale: Float32 | None, results: ResultTensors
+        self, entry: Entry, piece_in_entry: Int32, shared: SharedTensors, totals: Totals, factor: Float32 | None, results: ResultTensors
     ):
         """Add up the key warps; to `out`, to the running totals or to the piece's slot. Ends with a barrier of the consumers."""
         c = self.config
@@ -203,17 +205,17 @@ class Merge:
                 elif const_expr(c.has_pieces):
                     self._fold(totals, v, [part])
                 else:
-                    self._write(results, entry, row, at, part, v_scale)
+                    self._write(results, entry, row, at, part, factor)
         self._barrier()
 
     @cute.jit
-    def finish_whole(self, entry: Entry, totals: Totals, v_scale: Float32 | None, results: ResultTensors):
+    def finish_whole(self, entry: Entry, totals: Totals, factor: Float32 | None, results: ResultTensors):
         """After the last piece of an entry that is a whole row group: write the totals."""
         if const_expr(self.config.has_pieces):
             for v in cutlass.range_constexpr(self.vectors):
                 row, at = self._vector(v)
                 if row < self.config.rows:
-                    self._write(results, entry, row, at, self._total(totals, v), v_scale)
+                    self._write(results, entry, row, at, self._total(totals, v), factor)
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
@@ -258,7 +260,7 @@ class Merge:
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         stages = (entry.num_pieces + c.stage_slots - 1) // c.stage_slots
-        v_scale = scale_of(results.mVScale, entry.kv_head_idx)
+        factor = result_factor(results.mVScale, results.mOutScale, entry.kv_head_idx)
         if tidx == 0:
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads of tiles before
             # what they write.
@@ -284,7 +286,7 @@ class Merge:
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                self._write(results, entry, row, at, self._total(totals, v), v_scale)
+                self._write(results, entry, row, at, self._total(totals, v), factor)
         return ring
 
     @property
@@ -365,7 +367,7 @@ class Merge:
         totals.rSum[v], totals.rMax[v] = row_sum, maxima[-1]
 
     @cute.jit
-    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part, v_scale: Float32 | None):
+    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part, factor: Float32 | None):
         """One vector of a finished row to `out`, and the row's lse; rows past the query are left alone."""
         c = self.config
         token = row // c.q_per_kv
@@ -376,12 +378,16 @@ class Merge:
                 sink = Float32(results.mSinks[head])
             result = finalize_row(part.row_max, part.row_sum, sink)
             o_scale = result.o_scale
-            if const_expr(v_scale is not None):
-                o_scale = o_scale * v_scale
-            r = cute.make_rmem_tensor(VEC, results.mO.element_type)
-            for e in cutlass.range_constexpr(VEC):
-                r[e] = results.mO.element_type(part.o[e] * o_scale)
-            cute.autovec_copy(r, self._row_vector(results.mO[entry.seqlen.q_begin + token, head, None], at))
+            if const_expr(factor is not None):
+                o_scale = o_scale * factor
+            gO = self._row_vector(results.mO[entry.seqlen.q_begin + token, head, None], at)
+            if const_expr(c.has_out_scale):
+                cute.recast_tensor(gO, Int32)[0] = float32_to_e4m3([part.o[e] * o_scale for e in range(VEC)])
+            else:
+                r = cute.make_rmem_tensor(VEC, results.mO.element_type)
+                for e in cutlass.range_constexpr(VEC):
+                    r[e] = results.mO.element_type(part.o[e] * o_scale)
+                cute.autovec_copy(r, gO)
             if const_expr(results.mLse is not None):
                 if at == 0:
                     results.mLse[head, entry.seqlen.q_begin + token] = result.lse

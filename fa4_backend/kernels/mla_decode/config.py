@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.prefill_config import box_rows_of
-from fa4_backend.problem import DTYPE_BYTES, FP8, KV_SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
 
 LATENT_DIM, ROPE_DIM = 512, 64  # elements of a token: latents, which are V and the first part of K, and K's rotary part
 PART_DIM = 64  # elements of 16 bits in a swizzled row of shared memory, 128 bytes
@@ -21,7 +21,8 @@ PART_ELEMS = TILE_N * PART_DIM  # of a part of a tile, of Q or of KV
 TILE_ELEMS = PARTS * PART_ELEMS
 KV_STAGE = 2  # Q and two tiles are 216 of 227 KiB
 VEC = 4  # float32 of a vector of a slot: 16 bytes
-ROW_VECTORS = LATENT_DIM // VEC
+WARP_ROWS = 16  # rows of a tile that a warp has of a product
+WARP_VECTORS = WARP_ROWS * LATENT_DIM // VEC  # vectors of a slot that hold those rows
 CONSUMER_THREADS = 256
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
@@ -58,7 +59,7 @@ class MlaDecodeConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{KV_SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{features}"
 
     @property
@@ -97,9 +98,9 @@ class MlaDecodeConfig:
         return min(TILE_M, self.rows)
 
     @property
-    def group_rows(self) -> int:
-        """The same of a row group."""
-        return self.cluster_size * self.tile_rows
+    def tile_warps(self) -> int:
+        """Warps of a warpgroup that have such rows."""
+        return -(-self.tile_rows // WARP_ROWS)
 
     @property
     def box_heads(self) -> int:
@@ -139,8 +140,8 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
 
 
 def tile_slot_floats(config: MlaDecodeConfig) -> int:
-    """Float32 of a tile's part of a split-KV slot: rows of O, then reference and row_sum of each row, to the next 16 bytes."""
-    return config.tile_rows * LATENT_DIM + -(-2 * config.tile_rows // VEC) * VEC
+    """Float32 of a tile's part of a split-KV slot: O of its warps' rows, then reference and row_sum of each row."""
+    return config.tile_warps * WARP_ROWS * (LATENT_DIM + 2)
 
 
 def slot_floats(config: MlaDecodeConfig) -> int:
@@ -150,7 +151,7 @@ def slot_floats(config: MlaDecodeConfig) -> int:
 
 def slot_vectors(config: MlaDecodeConfig) -> int:
     """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
-    return -(-config.tile_rows * ROW_VECTORS // CONSUMER_THREADS)
+    return config.tile_warps * WARP_VECTORS // CONSUMER_THREADS
 
 
 def split_tiles(limits: BatchLimits) -> int:

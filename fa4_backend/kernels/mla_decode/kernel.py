@@ -22,7 +22,7 @@ from fa4_backend.kernels.launch_abi import mla_decode_fakes
 from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PARTS, TILE_M, TILE_N, MlaDecodeConfig, slot_floats
 from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup, Mmas
 from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
-from fa4_backend.kernels.mla_decode.load_warp import LoadWarp, TensorMaps, query_modes
+from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp, TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
 from fa4_backend.kernels.mla_decode.work import MlaWork
@@ -133,7 +133,10 @@ class MlaDecodeKernel:
         cluster = const_expr(self.config.cluster_size)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = self.storage.allocate()
+        first = FirstEntry(Int32(0), Int32(0), Int32(0))
         if warp == 0:
+            first = self.load_warp.look_up(step, num_pages, values)
+        if warp == 1:
             for atom in maps:
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
@@ -144,7 +147,7 @@ class MlaDecodeKernel:
         if warp < WARPGROUP_WARPS:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.has_scale])
             if warp == 0:
-                self.load_warp.run(step, num_pages, values, maps, shared)
+                self.load_warp.run(step, num_pages, values, maps, shared, first)
             elif const_expr(self.config.has_scale):
                 self.convert_warps.run(step, values, shared, warp - 1)
             if warp == 1:

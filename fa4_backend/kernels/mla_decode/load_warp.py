@@ -33,6 +33,14 @@ class TensorMaps(NamedTuple):
     latent: cute.CopyAtom
 
 
+class FirstEntry(NamedTuple):
+    """What the load warp asks global memory for while the CTA still sets up its barriers."""
+
+    word: Int32  # a lane's int of the first entry
+    page: Int32  # place of a lane's box of its first block, as in `BoxPlace`
+    row: Int32
+
+
 class BoxPlace(NamedTuple):
     """Where the box of a block's keys that a lane knows lies in the pool."""
 
@@ -53,20 +61,31 @@ class LoadWarp:
         return TILE_N // self.storage.config.box_rows
 
     @cute.jit
-    def run(self, step: StepTensors, num_pages: Int32, values: MaskValues, maps: TensorMaps, shared: SharedTensors):
-        """Publish every entry with its Q, then load its blocks; meets the others once, at the barrier before."""
+    def look_up(self, step: StepTensors, num_pages: Int32, values: MaskValues) -> FirstEntry:
+        """The CTA's first entry and its first page; the warp calls before the CTA's first barrier."""
+        word = step.mFirst[self.work.list_idx(), cute.arch.lane_idx() % DECODE_INTS]
+        page, row = num_pages, Int32(0)
+        if cute.arch.shuffle_sync(word, NUM_ENTRIES) > 0:
+            entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)
+            place = self._find(step, num_pages, entry, self.work.blocks(entry, values).begin)
+            page, row = place.page, place.row
+        return FirstEntry(word, page, row)
+
+    @cute.jit
+    def run(self, step: StepTensors, num_pages: Int32, values: MaskValues, maps: TensorMaps, shared: SharedTensors, first: FirstEntry):
+        """Publish every entry with its Q, then load its blocks."""
         descriptors = tuple(ptx.tma_descriptor(atom) for atom in maps)
         lane = cute.arch.lane_idx()
         kv, q_phase = RingPosition(Int32(0), Int32(0)), Int32(0)
-        cta = self.work.list_idx()
         # A lane holds one int of the entry at hand; the next one's is on its way while this one's tiles are loaded.
-        word = step.mFirst[cta, lane % DECODE_INTS]
+        word, place = first.word, BoxPlace(first.page, first.row)
         num_entries = cute.arch.shuffle_sync(word, NUM_ENTRIES)
         next_entry = cute.arch.shuffle_sync(word, NEXT_ENTRY)
         for index in cutlass.range(num_entries, unroll=1):
             entry = entry_of(lambda field: cute.arch.shuffle_sync(word, field), step.bounds)  # noqa: B023 (called at once)
             blocks = self.work.blocks(entry, values)
-            place = self._find(step, num_pages, entry, blocks.begin)
+            if index > 0:
+                place = self._find(step, num_pages, entry, blocks.begin)
             cute.arch.mbarrier_wait(shared.barriers.q_empty, q_phase ^ 1)
             q_phase ^= 1
             if lane < DECODE_INTS:

@@ -27,15 +27,16 @@ from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, Sco
 from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_DIM,
-    ROW_VECTORS,
     TILE_ELEMS,
     TILE_M,
     VEC,
+    WARP_ROWS,
+    WARP_VECTORS,
     MlaDecodeConfig,
     slot_floats,
     tile_slot_floats,
 )
-from fa4_backend.kernels.mla_decode.storage import COMBINE_STATS, SIDE_WARPS, SIDES, SharedTensors
+from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import (
     DECODE_INTS,
@@ -49,6 +50,7 @@ from fa4_backend.kernels.schedule.work_list import (
 )
 
 CONSUMER_THREADS = SIDES * SIDE_WARPS * 32
+SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
 PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
 GAVE_UP = 1 << 16  # of a counter: CTAs that left before all parts came
@@ -62,7 +64,7 @@ class ResultTensors(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_heads, 512)
     mLse: cute.Tensor | None  # (num_heads, total_q) float32, natural log
-    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile rows of O, then reference and row_sum of each row
+    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile O as `_vector` has it, then reference and row_sum of each row
     mArrivals: cute.Tensor  # (max_slots,) int32
     mScale: cute.Tensor | None  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
 
@@ -75,9 +77,9 @@ class Scales(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One vector of a row, of some of its keys."""
+    """Some elements of a row of O, of some of its keys."""
 
-    o: list[Float32]  # VEC values, relative to row_max
+    o: list[Float32]  # relative to row_max
     row_max: Float32  # reference, log2; -inf: no key
     row_sum: Float32
 
@@ -161,25 +163,31 @@ class Merge:
         thread: Int32,
         results: ResultTensors,
     ):
-        """Rows of a piece that are valid, to its slot: pairs of columns, a quad 32 bytes."""
-        c = self.config
-        first_row = self.work.first_row(entry)
-        base = self._tile_slot(results, slot)
-        o = flat(rO)
-        for i in cutlass.range_constexpr(2):
-            row = row_of_thread(thread, i)
-            if self.work.row(first_row + row, entry.seqlen).is_valid:
-                target = base + (row * LATENT_DIM + side * (LATENT_DIM // SIDES) + 2 * (thread % 4))
-                for group in cutlass.range_constexpr(LATENT_DIM // SIDES // 8):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair[0], pair[1] = o[4 * group + 2 * i], o[4 * group + 2 * i + 1]
-                    cute.autovec_copy(pair, cute.make_tensor((target + 8 * group).align(8), cute.make_layout(2)))
-                if const_expr(side == 0):
-                    if thread % 4 == 0:
+        """A piece's rows to its slot, of warps that have a row; a warp writes 512 bytes in a row."""
+        first_row, lane, warp = self.work.first_row(entry), thread % 32, thread // 32
+        if self.work.row(first_row + warp * WARP_ROWS, entry.seqlen).is_valid:
+            base, o = self._tile_slot(results, slot), flat(rO)
+            target = base + self._vector(side, warp, lane)
+            for group in cutlass.range_constexpr(SIDE_GROUPS):
+                vector = cute.make_rmem_tensor(VEC, Float32)
+                for e in cutlass.range_constexpr(VEC):
+                    vector[e] = o[VEC * group + e]
+                cute.autovec_copy(vector, self._at(target, group))
+            if const_expr(side == 0):
+                if lane % 4 == 0:
+                    for i in cutlass.range_constexpr(2):
                         pair = cute.make_rmem_tensor(2, Float32)
                         pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
-                        where = base + (c.tile_rows * LATENT_DIM + 2 * row)
+                        where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * row_of_thread(thread, i))
                         cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
+
+    def _vector(self, side: int, warp: Int32, lane: Int32) -> Int32:
+        """Where a lane's first vector of a slot's tile lies: warp after warp, groups of 8 columns, sides, lanes."""
+        return warp * (WARP_VECTORS * VEC) + (side * 32 + lane) * VEC
+
+    def _at(self, first: cute.Pointer, group: int) -> cute.Tensor:
+        """A lane's vector of a group of columns, given its first."""
+        return cute.make_tensor((first + group * (SIDES * 32 * VEC)).align(4 * VEC), cute.make_layout(VEC))
 
     @cute.jit
     def _fold_whole(
@@ -197,30 +205,29 @@ class Merge:
     ):
         """Add a piece to a whole row group's totals, whose O stands in a slot of this CTA's: registers hold one O. A thread keeps to its
         own elements, so nobody waits for anybody; the arithmetic is that of parts (`fold`)."""
-        c = self.config
-        base = self._tile_slot(results, results.mSlots.shape[0] - 1 - self.work.list_idx())
+        lane, warp = thread % 32, thread // 32
         o = flat(rO)
-        for i in cutlass.range_constexpr(2):
-            row = row_of_thread(thread, i)
-            if row < c.tile_rows:
-                target = base + (row * LATENT_DIM + side * (LATENT_DIM // SIDES) + 2 * (thread % 4))
-                before = cute.make_rmem_tensor(2, Float32)
-                before[0], before[1] = totals.row_max[i], totals.row_sum[i]
-                for group in cutlass.range_constexpr(LATENT_DIM // SIDES // 8):
-                    at = cute.make_tensor((target + 8 * group).align(8), cute.make_layout(2))
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair.fill(0.0)
-                    if piece_in_entry > 0:
-                        cute.autovec_copy(at, pair)
-                    j = const_expr(4 * group + 2 * i)
+        if warp < self.config.tile_warps:
+            slot = results.mSlots.shape[0] - 1 - self.work.list_idx()
+            target = self._tile_slot(results, slot) + self._vector(side, warp, lane)
+            before = cute.make_rmem_tensor(4, Float32)
+            for i in cutlass.range_constexpr(2):
+                before[i], before[2 + i] = totals.row_max[i], totals.row_sum[i]
+            for group in cutlass.range_constexpr(SIDE_GROUPS):
+                vector = cute.make_rmem_tensor(VEC, Float32)
+                vector.fill(0.0)
+                if piece_in_entry > 0:
+                    cute.autovec_copy(self._at(target, group), vector)
+                for i in cutlass.range_constexpr(2):
+                    j = const_expr(VEC * group + 2 * i)
                     part = Part([o[j], o[j + 1]], stats.row_max[i], stats.row_sum[i])
-                    total = fold(Part([pair[0], pair[1]], before[0], before[1]), [part])
-                    pair[0], pair[1] = total.o
+                    total = fold(Part([vector[2 * i], vector[2 * i + 1]], before[i], before[2 + i]), [part])
+                    vector[2 * i], vector[2 * i + 1] = total.o
                     o[j], o[j + 1] = total.o
-                    if not is_last:
-                        cute.autovec_copy(pair, at)
                     if const_expr(group == 0):
                         totals.row_max[i], totals.row_sum[i] = total.row_max, total.row_sum
+                if not is_last:
+                    cute.autovec_copy(vector, self._at(target, group))
         if is_last:
             self._write_fragment(side, entry, rO, totals, scales, thread, results)
 
@@ -269,10 +276,6 @@ class Merge:
             share = shared.sShare[place]
             if share != NOTHING:
                 phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
-        self._barrier()
-        if const_expr(side == 0):
-            if thread < num_pending:
-                self._leave(thread, shared, results)
 
     @cute.jit
     def _arrive(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> Int32:
@@ -300,6 +303,7 @@ class Merge:
                     looks = Int32(0)
                     if seen < GAVE_UP:
                         share = Int32(MINE)
+        self._leave(place, shared, results)
         return share
 
     @cute.jit
@@ -329,107 +333,109 @@ class Merge:
         c = self.config
         entry = entry_of(lambda field: shared.sPending[place, field], step.bounds)
         pieces = entry.num_pieces
-        group_rows = entry.kv_head_idx * (c.cluster_size * TILE_M)
-        rows = cutlass.min(cutlass.max(entry.seqlen.seqlen_q * c.num_heads - group_rows, 0), c.group_rows)
-        begin, end = Int32(0), rows * ROW_VECTORS
+        first_row = entry.kv_head_idx * (c.cluster_size * TILE_M)
+        rows = cutlass.min(cutlass.max(entry.seqlen.seqlen_q * c.num_heads - first_row, 0), c.cluster_size * TILE_M)
+        vectors = (rows + WARP_ROWS - 1) // WARP_ROWS * WARP_VECTORS
+        begin, end = Int32(0), vectors
         if share == MINE:
             here = shared.sPending[place, PIECES_HERE]
             unit = (entry.partial_slot - entry.first_slot) * c.cluster_size + self.work.rank() * here
-            begin, end = (rows * ROW_VECTORS * x // (pieces * c.cluster_size) for x in (unit, unit + here))
-        # A chunk's vectors lie in one tile, since a tile's numbers stand behind its rows.
-        chunk = cutlass.min(KV_STAGE * TILE_ELEMS * 2 // (4 * VEC) // pieces, (COMBINE_STATS // pieces - 2) * ROW_VECTORS)
+            begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
+        # A chunk's vectors lie in one tile.
+        tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
+        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - self.stats_bytes) // (4 * VEC)
         at = begin
         while at < end:
-            tile = at // (c.tile_rows * ROW_VECTORS)
-            first = at - tile * (c.tile_rows * ROW_VECTORS)
-            count = cutlass.min(cutlass.min(chunk, end - at), c.tile_rows * ROW_VECTORS - first)
+            tile = at // tile_vectors
+            first = at - tile * tile_vectors
+            count = cutlass.min(cutlass.min(chunk, end - at), tile_vectors - first)
             self._fetch(entry, tile, first, count, thread, shared, results)
-            first_row, last_row = first // ROW_VECTORS, (first + count - 1) // ROW_VECTORS
-            self._fetch_stats(entry, tile, first_row, last_row - first_row + 1, thread, shared, results)
             cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
             phase ^= 1
-            self._barrier()
             for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
-                row = (first + i) // ROW_VECTORS
-                total = self._sum_vector(i, count, row - first_row, last_row - first_row + 1, pieces, shared)
-                packed = self.work.row(group_rows + tile * TILE_M + row, entry.seqlen)
-                self._write_vector(entry, packed, (first + i) % ROW_VECTORS, total, scales, results)
+                self._sum_vector(entry, first_row + tile * TILE_M, first, i, count, scales, shared, results)
             at += count
             self._barrier()
         return phase
 
+    @property
+    def stats_bytes(self) -> int:
+        """Reference and row_sum of all rows of a slot's tile."""
+        return self.config.tile_warps * WARP_ROWS * 8
+
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
-        """Start the copies of a chunk of every slot, by the first warp, a slot a lane."""
+        """Start the copies of every slot's statistics of a tile and of a chunk of its vectors, by the first warp, a slot a lane."""
         c = self.config
         if thread < 32:
             num_bytes = count * (4 * VEC)
-            barrier = shared.barriers.slots_full
+            barrier, memory = shared.barriers.slots_full, shared.kv.toint()
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
             cute.arch.fence_proxy("async")
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes * entry.num_pieces)
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + self.stats_bytes) * entry.num_pieces)
             cute.arch.sync_warp()
             for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
-                at = Int64(entry.first_slot + slot) * const_expr(slot_floats(c)) + (tile * const_expr(tile_slot_floats(c)) + first * VEC)
-                ptx.bulk_load((results.mSlots.iterator + at).align(16), shared.kv.toint() + slot * num_bytes, barrier, num_bytes)
+                at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
+                source = results.mSlots.iterator + at
+                stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
+                ptx.bulk_load(stats, memory + slot * self.stats_bytes, barrier, Int32(self.stats_bytes))
+                where = memory + entry.num_pieces * self.stats_bytes + slot * num_bytes
+                ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
 
     @cute.jit
-    def _fetch_stats(
-        self, entry: Entry, tile: Int32, first_row: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors
+    def _sum_vector(
+        self,
+        entry: Entry,
+        tile_row: Int32,  # first packed row of the tile
+        first: Int32,  # of the tile's vectors that are here
+        i: Int32,
+        count: Int32,
+        scales: Scales,
+        shared: SharedTensors,
+        results: ResultTensors,
     ):
-        """Reference and row_sum of a chunk's rows of every slot to shared memory: slot after slot."""
-        c = self.config
-        for i in cutlass.range(thread, entry.num_pieces * count, CONSUMER_THREADS, unroll=1):
-            slot = i // count
-            at = Int64(entry.first_slot + slot) * const_expr(slot_floats(c)) + (
-                tile * const_expr(tile_slot_floats(c)) + c.tile_rows * LATENT_DIM + 2 * (first_row + i - slot * count)
-            )
-            pair = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(cute.make_tensor((results.mSlots.iterator + at).align(8), cute.make_layout(2)), pair)
-            shared.sStats[i, 0], shared.sStats[i, 1] = pair[0], pair[1]
+        """Add up the i-th of `count` vectors over all slots, in slot order, and write it: two columns of two rows."""
+        index = first + i
+        lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
+        row = index // WARP_VECTORS * WARP_ROWS + lane // 4
+        pieces = entry.num_pieces
+        sums = cute.make_rmem_tensor(8, Float32)  # of each row: O, reference, row_sum
+        for r in cutlass.range_constexpr(2):
+            sums[4 * r], sums[4 * r + 1], sums[4 * r + 2], sums[4 * r + 3] = Float32(0.0), Float32(0.0), -Float32.inf, Float32(0.0)
+        stats = shared.kv.toint() + 8 * row
+        values = shared.kv.toint() + pieces * self.stats_bytes + i * (4 * VEC)
+        for slot in cutlass.range(0, pieces, FOLD_PARTS, unroll=1):
+            parts = [self._slot_vector(values, stats, count, slot + k, pieces) for k in range(FOLD_PARTS)]
+            for r in cutlass.range_constexpr(2):
+                total = fold(Part([sums[4 * r], sums[4 * r + 1]], sums[4 * r + 2], sums[4 * r + 3]), [part[r] for part in parts])
+                sums[4 * r], sums[4 * r + 1] = total.o
+                sums[4 * r + 2], sums[4 * r + 3] = total.row_max, total.row_sum
+        column = side * (LATENT_DIM // SIDES) + group * 8 + 2 * (lane % 4)
+        for r in cutlass.range_constexpr(2):
+            packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
+            if packed.is_valid:
+                result = finalize_row(scales.score.true_max(sums[4 * r + 2]), sums[4 * r + 3], None)
+                o_scale = _value_scale(result.o_scale, scales)
+                pair = cute.make_rmem_tensor(2, results.mO.element_type)
+                for e in cutlass.range_constexpr(2):
+                    pair[e] = results.mO.element_type(sums[4 * r + e] * o_scale)
+                target = results.mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + column
+                cute.autovec_copy(pair, cute.make_tensor(target.align(4), cute.make_layout(2)))
+                if const_expr(results.mLse is not None):
+                    if column == 0:
+                        results.mLse[packed.head, entry.seqlen.q_begin + packed.token] = result.lse
 
-    @cute.jit
-    def _sum_vector(self, i: Int32, count: Int32, row: Int32, rows: Int32, pieces: Int32, shared: SharedTensors) -> Part:
-        """The sum over all slots of a chunk's i-th vector, in slot order."""
-        o = cute.make_rmem_tensor(VEC, Float32)
-        numbers = cute.make_rmem_tensor(2, Float32)
-        o.fill(0.0)
-        numbers[0], numbers[1] = -Float32.inf, Float32(0.0)
-        base = shared.kv.toint() + i * (4 * VEC)
-        stats = shared.sStats.iterator.toint() + 8 * row
-        for first in cutlass.range(0, pieces, FOLD_PARTS, unroll=1):
-            parts = [self._slot_vector(base, stats, count, rows, first + k, pieces) for k in range(FOLD_PARTS)]
-            total = fold(Part([o[e] for e in range(VEC)], numbers[0], numbers[1]), parts)
-            for e in cutlass.range_constexpr(VEC):
-                o[e] = total.o[e]
-            numbers[0], numbers[1] = total.row_max, total.row_sum
-        return Part([o[e] for e in range(VEC)], numbers[0], numbers[1])
-
-    def _slot_vector(self, base: Int32, stats: Int32, count: Int32, rows: Int32, index: Int32, pieces: Int32) -> Part:
-        """A vector of the `index`-th slot; past the last slot nothing, without weight."""
+    def _slot_vector(self, values: Int32, stats: Int32, count: Int32, index: Int32, pieces: Int32) -> list[Part]:
+        """A vector of the `index`-th slot, a part of each row; past the last slot nothing, without weight."""
         slot, is_part = cutlass.min(index, pieces - 1), index < pieces
-        row_max, row_sum = ptx.load_shared_f32x2(stats + 8 * rows * slot)
-        values = ptx.load_shared_f32x4(base + 4 * VEC * count * slot)
-        return Part(
-            [cutlass.select_(is_part, value, Float32(0.0)) for value in values],
-            cutlass.select_(is_part, row_max, -Float32.inf),
-            cutlass.select_(is_part, row_sum, Float32(0.0)),
-        )
-
-    @cute.jit
-    def _write_vector(self, entry: Entry, packed, at: Int32, total: Part, scales: Scales, results: ResultTensors):
-        """One vector of a finished row, and the row's lse."""
-        result = finalize_row(scales.score.true_max(total.row_max), total.row_sum, None)
-        o_scale = _value_scale(result.o_scale, scales)
-        r = cute.make_rmem_tensor(VEC, results.mO.element_type)
-        for e in cutlass.range_constexpr(VEC):
-            r[e] = results.mO.element_type(total.o[e] * o_scale)
-        target = results.mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + at * VEC
-        cute.autovec_copy(r, cute.make_tensor(target.align(VEC * results.mO.element_type.width // 8), cute.make_layout(VEC)))
-        if const_expr(results.mLse is not None):
-            if at == 0:
-                results.mLse[packed.head, entry.seqlen.q_begin + packed.token] = result.lse
+        o = [cutlass.select_(is_part, x, Float32(0.0)) for x in ptx.load_shared_f32x4(values + 4 * VEC * count * slot)]
+        parts = []
+        for r in range(2):
+            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * self.stats_bytes + 64 * r)
+            row_max = cutlass.select_(is_part, row_max, -Float32.inf)
+            parts.append(Part(o[2 * r : 2 * r + 2], row_max, cutlass.select_(is_part, row_sum, Float32(0.0))))
+        return parts
 
     def _barrier(self) -> None:
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=CONSUMER_THREADS)

@@ -40,7 +40,6 @@ GROUPS = ((0, SIDE_PARTS), (SIDE_PARTS, LATENT_PARTS), (ROPE_PART, PARTS))  # pa
 LEFT, RIGHT, ROPE = range(3)
 GROUP_NAMES = ("left", "right", "rope")
 SIDE_WARPS = 4
-COMBINE_STATS = 512  # (slot, row) pairs whose statistics are in shared memory while slots are added up
 
 
 class Barriers(NamedTuple):
@@ -65,7 +64,6 @@ class SharedTensors(NamedTuple):
     sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32: entries whose slots are written, whose arrival is due
     sReference: cute.Tensor  # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32: a warpgroup's share of row_sum at a piece's end; pieces take turns
-    sStats: cute.Tensor  # (COMBINE_STATS, 2) float32: reference and row_sum of slots that are added up
     sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`merge.Share`)
 
 
@@ -148,7 +146,7 @@ class MlaStorage:
         return SharedTensors(
             q, kv, barriers,
             tensor(Int32, DECODE_INTS), tensor(Int32, MAX_PENDING, DECODE_INTS),
-            tensor(Float32, 2, TILE_M), tensor(Float32, 2, SIDES, TILE_M), tensor(Float32, COMBINE_STATS, 2), tensor(Int32, MAX_PENDING),
+            tensor(Float32, 2, TILE_M), tensor(Float32, 2, SIDES, TILE_M), tensor(Int32, MAX_PENDING),
         )  # fmt: skip
 
     @cute.jit

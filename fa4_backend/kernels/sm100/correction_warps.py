@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass._mlir.dialects import vector
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
@@ -81,11 +81,14 @@ class CorrectionWarps:
         for base in range(0, self.geometry.config.o_columns, self.columns):
             (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, self.columns)])
             # A row without keys gives 0 even where O is not finite.
-            words = ptx.pack_16bit(ptx.select_zero(is_empty, self.scaled(o, scale)), config.dtype)
-            for j in range(self.columns // 8):
-                ptx.store_shared_v4(
-                    target + base * config.element_bytes + j * CHUNK_BYTES, [vector.extract(words, [], [4 * j + k]) for k in range(4)]
-                )
+            row = ptx.select_zero(is_empty, self.scaled(o, scale))
+            if config.has_out_scale:
+                numbers = [Float32(x) for x in ptx.elements(row)]
+                words = [float32_to_e4m3(numbers[j : j + 4]).ir_value() for j in range(0, self.columns, 4)]
+            else:
+                words = ptx.elements(ptx.pack_16bit(row, config.dtype))
+            for j in range(0, len(words), 4):
+                ptx.store_shared_v4(target + base * config.out_element_bytes + 4 * j, words[j : j + 4])
 
     def scaled(self, o, factor: Float32):
         """o * factor on packed pairs."""

@@ -43,8 +43,8 @@ class EpilogueWarp:
     def store_part(self, place: Place, mO: cute.Tensor, item: WorkItem, m_block: Int32, part: Int32 | int, source: Int32):
         """Rows of query tile `m_block`, `o_columns` of each. mO: (total_q, num_q_heads, head_dim_v)."""
         config, seqlen = self.geometry.config.kernel, item.tile.seqlen
-        chunks = self.geometry.config.o_columns * config.element_bytes // CHUNK_BYTES
-        elems = CHUNK_BYTES // config.element_bytes
+        chunks = self.geometry.config.o_columns * config.out_element_bytes // CHUNK_BYTES
+        elems = CHUNK_BYTES // config.out_element_bytes
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
         num_chunks = tokens * config.q_per_kv * chunks
         for chunk in range(place.lane_idx, num_chunks, 32, unroll=2):

@@ -58,6 +58,7 @@ class PrefillKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -77,7 +78,7 @@ class PrefillKernel:
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
         bounds = SeqlenBounds.of(mO, mPageTable, operands.page_size)
         work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
-        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale)
+        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,

@@ -12,6 +12,7 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
@@ -30,6 +31,7 @@ class HeadTensors(NamedTuple):
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
+    mOutScale: cute.Tensor | None  # (1,) float32
 
 
 class Alibi(NamedTuple):
@@ -109,8 +111,9 @@ class SoftmaxWarps:
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
             o_scale = result.o_scale
-            if const_expr(config.has_kv_scales):
-                o_scale = o_scale * heads.mVScale[item.tile.kv_head_idx]
+            factor = result_factor(heads.mVScale, heads.mOutScale, item.tile.kv_head_idx)
+            if const_expr(factor is not None):
+                o_scale = o_scale * factor
             ptx.store_shared_f32(stats, o_scale)
             ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
             stats_phase ^= 1

@@ -25,7 +25,7 @@ TMEM_POINTER_BYTES = 8
 
 def o_pitch(config: Sm100Config) -> int:
     """Bytes from a row of O, or of a part of it, to the next in shared memory."""
-    return config.o_columns * config.kernel.element_bytes + O_PAD_BYTES
+    return config.o_columns * config.kernel.out_element_bytes + O_PAD_BYTES
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Step(NamedTuple):
     bounds: SeqlenBounds
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32; None where K and V are not FP8
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
+    mOutScale: cute.Tensor | None  # (1,) float32; None where out is not FP8
 
 
 class Outputs(NamedTuple):

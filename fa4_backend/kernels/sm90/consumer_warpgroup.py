@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.fragment_store import store_fragment
+from fa4_backend.kernels.common.fragment_store import store_fragment, store_fragment_fp8
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
@@ -32,9 +32,9 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, log2_scale
+from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, V_SCALE, WORK_FLAGS, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -171,7 +171,7 @@ class ConsumerWarpgroup:
                     self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 else:
                     self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
-                if const_expr(self.storage.o_through_q):
+                if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
                 self._release_read_query(barriers.q_empty + q_next.slot, next_tile.blocks, next_tile.blocks.end - 1)
@@ -226,7 +226,7 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=is_masked, is_first=False)
+        factors = fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
         fragment.rescale(products.rO, factors)
@@ -257,14 +257,19 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, self._score_scales(tile), may_be_empty=True, is_first=True)
+        fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=True, is_first=True)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
-        """Of both rows. Scores are raw logits with the scale in the exponent, unless something is added to them or bounds them first."""
+        """Of raw logits of both rows; None where something is added to them or bounds them first."""
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
         return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
+
+    def _weight_scales(self, tile: TileState, values: MaskValues) -> tuple[ScoreScale, ScoreScale] | CapScale | None:
+        """From what `_transform` leaves to log2 units; None: there already."""
+        is_capped = self.config.mask.has_softcap and not self.config.mask.has_alibi
+        return CapScale.of_call(values.softcap) if is_capped else self._score_scales(tile)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -284,8 +289,8 @@ class ConsumerWarpgroup:
 
     @cute.jit
     def _release_read_query(self, empty: cute.Pointer, blocks: BlockRange, n_block: Int32):
-        """Where O does not leave through Q's buffer: release it when the products of the tile's last block have read it."""
-        if const_expr(not self.storage.o_through_q):
+        """Where Q is not released with its tile: release it when the products of the tile's last block have read it."""
+        if const_expr(not self.storage.releases_q_late):
             if n_block == blocks.begin:
                 cute.arch.sync_warp()  # all lanes have read the numbers of the tile before, whose place is given away too
                 self._release(empty)
@@ -363,11 +368,16 @@ class ConsumerWarpgroup:
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
     ) -> None:
-        """Soft cap, ALiBi and mask, in place; capped or biased scores leave scaled to log2 units."""
+        """Soft cap, ALiBi and mask, in place; biased scores leave in log2 units, capped ones as `CapScale` reads them."""
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
+            if const_expr(is_masked):
+                # Scores share reciprocals, so a row's bits would depend on keys that it does not see.
+                fragment.mask(rS, first_column, state.columns)
             fragment.softcap(rS, state.softmax_scales, values.softcap)
+            if const_expr(c.mask.has_alibi):
+                fragment.to_log2(rS, CapScale.of_call(values.softcap))
         elif const_expr(c.mask.has_alibi):
             fragment.scale(rS, state.softmax_scales)
         if const_expr(c.mask.has_alibi):
@@ -527,19 +537,23 @@ class ConsumerWarpgroup:
                 row_max = score_scales[i].true_max(row_max)
             result = finalize_row(row_max, row_sum, sink)
             scales[i] = result.o_scale
-            if const_expr(c.has_kv_scales):
-                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[V_SCALE, self.storage.work_slot(q)])
+            if const_expr(self.storage.has_factors):
+                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
                 if packed.is_valid and lane % 4 == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
-        rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
-        rO.store(products.rO.load().to(self.storage.dtype))
-        if const_expr(self.storage.o_through_q):
-            self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
-        else:
+        if const_expr(c.has_out_scale):
             rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
-            store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
+            store_fragment_fp8(outputs.mO, products.rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
+        else:
+            rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
+            rO.store(products.rO.load().to(self.storage.dtype))
+            if const_expr(self.storage.o_through_q):
+                self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
+            else:
+                rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
+                store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
 
     @cute.jit
     def _store_through_q(

@@ -59,6 +59,7 @@ class PrefillKernel:
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mOutScale: cute.Tensor | None,  # (1,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -74,7 +75,7 @@ class PrefillKernel:
         v_atom, mV_tma = v_pages.make_tma(mV, swizzles[1])
         num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
         bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
-        step = Step(mPageTable, mCuSeqlensQ, mTiles, mQueue, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale)
+        step = Step(mPageTable, mCuSeqlensQ, mTiles, mQueue, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale, mOutScale)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)

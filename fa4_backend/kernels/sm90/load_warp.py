@@ -9,6 +9,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
@@ -17,7 +18,7 @@ from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, TAKEN_TILE, V_SCALE, Barriers, Storage
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE
 
 
@@ -142,8 +143,9 @@ class LoadWarp:
         """Hand over entry `tile_idx` of the work list and load its Q."""
         part = read_part(step.mTiles, tile_idx) if const_expr(self.storage.config.has_parts) else None
         scales = None
-        if const_expr(step.mKScale is not None):
-            scales = (step.mKScale[work.kv_head_idx], step.mVScale[work.kv_head_idx])
+        factor = result_factor(step.mVScale, step.mOutScale, work.kv_head_idx)
+        if const_expr(factor is not None):
+            scales = (Float32(1.0) if const_expr(step.mKScale is None) else step.mKScale[work.kv_head_idx], factor)
         self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
         first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
         sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(1024)
@@ -159,7 +161,7 @@ class LoadWarp:
         nothing = Int32(0)
         empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
         whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
-        scales = (Float32(1.0), Float32(1.0)) if const_expr(self.storage.config.has_kv_scales) else None
+        scales = (Float32(1.0), Float32(1.0)) if const_expr(self.storage.has_factors) else None
         self._hand_over(empty, whole, scales, position, barriers, sWork, 0, is_tile=False)
 
     @cute.jit
@@ -167,7 +169,7 @@ class LoadWarp:
         self,
         work: WorkTile,
         part: TilePart | None,
-        scales: tuple[Float32, Float32] | None,  # of K and V; None: there are none
+        scales: tuple[Float32, Float32] | None,  # of K, and what O is multiplied by; None: there are none
         position: RingPosition,
         barriers: Barriers,
         sWork: cute.Tensor,
@@ -187,7 +189,7 @@ class LoadWarp:
                 sWork[i, work_slot] = fields[i]
             if const_expr(scales is not None):
                 sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
-                sWork[V_SCALE, work_slot] = ptx.float_to_bits(scales[1])
+                sWork[O_FACTOR, work_slot] = ptx.float_to_bits(scales[1])
             sWork[IS_TILE, work_slot] = Int32(int(is_tile))
             cute.arch.mbarrier_arrive_and_expect_tx(self._loaded_query(barriers) + position.slot, q_bytes)
         cute.arch.sync_warp()

@@ -25,7 +25,8 @@ from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
 WORK_FLAGS = 10  # the first of those: one a consumer
-K_SCALE, V_SCALE = 13, 14  # bits of the scales of the tile's KV head, where K and V are FP8
+K_SCALE = 13  # bits of the scale of the tile's KV head, where K and V are FP8
+O_FACTOR = 14  # bits of `fp8.result_factor`, where K and V or out are FP8
 
 IS_TILE = 15  # 1; 0: the empty tile behind the last one
 TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
@@ -75,8 +76,18 @@ class Storage:
         return cutlass.Float16 if self.config.has_kv_scales else self.dtype
 
     @property
+    def has_factors(self) -> bool:
+        """Whether a tile has scales: `K_SCALE`, `O_FACTOR`."""
+        return self.config.has_kv_scales or self.config.has_out_scale
+
+    @property
     def o_through_q(self) -> bool:
-        """Whether O leaves through its tile's Q buffer; else from registers, and Q is released as soon as its last product has read it."""
+        """Whether O leaves through its tile's Q buffer; else from registers."""
+        return self.releases_q_late and not self.config.has_out_scale
+
+    @property
+    def releases_q_late(self) -> bool:
+        """Whether Q is released with its tile; else as soon as its last product has read it."""
         return self.config.tile.q_stage > 1
 
     def work_slot(self, q: RingPosition) -> Int32:

@@ -1,0 +1,390 @@
+"""vLLM on a GPU as people run it, FA4 beside FLASH_ATTN: compile modes, CUDA graphs, async scheduling, prefix caching, preemption,
+sleep, LoRA, structured output, soft cap and windows, sinks, drafts.
+
+    python -m tests.device.serve_matrix --out matrix.json [--groups llama,sinks] [--side-by-side 4]
+
+Every engine of a group is compared with the group's FLASH_ATTN, on a small random model, by the root mean square over log-probabilities of
+prompts' tokens (prefill) and of tokens that each engine is made to generate (decode). TRITON_ATTN's distance is the yardstick, which FA4
+must keep and a softmax scale that is 5% off must not. What else an engine has to show stands in `engine_lane.Engine`.
+
+The engines of a group are cut into lanes: one process each, one engine after the other. First our kernels are compiled and vLLM's imports
+warmed, once for all lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
+from fa4_backend.arch import arch_of_capability
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.kernel_stamp import gpu_stamp
+from tests.device.engine_lane import COMMON, Engine, run_process, write_request
+from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
+from tests.engines.prompts import make_prompts
+from tests.engines.tiny_models import write_eagle, write_gemma2, write_llama, write_lora
+
+EAGER: dict[str, Any] = {"enforce_eager": True}
+SIZES = [1, 2, 4, 8, 16, 64, 256]
+MODE_0: dict[str, Any] = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES}}
+DEFAULT: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": SIZES}}  # inductor; both kinds of graphs
+BOTH = "FULL_AND_PIECEWISE"
+PEERS = ("FLASH_ATTN", "TRITON_ATTN")  # the reference; the yardstick
+FEW_BLOCKS: dict[str, Any] = {"num_gpu_blocks_override": 68}  # of 16 tokens: max_model_len and little more
+OFF = 1.05
+# FlashInfer's and torch's all-reduce use NVLink multicast, which can put a host's GPUs out of service for others. The first also compiles
+# at an engine's start, for longer than the rest of it takes.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_USE_NCCL_SYMM_MEM": "0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """A model and the engines that serve it, in one lane."""
+
+    write: Callable[[Path], Path]
+    engines: tuple[Engine, ...]
+
+
+def peers(arguments: dict[str, Any], **more: Any) -> list[Engine]:
+    return [Engine(name, name, arguments, **more) for name in PEERS]
+
+
+def ours(name: str, arguments: dict[str, Any], **more: Any) -> Engine:
+    """An engine on FA4, strict: a compile after warm-up would end it."""
+    return Engine(name, "FA4", arguments, environment={"FA4_BACKEND_STRICT": "1", **more.pop("environment", {})}, **more)
+
+
+def off(arguments: dict[str, Any], **more: Any) -> Engine:
+    return ours("FA4, scale 5% off", arguments, scale_error=OFF, **more)
+
+
+LLAMA = Group(
+    write_llama,
+    (
+        *peers(EAGER),
+        ours("FA4", EAGER),
+        ours("FA4, no async scheduling", {**EAGER, "async_scheduling": False}),
+        ours("FA4, no prefix caching", {**EAGER, "enable_prefix_caching": False}),
+        ours("FA4, full graphs", {**MODE_0, "async_scheduling": True}, graphs="FULL"),
+        ours("FA4, full graphs, no async scheduling", {**MODE_0, "async_scheduling": False}, graphs="FULL"),
+        ours("FA4, preempted", {**MODE_0, **FEW_BLOCKS}, graphs="FULL", preempts=True),
+        ours("FA4, dummy batches", MODE_0, graphs="FULL", dummies=True),
+        off(EAGER),
+    ),
+)
+LLAMA_DEFAULT = Group(
+    write_llama,
+    (
+        *peers(DEFAULT),
+        ours("FA4", DEFAULT, graphs=BOTH),
+        ours("FA4, no async scheduling", {**DEFAULT, "async_scheduling": False}, graphs=BOTH),
+        ours("FA4, preempted", {**DEFAULT, **FEW_BLOCKS}, graphs=BOTH, preempts=True),
+        off(DEFAULT),
+        ours("FA4, sleep and reload", {**DEFAULT, "enable_sleep_mode": True}, graphs=BOTH, is_alone=True),
+        ours("FA4, engine apart", DEFAULT, graphs=BOTH, is_alone=True, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+    ),
+)
+GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", EAGER), ours("FA4, full graphs", MODE_0, graphs="FULL"), off(MODE_0)))
+GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH), off(DEFAULT)))
+SINKS = Group(
+    write_llama,
+    (*peers(MODE_0, sinks=True), ours("FA4", EAGER, sinks=True), ours("FA4, full graphs", MODE_0, sinks=True), off(MODE_0, sinks=True)),
+)
+WITH_LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+LORA = Group(
+    write_llama,
+    (
+        *peers({**EAGER, **WITH_LORA}),
+        ours("FA4", {**EAGER, **WITH_LORA}),
+        ours("FA4, full graphs", {**MODE_0, **WITH_LORA}, graphs="FULL"),
+        off({**EAGER, **WITH_LORA}),
+    ),
+)
+
+
+def drafts(heads: tuple[int, int], num_tokens: int) -> Group:
+    """Engines that draft: by n-grams, by the model itself, by an EAGLE head of random weights; the last two on FA4 as well."""
+
+    def speculative(method: str, **more: Any) -> dict[str, Any]:
+        return {**MODE_0, "speculative_config": {"method": method, "num_speculative_tokens": num_tokens, **more}}
+
+    ngram = speculative("ngram", prompt_lookup_max=3, prompt_lookup_min=1)
+    # A folder's name stands for its path, see `place_models`.
+    draft_model = speculative("draft_model", model="MODEL", attention_backend="FA4")
+    eagle = speculative("eagle", model="EAGLE", attention_backend="FA4")
+    return Group(
+        lambda folder: write_llama(folder, heads=heads),
+        (
+            *peers(MODE_0),
+            ours("FA4", MODE_0),
+            ours("FA4, n-grams", ngram, drafts=True),
+            ours("FA4, draft model", draft_model, drafts=True),
+            ours("FA4, EAGLE", eagle, drafts=True, drafts_at_random=True),
+            ours("FA4, EAGLE, default mode", {**eagle, **DEFAULT}, drafts=True, drafts_at_random=True, graphs=BOTH),
+            off(MODE_0),
+        ),
+    )
+
+
+TP_2: dict[str, Any] = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+NO_FUSED_ALL_REDUCE = {**DEFAULT["compilation_config"], "pass_config": {"fuse_allreduce_rms": False}}
+TWO_DRAFTS = {"num_speculative_tokens": 3, "model": "MODEL", "method": "draft_model", "attention_backend": "FA4"}
+TWO_GPUS = Group(
+    write_llama,
+    (
+        *peers(MODE_0),
+        ours("FA4", MODE_0),
+        ours("FA4, TP 2", {**MODE_0, **TP_2}, graphs="FULL", num_processes=2, is_alone=True),
+        ours("FA4, TP 2, default mode", {**TP_2, "compilation_config": NO_FUSED_ALL_REDUCE}, graphs=BOTH, num_processes=2, is_alone=True),
+        ours("FA4, TP 2, drafts", {**MODE_0, **TP_2, "speculative_config": TWO_DRAFTS}, drafts=True, num_processes=2, is_alone=True),
+        ours("FA4, PP 2", {**MODE_0, "pipeline_parallel_size": 2}, num_processes=2, is_alone=True),
+        off(MODE_0),
+    ),
+)
+
+
+GROUPS: dict[str, Group] = {
+    "llama": LLAMA,
+    "llama_default": LLAMA_DEFAULT,
+    "gemma2": GEMMA2,
+    "gemma2_default": GEMMA2_DEFAULT,
+    "sinks": SINKS,
+    "lora": LORA,
+    "two_gpus": TWO_GPUS,
+    **{f"drafts_{q}_{kv}_{num}": drafts((q, kv), num) for q, kv in ((64, 8), (16, 1)) for num in (3, 7)},
+}
+DEFAULT_GROUPS = ("llama", "llama_default", "gemma2", "gemma2_default", "sinks", "lora")
+
+
+def rehearsed(group: Group) -> Group:
+    """The group's engines as a machine without a GPU has them: on vLLM's CPU_ATTN in place of its GPU backends, eager, with little memory.
+
+    Nothing is asked of graphs then, nor of distances; all else is.
+    """
+    engines = []
+    for engine in group.engines:
+        arguments = {name: value for name, value in engine.arguments.items() if name not in ("compilation_config", "async_scheduling")}
+        arguments |= {**EAGER, "kv_cache_memory_bytes": 64 << 20, "block_size": 32 if engine.backend in PEERS else 16}
+        backend = "CPU_ATTN" if engine.backend in PEERS else engine.backend
+        engines.append(replace(engine, backend=backend, arguments=arguments, graphs=None))
+    return replace(group, engines=tuple(engines))
+
+
+def suite_of(groups: dict[str, Group]) -> Suite:
+    """How `serve_tokens.judge` judges the groups."""
+    names = {name: [engine.name for engine in group.engines] for name, group in groups.items()}
+    return Suite({name: ("", {}) for name in PEERS}, names, ("prefill_logprob_rms", "decode_logprob_rms"), TOO_FAR, OFF, "FA4: ")
+
+
+def place_models(engine: Engine, model: Path) -> Engine:
+    """Paths in place of names: the drafter's model, and adapters."""
+    arguments = dict(engine.arguments)
+    if "model" in arguments.get("speculative_config", {}):
+        of_drafter = arguments["speculative_config"]["model"]
+        path = model if of_drafter == "MODEL" else model / "eagle"
+        arguments["speculative_config"] = {**arguments["speculative_config"], "model": str(path)}
+    adapters = tuple(str(model / f"adapter{index}") for index in (1, 2)) if "enable_lora" in arguments else ()
+    return replace(engine, arguments=arguments, adapters=adapters)
+
+
+def write_models(group: Group, folder: Path) -> Path:
+    """The model of a group, with the EAGLE head and the adapters that its engines use."""
+    model = group.write(folder)
+    config = json.loads((model / "config.json").read_text())
+    heads = (config["num_attention_heads"], config["num_key_value_heads"])
+    if any("speculative_config" in engine.arguments for engine in group.engines):
+        write_eagle(model / "eagle", heads)
+    if any("enable_lora" in engine.arguments for engine in group.engines):
+        for index in (1, 2):
+            write_lora(model / f"adapter{index}", seed=index)
+    return model
+
+
+def lanes(groups: dict[str, Group], folder: Path, per_lane: int) -> list[tuple[str, Path]]:
+    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own."""
+    found = []
+    prompts = make_prompts()
+    for name, group in groups.items():
+        model = write_models(group, folder / name)
+        engines = [place_models(engine, model) for engine in group.engines]
+        together = [engine for engine in engines if not engine.is_alone]
+        parts = [together[i : i + per_lane] for i in range(0, len(together), per_lane)]
+        parts += [[engine] for engine in engines if engine.is_alone]
+        found += [(name, write_request(folder / f"lane-{name}-{index}", model, part, prompts)) for index, part in enumerate(parts)]
+    return found
+
+
+# vLLM inspects a model's class in a process of its own, and Python compiles modules at their first import: once for all lanes.
+WARM = """
+import json, sys
+import vllm.v1.worker.gpu.model_runner, vllm.entrypoints.llm, vllm.v1.engine.llm_engine
+from vllm.model_executor.models.registry import ModelRegistry
+for architecture in json.loads(sys.argv[1]):
+    ModelRegistry.models[architecture].inspect_model_cls()
+"""
+
+
+def warm_imports(groups: dict[str, Group], folder: Path) -> subprocess.Popen:
+    """What every lane imports, imported by one process, which the caller waits for."""
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in groups]
+    architectures = sorted({architecture for config in configs for architecture in config["architectures"]})
+    log = (folder / "imports.log").open("w")
+    return subprocess.Popen([sys.executable, "-c", WARM, json.dumps(architectures)], stdout=log, stderr=subprocess.STDOUT)
+
+
+def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
+    """Compile keys of our kernels for all groups' models, as their engines ask for them."""
+    keys: dict[Any, None] = {}
+    for name, group in groups.items():
+        config = json.loads((folder / name / "config.json").read_text())
+        cap = MaskFeatures(has_softcap="attn_logit_softcapping" in config)
+        masks = [replace(cap, has_sinks=any(engine.sinks for engine in group.engines))]
+        if config.get("sliding_window"):
+            masks.append(replace(cap, has_window_left=True))
+        drafted = {engine.arguments.get("speculative_config", {}).get("num_speculative_tokens", 0) for engine in group.engines}
+        for mask in masks:
+            heads, head_dim = (config["num_attention_heads"], config["num_key_value_heads"]), config["head_dim"]
+            sinks_dtype = "bfloat16" if mask.has_sinks else "float32"
+            problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", 16, arch(), mask=mask, sinks_dtype=sinks_dtype)
+            for num_tokens in drafted:
+                limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num_tokens)
+                kernels = plan_attention(problem, limits).kernels
+                assert kernels is not None
+                keys |= dict.fromkeys(kernels.keys)
+    return [*keys]
+
+
+def compile_kernels(groups: dict[str, Group], folder: Path) -> None:
+    """Our kernels of each model, side by side, before engines ask for them one by one."""
+    begin = time.perf_counter()
+    keys = keys_of(groups, folder)
+    with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(ensure_object, keys))
+    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
+
+
+def arch() -> str:
+    """The arch of the GPU present."""
+    import torch
+
+    found = arch_of_capability(*torch.cuda.get_device_capability())
+    assert found is not None
+    return found
+
+
+def run_lane(request: Path, seconds: float) -> list[dict[str, Any]]:
+    """One process; what its engines answered, and a failure in place of those that did not within `seconds`."""
+    wanted = json.loads(request.read_text())["engines"]
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **NO_MULTICAST}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of the lanes
+    if len(wanted) == 1:  # it is alone: what it sets holds from the start
+        environment |= wanted[0]["environment"]
+    log, answers = request.with_name("log"), request.with_name("answers.jsonl")
+    is_done = run_process([sys.executable, "-m", "tests.device.engine_lane", "--request", str(request)], environment, log, seconds)
+    results = [json.loads(line) for line in answers.read_text().splitlines()] if answers.exists() else []
+    words = ("" if is_done else f"not done within {seconds} s\n") + log.read_text(errors="replace")[-3500:]
+    for result in results:
+        if "failed" in result:
+            result["failed"] += "\n" + words
+    answered = {result["name"] for result in results}
+    return results + [{"name": engine["name"], "failed": words} for engine in wanted if engine["name"] not in answered]
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    """A line for an engine that answered with its time line, the last words of one that failed."""
+    if "failed" in result:
+        print(f"{name}: FAILED\n{result['failed']}", flush=True)
+        return
+    seen = {key: value for key, value in result.get("against_flash_attn", {}).items() if key.endswith("rms") or key == "equal"}
+    times = "/".join(str(result[f"{part}_seconds"]) for part in ("start", "ask", "stop"))
+    print(f"{name}: {seen}, start/ask/stop {times} s, {result['config']}, {result['kernels']}, pids {result['pids']}", flush=True)
+    for what in ("preemptions", "acceptance", "wrong"):
+        if result.get(what):
+            print(f"    {what}: {result[what]}", flush=True)
+    if result["slow_parts"]:
+        print(f"    {'; '.join(result['slow_parts'])}", flush=True)
+
+
+def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace) -> dict[str, Any]:
+    """What all engines answered, "group: engine" -> result; reported and written as lanes end, in their order."""
+    results: dict[str, Any] = {}
+    with ThreadPoolExecutor(options.side_by_side) as pool:
+        answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
+        for (group, request), answers in zip(requests, answered, strict=True):
+            if options.logs:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                (options.logs / f"{request.parent.name}.log").write_bytes(request.with_name("log").read_bytes())
+            for answer in answers:
+                run = f"{group}: {answer.pop('name')}"
+                results[run] = answer
+                reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
+                if "failed" not in answer and "failed" not in reference:
+                    answer["against_flash_attn"] = compare(answer, reference)
+                report(run, answer)
+            if options.out:  # after each lane: a machine's time may end before the last one's
+                stamp = None if options.rehearse else gpu_stamp()
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+    return results
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Group]:
+    """The groups and engines that the command line names."""
+    groups = {name: GROUPS[name] for name in options.groups.split(",")}
+    if options.engines:
+        wanted = options.engines.split(";")
+        groups = {name: replace(group, engines=tuple(e for e in group.engines if e.name in wanted)) for name, group in groups.items()}
+    return {name: rehearsed(group) for name, group in groups.items()} if options.rehearse else groups
+
+
+def main() -> int:
+    """Run the groups, print a line an engine, write the JSON; 1 when an engine failed, was far away or did not show what it has to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
+    parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
+    parser.add_argument("--per-lane", type=int, default=5, help="engines of a group in one process")
+    parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
+    parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
+    options = parser.parse_args()
+    groups = chosen(options)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        requests = lanes(groups, folder, options.per_lane)
+        imports = None if options.compile_only else warm_imports(groups, folder)
+        if not options.rehearse:
+            compile_kernels(groups, folder)
+        if imports is None:
+            return 0
+        begin = time.perf_counter()
+        with suppress(subprocess.TimeoutExpired):  # lanes then import by themselves
+            imports.wait(60)
+        print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
+        results = run_lanes(requests, options)
+    failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
+    wrong = failed if options.rehearse else judge(results, suite_of(groups))
+    wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]
+    print("\n".join(wrong) or "all as it should be")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
