@@ -45,7 +45,7 @@ OTHER_VALUES: dict[str, Any] = {
     "tuning.cta_group": 2, "tuning.p_first_columns": 64, "tuning.softmax_registers": 192, "tuning.correction_registers": 48,
     "tuning.other_registers": 48,
 }  # fmt: skip
-OTHER_TEXTS = {"sm_90a": "sm_100a", "sm_100a": "sm_103a", "float32": "bfloat16"}
+OTHER_TEXTS = {"sm_90a": "sm_100a", "sm_100a": "sm_103a", "float32": "bfloat16", "paged": "ragged"}
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
