@@ -5,7 +5,7 @@ PY := .venv/bin/python
 PORT ?= 8471
 export PROMPT
 
-.PHONY: help setup demo demo-emulated model test test-host test-engines test-sglang test-slow lint types clean
+.PHONY: wheel help setup demo demo-emulated model test test-host test-engines test-sglang test-slow lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-sglang SGLang's own attention tests and a whole engine on our backend, in an environment of their own"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (a quarter of an hour)"
+	@echo "make wheel       a wheel with compiled kernels (WHEEL=\"--arch sm_90a --shape 32/8,128\")"
 	@echo "make lint types  ruff; mypy"
 	@echo "make setup       only the environment; PYTHON=python3.12 chooses the interpreter"
 
@@ -61,6 +62,9 @@ test-emulator-full: setup
 		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --clean-seeds 200 \
 			--out build/faults_upstream_causal.json; \
 	else echo "flash-attn-4 is not installed: its kernel is left out"; fi
+
+wheel: setup
+	$(PY) scripts/build_wheel.py $(WHEEL)
 
 lint: setup
 	$(PY) -m ruff check .

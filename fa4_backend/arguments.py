@@ -26,6 +26,23 @@ class CallTensors(NamedTuple):
     out_scale: torch.Tensor | None = None
 
 
+class RaggedTensors(NamedTuple):
+    """The same of a call whose K and V have no pages."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    out: torch.Tensor | None
+    lse: torch.Tensor | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+
+
 class LatentTensors(NamedTuple):
     """The tensors of one call of `mla_decode` as the caller gave them; shapes as in `LatentArguments`."""
 
@@ -41,12 +58,12 @@ class LatentTensors(NamedTuple):
 
 
 class AttentionArguments(NamedTuple):
-    """One call of `fa4_backend.ops.paged_attention` after its checks; optional values are resolved."""
+    """One call of `paged_attention` or `ragged_attention` (`fa4_backend.ops`) after its checks; optional values are resolved."""
 
     q: torch.Tensor  # (total_q, num_q_heads, head_dim)
-    k_cache: torch.Tensor  # (num_pages, page_size, num_kv_heads, head_dim)
-    v_cache: torch.Tensor  # (num_pages, page_size, num_kv_heads, head_dim_v)
-    page_table: torch.Tensor  # (batch, max_pages_per_seq) int32
+    k_cache: torch.Tensor  # (num_pages, page_size, num_kv_heads, head_dim); without pages (total_k, num_kv_heads, head_dim)
+    v_cache: torch.Tensor  # likewise, head_dim_v
+    page_table: torch.Tensor | None  # (batch, max_pages_per_seq) int32; None without pages
     cu_seqlens_q: torch.Tensor  # (batch + 1,) int32
     seqused_k: torch.Tensor  # (batch,) int32
     out: torch.Tensor  # (total_q, num_q_heads, head_dim_v)
@@ -60,6 +77,7 @@ class AttentionArguments(NamedTuple):
     k_scale: torch.Tensor | None = None  # (num_kv_heads,) float32, any stride: K is k_cache times it; None unless K and V are FP8
     v_scale: torch.Tensor | None = None  # the same of V
     out_scale: torch.Tensor | None = None  # (1,) float32: the result is out times it; None unless out is FP8
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,) int32, where sequences begin in k and v without pages; None with pages
 
 
 class LatentArguments(NamedTuple):

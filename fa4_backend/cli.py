@@ -15,6 +15,7 @@ VERBS: dict[str, str] = {
     "compile": "compile",
     "bench": "bench",
     "emulate": "emulate",
+    "model": "model",
 }
 
 

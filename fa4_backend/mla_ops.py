@@ -9,7 +9,7 @@ from fa4_backend.kernels.launch_abi import mla_decode_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
-from fa4_backend.validation import check_latent_tensors, check_no_backward, check_values
+from fa4_backend.validation import check_no_backward, check_tensors, check_values
 
 
 def mla_decode(
@@ -58,7 +58,7 @@ def mla_decode(
             row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
     tensors = LatentTensors(q, q_rope, latent_cache, page_table, cu_seqlens_q, seqused_k, out, lse, latent_scale)
-    check_latent_tensors(plan, metadata, tensors)
+    check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
     check_values(plan, metadata, seqused_k.shape[0], softmax_scale, None, None, 0.0)

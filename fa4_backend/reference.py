@@ -28,18 +28,17 @@ class Sequence(NamedTuple):
 
 
 def sequences(arguments: AttentionArguments, *, is_causal: bool) -> Iterator[Sequence]:
-    """The sequences of a call that have rows. Lengths are clamped by the page table's width; pages that no row sees are not followed."""
+    """The sequences of a call that have rows. Lengths are cut to `kv_room`; pages that no row sees are not followed."""
     a = arguments
     bounds = a.cu_seqlens_q.tolist()
-    width = a.page_table.shape[1] * a.k_cache.shape[1]
     for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
-        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, width)
+        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, kv_room(a, seq_idx))
         if rows.start == rows.stop:
             continue
         first_visible, _ = visible_columns(rows.stop - rows.start, seqlen_k, is_causal, a.window_left, a.window_right)
         first = min(first_visible[0], seqlen_k)
         k, v = (
-            dequantise(gather_pages(cache, a.page_table[seq_idx], first, seqlen_k), scale)
+            dequantise(_gather(a, cache, seq_idx, first, seqlen_k), scale)
             for cache, scale in ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
         )
         yield Sequence(rows, a.q[rows], k, v, first, seqlen_k)
@@ -68,6 +67,24 @@ def attention_oracle(
         if sequence.k.shape[0]:
             out[sequence.rows], lse[:, sequence.rows] = _one_sequence(a, sequence, is_causal, dtype, accumulate)
     return out, lse
+
+
+def kv_room(arguments: AttentionArguments, seq_idx: int) -> int:
+    """Tokens that a sequence's pages hold, or without pages rows of k from its first key on: no sequence is longer."""
+    a = arguments
+    if a.page_table is not None:
+        return a.page_table.shape[1] * a.k_cache.shape[1]
+    assert a.cu_seqlens_k is not None
+    return max(0, a.k_cache.shape[0] - int(a.cu_seqlens_k[seq_idx]))
+
+
+def _gather(a: AttentionArguments, cache: torch.Tensor, seq_idx: int, first: int, last: int) -> torch.Tensor:
+    """Tokens `first` to `last` (exclusive) of a sequence: (last - first, num_kv_heads, head_dim)."""
+    if a.page_table is not None:
+        return gather_pages(cache, a.page_table[seq_idx], first, last)
+    assert a.cu_seqlens_k is not None
+    begin = int(a.cu_seqlens_k[seq_idx])
+    return cache[begin + first : begin + last]
 
 
 def latent_oracle(

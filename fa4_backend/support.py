@@ -48,6 +48,7 @@ _BLACKWELL = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
     quantised_out=(FP8,),
 )
 _HOPPER = KernelSupport(
@@ -56,13 +57,21 @@ _HOPPER = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of the smaller query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
     quantised_out=(FP8,),
 )
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
     REFERENCE_ARCH: KernelSupport(
-        COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), quantised_out=(FP8,)
+        COMPUTE_DTYPES,
+        None,
+        8,
+        None,
+        modes=frozenset(MODES) - {"exact"},
+        quantised_kv=(FP8,),
+        quantised_out=(FP8,),
+        kv_sources=(PAGED, RAGGED),
     ),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),

@@ -6,6 +6,7 @@ The deterministic emulated run of each kernel is recorded (`emulator.recording`)
 which states the rules). Each kernel works on 256 query rows a CTA, at d256 on 128 (one head, bf16, page 128), against 8 and against 24 KV
 blocks of 128; a figure is the difference over 16. `latency` is what a barrier costs its waiter, for which there is no published figure:
 both ends of a range.
+Units and queues alone: no latency of an instruction, a product or a cluster takes part, which `fa4 model` and `model_validation` have.
 Nothing here was measured.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch  # noqa: E402
 from fa4_backend import emulator  # noqa: E402
 from fa4_backend.emulator.recording import Recording  # noqa: E402
 from fa4_backend.emulator.replay import Replay, Times  # noqa: E402
+from fa4_backend.emulator.timing import TIMINGS, Timing  # noqa: E402
 from fa4_backend.kernel_stamp import make_stamp  # noqa: E402
 from fa4_backend.problem import FP8, SAME_AS_Q  # noqa: E402
 from tests.support.emulated_prefill import run_prefill  # noqa: E402
@@ -108,9 +110,16 @@ def per_block(short: Times, long: Times, ctas: int) -> dict[str, Any]:
     }
 
 
+def units_alone(barrier: float, copy_latency: float = 600.0) -> Timing:
+    """Constants without any latency but a barrier's and a copy's."""
+    latencies = ("remote", "product_ss", "product_ts", "pair_ss", "pair_ts", "tensor_memory", "shuffle", "far_memory")
+    return replace(TIMINGS[ARCH], barrier=barrier, copy_latency=copy_latency, **dict.fromkeys(latencies, 0.0))
+
+
 def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str, Any]:
     """A kernel's figures under each latency."""
     short, long = record(shape, SHORT), record(shape, LONG)
+    short.stalls, long.stalls = {}, {}
     ctas = len(long.warps) // long.warps_per_cta
     result: dict[str, Any] = {"CTAs of a cluster": ctas}
     for kind, name in (("mma", "operand bytes"), ("copy", "copied bytes")):
@@ -118,11 +127,12 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result["shared memory, bytes of warps"] = (long.port_bytes() - short.port_bytes()) // (LONG - SHORT)
     cycles = {}
     for copy_latency in COPY_LATENCIES:
-        runs = (Replay(recording, ARCH, copy_latency=copy_latency).run().total for recording in (long, short))
+        runs = (Replay(recording, units_alone(0, copy_latency)).run().total for recording in (long, short))
         cycles[copy_latency] = round((next(runs) - next(runs)) / (LONG - SHORT), 1)
     result["cycles by copy latency"] = cycles
     for latency in LATENCIES:
-        result[f"latency {latency}"] = per_block(*(Replay(recording, ARCH, latency).run() for recording in (short, long)), ctas)
+        times = (Replay(recording, units_alone(latency)).run() for recording in (short, long))
+        result[f"latency {latency}"] = per_block(*times, ctas)
     return result
 
 

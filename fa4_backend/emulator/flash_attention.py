@@ -55,7 +55,7 @@ class _EmulatedCache(dict):
 def prepare(arch: str) -> None:
     """Set the process up for `arch` (one arch a process: upstream and the DSL read it once)."""
     os.environ["CUTE_DSL_ARCH"] = arch
-    os.environ["FLASH_ATTENTION_ARCH"] = "sm_90" if arch == "sm_90a" else "sm_100"
+    os.environ["FLASH_ATTENTION_ARCH"] = arch.rstrip("a")
     os.environ["FLASH_ATTENTION_NUM_SMS"] = str(NUM_SMS)
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
     folder = envs.set_default("CUTE_DSL_DUMP_DIR", os.path.join(tempfile.gettempdir(), "fa4_backend_dump"))

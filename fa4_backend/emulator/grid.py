@@ -37,7 +37,9 @@ class Grid:
         registers: int | None = None,
         programmatic: bool = False,
         non_portable: bool = False,
+        cubin: bytes = b"",
     ) -> None:
+        self.cubin = cubin  # the machine code of the kernel, where it is known
         self.session, self.program, self.memory = session, program, session.memory
         self.grid, self.block, self.cluster = grid, block, cluster
         self.explicit_cluster = cluster != (1, 1, 1)

@@ -96,7 +96,9 @@ def _on_launch(session: Session, config: int, kernel: int, args: int) -> None:
         block_of_params[parameter.offset : end] = host_array(int(pointer), parameter.num_bytes).tobytes()
     registers = register_count(loaded.cubin, loaded.name)
     session.execute(
-        Grid(session, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic, loaded.non_portable)
+        Grid(
+            session, program, grid, block, cluster, smem, bytes(block_of_params), registers, programmatic, loaded.non_portable, loaded.cubin
+        )
     )
 
 

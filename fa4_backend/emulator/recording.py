@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fa4_backend.emulator.issue_stalls import FALLBACK, disassembly, ratios_of
+from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.races import Access, Races
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta, Warp
 
+WARPGROUP = 4  # warps
 PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 # Cycles a warp instruction occupies its scheduler's share of a pipe, from lanes a clock and SM: MUFU 16 (32 on sm_103a), FMA 128, minimum,
 # maximum, integer and conversions to 16 bits 64 (CUDA programming guide, "Throughput of Native Arithmetic Instructions"). A column of
@@ -23,8 +26,10 @@ PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 MUFU = {"sm_90a": 8, "sm_100a": 8, "sm_103a": 4}
 FMA, FMA_PACKED, ALU = 1, 2, 2
 ARITHMETIC = ("fma", "add", "sub", "mul")
+# Instructions whose result is waited for at once, and the field of `timing.Timing` that says for how long.
+LAGS = {"shfl": "shuffle", "tcgen05.wait": "tensor_memory", "ld.": "far_memory", "atom.": "far_memory"}
 # What a role is known by: the first row whose instruction one of its warps executed.
-ROLES = (("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
+ROLES = (("wgmma", "consumer"), ("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
 FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
 ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "fence", "elect", "vote", "tcgen05", "cp", "setmaxnreg")
 
@@ -50,6 +55,13 @@ def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
     return (1, 0, 0, 0 if base in ISSUE_ONLY else ALU, 0)
 
 
+def lag(opcode: str) -> str:
+    """Which of `timing.Timing`'s latencies a warp waits out at the instruction; "" for none."""
+    if opcode.startswith(("ld.", "atom.")) and ".global" not in opcode:
+        return ""
+    return next((name for start, name in LAGS.items() if opcode.startswith(start)), "")
+
+
 def port_bytes(opcode: str) -> int:
     """Bytes of shared memory that a warp's load or store reads or writes, of all 32 lanes."""
     parts = opcode.split(".")
@@ -63,12 +75,31 @@ def port_bytes(opcode: str) -> int:
 class Step:
     """Work of a warp, then one event. `edges`: (number of a barrier, its phase) that the event arrives on, or the one it waits for."""
 
-    kind: str  # arrive, wait, mma, commit, copy, end
+    kind: str  # arrive, wait, mma, wgmma, commit, wgmma commit, copy, end
     work: np.ndarray  # cycles of PIPES
     port: int  # bytes of shared memory that the warp's own instructions read and write
     edges: list[tuple[int, int]] = field(default_factory=list)
     flops: dict[int, int] = field(default_factory=dict)  # by CTA of the cluster
     smem_bytes: dict[int, int] = field(default_factory=dict)
+    lags: dict[str, int] = field(default_factory=dict)  # waits by scoreboard in the work, by the name that `timing.Timing` has for each
+    is_remote: bool = False  # an arrival at a barrier of another CTA
+    is_ts: bool = False  # a product whose A is in tensor memory or registers
+
+
+@dataclass
+class Launches:
+    """A recording of the first cluster of every launch of a session, in order; give it to `session(trace=...)`."""
+
+    recordings: list[Recording] = field(default_factory=list)
+    last: Any = None  # the launch that is being recorded
+
+    def races(self, cluster: Cluster) -> Races:
+        """The race detector that fills a launch's recording, or a plain one for its other clusters."""
+        if cluster.grid is self.last:
+            return Races(cluster)
+        self.last = cluster.grid
+        self.recordings.append(Recording())
+        return RecordedRaces(cluster, self.recordings[-1])
 
 
 @dataclass
@@ -78,6 +109,7 @@ class Recording:
     warps: list[list[Step]] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     warps_per_cta: int = 0
+    stalls: dict[str, float] = field(default_factory=dict)  # role -> cycles that one warp alone takes an instruction (`issue_stalls.py`)
 
     def port_bytes(self) -> int:
         """Bytes of CTA 0's shared memory that its warps' own instructions read and write."""
@@ -101,11 +133,15 @@ class RecordedRaces(Races):
         self.opcodes = [i.opcode for i in program.kernel.instructions]
         self.cycles = np.array([pipe_cycles(opcode, arch) for opcode in self.opcodes], np.int64)
         self.port = np.array([port_bytes(opcode) for opcode in self.opcodes], np.int64)
+        self.lags = {name: np.array([lag(opcode) == name for opcode in self.opcodes], np.int64) for name in set(LAGS.values())}
         self.seen = [np.zeros(len(self.opcodes), np.int64) for _ in range(cluster.num_warps)]
         self.numbers: dict[int, int] = {}  # id of a barrier -> its number
         self.kept: list[Any] = []  # so that no id is used twice
         self.open: dict[int, Step] = {}  # id of an access -> its step
         self.recording = recording
+        self.report = cluster.grid.session.report
+        self.product: tuple[Step, int] | None = None  # the wgmma issued last, and the report's flops before it
+        self.groups = [0] * cluster.num_warps  # wgmma groups that each warp has committed
         recording.warps = [[] for _ in range(cluster.num_warps)]
 
     def step(self, warp: Warp, kind: str) -> Step:
@@ -113,8 +149,21 @@ class RecordedRaces(Races):
         done = counts - self.seen[warp.actor]
         self.seen[warp.actor] = counts
         steps = self.recording.warps[warp.actor]
-        steps.append(Step(kind, done @ self.cycles, int(done @ self.port)))
+        self.settle_wgmma()
+        lags = {name: int(done @ mask) for name, mask in self.lags.items() if done @ mask}
+        steps.append(Step(kind, done @ self.cycles, int(done @ self.port), lags=lags))
         return steps[-1]
+
+    def settle_wgmma(self) -> None:
+        """What the wgmma issued last took is known once it ran: its flops; a quarter of the operand bytes that its warp was seen to read,
+        since the four warps of a warpgroup share one reading."""
+        if self.product is None:
+            return
+        step, before = self.product
+        (cta,) = step.smem_bytes
+        step.flops[cta] = self.report.tensor_flops - before
+        step.smem_bytes[cta] //= WARPGROUP
+        self.product = None
 
     def phase(self, edge: Any) -> tuple[int, int]:
         """(number of the barrier, phase it is in)."""
@@ -129,7 +178,9 @@ class RecordedRaces(Races):
 
     def release(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
         super().release(warp, edge, lanes, relaxed)
-        self.step(warp, "arrive").edges.append(self.phase(edge))
+        step = self.step(warp, "arrive")
+        step.edges.append(self.phase(edge))
+        step.is_remote = getattr(edge, "cta", warp.cta) is not warp.cta
 
     def acquire(self, warp: Warp, edge: Any, lanes: int, relaxed: bool = False) -> None:
         super().acquire(warp, edge, lanes, relaxed)
@@ -149,6 +200,27 @@ class RecordedRaces(Races):
         self.open[id(access)] = self.step(warp, "commit")
         self.kept.append(access)
         return access
+
+    def issue_wgmma(self, warp: Warp) -> Access:
+        access = super().issue_wgmma(warp)
+        self.open[id(access)] = step = self.step(warp, "wgmma")
+        self.product = (step, self.report.tensor_flops)
+        self.kept.append(access)
+        return access
+
+    def group(self, warp: Warp, index: int) -> tuple[int, int]:
+        """The edge of a warp's wgmma group."""
+        return -1 - warp.actor, index
+
+    def commit_wgmma(self, warp: Warp) -> None:
+        super().commit_wgmma(warp)
+        self.step(warp, "wgmma commit").edges.append(self.group(warp, self.groups[warp.actor]))
+        self.groups[warp.actor] += 1
+
+    def wait_wgmma(self, warp: Warp, allowed: int) -> None:
+        super().wait_wgmma(warp, allowed)
+        if (done := self.groups[warp.actor] - allowed) > 0:
+            self.step(warp, "wait").edges.append(self.group(warp, done - 1))
 
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
         access = super().issue_copy(warp, barrier)
@@ -172,18 +244,32 @@ class RecordedRaces(Races):
     def tmem_access(self, access: Access, cta: Cta, groups: Any, column: int, columns: int, write: bool, read: bool = False) -> None:
         super().tmem_access(access, cta, groups, column, columns, write, read)
         step = self.open.get(id(access))
-        if step is not None and write:
+        if step is not None and not write:
+            step.is_ts = True
+        elif step is not None:
             # 16 lanes a group, and the 16 steps of the reduction of one 16-bit product.
             step.flops[cta.rank] = step.flops.get(cta.rank, 0) + 2 * 16 * len(groups) * columns * 16
 
     def close(self) -> None:
         if self.handle:
+            self.settle_wgmma()
             for cta in self.cluster.ctas:
                 for warp in cta.warps:
                     self.step(warp, "end")
                     self.recording.roles.append(self.role(warp))
             self.recording.warps_per_cta = self.cluster.ctas[0].num_warps
+            self.follow_machine_code()
         super().close()
+
+    def follow_machine_code(self) -> None:
+        """What only the machine code says: how fast a warp of each role issues alone, and in which order it computes and waits."""
+        sass = disassembly(self.cluster.grid.cubin)
+        ratios, early = ratios_of(sass), early_shares(sass)
+        self.recording.stalls = {role: ratios.get(role, FALLBACK) for role in set(self.recording.roles)}
+        if early is not None:
+            for steps, role in zip(self.recording.warps, self.recording.roles, strict=True):
+                if role == "consumer":
+                    reorder(steps, early, PIPES.index("mufu"))
 
     def role(self, warp: Warp) -> str:
         executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]

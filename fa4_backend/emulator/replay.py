@@ -1,13 +1,16 @@
 """Modelled times of a recorded run: who is busy, who waits for whom, and what the critical path consists of.
 
-A discrete-event model, not a measurement. Rules:
+A discrete-event model, not a measurement. Every constant and its source is in `timing.py`. Rules:
 * A warp's instructions run in order. Each occupies an issue slot and its unit's share on the warp's scheduler (warp w of a CTA: w mod 4),
   which that scheduler's warps share, and what it loads from and stores to shared memory takes the CTA's port. Work is served in pieces of
-  about QUANTUM instructions, within which units overlap.
+  about QUANTUM instructions, within which units overlap. A warp alone is no faster than the stall counts of the machine code let it be
+  (`issue_stalls.py`), and what it waits for by scoreboard (`recording.LAGS`) comes on top.
 * A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
-  not bring the operands in that time. Copies go one after the other too, in pieces that the port writes; they arrive `copy_latency` later.
-* A wait ends `latency` cycles after the last arrival of its phase. Commits arrive when the products before them are done.
-No instruction has a latency of its own; no bank conflicts, caches, or clocks that fall: kind about time, fair between kernels.
+  not bring the operands in that time. Products of warpgroups (wgmma) take a quarter of the core a warp. Copies go one after the other too,
+  in pieces that the port writes; they arrive `copy_latency` later.
+* A wait ends `barrier` cycles after the last arrival of its phase, arrivals from another SM come `remote` later, and commits arrive when
+  the products before them have left the tensor core's pipeline.
+No bank conflicts, caches, or clocks that fall: those of a whole kernel are in `kernel_model.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fa4_backend.emulator.recording import PIPES, Recording, Step
-from fa4_backend.emulator.trace import COPY_BYTES_A_CYCLE, COPY_LATENCY, FLOPS_A_CYCLE
+from fa4_backend.emulator.timing import TIMINGS, Timing
 
 QUANTUM = 16
-SMEM_BYTES_A_CYCLE = 128  # of an SM (CUDA programming guide, "Shared Memory": 32 banks of 4 bytes)
 COPY_PIECE_BYTES = 1024
 SCHEDULERS = 4
 Edge = tuple[int, int]  # number of a barrier, phase
@@ -70,6 +72,8 @@ class Engine:
     queue: deque[tuple[Moment, int, Step]] = field(default_factory=deque)  # issued when, by which warp, what
     now: Moment = START
     left: int = 0  # bytes of the copy under way
+    drain: float = 0.0  # of the last product
+    ends: dict[int, Moment] = field(default_factory=dict)  # warp -> end of its last product
 
 
 @dataclass
@@ -88,18 +92,20 @@ class Times:
 class Replay:
     """One replay of a recording."""
 
-    def __init__(self, recording: Recording, arch: str, latency: float = 0.0, copy_latency: float = COPY_LATENCY) -> None:
-        """latency: cycles from the last arrival of a phase to the end of a wait."""
-        self.recording, self.arch, self.latency, self.copy_latency = recording, arch, latency, copy_latency
+    def __init__(self, recording: Recording, timing: str | Timing) -> None:
+        """timing: an arch, or constants of one's own."""
+        self.recording, self.timing = recording, TIMINGS[timing] if isinstance(timing, str) else timing
+        self.in_pairs = len(recording.warps) > recording.warps_per_cta
         warps = recording.warps
         self.at, self.now, self.pieces = [0] * len(warps), [START] * len(warps), [-1] * len(warps)
         self.share = [np.zeros(len(PIPES))] * len(warps)
+        self.alone = [0.0] * len(warps)  # cycles of a piece that the warp takes however idle its scheduler is
         self.port_share = [0.0] * len(warps)
         self.missing: Counter[Edge] = Counter()  # arrivals a phase still lacks
         self.arrived: dict[Edge, tuple[Moment, str]] = {}  # latest arrival, and who
         self.sleepers: dict[Edge, list[int]] = defaultdict(list)
         self.pipes: dict[tuple[object, ...], Pipe] = defaultdict(Pipe)
-        self.engines: dict[tuple[str, int], Engine] = defaultdict(Engine)
+        self.engines: dict[tuple[object, ...], Engine] = defaultdict(Engine)
         self.busy: dict[str, Counter[str]] = defaultdict(Counter)
         self.waits: dict[str, Counter[str]] = defaultdict(Counter)
         self.products: list[tuple[float, float]] = []  # of CTA 0
@@ -139,8 +145,10 @@ class Replay:
         step = steps[index]
         if self.pieces[warp] < 0:
             self.pieces[warp] = -(-int(step.work[0]) // QUANTUM)
-            self.share[warp] = step.work / max(1, self.pieces[warp])
-            self.port_share[warp] = step.port / SMEM_BYTES_A_CYCLE / max(1, self.pieces[warp])
+            slow = self.timing.beside_products if self.recording.roles[warp] == "consumer" else 1.0
+            self.share[warp] = step.work * (1.0, *[slow] * (len(PIPES) - 1)) / max(1, self.pieces[warp])
+            self.alone[warp] = slow * self.recording.stalls.get(self.recording.roles[warp], 1.0) * step.work[0] / max(1, self.pieces[warp])
+            self.port_share[warp] = step.port / self.timing.smem_bytes_a_cycle / max(1, self.pieces[warp])
         if self.pieces[warp]:
             self.work(warp)
         elif step.kind == "wait" and self.missing[step.edges[0]]:
@@ -148,6 +156,8 @@ class Replay:
             return
         else:
             self.at[warp], self.pieces[warp] = index + 1, -1
+            lag = sum(getattr(self.timing, name) * count for name, count in step.lags.items())
+            self.now[warp] = self.now[warp].then(lag, f"{self.recording.roles[warp]}: latencies")
             self.event(warp, step)
         self.schedule(self.now[warp].time, warp)
 
@@ -158,7 +168,7 @@ class Replay:
         over = [self.pipes[cta, warp % SCHEDULERS, pipe].serve(begin, cycles, f"{role}: {pipe}") for pipe, cycles in needs]
         if self.port_share[warp]:
             over.append(self.pipes[cta, "smem"].serve(begin, self.port_share[warp], "shared-memory port"))
-        self.now[warp] = later(*over)
+        self.now[warp] = later(*over, begin.then(self.alone[warp], f"{role}: latencies"))
         self.busy[role].update(dict(needs))
         self.pieces[warp] -= 1
         self.note(warp, begin.time, "it issues")
@@ -168,14 +178,17 @@ class Replay:
         if step.kind == "wait":
             last, who = self.arrived[step.edges[0]]
             begin = self.now[warp].time
-            if last.time + self.latency > begin:
-                self.now[warp] = last.then(self.latency, "barriers")
+            if last.time + self.timing.barrier > begin:
+                self.now[warp] = last.then(self.timing.barrier, "barriers")
                 self.waits[self.recording.roles[warp]][who] += self.now[warp].time - begin
                 self.note(warp, begin, f"it waits for {who}")
         elif step.kind == "arrive":
-            self.arrive(step, self.now[warp], self.recording.roles[warp])
+            moment = self.now[warp]
+            self.arrive(step, moment.then(self.timing.remote, "barriers") if step.is_remote else moment, self.recording.roles[warp])
         elif step.kind in ("mma", "commit"):
             self.give(("tensor core", cta), warp, step)
+        elif step.kind in ("wgmma", "wgmma commit"):
+            self.give(("tensor core", cta, warp % SCHEDULERS), warp, step)
         elif step.kind == "copy":
             self.give(("copies", cta), warp, step)
 
@@ -194,7 +207,7 @@ class Replay:
 
     # -- engines ------------------------------------------------------------------------------------------------
 
-    def give(self, name: tuple[str, int], warp: int, step: Step) -> None:
+    def give(self, name: tuple[object, ...], warp: int, step: Step) -> None:
         engine = self.engines[name]
         engine.queue.append((self.now[warp], warp, step))
         if len(engine.queue) == 1:
@@ -203,29 +216,41 @@ class Replay:
     def serve(self, name: object) -> None:
         """The engine's next product, commit or piece of a copy."""
         engine = self.engines[name]  # type: ignore[index]
-        issued, _, step = engine.queue[0]
+        issued, warp, step = engine.queue[0]
         ready = later(issued, engine.now)
         if step.kind == "copy":
             over = self.copy_piece(engine, step, ready)
         else:
             over = True
-            if step.kind == "mma":
+            if step.kind in ("mma", "wgmma"):
                 engine.now = self.multiply(step, ready)
+                engine.drain = self.drain(step)
+                engine.ends[warp] = engine.now
             else:
-                self.arrive(step, ready, "tensor core")
+                ready = later(issued, engine.ends.get(warp, START))
+                self.arrive(step, ready.then(max(0.0, engine.drain - self.timing.barrier), "tensor core pipeline"), "tensor core")
         if over:
             engine.queue.popleft()
         if engine.queue:
             self.schedule(later(engine.queue[0][0], engine.now).time, name)
 
+    def drain(self, step: Step) -> float:
+        """From a product's end to the next instruction of who waits for it."""
+        t = self.timing
+        if self.in_pairs and len(step.flops) > 1:
+            return t.pair_ts if step.is_ts else t.pair_ss
+        return t.product_ts if step.is_ts else t.product_ss
+
     def multiply(self, step: Step, ready: Moment) -> Moment:
         """Run one product; the end."""
         ends = []
         for cta, flops in step.flops.items():
-            cycles = flops / FLOPS_A_CYCLE[self.arch]
+            cycles = flops / self.timing.flops_a_cycle * (SCHEDULERS if step.kind == "wgmma" else 1)  # a scheduler's part of the core
             self.pipes[cta, "tensor"].busy += cycles
             ends.append(ready.then(cycles, "tensor core"))
-            ends.append(self.pipes[cta, "smem"].serve(ready, step.smem_bytes.get(cta, 0) / SMEM_BYTES_A_CYCLE, "shared-memory port"))
+            ends.append(
+                self.pipes[cta, "smem"].serve(ready, step.smem_bytes.get(cta, 0) / self.timing.smem_bytes_a_cycle, "shared-memory port")
+            )
         if 0 in step.flops:
             self.products.append((ready.time, later(*ends).time))
         return later(*ends)
@@ -236,10 +261,10 @@ class Replay:
         engine.left = engine.left or num_bytes
         piece = min(engine.left, COPY_PIECE_BYTES)
         engine.left -= piece
-        written = self.pipes[cta, "smem"].serve(ready, piece / SMEM_BYTES_A_CYCLE, "shared-memory port")
-        engine.now = later(ready.then(piece / COPY_BYTES_A_CYCLE, "copies"), written)
+        written = self.pipes[cta, "smem"].serve(ready, piece / self.timing.smem_bytes_a_cycle, "shared-memory port")
+        engine.now = later(ready.then(piece / self.timing.copy_bytes_a_cycle, "copies"), written)
         if not engine.left:
-            self.arrive(step, engine.now.then(self.copy_latency, "copy latency"), "copies")
+            self.arrive(step, engine.now.then(self.timing.copy_latency, "copy latency"), "copies")
         return not engine.left
 
     # -- results ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the order of issue; warps are independent of each other. Products are added exac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -148,12 +149,12 @@ def check_allocated(cta: Cta, column: int, columns: int, group: int = 0) -> None
 # -- tcgen05.ld, st: 9.7.16.8 ---------------------------------------------------------------------------------------------
 
 
-def _move_shape(mods: Modifiers) -> tuple[str, int]:
+def _move_shape(mods: Modifiers, kind: str = "b32") -> tuple[str, int]:
     mods.one("sync")
     mods.one("aligned")
     shape = mods.one("32x32b", "16x64b", "16x128b", "16x256b", "16x32bx2")
     repeat = int(mods.one(*(f"x{1 << i}" for i in range(8)))[1:])
-    mods.one("b32")
+    mods.one(kind)
     mods.done()
     return shape, repeat
 
@@ -180,9 +181,9 @@ def _cell_indices(shape: str, repeat: int) -> tuple[np.ndarray, np.ndarray]:
     return lane + 0 * step, step * columns + thread % 4 * 2 + part % 2
 
 
-def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handler:
+def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool, kind: str = "b32") -> Handler:
     packed = mods.has("pack::16b" if is_load else "unpack::16b")
-    shape, repeat = _move_shape(mods)
+    shape, repeat = _move_shape(mods, kind)
     if packed and shape != "32x32b":
         raise UnsupportedInstruction(f"{ins.opcode}: packing with shape {shape}")
     if shape not in _SHAPES:
@@ -241,7 +242,30 @@ def _move(b: Builder, ins: Instruction, mods: Modifiers, is_load: bool) -> Handl
 
 @handles("tcgen05.ld", aligned=True)
 def _ld(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    return _move(b, ins, mods, is_load=True)
+    return _reducing_load(b, ins, mods) if mods.has("red") else _move(b, ins, mods, is_load=True)
+
+
+def _reducing_load(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.16.8.1, tcgen05.ld.red: the load, and in a register more the largest or smallest of each thread's values.
+
+    Only .f32 of shape .32x32b. Without .NaN a value that is NaN does not count; a result of NaN is the canonical one.
+    """
+    operator, with_nan = mods.one("max", "min"), mods.has("NaN")
+    data, reduced, where = ins.operands
+    load = _move(b, replace(ins, operands=(data, where)), mods, is_load=True, kind="f32")
+    if not isinstance(data, Vector) or not ins.opcode.startswith("tcgen05.ld.red.sync.aligned.32x32b."):
+        raise UnsupportedInstruction(ins.opcode)
+    slots = np.array([b.dest(item, "u32") for item in data.items])
+    target = b.dest(reduced, "u32")
+    reduce = {
+        ("max", False): np.fmax, ("min", False): np.fmin, ("max", True): np.maximum, ("min", True): np.minimum,
+    }[operator, with_nan].reduce  # fmt: skip
+
+    def handler(warp: Warp) -> None:
+        load(warp)
+        warp.r[target] = canonical(reduce(np.ascontiguousarray(warp.r[slots]).view(np.float32), axis=0)).view(np.uint32)
+
+    return handler
 
 
 @handles("tcgen05.st", aligned=True)

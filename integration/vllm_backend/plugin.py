@@ -24,8 +24,10 @@ def register() -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from fa4_integration.vllm_backend.mla_prefill_selection import add_prefill_member
     from fa4_integration.vllm_backend.selection import honour_selection
 
+    add_prefill_member()
     honour_selection({name: add_member(AttentionBackendEnum, name) for name in PATHS})
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from fa4_backend.problem import UnsupportedProblem
+from fa4_integration.vllm_backend.mla_prefill_selection import choose_prefill, forget_cpu_answer, honour_prefill_on_cpu
 from fa4_integration.vllm_backend.owned_models import owner_of
 from fa4_integration.vllm_backend.plugin import MLA_NAME, NAME
 
@@ -46,9 +47,14 @@ def wrap_platform(platform_cls: Any, members: dict[str, Any]) -> None:
         model = vllm_config.model_config
         if model is not None and any(vllm_config.attention_config.backend is member for member in ours):
             refuse_owned(model)
+            choose_prefill(vllm_config)
+        if cls._enum is platform_enum().CPU:
+            forget_cpu_answer()
         stock_check(cls, vllm_config)
 
     get_attn_backend_cls.fa4_wraps = stock_select  # type: ignore[attr-defined]
+    if platform_cls._enum is platform_enum().CPU:
+        honour_prefill_on_cpu(platform_cls)
     platform_cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     platform_cls.check_and_update_config = classmethod(check_and_update_config)
 

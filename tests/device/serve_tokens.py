@@ -243,7 +243,7 @@ def compare(got: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     differences = [abs(a - b) for a, b in zip(got["first_logprob"], reference["first_logprob"], strict=True)]
     seen = {"equal": sum(a == b for a, b in pairs), "of": len(pairs), "first_logprob_difference": round(max(differences), 5)}
     for part in ("prefill", "decode"):
-        if got[f"{part}_logprobs"]:
+        if got[f"{part}_logprobs"] and reference[f"{part}_logprobs"]:
             squares = [(a - b) ** 2 for a, b in zip(got[f"{part}_logprobs"], reference[f"{part}_logprobs"], strict=True)]
             seen |= {f"{part}_logprob_rms": round(math.sqrt(sum(squares) / len(squares)), 6), f"{part}_tokens": len(squares)}
     return seen

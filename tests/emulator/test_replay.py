@@ -1,11 +1,18 @@
 """The replay with modelled times: what it must hold for any kernel, and units by hand for small recordings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from fa4_backend.emulator.recording import Recording, Step, pipe_cycles, port_bytes
+from fa4_backend.emulator.recording import Recording, Step, lag, pipe_cycles, port_bytes
 from fa4_backend.emulator.replay import Replay
-from fa4_backend.emulator.trace import COPY_LATENCY
+from fa4_backend.emulator.timing import TIMINGS
+
+# Round figures, so that sums by hand name what went in.
+TIMING = replace(
+    TIMINGS["sm_100a"], barrier=0.0, copy_latency=500.0, remote=70.0, product_ss=100.0, product_ts=80.0, pair_ss=160.0, shuffle=24.0
+)
 
 
 def steps(*events: tuple[str, int, list[tuple[int, int]]]) -> list[Step]:
@@ -19,7 +26,7 @@ def test_a_wait_ends_with_the_last_arrival_and_the_latency() -> None:
         ["early", "late", "waiter"],
         warps_per_cta=3,
     )
-    times = Replay(recording, "sm_100a", latency=20).run()
+    times = Replay(recording, replace(TIMING, barrier=20.0)).run()
     assert times.total == pytest.approx(121)
     assert times.waits["waiter"] == pytest.approx({"late": 115})
     assert sum(times.critical.values()) == pytest.approx(times.total)
@@ -27,7 +34,7 @@ def test_a_wait_ends_with_the_last_arrival_and_the_latency() -> None:
 
 def test_warps_of_a_scheduler_share_its_slots() -> None:
     work = [steps(("end", 64, [])) for _ in range(5)]  # warps 0 and 4 are on one scheduler
-    assert Replay(Recording(work, ["warp"] * 5, warps_per_cta=5), "sm_100a").run().total == pytest.approx(128)
+    assert Replay(Recording(work, ["warp"] * 5, warps_per_cta=5), TIMING).run().total == pytest.approx(128)
 
 
 def test_copies_and_products_by_hand() -> None:
@@ -36,9 +43,9 @@ def test_copies_and_products_by_hand() -> None:
     product.smem_bytes, product.flops = {0: 4096}, {0: 8192 * 64}
     waits = steps(("wait", 0, [(0, 0)]))[0], steps(("wait", 0, [(1, 0)]))[0]
     recording = Recording([[copy], [waits[0], product, commit, waits[1]]], ["load", "mma"], warps_per_cta=2)
-    times = Replay(recording, "sm_100a").run()
-    # One slot, 4096 bytes at 64 a cycle, the latency; one slot, 64 cycles of product.
-    assert times.total == pytest.approx(1 + 64 + COPY_LATENCY + 1 + 64)
+    times = Replay(recording, TIMING).run()
+    # One slot, 4096 bytes at 64 a cycle, the latency; one slot, 64 cycles of product, and its way out of the tensor core.
+    assert times.total == pytest.approx(1 + 64 + 500 + 1 + 64 + 100)
     assert (times.tensor_busy, times.smem_busy) == pytest.approx((64, 64))
 
 
@@ -82,8 +89,74 @@ def test_what_warps_load_and_store_takes_the_port() -> None:
     for (step,) in work:
         step.port = 4096
     recording = Recording(work, ["warp"] * 2, warps_per_cta=2)
-    times = Replay(recording, "sm_100a").run()
+    times = Replay(recording, TIMING).run()
     assert (times.total, times.smem_busy) == pytest.approx((64, 64)) and recording.port_bytes() == 8192
+
+
+def test_an_arrival_from_another_sm_comes_later() -> None:
+    arrival, wait = steps(("arrive", 10, [(0, 0)])), steps(("wait", 0, [(0, 0)]))
+    arrival[0].is_remote = True
+    assert Replay(Recording([arrival, wait], ["a", "b"], warps_per_cta=1), TIMING).run().total == pytest.approx(10 + 70)
+
+
+@pytest.mark.parametrize(("is_ts", "ctas", "drain"), [(False, 1, 100), (True, 1, 80), (False, 2, 160)])
+def test_products_leave_the_tensor_core_later_than_they_end(is_ts: bool, ctas: int, drain: int) -> None:
+    """A barrier's own cost is in the measured figure already: it must not be counted twice."""
+    product, commit, wait = steps(("mma", 0, []), ("commit", 0, [(0, 0)]), ("wait", 0, [(0, 0)]))
+    product.flops, product.is_ts = dict.fromkeys(range(ctas), 8192 * 64), is_ts
+    warps = [[product, commit, wait]] + [[] for _ in range(ctas - 1)]
+    for barrier in (0.0, 30.0):
+        recording = Recording(warps, ["mma"] * ctas, warps_per_cta=1)
+        assert Replay(recording, replace(TIMING, barrier=barrier)).run().total == pytest.approx(64 + drain)
+
+
+def test_a_warp_alone_is_no_faster_than_its_machine_code() -> None:
+    """64 instructions at 2.5 cycles; two warps of a scheduler overlap them, until its slots are full."""
+    for warps, cycles in ((1, 160), (2, 160), (4, 256)):
+        work = [steps(("end", 64, [])) for _ in range(warps)]
+        recording = Recording(work, ["softmax"] * warps, warps_per_cta=1, stalls={"softmax": 2.5})
+        recording.warps_per_cta = 4 * warps  # numbers 0, 4, 8: one scheduler
+        recording.warps = [work[i // 4] if i % 4 == 0 else [] for i in range(4 * warps)]
+        recording.roles = ["softmax"] * (4 * warps)
+        assert Replay(recording, TIMING).run().total == pytest.approx(cycles, rel=0.16), warps  # pieces of 16 meet
+
+
+def test_waits_by_scoreboard_come_on_top() -> None:
+    work = steps(("end", 10, []))
+    work[0].lags = {"shuffle": 2}
+    assert Replay(Recording([work], ["warp"], warps_per_cta=1), TIMING).run().total == pytest.approx(10 + 2 * 24)
+
+
+def test_warpgroup_products_take_a_quarter_of_the_tensor_core_a_warp() -> None:
+    """m64n128k16 of four warps: 64 cycles on sm_90a, as its flops over 4096 a cycle; a commit's wait ends a pipeline later."""
+    timing = replace(TIMINGS["sm_90a"], barrier=0.0, product_ss=30.0)
+    warps = []
+    for warp in range(4):
+        product, commit, wait = steps(("wgmma", 0, []), ("wgmma commit", 0, [(-1 - warp, 0)]), ("wait", 0, [(-1 - warp, 0)]))
+        product.flops = {0: 2 * 16 * 128 * 16}
+        warps.append([product, commit, wait])
+    assert Replay(Recording(warps, ["consumer"] * 4, warps_per_cta=4), timing).run().total == pytest.approx(64 + 30)
+
+
+def test_arithmetic_beside_warpgroup_products_is_slower() -> None:
+    work = steps(("end", 64, []))
+    recording = Recording([work], ["consumer"], warps_per_cta=1, stalls={"consumer": 2.0})
+    assert Replay(recording, replace(TIMINGS["sm_90a"], beside_products=1.5)).run().total == pytest.approx(64 * 2.0 * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("shfl.sync.bfly.b32", "shuffle"),
+        ("tcgen05.wait::ld.sync.aligned", "tensor_memory"),
+        ("ld.global.b32", "far_memory"),
+        ("atom.acq_rel.gpu.global.add.u32", "far_memory"),
+        ("ld.shared.b32", ""),
+        ("st.global.b32", ""),
+    ],
+)
+def test_what_a_warp_waits_for_at_once(opcode: str, expected: str) -> None:
+    assert lag(opcode) == expected
 
 
 @pytest.mark.emulated
@@ -94,7 +167,7 @@ def test_our_kernel_keeps_the_tensor_core_busy_for_its_flops() -> None:
     case = PagedCase((256,), (384,), num_q_heads=1, num_kv_heads=1, head_dim=128, page_size=128, is_causal=False, arch="emulated-sm_100a")
     recording = Recording()
     run_prefill(case, num_ctas=1, trace=recording).check()
-    soon, late = (Replay(recording, "sm_100a", latency).run() for latency in (0, 64))
+    soon, late = (Replay(recording, replace(TIMINGS["sm_100a"], barrier=float(latency))).run() for latency in (0, 64))
     assert soon.tensor_busy == 2 * 256 * 384 * (128 + 128) / 8192
     assert soon.tensor_busy < soon.total < late.total
     assert sum(soon.critical.values()) == pytest.approx(soon.total)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from fa4_integration.sglang_backend.plugin import ENTRY_POINT_GROUP, NAME
+from fa4_integration.sglang_backend.plugin import NAME
 from tests.engine_sglang.engine import FIRST, NEW_TOKENS, SECOND
+from tests.engine_sglang.planted import plant
 from tests.engines.tiny_models import write_llama
 
 ROOT = Path(__file__).parents[2]
@@ -49,15 +50,6 @@ def start(backend: str, model: Path, folder: Path, **variables: str) -> Started:
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     return Started(process, out, trace, log)
-
-
-def plant(folder: Path) -> str:
-    """A PYTHONPATH with the metadata of a distribution whose plugin is `planted.register`."""
-    metadata = folder / "planted-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\nplanted = tests.engine_sglang.planted:register\n")
-    return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,20 @@ def write_lora(folder: Path, seed: int, heads: tuple[int, int] = (4, 2), num_lay
     return folder
 
 
+def write_wide_llama(folder: Path) -> Path:
+    """Two layers, 32 query and 8 KV heads of 128: a Llama-3-8B's attention."""
+    config = _config(
+        "LlamaForCausalLM",
+        "llama",
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+    )
+    return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0)
+
+
 def write_gemma2(folder: Path) -> Path:
     """Gemma-2's shape: soft cap on the logits, a window of 64 tokens in every other layer, so two KV cache groups."""
     config = _config(
@@ -127,7 +141,7 @@ def _write(
     """Weights (and `more` of them), config and tokenizer. `norm_offset`: Gemma's norms multiply by 1 + weight."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1234)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    q_width, kv_width = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
 
     def linear(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
@@ -139,10 +153,10 @@ def _write(
         layer = f"model.layers.{index}"
         weights |= {
             # Peaked but not one-hot: logits with a standard deviation of about 2.
-            f"{layer}.self_attn.q_proj.weight": linear(heads * HEAD_DIM, HIDDEN, gain=2.0),
-            f"{layer}.self_attn.k_proj.weight": linear(kv_heads * HEAD_DIM, HIDDEN),
-            f"{layer}.self_attn.v_proj.weight": linear(kv_heads * HEAD_DIM, HIDDEN),
-            f"{layer}.self_attn.o_proj.weight": linear(HIDDEN, heads * HEAD_DIM, gain=4.0),
+            f"{layer}.self_attn.q_proj.weight": linear(q_width, HIDDEN, gain=2.0),
+            f"{layer}.self_attn.k_proj.weight": linear(kv_width, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": linear(kv_width, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": linear(HIDDEN, q_width, gain=4.0),
             f"{layer}.mlp.gate_proj.weight": linear(INTERMEDIATE, HIDDEN),
             f"{layer}.mlp.up_proj.weight": linear(INTERMEDIATE, HIDDEN),
             f"{layer}.mlp.down_proj.weight": linear(HIDDEN, INTERMEDIATE),

@@ -112,6 +112,24 @@ def _moves() -> list[Program]:
     return out
 
 
+def _reducing_loads() -> list[Program]:
+    """Eight columns a thread. A NaN among them counts only where the instruction says so; thread 5 has nothing else. 9.7.16.8.1"""
+    out = []
+    cells = RNG.standard_normal((128, 8)).astype(np.float32)
+    cells[3, 2], cells[5, :] = np.nan, np.nan
+    for operator, reduce in (("max", np.fmax), ("max.NaN", np.maximum), ("min", np.fmin)):
+        values = reduce.reduce(cells, axis=1)
+        result = np.where(np.isnan(values), np.uint32(0x7FFFFFFF), values.view(np.uint32))[:, None]
+        body = allocate(32) + "mad.wide.u32 %d0, %t, 32, %p0;\n"
+        body += "".join(f"ld.global.b32 %r{100 + i}, [%d0+{4 * i}];\n" for i in range(8))
+        body += f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r3], {names(100, 8)};\ntcgen05.wait::st.sync.aligned;\n"
+        body += f"tcgen05.ld.red.sync.aligned.32x32b.x8.{operator}.f32 {names(110, 8)}, %r120, [%r3];\n"
+        body += "tcgen05.wait::ld.sync.aligned;\nmad.wide.u32 %d1, %t, 4, %p1;\nst.global.b32 [%d1], %r120;\n" + free(32)
+        buffers = (Buffer("a", cells.view(np.uint32)), output("d", result))
+        out.append(Program(f"tcgen05.ld.red {operator}", "9.7.16.8.1", body, buffers, block=128, smem_bytes=1024, target="sm_103a"))
+    return out
+
+
 def _packing() -> list[Program]:
     """.pack::16b reads two neighbouring columns of 16 bits into one register; .unpack::16b writes them back. 9.7.16.8"""
     cells = RNG.integers(0, 1 << 16, (128, 8), dtype=np.uint32)
@@ -358,4 +376,4 @@ def _products() -> list[Program]:
     return out
 
 
-PROGRAMS = [*_moves(), *_packing(), *_products(), *_copies()]
+PROGRAMS = [*_moves(), *_packing(), *_products(), *_copies(), *_reducing_loads()]

@@ -1,0 +1,192 @@
+"""`fa4 model`: modelled time of a step on a chip, with what was assumed. Nothing is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+
+if TYPE_CHECKING:
+    from fa4_backend.emulator.chip import Chip
+    from fa4_backend.emulator.model_case import Step
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+def model(
+    arch: Annotated[str, typer.Option(help="sm_90a (an H100), sm_100a (B200) or sm_103a (B300)")] = "sm_100a",
+    kind: Annotated[str, typer.Option(help="prefill or decode")] = PREFILL,
+    heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
+    head_dim: Annotated[str, typer.Option(help="elements of a row of Q and K, or of K,V such as 192,128")] = "128",
+    batch: Annotated[str, typer.Option(help="groups of equal rows such as 8x4K or 4x512of8K, between commas")] = "8x4K",
+    page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
+    kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE_HELP)] = "auto",
+    causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Print modelled cycles of a KV block by unit, and time and rate of the whole step (decode rows have one query).
+
+    A tile is run on the emulator and replayed with modelled times; the work list is the schedule kernel's, run on the emulator too.
+    Exits 2 on a wrong call.
+    """
+    from fa4_backend.emulator.chip import CHIP_OF_ARCH, CHIPS
+    from fa4_backend.emulator.model_case import Step
+
+    try:
+        if arch not in CHIP_OF_ARCH or kind not in (PREFILL, DECODE):
+            raise ValueError(f"--arch, --kind: expected one of {', '.join(CHIP_OF_ARCH)} and prefill or decode, got {arch!r} and {kind!r}")
+        lengths = rows_of(batch, kind)
+        step = Step(
+            arch, *_numbers("--heads", heads, "/"), *_dims(head_dim), *lengths, page_size, kv_dtype=full_dtype(kv_dtype), is_causal=causal
+        )
+        chip = CHIPS[CHIP_OF_ARCH[arch]]
+        result = (prefill if kind == PREFILL else decode)(step, chip)
+    except ValueError as error:
+        typer.echo(f"fa4 model: {error}", err=True)
+        raise typer.Exit(2) from None
+    result = {"modelled": True, "chip": CHIP_OF_ARCH[arch], "kind": kind, **result}
+    print(json.dumps(result, indent=2)) if json_output else print_table(result)
+
+
+def _numbers(option: str, text: str, separator: str) -> tuple[int, int]:
+    parts = text.split(separator)
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"{option}: expected two numbers such as 32{separator}8, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _dims(text: str) -> tuple[int, int]:
+    return _numbers("--head-dim", text if "," in text else f"{text},{text}", ",")
+
+
+def rows_of(text: str, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Query and KV lengths of a batch: "2x16K" is two whole prompts, "4x512of8K" the last 512 of 8K tokens; decode rows have one query.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    queries: list[int] = []
+    keys: list[int] = []
+    for group in text.split(","):
+        found = re.fullmatch(r"(\d+)x(\d+K?)(?:of(\d+K?))?", group.strip())
+        if found is None or (kind == DECODE and found.group(3)):
+            raise ValueError(f"--batch: expected groups such as 8x4K or, of a prefill, 4x512of8K, got {group!r}")
+        rows, length = int(found.group(1)), _tokens(found.group(2))
+        kv_len = _tokens(found.group(3)) if found.group(3) else length
+        if not 0 < length <= kv_len or not rows:
+            raise ValueError(f"--batch: expected at least one row, and no more queries than keys, got {group!r}")
+        queries += [1 if kind == DECODE else length] * rows
+        keys += [kv_len] * rows
+    return tuple(queries), tuple(keys)
+
+
+def _tokens(text: str) -> int:
+    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
+
+
+def prefill(step: Step, chip: Chip) -> dict[str, Any]:
+    """Cycles of a block, and the whole kernel's time with the ends of its error bar."""
+    from fa4_backend.emulator import kernel_model, model_case
+    from fa4_backend.emulator.timing import TIMINGS, extremes
+
+    plan, metadata = model_case.scheduled(step, chip)
+    tiles = model_case.prefill_list(step, plan, metadata)
+    recordings: dict[tuple[int, int], Any] = {}
+
+    def record(num_tiles: int, blocks: int) -> Any:
+        if (num_tiles, blocks) not in recordings:
+            recordings[num_tiles, blocks] = model_case.record_tiles(step, num_tiles, blocks)
+        return recordings[num_tiles, blocks]
+
+    assert plan.kernels is not None and plan.kernels.prefill is not None, plan
+    per_item = getattr(plan.kernels.prefill, "ctas_per_item", 1)
+    num_groups = chip.num_sms // per_item
+
+    def whole(timing: Any) -> tuple[Any, Any]:
+        costs = kernel_model.tile_costs(record, timing)
+        cycles = (
+            kernel_model.queued_cycles(costs, tiles.lists[0], num_groups)
+            if tiles.has_queue
+            else kernel_model.dealt_cycles(costs, tiles.lists)
+        )
+        tensor = sum(map(sum, tiles.lists)) * costs.tensor / num_groups
+        return costs, kernel_model.kernel_time(chip, cycles, tensor, step.num_bytes)
+
+    low, high = extremes(TIMINGS[step.arch])
+    (costs, time), (_, fast), (_, slow) = whole(TIMINGS[step.arch]), whole(low), whole(high)
+    return {
+        "kernel": plan.kernels.prefill.name,
+        "tiles": sum(map(len, tiles.lists)),
+        "KV blocks": sum(map(sum, tiles.lists)),
+        "cycles of a block": round(costs.block, 1),
+        "cycles of a tile besides": round(costs.tile, 1),
+        "cycles once a CTA": round(costs.first, 1),
+        "busy in a block": {name: round(cycles, 1) for name, cycles in costs.busy.items()} | {"tensor core": costs.tensor},
+        "longest chain of a block": {name: round(cycles, 1) for name, cycles in _largest(costs.critical)},
+        "kernel cycles": round(time.cycles),
+        "clock MHz": round(time.mhz),
+        "memory us": round(time.memory_us, 1),
+        "us": _round(time.us),
+        "us, low and high": [_round(fast.low_us), _round(slow.high_us)],
+        "TFLOP/s": round(step.flops / time.us / 1e6, 1),
+        "TFLOP/s, low and high": [round(step.flops / us / 1e6, 1) for us in (slow.high_us, fast.low_us)],
+        "assumed": sources(step.arch, chip),
+    }
+
+
+def decode(step: Step, chip: Chip) -> dict[str, Any]:
+    """A decode step's time by its parts."""
+    from fa4_backend.emulator import kernel_model, model_case
+    from fa4_backend.kernels.schedule import work_list as wl
+
+    _, metadata = model_case.scheduled(step, chip)
+    assert metadata.work is not None
+    first = metadata.work.decode_first
+    busy = first[:, wl.NUM_ENTRIES] > 0
+    entries = sum(int(n) for n in first[:, wl.NUM_ENTRIES])
+    is_split = entries > len(step.kv_lens) * metadata.work.shape.num_kv_heads
+    kv_bytes = step.num_kv_heads * step.kv_bytes(sum(step.kv_lens))
+    time = kernel_model.decode_time(chip, kv_bytes, is_split)
+    return {
+        "CTAs with work": int(busy.sum()),
+        "entries": entries,
+        "rows are cut": is_split,
+        "parts us": {name: _round(us) for name, us in time.parts.items()},
+        "us": _round(time.us),
+        "us, low and high": [_round(time.low_us), _round(time.high_us)],
+        "GB/s": round(time.gb_per_s),
+        "assumed": sources(step.arch, chip, of_tiles=False),
+    }
+
+
+def sources(arch: str, chip: Chip, of_tiles: bool = True) -> dict[str, str]:
+    """Every constant that took part, with its source."""
+    from fa4_backend.emulator.timing import TIMINGS
+
+    facts = chip.facts() | (TIMINGS[arch].facts if of_tiles else {})
+    found = {name: f"{fact.value:g} ({fact.low:g} to {fact.high:g}): {fact.source}" for name, fact in facts.items()}
+    return found | ({"clock": chip.clock_source} if of_tiles else {})
+
+
+def _largest(table: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(((name, cycles) for name, cycles in table.items() if cycles >= 1), key=lambda item: -item[1])
+
+
+def _round(us: float) -> float:
+    return round(us, max(0, 3 - math.floor(math.log10(max(us, 1e-3)))))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The result for people; constants last."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, part in value.items():
+                print(f"    {key}: {part}")
+        else:
+            print(f"{name}: {value}")

@@ -1,0 +1,157 @@
+"""What the scripts that run engines on a GPU notice, and how they cut engines into processes; without an engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device import engine_lane, serve_long
+from tests.device.engine_lane import Engine, faults, run_process, slow_parts
+from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, run_lane, suite_of
+from tests.device.serve_tokens import compare, judge
+from tests.engines.random_load import RandomLoad
+from tests.engines.tiny_models import write_llama
+
+RIGHT: dict[str, Any] = {
+    "pids": [7], "config": {"graphs": BOTH, "is_async": True}, "preemptions": 2, "cached_tokens": [0, 128], "failed_kinds": {},
+    "structured": [[2, 4, 6, 8, 10, 1]], "acceptance": {"draft_tokens": 9, "accepted_tokens": 4}, "rebuilds": None,
+}  # fmt: skip
+ENGINE = Engine("FA4", "FA4", {"async_scheduling": True}, graphs=BOTH, preempts=True, drafts=True)
+
+
+def test_what_is_as_it_should_be_is_no_fault() -> None:
+    assert faults(ENGINE, RIGHT) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pids": []}, "our kernels ran in processes []"),
+        ({"config": {"graphs": "NONE", "is_async": True}}, f"expected {BOTH}, got NONE"),
+        ({"config": {"graphs": BOTH, "is_async": False}}, "async scheduling"),
+        ({"preemptions": 0}, "no request was preempted"),
+        ({"failed_kinds": {"structured": "ImportError"}, "structured": []}, "structured failed: ImportError"),
+        ({"structured": [[2, 4, 5, 6, 8]]}, "under a grammar"),
+        ({"structured": [[2, 1]]}, "under a grammar"),
+        ({"acceptance": {"draft_tokens": 9, "accepted_tokens": 0}}, "drafts of both fates"),
+        ({"acceptance": {}}, "drafts of both fates"),
+        ({"rebuilds": "cannot update draft decode metadata"}, "cannot update draft decode metadata"),
+        ({"other_after": ["wake_from_level_2"]}, "other tokens after"),
+    ],
+)
+def test_a_fault_is_noticed(change: dict[str, Any], words: str) -> None:
+    (fault,) = faults(ENGINE, {**RIGHT, **change})
+    assert words in fault
+
+
+def test_a_cache_of_prefixes_that_is_off_or_not() -> None:
+    engine = Engine("FA4", "FA4", {"enable_prefix_caching": False})
+    (fault,) = faults(engine, RIGHT)
+    assert "prefix caching is off" in fault
+    assert faults(engine, {**RIGHT, "cached_tokens": [0, 0]}) == []
+
+
+def test_silences_of_a_log_are_named() -> None:
+    assert slow_parts(10.0, [(10.2, "weights"), (13.4, "graphs"), (13.5, "ready")]) == ["3.2 s until 'graphs'"]
+
+
+def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
+    hang = "import time\ndef wait_for_godot():\n    time.sleep(60)\nwait_for_godot()"
+    assert not run_process([sys.executable, "-c", hang], {}, tmp_path / "log", 3.0)
+    assert "wait_for_godot" in (tmp_path / "log").read_text()
+
+
+def test_engines_are_cut_into_lanes_with_the_reference_first(tmp_path: Path) -> None:
+    group = Group(write_llama, (*(Engine(name, name) for name in PEERS), Engine("FA4", "FA4"), Engine("apart", "FA4", is_alone=True)))
+    found = [json.loads(path.read_text())["engines"] for _, path in lanes({"g": group}, tmp_path, per_lane=2)]
+    assert [[engine["name"] for engine in engines] for engines in found] == [[*PEERS], ["FA4"], ["apart"]]
+
+
+def test_a_lane_that_ends_early_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"engines": [{"name": "first", "environment": {}}, {"name": "second", "environment": {}}]}))
+
+    def dies(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> bool:
+        assert environment.items() >= NO_MULTICAST.items()
+        log.write_text("Killed")
+        (tmp_path / "answers.jsonl").write_text('{"name": "first", "tokens": [[1]]}\n')
+        return False
+
+    monkeypatch.setattr("tests.device.serve_matrix.run_process", dies)
+    first, second = run_lane(request, 5.0)
+    assert first == {"name": "first", "tokens": [[1]]}
+    assert second == {"name": "second", "failed": "not done within 5.0 s\nKilled"}
+
+
+def runs_of(distances: dict[str, float]) -> dict[str, Any]:
+    """Runs of the group "sinks", each a number away from the reference in every log-probability."""
+    reference = {"tokens": [[1, 2]], "first_logprob": [-1.0], "prefill_logprobs": [-1.0, -2.0], "decode_logprobs": [-1.0, -1.5]}
+    found = {}
+    for engine in GROUPS["sinks"].engines:
+        away = distances.get(engine.name, 0.0)
+        run = {name: [value + away for value in reference[name]] for name in reference if name != "tokens"}
+        run |= {"tokens": [[1, 2]], "kernels": ["FA4: sm90 kernels"] if engine.backend == "FA4" else []}
+        found[f"sinks: {engine.name}"] = {**run, "against_flash_attn": compare(run, reference)}
+    return found
+
+
+def test_distances_are_judged_within_a_group() -> None:
+    right = {"TRITON_ATTN": 0.1, "FA4": 0.12, "FA4, full graphs": 0.14, "FA4, scale 5% off": 0.3}
+    suite = suite_of({"sinks": GROUPS["sinks"]})
+    assert judge(runs_of(right), suite) == []
+    (wrong,) = judge(runs_of({**right, "FA4": 0.16}), suite)
+    assert wrong.startswith("sinks: FA4: expected at most 1.5 times the distance of TRITON_ATTN")
+    (wrong,) = judge(runs_of({**right, "FA4, scale 5% off": 0.14}), suite)
+    assert wrong.startswith("sinks: FA4, scale 5% off: expected above")
+
+
+def test_every_group_starts_with_its_reference_and_has_a_control() -> None:
+    for name, group in GROUPS.items():
+        names = [engine.name for engine in group.engines]
+        assert tuple(names[:2]) == PEERS and len(set(names)) == len(names), name
+        assert any(engine.scale_error != 1.0 for engine in group.engines), name
+        assert all(engine.environment["FA4_BACKEND_STRICT"] == "1" for engine in group.engines if engine.backend == "FA4"), name
+
+
+LOOK = {"device_bytes": 5, "host_bytes": 100, "late_compiles": 0, "plans": 1, "counters": [{}], "addresses": [[1, 2]]}
+RUN: dict[str, Any] = {"looks": [LOOK, LOOK], "counts": {"preempted": 1}, "others": [], "probe_is_other": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device_bytes": 6}, "device memory: expected 5 bytes as at first, got 6"),
+        ({"host_bytes": 100 + serve_long.HOST_BYTES + 1}, "host memory grew"),
+        ({"late_compiles": 1}, "look 1: 1 compiles"),
+        ({"counters": [{"arrivals": 3}]}, "counters not at rest"),
+        ({"addresses": [[1, 3]]}, "lists that moved"),
+        ({"plans": 0}, "no metadata of FA4"),
+    ],
+)
+def test_a_long_run_notices_what_drifts(change: dict[str, Any], words: str) -> None:
+    assert serve_long.judge(RUN) == []
+    (wrong,) = serve_long.judge({**RUN, "looks": [LOOK, {**LOOK, **change}]})
+    assert words in wrong
+    assert serve_long.judge({**RUN, "others": ["12"]}) == ["request 12: another answer than alone"]
+
+
+def test_a_random_load_is_what_it_says() -> None:
+    load, again = (RandomLoad(3, longest_prompt=900, longest_answer=100) for _ in range(2))
+    drawn = [load.next() for _ in range(400)]
+    assert drawn == [again.next() for _ in range(400)]
+    lengths = sorted(len(request.prompt) for request in drawn)
+    assert lengths[0] >= 1 and lengths[-1] <= 900 and lengths[-1] > 512 > lengths[200], "chunks for some, not for most"
+    assert sum(request.leaves_after is not None for request in drawn) > 20
+    assert any(a.prompt == b.prompt for i, a in enumerate(drawn) for b in drawn[:i]), "nobody asks again"
+    assert all(request.leaves_after is None or request.leaves_after < request.new_tokens for request in drawn)
+
+
+def test_the_stand_in_is_for_what_is_missing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.delitem(sys.modules, "lmformatenforcer", raising=False)
+    engine_lane.stand_in_for_missing_packages()
+    assert "lmformatenforcer" not in sys.modules
