@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.model_layers import ATTENTION, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
-from fa4_backend.problem import COMPUTE_DTYPES, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.model_layers import ATTENTION, MLA, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
+from fa4_backend.problem import COMPUTE_DTYPES, LATENT, PAGED, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
 
 
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers that ask the same. Without a problem, `remark` says why; with a refusal too, the model is not served."""
 
-    kind: str  # "attention", or what the layers are instead: "mla", "linear", "chunked", "encoder", "cross", ...
+    kind: str  # "attention", "mla", or what the layers are instead: "linear", "chunked", "encoder", "cross", ...
     num_layers: int
     problem: AttentionProblem | None = None
     window: int | None = None  # visible tokens including the row's own, as configs count; None: all
@@ -71,20 +71,20 @@ def attention_problems(groups: Sequence[LayerGroup]) -> list[AttentionProblem]:
 def _group(layer: Layer, num_layers: int, common: AttentionProblem, tp: int) -> LayerGroup:
     if layer.kind in NOT_ATTENTION:
         return LayerGroup(layer.kind, num_layers, remark=NOT_ATTENTION[layer.kind])
-    if layer.kind != ATTENTION:
+    if layer.kind not in (ATTENTION, MLA):
         refusal = NOT_SERVED.get(layer.kind, f"layers of kind {layer.kind} are not served")
         return LayerGroup(layer.kind, num_layers, refusal=refusal)
     try:
-        return LayerGroup(ATTENTION, num_layers, _problem(layer, common, tp), layer.window)
+        return LayerGroup(layer.kind, num_layers, _problem(layer, common, tp), layer.window)
     except UnsupportedProblem as error:
-        return LayerGroup(ATTENTION, num_layers, window=layer.window, refusal=str(error))
+        return LayerGroup(layer.kind, num_layers, window=layer.window, refusal=str(error))
 
 
 def _problem(layer: Layer, common: AttentionProblem, tp: int) -> AttentionProblem:
     """One GPU's share of a layer, split as vLLM splits it: a KV head is copied where there are fewer than GPUs."""
     if layer.num_q_heads % tp:
         raise UnsupportedProblem(f"tp: expected a divisor of {layer.num_q_heads} query heads, got {tp}")
-    if max(layer.num_kv_heads, tp) % min(layer.num_kv_heads, tp):
+    if layer.kind != MLA and max(layer.num_kv_heads, tp) % min(layer.num_kv_heads, tp):
         raise UnsupportedProblem(f"tp: expected a divisor or a multiple of {layer.num_kv_heads} KV heads, got {tp}")
     return replace(
         common,
@@ -92,6 +92,7 @@ def _problem(layer: Layer, common: AttentionProblem, tp: int) -> AttentionProble
         num_kv_heads=max(1, layer.num_kv_heads // tp),
         head_dim=layer.head_dim,
         head_dim_v=layer.head_dim_v,
+        kv_source=LATENT if layer.kind == MLA else PAGED,
         mask=MaskFeatures(
             has_window_left=layer.window is not None,
             has_softcap=layer.has_softcap,

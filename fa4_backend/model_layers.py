@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 from fa4_backend.model_quantisation import QUANTISATION_FILE, declared_kv_dtype
 
 ATTENTION = "attention"
+MLA = "mla"  # multi-head latent attention, of which decode rows are asked here
 # A layer of these kinds asks nothing of an attention backend.
 NOT_ATTENTION = {
     "linear": "a recurrent or linear layer: the engine's own kernels, nothing is asked of attention",
@@ -26,9 +27,8 @@ NOT_ATTENTION = {
     "none": "no attention in this layer",
 }
 NOT_SERVED = {
-    "mla": "multi-head latent attention (MLA) is not served: it needs a kernel of its own",
     "chunked": "chunked attention is not served: a token sees only its own chunk, which is not a sliding window",
-    "sparse": "attention over tokens that an indexer chooses is not served",
+    "sparse": "attention over tokens that an indexer chooses is not served: it belongs to the engine's own sparse kernels",
     "dual-chunk": "dual-chunk attention is not served",
     "encoder": "attention in both directions (an encoder) is not served",
     "cross": "cross attention is not served",
@@ -67,9 +67,9 @@ class ModelConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer asks. Counts and sizes are zero unless `kind` is `ATTENTION`."""
+    """What one layer asks. Counts and sizes are zero unless `kind` is `ATTENTION` or `MLA`."""
 
-    kind: str  # ATTENTION, a key of NOT_ATTENTION or NOT_SERVED, or transformers' name of a kind that is none of them
+    kind: str  # ATTENTION, MLA, a key of NOT_ATTENTION or NOT_SERVED, or transformers' name of a kind that is none of them
     num_q_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
@@ -288,7 +288,7 @@ def _layer(text: Any, facts: _Facts, layer_idx: int) -> Layer:
     name = _kind_name(text, own, layer_idx)
     kind = _KINDS.get(name, name)
     if kind == ATTENTION and (facts.is_mla or getattr(own, "kv_lora_rank", None) is not None):
-        kind = "mla"
+        return _latent_layer(own)
     if kind == ATTENTION and getattr(own, "dual_chunk_attention_config", None):
         kind = "dual-chunk"
     if kind != ATTENTION:
@@ -318,6 +318,13 @@ def _layer(text: Any, facts: _Facts, layer_idx: int) -> Layer:
         has_sinks=_has_sinks(own, slides),
         has_alibi=own.model_type == "bloom" or bool(getattr(own, "alibi", False)),
     )
+
+
+def _latent_layer(own: Any) -> Layer:
+    """A layer of MLA in absorbed form: one KV head, the latent and its rotary part. DeepSeek-V3.2 and what follows it choose tokens."""
+    if getattr(own, "index_topk", None):
+        return Layer("sparse")
+    return Layer(MLA, own.num_attention_heads, 1, own.kv_lora_rank + own.qk_rope_head_dim, own.kv_lora_rank)
 
 
 def _kind_name(text: Any, own: Any, layer_idx: int) -> str:

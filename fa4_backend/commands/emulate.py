@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
-from fa4_backend.problem import PAGED, RAGGED
+from fa4_backend.problem import KV_SOURCES, LATENT, PAGED, RAGGED
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def emulate(
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "4/1",
     head_dim: Annotated[int, typer.Option(help="elements of a query or key row")] = 128,
     head_dim_v: Annotated[int | None, typer.Option(help="elements of a value or output row; default: as many")] = None,
-    kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
+    kind: Annotated[str, typer.Option(help="of K and V: paged, ragged, or latent (16/1 heads, dims 576 and 512)")] = PAGED,
     q_lens: Annotated[str, typer.Option(help="query tokens of each sequence; 0 or more, also more than keys")] = "5,40",
     kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included; 0 or more")] = "133,300",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
@@ -133,15 +133,17 @@ def build_case(
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise ValueError(f"--heads: expected two numbers such as 32/8, got {heads!r}")
     num_q_heads, num_kv_heads = (int(p) for p in parts)
-    if kind not in (PAGED, RAGGED):
-        raise ValueError(f"--kind: expected {PAGED} or {RAGGED}, got {kind!r}")
+    if kind not in KV_SOURCES:
+        raise ValueError(f"--kind: expected one of {', '.join(KV_SOURCES)}, got {kind!r}")
     dims = head_dim, head_dim_v or head_dim
     problem = AttentionProblem(
-        num_q_heads, num_kv_heads, *dims, dtype, page_size if kind == PAGED else 1, EMULATED_PREFIX + arch,
+        num_q_heads, num_kv_heads, *dims, dtype, 1 if kind == RAGGED else page_size, EMULATED_PREFIX + arch,
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
         kv_dtype=kv_dtype, kv_source=kind, has_lse=True,
     )  # fmt: skip
-    limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1))
+    limits = BatchLimits(
+        len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1), decode_query_len=max(*q_lens, 1) if kind == LATENT else 1
+    )  # fmt: skip
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
     kind_of_q, kv_kind = getattr(torch, problem.dtype), getattr(torch, problem.kv_dtype)
@@ -156,13 +158,15 @@ def build_case(
     q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind_of_q)
     q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(q.dtype)
     page_table = cu_seqlens_k = None
-    if kind == PAGED:
+    if kind != RAGGED:
         k, v, page_table = _in_pages(sequences, page_size, generator)
     else:
         poison = [torch.full((POISONED_ROWS, num_kv_heads, dim), torch.nan, dtype=kv_kind) for dim in dims]
         k, v = (torch.cat([*(tokens[i] for tokens in sequences), poison[i]]) for i in range(2))
         cu_seqlens_k = torch.tensor([0, *kv_lens]).cumsum(0).int()
     k_scale, v_scale = (None, None) if scales is None else scales
+    if kind == LATENT:  # values are the first columns of what is stored once
+        v, v_scale = k[..., : dims[1]], k_scale
     out = torch.full((q.shape[0], num_q_heads, dims[1]), torch.nan, dtype=q.dtype)
     arguments = AttentionArguments(
         q, k, v, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
@@ -206,6 +210,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
 
     from fa4_backend.emulator.kernels import observed
     from fa4_backend.metadata import AttentionMetadata
+    from fa4_backend.mla_ops import mla_decode
     from fa4_backend.ops import paged_attention, ragged_attention
 
     a = arguments
@@ -215,7 +220,9 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
         a.out.fill_(torch.nan)
         with observed(seed, trace, contraction) as seen:
             metadata = AttentionMetadata.allocate(plan, "cpu")
-            bounds: dict[str, Any] = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
+            is_latent = plan.problem.kv_source == LATENT
+            longest = plan.limits.decode_query_len if is_latent else plan.limits.max_num_tokens
+            bounds: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": plan.limits.max_seqlen_k}
             names = ("softmax_scale", "window_left", "softcap", "sinks", "k_scale", "v_scale", "out", "lse")
             values: dict[str, Any] = {name: getattr(a, name) for name in names}
             if a.page_table is None:
@@ -224,7 +231,13 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
                 ragged_attention(a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k, plan=plan, metadata=metadata, **values)
             else:
                 metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
-                paged_attention(*a[:3], a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata, **values)
+                if is_latent:
+                    q, q_rope = a.q.tensor_split([plan.problem.head_dim_v], dim=-1)
+                    batch = (a.page_table, a.cu_seqlens_q, a.seqused_k)
+                    given: dict[str, Any] = {"softmax_scale": a.softmax_scale, "latent_scale": a.k_scale, "out": a.out, "lse": a.lse}
+                    mla_decode(q, q_rope, a.k_cache[:, :, 0], *batch, plan=plan, metadata=metadata, **given)
+                else:
+                    paged_attention(*a[:3], a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata, **values)
         reports.extend(seen.reports)
 
     run(None, timeline, "never")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
-from fa4_backend.problem import COMPUTE_DTYPES, FP8, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, FP8, LATENT, AttentionProblem, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import check_problem
 
 # A plain problem, and what each row of the matrix changes in it.
@@ -41,6 +41,12 @@ ROWS: dict[str, dict[str, object]] = {
     "log-sum-exp output": {"has_lse": True},
     "batch-invariant mode": {"batch_invariant": True},
     "exact mode": {"batch_invariant": True, "exact": True},
+}
+LATENT_BASE = {"num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "kv_source": LATENT}
+ROWS |= {
+    **{f"MLA decode, {n} heads": {**LATENT_BASE, "num_q_heads": n} for n in (4, 8, 16, 128)},
+    "MLA decode, latents in FP8 (e4m3)": {**LATENT_BASE, "kv_dtype": FP8},
+    "MLA decode, batch-invariant mode": {**LATENT_BASE, "batch_invariant": True},
 }
 COLUMNS = (REFERENCE_ARCH, *ARCHS)
 

@@ -103,7 +103,7 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
             recordings[num_tiles, blocks] = model_case.record_tiles(step, num_tiles, blocks)
         return recordings[num_tiles, blocks]
 
-    assert plan.kernels is not None and plan.kernels.prefill is not None
+    assert plan.kernels is not None and plan.kernels.prefill is not None, plan
     per_item = getattr(plan.kernels.prefill, "ctas_per_item", 1)
     num_groups = chip.num_sms // per_item
 

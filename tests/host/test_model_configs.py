@@ -53,8 +53,8 @@ FACTS: dict[str, tuple[list[Asked], dict[str, int]]] = {
     "Nemotron-NAS, eight layers": ([Asked(3, "64/8", "128"), Asked(1, "64/4", "128"), Asked(1, "64/2", "128")], {"none": 3}),
     "Qwen3-Next-80B": ([Asked(12, "16/2", "256")], {"linear": 36}),
     "Granite-4.0-H-Small": ([Asked(4, "32/8", "128")], {"linear": 36}),
-    "DeepSeek-V3": ([], {"mla": 61}),
-    "Kimi-K2": ([], {"mla": 61}),
+    "DeepSeek-V3": ([Asked(61, "128/1", "576/512")], {}),
+    "Kimi-K2": ([Asked(61, "64/1", "576/512")], {}),
     "Command-R7B": ([Asked(24, "32/8", "128", 4096, masks("window_left")), Asked(8, "32/8", "128")], {}),
     "StarCoder": ([Asked(40, "48/1", "128")], {}),
     "BLOOM-7B1": ([Asked(30, "32/32", "128", None, masks("alibi"), "float16")], {}),
@@ -74,7 +74,7 @@ TEXT_ONLY: dict[str, list[Asked]] = {
 }
 # What sm_90a does not serve, with the words of the refusal.
 NOT_SERVED = {
-    "EmbeddingGemma-300M": "both directions", "Llama-4-Scout": "chunked attention", "DeepSeek-V3": "MLA", "Kimi-K2": "MLA",
+    "EmbeddingGemma-300M": "both directions", "Llama-4-Scout": "chunked attention",
     "BERT-base": "both directions", "Whisper-large-v3": "cross attention", "T5-small": "encoder-decoder", "Gemma-3-27B": "--text-only",
     "Gemma-4-31B": "--text-only", "PaliGemma-3B": "--text-only",
 }  # fmt: skip
@@ -101,7 +101,7 @@ def asked(groups: list[LayerGroup]) -> list[Asked]:
 
 
 def others(groups: list[LayerGroup]) -> dict[str, int]:
-    assert all((group.problem is None) == (group.kind != "attention") for group in groups)
+    assert all((group.problem is None) == (group.kind not in ("attention", "mla")) for group in groups)
     return {group.kind: group.num_layers for group in groups if group.problem is None}
 
 
