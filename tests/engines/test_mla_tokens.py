@@ -1,7 +1,8 @@
 """Greedy tokens of a model with MLA through vLLM on our decode of latents, against vLLM's own CPU_MLA, in float32; FP8 latents too.
 
-Prefill is ours where decode is (`test_mla_prefill.py`), else vLLM's. On a CPU vLLM serves MLA without chunks of a prompt and without cached prefixes, so these are off here
-whatever the machine: one with AMX would have them, by kernels of its own. A scale that is 5 % off must change tokens: the control.
+Prefill is ours where decode is (`test_mla_prefill.py`), else vLLM's. On a CPU vLLM serves MLA without chunks of a prompt and without
+cached prefixes, so these are off here whatever the machine: one with AMX would have them, by kernels of its own. A scale that is 5 % off
+must change tokens: the control.
 """
 
 from __future__ import annotations
