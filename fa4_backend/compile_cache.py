@@ -143,6 +143,15 @@ def ensure_object(key: CompileKey) -> Path:
     return cache_entry.ensure(object_entry(key), build, cannot_build) / LIBRARY
 
 
+def library_of(key: CompileKey) -> Path:
+    """The shared library that is loaded for `key`: the installation's, else the cache's, compiled now when that has none that is whole.
+
+    Raises:
+        CompileError, CacheError, RuntimeError: as `ensure_object`.
+    """
+    return find_prebuilt(key) or ensure_object(key)
+
+
 def _note_late_compile(key: CompileKey) -> None:
     global num_late_compiles
     if not _sealed:
@@ -172,7 +181,7 @@ def load_kernel(key: CompileKey) -> Callable[..., None]:
     import tvm_ffi
 
     load_runtime()
-    library = find_prebuilt(key) or ensure_object(key)
+    library = library_of(key)
     try:
         return tvm_ffi.load_module(str(library))[OBJECT_FUNCTION]
     except (OSError, RuntimeError, AttributeError) as error:

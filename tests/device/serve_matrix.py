@@ -30,7 +30,7 @@ from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.engine_lane import COMMON, Engine, run_process, write_request
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
@@ -59,6 +59,7 @@ class Group:
 
     write: Callable[[Path], Path]
     engines: tuple[Engine, ...]
+    per_lane: int = 5  # of them in one process
 
 
 def peers(arguments: dict[str, Any], **more: Any) -> list[Engine]:
@@ -82,7 +83,6 @@ LLAMA = Group(
         ours("FA4, no async scheduling", {**EAGER, "async_scheduling": False}),
         ours("FA4, no prefix caching", {**EAGER, "enable_prefix_caching": False}),
         ours("FA4, full graphs", {**MODE_0, "async_scheduling": True}, graphs="FULL"),
-        ours("FA4, full graphs, no async scheduling", {**MODE_0, "async_scheduling": False}, graphs="FULL"),
         ours("FA4, preempted", {**MODE_0, **FEW_BLOCKS}, graphs="FULL", preempts=True),
         ours("FA4, dummy batches", MODE_0, graphs="FULL", dummies=True),
         off(EAGER),
@@ -93,26 +93,25 @@ LLAMA_DEFAULT = Group(
     (
         *peers(DEFAULT),
         ours("FA4", DEFAULT, graphs=BOTH),
-        ours("FA4, no async scheduling", {**DEFAULT, "async_scheduling": False}, graphs=BOTH),
-        ours("FA4, preempted", {**DEFAULT, **FEW_BLOCKS}, graphs=BOTH, preempts=True),
+        ours("FA4, preempted", {**DEFAULT, **FEW_BLOCKS, "async_scheduling": False}, graphs=BOTH, preempts=True),
         off(DEFAULT),
         ours("FA4, sleep and reload", {**DEFAULT, "enable_sleep_mode": True}, graphs=BOTH, is_alone=True),
         ours("FA4, engine apart", DEFAULT, graphs=BOTH, is_alone=True, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
     ),
+    per_lane=3,  # each compiles
 )
-GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", EAGER), ours("FA4, full graphs", MODE_0, graphs="FULL"), off(MODE_0)))
-GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH), off(DEFAULT)))
+GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", MODE_0, graphs="FULL"), off(MODE_0)))
+GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH)))  # GEMMA2 has the control
 SINKS = Group(
     write_llama,
-    (*peers(MODE_0, sinks=True), ours("FA4", EAGER, sinks=True), ours("FA4, full graphs", MODE_0, sinks=True), off(MODE_0, sinks=True)),
+    (*peers(MODE_0, sinks=True), ours("FA4", MODE_0, graphs="FULL", sinks=True), off(MODE_0, sinks=True)),
 )
 WITH_LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 LORA = Group(
     write_llama,
     (
         *peers({**EAGER, **WITH_LORA}),
-        ours("FA4", {**EAGER, **WITH_LORA}),
-        ours("FA4, full graphs", {**MODE_0, **WITH_LORA}, graphs="FULL"),
+        ours("FA4", {**MODE_0, **WITH_LORA}, graphs="FULL"),
         off({**EAGER, **WITH_LORA}),
     ),
 )
@@ -216,15 +215,20 @@ def write_models(group: Group, folder: Path) -> Path:
     return model
 
 
-def lanes(groups: dict[str, Group], folder: Path, per_lane: int) -> list[tuple[str, Path]]:
-    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own."""
+def lanes(groups: dict[str, Group], folder: Path, per_lane: int | None = None) -> list[tuple[str, Path]]:
+    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own.
+
+    Args:
+        per_lane: None: as each group says.
+    """
     found = []
     prompts = make_prompts()
     for name, group in groups.items():
         model = write_models(group, folder / name)
         engines = [place_models(engine, model) for engine in group.engines]
         together = [engine for engine in engines if not engine.is_alone]
-        parts = [together[i : i + per_lane] for i in range(0, len(together), per_lane)]
+        size = per_lane or group.per_lane
+        parts = [together[i : i + size] for i in range(0, len(together), size)]
         parts += [[engine] for engine in engines if engine.is_alone]
         found += [(name, write_request(folder / f"lane-{name}-{index}", model, part, prompts)) for index, part in enumerate(parts)]
     return found
@@ -275,7 +279,7 @@ def compile_kernels(groups: dict[str, Group], folder: Path) -> None:
     begin = time.perf_counter()
     keys = keys_of(groups, folder)
     with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+        list(pool.map(library_of, keys))
     print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
 
 
@@ -288,8 +292,9 @@ def arch() -> str:
     return found
 
 
-def run_lane(request: Path, seconds: float) -> list[dict[str, Any]]:
-    """One process; what its engines answered, and a failure in place of those that did not within `seconds`."""
+def run_lane(request: Path, deadline: float) -> list[dict[str, Any]]:
+    """One process; what its engines answered, and a failure in place of those that did not by `deadline` (of `time.monotonic`)."""
+    seconds = max(0.0, round(deadline - time.monotonic(), 1))
     wanted = json.loads(request.read_text())["engines"]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", **NO_MULTICAST}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of the lanes
@@ -321,11 +326,11 @@ def report(name: str, result: dict[str, Any]) -> None:
         print(f"    {'; '.join(result['slow_parts'])}", flush=True)
 
 
-def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace) -> dict[str, Any]:
+def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """What all engines answered, "group: engine" -> result; reported and written as lanes end, in their order."""
     results: dict[str, Any] = {}
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        answered = pool.map(lambda lane: run_lane(lane[1], options.lane_seconds), requests)
+        answered = pool.map(lambda lane: run_lane(lane[1], deadline), requests)
         for (group, request), answers in zip(requests, answered, strict=True):
             if options.logs:
                 options.logs.mkdir(parents=True, exist_ok=True)
@@ -360,11 +365,12 @@ def main() -> int:
     parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
     parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
-    parser.add_argument("--per-lane", type=int, default=5, help="engines of a group in one process")
+    parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
-    parser.add_argument("--lane-seconds", type=float, default=150, help="until a lane is ended; its log then says where it stood")
+    parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     groups = chosen(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -378,7 +384,7 @@ def main() -> int:
         with suppress(subprocess.TimeoutExpired):  # lanes then import by themselves
             imports.wait(60)
         print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
-        results = run_lanes(requests, options)
+        results = run_lanes(requests, options, deadline)
     failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
     wrong = failed if options.rehearse else judge(results, suite_of(groups))
     wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]

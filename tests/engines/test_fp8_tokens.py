@@ -21,8 +21,8 @@ from tests.engines.tiny_models import write_gemma2, write_llama
 
 pytestmark = pytest.mark.engine
 
-# 17 to 511 tokens, a pattern that drafts hit, a prefix shared with another.
-PROMPTS = [make_prompts()[index] for index in (1, 3, 4, 5, 7, 8)]
+# 17 to 300 tokens, a pattern that drafts hit, a prefix shared with another.
+PROMPTS = [make_prompts()[index] for index in (1, 3, 4, 7, 8)]
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 # K's largest values are about 4: the scales of layer 0 saturate none, those of layer 1 some.
 SCALES = {"of_a_tensor": [(2.0**-5,), (2.0**-8,)], "of_heads": [(2.0**-5, 2.0**-3), (2.0**-8, 2.0**-6)]}
@@ -78,6 +78,8 @@ def test_a_checkpoint_that_declares_fp8(scales: str, tmp_path: Path, monkeypatch
     answers, calls = serve(model, dtype="bfloat16")
     assert calls.kv_dtypes == {(FP8, len(SCALES[scales][0]))}
     assert tokens(answers) == tokens(serve_rounded(monkeypatch, model, any_layer, dtype="bfloat16", kv_cache_dtype="bfloat16"))
+    if scales != "of_heads":  # where scales are read is one place; that they count has to be seen once
+        return
     others, _ = serve(model, kv_scale_error=1.05, dtype="bfloat16")
     assert sum(a == b for a, b in zip(tokens(others), tokens(answers), strict=True)) <= len(PROMPTS) // 2, "5% went unnoticed"
 

@@ -11,7 +11,8 @@ from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
 from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.tile_scheduler import WorkTile, leave_queue, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
@@ -62,8 +63,12 @@ class StagingWarp:
         num_tiles = step.mQueue[0, QUEUE_TOTAL]
         tile_idx = take_tile(step.mQueue)
         has_tile = tile_idx < num_tiles
-        while tile_idx < num_tiles:
+        nothing = Int32(0)
+        work = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
+        if has_tile:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
+        next_idx, next_work = tile_idx, work
+        while tile_idx < num_tiles:
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
             q_position = advance(q_position, load.storage.config.tile.q_stage)
@@ -85,7 +90,12 @@ class StagingWarp:
                     position = advance(position, load.k_boxes.stages)
                 before = block
                 is_first = Boolean(False)
-            tile_idx = take_tile(step.mQueue)
+                # A block before the last: the slots of staging are too few to hide the queue's latency, and the work list's behind it.
+                if i == cutlass.max(blocks.end - blocks.begin - 2, 0):
+                    next_idx = take_tile(step.mQueue)
+                    if next_idx < num_tiles:
+                        next_work = read_tile(step.mTiles, step.mCuSeqlensQ, next_idx, step.bounds)
+            tile_idx, work = next_idx, next_work
         leave_queue(step.mQueue)
         load.hand_over_empty(q_position, barriers, sWork)
         if has_tile:
