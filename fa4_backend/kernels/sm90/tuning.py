@@ -17,6 +17,8 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #     one buffer of Q: tile_n 80, 4 slots 648 / 643, 638; tile_n 64, 5 slots 611 / 600, 595
 #   (192, 128) 16/16 heads 4 x 4K / 2 x 16K, 16/2 heads 4 x 4K, FA3 509 / 566, 488
 #     one buffer of Q: tile_n 128, 3 slots 570 / 654, 606; tile_n 112, 4 slots 526 / 610, 587
+#     4 slots, K's and V's of their own size, against 3, as shares of FA3: in pages 1.16 / 1.11 against 1.12 / 1.16; without
+#     pages 8 x 4K, 2 x 16K, 128/128 heads 1 x 8K 0.98, 0.92, 0.94 against 0.98, 0.91, 0.92, full 4 x 2K of 8K 1.00 against 0.96
 #   d96 32/8 heads 8 x 4K / 2 x 16K, FA3 507 / 561 (tiles dealt out, not from a queue)
 #     tile_n 128 504 / 526; 160 457 / 492; 192 rows, tile_n 96 474 / 516; one buffer of Q and 8 slots 460 / 526
 TILES: dict[tuple[int, int], TileShape] = {
