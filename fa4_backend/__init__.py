@@ -1,6 +1,6 @@
-"""fa4-backend: paged FlashAttention-4 forward for LLM servers.
+"""fa4-backend: FlashAttention-4 forward for LLM servers, over paged and ragged K and V.
 
-The names below are the public API. Importing this package imports neither torch nor a compiler; the operator and the
+The names below are the public API. Importing this package imports neither torch nor a compiler; the operators and the
 device metadata load torch on first use.
 """
 
@@ -13,7 +13,8 @@ from fa4_backend.problem import AttentionProblem, BatchLimits, MaskFeatures, Uns
 
 if TYPE_CHECKING:
     from fa4_backend.metadata import AttentionMetadata
-    from fa4_backend.ops import paged_attention
+    from fa4_backend.mla_ops import mla_decode
+    from fa4_backend.ops import paged_attention, ragged_attention
 
 __version__ = "0.1.0"
 
@@ -24,11 +25,18 @@ __all__ = [
     "BatchLimits",
     "MaskFeatures",
     "UnsupportedProblem",
+    "mla_decode",
     "paged_attention",
     "plan_attention",
+    "ragged_attention",
 ]
 
-_NEEDS_TORCH = {"AttentionMetadata": "fa4_backend.metadata", "paged_attention": "fa4_backend.ops"}
+_NEEDS_TORCH = {
+    "AttentionMetadata": "fa4_backend.metadata",
+    "mla_decode": "fa4_backend.mla_ops",
+    "paged_attention": "fa4_backend.ops",
+    "ragged_attention": "fa4_backend.ops",
+}
 
 
 def __getattr__(name: str) -> Any:

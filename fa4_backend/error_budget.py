@@ -11,12 +11,14 @@ each library's and each instruction set's own, so that one library's error says 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from fa4_backend.arguments import AttentionArguments
-from fa4_backend.reference import attention_oracle, logits, sequences, softmax_weights
+from fa4_backend.arguments import AttentionArguments, LatentArguments
+from fa4_backend.reference import as_paged, attention_oracle, latent_oracle, logits, sequences, softmax_weights
 
 ROUNDING = 2.0**-24 / math.sqrt(3)  # float32: standard deviation of one operation's relative error, uniform within 2^-24
 LARGEST_DEVIATION = 7.0  # standard deviations; a normal variable exceeds them with probability 3e-12
@@ -35,11 +37,19 @@ class Judge(NamedTuple):
 
 def judge(arguments: AttentionArguments, *, is_causal: bool) -> Judge:
     """Oracle and budgets of one call; the dtype is that of `arguments.q`."""
-    a, dtype = arguments, arguments.q.dtype
-    rows = slice(0, int(a.cu_seqlens_q[-1]))
+    return _judge(arguments, partial(attention_oracle, arguments, is_causal=is_causal), is_causal=is_causal)
+
+
+def judge_latent(arguments: LatentArguments) -> Judge:
+    """The same of a call of latent attention."""
+    return _judge(as_paged(arguments), partial(latent_oracle, arguments), is_causal=True)
+
+
+def _judge(a: AttentionArguments, oracle: Callable[..., tuple[torch.Tensor, torch.Tensor]], *, is_causal: bool) -> Judge:
+    dtype, rows = a.q.dtype, slice(0, int(a.cu_seqlens_q[-1]))
     accumulate = torch.float64 if dtype == torch.float32 else torch.float32  # what judges float32 has to be better than float32
-    out, lse = attention_oracle(a, is_causal=is_causal, dtype=accumulate, accumulate=accumulate)
-    yardstick, _ = attention_oracle(a, is_causal=is_causal, dtype=dtype)
+    out, lse = oracle(dtype=accumulate, accumulate=accumulate)
+    yardstick, _ = oracle(dtype=dtype)
     out, lse, yardstick = out[rows], lse[:, rows], yardstick[rows]
     if out.numel() == 0:
         return Judge(out, lse, 0.0, 0.0)

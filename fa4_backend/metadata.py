@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
-from fa4_backend.problem import SAME_AS_Q
+from fa4_backend.problem import RAGGED, SAME_AS_Q
 from fa4_backend.validation import check_step, clamp_window
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class AttentionMetadata:
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = None
+    kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
     unit_scale: torch.Tensor | None = None  # (1,) float32, one: the scale of K and V in FP8 where a call gives none
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
     passed: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # facts of calls that `validation` found to fit; bytes of tensors
@@ -59,14 +60,19 @@ class AttentionMetadata:
 
         device = torch.device(device)
         unit_scale = torch.ones(1, dtype=torch.float32, device=device) if plan.problem.has_kv_scales else None
+        kv_lens = None
+        if plan.problem.kv_source == RAGGED:
+            kv_lens = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int32, device=device)
         if plan.kernels is None:
-            return cls(plan, device, unit_scale=unit_scale)
+            return cls(plan, device, kv_lens=kv_lens, unit_scale=unit_scale)
         from fa4_backend.kernels.loading import load_kernels
         from fa4_backend.kernels.schedule.work_list import WorkLists
 
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
-        return cls(plan, work.prefill_tiles.device, kernels, work, unit_scale=unit_scale)  # "cuda" alone has become one GPU
+        return cls(
+            plan, work.prefill_tiles.device, kernels, work, kv_lens=kv_lens, unit_scale=unit_scale
+        )  # "cuda" alone has become one GPU
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
         """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
@@ -82,7 +88,9 @@ class AttentionMetadata:
 
             assert self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
-        follower = AttentionMetadata(plan, self.device, kernels, self.work, unit_scale=self.unit_scale, window_left=self.window_left)
+        follower = AttentionMetadata(
+            plan, self.device, kernels, self.work, kv_lens=self.kv_lens, unit_scale=self.unit_scale, window_left=self.window_left
+        )
         self.followers.append(follower)
         return follower
 
@@ -90,7 +98,8 @@ class AttentionMetadata:
         self,
         *,
         cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
+        seqused_k: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
         max_seqlen_q: int,
         max_seqlen_k: int,
     ) -> None:
@@ -98,14 +107,20 @@ class AttentionMetadata:
 
         Args:
             cu_seqlens_q: (batch + 1,) int32; padded batches repeat the last value.
-            seqused_k: (batch,) int32, valid KV tokens; 0 for padding. Kernels clamp it to what the page table holds.
+            seqused_k: (batch,) int32, valid KV tokens; 0 for padding. Kernels clamp it to what the page table holds. Given exactly where
+                K and V have pages.
+            cu_seqlens_k: (batch + 1,) int32, exclusive prefix sum of KV tokens; given exactly where they have none.
             max_seqlen_q, max_seqlen_k: host upper bounds of the step's query and KV lengths.
 
         Raises:
             ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
         """
-        check_step(self, cu_seqlens_q, seqused_k, max_seqlen_q, max_seqlen_k)
-        self.bounds = StepBounds(seqused_k.shape[0], max_seqlen_q, max_seqlen_k)
+        num_seqs = check_step(self, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k)
+        if self.kv_lens is not None and cu_seqlens_k is not None:
+            import torch
+
+            seqused_k = torch.sub(cu_seqlens_k[1:], cu_seqlens_k[:-1], out=self.kv_lens[:num_seqs])
         for follower in self.followers:
             follower.bounds, follower.window_left = self.bounds, self.window_left
         if self.work is not None and self.kernels is not None:

@@ -1,10 +1,12 @@
-"""The public operator: check the call, then run the planned kernel."""
+"""The public operators: check the call, then run the planned kernels."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from fa4_backend.arguments import AttentionArguments, CallTensors
+from fa4_backend.arguments import AttentionArguments, CallTensors, RaggedTensors
 from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
@@ -82,11 +84,7 @@ def paged_attention(
         check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
-    if out is None:
-        out_dtype = getattr(torch, plan.problem.out_dtype)
-        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v, dtype=out_dtype)
-    if plan.problem.has_lse and lse is None:
-        lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
+    out, lse = _results(plan, q, out, lse)
     if q.shape[0] == 0:
         return out, lse  # a step without tokens; a tensor map cannot describe zero rows
     left = None if window_left is None else clamp_window(window_left)
@@ -96,13 +94,88 @@ def paged_attention(
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
         None if out_scale is None else out_scale.view(1),
     )  # fmt: skip
-    announce(metadata)
-    if metadata.kernels is None:
-        from fa4_backend.kernels.torch_reference import run_reference
+    _run(metadata, arguments)
+    return out, lse
 
-        run_reference(plan.problem, arguments)
-    else:
-        _launch(metadata, arguments)
+
+def ragged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    plan: AttentionPlan,
+    metadata: AttentionMetadata,
+    softmax_scale: float | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of ragged queries over ragged keys and values, which have no pages: one sequence behind the other in `k` and `v`.
+
+    Masks, empty rows, padding rows, results and refusals are those of `paged_attention`, and so are the bits. Rows of `k` and `v` past
+    `cu_seqlens_k[-1]`, or left of a window, may hold anything. A KV length past the plan's limit, or past the end of `k`, is cut to it.
+
+    Args:
+        q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
+        k: (total_k, num_kv_heads, head_dim), any row and head strides, last stride 1; may be longer than `cu_seqlens_k[-1]`, or empty.
+        v: (total_k, num_kv_heads, head_dim_v), likewise; may share an allocation with `k`.
+        cu_seqlens_q: (batch + 1,) int32, exclusive prefix sum of query tokens, non-decreasing.
+        cu_seqlens_k: (batch + 1,) int32, exclusive prefix sum of KV tokens, non-decreasing; that of the metadata's last refresh.
+        plan: from `plan_attention`, of a problem with `kv_source="ragged"`.
+        metadata: `AttentionMetadata.allocate(plan, device)`, refreshed with `cu_seqlens_q` and `cu_seqlens_k`.
+        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes, k_scale, v_scale, out_scale, out, lse: as in
+            `paged_attention`.
+
+    Returns:
+        `out` and `lse`, as `paged_attention` does.
+
+    Raises:
+        ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched.
+    """
+    tensors = RaggedTensors(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale)
+    check_tensors(plan, metadata, tensors)
+    if torch.is_grad_enabled():
+        check_no_backward(tensors)
+    scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    num_seqs = cu_seqlens_k.shape[0] - 1
+    check_values(plan, metadata, num_seqs, scale, window_left, window_right, softcap)
+    out, lse = _results(plan, q, out, lse)
+    if q.shape[0] == 0:
+        return out, lse
+    if k.shape[0] == 0:  # a tensor map cannot describe zero rows
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return out, lse
+    assert metadata.kv_lens is not None, plan
+    left = None if window_left is None else clamp_window(window_left)
+    right = None if window_right is None else clamp_window(window_right)
+    _run(metadata, AttentionArguments(
+        q, k, v, None, cu_seqlens_q, metadata.kv_lens[:num_seqs], out, lse,
+        scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
+        None if out_scale is None else out_scale.view(1), cu_seqlens_k,
+    ))  # fmt: skip
+    return out, lse
+
+
+def _results(
+    plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`out` and `lse` as given, or made."""
+    if out is None:
+        out_dtype = getattr(torch, plan.problem.out_dtype)
+        out = q.new_empty(q.shape[0], plan.problem.num_q_heads, plan.problem.head_dim_v, dtype=out_dtype)
+    if plan.problem.has_lse and lse is None:
+        lse = q.new_empty(plan.problem.num_q_heads, q.shape[0], dtype=torch.float32)
     return out, lse
 
 
@@ -113,6 +186,17 @@ def _head_scales(metadata: AttentionMetadata, scale: torch.Tensor | None) -> tor
     return (metadata.unit_scale if scale is None else scale).expand(metadata.plan.problem.num_kv_heads)
 
 
+def _run(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
+    """Run the plan's kernels, or the reference."""
+    announce(metadata)
+    if metadata.kernels is None:
+        from fa4_backend.kernels.torch_reference import run_reference
+
+        run_reference(metadata.plan.problem, arguments)
+    else:
+        _launch(metadata, arguments)
+
+
 def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     """Run the plan's kernels over the work lists that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
@@ -120,4 +204,5 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if kernels.decode is not None:
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+        assert kernels.prefill is not None, metadata.plan
         kernels.prefill(*prefill_arguments(arguments, work))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
-from fa4_backend.problem import AttentionProblem, BatchLimits
+from fa4_backend.problem import LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.support import check_limits, check_problem
 
 
@@ -30,11 +30,13 @@ class AttentionPlan:
         what = "torch reference" if self.kernels is None else f"{p.target_arch.removesuffix('a').replace('_', '')} kernels"
         where = f"cpu (emulating {p.target_arch})" if p.is_emulated else p.arch
         mode = ", exact" if p.exact else ", batch-invariant" if p.batch_invariant else ""
-        kv = "" if p.kv_dtype == p.dtype else f" (K and V {p.kv_dtype})"
+        source = RAGGED if p.kv_source == RAGGED else f"page {p.page_size}"
+        heads = f"{p.num_q_heads} heads of latent attention" if p.kv_source == LATENT else f"{p.num_q_heads}/{p.num_kv_heads} heads"
+        kv = "" if p.kv_dtype == p.dtype else f" ({'latents' if p.kv_source == LATENT else 'K and V'} {p.kv_dtype})"
         out = "" if p.out_dtype == p.dtype else f" (out {p.out_dtype})"
         return (
-            f"FA4: {what} on {where}, {p.num_q_heads}/{p.num_kv_heads} heads, "
-            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}{out}, page {p.page_size}{mode}"
+            f"FA4: {what} on {where}, {heads}, "
+            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}{out}, {source}{mode}"
         )
 
 

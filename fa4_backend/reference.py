@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, LatentArguments
 from fa4_backend.problem import FP8_MAX
 
 
@@ -28,18 +28,17 @@ class Sequence(NamedTuple):
 
 
 def sequences(arguments: AttentionArguments, *, is_causal: bool) -> Iterator[Sequence]:
-    """The sequences of a call that have rows. Lengths are clamped by the page table's width; pages that no row sees are not followed."""
+    """The sequences of a call that have rows. Lengths are cut to `kv_room`; pages that no row sees are not followed."""
     a = arguments
     bounds = a.cu_seqlens_q.tolist()
-    width = a.page_table.shape[1] * a.k_cache.shape[1]
     for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
-        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, width)
+        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, kv_room(a, seq_idx))
         if rows.start == rows.stop:
             continue
         first_visible, _ = visible_columns(rows.stop - rows.start, seqlen_k, is_causal, a.window_left, a.window_right)
         first = min(first_visible[0], seqlen_k)
         k, v = (
-            dequantise(gather_pages(cache, a.page_table[seq_idx], first, seqlen_k), scale)
+            dequantise(_gather(a, cache, seq_idx, first, seqlen_k), scale)
             for cache, scale in ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
         )
         yield Sequence(rows, a.q[rows], k, v, first, seqlen_k)
@@ -68,6 +67,67 @@ def attention_oracle(
         if sequence.k.shape[0]:
             out[sequence.rows], lse[:, sequence.rows] = _one_sequence(a, sequence, is_causal, dtype, accumulate)
     return out, lse
+
+
+def kv_room(arguments: AttentionArguments, seq_idx: int) -> int:
+    """Tokens that a sequence's pages hold, or without pages rows of k from its first key on: no sequence is longer."""
+    a = arguments
+    if a.page_table is not None:
+        return a.page_table.shape[1] * a.k_cache.shape[1]
+    assert a.cu_seqlens_k is not None
+    return max(0, a.k_cache.shape[0] - int(a.cu_seqlens_k[seq_idx]))
+
+
+def _gather(a: AttentionArguments, cache: torch.Tensor, seq_idx: int, first: int, last: int) -> torch.Tensor:
+    """Tokens `first` to `last` (exclusive) of a sequence: (last - first, num_kv_heads, head_dim)."""
+    if a.page_table is not None:
+        return gather_pages(cache, a.page_table[seq_idx], first, last)
+    assert a.cu_seqlens_k is not None
+    begin = int(a.cu_seqlens_k[seq_idx])
+    return cache[begin + first : begin + last]
+
+
+def latent_oracle(
+    arguments: LatentArguments, *, dtype: torch.dtype = torch.float32, accumulate: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed latent attention of one call, sequence by sequence: for query i of a head, with latents c and rotary parts r of its keys,
+
+        logit[j] = (q[i] . c[j] + q_rope[i] . r[j]) * softmax_scale,   out[i] = sum over j of softmax(logit)[j] * c[j]
+
+    Args:
+        arguments: a checked call; its `out` and `lse` are neither read nor written.
+        dtype, accumulate: as in `attention_oracle`.
+
+    Returns:
+        out (total_q, num_q_heads, head_dim_v) and lse (num_q_heads, total_q), natural log, in `accumulate`; rows without a key and rows
+        past `cu_seqlens_q[-1]` are 0 and -inf.
+    """
+    a = arguments
+    out = torch.zeros(a.q.shape, dtype=accumulate, device=a.q.device)
+    lse = torch.full((a.q.shape[1], a.q.shape[0]), -math.inf, dtype=accumulate, device=a.q.device)
+    bounds, width = a.cu_seqlens_q.tolist(), a.page_table.shape[1] * a.latent_cache.shape[1]
+    for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
+        rows, seqlen_k = slice(bounds[seq_idx], bounds[seq_idx + 1]), min(seqused, width)
+        if rows.start == rows.stop or seqlen_k == 0:
+            continue
+        latents = gather_pages(a.latent_cache[:, :, None], a.page_table[seq_idx], 0, seqlen_k)
+        c, r = dequantise(latents, a.latent_scale)[:, 0].to(dtype).to(accumulate).tensor_split([a.q.shape[-1]], dim=-1)
+        q, q_rope = (x[rows].to(dtype).to(accumulate).transpose(0, 1) for x in (a.q, a.q_rope))
+        scores = (q @ c.T + q_rope @ r.T) * a.softmax_scale
+        diagonal = torch.arange(rows.stop - rows.start, device=q.device) + seqlen_k - (rows.stop - rows.start)
+        scores = scores.masked_fill(torch.arange(seqlen_k, device=q.device) > diagonal[:, None], -math.inf)
+        out[rows] = (softmax_weights(scores, None).to(dtype).to(accumulate) @ c).to(dtype).to(accumulate).transpose(0, 1)
+        lse[:, rows] = torch.logsumexp(scores, dim=-1)
+    return out, lse
+
+
+def as_paged(a: LatentArguments) -> AttentionArguments:
+    """A latent call as one of paged attention: one KV head, whose values are the first columns of its keys."""
+    cache = a.latent_cache[:, :, None]
+    return AttentionArguments(
+        torch.cat((a.q, a.q_rope), dim=-1), cache, cache[..., : a.q.shape[-1]], a.page_table, a.cu_seqlens_q, a.seqused_k, a.out, a.lse,
+        a.softmax_scale, None, None, 0.0, None, None, a.latent_scale, a.latent_scale,
+    )  # fmt: skip
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -6,12 +6,24 @@ from dataclasses import dataclass, fields
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.schedule.limits import largest_num_seqs
-from fa4_backend.problem import COMPUTE_DTYPES, FP8, LATENT, PAGED, RAGGED, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import (
+    COMPUTE_DTYPES,
+    FP8,
+    LATENT,
+    PAGED,
+    RAGGED,
+    AttentionProblem,
+    BatchLimits,
+    MaskFeatures,
+    UnsupportedProblem,
+)
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
 MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features
 MASKS = frozenset(f.name for f in fields(MaskFeatures))
+# Latent attention: queries of a row, one more than the drafts that engines verify at once. 8 of 128 heads are 1024 packed rows.
+MAX_LATENT_QUERY_LEN = 8
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,7 @@ class KernelSupport:
     head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
     head_dim_multiple: int
     max_q_per_kv: int | None  # query heads packed in one tile; None: any
+    min_q_per_kv: int = 1
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
     quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside q's own
@@ -35,6 +48,7 @@ _BLACKWELL = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of a query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
     quantised_out=(FP8,),
 )
 _HOPPER = KernelSupport(
@@ -43,17 +57,37 @@ _HOPPER = KernelSupport(
     head_dim_multiple=32,
     max_q_per_kv=128,  # rows of the smaller query tile
     quantised_kv=(FP8,),
+    kv_sources=(PAGED, RAGGED),
     quantised_out=(FP8,),
 )
 
 SUPPORT: dict[str, KernelSupport] = {
     # Not exact: torch picks its matrix products by shape, and a token alone has another shape than a chunk.
     REFERENCE_ARCH: KernelSupport(
-        COMPUTE_DTYPES, None, 8, None, modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), quantised_out=(FP8,)
+        COMPUTE_DTYPES,
+        None,
+        8,
+        None,
+        modes=frozenset(MODES) - {"exact"},
+        quantised_kv=(FP8,),
+        quantised_out=(FP8,),
+        kv_sources=(PAGED, RAGGED),
     ),
     "sm_90a": _HOPPER,
     **dict.fromkeys(("sm_100a", "sm_103a"), _BLACKWELL),
 }
+
+# Latent attention has kernels of its own: what they serve, by arch. Not exact: rows of prompts go another way than decode rows.
+LATENT_SUPPORT: dict[str, KernelSupport] = {
+    REFERENCE_ARCH: KernelSupport(
+        COMPUTE_DTYPES, None, 8, None, masks=frozenset({"is_causal"}), modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,),
+        kv_sources=(LATENT,),
+    ),
+    "sm_90a": KernelSupport(
+        ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
+        modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
+    ),
+}  # fmt: skip
 
 
 def check_problem(problem: AttentionProblem) -> None:
@@ -67,6 +101,13 @@ def check_problem(problem: AttentionProblem) -> None:
     if support is None:
         served = ", ".join(SUPPORT)
         raise UnsupportedProblem(f"arch: expected one of {served}, got {arch!r}; kernels for {_chips(arch)} are not in this version")
+    if problem.kv_source == LATENT:
+        if arch not in LATENT_SUPPORT:
+            served = " or ".join(support.kv_sources)
+            raise UnsupportedProblem(f"kv_source on {arch}: expected {served}, got {LATENT}; {_FEATURE_ADVICE}")
+        support = LATENT_SUPPORT[arch]
+        if not problem.mask.is_causal:
+            raise UnsupportedProblem("is_causal: expected True for latent attention, got False")
     if problem.dtype not in support.dtypes:
         raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}")
     if problem.kv_source not in support.kv_sources:
@@ -81,6 +122,8 @@ def check_problem(problem: AttentionProblem) -> None:
         raise UnsupportedProblem(f"head_dim on {arch}: expected a multiple of {support.head_dim_multiple}, got {dims[0]}/{dims[1]}")
     if support.max_q_per_kv is not None and problem.q_per_kv > support.max_q_per_kv:
         raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at most {support.max_q_per_kv}, got {problem.q_per_kv}")
+    if problem.q_per_kv < support.min_q_per_kv:
+        raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at least {support.min_q_per_kv}, got {problem.q_per_kv}")
     unserved = [name for name in problem.mask.present if name not in support.masks]
     unserved += [name for name in MODES if getattr(problem, name) and name not in support.modes]
     if unserved:
@@ -110,6 +153,11 @@ def check_limits(problem: AttentionProblem, limits: BatchLimits) -> None:
     for name in ("max_num_tokens", "max_seqlen_k"):
         if getattr(limits, name) > MAX_TOKENS:
             raise UnsupportedProblem(f"{name} on {problem.target_arch}: expected at most {MAX_TOKENS}, got {getattr(limits, name)}")
+    if problem.kv_source == LATENT and limits.decode_query_len > MAX_LATENT_QUERY_LEN:
+        raise UnsupportedProblem(
+            f"decode_query_len on {problem.target_arch}: expected at most {MAX_LATENT_QUERY_LEN} queries a row of latent attention, "
+            f"got {limits.decode_query_len}"
+        )
     most = largest_num_seqs(problem.target_arch, limits.max_seqlen_k)
     if limits.max_num_seqs > most:
         raise UnsupportedProblem(

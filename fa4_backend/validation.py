@@ -9,23 +9,35 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.arguments import CallTensors
+from fa4_backend.arguments import CallTensors, LatentTensors, RaggedTensors
 from fa4_backend.memory_spans import num_bytes, overlaps_itself, share_memory
-from fa4_backend.problem import DTYPE_BYTES
+from fa4_backend.problem import DTYPE_BYTES, LATENT, PAGED, RAGGED
 
 if TYPE_CHECKING:
     import torch
 
     from fa4_backend.metadata import AttentionMetadata
     from fa4_backend.plan import AttentionPlan
+    from fa4_backend.problem import AttentionProblem
+
+Tensors = CallTensors | RaggedTensors | LatentTensors
 
 MAX_PASSED = 1024  # remembered facts of calls; layers and steps repeat theirs
-# Places in `CallTensors` of what a call writes, beside what it must not share memory with. A call looks at each pair.
-APART = tuple(
-    (CallTensors._fields.index(written), CallTensors._fields.index(other))
-    for written, others in (("out", ("q", "k_cache", "v_cache", "lse")), ("lse", ("q", "k_cache", "v_cache")))
-    for other in others
-)
+
+
+def _apart(fields: tuple[str, ...], read: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Places among a call's tensors of what it writes, beside what that must not share memory with. A call looks at each pair."""
+    return tuple(
+        (fields.index(written), fields.index(other)) for written, others in (("out", (*read, "lse")), ("lse", read)) for other in others
+    )
+
+
+APART = {
+    CallTensors: _apart(CallTensors._fields, ("q", "k_cache", "v_cache")),
+    RaggedTensors: _apart(RaggedTensors._fields, ("q", "k", "v")),
+    LatentTensors: _apart(LatentTensors._fields, ("q", "q_rope", "latent_cache")),
+}
+OPERATORS = {CallTensors: (PAGED, "paged_attention"), RaggedTensors: (RAGGED, "ragged_attention"), LatentTensors: (LATENT, "mla_decode")}
 WIDEST_WINDOW = 1 << 30  # tokens: wider than any sequence, and a position plus it stays below 2^31
 FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
 # Kernels multiply softmax_scale, softcap and their ratio by up to 2 log2(e) = 2.89 and need a finite float32.
@@ -33,49 +45,73 @@ LARGEST_FACTOR = 2.0**126
 
 
 def check_step(
-    metadata: AttentionMetadata, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> None:
-    """Check the lengths of a step.
+    metadata: AttentionMetadata,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> int:
+    """Check the lengths of a step; returns its number of sequences.
 
     Raises:
         ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
     """
-    limits = metadata.plan.limits
+    limits, source = metadata.plan.limits, metadata.plan.problem.kv_source
+    name, lengths, other_name, other = "seqused_k", seqused_k, "cu_seqlens_k", cu_seqlens_k
+    if source == RAGGED:
+        name, lengths, other_name, other = other_name, other, name, lengths
+    if lengths is None or other is not None:
+        raise ValueError(f"{name}, {other_name}: expected the first alone for {source} K and V, got {_describe_given(lengths, other)}")
     try:
-        facts = ("step", _facts(cu_seqlens_q), _facts(seqused_k))
+        facts = ("step", _facts(cu_seqlens_q), _facts(lengths))
     except AttributeError:
-        _expect_tensors({"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k})
+        _expect_tensors({"cu_seqlens_q": cu_seqlens_q, name: lengths})
         raise
+    ends = 1 if source == RAGGED else 0
     if facts not in metadata.passed:
-        _expect_shape("seqused_k", seqused_k, (None,))
-        num_seqs = seqused_k.shape[0]
-        if num_seqs > limits.max_num_seqs:
-            raise ValueError(f"seqused_k: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
+        _expect_shape(name, lengths, (None,))
+        num_seqs = lengths.shape[0] - ends
+        if not 0 <= num_seqs <= limits.max_num_seqs:
+            raise ValueError(f"{name}: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
         _expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
-        for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k)):
-            _expect_dtype(name, tensor, "int32")
-            _expect_dense(name, tensor)
-            _expect_device(name, tensor, metadata.device, "the metadata")
+        for tensor_name, tensor in (("cu_seqlens_q", cu_seqlens_q), (name, lengths)):
+            _expect_dtype(tensor_name, tensor, "int32")
+            _expect_dense(tensor_name, tensor)
+            _expect_device(tensor_name, tensor, metadata.device, "the metadata")
         _remember(metadata, facts, ())
-    for name, got, limit_name, limit in (
+    for bound_name, got, limit_name, limit in (
         ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
         ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
     ):
-        _expect_whole(name, got)
+        _expect_whole(bound_name, got)
         if not 0 <= got <= limit:
-            raise ValueError(f"{name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
+            raise ValueError(f"{bound_name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
+    if source == LATENT and max_seqlen_q > limits.decode_query_len:
+        raise ValueError(
+            f"max_seqlen_q: expected at most {limits.decode_query_len}, the plan's decode_query_len, since latent attention serves short "
+            f"rows only, got {max_seqlen_q}"
+        )
+    return int(lengths.shape[0]) - ends
 
 
-def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: CallTensors) -> None:
-    """Check the tensors of one call against its plan; shapes as in `fa4_backend.ops.paged_attention`.
+def _describe_given(lengths: object, other: object) -> str:
+    return {(True, False): "neither", (True, True): "the second alone"}.get((lengths is None, other is not None), "both")
+
+
+def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Tensors) -> None:
+    """Check the tensors of one call against its plan; shapes as in `fa4_backend.ops`.
 
     Raises:
         ValueError: a tensor does not fit; the message says which, what was expected and what it got.
     """
+    source, operator = OPERATORS[type(tensors)]
+    if plan.problem.kv_source != source:
+        raise ValueError(f"plan: expected kv_source {source} for {operator}, got {plan.problem.kv_source}")
     if metadata.plan is not plan and metadata.plan != plan:
         raise ValueError(f"metadata: expected one allocated for this plan ({plan.describe()}), got one for {metadata.plan.describe()}")
     try:
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        addresses: list[int] = [0 if t is None else t.data_ptr() for t in tensors]
         # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
         facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     except AttributeError:
@@ -90,7 +126,7 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Cal
     _expect_apart(tensors, addresses, sizes)
 
 
-def check_no_backward(tensors: CallTensors) -> None:
+def check_no_backward(tensors: Tensors) -> None:
     """Check a call where torch records operations for a backward pass, of which this operator would silently not be part.
 
     Raises:
@@ -111,9 +147,9 @@ def _remember(metadata: AttentionMetadata, facts: tuple[object, ...], sizes: tup
     metadata.passed[facts] = sizes
 
 
-def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) -> None:
+def _expect_apart(t: Tensors, addresses: list[int], sizes: tuple[int, ...]) -> None:
     """No element of what a call writes is one of the heads that it reads, or is written twice."""
-    for written, other in APART:
+    for written, other in APART[type(t)]:
         begin, at = addresses[written], addresses[other]
         if at < begin + sizes[written] and begin < at + sizes[other] and begin and at:  # no address: empty, or without memory
             a, b = t[written], t[other]
@@ -121,35 +157,25 @@ def _expect_apart(t: CallTensors, addresses: list[int], sizes: tuple[int, ...]) 
                 raise ValueError(f"{t._fields[written]}: expected memory of its own, got elements shared with {t._fields[other]}")
 
 
-def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTensors) -> None:
+def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: Tensors) -> None:
+    """What holds wherever K and V lie, and what is each place's own."""
     p, limits = plan.problem, plan.limits
-    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
-    _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
-    if t.k_cache.shape[0] == 0:
-        raise ValueError("k_cache: expected at least one page, got none")
-    _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
-    _expect_shape("page_table", t.page_table, (None, None))
-    _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
-    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
-    if t.page_table.shape[0] > limits.max_num_seqs:
-        raise ValueError(f"page_table: expected at most max_num_seqs={limits.max_num_seqs} rows, got {t.page_table.shape[0]}")
+    if isinstance(t, LatentTensors):
+        _check_latent(plan, t)
+    elif isinstance(t, RaggedTensors):
+        _check_ragged(plan, t)
+    else:
+        _check_paged(plan, t)
+    _expect_heads(p, "q", t.q, p.dtype)
     if t.q.shape[0] > limits.max_num_tokens:
         raise ValueError(f"q: expected at most max_num_tokens={limits.max_num_tokens} rows, got {t.q.shape[0]}")
     device_type = "cpu" if p.arch == REFERENCE_ARCH or p.is_emulated else "cuda"
     if t.q.device.type not in (device_type, "meta"):
         raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {t.q.device}")
-    for name, tensor, dtype in (("q", t.q, p.dtype), ("k_cache", t.k_cache, p.kv_dtype), ("v_cache", t.v_cache, p.kv_dtype)):
-        _expect_dtype(name, tensor, dtype)
-        _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=p.arch != REFERENCE_ARCH)
-    for name, tensor in (("page_table", t.page_table), ("cu_seqlens_q", t.cu_seqlens_q), ("seqused_k", t.seqused_k)):
-        _expect_dtype(name, tensor, "int32")
-        _expect_dense(name, tensor)
     if t.out is not None:
         _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
-        _expect_dtype("out", t.out, p.out_dtype)
-        _expect_rows("out", t.out, DTYPE_BYTES[p.out_dtype], by_kernel=p.arch != REFERENCE_ARCH)
+        _expect_heads(p, "out", t.out, p.out_dtype)
         _expect_one_place_each("out", t.out)
-    _check_optional(plan, t)
     if t.lse is not None:
         _expect_one_place_each("lse", t.lse)
     _expect_device("q", t.q, metadata.device, "the metadata")
@@ -158,14 +184,89 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: CallTens
             _expect_device(name, tensor, t.q.device, "q")
 
 
-def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
-    """The tensors that only some plans have: all of these, and no other."""
+def _check_paged(plan: AttentionPlan, t: CallTensors) -> None:
+    """K and V in pages, and where they lie."""
     p = plan.problem
-    for name, tensor, planned, shape, dtype in (
+    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
+    _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
+    if t.k_cache.shape[0] == 0:
+        raise ValueError("k_cache: expected at least one page, got none")
+    _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
+    _check_pages(plan, t)
+    for name, cache in (("k_cache", t.k_cache), ("v_cache", t.v_cache)):
+        _expect_heads(p, name, cache, p.kv_dtype)
+    _check_optional(plan, t)
+
+
+def _check_latent(plan: AttentionPlan, t: LatentTensors) -> None:
+    """Latents in pages, and queries in two parts."""
+    p = plan.problem
+    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim_v))
+    _expect_shape("q_rope", t.q_rope, (t.q.shape[0], p.num_q_heads, p.head_dim - p.head_dim_v))
+    _expect_shape("latent_cache", t.latent_cache, (None, p.page_size, p.head_dim))
+    if t.latent_cache.shape[0] == 0:
+        raise ValueError("latent_cache: expected at least one page, got none")
+    _check_pages(plan, t)
+    _expect_heads(p, "q_rope", t.q_rope, p.dtype)
+    _expect_heads(p, "latent_cache", t.latent_cache, p.kv_dtype)
+    _check_planned((("lse", t.lse, p.has_lse, (p.num_q_heads, t.q.shape[0]), "float32"),))
+    _check_scales(plan, (("latent_scale", t.latent_scale),))
+
+
+def _check_pages(plan: AttentionPlan, t: CallTensors | LatentTensors) -> None:
+    """Where the pages of each sequence lie, and the lengths of the batch."""
+    limits = plan.limits
+    _expect_shape("page_table", t.page_table, (None, None))
+    _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
+    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
+    if t.page_table.shape[0] > limits.max_num_seqs:
+        raise ValueError(f"page_table: expected at most max_num_seqs={limits.max_num_seqs} rows, got {t.page_table.shape[0]}")
+    for name, tensor in (("page_table", t.page_table), ("cu_seqlens_q", t.cu_seqlens_q), ("seqused_k", t.seqused_k)):
+        _expect_dtype(name, tensor, "int32")
+        _expect_dense(name, tensor)
+
+
+def _check_ragged(plan: AttentionPlan, t: RaggedTensors) -> None:
+    """K and V without pages, and where their sequences begin."""
+    p, limits = plan.problem, plan.limits
+    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
+    _expect_shape("k", t.k, (None, p.num_kv_heads, p.head_dim))
+    _expect_shape("v", t.v, (t.k.shape[0], p.num_kv_heads, p.head_dim_v))
+    _expect_shape("cu_seqlens_k", t.cu_seqlens_k, (None,))
+    if not 1 <= t.cu_seqlens_k.shape[0] <= limits.max_num_seqs + 1:
+        raise ValueError(
+            f"cu_seqlens_k: expected 1 to {limits.max_num_seqs + 1} numbers, one more than max_num_seqs, got {t.cu_seqlens_k.shape[0]}"
+        )
+    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.cu_seqlens_k.shape[0],))
+    for name, tensor in (("k", t.k), ("v", t.v)):
+        _expect_heads(p, name, tensor, p.kv_dtype)
+    for name, tensor in (("cu_seqlens_q", t.cu_seqlens_q), ("cu_seqlens_k", t.cu_seqlens_k)):
+        _expect_dtype(name, tensor, "int32")
+        _expect_dense(name, tensor)
+    _check_optional(plan, t)
+
+
+def _expect_heads(problem: AttentionProblem, name: str, tensor: torch.Tensor, dtype: str) -> None:
+    """Rows of heads as the problem's arch reads or writes them."""
+    _expect_dtype(name, tensor, dtype)
+    _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=problem.arch != REFERENCE_ARCH)
+
+
+def _check_optional(plan: AttentionPlan, t: CallTensors | RaggedTensors) -> None:
+    p = plan.problem
+    of_plan = (
         ("sinks", t.sinks, p.mask.has_sinks, (p.num_q_heads,), p.sinks_dtype),
         ("alibi_slopes", t.alibi_slopes, p.mask.has_alibi, (p.num_q_heads,), "float32"),
         ("lse", t.lse, p.has_lse, (p.num_q_heads, t.q.shape[0]), "float32"),
-    ):
+    )
+    _check_planned(of_plan)
+    _check_scales(plan, (("k_scale", t.k_scale), ("v_scale", t.v_scale)))
+    _check_out_scale(plan, t.out_scale)
+
+
+def _check_planned(tensors: tuple[tuple[str, torch.Tensor | None, bool, tuple[int, ...], str], ...]) -> None:
+    """The tensors that only some plans have, (name, tensor, whether the plan has it, shape, dtype): all of these, and no other."""
+    for name, tensor, planned, shape, dtype in tensors:
         if tensor is None:
             if planned and name != "lse":  # an lse that is not given is made
                 raise ValueError(f"{name}: expected a value, since the plan has it, got none")
@@ -176,16 +277,20 @@ def _check_optional(plan: AttentionPlan, t: CallTensors) -> None:
         _expect_dtype(name, tensor, dtype)
         _expect_dense(name, tensor)
 
-    heads = p.num_kv_heads
-    for name, scale in (("k_scale", t.k_scale), ("v_scale", t.v_scale)):
+
+def _check_scales(plan: AttentionPlan, scales: tuple[tuple[str, torch.Tensor | None], ...]) -> None:
+    """Scales of what is stored in FP8: none, one for all KV heads or one each."""
+    p, heads = plan.problem, plan.problem.num_kv_heads
+    stored = "latents" if p.kv_source == LATENT else "K and V"
+    for name, scale in scales:
         if scale is None:
             continue
         if not p.has_kv_scales:
-            raise ValueError(f"{name}: expected none, since the plan's K and V are {p.kv_dtype}, got a tensor")
+            raise ValueError(f"{name}: expected none, since the plan's {stored} are {p.kv_dtype}, got a tensor")
         if tuple(scale.shape) not in ((), (1,), (heads,)):
-            raise ValueError(f"{name}: expected shape (), (1) or ({heads}), one a KV head, got {tuple(scale.shape)}")
+            each = f"() or (1) for {stored}" if heads == 1 else f"(), (1) or ({heads}), one a KV head"
+            raise ValueError(f"{name}: expected shape {each}, got {tuple(scale.shape)}")
         _expect_dtype(name, scale, "float32")
-    _check_out_scale(plan, t.out_scale)
 
 
 def _check_out_scale(plan: AttentionPlan, scale: torch.Tensor | None) -> None:
@@ -290,6 +395,8 @@ def _expect_one_place_each(name: str, tensor: torch.Tensor) -> None:
 
 
 def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: expected a tensor, got None")
     fits = tensor.dim() == len(expected) and all(want is None or want == got for want, got in zip(expected, tensor.shape, strict=True))
     if not fits:
         want = ", ".join("any" if n is None else str(n) for n in expected)

@@ -209,11 +209,12 @@ def main() -> int:
     for row in result["rows"]:
         print({k: v for k, v in row.items() if k not in ("source", "kind", "gpu")})
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    family = "sm90" if chip.arch == "sm_90a" else "sm100"
+    stamp = make_stamp("emulator", ("sm90" if chip.arch == "sm_90a" else "sm100",))
+    stamp["kernels"] = found.get("stamp", {}).get("kernels", {}) | stamp["kernels"]  # each chip's run speaks of its own family
     costs = {
         name: {key: value for key, value in asdict(cost).items() if key not in ("busy", "critical")} for name, cost in model.costs.items()
     }
-    found[options.chip] = {"stamp": make_stamp("emulator", (family,)), "tile costs": costs, **result}
+    found |= {"stamp": stamp, options.chip: {"tile costs": costs, **result}}
     OUT.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fa4_backend.problem import DTYPE_BYTES, SHORT_NAMES, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, PAGED, RAGGED, SHORT_NAMES, MaskFeatures
 
 DTYPE = torch.bfloat16  # of q and out
+PLAIN_KEY_DIM = 128  # elements of DeepSeek's keys without rotary embedding
 LONGEST_DRAFT = 8  # query tokens: rows of more are a prompt's or a message's
 # Of bf16 outputs of unit values. Rows that see thousands of keys average them; the first tokens of a prompt are single values, whose
 # rounding alone is 0.008 to 0.016. A wrong kernel is far above either, so no figure stands for a wrong result.
@@ -72,6 +73,7 @@ class BatchShape:
     head_dim_v: int = 0  # 0: head_dim
     page_size: int = 16
     kv_dtype: str = "bfloat16"
+    kv_source: str = PAGED
     mask: Mask = Mask()
 
     @property
@@ -94,7 +96,8 @@ class BatchShape:
         """Heads, page size, mask and rows on one line."""
         kv = f" {SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in SHORT_NAMES else ""
         dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
-        return f"{self.num_q_heads}/{self.num_kv_heads} d{dims}{kv} page {self.page_size}{self.mask.label}: {self.size}"
+        source = f"page {self.page_size}" if self.kv_source == PAGED else self.kv_source
+        return f"{self.num_q_heads}/{self.num_kv_heads} d{dims}{kv} {source}{self.mask.label}: {self.size}"
 
     @property
     def title(self) -> str:
@@ -150,17 +153,22 @@ class BatchShape:
 
 @dataclass
 class BatchTensors:
-    """A batch on the GPU: random values, shuffled pages, K and V of a token adjacent as in vLLM 0.33; FP8 K and V with a scale of 1."""
+    """A batch on the GPU: random values; FP8 K and V with a scale of 1.
+
+    With pages they are shuffled, and K and V of a token adjacent as in vLLM 0.33. Without, K is dense, and V the second part of rows whose
+    first is the part of K without rotary embedding, as vLLM's projection of latents makes both.
+    """
 
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
-    page_table: torch.Tensor
+    page_table: torch.Tensor | None  # None without pages
     cu_seqlens_q: torch.Tensor
     seqused_k: torch.Tensor
     out: torch.Tensor
     sinks: torch.Tensor | None  # (num_q_heads,) bfloat16
     pages_of: list[int]
+    cu_seqlens_k: torch.Tensor | None = None  # None with pages
 
     @classmethod
     def make(cls, batch: BatchShape, device: str = "cuda") -> BatchTensors:
@@ -168,21 +176,30 @@ class BatchTensors:
         b = batch
         query_lens, kv_lens = zip(*b.row_lens, strict=True)
         pages_of = [-(-n // b.page_size) for n in kv_lens]
-        num_pages = sum(pages_of) + 8
-        pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, b.head_dim + b.value_dim, device=device, dtype=DTYPE)
-        k_cache, v_cache = pool.to(getattr(torch, b.kv_dtype)).split([b.head_dim, b.value_dim], dim=-1)
-        shuffled = torch.randperm(num_pages, device=device).int()
-        page_table = torch.zeros(len(pages_of), max(pages_of), device=device, dtype=torch.int32)
-        at = 0
-        for row, pages in enumerate(pages_of):
-            page_table[row, :pages] = shuffled[at : at + pages]
-            at += pages
+        page_table = cu_seqlens_k = None
+        if b.kv_source == RAGGED:
+            k_cache, both = (
+                torch.randn(sum(kv_lens), b.num_kv_heads, n, device=device, dtype=DTYPE).to(getattr(torch, b.kv_dtype))
+                for n in (b.head_dim, PLAIN_KEY_DIM + b.value_dim)
+            )
+            v_cache = both[..., PLAIN_KEY_DIM:]
+            cu_seqlens_k = torch.tensor([0, *kv_lens], device=device).cumsum(0).int()
+        else:
+            num_pages = sum(pages_of) + 8
+            pool = torch.randn(num_pages, b.page_size, b.num_kv_heads, b.head_dim + b.value_dim, device=device, dtype=DTYPE)
+            k_cache, v_cache = pool.to(getattr(torch, b.kv_dtype)).split([b.head_dim, b.value_dim], dim=-1)
+            shuffled = torch.randperm(num_pages, device=device).int()
+            page_table = torch.zeros(len(pages_of), max(pages_of), device=device, dtype=torch.int32)
+            at = 0
+            for row, pages in enumerate(pages_of):
+                page_table[row, :pages] = shuffled[at : at + pages]
+                at += pages
         cu_seqlens_q = torch.tensor([0, *query_lens], device=device).cumsum(0).int()
         q = torch.randn(sum(query_lens), b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
         seqused_k = torch.tensor(kv_lens, device=device, dtype=torch.int32)
         sinks = torch.randn(b.num_q_heads, device=device, dtype=DTYPE) if b.mask.has_sinks else None
         out = torch.empty(*q.shape[:2], b.value_dim, device=device, dtype=DTYPE)
-        return cls(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, sinks, pages_of)
+        return cls(q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, sinks, pages_of, cu_seqlens_k)
 
     def in_bf16(self) -> BatchTensors:
         """The same values of K and V in bfloat16, adjacent as they were."""
@@ -206,8 +223,13 @@ class BatchTensors:
     def error(self, batch: BatchShape, row: int) -> float:
         """Largest error of `out` against float32 attention, on up to 64 query tokens spread over a row."""
         query_len, kv_len = batch.row_lens[row]
-        pages = self.page_table[row, : self.pages_of[row]].long()
-        k, v = (_gathered(x, pages).flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
+        if self.page_table is None:
+            assert self.cu_seqlens_k is not None
+            first = int(self.cu_seqlens_k[row])
+            k, v = (x[first : first + kv_len].float() for x in (self.k_cache, self.v_cache))
+        else:
+            pages = self.page_table[row, : self.pages_of[row]].long()
+            k, v = (_gathered(x, pages).flatten(0, 1)[:kv_len].float() for x in (self.k_cache, self.v_cache))
         tokens = torch.linspace(0, query_len - 1, min(query_len, CHECKED_TOKENS), device=k.device).long()
         begin = int(self.cu_seqlens_q[row])
         q = self.q[begin + tokens].float().unflatten(1, (batch.num_kv_heads, -1))

@@ -1,6 +1,6 @@
-"""Peers of `fa4 bench prefill` that read contiguous K and V, without a page table: FlashAttention-4 and cuDNN.
+"""Peers of `fa4 bench prefill` that read K and V without a page table: FlashAttention-4 and cuDNN, and FA3's varlen kernel.
 
-A bound for a paged kernel rather than a choice that a server has.
+For batches with pages a bound rather than a choice that a server has; of batches without, FA3's is what vLLM runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from fa4_backend.bench.prefill_batches import PrefillBatch
 from fa4_backend.problem import FP8
 
 FLASH_ATTN_4, CUDNN = "fa4-sm90 dense", "cudnn dense"
-DENSE = (FLASH_ATTN_4, CUDNN)
+FA3_VARLEN = "fa3 varlen"
+DENSE = (FLASH_ATTN_4, CUDNN, FA3_VARLEN)
 
 
 def installed(kv_dtype: str) -> list[str]:
@@ -23,16 +24,38 @@ def installed(kv_dtype: str) -> list[str]:
     return [*([FLASH_ATTN_4] if has_module("flash_attn.cute") else []), CUDNN]
 
 
+def installed_ragged(kv_dtype: str) -> list[str]:
+    """Peers of batches without pages that can be imported here."""
+    if kv_dtype == FP8:
+        return []
+    return [*([FA3_VARLEN] if has_module("vllm") else []), *([FLASH_ATTN_4] if has_module("flash_attn.cute") else [])]
+
+
 def prepare(peer: str, batch: PrefillBatch, tensors: BatchTensors) -> Call | None:
-    """One layer's call of `peer`; None where the batch is more than whole prompts under a plain mask."""
+    """One layer's call of `peer`; but for FA3 None where the batch is more than whole prompts under a plain mask."""
     mask = batch.mask
+    if peer == FA3_VARLEN:
+        return _fa3_varlen(batch, tensors)
     if batch.query_len != batch.kv_len or mask.window or mask.softcap or mask.has_sinks:
         return None
     return _flash_attn_4(batch, tensors) if peer == FLASH_ATTN_4 else _cudnn(batch, tensors)
 
 
+def _fa3_varlen(b: PrefillBatch, t: BatchTensors) -> Call | None:
+    if t.cu_seqlens_k is None:
+        return None
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return lambda: flash_attn_varlen_func(
+        q=t.q, k=t.k_cache, v=t.v_cache, out=t.out, cu_seqlens_q=t.cu_seqlens_q, cu_seqlens_k=t.cu_seqlens_k, max_seqlen_q=b.query_len,
+        max_seqlen_k=b.kv_len, softmax_scale=b.head_dim**-0.5, causal=b.is_causal, fa_version=3,
+    )  # fmt: skip
+
+
 def _contiguous(b: PrefillBatch, t: BatchTensors) -> tuple[torch.Tensor, ...]:
-    """q, k, v as (rows, tokens, heads, head_dim), contiguous."""
+    """q, k, v as (rows, tokens, heads, head_dim); contiguous where they were in pages."""
+    if t.page_table is None:
+        return tuple(x.unflatten(0, (b.rows, -1)) for x in (t.q, t.k_cache, t.v_cache))
     k, v = (x[t.page_table.long()].flatten(1, 2)[:, : b.kv_len].contiguous() for x in (t.k_cache, t.v_cache))
     return t.q.unflatten(0, (b.rows, b.query_len)), k, v
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, ragged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
 from fa4_backend.device import plan_on
 from fa4_backend.plan import AttentionPlan
+from fa4_backend.problem import PAGED
 
 
 def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact: bool = False) -> tuple[AttentionProblem, BatchLimits]:
@@ -19,8 +21,8 @@ def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact:
     rows = batch.row_lens
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
-        dtype="bfloat16", page_size=batch.page_size, arch=arch, mask=batch.mask.features, kv_dtype=batch.kv_dtype,
-        sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
+        dtype="bfloat16", page_size=batch.page_size if batch.kv_source == PAGED else 1, arch=arch, mask=batch.mask.features,
+        kv_dtype=batch.kv_dtype, kv_source=batch.kv_source, sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
     return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)
@@ -50,16 +52,20 @@ class Ours:
         metadata = AttentionMetadata.allocate(plan, t.q.device)
         metadata.window_left = batch.mask.window_left
 
+        bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
+        values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
+        page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k
+
         def refresh() -> None:
-            metadata.refresh(
-                cu_seqlens_q=t.cu_seqlens_q, seqused_k=t.seqused_k, max_seqlen_q=batch.max_query_len, max_seqlen_k=batch.max_kv_len
-            )
+            seqused_k = t.seqused_k if cu_seqlens_k is None else None
+            metadata.refresh(cu_seqlens_q=t.cu_seqlens_q, seqused_k=seqused_k, cu_seqlens_k=cu_seqlens_k, **bounds)
+
+        def call() -> object:
+            if page_table is None:
+                assert cu_seqlens_k is not None
+                return ragged_attention(t.q, t.k_cache, t.v_cache, t.cu_seqlens_q, cu_seqlens_k, plan=plan, metadata=metadata, **values)
+            tensors = (t.q, t.k_cache, t.v_cache, page_table, t.cu_seqlens_q, t.seqused_k)
+            return paged_attention(*tensors, plan=plan, metadata=metadata, **values)
 
         refresh()
-        return cls(
-            refresh,
-            lambda: paged_attention(
-                t.q, t.k_cache, t.v_cache, t.page_table, t.cu_seqlens_q, t.seqused_k, plan=plan, metadata=metadata,
-                window_left=batch.mask.window_left, softcap=batch.mask.softcap, sinks=t.sinks, out=t.out,
-            ),
-        )  # fmt: skip
+        return cls(refresh, call)

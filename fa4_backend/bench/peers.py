@@ -147,6 +147,7 @@ def _flashinfer(b: BatchShape, t: BatchTensors) -> Call | None:
 
     indptr = torch.tensor([0, *t.pages_of], device="cuda").cumsum(0).int()
     last = ((t.seqused_k - 1) % b.page_size + 1).int()
+    assert t.page_table is not None
     pages = torch.cat([t.page_table[row, :n] for row, n in enumerate(t.pages_of)])
     # Its paged layouts want K and V in tensors of their own.
     kv_cache = (t.k_cache.contiguous(), t.v_cache.contiguous())

@@ -20,7 +20,7 @@ from fa4_backend.bench.ours import Ours
 from fa4_backend.bench.peers import PAGED, Call, installed, prepare, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch
 from fa4_backend.bench.timing import capture, in_turns, matmul_tflop_per_s
-from fa4_backend.problem import FP8
+from fa4_backend.problem import FP8, RAGGED
 
 OURS = "fa4"
 OURS_WIDE = "fa4 bf16"  # beside FP8 K and V: our kernel of the same values in bf16
@@ -35,7 +35,9 @@ class Timing:
     us: float
     tflop_per_s: float
     share_of_matmul: float  # of an 8192^3 bf16 matmul in the same run
-    ratio_to_best_peer: float | None  # best paged peer's time over this kernel's; above 1: this kernel is faster
+    ratio_to_best_peer: (
+        float | None
+    )  # time of the best peer that reads K and V as ours does over this kernel's; above 1: this kernel is faster
     error: float
 
 
@@ -50,6 +52,12 @@ def _ours_in_bf16(batch: PrefillBatch, t: BatchTensors) -> Call:
 
 def _peer(name: str, batch: PrefillBatch, t: BatchTensors) -> Call | None:
     return dense_peers.prepare(name, batch, t) if name in dense_peers.DENSE else prepare(name, batch, t)
+
+
+def _installed(batch: PrefillBatch) -> list[str]:
+    if batch.kv_source == RAGGED:
+        return dense_peers.installed_ragged(batch.kv_dtype)
+    return [*installed(batch.kv_dtype), *dense_peers.installed(batch.kv_dtype)]
 
 
 def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: int = 8) -> Iterator[list[Timing]]:
@@ -67,7 +75,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
         makers: dict[str, Callable[[PrefillBatch, BatchTensors], Call | None]] = {OURS: ours}
         if batch.kv_dtype == FP8:
             makers[OURS_WIDE] = _ours_in_bf16
-        chosen = [*installed(batch.kv_dtype), *dense_peers.installed(batch.kv_dtype)] if peers is None else peers
+        chosen = _installed(batch) if peers is None else peers
         makers |= {name: partial(_peer, name) for name in chosen}
         for name, maker in makers.items():
             tensors.out = torch.full_like(tensors.out, float("nan"))
@@ -79,7 +87,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
             replays[name] = capture(call)
             kept.append(tensors.out)
         us = in_turns(replays, rounds)
-        best = min((us[name] for name in us if name in PAGED), default=None)
+        best = min((us[name] for name in us if name in (*PAGED, dense_peers.FA3_VARLEN)), default=None)
         rates = {name: batch.flops / time / 1e6 for name, time in us.items()}
         yield [
             Timing(batch.label, name, us[name], rates[name], rates[name] / matmul, None if best is None else best / us[name], errors[name])
@@ -91,7 +99,7 @@ def format_line(timings: list[Timing]) -> str:
     """One batch on one line."""
     parts = [f"{t.kernel} {t.us:.0f} us {t.tflop_per_s:.0f} TFLOP/s {100 * t.share_of_matmul:.0f}%" for t in timings]
     ratio = timings[0].ratio_to_best_peer
-    ending = "" if ratio is None else f" | {ratio:.2f}x best paged peer"
+    ending = "" if ratio is None else f" | {ratio:.2f}x best peer of its kind"
     return f"{timings[0].batch} | {' | '.join(parts)}{ending}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fa4_backend.bench.batch import BatchShape, Mask, short
-from fa4_backend.problem import FP8
+from fa4_backend.problem import FP8, RAGGED
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,16 @@ def named_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
     ]
     full = [replace(b, mask=Mask(is_causal=False)) for b in some]
     sets = {"whole": whole, "chunked": chunked, "heads": heads, "full": full, "wide": wide, "prefix": prefix}
+    return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}
+
+
+def ragged_batches(kv_dtype: str = "bfloat16") -> dict[str, list[PrefillBatch]]:
+    """Sets of batches without pages. `mla`: prompts of models with multi-head latent attention, whose K and V are made for each query head,
+    by 16 heads and by 128; `context`: queries that see all of an earlier chunk; `whole`: grouped heads."""
+    sixteen = PrefillBatch(32, 1024, 1024, num_q_heads=16, num_kv_heads=16, head_dim=192, head_dim_v=128, kv_source=RAGGED)
+    mla = [replace(sixteen, rows=rows, query_len=n, kv_len=n) for rows, n in ((32, 1024), (8, 4096), (2, 16384))]
+    mla.append(replace(sixteen, rows=1, query_len=8192, kv_len=8192, num_q_heads=128, num_kv_heads=128))
+    context = [replace(sixteen, rows=4, query_len=2048, kv_len=8192, mask=Mask(is_causal=False))]
+    grouped = PrefillBatch(8, 4096, 4096, kv_source=RAGGED)
+    sets = {"mla": mla, "context": context, "whole": [grouped, replace(grouped, rows=2, query_len=16384, kv_len=16384)]}
     return {name: [replace(b, kv_dtype=kv_dtype) for b in batches] for name, batches in sets.items()}

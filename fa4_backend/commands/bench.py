@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fa4_backend.problem import FP8
+from fa4_backend.problem import FP8, PAGED, RAGGED
 
 bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -26,14 +26,24 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @bench.command()
 def prefill(
-    batches: Sets = "", peers: Peers = None, csv_path: Csv = None, plot: Plot = None, json_output: Json = False, kv_dtype: KvDtype = "auto"
+    batches: Sets = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    kv_dtype: KvDtype = "auto",
+    kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
 ) -> None:
-    """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best paged peer."""
+    """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
     from fa4_backend.bench import prefill as module
-    from fa4_backend.bench.prefill_batches import named_batches
+    from fa4_backend.bench.prefill_batches import named_batches, ragged_batches
 
+    sets = {PAGED: named_batches, RAGGED: ragged_batches}
+    if kind not in sets:
+        typer.echo(f"fa4 bench: --kind: expected one of {', '.join(sets)}, got {kind}", err=True)
+        raise typer.Exit(2)
     _require_gpu()
-    chosen = _chosen("--batches", named_batches(_stored(kv_dtype)), batches)
+    chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
     timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers))
     _report(module, timings, csv_path, plot, json_output)
 

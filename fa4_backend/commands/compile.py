@@ -16,7 +16,7 @@ from fa4_backend.compile import CompileError
 from fa4_backend.model_config import attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import PAGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 
 def compile(
@@ -25,6 +25,7 @@ def compile(
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
+    kind: Annotated[str, typer.Option(help="of K and V, with --heads: paged or ragged")] = PAGED,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16; bf16 and fp16 for short")] = "bfloat16",
     kv_dtype: Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
@@ -45,8 +46,8 @@ def compile(
             num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
             dims = [int(part) for part in head_dim.split("/")]
             shape = AttentionProblem(
-                num_q_heads, num_kv_heads, dims[0], dims[-1], full_dtype(dtype), page_size, arch, mask=MaskFeatures(is_causal=causal),
-                kv_dtype=kv_dtype or SAME_AS_Q, has_lse=lse, **modes,
+                num_q_heads, num_kv_heads, dims[0], dims[-1], full_dtype(dtype), page_size if kind == PAGED else 1, arch,
+                mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
             problems = [shape]
         plans = [plan_attention(problem, limits) for problem in problems]

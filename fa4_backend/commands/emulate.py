@@ -1,4 +1,4 @@
-"""`fa4 emulate`: run a paged attention case, or a program of one's own, on the emulator."""
+"""`fa4 emulate`: run an attention case, or a program of one's own, on the emulator."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+from fa4_backend.problem import PAGED, RAGGED
 
 if TYPE_CHECKING:
+    import torch
+
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.emulator import Report
     from fa4_backend.emulator.trace import Trace
@@ -44,7 +47,9 @@ def emulate(
     ] = None,
     arch: Annotated[str, typer.Option(help="sm_90a, sm_100a or sm_103a")] = "sm_100a",
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "4/1",
-    head_dim: Annotated[int, typer.Option(help="elements of a row")] = 128,
+    head_dim: Annotated[int, typer.Option(help="elements of a query or key row")] = 128,
+    head_dim_v: Annotated[int | None, typer.Option(help="elements of a value or output row; default: as many")] = None,
+    kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
     q_lens: Annotated[str, typer.Option(help="query tokens of each sequence; 0 or more, also more than keys")] = "5,40",
     kv_lens: Annotated[str, typer.Option(help="KV tokens of each sequence, this step's included; 0 or more")] = "133,300",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
@@ -75,7 +80,8 @@ def emulate(
             result = run_program(program, arch, num_sms, seeds, timeline)
         else:
             plan, arguments = build_case(
-                arch=arch, heads=heads, head_dim=head_dim, q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
+                arch=arch, kind=kind, heads=heads, head_dim=head_dim, head_dim_v=head_dim_v,
+                q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
                 page_size=page_size, dtype=full_dtype(dtype), kv_dtype=full_dtype(kv_dtype), causal=causal, window_left=window_left,
                 softcap=softcap, sinks=sinks, num_sms=num_sms,
             )  # fmt: skip
@@ -103,14 +109,14 @@ def _numbers(text: str, option: str) -> list[int]:
         raise ValueError(f"{option}: expected whole numbers between commas, got {text!r}") from None
 
 
-# -- a paged case ---------------------------------------------------------------------------------------------------------
+# -- an attention case -----------------------------------------------------------------------------------------------------
 
 
 def build_case(
     *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, kv_dtype: str,
-    causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int,
+    causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int, kind: str = PAGED, head_dim_v: int | None = None,
 ) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
-    """Random tensors of one step over scattered pages; whatever the kernel must not use holds NaN.
+    """Random tensors of one step, over scattered pages or without; whatever the kernel must not use holds NaN.
 
     Raises:
         ValueError: the numbers do not fit each other, or no kernel serves them.
@@ -119,7 +125,7 @@ def build_case(
 
     from fa4_backend.arguments import AttentionArguments
     from fa4_backend.plan import plan_attention
-    from fa4_backend.problem import EMULATED_PREFIX, FP8_MAX, AttentionProblem, BatchLimits, MaskFeatures
+    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
 
     if len(q_lens) != len(kv_lens) or min(*q_lens, *kv_lens) < 0:
         raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {q_lens} and {kv_lens}")
@@ -127,40 +133,70 @@ def build_case(
     if len(parts) != 2 or not all(p.isdigit() for p in parts):
         raise ValueError(f"--heads: expected two numbers such as 32/8, got {heads!r}")
     num_q_heads, num_kv_heads = (int(p) for p in parts)
+    if kind not in (PAGED, RAGGED):
+        raise ValueError(f"--kind: expected {PAGED} or {RAGGED}, got {kind!r}")
+    dims = head_dim, head_dim_v or head_dim
     problem = AttentionProblem(
-        num_q_heads, num_kv_heads, head_dim, head_dim, dtype, page_size, EMULATED_PREFIX + arch,
+        num_q_heads, num_kv_heads, *dims, dtype, page_size if kind == PAGED else 1, EMULATED_PREFIX + arch,
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
-        kv_dtype=kv_dtype, has_lse=True,
+        kv_dtype=kv_dtype, kv_source=kind, has_lse=True,
     )  # fmt: skip
     limits = BatchLimits(len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1))
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
-    kind, kv_kind = getattr(torch, problem.dtype), getattr(torch, problem.kv_dtype)
+    kind_of_q, kv_kind = getattr(torch, problem.dtype), getattr(torch, problem.kv_dtype)
     scales = None
     if problem.has_kv_scales:
         scales = torch.rand(2, num_kv_heads, generator=generator).mul(-8).exp2()
         scales[:, 0] = 2.0**-8  # values above 1.75 are cut
-    pages_of = [-(-n // page_size) for n in kv_lens]
-    k_cache, v_cache = (torch.full((sum(pages_of) + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=kv_kind) for _ in range(2))
-    page_table = torch.zeros(len(kv_lens), max(*pages_of, 1), dtype=torch.int32)
-    free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
-    for seq_idx, kv_len in enumerate(kv_lens):
-        for logical in range(pages_of[seq_idx]):
-            page, rows = free.pop(), min(page_size, kv_len - logical * page_size)
-            page_table[seq_idx, logical] = page
-            for index, cache in enumerate((k_cache, v_cache)):
-                values = torch.randn(rows, num_kv_heads, head_dim, generator=generator)
-                if scales is not None:
-                    values = (values / scales[index, :, None]).clamp(-FP8_MAX, FP8_MAX)
-                cache[page, :rows] = values.to(kv_kind)
-    q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind)
-    q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(kind)
+    sequences = [
+        [_stored(torch.randn(n, num_kv_heads, dim, generator=generator), scales, i).to(kv_kind) for i, dim in enumerate(dims)]
+        for n in kv_lens
+    ]
+    q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind_of_q)
+    q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(q.dtype)
+    page_table = cu_seqlens_k = None
+    if kind == PAGED:
+        k, v, page_table = _in_pages(sequences, page_size, generator)
+    else:
+        poison = [torch.full((POISONED_ROWS, num_kv_heads, dim), torch.nan, dtype=kv_kind) for dim in dims]
+        k, v = (torch.cat([*(tokens[i] for tokens in sequences), poison[i]]) for i in range(2))
+        cu_seqlens_k = torch.tensor([0, *kv_lens]).cumsum(0).int()
+    k_scale, v_scale = (None, None) if scales is None else scales
+    out = torch.full((q.shape[0], num_q_heads, dims[1]), torch.nan, dtype=q.dtype)
     arguments = AttentionArguments(
-        q, k_cache, v_cache, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
-        torch.full_like(q, torch.nan), torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
-        torch.randn(num_q_heads, generator=generator) if sinks else None, None, *(() if scales is None else scales),
+        q, k, v, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
+        out, torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
+        torch.randn(num_q_heads, generator=generator) if sinks else None, None, k_scale, v_scale,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return plan, arguments
+
+
+def _stored(values: torch.Tensor, scales: torch.Tensor | None, index: int) -> torch.Tensor:
+    """Keys (index 0) or values (1) of a sequence as they are stored: in FP8 divided by each head's scale, and saturated."""
+    from fa4_backend.problem import FP8_MAX
+
+    return values if scales is None else (values / scales[index, :, None]).clamp(-FP8_MAX, FP8_MAX)
+
+
+def _in_pages(
+    sequences: list[list[torch.Tensor]], page_size: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V of each sequence in scattered pages, NaN elsewhere, and the page table."""
+    import torch
+
+    pages_of = [-(-k.shape[0] // page_size) for k, _ in sequences]
+    caches = tuple(torch.full((sum(pages_of) + 1, page_size, *x.shape[1:]), torch.nan, dtype=x.dtype) for x in sequences[0])
+    page_table = torch.zeros(len(sequences), max(*pages_of, 1), dtype=torch.int32)
+    free = torch.randperm(sum(pages_of) + 1, generator=generator).tolist()
+    for seq_idx, tokens in enumerate(sequences):
+        for logical in range(pages_of[seq_idx]):
+            page = page_table[seq_idx, logical] = free.pop()
+            for cache, x in zip(caches, tokens, strict=True):
+                rows = x[logical * page_size : (logical + 1) * page_size]
+                cache[page, : rows.shape[0]] = rows
+    return caches[0], caches[1], page_table
 
 
 def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, timeline: Trace | None) -> dict[str, Any]:
@@ -170,7 +206,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
 
     from fa4_backend.emulator.kernels import observed
     from fa4_backend.metadata import AttentionMetadata
-    from fa4_backend.ops import paged_attention
+    from fa4_backend.ops import paged_attention, ragged_attention
 
     a = arguments
     reports: list[tuple[str, Report]] = []
@@ -179,12 +215,16 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
         a.out.fill_(torch.nan)
         with observed(seed, trace, contraction) as seen:
             metadata = AttentionMetadata.allocate(plan, "cpu")
-            bounds = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
-            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
-            paged_attention(
-                *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, softcap=a.softcap,
-                sinks=a.sinks, k_scale=a.k_scale, v_scale=a.v_scale, out=a.out, lse=a.lse,
-            )  # fmt: skip
+            bounds: dict[str, Any] = {"max_seqlen_q": plan.limits.max_num_tokens, "max_seqlen_k": plan.limits.max_seqlen_k}
+            names = ("softmax_scale", "window_left", "softcap", "sinks", "k_scale", "v_scale", "out", "lse")
+            values: dict[str, Any] = {name: getattr(a, name) for name in names}
+            if a.page_table is None:
+                assert a.cu_seqlens_k is not None
+                metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)
+                ragged_attention(a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k, plan=plan, metadata=metadata, **values)
+            else:
+                metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+                paged_attention(*a[:3], a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata, **values)
         reports.extend(seen.reports)
 
     run(None, timeline, "never")

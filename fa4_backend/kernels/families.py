@@ -92,7 +92,7 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
         num_sms, memory_gb: of the device: SMs, and the memory's peak in GB/s (default: the published one of the arch).
     """
     if problem.kv_source == LATENT:
-        return _latent_kernels(problem, limits, num_sms)
+        return latent_kernels(mla_family.resolve(problem, limits), problem, limits, num_sms)
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
     decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
     if decode is None:
@@ -101,9 +101,8 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
     return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, memory_gb, decode, prefill))
 
 
-def _latent_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
-    """The schedule and the latent decode kernel, whose row groups are a cluster's tiles of a sequence's packed rows."""
-    key = mla_family.resolve(problem, limits)
+def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
+    """The schedule and the latent decode kernel `key`, whose row groups are a cluster's tiles of a sequence's packed rows."""
     num_ctas = max(1, num_sms // key.cluster_size)
     work = WorkShape(
         num_kv_heads=key.num_groups,

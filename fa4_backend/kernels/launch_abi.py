@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, QUEUE_INTS, TILE_INTS, WorkLists
-from fa4_backend.problem import DTYPE_BYTES
+from fa4_backend.problem import DTYPE_BYTES, RAGGED
 
 if TYPE_CHECKING:
     from fa4_backend.arguments import AttentionArguments, LatentArguments
@@ -39,9 +39,10 @@ class PrefillArguments(NamedTuple):
     """A prefill launch over one work list."""
 
     mQ: Any  # (total_q, num_q_heads, head_dim)
-    mK: Any  # (num_pages, page_size, num_kv_heads, head_dim)
-    mV: Any  # (num_pages, page_size, num_kv_heads, head_dim_v)
-    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mK: Any  # (num_pages, page_size, num_kv_heads, head_dim); without pages (total_k, num_kv_heads, head_dim)
+    mV: Any  # likewise, head_dim_v
+    mPageTable: Any  # (batch, max_pages_per_seq) int32; None where K and V have no pages
+    mCuSeqlensK: Any  # (batch + 1,) int32; None where they have
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
     mBegin: Any  # (prefill_groups + 1,) int32
@@ -128,7 +129,7 @@ def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArgument
     queue = work.prefill_queue if work.shape.has_queue else None
     part_arrivals = None if work.part_slots is None else work.part_arrivals
     return PrefillArguments(
-        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_q,
+        a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_k, a.cu_seqlens_q,
         work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
         a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
@@ -172,13 +173,16 @@ def schedule_fakes() -> tuple[Any, ...]:
 def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -> tuple[Any, ...]:
     """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic. part_floats: 0: no parts."""
     fake = _Fakes()
-    total_q, heads, batch = fake.size(), fake.size(), fake.size()
-    pages, page_size, kv_heads = fake.size(), fake.size(), fake.size()
+    total_q, heads = fake.size(), fake.size()
+    is_ragged = config.kv_source == RAGGED
+    tokens = (fake.size(),) if is_ragged else (fake.size(), fake.size())
+    kv_heads = fake.size()
     arguments = PrefillArguments(
         mQ=fake.heads(config.dtype, total_q, heads, config.head_dim),
-        mK=fake.heads(config.kv_dtype, pages, page_size, kv_heads, config.head_dim),
-        mV=fake.heads(config.kv_dtype, pages, page_size, kv_heads, config.head_dim_v),
-        mPageTable=fake.plain("int32", batch, fake.size()),
+        mK=fake.heads(config.kv_dtype, *tokens, kv_heads, config.head_dim),
+        mV=fake.heads(config.kv_dtype, *tokens, kv_heads, config.head_dim_v),
+        mPageTable=None if is_ragged else fake.plain("int32", fake.size(), fake.size()),
+        mCuSeqlensK=fake.plain("int32", fake.size()) if is_ragged else None,
         mCuSeqlensQ=fake.plain("int32", fake.size()),
         mTiles=fake.entries(TILE_INTS),
         mBegin=fake.plain("int32", fake.size()),

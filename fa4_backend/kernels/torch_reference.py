@@ -1,4 +1,4 @@
-"""Paged attention on CPU tensors with torch's own fused CPU attention: what serves a machine without a GPU.
+"""Attention on CPU tensors, with pages or without, with torch's own fused CPU attention: what serves a machine without a GPU.
 
 Query heads of a KV head are stacked as rows, so that keys and values are gathered once a KV head whatever the ratio. Long
 queries go in chunks, each against the keys its rows can see only; short queries of several sequences go together.
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from fa4_backend.arguments import AttentionArguments
+from fa4_backend.arguments import AttentionArguments, LatentArguments
 from fa4_backend.problem import AttentionProblem
-from fa4_backend.reference import rounded, softmax_weights
+from fa4_backend.reference import as_paged, kv_room, rounded, softmax_weights
 
 # Query tokens a chunk. SmolLM2-135M (9/3 heads, d64, bf16), 2 cores of an AVX-512 server: see docs/benchmarks.md, "CPU reference".
 QUERY_CHUNK = 256
@@ -55,7 +55,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
     right = 0 if problem.mask.is_causal else a.window_right
     num_tokens = min(int(a.cu_seqlens_q[-1]), a.q.shape[0])
     spans = _spans(a, right)
-    page_table = _followed_pages(a, spans)
+    page_table = None if a.page_table is None else _followed_pages(a, a.page_table, spans)
     if num_tokens < a.q.shape[0]:
         a.out[num_tokens:] = 0.0
         if a.lse is not None:
@@ -65,9 +65,22 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
         if group[0].num_keys == 0:
             _store(a, rows, None, torch.full((problem.num_q_heads, group[0].num_rows), -math.inf))
             continue
-        pages = _pages(page_table, group, a.k_cache.shape[1])
-        k, v = (_gather(cache, pages, group).to(a.q.dtype) for cache in (a.k_cache, a.v_cache))
+        if page_table is None:
+            assert a.cu_seqlens_k is not None
+            k, v = (_slice(x, a.cu_seqlens_k, group).to(a.q.dtype) for x in (a.k_cache, a.v_cache))
+        else:
+            pages = _pages(page_table, group, a.k_cache.shape[1])
+            k, v = (_gather(cache, pages, group).to(a.q.dtype) for cache in (a.k_cache, a.v_cache))
         _store(a, rows, *_attend(problem, a, group, rows, k, v, right))
+
+
+def run_latent_reference(problem: AttentionProblem, arguments: LatentArguments) -> None:
+    """Compute one call of latent attention into `arguments.out` (and `lse`), as attention over one KV head; tensors on the CPU.
+
+    Raises:
+        ValueError: a row sees a page that the page table puts outside the pool.
+    """
+    run_reference(problem, as_paged(arguments))
 
 
 def _spans(a: AttentionArguments, right: int | None) -> list[Span]:
@@ -77,9 +90,8 @@ def _spans(a: AttentionArguments, right: int | None) -> list[Span]:
     """
     spans = []
     bounds = [min(bound, a.q.shape[0]) for bound in a.cu_seqlens_q.tolist()]
-    width = a.page_table.shape[1] * a.k_cache.shape[1]
     for seq_idx, seqused in enumerate(a.seqused_k.tolist()):
-        seqlen_k, end = max(0, min(seqused, width)), bounds[seq_idx + 1]
+        seqlen_k, end = max(0, min(seqused, kv_room(a, seq_idx))), bounds[seq_idx + 1]
         for begin in range(bounds[seq_idx], end, QUERY_CHUNK):
             num_rows = min(QUERY_CHUNK, end - begin)
             diagonal = seqlen_k - end + begin  # bottom-right alignment
@@ -89,21 +101,21 @@ def _spans(a: AttentionArguments, right: int | None) -> list[Span]:
     return spans
 
 
-def _followed_pages(a: AttentionArguments, spans: list[Span]) -> torch.Tensor:
+def _followed_pages(a: AttentionArguments, page_table: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     """The page table with 0 in place of entries outside the pool, none of which a row may need."""
     num_pages, page_size = a.k_cache.shape[:2]
-    if not any(span.num_keys for span in spans) or all(0 <= int(page) < num_pages for page in torch.aminmax(a.page_table)):
-        return a.page_table
-    outside = (a.page_table < 0) | (a.page_table >= num_pages)
+    if not any(span.num_keys for span in spans) or all(0 <= int(page) < num_pages for page in torch.aminmax(page_table)):
+        return page_table
+    outside = (page_table < 0) | (page_table >= num_pages)
     for span in spans:
         begin, end = span.first // page_size, -(-span.last // page_size)
         if span.num_keys and outside[span.seq_idx, begin:end].any():
             logical = begin + int(outside[span.seq_idx, begin:end].int().argmax())
             raise ValueError(
                 f"page_table[{span.seq_idx}, {logical}]: expected a page below {num_pages}, the pool's, since keys of sequence "
-                f"{span.seq_idx} on logical page {logical} are visible, got {int(a.page_table[span.seq_idx, logical])}"
+                f"{span.seq_idx} on logical page {logical} are visible, got {int(page_table[span.seq_idx, logical])}"
             )
-    return a.page_table.masked_fill(outside, 0)
+    return page_table.masked_fill(outside, 0)
 
 
 def _groups(spans: list[Span], *, alone: bool) -> list[list[Span]]:
@@ -162,6 +174,18 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, group: list[Span]) -> torc
     for i, span in enumerate(group):
         if span.num_keys < num_keys:
             tokens[i, span.num_keys :].zero_()
+    return tokens.transpose(1, 2)
+
+
+def _slice(x: torch.Tensor, cu_seqlens_k: torch.Tensor, group: list[Span]) -> torch.Tensor:
+    """The same from k or v without pages, (total_k, num_kv_heads, head_dim)."""
+    num_keys = max(span.num_keys for span in group)
+    begins = [int(cu_seqlens_k[span.seq_idx]) + span.first for span in group]
+    if len(group) == 1:
+        return x[None, begins[0] : begins[0] + num_keys].transpose(1, 2)
+    tokens = x.new_zeros(len(group), num_keys, *x.shape[1:])
+    for i, (begin, span) in enumerate(zip(begins, group, strict=True)):
+        tokens[i, : span.num_keys] = x[begin : begin + span.num_keys]
     return tokens.transpose(1, 2)
 
 

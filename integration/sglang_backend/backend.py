@@ -39,17 +39,20 @@ class FA4Backend(AttentionBackend):
     """
 
     needs_cpu_seq_lens = False
+    is_latent = False  # of multi-head latent attention
 
     def __init__(self, runner: Any, draft_step: int = 0) -> None:
         super().__init__()
-        refuse_strange(runner)
+        refuse_strange(runner, is_latent=self.is_latent)
         self.device = torch.device(runner.device)
+        # Under these names SGLang asks the backend of a step for its pools.
+        self.token_to_kv_pool, self.req_to_token_pool = runner.token_to_kv_pool, runner.req_to_token_pool
         self.pool = runner.token_to_kv_pool
         self.kv_index_translator = runner.kv_index_translator
         self.slots = TokenSlots(runner)
         self.draft_step = draft_step
         self.draft_tokens = get_spec().speculative_num_draft_tokens or 0
-        self.steps = LayerSteps(engine_facts(runner), batch_limits(runner, self.draft_tokens), self.device)
+        self.steps = LayerSteps(engine_facts(runner, is_latent=self.is_latent), batch_limits(runner, self.draft_tokens), self.device)
         self.captured: StepTensors | None = None  # what captured graphs read
         self.step: StepTensors | None = None  # of the step under way; None: it has no sequences
         self.window_slots: torch.Tensor | None = None  # (tokens,), of that step; None: the model has one pool
@@ -179,7 +182,7 @@ class FA4Backend(AttentionBackend):
         self.steps.refresh(tensors.cu_seqlens_q, tensors.seqused_k, shape.max_seqlen_q)
 
 
-def engine_facts(runner: Any) -> EngineFacts:
+def engine_facts(runner: Any, *, is_latent: bool = False) -> EngineFacts:
     """What all layers of `runner` have in common."""
     return EngineFacts(
         dtype=runner.dtype,
@@ -190,10 +193,11 @@ def engine_facts(runner: Any) -> EngineFacts:
         attention_chunk_size=runner.attention_chunk_size,
         batch_invariant=bool(get_exec().deterministic.enable_deterministic_inference),
         exact=envs.exact(),
+        is_latent=is_latent,
     )
 
 
-def refuse_strange(runner: Any) -> None:
+def refuse_strange(runner: Any, *, is_latent: bool = False) -> None:
     """Refuse what no step of ours describes. Under its own name `fa4` SGLang lets more pass than under ours.
 
     Raises:
@@ -204,7 +208,7 @@ def refuse_strange(runner: Any) -> None:
     is_sharded, sees_prompts = get_kv_shard_pool(runner.token_to_kv_pool) is not None, getattr(runner, "prefill_aware_swa", False)
     topk, parallel = get_spec().speculative_eagle_topk or 0, get_parallel()
     for what, expected, got, is_served in (
-        ("model", "multi-head or grouped-query attention", "MLA", not runner.use_mla_backend),
+        ("model", "multi-head or grouped-query attention", "MLA", is_latent or not runner.use_mla_backend),
         ("model", "a decoder", "an encoder-decoder", not runner.model_config.is_encoder_decoder),
         ("--kv-cache-dtype", ", ".join(PLAIN_KV), runner.kv_cache_dtype_str, runner.kv_cache_dtype_str in PLAIN_KV),
         ("--speculative-eagle-topk", "1: a chain of drafts", topk, topk <= 1),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fa4_backend import AttentionProblem, MaskFeatures
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.problem import LATENT, PAGED, UnsupportedProblem
 
 ADVICE = "use another --attention-backend for this model"
 
@@ -25,6 +25,7 @@ class EngineFacts:
     attention_chunk_size: int | None  # tokens; of models whose local layers see a chunk
     batch_invariant: bool
     exact: bool
+    is_latent: bool = False  # multi-head latent attention, absorbed: keys and values are latents, which all heads share
 
 
 def problem_of_layer(layer: Any, engine: EngineFacts, sinks_dtype: torch.dtype | None) -> AttentionProblem:
@@ -44,6 +45,7 @@ def problem_of_layer(layer: Any, engine: EngineFacts, sinks_dtype: torch.dtype |
         head_dim_v=layer.v_head_dim,
         dtype=name_of(engine.dtype),
         kv_dtype=name_of(engine.kv_dtype),
+        kv_source=LATENT if engine.is_latent else PAGED,
         page_size=engine.page_size,
         arch=engine.arch,
         mask=MaskFeatures(
@@ -55,6 +57,11 @@ def problem_of_layer(layer: Any, engine: EngineFacts, sinks_dtype: torch.dtype |
         batch_invariant=engine.batch_invariant,
         exact=engine.exact,
     )
+
+
+def reads_latents(layer: Any) -> bool:
+    """Whether a layer is the absorbed form of latent attention; models of that kind have another layer for prompts beside it."""
+    return bool(layer.tp_k_head_num == 1 and layer.v_head_dim < layer.qk_head_dim)
 
 
 def window_left(layer: Any) -> int | None:

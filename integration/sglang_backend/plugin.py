@@ -82,6 +82,7 @@ def create_backend(runner: Any) -> Any:
     """
     try:
         from fa4_integration.sglang_backend.backend import FA4Backend
+        from fa4_integration.sglang_backend.latent import FA4LatentBackend
     except ImportError as error:
         raise RuntimeError(f"{NAME}: expected an importable backend (`fa4 doctor` looks for what is missing), got {error}") from error
-    return FA4Backend(runner)
+    return FA4LatentBackend(runner) if runner.use_mla_backend else FA4Backend(runner)

@@ -42,10 +42,10 @@ def resolve(server_args: Any, previous: Any) -> None:
     ours = [name in plugin.served_names() for name in attention_backends_of(view)]  # prefill, decode
     if not any(ours):
         return
-    if use_mla_backend(view):
+    if use_mla_backend(view) and ours[0]:
         raise UnsupportedProblem(
-            f"model: expected multi-head or grouped-query attention, got MLA, which {plugin.NAME} does not serve; "
-            "use another --attention-backend"
+            f"prefill of a model with MLA: expected another backend, got {plugin.NAME}, which serves its decode steps; "
+            f"use --decode-attention-backend {plugin.NAME} beside another --prefill-attention-backend"
         )
     # SGLang forces pages of 128 on its own fa4; whose name we may have. Where the other phase is not ours its wish stands.
     page_size = (wanted or DEFAULT_PAGE_SIZE) if all(ours) else (view.page_size or DEFAULT_PAGE_SIZE)

@@ -10,7 +10,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits
 from fa4_integration.common import start
-from fa4_integration.sglang_backend.layers import EngineFacts, problem_of_layer, window_left
+from fa4_integration.sglang_backend.layers import EngineFacts, problem_of_layer, reads_latents, window_left
 
 logger = logging.getLogger("sglang.srt.fa4_plugin")
 
@@ -32,7 +32,7 @@ class LayerSteps:
         self.refreshed: dict[str, Any] | None = None  # arguments of the step's `refresh`
 
     def plan_model(self, model: torch.nn.Module) -> None:
-        """Plan every attention layer of `model`.
+        """Plan every attention layer of `model`, of latent attention those in absorbed form.
 
         Raises:
             UnsupportedProblem: a layer is not served.
@@ -40,7 +40,8 @@ class LayerSteps:
         """
         start.open_warm_up()
         for layer, sinks_dtype in attention_layers(model):
-            self.of_layer(layer, sinks_dtype)
+            if not self.engine.is_latent or reads_latents(layer):
+                self.of_layer(layer, sinks_dtype)
 
     def of_layer(self, layer: Any, sinks_dtype: torch.dtype | None) -> AttentionMetadata:
         """The metadata that serves a layer, planned if its kind is not there yet.

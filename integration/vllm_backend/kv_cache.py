@@ -71,3 +71,21 @@ def quantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     finite, rounded to the nearest. `scale`: one for all, or one a KV head."""
     divided = values.float() / scale.view(-1, 1)
     return divided.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def write_latents(
+    kv_c: torch.Tensor, k_pe: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, kv_cache_dtype: str, scale: torch.Tensor
+) -> None:
+    """Store a step's new latents on a CPU; a GPU has vLLM's own scatter kernel.
+
+    Args:
+        kv_c: (num_tokens or more, kv_lora_rank); rows past `slot_mapping` are padding.
+        k_pe: (num_tokens or more, 1, rope).
+        cache: (num_pages, page_size, kv_lora_rank + rope), any page stride; bytes where latents are FP8.
+        slot_mapping: as in `write_kv`.
+        scale: (), of FP8 latents.
+    """
+    tokens = torch.nonzero(slot_mapping >= 0).squeeze(1)
+    slots, page_size = slot_mapping[tokens], cache.shape[1]
+    new = torch.cat((kv_c[tokens], k_pe[tokens].flatten(1)), dim=-1)
+    cache[slots // page_size, slots % page_size] = quantise(new, scale).view(cache.dtype) if stored_dtype(kv_cache_dtype) == FP8 else new

@@ -13,10 +13,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-from fa4_integration.vllm_backend.plugin import NAME
+from fa4_integration.vllm_backend.plugin import NAME, PATHS
 
 DRAFTER = f"drafter: vLLM picks its backend apart, set attention_backend to {NAME} in --speculative-config"
-MLA = f"MLA, which {NAME} does not serve"
+MLA = "MLA, whose backend was selected apart"
 RECURRENT = "linear attention or Mamba, which has no attention kernel"
 OTHER = "vLLM's choice for these layers"
 IMAGE_ENCODER = "The image encoder runs on vLLM's choice (--mm-encoder-attn-backend)."
@@ -33,7 +33,7 @@ def describe_layers(vllm_config: Any) -> str:
     others: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
         backend = layer.get_attn_backend().get_name()
-        if backend != NAME:
+        if backend not in PATHS:
             others.setdefault((backend, _reason(name, layer, vllm_config)), []).append(name)
     num_others = sum(len(names) for names in others.values())
     line = f"{NAME} runs {len(layers) - num_others} of {len(layers)} attention layers."

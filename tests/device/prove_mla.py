@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from fa4_backend.bench.timing import Flush, capture, median_us
 from fa4_backend.compile_cache import ensure_object
 from fa4_backend.error_budget import LSE_RELATIVE
 from fa4_backend.kernel_stamp import gpu_stamp
-from fa4_backend.kernels.families import KernelSet, resolve_kernels
+from fa4_backend.kernels.families import KernelSet, latent_kernels
 from fa4_backend.kernels.launch_abi import mla_decode_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
+from fa4_backend.kernels.mla_decode.config import resolve
 from fa4_backend.kernels.schedule.work_list import WorkLists
 from fa4_backend.problem import FP8, LATENT, AttentionProblem, BatchLimits
 from tests.support.emulated_mla import DIM, LATENT_DIM, Latent, oracle
@@ -46,6 +47,7 @@ class Shape:
     batch_invariant: bool = False
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"
+    tuning: tuple[tuple[str, int], ...] = ()  # fields of the key
 
     def kernels(self, num_seqs: int, max_seqlen_k: int) -> tuple[KernelSet, BatchLimits]:
         """The kernels and the limits of batches of `num_seqs` sequences."""
@@ -55,7 +57,8 @@ class Shape:
         )  # fmt: skip
         limits = BatchLimits(num_seqs, num_seqs * self.query_len + 3, max_seqlen_k, self.query_len)
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
-        return resolve_kernels(problem, limits, num_sms), limits
+        key = replace(resolve(problem, limits), **dict(self.tuning))  # type: ignore[arg-type]
+        return latent_kernels(key, problem, limits, num_sms), limits
 
 
 class Step:
@@ -242,6 +245,11 @@ CELLS = {
 }  # fmt: skip
 
 
+# Beside the kernel as it is: its tuned numbers otherwise.
+VARIANTS = {"c1": (("max_cluster", 1),), "l2": (("prefetch_blocks", 2),), "c1 l2": (("max_cluster", 1), ("prefetch_blocks", 2))}
+VARIED = ((128, "auto"),)
+
+
 def peers(a: Latent, heads: int, batch: int, keys: int, queries: int) -> dict[str, Callable[[], object]]:
     """FA3 and FlashMLA as vLLM calls them."""
     calls: dict[str, Callable[[], object]] = {}
@@ -284,6 +292,11 @@ def times(rounds: int) -> list[dict[str, Any]]:
         if batch * keys <= 1 << 16:
             judge(a)
         calls = {"fa4": capture(step.run)}
+        variants = []
+        for name, tuning in VARIANTS.items() if (heads, kv_dtype) in VARIED else ():
+            variants.append(Step(replace(shape, tuning=tuning), a, keys))
+            variants[-1].refresh()
+            calls[name] = capture(variants[-1].run)
         alive = peers(a, heads, batch, keys, queries) if kv_dtype == "auto" else {}  # a graph holds no tensor of its calls
         for name, call in alive.items():
             call()
@@ -322,7 +335,7 @@ def times(rounds: int) -> list[dict[str, Any]]:
             f"h{heads:3d} {batch:2d} x {keys:5d} q{queries} {kv_dtype[:8]}: {ours}  {others}  {gb:.0f} GB/s {tflops:.0f} TFLOP/s",
             flush=True,
         )
-        del a, step, calls, alive
+        del a, step, calls, alive, variants
     return table
 
 
@@ -339,6 +352,10 @@ def main() -> None:
         *(Shape(heads, queries, kv_dtype=kind) for heads, _, _, queries, kind in CELLS),
         *(Shape(128, 1, page) for page in PAGES),
     }
+    shapes |= {
+        Shape(heads, queries, kv_dtype=kind, tuning=tuning)
+        for heads, _, _, queries, kind in CELLS if (heads, kind) in VARIED for tuning in VARIANTS.values()
+    }  # fmt: skip
     keys = {key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}
     begin = time.monotonic()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

@@ -69,3 +69,10 @@ def test_the_scale_is_read_at_each_launch() -> None:
     got = again.out[: built.total_q].float()
     normal = (out.abs() >= 2.0**-6) & (out.abs() < 224)
     assert normal.any() and torch.equal(got[normal], 2 * out[normal])
+
+
+@pytest.mark.parametrize("name", ["sm_90a d64", "sm_100a d128"])
+def test_the_lse_is_that_of_the_kernel_that_writes_16_bits(name: str) -> None:
+    run = run_prefill(PREFILL[name])
+    wide = run_prefill(replace(PREFILL[name], out_dtype="auto"))
+    assert torch.equal(run.lse[:, : run.built.total_q], wide.lse[:, : run.built.total_q])

@@ -114,9 +114,15 @@ def test_deterministic_mode_keeps_the_radix_cache_where_bits_do_not_depend_on_ch
         names.remove(plugin.NAME)
 
 
-def test_mla_is_refused_before_a_model_loads(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedProblem, match="model: expected multi-head or grouped-query attention, got MLA"):
-        resolve(tmp_path, DEEPSEEK, "--attention-backend", plugin.NAME)
+@pytest.mark.parametrize("argument", ("--attention-backend", "--prefill-attention-backend"))
+def test_prompts_of_mla_are_refused_before_a_model_loads(tmp_path: Path, argument: str) -> None:
+    with pytest.raises(UnsupportedProblem, match=r"prefill of a model with MLA: expected another backend.*--decode-attention-backend"):
+        resolve(tmp_path, DEEPSEEK, "--attention-backend", "triton", argument, plugin.NAME)
+
+
+def test_decode_of_mla(tmp_path: Path) -> None:
+    view = resolve(tmp_path, DEEPSEEK, "--attention-backend", "triton", "--decode-attention-backend", plugin.NAME)
+    assert (view.decode_attention_backend, view.page_size) == (plugin.NAME, 64)
 
 
 def test_a_model_with_a_list_of_backends_wants_the_name_fa4(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -125,10 +126,70 @@ def test_cpu_platform_honours_fa4() -> None:
     assert current_platform.get_attn_backend_cls(backends()["FA4"], selector()) == plugin.BACKEND_PATH
 
 
+MLA = {"use_mla": True, "head_size": 576}
+
+
+@pytest.mark.parametrize("name", ["FA4", "FA4_MLA"])
+def test_the_kind_of_a_layer_chooses_the_backend(name: str) -> None:
+    """A model may have layers of both kinds, as one with MLA and a dense drafter has; either name serves both."""
+    from vllm.platforms import current_platform
+
+    plugin.register()
+    member = backends()[name]
+    assert current_platform.get_attn_backend_cls(member, selector()) == plugin.BACKEND_PATH
+    assert current_platform.get_attn_backend_cls(member, selector(**MLA)) == plugin.MLA_BACKEND_PATH
+    assert pickle.loads(pickle.dumps(member)) is member and backends()["FA4_MLA"].get_class().get_name() == "FA4_MLA"
+
+
+@pytest.mark.parametrize("selected", ["CPU_MLA", "FLASH_ATTN_MLA", None])
+def test_layers_with_mla_under_other_selections_are_as_before(selected: str | None) -> None:
+    from vllm.platforms import current_platform
+
+    plugin.register()
+    member = None if selected is None else backends()[selected]
+    assert current_platform.get_attn_backend_cls(member, selector(**MLA)) in {
+        backends()[name].get_path() for name in ("CPU_MLA", "AMX_MLA")
+    }
+
+
+@pytest.fixture
+def cuda_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own CUDA platform, of which only the device is made up, as `register` leaves it on a GPU."""
+    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("operators that a build for CPUs has not"))
+    from vllm.platforms.cuda import CudaPlatformBase
+    from vllm.platforms.interface import DeviceCapability
+
+    from fa4_integration.vllm_backend.selection import wrap_platform
+
+    plugin.register()
+    for module in ("backend", "mla_backend"):
+        monkeypatch.setattr(f"fa4_integration.vllm_backend.{module}.serving_arch", lambda capability=None: "cpu")
+
+    class Hopper(CudaPlatformBase):
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            return DeviceCapability(9, 0)
+
+    wrap_platform(Hopper, {name: backends()[name] for name in plugin.PATHS})
+    return Hopper
+
+
+def test_cuda_platform_chooses_by_kind_too(cuda_platform: Any) -> None:
+    for name in plugin.PATHS:
+        assert cuda_platform.get_attn_backend_cls(backends()[name], selector()) == plugin.BACKEND_PATH
+        assert cuda_platform.get_attn_backend_cls(backends()[name], selector(**MLA)) == plugin.MLA_BACKEND_PATH
+
+
+def test_cuda_platform_refuses_what_the_backend_of_the_kind_refuses(cuda_platform: Any) -> None:
+    with pytest.raises(ValueError, match=r"Selected backend AttentionBackendEnum.FA4_MLA is not valid .*belongs to vLLM's"):
+        cuda_platform.get_attn_backend_cls(backends()["FA4"], selector(**MLA, use_sparse=True))
+    with pytest.raises(ValueError, match="FLASH_ATTN is not valid"):  # as without us
+        cuda_platform.get_attn_backend_cls(backends()["FLASH_ATTN"], selector(**MLA))
+
+
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"use_mla": True}, "MLA not supported"),
         ({"head_size": 100}, "expected a multiple of 8, got 100"),
         ({"block_size": 24}, "page_size: expected a multiple of 16, got 24"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype: expected one of auto, float16, bfloat16, fp8, fp8_e4m3, got fp8_e5m2"),

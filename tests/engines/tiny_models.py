@@ -80,15 +80,7 @@ def write_lora(folder: Path, seed: int, heads: tuple[int, int] = (4, 2), num_lay
 
 def write_wide_llama(folder: Path) -> Path:
     """Two layers, 32 query and 8 KV heads of 128: a Llama-3-8B's attention."""
-    config = _config(
-        "LlamaForCausalLM",
-        "llama",
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        hidden_act="silu",
-        tie_word_embeddings=False,
-    )
+    config = _llama_config((32, 8), 2) | {"head_dim": 128}
     return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0)
 
 

@@ -23,8 +23,15 @@ METHODS = {
         ],
         "AttentionMetadataBuilder": ["__init__", "build", "get_cudagraph_support", "_init_reorder_batch_threshold"],
         "AttentionImpl": ["__init__", "forward"],
+        "MLAAttentionImpl": ["__init__", "forward_mqa", "do_kv_cache_update"],
     },
-    "platforms/cpu.py": {"CpuPlatform": ["get_attn_backend_cls"]},
+    "model_executor/layers/attention/mla_attention.py": {
+        "MLACommonBackend": ["get_supported_head_sizes", "is_mla"],
+        "MLACommonMetadataBuilder": ["__init__", "build", "_build_decode"],
+        "MLACommonImpl": ["__init__"],
+    },
+    "platforms/cuda.py": {"CudaPlatformBase": ["get_attn_backend_cls", "check_and_update_config"]},
+    "platforms/cpu.py": {"CpuPlatform": ["get_attn_backend_cls", "check_and_update_config"]},
     "v1/attention/backends/registry.py": {"AttentionBackendEnum": ["register"]},
 }  # fmt: skip
 FUNCTIONS = {
@@ -35,7 +42,8 @@ FIELDS = {
     "v1/attention/backend.py": ["CommonAttentionMetadata", "AttentionCGSupport", "AttentionType"],
     "v1/attention/selector.py": ["AttentionSelectorConfig"],
     "v1/kv_cache_layout.py": ["KVCacheLayout"],
-    "v1/kv_cache_interface.py": ["FullAttentionSpec", "SlidingWindowSpec"],
+    "v1/kv_cache_interface.py": ["FullAttentionSpec", "SlidingWindowSpec", "MLAAttentionSpec"],
+    "model_executor/layers/attention/mla_attention.py": ["MLACommonDecodeMetadata", "MLACommonMetadata", "QueryLenSupport"],
     "config/scheduler.py": ["SchedulerConfig"],
     "config/compilation.py": ["CompilationConfig"],
     "config/model.py": ["ModelConfig"],

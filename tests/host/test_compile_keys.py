@@ -40,11 +40,12 @@ def configs() -> dict[str, Any]:
 # Another value that the config's own checks allow, where adding one does not do: path of the field -> value.
 OTHER_VALUES: dict[str, Any] = {
     "dtype": "float16", "kernel.dtype": "float16", "kv_dtype": "float8_e4m3fn", "kernel.kv_dtype": "float8_e4m3fn",
-    "kernel.tile.tile_m": 192, "kernel.tile.tile_n": 64, "kernel.box_rows": 32,
+    "out_dtype": "float8_e4m3fn", "kernel.out_dtype": "float8_e4m3fn",
+    "kernel.head_dim_v": 64, "kernel.tile.tile_m": 192, "kernel.tile.tile_n": 64, "kernel.box_rows": 32,
     "tuning.cta_group": 2, "tuning.p_first_columns": 64, "tuning.softmax_registers": 192, "tuning.correction_registers": 48,
     "tuning.other_registers": 48,
 }  # fmt: skip
-OTHER_TEXTS = {"sm_90a": "sm_100a", "sm_100a": "sm_103a", "float32": "bfloat16"}
+OTHER_TEXTS = {"sm_90a": "sm_100a", "sm_100a": "sm_103a", "float32": "bfloat16", "paged": "ragged"}
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fa4_backend import AttentionMetadata, paged_attention
+from fa4_backend import AttentionMetadata, mla_decode, paged_attention
 from fa4_backend.kernels import loading
+from tests.support.latent_case import LatentCase
 from tests.support.operations import Operations
 from tests.support.paged_case import PagedCase
 
@@ -46,6 +47,25 @@ def test_a_step_launches_and_nothing_else(arch: str, launches: list[tuple[str, t
         for _, arguments in launches[1:]:
             for name in ("q", "k_cache", "v_cache", "page_table", "out", "lse", "sinks", "alibi_slopes"):
                 assert any(argument is getattr(a, name) for argument in arguments), name
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "float8_e4m3fn"])
+def test_a_step_of_latent_attention_launches_and_nothing_else(kv_dtype: str, launches: list[tuple[str, tuple]]) -> None:
+    """One kernel beside the schedule, whatever rows the step has."""
+    built = LatentCase((4, 1), (70, 20), kv_dtype=kv_dtype, arch="emulated-sm_90a", decode_query_len=4, page_size=64).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    names = ("softmax_scale", "latent_scale", "out", "lse")
+    for _ in range(2):
+        launches.clear()
+        with Operations() as operations:
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=4, max_seqlen_k=70)
+            mla_decode(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
+        assert operations.names == []
+        assert [name.split("-")[0] for name, _ in launches] == ["schedule", "mladecode"]
+        for name in ("q", "q_rope", "latent_cache", "page_table", "out", "lse"):
+            assert any(argument is getattr(a, name) for argument in launches[1][1]), name
+        scales = [x for x in launches[1][1] if isinstance(x, torch.Tensor) and x.shape == (1,) and x.dtype == torch.float32]
+        assert [x.data_ptr() for x in scales] == ([] if a.latent_scale is None else [a.latent_scale.data_ptr()])
 
 
 def test_the_control_of_operations(launches: list[tuple[str, tuple]]) -> None:

@@ -11,9 +11,9 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
-from fa4_backend.kernels.families import KernelSet, resolve_kernels
+from fa4_backend.kernels.families import KernelSet, latent_kernels
 from fa4_backend.kernels.launch_abi import mla_decode_arguments
-from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
+from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM, resolve
 from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, NUM_ENTRIES, PARTIAL_SLOT, WorkLists
 from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
 from tests.support.emulated_decode import fill_with_garbage, run_schedule
@@ -53,7 +53,7 @@ class MlaCase:
     padding_rows: int = 3
     peaked: float = 1.0
     seed: int = 0
-    arrival_looks: int | None = None
+    tuning: tuple[tuple[str, int], ...] = ()  # fields of the key
 
     def kernels(self, num_sms: int) -> KernelSet:
         """The kernels for it."""
@@ -67,11 +67,8 @@ class MlaCase:
             max_seqlen_k=self.max_seqlen_k or max(*self.kv_lens, 1),
             decode_query_len=self.decode_query_len,
         )
-        kernels = resolve_kernels(problem, limits, num_sms)
-        if self.arrival_looks is not None:
-            assert kernels.decode is not None
-            kernels = replace(kernels, decode=replace(kernels.decode, arrival_looks=self.arrival_looks))
-        return kernels
+        key = replace(resolve(problem, limits), **dict(self.tuning))  # type: ignore[arg-type]
+        return latent_kernels(key, problem, limits, num_sms)
 
     def build(self) -> Latent:
         """Draw the batch; what no row sees is NaN, page-table entries past a sequence's end name a page of NaN."""

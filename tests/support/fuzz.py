@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention
+from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, paged_attention, plan_attention, ragged_attention
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT
-from fa4_backend.problem import SAME_AS_Q
+from fa4_backend.problem import RAGGED, SAME_AS_Q
 from tests.support.problems import make_problem
 
 SCALES = ("k_scale", "v_scale")
@@ -41,6 +41,11 @@ class FuzzSetup:
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
 
+    def plan(self, num_sms: int | None) -> AttentionPlan:
+        """A plan whose limits hold every batch of the setup."""
+        limits = BatchLimits(self.max_seqs, self.max_seqs * self.max_query + 8, self.max_kv, self.decode_query_len)
+        return plan_attention(self.problem, limits, num_sms=num_sms)
+
 
 @dataclass
 class FuzzResult:
@@ -62,8 +67,7 @@ class Fuzzer:
     def __init__(self, setup: FuzzSetup, device: str) -> None:
         p = setup.problem
         self.setup, self.device, self.dtype = setup, device, getattr(torch, p.dtype)
-        limits = BatchLimits(setup.max_seqs, setup.max_seqs * setup.max_query + 8, setup.max_kv, setup.decode_query_len)
-        self.plan = plan_attention(p, limits, num_sms=_num_sms(device))
+        self.plan = setup.plan(_num_sms(device))
         self.metadata = AttentionMetadata.allocate(self.plan, device)
         work = self.metadata.work
         assert work is not None
@@ -145,6 +149,8 @@ class Fuzzer:
             q, k_cache, v_cache, table, cu_seqlens_q, kv_lens, out, lse if p.has_lse else None, p.head_dim**-0.5, **values,
             **(dict(zip(SCALES, self.scales.expand(2, p.num_kv_heads), strict=True)) if p.has_kv_scales else {}),
         )  # fmt: skip
+        if p.kv_source == RAGGED:
+            arguments = self._without_pages(arguments, kv)
         self._launch(arguments, max(int(query.max()), 1), max(int(kv.max()), 1))
         if total_q:
             self._judge(q[:total_q], out, lse, table, query_lens, kv_lens, cu_seqlens_q, total_q, values)
@@ -155,9 +161,23 @@ class Fuzzer:
         if self.setup.prefill_only:
             prefill_alone(self.metadata, a)
             return
-        self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         values = {name: getattr(a, name) for name in ("window_left", "window_right", "softcap", "sinks", "alibi_slopes", *SCALES)}
-        paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
+        bounds = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        if self.setup.problem.kv_source == RAGGED:
+            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)
+            tensors = (a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k)
+            ragged_attention(*tensors, plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
+        else:
+            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
+
+    def _without_pages(self, a: AttentionArguments, kv: np.ndarray) -> AttentionArguments:
+        """The same call over K and V without pages, poisoned rows of NaN behind them; the pool's pages hold a token each."""
+        p, used = self.setup.problem, torch.arange(self.pages_per_seq, device=self.device) < a.seqused_k[:, None]
+        tokens = self.pool.view(_bits(self.kv_dtype))[self.table_pages[used], 0].view(self.kv_dtype)
+        k, v = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, int(kv.sum()) % 4), value=math.nan).split([p.head_dim, p.head_dim_v], dim=-1)
+        cu_seqlens_k = torch.nn.functional.pad(a.seqused_k.cumsum(0), (1, 0)).int()
+        return a._replace(k_cache=k, v_cache=v, page_table=None, cu_seqlens_k=cu_seqlens_k)
 
     def _poison(self, rng: np.random.Generator, query: np.ndarray, kv: np.ndarray, window_left: int | None) -> tuple[torch.Tensor, ...]:
         """Page table and pools of a batch: clean rows where a row of the sequence sees a key, NaN everywhere else.
@@ -304,3 +324,36 @@ def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
     cut = [parts(s) for s in setups if not s.problem.batch_invariant]
     long = replace(setups[0], name="d128 page 16, long rows", max_seqs=3, max_query=60, max_kv=9000)
     return [*setups, *cut, long]
+
+
+def ragged_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
+    """Problems of the prefill kernel over K and V without pages: head dimensions, masks, and tiles cut along KV."""
+
+    def setup(name: str, heads: tuple[int, int], dims: tuple[int, int], dtype: str = "bfloat16", **flags: bool) -> FuzzSetup:
+        problem = make_problem(*heads, *dims, dtype, 1, arch, kv_dtype=kv_dtype, kv_source=RAGGED, has_lse=True, **flags)
+        return FuzzSetup(name, problem)
+
+    setups = [
+        setup("d192/128 causal", (4, 4), (192, 128)),
+        setup("d192/128 full", (4, 4), (192, 128), is_causal=False),
+        setup("d192/128 both windows fp16", (4, 2), (192, 128), "float16", is_causal=False, has_window_left=True, has_window_right=True),
+        setup("d128 causal", (8, 2), (128, 128)),
+        setup("d128 full, invariant", (8, 2), (128, 128), is_causal=False, batch_invariant=True),
+        setup(
+            "d128 left window, sinks, soft cap, ALiBi",
+            (6, 2),
+            (128, 128),
+            has_window_left=True,
+            has_sinks=True,
+            has_softcap=True,
+            has_alibi=True,
+        ),
+        setup("d64 ratio 3", (9, 3), (64, 64)),
+        setup("d96", (4, 2), (96, 96)),
+    ]
+    if arch.endswith("sm_90a"):
+        setups.append(setup("d256 soft cap", (4, 2), (256, 256), has_softcap=True))
+    cut = [
+        replace(s, name=f"{s.name} in parts", min_part_blocks=1, max_seqs=4, max_kv=1200) for s in setups if not s.problem.batch_invariant
+    ]
+    return [*setups, *cut]

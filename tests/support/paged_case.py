@@ -1,4 +1,4 @@
-"""Ragged paged batches with everything unused poisoned, and their judgement by `fa4_backend.error_budget`."""
+"""Ragged batches, with pages or without, with everything unused poisoned, and their judgement by `fa4_backend.error_budget`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, BatchLimits, MaskFeatures, paged_attention, plan_attention
+from fa4_backend import (
+    AttentionMetadata,
+    AttentionPlan,
+    AttentionProblem,
+    BatchLimits,
+    MaskFeatures,
+    paged_attention,
+    plan_attention,
+    ragged_attention,
+)
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import Judge, judge
-from fa4_backend.problem import FP8_MAX
+from fa4_backend.problem import FP8_MAX, PAGED
 from fa4_backend.reference import gather_pages
 
 NO_PAGE = 2**30  # page-table entry of a page that no row sees: following it is an access far outside
@@ -42,7 +51,8 @@ class PagedCase:
     batch_invariant: bool = False
     decode_query_len: int = 1
     layout: str = "separate"  # "separate": two pools (NHD); "nhd": K and V adjacent, token-major; "hnd": adjacent, head-major
-    padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1]
+    kv_source: str = PAGED  # RAGGED: the same values without pages
+    padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1], and of k and v without pages past cu_seqlens_k[-1]
     seed: int = 0
     peaked: float = 1.0  # factor on queries: large values give rows whose softmax is one key
 
@@ -63,7 +73,8 @@ class PagedCase:
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
             out_dtype=self.out_dtype,
-            page_size=self.page_size,
+            page_size=self.page_size if self.kv_source == PAGED else 1,
+            kv_source=self.kv_source,
             arch=self.arch,
             mask=MaskFeatures(
                 is_causal=self.is_causal,
@@ -92,36 +103,22 @@ class PagedCase:
 
         Table entries past a sequence's pages name a page of NaN, not one outside the pool: a tensor copy from outside gives zeros, which a
         missing bound could hide behind. The table ends with the longest sequence's last page. Keys that no row sees are NaN or infinite;
-        pages that hold nothing else are entered as -1, as `NO_PAGE` or as themselves.
+        pages that hold nothing else are entered as -1, as `NO_PAGE` or as themselves. Without pages they lie between what others see.
         """
         generator = torch.Generator().manual_seed(self.seed)
         dtype = getattr(torch, self.dtype)
-        kv_dtype = getattr(torch, self.problem().kv_dtype)
         scales = self._scales() if self.problem().has_kv_scales else (None, None)
-        pages_of = [-(-n // self.page_size) for n in self.kv_lens]
-        num_pages = sum(pages_of) + 2
-        k_cache, v_cache = self._empty_caches(num_pages, kv_dtype)
-        poison = torch.Generator().manual_seed(self.seed + 2)
-        # FP8 has no infinity, and torch saturates it.
-        unseen = torch.tensor([math.nan, math.inf, -math.inf] if scales[0] is None else [math.nan] * 3)
-        # Pages are drawn apart from values: the same sequences in pages of another size.
-        free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
-        page_table = torch.full((len(self.kv_lens), max(*pages_of, 1)), free.pop(0), dtype=torch.int32)
-        for seq_idx, kv_len in enumerate(self.kv_lens):
-            values = [
-                quantise(torch.randn(kv_len, self.num_kv_heads, cache.shape[-1], generator=generator), scale).to(kv_dtype)
-                for cache, scale in zip((k_cache, v_cache), scales, strict=True)
-            ]
-            hidden = self.num_hidden(seq_idx)
-            for drawn in values:
-                drawn[:hidden] = unseen[torch.randint(3, (hidden, 1, 1), generator=poison)].to(kv_dtype)
-            for logical in range(pages_of[seq_idx]):
-                page = free.pop()
-                is_hidden = (logical + 1) * self.page_size <= hidden
-                page_table[seq_idx, logical] = (page, -1, NO_PAGE)[int(torch.randint(3, (), generator=poison)) if is_hidden else 0]
-                rows = slice(logical * self.page_size, min((logical + 1) * self.page_size, kv_len))
-                for cache, drawn in zip((k_cache, v_cache), values, strict=True):
-                    cache[page, : rows.stop - rows.start] = drawn[rows]
+        drawn = [self._draw(seq_idx, scales, generator) for seq_idx in range(len(self.kv_lens))]
+        page_table = cu_seqlens_k = None
+        if self.kv_source == PAGED:
+            k_cache, v_cache, page_table = self._in_pages(drawn)
+        else:
+            k_cache, v_cache = self._empty_caches(1, sum(self.kv_lens) + self.padding_rows)
+            k_cache, v_cache = k_cache[0], v_cache[0]
+            cu_seqlens_k = torch.tensor([0, *self.kv_lens]).cumsum(0).int()
+            for begin, values in zip(cu_seqlens_k.tolist(), drawn, strict=False):
+                for cache, rows in zip((k_cache, v_cache), values, strict=True):
+                    cache[begin : begin + rows.shape[0]] = rows
         cu_seqlens_q = torch.tensor([0, *self.query_lens]).cumsum(0).int()
         total_q = int(cu_seqlens_q[-1])
         q = torch.full((total_q + self.padding_rows, self.num_q_heads, self.head_dim), math.nan, dtype=dtype)
@@ -134,10 +131,44 @@ class PagedCase:
         slopes = torch.rand(self.num_q_heads, generator=generator) if self.alibi else None
         arguments = AttentionArguments(
             q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
-            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale,
+            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale, cu_seqlens_k,
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
+
+    def _draw(
+        self, seq_idx: int, scales: tuple[torch.Tensor | None, torch.Tensor | None], generator: torch.Generator
+    ) -> list[torch.Tensor]:
+        """Keys and values of a sequence, (kv_len, num_kv_heads, d) each as stored; those that no row sees NaN or infinite."""
+        kv_len, hidden, kv_dtype = self.kv_lens[seq_idx], self.num_hidden(seq_idx), getattr(torch, self.problem().kv_dtype)
+        poison = torch.Generator().manual_seed(self.seed + 2 + 1000 * seq_idx)
+        # FP8 has no infinity, and torch saturates it.
+        unseen = torch.tensor([math.nan, math.inf, -math.inf] if scales[0] is None else [math.nan] * 3)
+        values = [
+            quantise(torch.randn(kv_len, self.num_kv_heads, dim, generator=generator), scale).to(kv_dtype)
+            for dim, scale in zip((self.head_dim, self.head_dim_v or self.head_dim), scales, strict=True)
+        ]
+        for drawn in values:
+            drawn[:hidden] = unseen[torch.randint(3, (hidden, 1, 1), generator=poison)].to(kv_dtype)
+        return values
+
+    def _in_pages(self, drawn: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A pool of drawn keys and values, and its table. Pages are drawn apart from values: the same sequences in pages of any size."""
+        pages_of = [-(-n // self.page_size) for n in self.kv_lens]
+        num_pages = sum(pages_of) + 2
+        k_cache, v_cache = self._empty_caches(num_pages, self.page_size)
+        poison = torch.Generator().manual_seed(self.seed + 2)
+        free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(self.seed + 1)).tolist()
+        page_table = torch.full((len(self.kv_lens), max(*pages_of, 1)), free.pop(0), dtype=torch.int32)
+        for seq_idx, kv_len in enumerate(self.kv_lens):
+            for logical in range(pages_of[seq_idx]):
+                page = free.pop()
+                is_hidden = (logical + 1) * self.page_size <= self.num_hidden(seq_idx)
+                page_table[seq_idx, logical] = (page, -1, NO_PAGE)[int(torch.randint(3, (), generator=poison)) if is_hidden else 0]
+                rows = slice(logical * self.page_size, min((logical + 1) * self.page_size, kv_len))
+                for cache, values in zip((k_cache, v_cache), drawn[seq_idx], strict=True):
+                    cache[page, : rows.stop - rows.start] = values[rows]
+        return k_cache, v_cache, page_table
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """k_scale and v_scale, (num_kv_heads,) each: a number a head, or one for all with stride 0."""
@@ -149,14 +180,14 @@ class PagedCase:
             return k_scale, v_scale
         return k_scale[:1].expand(self.num_kv_heads), v_scale[:1].expand(self.num_kv_heads)
 
-    def _empty_caches(self, num_pages: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        d, dv = self.head_dim, self.head_dim_v or self.head_dim
+    def _empty_caches(self, num_pages: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        d, dv, dtype = self.head_dim, self.head_dim_v or self.head_dim, getattr(torch, self.problem().kv_dtype)
         if self.layout == "separate":
-            return tuple(torch.full((num_pages, self.page_size, self.num_kv_heads, n), math.nan, dtype=dtype) for n in (d, dv))  # type: ignore[return-value]
+            return tuple(torch.full((num_pages, page_size, self.num_kv_heads, n), math.nan, dtype=dtype) for n in (d, dv))  # type: ignore[return-value]
         if self.layout == "nhd":
-            pool = torch.full((num_pages, self.page_size, self.num_kv_heads, d + dv), math.nan, dtype=dtype)
+            pool = torch.full((num_pages, page_size, self.num_kv_heads, d + dv), math.nan, dtype=dtype)
         else:
-            pool = torch.full((num_pages, self.num_kv_heads, self.page_size, d + dv), math.nan, dtype=dtype).transpose(1, 2)
+            pool = torch.full((num_pages, self.num_kv_heads, page_size, d + dv), math.nan, dtype=dtype).transpose(1, 2)
         return pool.split([d, dv], dim=-1)  # type: ignore[return-value]
 
 
@@ -192,14 +223,15 @@ class BuiltCase:
         a = self.arguments
         plan = plan or self.case.plan()
         metadata = AttentionMetadata.allocate(plan, a.q.device)
-        metadata.refresh(
-            cu_seqlens_q=a.cu_seqlens_q,
-            seqused_k=a.seqused_k,
-            max_seqlen_q=max(*self.case.query_lens, 1),
-            max_seqlen_k=max(*self.case.kv_lens, 1),
-        )
-        out, lse = paged_attention(
-            *a[:6], plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
+        bounds = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
+        if self.case.kv_source == PAGED:
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            operator, tensors = paged_attention, a[:6]
+        else:
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)
+            operator, tensors = ragged_attention, (a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k)
+        out, lse = operator(
+            *tensors, plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
             softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, k_scale=a.k_scale, v_scale=a.v_scale,
             out_scale=a.out_scale, out=a.out, lse=a.lse,
         )  # fmt: skip
@@ -259,7 +291,7 @@ def repage(built: BuiltCase, page_size: int) -> BuiltCase:
     """The same batch, value by value, in pages of another size: two pools, unused rows and table entries poisoned."""
     a, case = built.arguments, replace(built.case, page_size=page_size, layout="separate")
     pages_of = [-(-n // page_size) for n in case.kv_lens]
-    caches = case._empty_caches(sum(pages_of) + 2, a.k_cache.dtype)
+    caches = case._empty_caches(sum(pages_of) + 2, page_size)
     page_table = torch.zeros((len(pages_of), max(*pages_of, 1)), dtype=torch.int32)  # page 0 holds NaN
     page = 1
     for seq_idx, kv_len in enumerate(case.kv_lens):

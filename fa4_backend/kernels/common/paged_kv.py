@@ -13,7 +13,16 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ring import RingSlots
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+
+
+class KvPages(NamedTuple):
+    """Where a call's pages lie."""
+
+    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
+    page_size: Int32  # tokens a page
+    num_pages: Int32  # pages of the pool
 
 
 class PageBoxes(NamedTuple):
@@ -39,15 +48,8 @@ class PagedKv:
     box_rows: int
     part_elems: int  # elements of a head in one box
     num_parts: int
-    slot_elems: int  # elements of a shared-memory slot
-    stages: int
+    slots: RingSlots  # that tiles lie in
     whole_rows: bool  # a box holds whole heads (one part after the other), else one part
-
-    @staticmethod
-    def of(config: PrefillConfig, head_dim: int, slot_elems: int, *, whole_rows: bool) -> "PagedKv":
-        """Geometry for rows of `head_dim` elements."""
-        part = config.part_elems(head_dim)
-        return PagedKv(config.tile.tile_n, config.box_rows, part, head_dim // part, slot_elems, config.tile.kv_stage, whole_rows)
 
     @property
     def num_boxes(self) -> int:
@@ -55,9 +57,19 @@ class PagedKv:
         return self.tile_n // self.box_rows
 
     @property
+    def stages(self) -> int:
+        """Slots of the ring."""
+        return self.slots.stages
+
+    @property
     def tile_elems(self) -> int:
         """Elements that the boxes of one tile bring."""
         return self.tile_n * self.part_elems * self.num_parts
+
+    @property
+    def nowhere(self) -> PageBoxes:
+        """Boxes that nobody fetches."""
+        return PageBoxes(Int32(0), Int32(0))
 
     @property
     def box_parts(self) -> int:
@@ -81,8 +93,8 @@ class PagedKv:
         box_elems = rows * part * parts
         part_elems = box_elems if self.whole_rows else self.tile_n * part
         boxes = cute.make_layout(
-            ((rows, part, parts), self.num_boxes, self.num_parts // parts, self.stages),
-            stride=((part, 1, rows * part), box_elems, part_elems, self.slot_elems),
+            ((rows, part, parts), self.num_boxes, self.num_parts // parts, self.slots.layout.shape),
+            stride=((part, 1, rows * part), box_elems, part_elems, self.slots.layout.stride),
         )
         # (box_rows, part, box parts, row boxes, 1, head parts / box parts, kv heads, pages)
         gX = cute.flat_divide(mX, (rows, part, parts))
@@ -92,24 +104,23 @@ class PagedKv:
     @cute.jit
     def find_boxes(
         self,
-        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        pages: KvPages,
+        bounds: SeqlenBounds,
         seq_idx: Int32,
         n_block: Int32,
         first_key: Int32 | None,  # that any row of the tile sees; None: the sequence's first
         seqlen_k: Int32,
-        page_size: Int32,
-        num_pages: Int32,
     ):
         """This lane's box of KV block `n_block`."""
         token = n_block * self.tile_n + cute.arch.lane_idx() * self.box_rows
-        page_idx = token // page_size
-        page, row_box = num_pages, Int32(0)
+        page_idx = token // pages.page_size
+        page, row_box = pages.num_pages, Int32(0)
         is_seen = token < seqlen_k
         if const_expr(first_key is not None):
             is_seen = is_seen & (token + self.box_rows > first_key)
         if is_seen and cute.arch.lane_idx() < self.num_boxes:
-            page = mPageTable[seq_idx, page_idx]
-            row_box = (token - page_idx * page_size) // self.box_rows
+            page = pages.mPageTable[seq_idx, page_idx]
+            row_box = (token - page_idx * pages.page_size) // self.box_rows
         return PageBoxes(page, row_box)
 
     @cute.jit

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, SHORT_NAMES, AttentionProblem, MaskFeatures
 
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
@@ -38,16 +38,18 @@ class PrefillConfig:
     head_dim_v: int
     q_per_kv: int
     tile: TileShape
-    box_rows: int  # tokens one TMA box of K or V fetches; divides page_size and tile_n
+    box_rows: int  # tokens one TMA box of K or V fetches; divides tile_n, and page_size where there are pages
     mask: MaskFeatures
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
+    kv_source: str = PAGED  # where K and V lie: PAGED or RAGGED
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
         assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
+        assert self.kv_source in (PAGED, RAGGED), f"{self.kv_source=}"
 
     @property
     def name(self) -> str:
@@ -58,8 +60,9 @@ class PrefillConfig:
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
-        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
-        return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
+        source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
+        return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
 
     @property
     def element_bytes(self) -> int:
@@ -112,6 +115,8 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         has_parts: the kernel can add up parts of a tile.
     """
     assert problem.target_arch in ARCHS, problem.target_arch
+    # Without pages a box is a whole tile.
+    box_rows = tile.tile_n if problem.kv_source == RAGGED else box_rows_of(problem.page_size, tile.tile_n)
     return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
@@ -121,10 +126,11 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
         head_dim_v=problem.head_dim_v,
         q_per_kv=problem.q_per_kv,
         tile=tile,
-        box_rows=box_rows_of(problem.page_size, tile.tile_n),
+        box_rows=box_rows,
         mask=problem.mask,
         has_lse=problem.has_lse,
         sinks_dtype=problem.sinks_dtype,
         is_dependent=is_dependent,
         has_parts=has_parts,
+        kv_source=problem.kv_source,
     )

@@ -94,6 +94,11 @@ def tma_load(descriptor: ir.Value, smem_address: Int32, barrier: Int32, coords: 
     )
 
 
+def tma_prefetch(descriptor: ir.Value, coords: Sequence[Int32]) -> None:
+    """Bring one box of a tensor map to L2 (PTX ISA, "cp.async.bulk.prefetch.tensor"). Issued by each thread that gets here."""
+    nvvm.cp_async_bulk_tensor_prefetch(descriptor, [Int32(c).ir_value() for c in coords], [])
+
+
 def bulk_load(source: cute.Pointer, smem_address: Int32, barrier: cute.Pointer, num_bytes: Int32) -> None:
     """Copy consecutive bytes of global to shared memory; completes them on `barrier`. Addresses and bytes are multiples of 16.
 

@@ -88,5 +88,5 @@ def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, tile_idx: Int32, bo
         mTiles[tile_idx, M_BLOCK],
         mTiles[tile_idx, N_BLOCK_BEGIN],
         mTiles[tile_idx, N_BLOCK_END],
-        bounds.cut(mCuSeqlensQ[seq_idx], mCuSeqlensQ[seq_idx + 1], mTiles[tile_idx, TILE_KV_LEN]),
+        bounds.cut(mCuSeqlensQ[seq_idx], mCuSeqlensQ[seq_idx + 1], mTiles[tile_idx, TILE_KV_LEN], seq_idx),
     )

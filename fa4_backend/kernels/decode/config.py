@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -57,7 +57,7 @@ class DecodeConfig:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
-        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES[self.out_dtype]}"
+        kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
@@ -209,13 +209,13 @@ MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
 def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts: bool) -> DecodeConfig | None:
     """The compile key of `problem`'s decode kernel; None where the prefill kernel must serve its short rows too.
 
-    That is: exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256 or of no whole 32 bytes, or so many rows of so
-    wide heads that two KV tiles of 16-bit elements do not fit.
+    That is: K and V without pages, exact mode, float32, more packed rows than `MAX_ROWS`, heads wider than 256 or of no whole 32 bytes, or
+    so many rows of so wide heads that two KV tiles of 16-bit elements do not fit.
 
     Args:
         prefill_has_parts: the prefill kernel cuts tiles along KV; then `MOST_ROWS_BESIDE_PARTS` in place of `MAX_ROWS`.
     """
-    if problem.exact:
+    if problem.kv_source != PAGED or problem.exact:
         return None
     most_rows = MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows:

@@ -29,6 +29,10 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
 CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
+# CTAs of a cluster at most, and KV blocks that the load warp asks L2 for ahead of the one that it loads: 0: none. Not tuned yet:
+# `python -m tests.device.prove_mla` times 1 beside 2 and 2 beside 0.
+MAX_CLUSTER = 2
+PREFETCH_BLOCKS = 0
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 # KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
 # however many they are.
@@ -48,6 +52,8 @@ class MlaDecodeConfig:
     mask: MaskFeatures
     has_lse: bool
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+    max_cluster: int = MAX_CLUSTER
+    prefetch_blocks: int = PREFETCH_BLOCKS
     arrival_looks: int = ARRIVAL_LOOKS
 
     @property
@@ -60,7 +66,8 @@ class MlaDecodeConfig:
         """Short name for people and file names."""
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
-        return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{features}"
+        tuned = f"-c{self.cluster_size}" + f"-l2p{self.prefetch_blocks}" * (self.prefetch_blocks > 0)
+        return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
 
     @property
     def element_bytes(self) -> int:
@@ -85,7 +92,7 @@ class MlaDecodeConfig:
     @property
     def cluster_size(self) -> int:
         """CTAs of a cluster, each with a tile of the same sequence and the same keys: each loads half of a KV tile for both."""
-        return 2 if self.num_tiles % 2 == 0 else 1
+        return math.gcd(self.num_tiles, self.max_cluster)
 
     @property
     def num_groups(self) -> int:

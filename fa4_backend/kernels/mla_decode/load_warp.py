@@ -96,6 +96,9 @@ class LoadWarp:
                 word = step.mTiles[next_entry + index, lane % DECODE_INTS]
             for n_block in cutlass.range(blocks.begin, blocks.end, unroll=1):
                 ahead = self._find(step, num_pages, entry, n_block + 1)
+                if const_expr(self.storage.config.prefetch_blocks > 0):
+                    if n_block + self.storage.config.prefetch_blocks < blocks.end:
+                        self._prefetch(descriptors[2], self._find(step, num_pages, entry, n_block + self.storage.config.prefetch_blocks))
                 if const_expr(self.storage.config.has_scale):
                     self._load_raw(descriptors[2], place, kv, shared)
                 else:
@@ -113,6 +116,14 @@ class LoadWarp:
             page = step.mPageTable[entry.seq_idx, logical]
             row = token - logical * step.page_size
         return BoxPlace(page, row)
+
+    @cute.jit
+    def _prefetch(self, descriptor: ir.Value, place: BoxPlace):
+        """Ask L2 for a block; in a cluster each CTA for every other part."""
+        for box in cutlass.range(cute.arch.lane_idx(), PARTS * self.row_boxes, 32, unroll=1):
+            part = box // self.row_boxes
+            if part % self.storage.config.cluster_size == self.work.rank():
+                ptx.tma_prefetch(descriptor, (0, place.row, part, place.page))
 
     @cute.jit
     def _load_query(self, descriptors: tuple[ir.Value, ir.Value, ir.Value], entry: Entry, shared: SharedTensors):

@@ -1,4 +1,4 @@
-"""Blackwell prefill kernel (sm_100a, sm_103a): FlashAttention-4 forward over paged K and V, ragged, packed query heads.
+"""Blackwell prefill kernel (sm_100a, sm_103a): FlashAttention-4 forward over K and V in pages or without, packed query heads.
 
 One persistent CTA an SM walks its part of the work list: 16 warps in six roles (`warp_roles`), tied by mbarriers (`common.edges`).
 The host function has the arguments of `fa4_backend.kernels.sm90.kernel`.
@@ -14,6 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
+from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
@@ -29,6 +30,7 @@ from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+from fa4_backend.problem import RAGGED
 
 O_STAGE = 1  # buffers of finished tiles; the shared memory that a second one would take holds a KV stage
 
@@ -43,9 +45,10 @@ class PrefillKernel:
     def __call__(
         self,
         mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
-        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
-        mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
-        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim); without pages (total_k, num_kv_heads, head_dim)
+        mV: cute.Tensor,  # likewise, head_dim_v
+        mPageTable: cute.Tensor | None,  # (batch, max_pages_per_seq) int32; None without pages
+        mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32
@@ -67,16 +70,18 @@ class PrefillKernel:
     ):
         """Launch one CTA, or one CTA pair, for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
         kernel, ctas = self.config.kernel, self.config.tuning.cta_group
+        if const_expr(kernel.kv_source == RAGGED):
+            pages, bounds = None, SeqlenBounds.of_ragged(mO, mK, mCuSeqlensK)
+        else:
+            pages = KvPages(mPageTable, Int32(cute.size(mK, mode=[1])), Int32(cute.size(mK, mode=[0])))
+            bounds = SeqlenBounds.of(mO, mPageTable, pages.page_size)
         operands = Operands(
             make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
             make_kv_atom(mK, self.config.loaded_elems, self.config.k_box_rows),
             make_kv_atom(mV, self.config.loaded_elems, kernel.box_rows),
-            mPageTable,
-            Int32(cute.size(mK, mode=[1])),
-            Int32(cute.size(mK, mode=[0])),
+            pages,
         )
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
-        bounds = SeqlenBounds.of(mO, mPageTable, operands.page_size)
         work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
         heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(

@@ -10,21 +10,21 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
 from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 
 class Operands(NamedTuple):
-    """TMA atoms and what is needed to address pages."""
+    """TMA atoms, and where pages lie."""
 
     q_atom: cute.CopyAtom
     k_atom: cute.CopyAtom
     v_atom: cute.CopyAtom
-    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
-    page_size: Int32
-    num_pages: Int32
+    pages: KvPages | None  # None where K and V have none
 
 
 class Share(NamedTuple):
@@ -40,11 +40,11 @@ class Share(NamedTuple):
     tx_bytes: int
 
 
-class PageBox(NamedTuple):
-    """The box of a share that a lane fetches."""
+class KvBox(NamedTuple):
+    """The box of a share that a lane fetches. One without tokens that a row sees lies out of bounds: zeros, no memory is read."""
 
-    page: Int32  # physical page; num_pages (out of bounds: zeros, no memory read) for a box without tokens that a row sees
-    row: Int32  # first row within the page
+    page: Int32 | None  # physical page; num_pages is out of bounds. None where K and V have no pages
+    row: Int32  # first row within the page; without pages of k and v, where total_k is out of bounds
     row_box: Int32  # index of the box along the share's rows
     part: Int32  # index along the head dimension
 
@@ -67,9 +67,13 @@ def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.Co
 
 
 def make_kv_atom(cache: cute.Tensor, elems: int, box_rows: int) -> cute.CopyAtom:
-    """Boxes (elements of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim)."""
-    kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=[3, 1, 2, 0]))
-    shape = (elems, box_rows, 1, 1)
+    """Boxes (elements of a head, rows of a page) of a cache (num_pages, page_size, num_kv_heads, head_dim).
+
+    Without pages: boxes (elements of a head, rows) of (total_k, num_kv_heads, head_dim).
+    """
+    modes = [3, 1, 2, 0] if cute.rank(cache) == 4 else [2, 0, 1]
+    kv = cute.make_tensor(cache.iterator, cute.select(cache.layout, mode=modes))
+    shape = (elems, box_rows, *[1] * (len(modes) - 2))
     box = swizzled_box(shape, cache.element_type.width // 8)
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, box, shape).atom
 
@@ -125,20 +129,20 @@ class LoadWarp:
                         if i == 0:
                             self.load_q(place, operands, item, 0, q_phase)
                     if i < item.num_blocks:
-                        box = self.find_box(place, operands, item, i, first_key, k_share)
+                        box = self.find_box(place, operands, work.bounds, item, i, first_key, k_share)
                         ring, tail_phase = self.load_tile(place, work, operands, item, i, 0, k_share, box, ring, tail_phase)
                     if const_expr(g.config.converts):
                         if i == 0:
                             self.load_q(place, operands, item, 0, q_phase)
                     if i > 0:
-                        box = self.find_box(place, operands, item, i - 1, first_key, v_share)
+                        box = self.find_box(place, operands, work.bounds, item, i - 1, first_key, v_share)
                         ring, tail_phase = self.load_tile(place, work, operands, item, i - 1, 1, v_share, box, ring, tail_phase)
             else:
                 for i in range(item.num_blocks, unroll=1):
-                    k_box = self.find_box(place, operands, item, i, first_key, k_share)
+                    k_box = self.find_box(place, operands, work.bounds, item, i, first_key, k_share)
                     v_box = k_box
                     if const_expr(g.group.ctas > 1):
-                        v_box = self.find_box(place, operands, item, i, first_key, v_share)
+                        v_box = self.find_box(place, operands, work.bounds, item, i, first_key, v_share)
                     for payload, which in ORDER_FP8 if g.config.converts else ORDER:
                         if const_expr(payload == "q"):
                             if i == 0:
@@ -158,7 +162,7 @@ class LoadWarp:
         i: Int32,
         is_v: cutlass.Constexpr[int],
         share: Share,
-        box: PageBox,
+        box: KvBox,
         ring: RingPosition,
         tail_phase: Int32,
     ):
@@ -210,7 +214,7 @@ class LoadWarp:
             group.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
 
     @cute.jit
-    def load_kv(self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, share: Share, kv_head_idx: Int32, box: PageBox):
+    def load_kv(self, place: Place, atom: cute.CopyAtom, barrier: Int32, slot: Int32, share: Share, kv_head_idx: Int32, box: KvBox):
         """A share of one K or V tile into `slot`."""
         group = self.kv_group
         if place.lane_idx == 0:
@@ -218,25 +222,41 @@ class LoadWarp:
         cute.arch.sync_warp()
         if box.part < share.parts:
             target = slot + box.part * share.part_bytes + box.row_box * (share.box_rows * share.row_bytes)
-            coords = ((share.first_part + box.part) * self.geometry.config.loaded_elems, box.row, kv_head_idx, box.page)
+            coords = ((share.first_part + box.part) * self.geometry.config.loaded_elems, box.row, kv_head_idx)
+            if const_expr(box.page is not None):
+                coords = (*coords, box.page)
             group.tma_load(ptx.tma_descriptor(atom), target, barrier, box_coords(atom, coords))
 
     @cute.jit
-    def find_box(self, place: Place, operands: Operands, item: WorkItem, i: Int32, first_key: Int32 | None, share: Share):
+    def find_box(
+        self,
+        place: Place,
+        operands: Operands,
+        bounds: SeqlenBounds,
+        item: WorkItem,
+        i: Int32,
+        first_key: Int32 | None,
+        share: Share,
+    ):
         """This lane's box of a share of the item's block `i`; the page table is read only for pages with tokens that a row sees.
 
         first_key: that any row of the item sees; None: the sequence's first.
         """
         n_block, seqlen_k = item.blocks.end - 1 - i, item.tile.seqlen.seqlen_k
-        row_boxes = share.rows // share.box_rows
+        pages, row_boxes = operands.pages, share.rows // share.box_rows
         row_box = place.lane_idx % row_boxes
         token = n_block * self.geometry.config.kernel.tile.tile_n + share.first_row + row_box * share.box_rows
-        page, row = operands.num_pages, Int32(0)
         is_seen = token < seqlen_k
         if const_expr(first_key is not None):
             is_seen = is_seen & (token + share.box_rows > first_key)
-        if is_seen:
-            page_idx = token // operands.page_size
-            row = token - page_idx * operands.page_size
-            page = operands.mPageTable[item.tile.seq_idx, page_idx]
-        return PageBox(page, row, row_box, place.lane_idx // row_boxes)
+        if const_expr(pages is None):
+            page, row = None, bounds.kv_tokens
+            if is_seen:
+                row = bounds.k_begin(item.tile.seq_idx) + token
+        else:
+            page, row = pages.num_pages, Int32(0)
+            if is_seen:
+                page_idx = token // pages.page_size
+                row = token - page_idx * pages.page_size
+                page = pages.mPageTable[item.tile.seq_idx, page_idx]
+        return KvBox(page, row, row_box, place.lane_idx // row_boxes)

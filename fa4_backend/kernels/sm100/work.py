@@ -108,7 +108,7 @@ class Geometry:
         return WorkItem(tile, blocks)
 
     def has_v_tail(self, item: WorkItem) -> Boolean:
-        """Whether the last block ends within a box: the box's last rows hold no tokens, but whatever the page holds."""
+        """Whether the last block ends within a box: the box's last rows hold none of its tokens, but anything."""
         kernel, seqlen_k = self.config.kernel, item.tile.seqlen.seqlen_k
         return (item.blocks.end * kernel.tile.tile_n > seqlen_k) & (seqlen_k % kernel.box_rows != 0)
 

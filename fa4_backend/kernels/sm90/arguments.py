@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32
 
+from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.sm90.tile_parts import PartTensors
 
@@ -12,12 +12,10 @@ from fa4_backend.kernels.sm90.tile_parts import PartTensors
 class Step(NamedTuple):
     """Tensors of the step that the load warp reads: page table, lengths and work list."""
 
-    mPageTable: cute.Tensor  # (batch, max_pages_per_seq) int32
+    pages: KvPages | None  # None where K and V have none
     mCuSeqlensQ: cute.Tensor  # (batch + 1,) int32
     mTiles: cute.Tensor  # (max_tiles, TILE_INTS) int32
     mQueue: cute.Tensor  # (1, QUEUE_INTS) int32
-    page_size: Int32  # tokens a page
-    num_pages: Int32  # pages of the pool
     bounds: SeqlenBounds
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32; None where K and V are not FP8
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32

@@ -36,7 +36,7 @@ from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFra
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
-from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
+from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
 
 
 class SharedTiles(NamedTuple):
@@ -130,6 +130,9 @@ class ConsumerWarpgroup:
             self._release(barriers.kv_empty + position.slot)
             self._release_read_query(barriers.q_empty + q.slot, tile.blocks, tile.blocks.end - 1)
             position = advance(position, stages)
+            if const_expr(has_own_slots(c)):
+                self._release(barriers.kv_empty + position.slot)  # the stage that stays empty once
+                position = advance(position, stages)
             self._first_weights(fragment, rS, stats, tile, values)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
@@ -443,7 +446,7 @@ class ConsumerWarpgroup:
         zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
         zeros.fill(0.0)
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-        box = tiles.kv + slot * self.storage.slot_elems + first // c.box_rows * c.box_rows * c.head_dim_v
+        box = tiles.kv + self.storage.tile_slots.offset(slot) + first // c.box_rows * c.box_rows * c.head_dim_v
         # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
         for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
             line = box + (part_idx * c.box_rows + first % c.box_rows) * part

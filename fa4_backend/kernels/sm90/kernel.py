@@ -1,4 +1,5 @@
-"""Hopper prefill kernel: paged, ragged, packed query heads; one persistent CTA an SM takes tiles from the work list until none is left.
+"""Hopper prefill kernel: K and V in pages or without, packed query heads; one persistent CTA an SM takes tiles from the work list until
+none is left.
 
 work list -> load warps --(Q, K, V by TMA)--> shared memory -> consumer warpgroups -> out, lse
 
@@ -18,8 +19,10 @@ from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.padding_rows import zero_rows
-from fa4_backend.kernels.common.paged_kv import PagedKv
+from fa4_backend.kernels.common.paged_kv import KvPages, PagedKv
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ragged_kv import RaggedKv
+from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
@@ -32,6 +35,7 @@ from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
 from fa4_backend.kernels.sm90.tile_parts import PartTensors, TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
+from fa4_backend.problem import RAGGED
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class PrefillKernel:
     def __call__(
         self,
         mQ: cute.Tensor,  # (total_q, num_q_heads, head_dim)
-        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim)
-        mV: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim_v)
-        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        mK: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim); without pages (total_k, num_kv_heads, head_dim)
+        mV: cute.Tensor,  # likewise, head_dim_v
+        mPageTable: cute.Tensor | None,  # (batch, max_pages_per_seq) int32; None without pages
+        mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mBegin: cute.Tensor,  # (num_ctas + 1,) int32: as many CTAs; its numbers are not read
@@ -68,14 +73,17 @@ class PrefillKernel:
     ):
         """Launch one CTA for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
         c, storage = self.config, Storage(self.config)
-        pack, k_pages, v_pages = self._geometry(storage)
+        pack, k_boxes, v_boxes = self._geometry(storage)
         q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
         swizzles = [cute.make_swizzle(0, 4, 3) if c.has_kv_scales else storage.row_atom(d).inner for d in (c.head_dim, c.head_dim_v)]
-        k_atom, mK_tma = k_pages.make_tma(mK, swizzles[0])
-        v_atom, mV_tma = v_pages.make_tma(mV, swizzles[1])
-        num_pages, page_size = cute.size(mK, mode=[0]), cute.size(mK, mode=[1])
-        bounds = SeqlenBounds.of(mO, mPageTable, Int32(page_size))
-        step = Step(mPageTable, mCuSeqlensQ, mTiles, mQueue, Int32(page_size), Int32(num_pages), bounds, mKScale, mVScale, mOutScale)
+        k_atom, mK_tma = k_boxes.make_tma(mK, swizzles[0])
+        v_atom, mV_tma = v_boxes.make_tma(mV, swizzles[1])
+        if const_expr(c.kv_source == RAGGED):
+            pages, bounds = None, SeqlenBounds.of_ragged(mO, mK, mCuSeqlensK)
+        else:
+            pages = KvPages(mPageTable, Int32(cute.size(mK, mode=[1])), Int32(cute.size(mK, mode=[0])))
+            bounds = SeqlenBounds.of(mO, mPageTable, pages.page_size)
+        step = Step(pages, mCuSeqlensQ, mTiles, mQueue, bounds, mKScale, mVScale, mOutScale)
         values = MaskSpec(c.mask).values(softmax_scale, softcap, window_left, window_right)
         outputs = Outputs(mO, mLse, mSinks, mSlopes, PartTensors(mPartSlots, mPartArrivals))
         groups = (WarpRoles.of(c).num_consumers, 1, 1)
@@ -112,7 +120,7 @@ class PrefillKernel:
     ):
         """Set up shared memory and barriers, then send each warpgroup to its role."""
         c, storage, roles = self.config, Storage(self.config), WarpRoles.of(self.config)
-        pack, k_pages, v_pages = self._geometry(storage)
+        pack, k_boxes, v_boxes = self._geometry(storage)
         blocks = BlockInfo.of(c)
         shared = cutlass.utils.SmemAllocator().allocate(storage.struct())
         barrier_base = shared.barriers.data_ptr()
@@ -133,17 +141,17 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(storage, blocks, pack, k_pages, v_pages)
+            load = LoadWarp(storage, blocks, pack, k_boxes, v_boxes)
             if const_expr(c.has_kv_scales):
                 sFp8 = shared.fp8.data_ptr()
                 sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
                 if warp == 0:
-                    operands = k_pages.partition(k_atom, mK, sFp8), v_pages.partition(v_atom, mV, sFp8)
+                    operands = k_boxes.partition(k_atom, mK, sFp8), v_boxes.partition(v_atom, mV, sFp8)
                     StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
                 else:
                     ConvertWarps(storage, roles.convert_warps).run(SharedBuffers(sQ, sFp8, sKV, sNotes, sRowScales), barriers, warp - 1)
             else:
-                operands = k_pages.partition(k_atom, mK, sKV), v_pages.partition(v_atom, mV, sKV)
+                operands = k_boxes.partition(k_atom, mK, sKV), v_boxes.partition(v_atom, mV, sKV)
                 for loads_v in cutlass.range_constexpr(2):
                     if warp == loads_v:
                         load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
@@ -159,18 +167,21 @@ class PrefillKernel:
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
-    def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv, PagedKv]:
+    def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv | RaggedKv, PagedKv | RaggedKv]:
         """How Q, K and V lie in global and shared memory."""
         c = self.config
-        if c.has_kv_scales:
-            slots = staging_slots(c)
-            staged = [
-                PagedKv(c.tile.tile_n, c.box_rows, d, 1, storage.slot_elems, slots, whole_rows=True) for d in (c.head_dim, c.head_dim_v)
-            ]
-            return PackGqa.of(c), staged[0], staged[1]
-        k_pages = PagedKv.of(c, c.head_dim, storage.slot_elems, whole_rows=False)
-        v_pages = PagedKv.of(c, c.head_dim_v, storage.slot_elems, whole_rows=True)
-        return PackGqa.of(c), k_pages, v_pages
+        boxes: list[PagedKv | RaggedKv] = []
+        for head_dim, is_v in ((c.head_dim, False), (c.head_dim_v, True)):
+            # FP8 is staged row after row, whole heads.
+            part, slots = c.part_elems(head_dim), storage.tile_slots
+            if c.has_kv_scales:
+                part, slots = head_dim, RingSlots(staging_slots(c), storage.slot_elems, storage.slot_elems)
+            parts, whole_rows = head_dim // part, is_v or c.has_kv_scales
+            if c.kv_source == RAGGED:
+                boxes.append(RaggedKv(c.tile.tile_n, part, parts, slots))
+            else:
+                boxes.append(PagedKv(c.tile.tile_n, c.box_rows, part, parts, slots, whole_rows))
+        return PackGqa.of(c), boxes[0], boxes[1]
 
 
 def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:

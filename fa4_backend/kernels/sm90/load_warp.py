@@ -13,13 +13,14 @@ from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
+from fa4_backend.kernels.common.ragged_kv import RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
-from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE
+from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots
 
 
 class QueryOperand(NamedTuple):
@@ -37,8 +38,8 @@ class LoadWarp:
     storage: Storage
     blocks: BlockInfo
     pack: PackGqa
-    k_pages: PagedKv
-    v_pages: PagedKv
+    k_boxes: PagedKv | RaggedKv
+    v_boxes: PagedKv | RaggedKv
 
     @cute.jit
     def run(
@@ -46,7 +47,7 @@ class LoadWarp:
         step: Step,
         values: MaskValues,
         query: QueryOperand,
-        operands: tuple[TmaOperand, TmaOperand],  # K, V
+        operands: tuple[TmaOperand | RaggedOperand, ...],  # K, V
         barriers: Barriers,
         sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
@@ -58,10 +59,16 @@ class LoadWarp:
         whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
         """
         c = self.storage.config
-        pages = self.v_pages if const_expr(loads_v) else self.k_pages
+        tiles = self.v_boxes if const_expr(loads_v) else self.k_boxes
         position = RingPosition(Int32(0), Int32(0))
-        if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ...
-            position = advance(advance(position, pages.stages), pages.stages)
+        own_slots = const_expr(has_own_slots(c))
+        if const_expr(loads_v):  # the ring is K0 K1 V0 K2 V1 ..., or K0 - K1 V0 K2 V1 ...
+            position = advance(position, tiles.stages)
+            if const_expr(own_slots):
+                if cute.arch.lane_idx() == 0:
+                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+                position = advance(position, tiles.stages)
+            position = advance(position, tiles.stages)
         is_first = Boolean(True)
         q_position = RingPosition(Int32(0), Int32(0))
         feed = RingPosition(Int32(0), Int32(0))
@@ -84,11 +91,11 @@ class LoadWarp:
                 first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
             num_blocks = blocks.end - blocks.begin
             for i in cutlass.range(num_blocks, unroll=1):
-                boxes = pages.find_boxes(
-                    step.mPageTable, work.seq_idx, blocks.end - 1 - i, first_key, work.seqlen.seqlen_k, step.page_size, step.num_pages
-                )
-                self._fill(operands[loads_v], pages, boxes, work.kv_head_idx, position, barriers)
-                position = self._after(position, pages.stages, loads_v, is_first)
+                boxes = tiles.find_boxes(
+                    step.pages, step.bounds, work.seq_idx, blocks.end - 1 - i, first_key, work.seqlen.seqlen_k
+                )  # fmt: skip
+                self._fill(operands[loads_v], tiles, boxes, work.kv_head_idx, position, barriers)
+                position = self._after(position, tiles.stages, loads_v, is_first)
                 is_first = Boolean(False)
             if const_expr(loads_v):
                 tile_idx = self._hear_tile(feed, barriers, sWork)
@@ -123,9 +130,9 @@ class LoadWarp:
         return tile_idx
 
     def _after(self, position: RingPosition, stages: int, loads_v: int, is_first: Boolean) -> RingPosition:
-        """The next slot of the same operand: two slots on, but one after K0."""
+        """The next slot of the same operand: two slots on, but one after K0 unless a slot stays empty behind it."""
         one, two = advance(position, stages), advance(advance(position, stages), stages)
-        if loads_v:
+        if loads_v or has_own_slots(self.storage.config):
             return two
         return RingPosition(*(cutlass.select_(is_first, a, b) for a, b in zip(one, two, strict=True)))
 
@@ -197,8 +204,8 @@ class LoadWarp:
     @cute.jit
     def _fill(
         self,
-        operand: TmaOperand,
-        pages: cutlass.Constexpr,
+        operand: TmaOperand | RaggedOperand,
+        tiles: cutlass.Constexpr,
         boxes,
         kv_head_idx: Int32,
         position: RingPosition,
@@ -208,6 +215,6 @@ class LoadWarp:
         full = barriers.kv_full + position.slot
         cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full, pages.tile_elems * self.storage.config.element_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full, tiles.tile_elems * self.storage.config.element_bytes)
         cute.arch.sync_warp()
-        pages.load(operand, boxes, kv_head_idx, position.slot, full)
+        tiles.load(operand, boxes, kv_head_idx, position.slot, full)

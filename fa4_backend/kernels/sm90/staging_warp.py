@@ -9,8 +9,10 @@ from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
+from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_tile, take_tile
+from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
+from fa4_backend.kernels.common.tile_scheduler import WorkTile, leave_queue, read_tile, take_tile
 from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
@@ -21,7 +23,7 @@ from fa4_backend.kernels.sm90.storage import Barriers
 class KvBlock(NamedTuple):
     """A block of keys: where its K and V lie, and which of them a row sees."""
 
-    boxes: PageBoxes
+    boxes: PageBoxes | RaggedBox
     kv_head_idx: Int32
     first_row: Int32
     end_row: Int32
@@ -30,8 +32,8 @@ class KvBlock(NamedTuple):
 class StagingOperand(NamedTuple):
     """K or V on its way to staging."""
 
-    pages: PagedKv
-    tma: TmaOperand
+    tiles: PagedKv | RaggedKv
+    tma: TmaOperand | RaggedOperand
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class StagingWarp:
         step: Step,
         values: MaskValues,
         query: QueryOperand,
-        operands: tuple[TmaOperand, TmaOperand],  # K, V
+        operands: tuple[TmaOperand | RaggedOperand, ...],  # K, V
         barriers: Barriers,
         sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
         sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
@@ -55,14 +57,18 @@ class StagingWarp:
         load = self.load
         blocks_of = load.blocks
         position, q_position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
-        before = KvBlock(PageBoxes(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0))
+        before = KvBlock(load.k_boxes.nowhere, Int32(0), Int32(0), Int32(0))
         is_first = Boolean(True)
         same_query, empty_query = Int32(int(Query.NOTHING)), Int32(int(Query.PASS))
         num_tiles = step.mQueue[0, QUEUE_TOTAL]
         tile_idx = take_tile(step.mQueue)
         has_tile = tile_idx < num_tiles
-        while tile_idx < num_tiles:
+        nothing = Int32(0)
+        work = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
+        if has_tile:
             work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
+        next_idx, next_work = tile_idx, work
+        while tile_idx < num_tiles:
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
             load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
             q_position = advance(q_position, load.storage.config.tile.q_stage)
@@ -71,37 +77,40 @@ class StagingWarp:
                 first_key = blocks_of.first_key(work.m_block, work.seqlen, values)
             for i in cutlass.range(blocks.end - blocks.begin, unroll=1):
                 n_block = blocks.end - 1 - i
-                boxes = load.k_pages.find_boxes(
-                    step.mPageTable, work.seq_idx, n_block, first_key, work.seqlen.seqlen_k, step.page_size, step.num_pages
-                )
+                boxes = load.k_boxes.find_boxes(step.pages, step.bounds, work.seq_idx, n_block, first_key, work.seqlen.seqlen_k)
                 first_row = Int32(0)
                 if const_expr(first_key is not None):
                     first_row = first_key - n_block * blocks_of.tile_n
                 block = KvBlock(boxes, work.kv_head_idx, first_row, work.seqlen.seqlen_k - n_block * blocks_of.tile_n)
                 new_query = cutlass.select_(i == 0, Int32(int(Query.CONVERT)), Int32(int(Query.NOTHING)))
-                self._fill(load.k_pages, operands[0], block, Staged.KEYS, new_query, position, barriers, sNotes)
-                position = advance(position, load.k_pages.stages)
+                self._fill(load.k_boxes, operands[0], block, Staged.KEYS, new_query, position, barriers, sNotes)
+                position = advance(position, load.k_boxes.stages)
                 if not is_first:
-                    self._fill(load.v_pages, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
-                    position = advance(position, load.k_pages.stages)
+                    self._fill(load.v_boxes, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
+                    position = advance(position, load.k_boxes.stages)
                 before = block
                 is_first = Boolean(False)
-            tile_idx = take_tile(step.mQueue)
+                # A block before the last: the slots of staging are too few to hide the queue's latency, and the work list's behind it.
+                if i == cutlass.max(blocks.end - blocks.begin - 2, 0):
+                    next_idx = take_tile(step.mQueue)
+                    if next_idx < num_tiles:
+                        next_work = read_tile(step.mTiles, step.mCuSeqlensQ, next_idx, step.bounds)
+            tile_idx, work = next_idx, next_work
         leave_queue(step.mQueue)
         load.hand_over_empty(q_position, barriers, sWork)
         if has_tile:
             self._note(Staged.NOTHING, empty_query, before, position, barriers, sNotes, 0)
-            position = advance(position, load.k_pages.stages)
-            self._fill(load.v_pages, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
-            position = advance(position, load.k_pages.stages)
+            position = advance(position, load.k_boxes.stages)
+            self._fill(load.v_boxes, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
+            position = advance(position, load.k_boxes.stages)
             empty_query = same_query
         self._note(Staged.END, empty_query, before, position, barriers, sNotes, 0)
 
     @cute.jit
     def _fill(
         self,
-        pages: cutlass.Constexpr,
-        operand: TmaOperand,
+        tiles: cutlass.Constexpr,
+        operand: TmaOperand | RaggedOperand,
         block: KvBlock,
         kind: cutlass.Constexpr,
         query: Int32,
@@ -110,8 +119,8 @@ class StagingWarp:
         sNotes: cute.Tensor,
     ):
         """Fill the slot at `position` once it was converted."""
-        self._note(kind, query, block, position, barriers, sNotes, pages.tile_elems)
-        pages.load(operand, block.boxes, block.kv_head_idx, position.slot, barriers.fp8_full + position.slot)
+        self._note(kind, query, block, position, barriers, sNotes, tiles.tile_elems)
+        tiles.load(operand, block.boxes, block.kv_head_idx, position.slot, barriers.fp8_full + position.slot)
 
     @cute.jit
     def _note(

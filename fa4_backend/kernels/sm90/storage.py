@@ -2,7 +2,9 @@
 K and V in FP8 wait for their conversion in slots of their own (`staging.py`).
 
 The KV blocks of all tiles of a CTA are one stream, and ring order is its order of use: K0 K1 V0 K2 V1 ... K runs one block ahead of V,
-from one tile into the next. Finished rows of O leave through their tile's Q buffer where there are two, else from registers.
+from one tile into the next. Where a K tile and a V tile differ in size and the number of stages is even, each has stages of its own size:
+K0 - K1 V0 K2 V1 ..., whose second stage stays empty once, so that K has the even ones and V the odd ones. Finished rows of O leave through
+their tile's Q buffer where there are two, else from registers.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ from cutlass.utils.hopper_helpers import get_smem_layout_atom
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.common.ring import RingPosition, RingSlots
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, header_bytes, q_buffer_bytes, staging_slots, tile_elems
-from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, pipeline_edges
+from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots, pipeline_edges
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
@@ -100,6 +102,14 @@ class Storage:
         return tile_elems(self.config)
 
     @property
+    def tile_slots(self) -> RingSlots:
+        """Stages of the ring: K tiles in even ones, V tiles in odd ones where they differ in size, else either anywhere."""
+        c = self.config
+        if not has_own_slots(c):
+            return RingSlots(c.tile.kv_stage, self.slot_elems, self.slot_elems)
+        return RingSlots(c.tile.kv_stage, c.tile.tile_n * c.head_dim, c.tile.tile_n * c.head_dim_v)
+
+    @property
     def q_elems(self) -> int:
         """Elements of a Q buffer."""
         return self.config.tile.tile_m * self.config.head_dim
@@ -108,8 +118,8 @@ class Storage:
     def num_bytes(self) -> int:
         """Bytes of the whole, with room for alignment."""
         c = self.config
-        slots = c.tile.kv_stage * c.element_bytes + staging_slots(c) * c.kv_element_bytes
-        return header_bytes(c) + c.tile.q_stage * q_buffer_bytes(c) + slots * self.slot_elems
+        tiles = self.tile_slots.total_elems * c.element_bytes + staging_slots(c) * self.slot_elems * c.kv_element_bytes
+        return header_bytes(c) + c.tile.q_stage * q_buffer_bytes(c) + tiles
 
     def struct(self) -> type:
         """The DSL's struct of this layout."""
@@ -121,7 +131,7 @@ class Storage:
                 barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
                 work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
                 q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
-                kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
+                kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], 1024]
 
             return SharedStorage
 
@@ -132,7 +142,7 @@ class Storage:
             notes: cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS]
             row_scales: cute.struct.MemRange[cutlass.Float32, WORK_STAGE * c.tile.tile_m if converts_query(c) else 1]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
-            kv: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.kv_stage * self.slot_elems], 1024]
+            kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], 1024]
             fp8: cute.struct.Align[cute.struct.MemRange[cutlass.Float8E4M3FN, staging_slots(c) * self.slot_elems], 1024]
 
         return StagedStorage
@@ -175,8 +185,7 @@ class Storage:
         """(tile_n, head_dim, kv_stage): the ring seen as K tiles."""
         c = self.config
         tile = self.rows_layout(c.tile.tile_n, c.head_dim)
-        stages = cute.make_layout(c.tile.kv_stage, stride=self.slot_elems)
-        return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, stages))
+        return cute.make_composed_layout(tile.inner, 0, cute.append(tile.outer, self.tile_slots.layout))
 
     def v_layout(self) -> cute.ComposedLayout:
         """(head_dim_v, tile_n, kv_stage): the ring seen as V tiles, transposed; box after box, each with all parts of the head.
@@ -186,10 +195,10 @@ class Storage:
         c = self.config
         rows = c.tile.tile_n if c.has_kv_scales else c.box_rows
         part = c.part_elems(c.head_dim_v)
-        parts = c.head_dim_v // part
+        parts, slots = c.head_dim_v // part, self.tile_slots.layout
         outer = cute.make_layout(
-            ((part, parts), (rows, c.tile.tile_n // rows), c.tile.kv_stage),
-            stride=((1, rows * part), (part, rows * c.head_dim_v), self.slot_elems),
+            ((part, parts), (rows, c.tile.tile_n // rows), slots.shape),
+            stride=((1, rows * part), (part, rows * c.head_dim_v), slots.stride),
         )
         return cute.make_composed_layout(self.row_atom(c.head_dim_v).inner, 0, outer)
 

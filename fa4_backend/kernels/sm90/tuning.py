@@ -23,7 +23,7 @@ TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
     (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=0.0),
-    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=3, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
     (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
 
@@ -41,8 +41,10 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
     (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
 
-# Where a bfloat16 Q becomes float16 once a tile, so that K costs one instruction for two values, not four. Shared memory is what limits,
-# not instructions, where seven warps convert. Share of our bf16 kernel's TFLOP/s in the same run, H100, with it and without:
-#   d128 8 x 4K 0.80 and 0.79, 2 x 16K 0.83 and 0.82, 32 x 1K 0.69 and 0.77: Q's conversion stands between two tiles
+# Where a bfloat16 Q becomes float16 once a tile, so that K costs one instruction for two values, not four. Share of our bf16 kernel's
+# TFLOP/s in the same run, H100, with it and without:
+#   d128 (seven warps convert), tiles taken a block early: 8 x 4K 0.84 and 0.82, 2 x 16K 0.91 and 0.82, 4 x 512 of 8K 0.88 and 0.82,
+#     32 x 1K 0.80 and 0.83: Q's conversion stands between two tiles
 #   three warps convert: d256 8 x 4K 0.68 and 0.61, d64 8 x 4K 0.85 and 0.90
-FLOAT16_QUERY_DIMS = (256,)
+# d96 and (192, 128) were timed without it only.
+FLOAT16_QUERY_DIMS = (128, 256)

@@ -91,6 +91,11 @@ class WarpRoles:
         return 2 + self.num_consumers
 
 
+def has_own_slots(config: PrefillConfig) -> bool:
+    """Whether K and V tiles take turns in stages of different size. Where K and V are FP8 what is converted takes any."""
+    return config.head_dim != config.head_dim_v and config.tile.kv_stage % 2 == 0 and not config.has_kv_scales
+
+
 def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     """Every pipeline of the kernel."""
     load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, WarpRoles.of(config).consumer_warps)

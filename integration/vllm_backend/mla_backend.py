@@ -1,0 +1,113 @@
+"""What vLLM may ask of this backend for layers of multi-head latent attention. Answers come from `fa4_backend.support`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
+from vllm.v1.attention.backend import MultipleOf
+
+from fa4_backend import AttentionProblem
+from fa4_backend.problem import FP8, LATENT, UnsupportedProblem
+from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
+from fa4_integration.vllm_backend.layers import announce_layers
+from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
+from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
+from fa4_integration.vllm_backend.plugin import MLA_NAME
+from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+ROPE_DIM = 64  # rotary elements of a latent, in all models that vLLM has; a layer with others is refused by `FA4MLAImpl`
+SPARSE = "sparse MLA, over tokens that an indexer chooses, belongs to vLLM's *_MLA_SPARSE backends: start without --attention-backend"
+
+
+class FA4MLABackend(MLACommonBackend):
+    """Our decode kernel of latent attention behind vLLM's MLA layers; their prefill is an MLA prefill backend's (`mla_prefill_backend`)."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
+    supported_kv_cache_dtypes = [*STORED]  # noqa: RUF012  likewise
+
+    @staticmethod
+    def get_name() -> str:
+        return MLA_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FA4MLAImpl]:
+        return FA4MLAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FA4MLAMetadataBuilder]:
+        return FA4MLAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        config = get_current_vllm_config_or_none()
+        if kv_cache_spec is not None and config is not None:
+            announce_layers(config)  # before vLLM looks for a page size that all backends have in common, as `FA4Backend` does
+        return [MultipleOf(PAGE_MULTIPLE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [size for size in MLACommonBackend.get_supported_head_sizes() if cls.supports_head_size(size)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return latent_refusal(head_dim=head_size, head_dim_v=head_size - ROPE_DIM) is None
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return latent_refusal(dtype=str(dtype).removeprefix("torch.")) is None
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        # A name of a 16-bit dtype is right for the models that have it; `supports_combination` knows the model's.
+        is_served = kv_cache_dtype is None or kv_cache_dtype in STORED
+        return is_served and (stored_dtype(kv_cache_dtype) != FP8 or latent_refusal(kv_dtype=FP8) is None)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return latent_refusal(batch_invariant=True) is None
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return latent_refusal(capability) is None
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        """The reason, in a sentence, why this layer cannot be served here; None if it can."""
+        if use_sparse:
+            return SPARSE
+        try:
+            kv_dtype = stored_dtype(kv_cache_dtype)
+        except UnsupportedProblem as reason:
+            return str(reason)
+        return latent_refusal(
+            head_dim=head_size,
+            head_dim_v=head_size - ROPE_DIM,
+            dtype=str(dtype).removeprefix("torch."),
+            kv_dtype=kv_dtype,
+            page_size=block_size or PAGE_MULTIPLE,
+        )
+
+
+def latent_refusal(capability: Any = None, **facts: Any) -> str | None:
+    """Why no kernel on this device serves latent attention with these facts, the rest being DeepSeek's; None if one does."""
+    ordinary = {"num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
+    try:
+        check_problem(AttentionProblem(arch=serving_arch(capability), kv_source=LATENT, **{**ordinary, **facts}))
+    except UnsupportedProblem as reason:
+        return str(reason)
+    return None

@@ -1,0 +1,27 @@
+"""Models whose attention is no backend's to serve: tokens or blocks are chosen by the model's own code, with kernels of its own in vLLM.
+
+`--attention-backend` does not reach these layers, or reaches only those between them, so a selection of FA4 would be ignored in silence.
+They are known by the fields of a config that vLLM itself decides by, so that a family which vLLM learns later is known too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def owner_of(config: Any) -> str | None:
+    """Whose a model's attention is, as the end of a sentence; None where vLLM's backends serve it.
+
+    Args:
+        config: of the language model, of transformers or vLLM.
+    """
+    family = getattr(config, "model_type", "")
+    if family.startswith("deepseek_v4"):  # before index_topk, which these have too
+        what, owner = "compressed sparse attention", "the model's own code in vLLM, which chooses among *_DSV4 backends"
+    elif getattr(config, "index_topk", None):
+        what, owner = "sparse MLA, over tokens that an indexer chooses,", "vLLM's *_MLA_SPARSE backends"
+    elif getattr(config, "sparse_attention_config", None):
+        what, owner = "block-sparse attention", "the model's own code in vLLM, with MINIMAX_M3_SPARSE"
+    else:
+        return None
+    return f"{family}, whose {what} belongs to {owner}: start without --attention-backend"
