@@ -24,11 +24,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.device.serve_tokens import decode_logprobs, off_scale, prefill_logprobs, wake_from_level_1, wake_from_level_2
+from tests.device.serve_tokens import MEMORY, decode_logprobs, off_scale, prefill_logprobs, wake_from_level_1, wake_from_level_2
 from tests.support.collector import settled_heap
 
-# Of each of the engines that run side by side. A fixed size: vLLM otherwise measures the memory that is free while others take theirs.
-KV_CACHE_BYTES = 1 << 30
 COMMON: dict[str, Any] = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
 NEW_TOKENS = 32
 SLOW_SECONDS = 1.0  # a silence of an engine's start that its time line names
@@ -64,7 +62,7 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
     with set_environment({**engine.environment, "FA4_BACKEND_TRACE_FILE": str(trace)}), off_scale(engine.scale_error):
         with settled_heap(), count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines):
             begin = time.perf_counter()
-            arguments = {**COMMON, "kv_cache_memory_bytes": KV_CACHE_BYTES, "disable_log_stats": not engine.drafts, **engine.arguments}
+            arguments = {**COMMON, **MEMORY, "disable_log_stats": not engine.drafts, **engine.arguments}
             llm = LLM(model, attention_backend=engine.backend, **arguments)
             started = time.perf_counter()
             try:

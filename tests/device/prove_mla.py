@@ -246,7 +246,7 @@ CELLS = {
 
 
 # Beside the kernel as it is: its tuned numbers otherwise.
-VARIANTS = {"c1": (("max_cluster", 1),), "l2": (("prefetch_blocks", 2),), "c1 l2": (("max_cluster", 1), ("prefetch_blocks", 2))}
+VARIANTS = {"c2": (("max_cluster", 2),), "l2": (("prefetch_blocks", 2),)}
 VARIED = ((128, "auto"),)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.kernel_stamp import gpu_stamp
-from tests.device.serve_tokens import DRAFTS, EAGER, FP8, TOO_FAR, compare, decode_logprobs, prefill_logprobs
+from tests.device.serve_tokens import DRAFTS, EAGER, FP8, MEMORY, TOO_FAR, compare, decode_logprobs, prefill_logprobs
 from tests.engines.prompts import make_prompts
 
 GRAPHS: dict[str, Any] = {
@@ -56,9 +56,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
         mla_impl.mla_decode = off
     arguments = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
-    llm = LLM(
-        request["model"], attention_backend=request["backend"], kv_cache_memory_bytes=1 << 30, **{**arguments, **request["arguments"]}
-    )
+    llm = LLM(request["model"], attention_backend=request["backend"], **{**MEMORY, **arguments, **request["arguments"]})
     inputs = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     outputs = llm.generate(inputs, SamplingParams(temperature=0, max_tokens=32, logprobs=1, ignore_eos=True), use_tqdm=False)
     trace = Path(os.environ["FA4_BACKEND_TRACE_FILE"])

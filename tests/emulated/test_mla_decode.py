@@ -18,17 +18,19 @@ from tests.support.emulated_mla import MlaCase, run_mla
 pytestmark = pytest.mark.emulated
 
 FEW = MlaCase((1, 1, 1, 0, 1), (130, 64, 0, 70, 1))  # 16 rows of a tile; 1, 2 and 3 blocks
-PAIR = MlaCase((1, 1), (300, 64), num_heads=128)  # two tiles: a cluster of two CTAs
+APART = MlaCase((1, 1), (300, 64), num_heads=128)  # two tiles
+PAIR = replace(APART, tuning=(("max_cluster", 2),))  # a cluster of two CTAs
 DRAFTS = MlaCase((4, 1, 3, 2), (200, 65, 3, 1), num_heads=32, decode_query_len=4, page_size=16, one_q=True)
 
 CASES = {
     "16 heads": FEW,
+    "128 heads": APART,
     "128 heads, a cluster": PAIR,
     "drafts, more tokens than keys, one tensor of q": DRAFTS,
     "24 heads, 3 tokens: tiles that begin inside a token": MlaCase((3, 1), (129, 63), num_heads=24, decode_query_len=3, page_size=48),
     "8 heads, 8 tokens, float16, peaked": MlaCase((8, 5), (140, 66), num_heads=8, decode_query_len=8, dtype="float16", peaked=8.0),
     "128 heads, 3 tokens, peaked": MlaCase((3, 2), (190, 20), num_heads=128, decode_query_len=3, peaked=20.0),
-    "128 heads, CTAs apart, L2 asked ahead": replace(PAIR, tuning=(("max_cluster", 1), ("prefetch_blocks", 2))),
+    "128 heads, L2 asked ahead": replace(APART, tuning=(("prefetch_blocks", 2),)),
     "FP8, 16 heads": replace(FEW, kv_dtype=FP8),
     "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
     "batch invariant": MlaCase((2, 1), (600, 65), num_heads=64, decode_query_len=2, batch_invariant=True, max_seqlen_k=2048),

@@ -29,9 +29,12 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
 CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
-# CTAs of a cluster at most, and KV blocks that the load warp asks L2 for ahead of the one that it loads: 0: none. Not tuned yet:
-# `python -m tests.device.prove_mla` times 1 beside 2 and 2 beside 0.
-MAX_CLUSTER = 2
+# CTAs of a cluster at most, and KV blocks that the load warp asks L2 for ahead of the one that it loads: 0: none. H100, 128 heads, us of
+# 1 x 1K / 8 x 4K / 64 x 1K / 64 x 4K / 64 x 16K / 64 x 4K with 4 queries (2026-11-28, `python -m tests.device.prove_mla`):
+#   1 CTA, no block ahead   24.9 / 37.6 / 42.0 / 128.1 / 470.9 / 481      1 CTA, 2 blocks ahead   22.6 / 40.7 / 45.1 / 132.6 / 479.3 / 496
+#   2 CTAs, no block ahead  23.8 / 42.6 / 53.1 / 165.6 / 651.2 / 646      2 CTAs, 2 blocks ahead  24.1 / 46.0 / 53.8 / 163.6 / 622.4 / 626
+# L2 feeds two CTAs that load the same keys; a cluster makes each wait for the other's buffers in every block.
+MAX_CLUSTER = 1
 PREFETCH_BLOCKS = 0
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 # KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
