@@ -27,6 +27,8 @@ PREFILL = {
     # One buffer of Q.
     "sm_90a (192, 128) in fp16, sinks": replace(BASE, head_dim=192, head_dim_v=128, dtype="float16", sinks=True),
     "sm_100a d128": replace(BASE, head_dim=128, arch="emulated-sm_100a"),
+    # O in two parts through one buffer.
+    "sm_100a d256": replace(BASE, head_dim=256, arch="emulated-sm_100a"),
     # 96 bytes a row of O.
     "sm_100a d96, FP8 K and V": replace(BASE, head_dim=96, kv_dtype=FP8, arch="emulated-sm_100a"),
 }

@@ -41,6 +41,16 @@ def test_decode() -> None:
     assert all(seen[part]["ok"] for part in ("lists", "bits", "exact")) and seen["exact"]["tokens"] > 100000
 
 
+def test_latent_decode() -> None:
+    """What docs/mla.md says of errors, bits and peers, of the kernel as it is tuned: CTAs apart ("c1" where clusters were timed beside)."""
+    seen = load("mla_h100.json")
+    assert seen["fuzz"]["batches"] >= 200 and max(seen["fuzz"]["worst_share_out"], seen["fuzz"]["worst_share_lse"]) <= 1
+    assert seen["bits"]["page_sizes"] == 5 and seen["graphs"]["replays"] == 20
+    cells = {(t["heads"], t["batch"], t["keys"], t["queries"]): t for t in seen["times"] if t["kv_dtype"] == "auto"}
+    behind = [cell for cell, t in cells.items() if t.get("c1", t["fa4"]) > min(t["fa3"], t["flashmla"])]
+    assert len(cells) == 13 and behind == [(128, 1, 1024, 1)]
+
+
 def test_engines() -> None:
     runs = load("serve_h100.json")["runs"]
     assert judge(runs) == []
