@@ -52,6 +52,8 @@ def registers_in(operand: Operand | None) -> Iterator[Register]:
 
 def results(instruction: Instruction) -> tuple[Operand, ...]:
     """Operands that the instruction writes."""
+    if instruction.opcode.startswith("tcgen05.ld.red."):
+        return instruction.operands[:2]  # the values, and the largest or smallest of each thread's
     first = instruction.operands[:1]
     base = instruction.opcode.split(".", 1)[0]
     without = (base in NO_RESULT and ".red." not in instruction.opcode) or instruction.opcode.startswith("tcgen05.dealloc")

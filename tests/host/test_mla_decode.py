@@ -171,9 +171,10 @@ def test_the_budget_catches_a_rotary_part_that_is_left_out() -> None:
 )
 def test_any_ragged_batch(lengths, num_q_heads, page_size, kv_dtype, is_one_q, padding_seqs, seed) -> None:
     query_lens, kv_lens = zip(*lengths, strict=True)
+    # float32: torch's attention in 16 bits takes exponentials that are off by up to 2^-14, which is the whole lse of rows of few keys.
     built = LatentCase(
         query_lens, kv_lens, num_q_heads, page_size=page_size, kv_dtype=kv_dtype, is_one_q=is_one_q, padding_seqs=padding_seqs,
-        seed=seed, decode_query_len=8, head_dim=96, head_dim_v=64,
+        seed=seed, decode_query_len=8, head_dim=96, head_dim_v=64, dtype="float32",
     ).build()  # fmt: skip
     built.check(*built.run())
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
@@ -71,6 +71,10 @@ class ConvertWarps:
                     cute.arch.mbarrier_wait(barriers.bf16q_full + q.slot, q.phase)
                     if query == int(Query.CONVERT):
                         self._convert_query(shared, q, warp)
+                    else:
+                        # What consumers compute with the numbers of no tile is thrown away, but it is not of memory that nobody wrote.
+                        for row in cutlass.range(warp * LANES + cute.arch.lane_idx(), c.tile.tile_m, self.num_warps * LANES, unroll=1):
+                            shared.sRowScales[row, self.storage.work_slot(q)] = Float32(1.0)
                     self._hand_on(barriers.q_full + q.slot)
                     q = advance(q, c.tile.q_stage)
             if kind != int(Staged.END):
