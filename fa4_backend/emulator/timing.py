@@ -27,6 +27,7 @@ class Fact(NamedTuple):
 
 
 def known(value: float, source: str) -> Fact:
+    """A fact whose source gives one value: no range."""
     return Fact(value, value, value, source)
 
 

@@ -32,7 +32,7 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
+from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
@@ -534,7 +534,7 @@ class ConsumerWarpgroup:
             sink = None
             if const_expr(c.mask.has_sinks):
                 sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
-            row_sum = _quad_sum(stats.row_sum[i])
+            row_sum = quad_sum(stats.row_sum[i])
             row_max = stats.row_max[i]
             if const_expr(score_scales is not None and (c.has_lse or c.mask.has_sinks)):
                 row_max = score_scales[i].true_max(row_max)
@@ -595,12 +595,6 @@ def _row_of_thread(group: Int32, thread: Int32, i: int) -> Int32:
     """Tile row of a thread's accumulators of half `i` (PTX ISA, wgmma: D fragment layout)."""
     in_group = thread % WARPGROUP_THREADS
     return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
-
-
-def _quad_sum(value: Float32) -> Float32:
-    """Sum over the four lanes that share a row."""
-    value = value + cute.arch.shuffle_sync_bfly(value, offset=1)
-    return value + cute.arch.shuffle_sync_bfly(value, offset=2)
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
