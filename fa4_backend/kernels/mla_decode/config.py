@@ -33,7 +33,7 @@ CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
 # 1 x 1K / 8 x 4K / 64 x 1K / 64 x 4K / 64 x 16K / 64 x 4K with 4 queries (2026-11-28, `python -m tests.device.prove_mla`):
 #   1 CTA, no block ahead   24.9 / 37.6 / 42.0 / 128.1 / 470.9 / 481      1 CTA, 2 blocks ahead   22.6 / 40.7 / 45.1 / 132.6 / 479.3 / 496
 #   2 CTAs, no block ahead  23.8 / 42.6 / 53.1 / 165.6 / 651.2 / 646      2 CTAs, 2 blocks ahead  24.1 / 46.0 / 53.8 / 163.6 / 622.4 / 626
-# L2 feeds two CTAs that load the same keys; a cluster makes each wait for the other's buffers in every block.
+# Why clusters are slower was not looked into; in each block their CTAs wait for each other's buffers.
 MAX_CLUSTER = 1
 PREFETCH_BLOCKS = 0
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
