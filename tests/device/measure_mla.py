@@ -18,7 +18,7 @@ from pathlib import Path
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
 from fa4_backend.compile_cache import ensure_object
 from fa4_backend.problem import FP8
-from tests.device.prove_mla import Shape, Step, draw, judge
+from tests.device.mla_batches import Shape, Step, draw, judge
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PART_BLOCKS = (1, 2, 4)
