@@ -28,7 +28,11 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
-CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
+CONVERT_WARPS = 3  # where latents are FP8 and converted in shared memory: the warps beside the load warp
+# Packed rows up to which FP8 latents are attended to by mma.sync, which takes them converted in registers (`narrow_warps.py`).
+NARROW_ROWS = 16
+NARROW_STAGE = 5  # with Q of 16 rows, 198 KiB
+NARROW_WARPS = CONSUMER_THREADS // 32
 # CTAs of a cluster at most, and KV blocks that the load warp asks L2 for ahead of the one that it loads: 0: none. H100, 128 heads, us of
 # 1 x 1K / 8 x 4K / 64 x 1K / 64 x 4K / 64 x 16K / 64 x 4K with 4 queries (2026-11-28, `python -m tests.device.prove_mla`):
 #   1 CTA, no block ahead   24.9 / 37.6 / 42.0 / 128.1 / 470.9 / 481      1 CTA, 2 blocks ahead   22.6 / 40.7 / 45.1 / 132.6 / 479.3 / 496
@@ -58,6 +62,7 @@ class MlaDecodeConfig:
     max_cluster: int = MAX_CLUSTER
     prefetch_blocks: int = PREFETCH_BLOCKS
     arrival_looks: int = ARRIVAL_LOOKS
+    narrow_rows: int = NARROW_ROWS  # 0: wgmma for every number of rows
 
     @property
     def builder(self) -> str:
@@ -70,6 +75,7 @@ class MlaDecodeConfig:
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         tuned = f"-c{self.cluster_size}" + f"-l2p{self.prefetch_blocks}" * (self.prefetch_blocks > 0)
+        tuned += "-narrow" * self.is_narrow
         return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
 
     @property
@@ -81,6 +87,31 @@ class MlaDecodeConfig:
     def has_scale(self) -> bool:
         """Whether latents are stored in FP8, with one scale."""
         return self.kv_dtype == FP8
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products are of 16 rows, by mma.sync."""
+        return self.has_scale and self.rows <= self.narrow_rows
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether warps of their own convert latents in shared memory."""
+        return self.has_scale and not self.is_narrow
+
+    @property
+    def kv_stage(self) -> int:
+        """KV tiles in shared memory."""
+        return NARROW_STAGE if self.is_narrow else KV_STAGE
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a tile in shared memory."""
+        return TILE_ELEMS * (DTYPE_BYTES[self.kv_dtype] if self.is_narrow else self.element_bytes)
+
+    @property
+    def q_part_bytes(self) -> int:
+        """Bytes of a part of Q in shared memory."""
+        return (WARP_ROWS if self.is_narrow else TILE_M) * PART_DIM * self.element_bytes
 
     @property
     def rows(self) -> int:

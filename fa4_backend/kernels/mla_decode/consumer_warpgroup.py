@@ -42,6 +42,7 @@ from fa4_backend.kernels.mla_decode.config import (
     TILE_N,
     MlaDecodeConfig,
 )
+from fa4_backend.kernels.mla_decode.fragments import WideFragment
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales
 from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_WARPS, SIDES, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import Blocks, MlaWork
@@ -167,17 +168,17 @@ class ConsumerWarpgroup:
                         kv = advance(kv, KV_STAGE)
                         phases = WeightPhases(phases.first, phases.second ^ 1)
                 self.merge.finish_piece(
-                    side, entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scales, shared, results
-                )
+                    WideFragment(side), entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scales,
+                    shared, results,
+                )  # fmt: skip
                 turn ^= 1
             if const_expr(self.config.has_pieces):
                 self._release_query(shared)
             if entry.partial_slot >= 0:
-                if const_expr(side == FIRST):
-                    self.merge.postpone(entry, last_piece - first_piece, num_pending, shared, thread)
+                self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
                 num_pending += 1
         if num_pending > 0:
-            self.merge.join_parts(side, num_pending, step, scales, shared, results)
+            self.merge.join_parts(num_pending, step, scales, shared, results)
 
     def _scales(self, values: MaskValues, results: ResultTensors) -> Scales:
         if const_expr(results.mScale is None):
@@ -291,7 +292,7 @@ class ConsumerWarpgroup:
         first = rows.seqlen_k - n_block * TILE_N
         box_rows = const_expr(self.config.box_rows)
         end = cutlass.min((first + box_rows - 1) // box_rows * box_rows, TILE_N)
-        if const_expr(self.config.has_scale):
+        if const_expr(self.config.is_converted):
             end = Int32(0)  # who converts them has cleared them
         if first < end:
             self._clear_tail(first, end, kv, shared, side)
@@ -408,7 +409,7 @@ class ConsumerWarpgroup:
     def _release(self, shared: SharedTensors, group: cutlass.Constexpr[int], kv: RingPosition):
         """This warpgroup has read a group: tell whoever loads it."""
         c = self.config
-        if const_expr(c.has_scale):
+        if const_expr(c.is_converted):
             self._release_converted(shared, group, kv)
         else:
             rank = Int32(0)
