@@ -99,6 +99,11 @@ class MlaDecodeConfig:
         return self.has_scale and not self.is_narrow
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether Q becomes float16 in shared memory."""
+        return self.is_converted and self.dtype == "bfloat16"
+
+    @property
     def kv_stage(self) -> int:
         """KV tiles in shared memory."""
         return NARROW_STAGE if self.is_narrow else KV_STAGE

@@ -71,6 +71,7 @@ class SharedTensors(NamedTuple):
     # score of each warp's keys
     sReference: cute.Tensor
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32, (2, NARROW_WARPS, 16): shares of row_sum at a piece's end; pieces take turns
+    sFactor: cute.Tensor | None  # (TILE_M,) float32: what rows of Q were divided by to be float16; None: nothing
     sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`merge.Share`)
 
 
@@ -82,8 +83,8 @@ class MlaStorage:
 
     @property
     def dtype(self) -> type[cutlass.Numeric]:
-        """Element type of q, out and the tiles."""
-        return ELEMENT_TYPES[self.config.dtype]
+        """Element type of both products: that of q and out, or float16 beside FP8 latents."""
+        return cutlass.Float16 if self.config.has_scale else ELEMENT_TYPES[self.config.dtype]
 
     @property
     def q_bytes(self) -> int:
@@ -162,7 +163,8 @@ class MlaStorage:
         return SharedTensors(
             q, kv, p, barriers,
             tensor(Int32, DECODE_INTS), tensor(Int32, MAX_PENDING, DECODE_INTS),
-            tensor(Float32, *reference), tensor(Float32, *sums), tensor(Int32, MAX_PENDING),
+            tensor(Float32, *reference), tensor(Float32, *sums), tensor(Float32, TILE_M) if c.is_scaled else None,
+            tensor(Int32, MAX_PENDING),
         )  # fmt: skip
 
     @cute.jit
