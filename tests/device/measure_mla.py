@@ -14,17 +14,23 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
 from fa4_backend.compile_cache import ensure_object
+from fa4_backend.kernels.mla_decode.config import NARROW_ROWS
 from fa4_backend.problem import FP8
 from tests.device.mla_batches import Shape, Step, draw, judge
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PART_BLOCKS = (1, 2, 4)
 # (heads, queries, batch, keys) of FP8 latents
-STORED = ((16, 1, 64, 16384), (16, 1, 64, 4096), (128, 1, 64, 4096), (16, 1, 8, 4096), (16, 1, 1, 4096))
-KINDS = {"bf16": ("bfloat16", "auto"), "f16 q, e4m3": ("float16", FP8), "bf16 q, e4m3": ("bfloat16", FP8)}
+STORED = ((16, 1, 64, 16384), (16, 1, 64, 4096), (128, 1, 64, 4096), (128, 4, 64, 4096), (16, 1, 8, 4096), (16, 1, 1, 4096))
+WIDE = (("narrow_rows", 0),)
+KINDS: dict[str, dict[str, Any]] = {
+    "16 bits": {}, "e4m3": {"kv_dtype": FP8}, "e4m3, f16 q": {"kv_dtype": FP8, "dtype": "float16"},
+    "e4m3, wgmma": {"kv_dtype": FP8, "tuning": WIDE},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,14 @@ def short(heads: int) -> Iterator[Row]:
 def stored() -> Iterator[Row]:
     """FP8 latents."""
     for heads, queries, batch, keys in STORED:
-        steps = {name: prepared(Shape(heads, queries, dtype=dtype, kv_dtype=kv), batch, keys) for name, (dtype, kv) in KINDS.items()}
+        steps = {name: prepared(shape, batch, keys) for name, shape in kinds(heads, queries).items()}
         yield timed(f"h{heads} {batch} x {keys} q{queries}", steps)
+
+
+def kinds(heads: int, queries: int) -> dict[str, Shape]:
+    """Kernels to compare; those of wgmma alone are no kind of their own where there is nothing else."""
+    shapes = {name: Shape(heads, queries, **kind) for name, kind in KINDS.items()}
+    return shapes if heads * queries <= NARROW_ROWS else {name: shape for name, shape in shapes.items() if not shape.tuning}
 
 
 def timed(name: str, steps: dict[str, Step]) -> Row:
@@ -73,9 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shapes = {Shape(16), Shape(128)} | {
-        Shape(heads, queries, dtype=dtype, kv_dtype=kv) for heads, queries, _, _ in STORED for dtype, kv in KINDS.values()
-    }
+    shapes = {Shape(16), Shape(128)} | {shape for heads, queries, _, _ in STORED for shape in kinds(heads, queries).values()}
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(ensure_object, {key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}))
     table = []
