@@ -1,7 +1,7 @@
 """Where a latent decode kernel's time goes on a Hopper GPU, by differences: `python -m tests.device.measure_mla [--json FILE]`.
 
 Short batches: one row of 0 keys (an empty list: launch, first look at the list), 64 (one block, nothing to add up), 128 (one block more),
-and longer ones, cut into parts of at least 1, 2 or 4 blocks; L2 full of other lines, and warm. FP8 latents: q in bfloat16 and in float16
+and longer ones, cut into several numbers of parts; L2 full of other lines, and warm. FP8 latents: q in bfloat16 and in float16
 beside 16-bit latents.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ from fa4_backend.problem import FP8
 from tests.device.mla_batches import Shape, Step, draw, judge
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
-PART_BLOCKS = (1, 2, 4)
+PARTS_RATIOS = (1, 4, 8, 16, 32, 64)
 # (heads, queries, batch, keys) of FP8 latents
 STORED = ((16, 1, 64, 16384), (16, 1, 64, 4096), (128, 1, 64, 4096), (128, 4, 64, 4096), (16, 1, 8, 4096), (16, 1, 1, 4096))
 WIDE = (("narrow_rows", 0),)
 KINDS: dict[str, dict[str, Any]] = {
     "16 bits": {}, "e4m3": {"kv_dtype": FP8}, "e4m3, f16 q": {"kv_dtype": FP8, "dtype": "float16"},
-    "e4m3, wgmma": {"kv_dtype": FP8, "tuning": WIDE},
+    "e4m3, wgmma": {"kv_dtype": FP8, "tuning": WIDE}, "e4m3, L2 ahead": {"kv_dtype": FP8, "tuning": (("prefetch_blocks", 2),)},
 }  # fmt: skip
 
 
@@ -42,10 +43,10 @@ class Row:
     warm: dict[str, float]
 
 
-def prepared(shape: Shape, batch: int, keys: int, part_blocks: int | None = None) -> Step:
+def prepared(shape: Shape, batch: int, keys: int, parts_ratio: int | None = None) -> Step:
     """A batch, its lists made, run once and judged."""
     a = draw(shape, [shape.query_len] * batch, [keys] * batch, 1)
-    step = Step(shape, a, max(keys, 64), part_blocks=part_blocks)
+    step = Step(shape, a, max(keys, 64), parts_ratio=parts_ratio)
     step.refresh()
     step.run()
     if batch * keys <= 1 << 16:
@@ -54,10 +55,13 @@ def prepared(shape: Shape, batch: int, keys: int, part_blocks: int | None = None
 
 
 def short(heads: int) -> Iterator[Row]:
-    """One row, parts of several lengths."""
+    """One row, as many parts as each ratio allows."""
     for keys in SHORT_KEYS:
         blocks = -(-keys // 64)
-        steps = {f"parts of {n}": prepared(Shape(heads), 1, keys, n) for n in PART_BLOCKS if n == 2 or blocks > n}
+        ratios: dict[int, int] = {}
+        for ratio in PARTS_RATIOS:
+            ratios.setdefault(max(min(blocks, math.isqrt(ratio * blocks)), 1), ratio)
+        steps = {f"{parts} parts": prepared(Shape(heads), 1, keys, ratio) for parts, ratio in ratios.items()}
         yield timed(f"h{heads} 1 x {keys}", steps)
 
 
@@ -71,7 +75,7 @@ def stored() -> Iterator[Row]:
 def kinds(heads: int, queries: int) -> dict[str, Shape]:
     """Kernels to compare; those of wgmma alone are no kind of their own where there is nothing else."""
     shapes = {name: Shape(heads, queries, **kind) for name, kind in KINDS.items()}
-    return shapes if heads * queries <= NARROW_ROWS else {name: shape for name, shape in shapes.items() if not shape.tuning}
+    return shapes if heads * queries <= NARROW_ROWS else {name: shape for name, shape in shapes.items() if shape.tuning != WIDE}
 
 
 def timed(name: str, steps: dict[str, Step]) -> Row:

@@ -41,9 +41,13 @@ NARROW_WARPS = CONSUMER_THREADS // 32
 MAX_CLUSTER = 1
 PREFETCH_BLOCKS = 0
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
-# KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
-# however many they are.
-MIN_PART_BLOCKS = 2
+# KV blocks that a part of a row group has at least, and the square of its parts over its blocks at most: parts of 1 block up to 16 blocks,
+# of 2 at 64, of 4 at 256. Whoever adds up parts does so with all CTAs that made them; still many parts cost more. H100, one row, us with
+# parts of 1 / 2 / 4 blocks (2026-11-28, `python -m tests.device.measure_mla`):
+#   128 heads, 512 keys 20.0 / 25.3 / 32.9    1K 20.9 / 23.2 / 27.7    4K 28.2 / 24.4 / 27.5    16K 36.0 / 36.1 / 34.8
+#   16 heads,  512 keys 16.7 / 20.5 / 23.7    1K 14.3 / 20.5 / 22.6    4K 18.7 / 18.6 / 20.1    16K 29.4 / 29.3 / 25.4
+MIN_PART_BLOCKS = 1
+PARTS_RATIO = 16
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,11 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
 def tile_slot_floats(config: MlaDecodeConfig) -> int:
     """Float32 of a tile's part of a split-KV slot: O of its warps' rows, then reference and row_sum of each row."""
     return config.tile_warps * WARP_ROWS * (LATENT_DIM + 2)
+
+
+def tile_stats_bytes(config: MlaDecodeConfig) -> int:
+    """Bytes of reference and row_sum of all rows of a slot's tile."""
+    return config.tile_warps * WARP_ROWS * 8
 
 
 def slot_floats(config: MlaDecodeConfig) -> int:

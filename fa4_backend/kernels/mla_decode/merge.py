@@ -24,6 +24,7 @@ from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum
 from fa4_backend.kernels.mla_decode.config import (
+    CONSUMER_THREADS,
     KV_STAGE,
     LATENT_DIM,
     TILE_ELEMS,
@@ -34,8 +35,10 @@ from fa4_backend.kernels.mla_decode.config import (
     MlaDecodeConfig,
     slot_floats,
     tile_slot_floats,
+    tile_stats_bytes,
 )
 from fa4_backend.kernels.mla_decode.fragments import Fragment
+from fa4_backend.kernels.mla_decode.part_weights import PartWeights
 from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import (
@@ -49,11 +52,11 @@ from fa4_backend.kernels.schedule.work_list import (
     TOTAL_Q,
 )
 
-CONSUMER_THREADS = SIDES * SIDE_WARPS * 32
 SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
 PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
 GAVE_UP = 1 << 16  # of a counter: CTAs that left before all parts came
+LEAVING_THREAD = 32  # first of those that leave, one a pending entry
 NOTHING, MINE, ALL = range(3)  # what of a row group this CTA adds up
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
 assert PIECES_HERE > TOTAL_Q, "the work list's last int"
@@ -263,6 +266,9 @@ class Merge:
         if thread < num_pending:
             shared.sShare[thread] = self._arrive(thread, shared, results)
         self.meet()
+        # A round trip to L2 that nobody waits for, by another warp than that which asks for the slots.
+        if (thread >= LEAVING_THREAD) & (thread < LEAVING_THREAD + num_pending):
+            self._leave(thread - LEAVING_THREAD, shared, results)
         phase = Int32(0)
         for place in cutlass.range(num_pending, unroll=1):
             share = shared.sShare[place]
@@ -295,7 +301,6 @@ class Merge:
                     looks = Int32(0)
                     if seen < GAVE_UP:
                         share = Int32(MINE)
-        self._leave(place, shared, results)
         return share
 
     @cute.jit
@@ -335,7 +340,7 @@ class Merge:
             begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
         # A chunk's vectors lie in one tile.
         tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
-        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - self.stats_bytes) // (4 * VEC)
+        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
         at = begin
         while at < end:
             tile = at // tile_vectors
@@ -344,16 +349,19 @@ class Merge:
             self._fetch(entry, tile, first, count, thread, shared, results)
             cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
             phase ^= 1
-            for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
-                self._sum_vector(entry, first_row + tile * TILE_M, first, i, count, scales, shared, results)
+            tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
+            if const_expr(c.has_pieces):
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                    self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
+            else:
+                weights = PartWeights(c, self.work)
+                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
+                self.meet()
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                    weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
             self.meet()
         return phase
-
-    @property
-    def stats_bytes(self) -> int:
-        """Reference and row_sum of all rows of a slot's tile."""
-        return self.config.tile_warps * WARP_ROWS * 8
 
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
@@ -365,14 +373,14 @@ class Merge:
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
             cute.arch.fence_proxy("async")
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + self.stats_bytes) * entry.num_pieces)
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + tile_stats_bytes(self.config)) * entry.num_pieces)
             cute.arch.sync_warp()
             for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
                 at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
                 source = results.mSlots.iterator + at
                 stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
-                ptx.bulk_load(stats, memory + slot * self.stats_bytes, barrier, Int32(self.stats_bytes))
-                where = memory + entry.num_pieces * self.stats_bytes + slot * num_bytes
+                ptx.bulk_load(stats, memory + slot * tile_stats_bytes(self.config), barrier, Int32(tile_stats_bytes(self.config)))
+                where = memory + entry.num_pieces * tile_stats_bytes(self.config) + slot * num_bytes
                 ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
 
     @cute.jit
@@ -396,7 +404,7 @@ class Merge:
         for r in cutlass.range_constexpr(2):
             sums[4 * r], sums[4 * r + 1], sums[4 * r + 2], sums[4 * r + 3] = Float32(0.0), Float32(0.0), -Float32.inf, Float32(0.0)
         stats = shared.kv.toint() + 8 * row
-        values = shared.kv.toint() + pieces * self.stats_bytes + i * (4 * VEC)
+        values = shared.kv.toint() + pieces * tile_stats_bytes(self.config) + i * (4 * VEC)
         for slot in cutlass.range(0, pieces, FOLD_PARTS, unroll=1):
             parts = [self._slot_vector(values, stats, count, slot + k, pieces) for k in range(FOLD_PARTS)]
             for r in cutlass.range_constexpr(2):
@@ -424,7 +432,7 @@ class Merge:
         o = [cutlass.select_(is_part, x, Float32(0.0)) for x in ptx.load_shared_f32x4(values + 4 * VEC * count * slot)]
         parts = []
         for r in range(2):
-            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * self.stats_bytes + 64 * r)
+            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * tile_stats_bytes(self.config) + 64 * r)
             row_max = cutlass.select_(is_part, row_max, -Float32.inf)
             parts.append(Part(o[2 * r : 2 * r + 2], row_max, cutlass.select_(is_part, row_sum, Float32(0.0))))
         return parts

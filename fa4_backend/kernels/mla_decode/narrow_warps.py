@@ -3,7 +3,10 @@
 wgmma's operands come from shared memory and its rows are 64: latents would be written there in 16 bits, three quarters of the products for
 nothing. Here a block's bytes are read twice and written once, by TMA.
 
-    every warp: S of 8 keys, all 576 elements | largest scores -> barrier -> weights P of its keys -> barrier -> O += P V, its 64 columns
+    every warp: S(i) of 8 keys, all 576 elements; largest scores of its keys ->
+    barrier -> O += P(i - 1) V(i - 1), its 64 columns of O; P(i), the weights of its keys; S(i + 1) ...
+
+Between two barriers a warp has both products of two blocks and the weights between them, so a wait of one is under the others.
 
 Q is in registers, 144 words a lane. Both products are of float16, where every e4m3 number is exact; a bfloat16 Q is scaled by a power of
 two a row (`common/fp8.py`, Note [bfloat16 Q]), and a row's reference lies 7 log2 units below its largest score (`common/wgmma_fragment.py`,
@@ -43,6 +46,7 @@ from fa4_backend.kernels.mla_decode.config import (
     PART_ELEMS,
     PARTS,
     TILE_N,
+    WARP_ROWS,
     MlaDecodeConfig,
 )
 from fa4_backend.kernels.mla_decode.fragments import NarrowFragment, narrow_warp
@@ -106,13 +110,25 @@ class NarrowWarps:
                 rO.fill(0.0)
                 stats.row_max.fill(-Float32.inf)
                 stats.row_sum.fill(0.0)
+                before = kv
                 for n_block in cutlass.range(begin, end, unroll=1):
-                    self._attend(n_block, entry.seqlen.seqlen_k, rows, rQ, rO, stats, kv, shared)
-                    self._arrive(shared.barriers.kv_empty[0] + kv.slot)
+                    seen = self._scores(n_block, rows, rQ, kv, turn, shared)
+                    self.merge.meet()
+                    if n_block > begin:
+                        self._accumulate(rO, before, Int32(TILE_N), turn ^ 1, shared)
+                        self._arrive(shared.barriers.kv_empty[0] + before.slot)
+                    self._weigh(seen, rO, stats, turn, shared)
+                    before = kv
                     kv = advance(kv, self.config.kv_stage)
+                    turn ^= 1
                     if has_query:
                         has_query = Boolean(False)
                         self._arrive(shared.barriers.q_empty)
+                self.merge.meet()
+                if begin < end:
+                    # Other blocks lie before the sequence's end.
+                    self._accumulate(rO, before, entry.seqlen.seqlen_k - (end - 1) * TILE_N, turn ^ 1, shared)
+                    self._arrive(shared.barriers.kv_empty[0] + before.slot)
                 self.merge.finish_piece(
                     fragment, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals, scales, shared, results
                 )
@@ -157,23 +173,14 @@ class NarrowWarps:
         return Rows((columns[0], columns[1]), (scale * factors[0], scale * factors[1]))
 
     @cute.jit
-    def _attend(
-        self,
-        n_block: Int32,
-        seqlen_k: Int32,
-        rows: Rows,
-        rQ: cute.Tensor,
-        rO: cute.Tensor,
-        stats: RowStats,
-        kv: RingPosition,
-        shared: SharedTensors,
-    ):
-        """One block of 64 keys."""
-        c = self.config
+    def _scores(
+        self, n_block: Int32, rows: Rows, rQ: cute.Tensor, kv: RingPosition, turn: Int32, shared: SharedTensors
+    ) -> tuple[Float32, Float32, Float32, Float32]:
+        """Scores of this warp's 8 keys in log2 units, -inf where a row does not see the key: two neighbouring keys of each row half. The
+        largest of each row to shared memory."""
         warp, lane = narrow_warp(), cute.arch.lane_idx()
-        tile = shared.kv.toint() + kv.slot * c.stage_bytes
         cute.arch.mbarrier_wait(shared.barriers.kv_full[0] + kv.slot, kv.phase)
-        sums = self._scores(tile, rQ, warp, lane)
+        sums = self._products(shared.kv.toint() + kv.slot * self.config.stage_bytes, rQ, warp, lane)
         first = n_block * TILE_N + warp * WARP_KEYS + 2 * (lane % 4)
         seen = []
         for half in cutlass.range_constexpr(2):
@@ -183,14 +190,11 @@ class NarrowWarps:
                 seen.append(cutlass.select_((first + e >= begin) & (first + e < end), score, -Float32.inf))
             largest = quad_max(cute.arch.fmax(seen[2 * half], seen[2 * half + 1]))
             if lane % 4 == 0:
-                shared.sReference[lane // 4 + 8 * half, warp] = largest
-        self.merge.meet()
-        self._weigh(seen, rO, stats, warp, lane, shared)
-        self.merge.meet()
-        self._accumulate(tile, seqlen_k - n_block * TILE_N, rO, warp, lane, shared)
+                shared.sReference[turn, lane // 4 + 8 * half, warp] = largest
+        return seen[0], seen[1], seen[2], seen[3]
 
-    def _scores(self, tile: Int32, rQ: cute.Tensor, warp: Int32, lane: Int32) -> list[Float32]:
-        """Raw scores of this warp's 8 keys: two neighbouring keys of each row half."""
+    def _products(self, tile: Int32, rQ: cute.Tensor, warp: Int32, lane: Int32) -> list[Float32]:
+        """Raw scores."""
         key = warp * WARP_KEYS + lane % 8
         # A lane of `load_matrices` has a row of a chunk: a part's four chunks are one instruction. Rows of 64 bytes, two a line.
         address = tile + key * PART_DIM + ((lane // 8) ^ (key // 2 % 4)) * 16
@@ -204,21 +208,23 @@ class NarrowWarps:
     @cute.jit
     def _weigh(
         self,
-        seen: cutlass.Constexpr[list],  # scores in log2 units, -inf where a row does not see the key
+        seen: tuple[Float32, Float32, Float32, Float32],
         rO: cute.Tensor,
         stats: RowStats,
-        warp: Int32,
-        lane: Int32,
+        turn: Int32,
         shared: SharedTensors,
     ):
         """Weights to shared memory, statistics, and O to a reference that moved."""
+        warp, lane = narrow_warp(), cute.arch.lane_idx()
         factors, moved = [], Boolean(False)
         for half in cutlass.range_constexpr(2):
             row = lane // 4 + 8 * half
             maxima = [
                 value
                 for k in range(0, NARROW_WARPS, 4)
-                for value in ptx.load_shared_f32x4(shared.sReference.iterator.toint() + row * (NARROW_WARPS * 4) + 4 * k)
+                for value in ptx.load_shared_f32x4(
+                    shared.sReference.iterator.toint() + (turn * WARP_ROWS + row) * (NARROW_WARPS * 4) + 4 * k
+                )
             ]
             largest = maxima[0]
             for value in maxima[1:]:
@@ -230,18 +236,23 @@ class NarrowWarps:
             weights = [cute.math.exp2(seen[2 * half + e] - update.offset, fastmath=True) for e in range(2)]
             stats.row_sum[half] = cute.math.fma(stats.row_sum[half], update.factor, weights[0] + weights[1])
             # P: row, chunk of 8 keys (a warp's), word; a row's chunks are swizzled with its number.
-            where = shared.p.toint() + row * (TILE_N * 2) + (warp ^ (row % 8)) * 16 + lane % 4 * 4
+            where = self._weights_at(turn, shared) + row * (TILE_N * 2) + (warp ^ (row % 8)) * 16 + lane % 4 * 4
             ptx.store_shared_i32(where, pack_pair("float16", weights[0], weights[1]))
             factors.append(update.factor)
         if cute.arch.vote_any_sync(moved):
             for j in cutlass.range_constexpr(cute.size(rO)):
                 rO[j] = rO[j] * factors[j // 2 % 2]
 
-    def _accumulate(self, tile: Int32, num_keys: Int32, rO: cute.Tensor, warp: Int32, lane: Int32, shared: SharedTensors) -> None:
+    def _weights_at(self, turn: Int32, shared: SharedTensors) -> Int32:
+        """Address of a block's weights: blocks take turns."""
+        return shared.p.toint() + turn * (WARP_ROWS * TILE_N * 2)
+
+    def _accumulate(self, rO: cute.Tensor, kv: RingPosition, num_keys: Int32, turn: Int32, shared: SharedTensors) -> None:
         """O += P V of this warp's 64 columns; keys from `num_keys` on count as zeros."""
+        warp, lane = narrow_warp(), cute.arch.lane_idx()
         row = lane % 16
-        p_line, p_chunk = shared.p.toint() + row * (TILE_N * 2), lane // 16
-        part = tile + warp * PART_ELEMS
+        p_line, p_chunk = self._weights_at(turn, shared) + row * (TILE_N * 2), lane // 16
+        part = shared.kv.toint() + kv.slot * self.config.stage_bytes + warp * PART_ELEMS
         for step in range(KEY_STEPS):
             p = load_matrices(p_line + ((2 * step + p_chunk) ^ (row % 8)) * 16, transpose=False)
             key = CHUNK * step + lane % 16

@@ -63,12 +63,14 @@ class SharedTensors(NamedTuple):
 
     q: cute.Pointer  # 64 x 576
     kv: cute.Pointer  # `kv_stage` tiles
-    p: cute.Pointer | None  # 16 x 64 float16, swizzled rows of 128 bytes; None where P has a tile's rotary part's place
+    p: (
+        cute.Pointer | None
+    )  # 2 x 16 x 64 float16, swizzled rows of 128 bytes, blocks take turns; None where P has a tile's rotary part's place
     barriers: Barriers
     sEntry: cute.Tensor  # (DECODE_INTS,) int32: the entry at hand
     sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32: entries whose slots are written, whose arrival is due
-    # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units; narrow: (16, NARROW_WARPS), the largest
-    # score of each warp's keys
+    # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units; narrow: (2, 16, NARROW_WARPS), the
+    # largest score of each warp's keys, blocks take turns
     sReference: cute.Tensor
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32, (2, NARROW_WARPS, 16): shares of row_sum at a piece's end; pieces take turns
     sFactor: cute.Tensor | None  # (TILE_M,) float32: what rows of Q were divided by to be float16; None: nothing
@@ -139,7 +141,7 @@ class MlaStorage:
         smem = cutlass.utils.SmemAllocator()
         q = smem.allocate_array(self.dtype, PARTS * c.q_part_bytes // c.element_bytes, byte_alignment=1024)
         kv = smem.allocate_array(self.dtype, c.kv_stage * c.stage_bytes // c.element_bytes, byte_alignment=1024)
-        p = smem.allocate_array(cutlass.Float16, WARP_ROWS * TILE_N, byte_alignment=1024) if c.is_narrow else None
+        p = smem.allocate_array(cutlass.Float16, 2 * WARP_ROWS * TILE_N, byte_alignment=1024) if c.is_narrow else None
         edges = self.edges
         base = smem.allocate_array(cutlass.Int64, edges.end_bytes // MBARRIER_BYTES, byte_alignment=8)
 
@@ -158,7 +160,7 @@ class MlaStorage:
             None if c.is_narrow else full("weights_scorer_to_other"), full("slots_merge_to_consumers"),
             full("raw_load_to_convert") if c.is_converted else None,
         )  # fmt: skip
-        reference = (WARP_ROWS, NARROW_WARPS) if c.is_narrow else (2, TILE_M)
+        reference = (2, WARP_ROWS, NARROW_WARPS) if c.is_narrow else (2, TILE_M)
         sums = (2, NARROW_WARPS, WARP_ROWS) if c.is_narrow else (2, SIDES, TILE_M)
         return SharedTensors(
             q, kv, p, barriers,
