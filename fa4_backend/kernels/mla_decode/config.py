@@ -28,8 +28,8 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
-# Where latents are FP8 and converted in shared memory: the warps beside the load warp. Not a warpgroup more: of 512 threads ptxas gives each
-# 128 registers, and a product of 64 x 256 takes 158.
+# Where latents are FP8 and converted in shared memory: the warps beside the load warp. Not a warpgroup more: ptxas gives 512 threads 128
+# registers each, and a product of 64 x 256 takes 158.
 CONVERT_WARPS = 3
 # Packed rows up to which FP8 latents are attended to by mma.sync, which takes them converted in registers (`narrow_warps.py`).
 NARROW_ROWS = 16
