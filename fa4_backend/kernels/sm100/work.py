@@ -196,7 +196,11 @@ class Geometry:
     def has_v_tail(self, item: WorkItem) -> Boolean:
         """Whether the last block ends within a box: the box's last rows hold none of its tokens, but anything."""
         kernel, seqlen_k = self.config.kernel, item.tile.seqlen.seqlen_k
-        return (item.blocks.end * kernel.tile.tile_n > seqlen_k) & (seqlen_k % kernel.box_rows != 0)
+        ends_here = item.blocks.end * kernel.tile.tile_n > seqlen_k
+        if const_expr(kernel.has_parts):
+            # A part without a block of its own may stand behind the sequence's end.
+            ends_here = ends_here & ((item.blocks.end - 1) * kernel.tile.tile_n < seqlen_k)
+        return ends_here & (seqlen_k % kernel.box_rows != 0)
 
     def has_v_head(self, work: WorkTensors, item: WorkItem) -> Boolean:
         """Whether what the item sees begins in its first block and within a box, whose first rows may hold anything."""
