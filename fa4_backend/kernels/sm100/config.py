@@ -110,7 +110,7 @@ class Sm100Config:
 
     @property
     def part_floats(self) -> int:
-        """float32 of a slot for a part of an item: rows of O, then a vector for each row's maximum and sum. 0: the kernel takes no parts."""
+        """float32 of a slot for a part of an item: rows of O, and a vector for each row's maximum and sum. 0: it takes no parts."""
         rows = self.slot_tiles * self.kernel.tile.tile_m
         return rows * (self.kernel.head_dim_v + VEC) if self.kernel.has_parts else 0
 

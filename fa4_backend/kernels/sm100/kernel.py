@@ -1,6 +1,7 @@
 """Blackwell prefill kernel (sm_100a, sm_103a): FlashAttention-4 forward over K and V in pages or without, packed query heads.
 
-One persistent CTA an SM takes items from the work list until none is left: 16 warps in six roles (`warp_roles`), tied by mbarriers (`common.edges`).
+One persistent CTA an SM takes items from the work list until none is left: 16 warps in six roles (`warp_roles`), tied by mbarriers
+(`common.edges`).
 The host function has the arguments of `fa4_backend.kernels.sm90.kernel`.
 """
 

@@ -37,7 +37,6 @@ from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import FEED_BYTES, Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 
-
 # In the ring, behind the numbers of the list (`work_list`): tokens of the sequence within the call's bounds, and whether there is an entry.
 SEQLEN_K, Q_BEGIN, SEQLEN_Q, IS_TILE = range(TILE_KV_LEN, TILE_INTS)
 
