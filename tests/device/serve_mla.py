@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
-from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
 from tests.device.engine_lane import run_process
-from tests.device.serve_matrix import NO_MULTICAST
+from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
 from tests.device.serve_tokens import DRAFTS, EAGER, FP8, MEMORY, TOO_FAR, compare, decode_logprobs, prefill_logprobs
 from tests.engines.prompts import make_prompts
 
@@ -131,35 +129,23 @@ def judge(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def keys_of(num_heads: int) -> list[Any]:
     """Compile keys of our kernels for all engines of a model, as they ask for them."""
-    from tests.device.serve_matrix import arch
-
-    problems = [
-        AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch(), kv_dtype=kv_dtype, kv_source=LATENT)
-        for page_size in (16, 64)
-        for kv_dtype in ("bfloat16", FP8_ELEMENTS)
-    ]
-    problems += [
-        AttentionProblem(
-            num_heads, num_heads, 192, 128, "bfloat16", 1, arch(), mask=MaskFeatures(is_causal=is_causal), kv_source=RAGGED, has_lse=True
-        )
-        for is_causal in (True, False)
-    ]
+    problems = []
+    for backend, arguments, _ in RUNS.values():
+        if backend == "FA4":
+            stored = FP8_ELEMENTS if "kv_cache_dtype" in arguments else "bfloat16"
+            page_size = arguments.get("block_size", 16)
+            latent = AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch(), kv_dtype=stored, kv_source=LATENT)
+            problems.append((latent, 1 + arguments.get("speculative_config", {}).get("num_speculative_tokens", 0)))
+    for is_causal in (True, False):
+        mask = MaskFeatures(is_causal=is_causal)
+        ragged = AttentionProblem(num_heads, num_heads, 192, 128, "bfloat16", 1, arch(), mask=mask, kv_source=RAGGED, has_lse=True)
+        problems.append((ragged, 1))
     keys: dict[Any, None] = {}
-    for problem in problems:
-        for num_queries in (1, 4) if problem.kv_source == LATENT else (1,):
-            kernels = plan_attention(problem, BatchLimits(MAX_SEQS, MAX_TOKENS, MAX_LEN, num_queries)).kernels
-            assert kernels is not None
-            keys |= dict.fromkeys(kernels.keys)
+    for problem, num_queries in problems:
+        kernels = plan_attention(problem, BatchLimits(MAX_SEQS, MAX_TOKENS, MAX_LEN, num_queries)).kernels
+        assert kernels is not None
+        keys |= dict.fromkeys(kernels.keys)
     return [*keys]
-
-
-def compile_kernels(heads: list[int]) -> None:
-    """Our kernels of all models, side by side, before engines ask for them one by one."""
-    begin = time.perf_counter()
-    keys = [*dict.fromkeys(key for num_heads in heads for key in keys_of(num_heads))]
-    with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(library_of, keys))
-    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
 
 
 def write_model(folder: Path, num_heads: int) -> Path:
@@ -218,7 +204,7 @@ def main() -> int:
         (options.request.parent / "answers.json").write_text(json.dumps(answer(json.loads(options.request.read_text()))))
         return 0
     heads = [int(number) for number in options.heads.split(",")]
-    compile_kernels(heads)
+    compile_missing([*dict.fromkeys(key for num_heads in heads for key in keys_of(num_heads))])
     if options.compile_only:
         return 0
     wrong = run_all(heads, options.only.split(";") if options.only else [*RUNS], options)

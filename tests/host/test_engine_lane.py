@@ -120,9 +120,8 @@ def test_every_group_starts_with_its_reference_and_has_a_control() -> None:
 
 
 LOOK = {"device_bytes": 5, "host_bytes": 100, "late_compiles": 0, "plans": 1, "counters": [{}], "addresses": [[1, 2]]}
-RUN: dict[str, Any] = {
-    "looks": [LOOK, LOOK], "counts": {"preempted": 1}, "others": [], "probe_is_other": False, "steps": 9, "expected_steps": 9, "compared": 1,
-}  # fmt: skip
+RUN: dict[str, Any] = {"looks": [LOOK, LOOK], "counts": {"preempted": 1}, "others": [], "probe_is_other": False}
+RUN |= {"steps": 9, "expected_steps": 9, "compared": 1}
 
 
 @pytest.mark.parametrize(
