@@ -21,14 +21,18 @@ def compile_all(plans: Iterable[AttentionPlan], processes: int) -> float:
     """Compile every kernel of `plans` side by side; returns seconds."""
     start = time.perf_counter()
     keys = dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+    if processes == 1:
+        for key in keys:
+            ensure_object(key)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(ensure_object, keys))
     return time.perf_counter() - start
 
 
-def setup_plans(setups: Iterable[FuzzSetup]) -> list[AttentionPlan]:
-    """Plans of setups for the GPU present."""
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+def setup_plans(setups: Iterable[FuzzSetup], num_sms: int | None = None) -> list[AttentionPlan]:
+    """Plans of setups for a GPU of `num_sms` SMs; None: the one present."""
+    num_sms = num_sms or torch.cuda.get_device_properties(0).multi_processor_count
     return [setup.plan(num_sms) for setup in setups]
 
 

@@ -303,7 +303,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--eager", action="store_true", help="fuzzed batches without graphs")
     parser.add_argument("--processes", type=int, default=14, help="that compile kernels side by side")
-    parser.add_argument("--only", default="", help="fuzz problems whose name begins so (both kinds of batches)")
+    parser.add_argument("--only", default="", help="fuzz problems whose name begins so; several apart by semicolons")
     parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
@@ -311,7 +311,7 @@ def main() -> int:
     assert arch is not None, torch.cuda.get_device_name()
     kv_dtype = {"bf16": "bfloat16", "fp8": FP8}[options.kv_dtype]
     of_part = {
-        part: [setup for setup in of_arch if setup.name.startswith(options.only)]
+        part: [setup for setup in of_arch if setup.name.startswith(tuple(options.only.split(";")))]
         for part, of_arch in (("fuzz", setups(arch, kv_dtype)), ("mixed", mixed_setups(arch, kv_dtype)))
         if part in options.parts.split(",")
     }

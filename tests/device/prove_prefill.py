@@ -76,7 +76,7 @@ def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]
     """Every case whose name begins with `only` against the oracle, and the same bits over repeats."""
     results = []
     for name, case in cases(arch, kv_dtype).items():
-        if not name.startswith(only):
+        if not name.startswith(tuple(only.split(";"))):
             continue
         built = case.build("cuda")
         run = prepare_case(built, 1 if name.endswith(" in parts") else None)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of K and V; auto: that of q")
     parser.add_argument("--batches", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
-    parser.add_argument("--only", default="", help="cases and fuzzed problems whose name begins so")
+    parser.add_argument("--only", default="", help="cases and fuzzed problems whose name begins so; several apart by semicolons")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of fuzzed batches: no further one begins after them")
     parser.add_argument("--eager", action="store_true", help="fuzzed batches without graphs")
@@ -160,7 +160,7 @@ def main() -> None:
     kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
     report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
     parts = options.parts.split(",")
-    setups = [setup for setup in prefill_setups(arch, kv_dtype) if setup.name.startswith(options.only)]
+    setups = [setup for setup in prefill_setups(arch, kv_dtype) if setup.name.startswith(tuple(options.only.split(";")))]
     print(f"compiled in {compile_all(setup_plans(setups), options.processes):.0f} s", flush=True)
     if "cases" in parts:
         report["cases"] = check_cases(arch, kv_dtype, options.repeats, options.only)
