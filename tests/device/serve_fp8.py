@@ -57,7 +57,7 @@ def groups_of(models: list[str], has_all: bool, wanted: list[str]) -> dict[str, 
     return groups
 
 
-def plans(groups: dict[str, Group], folder: Path) -> Iterator[Any]:
+def plans(groups: dict[str, Group], folder: Path, target: str) -> Iterator[Any]:
     """Plans as the engines make them: with and without drafts, each mask, FP8 and where layers are skipped 16 bits."""
     for name, group in groups.items():
         config = json.loads((folder / name / "config.json").read_text())
@@ -68,15 +68,15 @@ def plans(groups: dict[str, Group], folder: Path) -> Iterator[Any]:
         dtypes = {FP8, SAME_AS_Q} if any("skipped" in engine.name for engine in group.engines) else {FP8}
         heads, head_dim = (config["num_attention_heads"], config["num_key_value_heads"]), config["head_dim"]
         for mask, num, page, kv_dtype in ((m, n, p, d) for m in masks for n in drafts for p in pages for d in dtypes):
-            problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", page, arch(), mask=mask, kv_dtype=kv_dtype)
+            problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", page, target, mask=mask, kv_dtype=kv_dtype)
             limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num)
             yield plan_attention(problem, limits)
 
 
-def compile_kernels(groups: dict[str, Group], folder: Path) -> None:
+def compile_kernels(groups: dict[str, Group], folder: Path, target: str) -> None:
     """Our kernels of all models, side by side, before engines ask for them one by one."""
     begin = time.perf_counter()
-    keys = dict.fromkeys(key for plan in plans(groups, folder) for key in plan.kernels.keys)
+    keys = dict.fromkeys(key for plan in plans(groups, folder, target) for key in plan.kernels.keys)
     with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(library_of, keys))
     print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build; distances are not judged")
     parser.add_argument("--side-by-side", type=int, default=4, help="lanes that run at once")
     parser.add_argument("--per-lane", type=int, help="engines in one process")
-    parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
+    parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs neither GPU nor vLLM")
     parser.add_argument("--seconds", type=float, default=150, help="until all lanes are ended; their logs then say where they stood")
     parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> int:
         requests = lanes(groups, folder, options.per_lane)
         imports = None if options.compile_only else warm_imports(groups, folder)
         if not options.rehearse:
-            compile_kernels(groups, folder)
+            compile_kernels(groups, folder, options.compile_only or arch())
         if imports is None:
             return 0
         with suppress(Exception):  # lanes then import by themselves
