@@ -66,8 +66,8 @@ class Group:
 
 
 def peers(arguments: dict[str, Any], **more: Any) -> list[Engine]:
-    """The reference and the yardstick. Eager for a model whose layers all have one window: FLASH_ATTN's full graphs of mixed steps gave other
-    tokens there than itself eager and than TRITON_ATTN (vLLM 0.33, H100), and with 16/1 heads tokens that no vocabulary has."""
+    """The reference and the yardstick. Eager for a model whose layers all have one window: FLASH_ATTN's full graphs of mixed steps gave
+    other tokens there than TRITON_ATTN (vLLM 0.33, H100), and with 16/1 heads tokens that no vocabulary has."""
     return [Engine(name, name, arguments, **more) for name in PEERS]
 
 
@@ -234,8 +234,8 @@ def write_models(group: Group, folder: Path) -> Path:
 
 
 def lanes(groups: dict[str, Group], folder: Path, per_lane: int | None = None) -> list[tuple[str, Path]]:
-    """(group, request) of each process: the reference and the yardstick; the group's other engines, `per_lane` at most; those alone in one of
-    their own. Who dies takes its lane with it.
+    """(group, request) of each process: the reference and the yardstick; the group's other engines, `per_lane` at most; those alone in
+    one of their own. Who dies takes its lane with it.
 
     Args:
         per_lane: None: as each group says.
