@@ -47,6 +47,7 @@ PEERS = ("FLASH_ATTN", "TRITON_ATTN")  # the reference; the yardstick
 FEW_BLOCKS: dict[str, Any] = {"num_gpu_blocks_override": 68}  # of 16 tokens: max_model_len and little more
 OFF = 1.05
 METRICS = ("prefill_logprob_rms", "decode_logprob_rms")
+ANSWERS = ("tokens", "text", "first_logprob", "prefill_logprobs", "decode_logprobs", "structured", "slow_parts")
 APART = 5.0  # times the distance of two right engines, of which none is a hundredth of a wrong one's
 # FlashInfer's and torch's all-reduce use NVLink multicast, which can put a host's GPUs out of service for others. The first also compiles
 # at an engine's start, for longer than the rest of it takes.
@@ -359,14 +360,29 @@ def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, dea
             for answer in answers:
                 run = f"{group}: {answer.pop('name')}"
                 results[run] = answer
-                reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
-                if "failed" not in answer and "failed" not in reference:
-                    answer["against_flash_attn"] = compare(answer, reference)
+                measure(results, run)
                 report(run, answer)
-            if options.out:  # after each lane: a machine's time may end before the last one's
-                stamp = None if options.rehearse else gpu_stamp()
-                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+            # After each lane: a machine's time may end before the last one's.
+            stamp = None if options.rehearse else gpu_stamp()
+            if options.out:
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": without_answers(results)}, indent=1) + "\n")
+            if options.logs:
+                (options.logs / "answers.json").write_text(json.dumps({"stamp": stamp, "runs": results}))
     return results
+
+
+def measure(results: dict[str, Any], run: str) -> None:
+    """Put into a result how far it is from the reference and from the yardstick of its group."""
+    result = results[run]
+    for peer in PEERS:
+        other = results.get(f"{run.split(': ')[0]}: {peer}", {"failed": "not there"})
+        if "failed" not in result and "failed" not in other:
+            result[f"against_{peer.lower()}"] = compare(result, other)
+
+
+def without_answers(results: dict[str, Any]) -> dict[str, Any]:
+    """What was seen of each run, short enough to be kept: without its answers."""
+    return {run: {name: value for name, value in result.items() if name not in ANSWERS} for run, result in results.items()}
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Group]:
@@ -389,7 +405,7 @@ def main() -> int:
     parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs, and all answers")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     groups = chosen(options)
