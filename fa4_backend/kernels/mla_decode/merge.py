@@ -146,11 +146,16 @@ class Merge:
                 if rows[i].is_valid and thread % 4 == 0:
                     results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
         RowFragment(LATENT_DIM // SIDES, 0.0).rescale(rO, o_scales)
-        rOut = cute.make_rmem_tensor_like(rO, results.mO.element_type)
-        rOut.store(rO.load().to(results.mO.element_type))
+        rOut = self._rounded(rO, results.mO.element_type)
         columns = const_expr(LATENT_DIM // SIDES)
         half = cute.make_tensor((results.mO.iterator + side * columns).align(16), results.mO.layout)
         store_fragment(half, rOut, rows, Int32(0), entry.seqlen.q_begin)
+
+    def _rounded(self, rO: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+        """Finished elements in the type of `out`."""
+        rOut = cute.make_rmem_tensor_like(rO, dtype)
+        rOut.store(rO.load().to(dtype))
+        return rOut
 
     @cute.jit
     def _store_slot(

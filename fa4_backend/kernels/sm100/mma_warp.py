@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.sm100 import umma
+from fa4_backend.kernels.common import umma
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 

@@ -7,12 +7,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
+from fa4_backend.kernels.common.cta_group import CtaGroup
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile, read_tile, tile_range
 from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 
