@@ -58,7 +58,7 @@ class LoadWarp:
         work = self.work
         q_map, rope_map, latent_map = (ptx.tma_descriptor(atom) for atom in maps)
         word, num_entries, second = work.first_entry(step)
-        k, v_phase, q_phase, tail_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0)
+        k, v_phase, q_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0)
         for index in cutlass.range(num_entries, unroll=1):
             entry = work.entry(step, word)
             blocks, source = work.blocks(entry, values), Source(step, num_pages, entry)
@@ -72,14 +72,12 @@ class LoadWarp:
                 is_tail = has_tail & (n_block == blocks.end - 1)
                 if n_block == blocks.begin:
                     k = self.load_k(place, source, n_block, latent_map, k)
-                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail, tail_phase)
+                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail)
                 if n_block + 1 < blocks.end:
                     k = self.load_k(place, source, n_block + 1, latent_map, k)
                 if n_block > blocks.begin:
-                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail, tail_phase)
+                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail)
                 v_phase ^= 1
-            if has_tail:
-                tail_phase ^= 1
 
     @cute.jit
     def load_q(self, place: Place, entry: Entry, q_map: ir.Value, rope_map: ir.Value, q_phase: Int32):
@@ -127,9 +125,7 @@ class LoadWarp:
         return k
 
     @cute.jit
-    def load_v(
-        self, place: Place, source: Source, n_block: Int32, latent_map: ir.Value, v_phase: Int32, is_tail: Boolean, tail_phase: Int32
-    ):
+    def load_v(self, place: Place, source: Source, n_block: Int32, latent_map: ir.Value, v_phase: Int32, is_tail: Boolean):
         """This CTA's half of V's columns of all keys of a block; with a tail for the value tail warp, which hands it on."""
         s, rows = self.storage, self.storage.config.box_rows
         boxes = const_expr(BLOCK_KEYS // rows)
@@ -139,7 +135,6 @@ class LoadWarp:
             ptx.mbarrier_wait(s.empty(place, "v_load_to_mma", stage), v_phase ^ 1)
             full = s.full_at_leader(place, "v_load_to_mma", stage)
             if is_tail:
-                ptx.mbarrier_wait(s.empty(place, "v_tail_load_to_value_tail", stage), tail_phase ^ 1)
                 full = s.full(place, "v_tail_load_to_value_tail", stage)
             if place.lane == 0:
                 s.group.announce(full, V_STAGE_BYTES)

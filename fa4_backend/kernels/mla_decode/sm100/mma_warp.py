@@ -91,7 +91,8 @@ class MmaWarp:
     def issue_qk(self, place: Place, stage: int, slot: Int32, buffer: Int32) -> None:
         """S (+)= Q K^T over the elements of stage `stage` of a block, which lies in `slot` of the ring."""
         s = self.storage
-        q_low = umma.descriptor_low(place.q + stage * (K_PARTS * Q_PART_BYTES))
+        # Kept in the loop: hoisted, the descriptors of all 52 products of a block would take two registers each.
+        q_low = umma.descriptor_low(ptx.keep_in_loop(place.q) + stage * (K_PARTS * Q_PART_BYTES))
         k_low = umma.descriptor_low(place.k + slot * K_STAGE_BYTES)
         q_steps, k_steps = (umma.k_major_steps(K_PARTS * PART_DIM, part) for part in (Q_PART_BYTES, K_PART_BYTES))
         idesc = umma.instruction_descriptor(s.config.dtype, BLOCK_KEYS, b_mn_major=False, ctas=PAIR, rows=TILE_M)
@@ -100,8 +101,8 @@ class MmaWarp:
     def issue_pv(self, place: Place, stage: int, accumulate: Int32) -> None:
         """O (+)= P V of the columns of a stage of V."""
         s = self.storage
-        p_low = umma.descriptor_low(place.p)
-        v_low = umma.descriptor_low(place.v + stage * V_STAGE_BYTES, V_PART_BYTES)
+        p_low = umma.descriptor_low(ptx.keep_in_loop(place.p))
+        v_low = umma.descriptor_low(ptx.keep_in_loop(place.v) + stage * V_STAGE_BYTES, V_PART_BYTES)
         p_steps = umma.k_major_steps(BLOCK_KEYS, P_PART_BYTES)
         v_steps = [step * (umma.MMA_K * ROW_BYTES) >> 4 for step in range(BLOCK_KEYS // umma.MMA_K)]
         idesc = umma.instruction_descriptor(s.config.dtype, O_COLUMNS, b_mn_major=True, ctas=PAIR, rows=TILE_M)

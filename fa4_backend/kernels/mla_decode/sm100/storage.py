@@ -118,14 +118,14 @@ class PairStorage:
         """Every pipeline; what the mma warp waits for is signalled by both CTAs at the leader's barriers."""
         load, load_all = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=PAIR)
         softmax_all = Party("softmax", Signal.WARPS, SOFTMAX_WARPS, PAIR)
-        mma, value_tail = Party("mma", Signal.COMMIT), Party("value_tail", Signal.WARPS, 1)
+        mma = Party("mma", Signal.COMMIT)
         return EdgeBarriers(
             (
                 PipelineEdge("q_load_to_mma", 1, (load_all,), (mma,), self.q_bytes),
                 PipelineEdge("k_load_to_mma", K_STAGE, (load_all,), (mma,), K_STAGE_BYTES),
-                # The arrival for a block with a tail is the value tail warp's instead.
+                # The arrival for a block with a tail is the value tail warp's instead: a stage that is free again was behind it.
                 PipelineEdge("v_load_to_mma", V_STAGE, (load_all,), (mma,), V_STAGE_BYTES),
-                PipelineEdge("v_tail_load_to_value_tail", V_STAGE, (load,), (value_tail,), V_STAGE_BYTES),
+                PipelineEdge("v_tail_load_to_value_tail", V_STAGE, (load,), (), V_STAGE_BYTES, drained_by="v_load_to_mma"),
                 # S is overwritten two blocks later, behind the product with the weights that were made of it.
                 PipelineEdge("s_mma_to_softmax", S_STAGE, (mma,), drained_by="p_softmax_to_mma"),
                 # P is overwritten, and O rescaled or read, once the product that reads P is done.

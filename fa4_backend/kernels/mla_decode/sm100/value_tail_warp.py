@@ -49,7 +49,6 @@ class ValueTailWarp:
                     self.zero_rows(place, place.v + stage * V_STAGE_BYTES, rows, end)
                     ptx.fence_proxy_async_shared()
                     s.group.warp_arrive(s.full_at_leader(place, "v_load_to_mma", stage), place.lane)
-                    ptx.warp_arrive(s.empty(place, edge, stage), place.lane)
                 phase ^= 1
 
     @cute.jit
