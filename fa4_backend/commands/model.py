@@ -220,7 +220,7 @@ def _largest(table: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _round(us: float) -> float:
-    return round(us, max(0, 3 - math.floor(math.log10(max(us, 1e-3)))))
+    return float(round(us, max(0, 3 - math.floor(math.log10(max(us, 1e-3))))))
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | schedule | makes the step's work lists | `schedule/` |
 | decode | short queries, KV split over CTAs | `decode/` |
-| latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/` |
+| latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/`, on Blackwell `mla_decode/sm100/` |
 | prefill | the rest, on the chip's own tensor cores | `sm90/`, `sm100/` |
 
 A family is a folder with a `config` (its compile key, and how it follows from a problem) and a `kernel` (what the key's `builder` names).

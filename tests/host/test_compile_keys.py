@@ -23,7 +23,6 @@ from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm100 import tuning as sm100_tuning
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.problem import LATENT
-from tests.support.problems import make_problem
 
 LIMITS = BatchLimits(max_num_seqs=8, max_num_tokens=64, max_seqlen_k=4096)
 
@@ -36,8 +35,7 @@ def kernels_of(arch: str, *, head_dim: int = 128, **facts: Any) -> KernelSet:
 
 
 def latent_kernels_of(arch: str) -> KernelSet:
-    changes = {"num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "kv_source": LATENT, "page_size": 64}
-    plan = plan_attention(make_problem(arch=arch, **changes), BatchLimits(1, 8, 64, 8))
+    plan = plan_attention(AttentionProblem(16, 1, 576, 512, "bfloat16", 64, arch, kv_source=LATENT), BatchLimits(1, 8, 64, 8))
     assert plan.kernels is not None
     return plan.kernels
 
