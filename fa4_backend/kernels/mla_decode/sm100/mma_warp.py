@@ -45,11 +45,11 @@ class MmaWarp:
 
     @cute.jit
     def run(self, place: Place, step: StepTensors, values: MaskValues):
-        """Walk the entries; owns the consumer sides of Q, K, V, P and of O's being free, and the producer sides of S and of products."""
+        """Walk the entries; owns the consumer sides of Q, K, V and P, and the producer sides of S and of products."""
         s, group, work = self.storage, self.storage.group, self.work
         word, num_entries, second = work.first_entry(step)
         k, next_s = RingPosition(Int32(0), Int32(0)), Int32(0)
-        q_phase, block_phase, o_phase = Int32(0), Int32(0), Int32(0)
+        q_phase, block_phase = Int32(0), Int32(0)
         for index in cutlass.range(num_entries, unroll=1):
             entry = work.entry(step, word)
             blocks = work.blocks(entry, values)
@@ -75,8 +75,6 @@ class MmaWarp:
                         if begin + t == blocks.end - 1:
                             group.commit(s.empty(place, "q_load_to_mma"))
                     if t > 0:
-                        if t == 1:
-                            group.wait(s.full(place, "o_softmax_to_mma"), o_phase ^ 1)
                         group.wait(s.full(place, "p_softmax_to_mma"), block_phase)
                         ptx.tcgen05_fence_after_sync()
                         for stage in cutlass.range_constexpr(V_STAGE):
@@ -85,8 +83,6 @@ class MmaWarp:
                             group.commit(s.empty(place, "v_load_to_mma", stage))
                         group.commit(s.full(place, "pv_mma_to_softmax"))
                         block_phase ^= 1
-                if num_blocks > 0:
-                    o_phase ^= 1
 
     def issue_qk(self, place: Place, stage: int, slot: Int32, buffer: Int32) -> None:
         """S (+)= Q K^T over the elements of stage `stage` of a block, which lies in `slot` of the ring."""

@@ -98,7 +98,7 @@ class SoftmaxWarps:
     @cute.jit
     def run(self, place: Place, step: StepTensors, values: MaskValues, results: ResultTensors, shared: SharedTensors):
         """Walk the entries, then add up this CTA's share of split row groups; owns the consumer sides of S and of products, and the
-        producer sides of P and of O's being free."""
+        producer side of P."""
         s, work, seat = self.storage, self.work, self.seat(place)
         fragment = RowFragment(CTA_KEYS, RESCALE_THRESHOLD)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
@@ -142,8 +142,6 @@ class SoftmaxWarps:
                     pv_phase ^= 1
                     ptx.tcgen05_fence_after_sync()
                     self._load_o(rO, seat)
-                    ptx.tcgen05_fence_before_sync()
-                    s.group.warp_arrive(s.full_at_leader(place, "o_softmax_to_mma"), place.lane)
                 self.merge.finish_piece_of(
                     seat.side, seat.row_block, seat.thread, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals,
                     scales, shared, results,

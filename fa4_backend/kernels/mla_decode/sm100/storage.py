@@ -1,6 +1,6 @@
 """Shared and tensor memory of a CTA of a pair, and the pipelines between its roles.
 
-    load --q, k, v--> mma --s--> softmax --p--> mma --pv--> softmax --o--> mma
+    load --q, k, v--> mma --s--> softmax --p--> mma --pv--> softmax
     load --v_tail--> value_tail --v--> mma
 
 Shared memory: 64 rows of Q; K of half the block's keys, three stages of 64 keys x 192 elements; half of V's columns of all keys, two stages
@@ -128,10 +128,10 @@ class PairStorage:
                 PipelineEdge("v_tail_load_to_value_tail", V_STAGE, (load,), (), V_STAGE_BYTES, drained_by="v_load_to_mma"),
                 # S is overwritten two blocks later, behind the product with the weights that were made of it.
                 PipelineEdge("s_mma_to_softmax", S_STAGE, (mma,), drained_by="p_softmax_to_mma"),
-                # P is overwritten, and O rescaled or read, once the product that reads P is done.
+                # P is overwritten, and O rescaled or read, once the product that reads P is done. The next product with O waits for weights
+                # that every warp writes behind that.
                 PipelineEdge("p_softmax_to_mma", 1, (softmax_all,), drained_by="pv_mma_to_softmax"),
                 PipelineEdge("pv_mma_to_softmax", 1, (mma,), drained_by="p_softmax_to_mma"),
-                PipelineEdge("o_softmax_to_mma", 1, (softmax_all,), drained_by="pv_mma_to_softmax"),
                 PipelineEdge(
                     "slots_merge_to_softmax", 1, (Party("merge", Signal.TMA),), (), KV_STAGE * TILE_ELEMS * ELEMENT_BYTES, AT_BARRIER
                 ),
