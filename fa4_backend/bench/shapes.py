@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -32,6 +33,16 @@ ROUNDS = 6
 MEMORY, TENSOR = "memory", "tensor cores"
 
 
+class Work(Protocol):
+    """The least that any kernel does for a batch."""
+
+    @property
+    def moved_bytes(self) -> int: ...
+
+    @property
+    def flops(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine reaches in this run."""
@@ -44,7 +55,7 @@ class Ceilings:
         """Of the GPU present, as it is now."""
         return cls(copy_bandwidth(), matmul_tflop_per_s())
 
-    def least_us(self, batch: BatchShape) -> tuple[str, float]:
+    def least_us(self, batch: Work) -> tuple[str, float]:
         """Which ceiling is the lower one for a batch, and the time that it allows, in microseconds."""
         memory, tensor = batch.moved_bytes / self.copy_gb_per_s / 1e3, batch.flops / self.matmul_tflop_per_s / 1e6
         return (MEMORY, memory) if memory > tensor else (TENSOR, tensor)

@@ -124,6 +124,7 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
         decode_part_blocks=max(1, mla_family.MIN_PART_BLOCKS // tiles),
+        decode_parts_ratio=mla_family.PARTS_RATIO * tiles,
         private_slots=num_ctas if problem.batch_invariant else 0,
         # No row is longer than `decode_query_len`: the other list stays empty.
         prefill_groups=1,

@@ -292,6 +292,8 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
     if shape.split_blocks:
         return used
     parts = cost[0] // shape.decode_part_blocks if shape.decode_part_blocks else math.isqrt(5 * cost[0] // shape.slot_vectors)
+    if shape.decode_part_blocks and shape.decode_parts_ratio:
+        parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
     return min(used, items * max(1, parts))
 
 

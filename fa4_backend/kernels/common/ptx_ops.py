@@ -413,6 +413,12 @@ def keep_here(value: Int32) -> Int32:
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
 
 
+def zero_after(value: Int32) -> Int32:
+    """0, for which ptxas has to wait for `value`: all 32 lanes are active, which it cannot know."""
+    text = "{ .reg .b32 lanes; activemask.b32 lanes; not.b32 lanes, lanes; and.b32 $0, $1, lanes; }"
+    return Int32(inline_asm(text, [value], T.i32(), "=r"))
+
+
 def keep_in_loop(value: Int32) -> Int32:
     """The same value, which ptxas takes for a new one as well: keeps what is computed from it out of the loop's registers.
 

@@ -21,11 +21,11 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, row_of_thread
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, PARTS, RESCALE_THRESHOLD, TILE_M, WARP_ROWS
 from fa4_backend.kernels.mla_decode.merge import ResultTensors, Scales
 from fa4_backend.kernels.mla_decode.sm100.config import BLOCK_KEYS, CTA_KEYS, S_STAGE
-from fa4_backend.kernels.mla_decode.sm100.merge import PairMerge
+from fa4_backend.kernels.mla_decode.sm100.merge import LaneFragment, PairMerge
 from fa4_backend.kernels.mla_decode.sm100.storage import (
     O_COL,
     P_PART_BYTES,
@@ -42,10 +42,12 @@ from fa4_backend.kernels.mla_decode.sm100.storage import (
 from fa4_backend.kernels.mla_decode.sm100.work import PairWork
 from fa4_backend.kernels.mla_decode.work import Blocks
 
-LANE_SHIFT = 16  # lane field of a tensor memory address
 CHUNK = 64  # columns that a load of tensor memory moves: 32 registers a thread
 SIDE_COLUMNS = LATENT_DIM // SIDES
 CHUNK_BYTES = 16  # of a row in shared memory
+
+
+Mine = cutlass.Constexpr[LaneFragment]
 
 
 class Rows(NamedTuple):
@@ -54,15 +56,6 @@ class Rows(NamedTuple):
     columns: tuple[Columns, Columns]
     full_end: Int32  # blocks before it need no mask
     scale: ScoreScale
-
-
-class Seat(NamedTuple):
-    """Which part of the tile is this warp's."""
-
-    side: Int32  # lane half: keys 64 side .. of a block, columns 256 side .. of O
-    row_block: Int32  # rows 16 row_block .. of the tile
-    thread: Int32  # as of a warpgroup whose warps have the tile's rows in order
-    lanes: Int32  # of tensor memory, as an address
 
 
 @dataclass(frozen=True)
@@ -88,18 +81,11 @@ class SoftmaxWarps:
                     ptx.store_shared_v4(place.q + part * Q_PART_BYTES + offset, [zero] * 4)
             ptx.fence_proxy_async_shared()
 
-    def seat(self, place: Place) -> Seat:
-        """The place of this warp's lanes: 16 of the 32 that it reaches, the other 16 are the warp's four further on."""
-        warp = place.warp - self.first_warp
-        quarter, upper = warp % 4, warp // 4
-        row_block = quarter % 2 * 2 + upper
-        return Seat(quarter // 2, row_block, row_block * 32 + place.lane, (quarter * 32 + upper * WARP_ROWS) << LANE_SHIFT)
-
     @cute.jit
     def run(self, place: Place, step: StepTensors, values: MaskValues, results: ResultTensors, shared: SharedTensors):
         """Walk the entries, then add up this CTA's share of split row groups; owns the consumer sides of S and of products, and the
         producer side of P."""
-        s, work, seat = self.storage, self.work, self.seat(place)
+        s, work, mine = self.storage, self.work, LaneFragment()
         fragment = RowFragment(CTA_KEYS, RESCALE_THRESHOLD)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         totals = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
@@ -111,7 +97,7 @@ class SoftmaxWarps:
             blocks = work.blocks(entry, values)
             if index + 1 < num_entries:
                 word = work.entry_word(step, second + index)
-            rows = self._rows(entry, blocks, values, scales.score, seat)
+            rows = self._rows(entry, blocks, values, scales.score, mine)
             first_piece, last_piece = work.pieces(entry, step.split_blocks)
             totals.row_max.fill(-Float32.inf)
             totals.row_sum.fill(0.0)
@@ -120,8 +106,8 @@ class SoftmaxWarps:
                 stats.row_max.fill(-Float32.inf)
                 stats.row_sum.fill(0.0)
                 for n_block in cutlass.range(begin, end, unroll=1):
-                    rS = self._scores(place, rows, n_block, next_s, seat)
-                    maxima = self._maxima(fragment, rS, next_s, seat, shared)
+                    rS = self._scores(place, rows, n_block, next_s, mine)
+                    maxima = self._maxima(fragment, rS, next_s, mine, shared)
                     before = [stats.row_max[i] for i in range(2)]
                     scales_of_rows = (rows.scale, rows.scale)
                     factors = fragment.softmax(rS, stats, scales_of_rows, may_be_empty=True, is_first=False, maxima=maxima)
@@ -132,8 +118,8 @@ class SoftmaxWarps:
                         pv_phase ^= 1
                         if cute.arch.vote_any_sync(moved):
                             ptx.tcgen05_fence_after_sync()
-                            self._rescale(factors, seat)
-                    self._publish(place, rS, seat)
+                            self._rescale(factors, mine)
+                    self._publish(place, rS, mine)
                     next_s = advance(next_s, S_STAGE)
                 rO = cute.make_rmem_tensor(WARP_ROWS * SIDE_COLUMNS // 32, Float32)
                 rO.fill(0.0)
@@ -141,56 +127,59 @@ class SoftmaxWarps:
                     ptx.mbarrier_wait(s.full(place, "pv_mma_to_softmax"), pv_phase)
                     pv_phase ^= 1
                     ptx.tcgen05_fence_after_sync()
-                    self._load_o(rO, seat)
-                self.merge.finish_piece_of(
-                    seat.side, seat.row_block, seat.thread, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals,
-                    scales, shared, results,
-                )  # fmt: skip
+                    self._load_o(rO, mine)
+                self.merge.finish_piece(
+                    mine, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals, scales, shared, results
+                )
                 turn ^= 1
             if entry.partial_slot >= 0:
-                if seat.side == 0:
-                    self.merge.postpone(entry, last_piece - first_piece, num_pending, shared, seat.thread)
+                self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
                 num_pending += 1
         if num_pending > 0:
-            self.merge.join(num_pending, step, scales, (place.warp - self.first_warp) * 32 + place.lane, shared, results)
+            self.merge.join_parts(num_pending, step, scales, shared, results)
 
-    def _rows(self, entry: Entry, blocks: Blocks, values: MaskValues, scale: ScoreScale, seat: Seat) -> Rows:
+    def _rows(self, entry: Entry, blocks: Blocks, values: MaskValues, scale: ScoreScale, mine: Mine) -> Rows:
         columns = []
         for i in range(2):
-            packed = self.work.row(self.work.first_row(entry) + row_of_thread(seat.thread, i), entry.seqlen)
+            packed = self.work.row(self.work.first_row(entry) + mine.row(i), entry.seqlen)
             columns.append(self.work.mask.columns(packed.token, entry.seqlen, values))
         return Rows(tuple(columns), blocks.full_end, scale)  # type: ignore[arg-type]
 
     @cute.jit
-    def _scores(self, place: Place, rows: Rows, n_block: Int32, buffer: RingPosition, seat: Seat) -> cute.Tensor:
+    def _scores(self, place: Place, rows: Rows, n_block: Int32, buffer: RingPosition, mine: Mine) -> cute.Tensor:
         """This warp's scores of a block, masked."""
         ptx.mbarrier_wait(self.storage.full(place, "s_mma_to_softmax", buffer.slot), buffer.phase)
         ptx.tcgen05_fence_after_sync()
         rS = cute.make_rmem_tensor(WARP_ROWS * CTA_KEYS // 32, Float32)
-        self._load(rS, 0, Int32(S_COL) + buffer.slot * S_COLUMNS + seat.lanes)
+        self._load(rS, 0, Int32(S_COL) + buffer.slot * S_COLUMNS + mine.lanes())
         if n_block >= rows.full_end:
-            RowFragment(CTA_KEYS, 0.0).mask(rS, n_block * BLOCK_KEYS + seat.side * CTA_KEYS, rows.columns)
+            RowFragment(CTA_KEYS, 0.0).mask(rS, n_block * BLOCK_KEYS + mine.sum_index() * CTA_KEYS, rows.columns)
         return rS
 
     @cute.jit
     def _maxima(
-        self, fragment: cutlass.Constexpr, rS: cute.Tensor, buffer: RingPosition, seat: Seat, shared: SharedTensors
+        self,
+        fragment: cutlass.Constexpr,
+        rS: cute.Tensor,
+        buffer: RingPosition,
+        mine: Mine,
+        shared: SharedTensors,
     ) -> tuple[Float32, Float32]:
         """Largest scores of this thread's rows among all keys of the block."""
-        mine = [fragment.row_max(rS, i) for i in range(2)]
-        if seat.thread % 4 == 0:
+        largest = [fragment.row_max(rS, i) for i in range(2)]
+        if cute.arch.lane_idx() % 4 == 0:
             for i in cutlass.range_constexpr(2):
-                shared.sMax[buffer.slot, seat.side, row_of_thread(seat.thread, i)] = mine[i]
-        self.merge.meet_rows(seat.row_block)
-        others = [shared.sMax[buffer.slot, 1 - seat.side, row_of_thread(seat.thread, i)] for i in range(2)]
-        return tuple(cute.arch.fmax(mine[i], others[i]) for i in range(2))  # type: ignore[return-value]
+                shared.sMax[buffer.slot, mine.sum_index(), mine.row(i)] = largest[i]
+        self.merge.meet_rows(mine)
+        others = [shared.sMax[buffer.slot, 1 - mine.sum_index(), mine.row(i)] for i in range(2)]
+        return tuple(cute.arch.fmax(largest[i], others[i]) for i in range(2))  # type: ignore[return-value]
 
     @cute.jit
-    def _publish(self, place: Place, rS: cute.Tensor, seat: Seat):
+    def _publish(self, place: Place, rS: cute.Tensor, mine: Mine):
         """Weights in 16 bits to shared memory; the product before has read those of the block before."""
         weights = flat(rS)
-        base = place.p + seat.side * P_PART_BYTES
-        row = seat.row_block * WARP_ROWS + place.lane % WARP_ROWS
+        base = place.p + mine.sum_index() * P_PART_BYTES
+        row = mine.row_block() * WARP_ROWS + place.lane % WARP_ROWS
         for group in cutlass.range_constexpr(0, CTA_KEYS // 8, 2):
             words = [self._pack(weights[4 * group + 2 * pair], weights[4 * group + 2 * pair + 1]) for pair in range(4)]
             chunk = (group + place.lane // WARP_ROWS) ^ (row % 8)
@@ -212,16 +201,16 @@ class SoftmaxWarps:
         for i in range(WARP_ROWS * CHUNK // 32):
             registers[first + i] = Float32(ptx.element(words, i))
 
-    def _load_o(self, rO: cute.Tensor, seat: Seat) -> None:
+    def _load_o(self, rO: cute.Tensor, mine: Mine) -> None:
         """This warp's rows and columns of O."""
         for column in range(0, SIDE_COLUMNS, CHUNK):
-            self._load(rO, column * WARP_ROWS // 32, Int32(O_COL + column) + seat.lanes)
+            self._load(rO, column * WARP_ROWS // 32, Int32(O_COL + column) + mine.lanes())
 
-    def _rescale(self, factors: cute.Tensor, seat: Seat) -> None:
+    def _rescale(self, factors: cute.Tensor, mine: Mine) -> None:
         """O of earlier blocks times its rows' factors. No product with O is under way."""
         for column in range(0, SIDE_COLUMNS, CHUNK):
             rO = cute.make_rmem_tensor(WARP_ROWS * CHUNK // 32, Float32)
-            address = Int32(O_COL + column) + seat.lanes
+            address = Int32(O_COL + column) + mine.lanes()
             self._load(rO, 0, address)
             RowFragment(CHUNK, 0.0).rescale(rO, factors)
             ptx.tmem_store_rows(address, ptx.as_words(ptx.from_elements([Float32(rO[i]).ir_value() for i in range(cute.size(rO))])))
