@@ -202,6 +202,8 @@ EDITS = {
     "kernels/sm100/softmax_warps.py": ["sm100"],
     "kernels/sm90/tuning.py": ["sm90"],
     "kernels/decode/scores.py": ["decode"],
+    "kernels/mla_decode/merge.py": ["mla_decode", "mla_decode/sm100"],
+    "kernels/mla_decode/sm100/work.py": ["mla_decode/sm100"],
     "kernels/schedule/kernel.py": ["schedule"],
     "kernels/common/mask.py": list(FAMILIES),
     "kernels/launch_abi.py": list(FAMILIES),
@@ -226,7 +228,7 @@ def test_every_source_of_a_kernel_is_in_some_fingerprint(package: Path) -> None:
     covered = {path for family in FAMILIES for path in kernel_stamp.sources(family)}
     left_out = {str(path.relative_to(package)) for path in set(compile_cache.fingerprinted_files()) - covered}
     assert left_out == set(kernel_stamp.NOT_ON_A_GPU)
-    folders = {path.name for path in (package / "kernels").iterdir() if path.is_dir()}
+    folders = {str(path.relative_to(package / "kernels")) for path in (package / "kernels").rglob("*") if path.is_dir()}
     assert folders == {*FAMILIES, "common"}, "a new family's folder ages every other family's results: name it in FAMILIES"
 
 
