@@ -165,4 +165,5 @@ def _work_shape(
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
         has_queue=prefill.has_queue,
+        decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
     )

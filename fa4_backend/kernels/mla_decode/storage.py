@@ -64,7 +64,7 @@ class SharedTensors(NamedTuple):
     sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32: entries whose slots are written, whose arrival is due
     sReference: cute.Tensor  # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32: a warpgroup's share of row_sum at a piece's end; pieces take turns
-    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`merge.Share`)
+    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`common/part_arrivals.py`)
 
 
 @dataclass(frozen=True)
