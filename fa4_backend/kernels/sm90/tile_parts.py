@@ -1,15 +1,18 @@
-"""Parts of a tile that was cut along KV: a warpgroup lays down its sums, and the one that comes last adds up all parts.
+"""Parts of a tile that was cut along KV: a warpgroup lays down its sums, and parts are added up by the one that comes last or by all.
 
-A warpgroup's 64 rows are its own business: it has its own place in each slot and its own arrival counter, and meets nobody of its CTA.
+A warpgroup's 64 rows are its own business: it has its own place in each slot and its own arrival counters, and meets nobody of its CTA.
 
-    slot:    [warpgroup][vector][thread] of 16 bytes: O in the order of the accumulator's registers, then (row_max, row_sum) of the
-             thread's two rows. Whoever reads has the fragment of whoever wrote, so no layout is involved, and accesses are coalesced.
-    counter: part_arrivals[first_slot of the tile, warpgroup]
+    slot:     [warpgroup][vector][thread] of 16 bytes: O in the order of the accumulator's registers, then (row_max, row_sum) of the
+              thread's two rows. Whoever reads has the fragment of whoever wrote, so no layout is involved, and accesses are coalesced.
+    counters: part_arrivals[first_slot of the tile, warpgroup], and the same of the second slot (`common/part_arrivals.py`)
 
-All parts are read from memory in part order, the own one too: the result does not depend on who came last. A part's `row_max` may have
-been made with either scale of `fragment.ScoreScale`, as the maxima of one tile's blocks may be; it grows with the score in either, and
-parts that differ in scale are so far apart that the smaller one weighs nothing. So parts are weighed as blocks are, and `true_max` comes
-after them.
+Few parts are added up by the warpgroup that comes last, in registers, where its own tile's sums were. They are read from memory in part
+order, the own one too: the result does not depend on who came last. A part's `row_max` may have been made with either scale of
+`fragment.ScoreScale`, as the maxima of one tile's blocks may be; it grows with the score in either, and parts that differ in scale are so
+far apart that the smaller one weighs nothing. So parts are weighed as blocks are, and `true_max` comes after them.
+
+Many parts are added up by all warpgroups that made them (`part_shares.py`), which wait for each other where they have no tile left: a CTA
+that has taken another one arrives and goes on, and whoever comes last then adds up all.
 """
 
 from dataclasses import dataclass
@@ -17,11 +20,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common.part_arrivals import arrive, leave
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart
-from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat, quad_sum
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
@@ -43,48 +47,57 @@ class TileParts:
     config: PrefillConfig
 
     @cute.jit
-    def join(
+    def arrive(
         self,
         tensors: PartTensors,
         part: TilePart,
         rO: cute.Tensor,  # this thread's O, relative to row_max; float32
         stats: RowStats,
+        may_wait: Boolean,  # the CTA has no tile left
         group: Int32,
         lane: Int32,  # thread of the warpgroup
         barrier: Int32,  # named barrier of the warpgroup
         flag: cute.Pointer,  # int32 of shared memory that is this warpgroup's
-    ) -> Int32:
-        """Lay down a part; 1 in the warpgroup that arrives last, whose `rO` and `stats` then are those of the whole tile.
+    ) -> tuple[Int32, Int32]:
+        """Lay down a part; what this warpgroup adds up of the tile (`common/part_arrivals.py`), and what its last thread tells `leave`.
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
         self._lay_down(tensors, part.slot, rO, stats, group, lane)
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
-        if lane == 0:
-            counter = tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
-            arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-            is_last = Int32(0)
-            if arrived + 1 == part.num_parts:
-                is_last = Int32(1)
-                tensors.mArrivals[part.first_slot, group] = Int32(0)  # for the next launch
-            sFlag[0] = is_last
+        stayers = Int32(0)
+        if lane == WARPGROUP_THREADS - 1:
+            looks = Int32(0)
+            if const_expr(self.config.share_parts > 0):
+                if may_wait and part.num_parts >= self.config.share_parts:
+                    looks = Int32(self.config.arrival_looks)
+            share, stayers = arrive(self._counter(tensors, part, group), Int32(1), part.num_parts, looks)
+            sFlag[0] = share
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        is_last = sFlag[0]
-        if is_last == 1:
-            self._add_up(tensors, part, rO, stats, group, lane)
-        return is_last
+        return sFlag[0], stayers
+
+    def leave(self, tensors: PartTensors, part: TilePart, group: Int32, stayers: Int32) -> None:
+        """This warpgroup is done with the tile's counters. stayers: what the thread had from `arrive`."""
+        counter = self._counter(tensors, part, group)
+        leave(counter, counter + PART_COUNTERS, Int32(1), stayers)
+
+    def _counter(self, tensors: PartTensors, part: TilePart, group: Int32) -> cute.Pointer:
+        return tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
 
     @cute.jit
     def _lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
-        """This thread's vectors to a slot."""
+        """This thread's vectors to a slot. Where shares are added up the first lane of a row holds the sum of all its four."""
         o, target = flat(rO), self._vectors(tensors, slot, group, lane)
         for v in cutlass.range_constexpr(self.o_vectors):
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
-        _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], stats.row_sum[0], stats.row_sum[1]])
+        sums = [stats.row_sum[i] for i in range(2)]
+        if const_expr(self.config.share_parts > 0):
+            sums = [cutlass.select_(lane % 4 == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
+        _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 
     @cute.jit
-    def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+    def add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
         """All parts of this thread's rows, in part order, to `rO` and `stats`."""
         for i in cutlass.range_constexpr(2):
             stats.row_max[i], stats.row_sum[i] = -Float32.inf, Float32(0.0)
