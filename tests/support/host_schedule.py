@@ -140,8 +140,8 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
         if count > 1 and (slots > shape.max_part_slots() // heads or length < shape.min_part_blocks):
             continue
         entries = sum(m * n for m, n in zip(m_blocks, parts, strict=True))
-        # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one.
-        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + (2 * count if count > 1 else 0)
+        # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one, up to a limit.
+        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + (min(2 * count, shape.most_part_quarters) if count > 1 else 0)
         if time < best:
             best, chosen = time, parts
     return chosen

@@ -26,4 +26,5 @@ class ScheduleParams(NamedTuple):
     max_num_tokens: Any
     part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
     min_part_blocks: Any
+    most_part_quarters: Any  # quarters of an n_block that adding up a prefill tile's parts takes at most
     has_queue: Any  # 1: the prefill list is in the order of a queue; 0: dealt out to CTAs

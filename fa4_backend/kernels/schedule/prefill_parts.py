@@ -74,7 +74,7 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_
             average = cutlass.min(4 * cutlass.min(prefill.blocks, MOST_BLOCKS) // entries, MOST_QUARTERS) + ENTRY_QUARTERS
             time = cutlass.max(rounds * average, 4 * length + ENTRY_QUARTERS)
             if parts > 1:
-                time += PART_QUARTERS * parts
+                time += cutlass.min(PART_QUARTERS * parts, params.most_part_quarters)
             fits = (slots <= params.part_slots // heads) & (length >= params.min_part_blocks)
             if (fits | (parts == 1)) & (time < best):
                 best, best_parts = time, parts

@@ -80,6 +80,7 @@ class WorkShape:
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
     part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
+    most_part_quarters: int = 1 << 16  # quarters of an n_block that adding up a prefill tile's parts takes at most (`schedule/rates.py`)
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
     has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule

@@ -1,0 +1,143 @@
+"""Who adds up parts, and into how many parts rows are cut: variants of our kernels beside FA3 on the cells that depend on it.
+
+    python -m tests.device.measure_shares --json FILE [--seconds 60]
+
+Variants are fields of the compile keys and of the lists' shape. Every variant is checked against float32 before it is timed; kernels take
+turns, L2 is clean before each call, every call is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa4_backend.bench.batch import BatchShape, BatchTensors
+from fa4_backend.bench.decode_batches import ragged_batches, uniform
+from fa4_backend.bench.ours import Ours, asked
+from fa4_backend.bench.peers import FA3, Call, prepare, ready
+from fa4_backend.bench.shape_cells import kinds
+from fa4_backend.bench.timing import Flush, capture, cold_in_turns
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.device import plan_on
+from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.plan import AttentionPlan, plan_attention
+
+NEVER = 1 << 20
+NO_LIMIT = 1 << 16
+# name -> fields of the key and of the shape of the lists
+DECODE: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "one adds": ({"share_vectors": NEVER}, {"decode_part_blocks": 0}),
+    "all >=32, sqrt": ({"share_vectors": 32}, {"decode_part_blocks": 0}),
+    "all >=32, 1 tile": ({"share_vectors": 32}, {"decode_part_blocks": 1}),
+    "all >=32, 2 tiles": ({"share_vectors": 32}, {"decode_part_blocks": 2}),
+    "all >=32, 4 tiles": ({"share_vectors": 32}, {"decode_part_blocks": 4}),
+    "all >=12, 1 tile": ({"share_vectors": 12}, {"decode_part_blocks": 1}),
+    "all >=12, 2 tiles": ({"share_vectors": 12}, {"decode_part_blocks": 2}),
+    "all, 1 tile": ({"share_vectors": 1}, {"decode_part_blocks": 1}),
+}
+PREFILL: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "one adds": ({"share_parts": 0}, {"most_part_quarters": NO_LIMIT}),
+    "all >=2, 6": ({"share_parts": 2}, {"most_part_quarters": 6}),
+    "all >=4, 6": ({"share_parts": 4}, {"most_part_quarters": 6}),
+    "all >=4, 10": ({"share_parts": 4}, {"most_part_quarters": 10}),
+    "all >=4, 16": ({"share_parts": 4}, {"most_part_quarters": 16}),
+    "all >=8, 10": ({"share_parts": 8}, {"most_part_quarters": 10}),
+    "all >=4, 10, 128 keys": ({"share_parts": 4}, {"most_part_quarters": 10, "min_part_blocks": 1}),
+}
+
+
+def cells() -> Iterator[BatchShape]:
+    """What depends on it, shortest first."""
+    for heads, kv_heads in ((32, 8), (16, 2)):
+        for rows, kv in ((1, 1024), (1, 4096), (8, 1024), (8, 4096)):
+            yield replace(uniform(rows, kv), num_q_heads=heads, num_kv_heads=kv_heads)
+    for name in ("long-row", "one-kv-head", "drafts"):
+        yield from kinds()[name].batches
+    yield from ragged_batches()[2:4]
+    yield from (batch for batch in kinds()["prefix"].batches if batch.max_query_len < 512)
+
+
+def variants(plan: AttentionPlan, batch: BatchShape) -> dict[str, AttentionPlan]:
+    """The plan's variants of the family that serves the batch's rows."""
+    kernels = plan.kernels
+    assert kernels is not None
+    found = {}
+    if kernels.decode is not None and batch.max_query_len <= kernels.work.decode_query_len:
+        for name, (key, work) in DECODE.items():
+            decode = replace(kernels.decode, **key)
+            found[name] = replace(plan, kernels=replace(kernels, decode=decode, work=replace(kernels.work, **work)))
+        return found
+    assert kernels.prefill is not None
+    for name, (fields, work) in PREFILL.items():
+        prefill: Any = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, **fields))  # type: ignore[type-var]
+        found[name] = replace(plan, kernels=replace(kernels, prefill=prefill, work=replace(kernels.work, **work)))
+    return found
+
+
+def compile_all() -> None:
+    """Every kernel of every variant, in several processes."""
+    keys: dict[Any, None] = {}
+    for batch in cells():
+        for plan in variants(plan_attention(*asked(batch, "sm_90a")), batch).values():
+            assert plan.kernels is not None
+            keys |= dict.fromkeys(plan.kernels.keys)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, keys))
+
+
+def measure(batch: BatchShape, rounds: int) -> dict[str, float]:
+    """Microseconds of every variant and of FA3."""
+    tensors = BatchTensors.make(batch)
+    problem, limits = asked(batch, "sm_90a")
+    replays: dict[str, Call] = {}
+    kept: list[Call] = []
+    for name, plan in variants(plan_on(problem, limits, tensors.q.device), batch).items():
+        call = Ours.of_plan(plan, batch, tensors).call
+        for _ in range(2):  # the second finds counters as the first left them
+            tensors.out.fill_(float("nan"))
+            call()
+            tensors.worst_error(batch, name, must_hold=True)
+        kept.append(call)
+        replays[name] = capture(call)
+    peer = ready(FA3, batch.label, partial(prepare, FA3, batch, tensors))
+    if peer is not None:
+        kept.append(peer)
+        replays[FA3] = capture(peer)
+    return cold_in_turns(replays, rounds, Flush.READ)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=90.0, help="after which no cell is begun; compilation included")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    compile_all()
+    print(f"compiled after {time.monotonic() - begin:.0f} s", flush=True)
+    torch.manual_seed(0)
+    found: dict[str, dict[str, float]] = {}
+    for batch in cells():
+        if time.monotonic() - begin > arguments.seconds:
+            print(f"time is over before {batch.title}", file=sys.stderr)
+            break
+        us = found[batch.title] = measure(batch, arguments.rounds)
+        print(f"{batch.title} | " + ", ".join(f"{name} {value:.1f}" for name, value in us.items()), flush=True)
+    arguments.json.write_text(json.dumps({"stamp": gpu_stamp(None), "us": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
