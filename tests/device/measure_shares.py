@@ -39,22 +39,21 @@ NO_LIMIT = 1 << 16
 # name -> fields of the key and of the shape of the lists
 DECODE: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "one adds": ({"share_vectors": NEVER}, {"decode_part_blocks": 0}),
-    "all >=32, sqrt": ({"share_vectors": 32}, {"decode_part_blocks": 0}),
-    "all >=32, 1 tile": ({"share_vectors": 32}, {"decode_part_blocks": 1}),
-    "all >=32, 2 tiles": ({"share_vectors": 32}, {"decode_part_blocks": 2}),
-    "all >=32, 4 tiles": ({"share_vectors": 32}, {"decode_part_blocks": 4}),
-    "all >=12, 1 tile": ({"share_vectors": 12}, {"decode_part_blocks": 1}),
-    "all >=12, 2 tiles": ({"share_vectors": 12}, {"decode_part_blocks": 2}),
+    "all >=24, sqrt": ({"share_vectors": 24}, {"decode_part_blocks": 0}),
+    "all >=24, 1 tile": ({"share_vectors": 24}, {"decode_part_blocks": 1}),
+    "all >=24, 2 tiles": ({"share_vectors": 24}, {"decode_part_blocks": 2}),
+    "all >=24, 4 tiles": ({"share_vectors": 24}, {"decode_part_blocks": 4}),
+    "all, sqrt": ({"share_vectors": 1}, {"decode_part_blocks": 0}),
     "all, 1 tile": ({"share_vectors": 1}, {"decode_part_blocks": 1}),
+    "all, 2 tiles": ({"share_vectors": 1}, {"decode_part_blocks": 2}),
 }
 PREFILL: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "one adds": ({"share_parts": 0}, {"most_part_quarters": NO_LIMIT}),
-    "all >=2, 6": ({"share_parts": 2}, {"most_part_quarters": 6}),
-    "all >=4, 6": ({"share_parts": 4}, {"most_part_quarters": 6}),
-    "all >=4, 10": ({"share_parts": 4}, {"most_part_quarters": 10}),
-    "all >=4, 16": ({"share_parts": 4}, {"most_part_quarters": 16}),
-    "all >=8, 10": ({"share_parts": 8}, {"most_part_quarters": 10}),
-    "all >=4, 10, 128 keys": ({"share_parts": 4}, {"most_part_quarters": 10, "min_part_blocks": 1}),
+    "all >=3, 4": ({"share_parts": 3}, {"most_part_quarters": 4}),
+    "all >=3, 8": ({"share_parts": 3}, {"most_part_quarters": 8}),
+    "all >=3, 16": ({"share_parts": 3}, {"most_part_quarters": 16}),
+    "all >=3, as one": ({"share_parts": 3}, {"most_part_quarters": NO_LIMIT}),
+    "all >=3, 8, 128 keys": ({"share_parts": 3}, {"most_part_quarters": 8, "min_part_blocks": 1}),
 }
 
 
@@ -63,10 +62,11 @@ def cells() -> Iterator[BatchShape]:
     for heads, kv_heads in ((32, 8), (16, 2)):
         for rows, kv in ((1, 1024), (1, 4096), (8, 1024), (8, 4096)):
             yield replace(uniform(rows, kv), num_q_heads=heads, num_kv_heads=kv_heads)
-    for name in ("long-row", "one-kv-head", "drafts"):
+    for name in ("long-row", "one-kv-head"):
         yield from kinds()[name].batches
-    yield from ragged_batches()[2:4]
     yield from (batch for batch in kinds()["prefix"].batches if batch.max_query_len < 512)
+    yield from ragged_batches()[2:4]
+    yield from kinds()["drafts"].batches[:5]
 
 
 def variants(plan: AttentionPlan, batch: BatchShape) -> dict[str, AttentionPlan]:

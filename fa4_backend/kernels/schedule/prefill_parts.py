@@ -16,8 +16,8 @@ from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, warp_s
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.rates import ENTRY_QUARTERS, PART_QUARTERS
+from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 
-MAX_PARTS = 64  # of a tile
 CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
 MAX_SUM = 2**31 - 1
 # Numbers are cut here before they are multiplied: above what a cut row may have, and no product or sum passes 2^31.

@@ -52,6 +52,7 @@ Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 QUEUE_INTS = 4
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
 
+MAX_PARTS = 64  # of a prefill tile
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence

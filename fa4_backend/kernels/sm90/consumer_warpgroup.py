@@ -188,6 +188,10 @@ class ConsumerWarpgroup:
                 position, q, tile = advance(after, stages), q_next, next_tile
                 if const_expr(not c.has_kv_scales):
                     self._clear_tail(tiles, barriers, position, tile, thread)
+            if const_expr(c.share_parts > 0):
+                scales = self._score_scales(tile)
+                work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
+                self._share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -481,14 +485,14 @@ class ConsumerWarpgroup:
             thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
             is_whole = Int32(1)
             if part.slot >= 0:
-                is_whole = self._join(part, products, stats, score_scales, tiles, outputs, work, work_slot, is_last, group, thread)
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, thread)
             if is_whole == 1:
                 self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
         else:
             if part.slot >= 0:
                 # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
                 part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-                is_whole = self._join(part, products, stats, score_scales, tiles, outputs, work, work_slot, is_last, group, part_thread)
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, part_thread)
                 if is_whole == 1:
                     self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
             else:
@@ -501,7 +505,6 @@ class ConsumerWarpgroup:
         part: TilePart,
         products: Products,
         stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -510,29 +513,50 @@ class ConsumerWarpgroup:
         group: Int32,
         thread: Int32,
     ) -> Int32:
-        """Lay down a part, and add up what is this warpgroup's to add; 1 where `products.rO` and `stats` then are those of the whole tile,
-        which is still to be written."""
+        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile. The last tile's part is left to
+        `_share_last` where all add up."""
         is_whole = Int32(0)
         if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
             barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
-            share, stayers = self.parts.arrive(outputs.parts, part, products.rO, stats, is_last, group, lane, barrier, flag)
+            is_left = Boolean(False)
             if const_expr(self.config.share_parts > 0):
-                if share != NOTHING:
-                    if part.num_parts >= self.config.share_parts:
-                        factor = None
-                        if const_expr(self.storage.has_factors):
-                            factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
-                        ends = RowEnds(None if score_scales is None else score_scales[0], factor)
-                        self.shares.add_up(outputs, part, share, work, ends, group, lane)
-                    else:
-                        self.parts.add_up(outputs.parts, part, products.rO, stats, group, lane)
-                        is_whole = Int32(1)
-                self.parts.leave(outputs.parts, part, group, stayers)
-            elif share != NOTHING:
-                self.parts.add_up(outputs.parts, part, products.rO, stats, group, lane)
-                is_whole = Int32(1)
+                is_left = is_last & (part.num_parts >= self.config.share_parts)
+            if is_left:
+                self.parts.lay_down(outputs.parts, part.slot, products.rO, stats, group, lane)
+            else:
+                flag = self._flag(tiles, work_slot, group)
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
         return is_whole
+
+    @cute.jit
+    def _share_last(
+        self,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        scale: ScoreScale | None,  # of raw scores
+        work_slot: Int32,  # of the CTA's last tile
+        group: Int32,
+        thread: Int32,
+    ):
+        """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
+        share."""
+        n = [tiles.sWork[i, work_slot] for i in range(10)]
+        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
+        if part.slot >= 0 and part.num_parts >= self.config.share_parts:
+            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
+                barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+                flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
+                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                if share != NOTHING:
+                    factor = None
+                    if const_expr(self.storage.has_factors):
+                        factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
+                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
+                self.parts.leave(outputs.parts, part, group, stayers)
+
+    def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
+        """An int32 of shared memory that is this warpgroup's."""
+        return tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
 
     @cute.jit
     def _finish(

@@ -6,13 +6,14 @@ A warpgroup's 64 rows are its own business: it has its own place in each slot an
               thread's two rows. Whoever reads has the fragment of whoever wrote, so no layout is involved, and accesses are coalesced.
     counters: part_arrivals[first_slot of the tile, warpgroup], and the same of the second slot (`common/part_arrivals.py`)
 
-Few parts are added up by the warpgroup that comes last, in registers, where its own tile's sums were. They are read from memory in part
-order, the own one too: the result does not depend on who came last. A part's `row_max` may have been made with either scale of
-`fragment.ScoreScale`, as the maxima of one tile's blocks may be; it grows with the score in either, and parts that differ in scale are so
-far apart that the smaller one weighs nothing. So parts are weighed as blocks are, and `true_max` comes after them.
+Where parts are many, a CTA that has no tile left waits for the others', and each adds up a share (`part_shares.py`). One that goes on with
+another tile arrives and does not wait; then, and where parts are few, the warpgroup that comes last adds them up in registers, where its
+own tile's sums were. Both make the same bits.
 
-Many parts are added up by all warpgroups that made them (`part_shares.py`), which wait for each other where they have no tile left: a CTA
-that has taken another one arrives and goes on, and whoever comes last then adds up all.
+All parts are read from memory in part order, the own one too: the result does not depend on who came last. A part's `row_max` may have
+been made with either scale of `fragment.ScoreScale`, as the maxima of one tile's blocks may be; it grows with the score in either, and
+parts that differ in scale are so far apart that the smaller one weighs nothing. So parts are weighed as blocks are, and `true_max` comes
+after them.
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
-from fa4_backend.kernels.common.part_arrivals import arrive, leave
+from fa4_backend.kernels.common.part_arrivals import NOTHING, arrive, leave
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat, quad_sum
@@ -47,31 +48,38 @@ class TileParts:
     config: PrefillConfig
 
     @cute.jit
-    def arrive(
+    def join(
         self,
         tensors: PartTensors,
         part: TilePart,
         rO: cute.Tensor,  # this thread's O, relative to row_max; float32
         stats: RowStats,
-        may_wait: Boolean,  # the CTA has no tile left
         group: Int32,
         lane: Int32,  # thread of the warpgroup
         barrier: Int32,  # named barrier of the warpgroup
         flag: cute.Pointer,  # int32 of shared memory that is this warpgroup's
-    ) -> tuple[Int32, Int32]:
-        """Lay down a part; what this warpgroup adds up of the tile (`common/part_arrivals.py`), and what its last thread tells `leave`.
+    ) -> Int32:
+        """Lay down a part and do not wait; 1 in the warpgroup that adds them up, whose `rO` and `stats` then are those of the whole tile.
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
-        self._lay_down(tensors, part.slot, rO, stats, group, lane)
+        self.lay_down(tensors, part.slot, rO, stats, group, lane)
+        share, _ = self.arrive(tensors, part, Int32(0), group, lane, barrier, flag)
+        is_whole = Int32(0)
+        if share != NOTHING:
+            is_whole = Int32(1)
+            self._add_up(tensors, part, rO, stats, group, lane)
+        return is_whole
+
+    @cute.jit
+    def arrive(
+        self, tensors: PartTensors, part: TilePart, looks: Int32, group: Int32, lane: Int32, barrier: Int32, flag: cute.Pointer
+    ) -> tuple[Int32, Int32]:
+        """Arrive with a part that was laid down: what this warpgroup adds up of the tile, and what the thread tells `leave`."""
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
         stayers = Int32(0)
-        if lane == WARPGROUP_THREADS - 1:
-            looks = Int32(0)
-            if const_expr(self.config.share_parts > 0):
-                if may_wait and part.num_parts >= self.config.share_parts:
-                    looks = Int32(self.config.arrival_looks)
+        if lane == 0:
             share, stayers = arrive(self._counter(tensors, part, group), Int32(1), part.num_parts, looks)
             sFlag[0] = share
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
@@ -86,8 +94,8 @@ class TileParts:
         return tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
 
     @cute.jit
-    def _lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
-        """This thread's vectors to a slot. Where shares are added up the first lane of a row holds the sum of all its four."""
+    def lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+        """This thread's vectors to a slot. Where shares are added up a row's first lane holds the sum of all four."""
         o, target = flat(rO), self._vectors(tensors, slot, group, lane)
         for v in cutlass.range_constexpr(self.o_vectors):
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
@@ -97,7 +105,7 @@ class TileParts:
         _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 
     @cute.jit
-    def add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+    def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
         """All parts of this thread's rows, in part order, to `rO` and `stats`."""
         for i in cutlass.range_constexpr(2):
             stats.row_max[i], stats.row_sum[i] = -Float32.inf, Float32(0.0)
