@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -36,6 +37,16 @@ FEWEST_ROUNDS = 2  # forwards and backwards once
 MEMORY, TENSOR = "memory", "tensor cores"
 
 
+class Work(Protocol):
+    """The least that any kernel does for a batch."""
+
+    @property
+    def moved_bytes(self) -> int: ...
+
+    @property
+    def flops(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine reaches in this run."""
@@ -48,7 +59,7 @@ class Ceilings:
         """Of the GPU present, as it is now."""
         return cls(copy_bandwidth(), matmul_tflop_per_s())
 
-    def least_us(self, batch: BatchShape) -> tuple[str, float]:
+    def least_us(self, batch: Work) -> tuple[str, float]:
         """Which ceiling is the lower one for a batch, and the time that it allows, in microseconds."""
         memory, tensor = batch.moved_bytes / self.copy_gb_per_s / 1e3, batch.flops / self.matmul_tflop_per_s / 1e6
         return (MEMORY, memory) if memory > tensor else (TENSOR, tensor)

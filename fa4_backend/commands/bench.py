@@ -1,4 +1,4 @@
-"""`fa4 bench prefill`, `decode`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
+"""`fa4 bench prefill`, `decode`, `mla`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -71,6 +71,30 @@ def decode(
     chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
     timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers), flush=Flush(flush))
     _report(module, timings, csv_path, plot, json_output)
+
+
+@bench.command()
+def mla(
+    batches: Sets = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    list_only: Annotated[bool, typer.Option("--list", help="print the batches and time none; needs no GPU")] = False,
+) -> None:
+    """Decode of multi-head latent attention: microseconds, GB/s of latents, share of the roofline, ratio to FA3 and FlashMLA."""
+    from fa4_backend.bench.mla_batches import sets
+
+    chosen = _chosen("--batches", sets(), batches)
+    if list_only:
+        for name, batches_of in chosen.items():
+            print(f"{name}:", *(f"  {batch.label}" for batch in batches_of), sep="\n")
+        return
+    from fa4_backend.bench import mla as module
+
+    _require_gpu()
+    every = [batch for batches_of in chosen.values() for batch in batches_of]
+    _report(module, module.run(every, peers=_listed(peers)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -185,7 +209,7 @@ def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, pl
     if json_output:
         print(json.dumps([asdict(t) for t in every], indent=1))
     if csv_path is not None:
-        write_csv(csv_path, every)
+        write_csv(csv_path, every, getattr(module, "FAMILIES", None))
     if plot is not None:
         module.write_plot(plot, every)
     return every

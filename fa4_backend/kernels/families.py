@@ -115,6 +115,7 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
         decode_part_blocks=mla_family.MIN_PART_BLOCKS,
+        decode_parts_ratio=mla_family.PARTS_RATIO,
         private_slots=num_ctas if problem.batch_invariant else 0,
         # No row is longer than `decode_query_len`: the other list stays empty.
         prefill_groups=1,
@@ -167,4 +168,5 @@ def _work_shape(
         has_queue=prefill.has_queue,
         most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
+        decode_parts_ratio=decode_family.PARTS_RATIO,
     )

@@ -32,6 +32,10 @@ CASES = {
     "128 heads, 3 tokens, peaked": MlaCase((3, 2), (190, 20), num_heads=128, decode_query_len=3, peaked=20.0),
     "128 heads, L2 asked ahead": replace(APART, tuning=(("prefetch_blocks", 2),)),
     "FP8, 16 heads": replace(FEW, kv_dtype=FP8),
+    "FP8, 8 heads, 2 tokens, float16": MlaCase((2, 1, 0, 2), (300, 64, 9, 3), 8, 2, "float16", FP8, page_size=16, peaked=8.0),
+    "FP8, 16 heads, batch invariant, peaked": MlaCase(
+        (1, 1), (600, 65), kv_dtype=FP8, batch_invariant=True, max_seqlen_k=2048, peaked=20.0
+    ),
     "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
     "batch invariant": MlaCase((2, 1), (600, 65), num_heads=64, decode_query_len=2, batch_invariant=True, max_seqlen_k=2048),
 }

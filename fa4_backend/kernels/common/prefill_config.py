@@ -11,7 +11,7 @@ from math import gcd
 from fa4_backend.arch import ARCHS
 from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, SHORT_NAMES, AttentionProblem, MaskFeatures
 
-ARRIVAL_LOOKS = 64  # at the counter of a tile's parts, 0.7 us each, before a CTA leaves its share to the one that comes last
+ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 

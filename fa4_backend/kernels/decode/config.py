@@ -24,9 +24,11 @@ ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
 # Vectors of its slots that each thread of a CTA would have to add up alone, from which on all CTAs that made a row group's slots do so.
 SHARE_VECTORS = 32
-ARRIVAL_LOOKS = 64  # at the counter of a row group's slots, 0.7 us each, before a CTA leaves its share to the one that comes last
-# KV tiles that a part has at least where row groups are equally long.
-MIN_PART_TILES = 2
+# Looks at the counter of a row group's slots, some 0.5 us each, before a CTA leaves its share to the one that comes last: which then takes
+# long, a unit after the other.
+ARRIVAL_LOOKS = 512
+# Where row groups are equally long: KV tiles that a part has at least, and the square of a row group's parts over its tiles at most.
+MIN_PART_TILES, PARTS_RATIO = 2, 16
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 

@@ -144,6 +144,8 @@ class ScheduleKernel:
             parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
             if params.decode_part_blocks > 0:
                 parts = rows.decode_cost[1] // params.decode_part_blocks
+                if params.decode_parts_ratio > 0:
+                    parts = cutlass.min(parts, square_root(params.decode_parts_ratio * rows.decode_cost[1]))
             usable = cutlass.min(usable, items * cutlass.max(parts, 1))
         return usable
 
