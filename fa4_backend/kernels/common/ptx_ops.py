@@ -166,11 +166,6 @@ def load_shared_i32(address: Int32) -> Int32:
     return Int32(llvm.load(T.i32(), smem_pointer(address), alignment=4))
 
 
-def store_shared_i32(address: Int32, value: Int32) -> None:
-    """Store one word to shared memory."""
-    llvm.store(Int32(value).ir_value(), smem_pointer(address), alignment=4)
-
-
 def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
     """Store a vector<4 x i32> at a 16-byte aligned global address."""
     llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
