@@ -151,9 +151,16 @@ def _time(batch: BatchShape, peers: list[str], rounds: int) -> tuple[dict[str, f
     return cold_in_turns(replays, rounds, Flush.READ), errors
 
 
-def compile_all(kinds: Mapping[str, Kind]) -> None:
-    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes."""
-    arch = gpu_arch()
+def compile_all(kinds: Mapping[str, Kind], arch: str | None = None) -> int:
+    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes.
+
+    Args:
+        arch: default: of the GPU present.
+
+    Returns:
+        how many kernels the cells need.
+    """
+    arch = arch or gpu_arch()
     keys: dict[CompileKey, None] = {}
     for kind in kinds.values():
         for batch in kind.batches:
@@ -161,6 +168,7 @@ def compile_all(kinds: Mapping[str, Kind]) -> None:
             keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(ensure_object, keys))
+    return len(keys)
 
 
 def format_line(timings: list[Timing]) -> str:

@@ -106,6 +106,7 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
+    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
     seconds: Annotated[
         float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
@@ -126,6 +127,9 @@ def shapes(
         return
     from fa4_backend.bench import shapes as module
 
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
     every = _report(module, module.run(chosen, peers=_listed(peers), seconds=seconds), csv_path, plot, json_output)
     if not json_output:
