@@ -42,6 +42,7 @@ DECODE: dict[str, dict[str, int]] = {
     OLD: {"decode_part_blocks": 0, "decode_parts_ratio": 0},
     "ratio 8": {"decode_part_blocks": 2, "decode_parts_ratio": 8},
     "ratio 16": {"decode_part_blocks": 2, "decode_parts_ratio": 16},
+    "ratio 16, always": {"decode_part_blocks": 2, "decode_parts_ratio": 16, "decode_share_vectors": 0},
     "2 tiles": {"decode_part_blocks": 2, "decode_parts_ratio": 0},
     "1 tile": {"decode_part_blocks": 1, "decode_parts_ratio": 0},
 }

@@ -292,9 +292,11 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
     used = used if used * 8 >= ctas * 7 else ctas
     if shape.split_blocks:
         return used
-    parts = cost[0] // shape.decode_part_blocks if shape.decode_part_blocks else math.isqrt(5 * cost[0] // shape.slot_vectors)
-    if shape.decode_part_blocks and shape.decode_parts_ratio:
-        parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
+    parts = math.isqrt(5 * cost[0] // shape.slot_vectors)
+    if shape.decode_part_blocks and parts * shape.slot_vectors >= shape.decode_share_vectors:
+        parts = cost[0] // shape.decode_part_blocks
+        if shape.decode_parts_ratio:
+            parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
     return min(used, items * max(1, parts))
 
 

@@ -23,7 +23,8 @@ MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of 
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
 # Vectors of its slots that each thread of a CTA would have to add up alone, from which on all CTAs that made a row group's slots do so.
-SHARE_VECTORS = 32
+# One vector takes 0.05 us, waiting for the others and reading a share some 2.
+SHARE_VECTORS = 64
 # Looks at the counter of a row group's slots, some 0.5 us each, before a CTA leaves its share to the one that comes last: which then takes
 # long, a unit after the other.
 ARRIVAL_LOOKS = 512

@@ -83,6 +83,7 @@ class WorkShape:
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
     most_part_quarters: int = 1 << 16  # quarters of an n_block that adding up a prefill tile's parts takes at most (`schedule/rates.py`)
     decode_parts_ratio: int = 0  # with it: n n_blocks have at most the root of `decode_parts_ratio * n` parts; 0: no such bound
+    decode_share_vectors: int = 0  # parts times `slot_vectors` from which on all CTAs of a row group add up its parts
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
     has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule
