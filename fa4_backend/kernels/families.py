@@ -23,7 +23,7 @@ from fa4_backend.kernels.mla_decode import config as mla_family
 from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
 from fa4_backend.kernels.mla_decode.sm100 import config as mla_sm100_family
 from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
-from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, decode_full_sms, decode_tile_ticks
+from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, SHARED_QUARTERS, decode_full_sms, decode_tile_ticks
 from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
@@ -175,4 +175,8 @@ def _work_shape(
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
         has_queue=prefill.has_queue,
+        most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
+        decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
+        decode_parts_ratio=decode_family.PARTS_RATIO,
+        decode_share_vectors=decode_family.SHARE_VECTORS,
     )
