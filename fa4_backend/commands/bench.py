@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -104,28 +106,44 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
+    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
+    only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
+    ] = None,
 ) -> None:
     """Shapes where kernels have cliffs: microseconds, share of the roofline, ratio to the best peer; in turns, L2 clean."""
     from fa4_backend.bench.shape_cells import kinds as all_kinds
+    from fa4_backend.bench.shape_cells import matching
 
-    chosen = _chosen("--kinds", all_kinds(), kinds)
+    try:
+        chosen = matching(_chosen("--kinds", all_kinds(), kinds), only)
+    except (ValueError, re.error) as error:
+        typer.echo(f"fa4 bench: --only: {error}", err=True)
+        raise typer.Exit(2) from None
     if list_only:
         for name, kind in chosen.items():
             print(f"{name}: {kind.what}", *(f"  {batch.title}" for batch in kind.batches), sep="\n")
         return
     from fa4_backend.bench import shapes as module
 
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
-    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+    every = _report(module, module.run(chosen, peers=_listed(peers), seconds=seconds), csv_path, plot, json_output)
+    if not json_output:
+        print(module.summary(every))
 
 
 @bench.command()
 def engine(
     backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
-    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 4096,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request; four engines of 4096 need more than 80 GB")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
     rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
     starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
+    seconds: Annotated[float, typer.Option(help="after these no round begins")] = math.inf,
     csv_path: Csv = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
@@ -142,6 +160,7 @@ def engine(
     every = []
     try:
         options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        options["seconds"] = seconds
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
             if not json_output:
@@ -185,8 +204,8 @@ def _listed(peers: str | None) -> list[str] | None:
     return None if peers is None else [peer for peer in peers.split(",") if peer]
 
 
-def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
-    """Run one benchmark, print each batch as it comes, and write what was asked for."""
+def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> list[Any]:
+    """Run one benchmark, print each batch as it comes, and write what was asked for; all timings."""
     from fa4_backend.bench.figures import write_csv
 
     every = []
@@ -200,3 +219,4 @@ def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, pl
         write_csv(csv_path, every, getattr(module, "FAMILIES", None))
     if plot is not None:
         module.write_plot(plot, every)
+    return every

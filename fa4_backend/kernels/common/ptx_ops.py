@@ -109,6 +109,14 @@ def bulk_load(source: cute.Pointer, smem_address: Int32, barrier: cute.Pointer, 
     )
 
 
+def bulk_store(target: cute.Pointer, smem_address: Int32, num_bytes: int) -> None:
+    """Copy consecutive bytes of shared to global memory, in the thread's open bulk group. Addresses and bytes are multiples of 16.
+
+    PTX ISA, "cp.async.bulk". Issued by each thread that gets here; reads what was written before a fence of the async proxy.
+    """
+    nvvm.cp_async_bulk_global_shared_cta(target.to_llvm_ptr(), smem_pointer(smem_address), Int32(num_bytes).ir_value())
+
+
 def store_shared_v4(address: Int32, words: Sequence[ir.Value]) -> None:
     """Store four 32-bit words at a 16-byte aligned shared address."""
     value = vector.from_elements(ir.VectorType.get([4], T.i32()), list(words))
@@ -123,6 +131,11 @@ def load_shared_v4(address: Int32) -> ir.Value:
 def store_shared_f32(address: Int32, value: Float32) -> None:
     """Store one float32 to shared memory."""
     llvm.store(Float32(value).ir_value(), smem_pointer(address), alignment=4)
+
+
+def store_shared_i32(address: Int32, value: Int32, *, cluster: bool = False) -> None:
+    """Store one int32 to shared memory; cluster: an address of the cluster's."""
+    llvm.store(Int32(value).ir_value(), smem_pointer(address, cluster=cluster), alignment=4)
 
 
 def load_shared_f32(address: Int32) -> Float32:
@@ -153,14 +166,25 @@ def load_shared_i32(address: Int32) -> Int32:
     return Int32(llvm.load(T.i32(), smem_pointer(address), alignment=4))
 
 
-def store_shared_i32(address: Int32, value: Int32) -> None:
-    """Store one word to shared memory."""
-    llvm.store(Int32(value).ir_value(), smem_pointer(address), alignment=4)
+def store_matrices(address: Int32, words: Sequence[Int32]) -> None:
+    """Store four 8 x 8 matrices of 16 bits, a row of 16 bytes at each lane's address (PTX ISA, "stmatrix"). The whole warp calls."""
+    inline_asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", [address, *words])
 
 
 def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
     """Store a vector<4 x i32> at a 16-byte aligned global address."""
     llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
+
+
+def store_global_f32x4(pointer: cute.Pointer, values: Sequence[ir.Value]) -> None:
+    """Store four float32 at a 16-byte aligned global address."""
+    llvm.store(from_elements(values), pointer.to_llvm_ptr(), alignment=16)
+
+
+def load_global_f32x4(pointer: cute.Pointer) -> list[Float32]:
+    """Four float32 from a 16-byte aligned global address."""
+    value = llvm.load(vec(4), pointer.to_llvm_ptr(), alignment=16)
+    return [Float32(vector.extract(value, [], [i])) for i in range(4)]
 
 
 def fence_proxy_async_shared() -> None:
@@ -183,6 +207,16 @@ def tmem_load(address: Int32, columns: int) -> ir.Value:
 def tmem_store(address: Int32, words: ir.Value) -> None:
     """Start storing a vector<n x i32> to this thread's TMEM lane; complete after `tmem_wait_store`."""
     nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
+
+
+def tmem_load_rows(address: Int32, columns: int) -> ir.Value:
+    """Start loading 16 lanes x `columns` (shape 16x256b) as a warp's accumulator fragment (`wgmma_fragment`): vector<columns / 2 x i32>."""
+    return nvvm.tcgen05_ld(ir.VectorType.get([columns // 2], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address))
+
+
+def tmem_store_rows(address: Int32, words: ir.Value) -> None:
+    """Start storing what `tmem_load_rows` loads; complete after `tmem_wait_store`."""
+    nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address), words)
 
 
 def tmem_wait_load(words: Sequence[ir.Value]) -> list[ir.Value]:

@@ -22,6 +22,14 @@ RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of others as many bytes
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
+# Vectors of its slots that each thread of a CTA would have to add up alone, from which on all CTAs that made a row group's slots do so.
+# One vector takes 0.05 us, waiting for the others and reading a share some 2.
+SHARE_VECTORS = 64
+# Looks at the counter of a row group's slots, some 0.5 us each, before a CTA leaves its share to the one that comes last: which then takes
+# long, a unit after the other.
+ARRIVAL_LOOKS = 512
+# Where row groups are equally long: KV tiles that a part has at least, and the square of a row group's parts over its tiles at most.
+MIN_PART_TILES, PARTS_RATIO = 2, 16
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
@@ -42,6 +50,8 @@ class DecodeConfig:
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+    share_vectors: int = SHARE_VECTORS
+    arrival_looks: int = ARRIVAL_LOOKS
 
     def __post_init__(self) -> None:
         assert self.rows <= MAX_ROWS, f"{self.query_len=} {self.q_per_kv=}"
@@ -196,14 +206,20 @@ def part_bytes(row_bytes: int) -> int:
     raise AssertionError(f"row_bytes: expected a multiple of 32, got {row_bytes}")
 
 
-# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by head_dim; 32 for the others: more rows of wide
-# heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
+# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by arch and head_dim; 32 for the others: more rows
+# of wide heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
 #   d64     64 rows 19.2 / 21.0 / 39.9 and 24.3 / 26.2 / 39.6
 #   d96     48 rows 18.8 / 24.1 / 52.2 and 26.1 / 26.7 / 50.3; 64 rows 27.3 / 34.7 / 72.2 and 25.1 / 26.4 / 50.2
 #   d128    32 rows 16.9 / 24.4 / 57.2 and 28.9 / 29.6 / 58.5; 48 rows 23.6 / 29.9 / 62.5 and 27.1 / 28.6 / 59.0;
 #           64 rows 41.7 / 222 / 843 and 29.5 / 101 / 375
 #   192/128 48 rows 28.7 / 38.5 / 97.9 and 29.7 / 31.6 / 71.4
-MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
+# Blackwell, counted on the emulator for sm_100a (2026-11-28): issue slots of a scheduler for a tile of 64 keys, and bytes that spill,
+# beside the cycles in which an SM's share of the memory (7 of 8 TB/s, 1.85 GHz) brings the tile's K and V. 32 rows end before their
+# bytes have come, 48 do not; a prefill item of d128 takes 1,145 cycles for 64 keys (modelled) with any rows up to 256.
+#   d64     641 cycles:  32 rows 605;    48 rows 855;          64 rows 1,259, 16 bytes
+#   d96     961 cycles:  32 rows 627;    48 rows 1,089, 56;    64 rows 1,447, 192
+#   d128    1,282 cycles: 32 rows 917;   48 rows 1,455, 96;    64 rows 1,935, 312
+MOST_ROWS_BESIDE_PARTS: dict[str, dict[int, int]] = {"sm_90a": {64: 64, 96: 48}, "sm_100a": {}, "sm_103a": {}}
 
 
 def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts: bool) -> DecodeConfig | None:
@@ -217,7 +233,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
     """
     if problem.kv_source != PAGED or problem.exact:
         return None
-    most_rows = MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
+    most_rows = MOST_ROWS_BESIDE_PARTS[problem.target_arch].get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows:
         return None
     elements = 32 // DTYPE_BYTES[problem.kv_dtype]

@@ -1,13 +1,8 @@
 """The end of a piece and of a CTA: a piece's rows go to `out` or to a split-KV slot, and slots are added up.
 
-Note [Shares]. A slot of 64 rows is 128 KiB: one CTA that adds up n of them takes n times 1.2 us. So all CTAs that made parts of a row group
-add it up, each a share of its vectors. A CTA that has written all its slots arrives and waits for the others; it looks at the counter
-`arrival_looks` times and then leaves, which it notes in the counter (one compare-and-swap, so whoever comes last knows); the last one
-then adds up the whole row group. So no CTA depends on another one's running beside it. Parts are added in slot order whoever does it, and
-a vector's sum knows nothing of the shares.
-
-Counters: `mArrivals[first_slot]` parts that came, and CTAs that left in units of `GAVE_UP`; `mArrivals[first_slot + 1]` parts whose CTAs
-are done with the first counter. The last one clears both for the next launch.
+A slot of 64 rows is 128 KiB: one CTA that adds up n of them takes n times 1.2 us. So all CTAs that made parts of a row group add it up
+(`common/part_arrivals.py`, Note [Shares]). Parts are added in slot order whoever does it, and a vector's sum knows nothing of the shares.
+The counters are `mArrivals[first_slot]` and the next; a cluster's CTAs arrive apart.
 """
 
 from __future__ import annotations
@@ -22,6 +17,8 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.online_softmax import finalize_row
+from fa4_backend.kernels.common.part_arrivals import MINE, NOTHING, arrive, leave
+from fa4_backend.kernels.common.part_sums import Part, fold, only_if
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum
 from fa4_backend.kernels.mla_decode.config import (
     CONSUMER_THREADS,
@@ -55,9 +52,7 @@ from fa4_backend.kernels.schedule.work_list import (
 SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
 PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
-GAVE_UP = 1 << 16  # of a counter: CTAs that left before all parts came
-LEAVING_THREAD = 32  # first of those that leave, one a pending entry
-NOTHING, MINE, ALL = range(3)  # what of a row group this CTA adds up
+ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry: of another warp than that which asks for the slots
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
 assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
@@ -85,14 +80,6 @@ class Scales(NamedTuple):
     def of_value(self, o_scale: Float32) -> Float32:
         """What an accumulated O is multiplied by."""
         return o_scale if self.value is None else o_scale * self.value
-
-
-class Part(NamedTuple):
-    """Some elements of a row of O, of some of its keys."""
-
-    o: list[Float32]  # relative to row_max
-    row_max: Float32  # reference, log2; -inf: no key
-    row_sum: Float32
 
 
 @dataclass(frozen=True)
@@ -154,9 +141,13 @@ class Merge:
                 if rows[i].is_valid & fragment.writes_statistics():
                     results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
         RowFragment(2 * fragment.num_values, 0.0).rescale(rO, o_scales)
-        rOut = cute.make_rmem_tensor_like(rO, results.mO.element_type)
-        rOut.store(rO.load().to(results.mO.element_type))
-        fragment.store(results.mO, rOut, rows, entry.seqlen.q_begin)
+        fragment.store(results.mO, self._rounded(rO, results.mO.element_type), rows, entry.seqlen.q_begin)
+
+    def _rounded(self, rO: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+        """Finished elements in the type of `out`."""
+        rOut = cute.make_rmem_tensor_like(rO, dtype)
+        rOut.store(rO.load().to(dtype))
+        return rOut
 
     @cute.jit
     def _store_slot(
@@ -263,55 +254,26 @@ class Merge:
         """
         thread = consumer_thread()
         self.meet()
-        if thread < num_pending:
-            shared.sShare[thread] = self._arrive(thread, shared, results)
+        mine, stayers = thread - ARRIVING_THREAD, Int32(0)
+        if mine >= 0 and mine < num_pending:
+            counter, here = self._counter(mine, shared, results)
+            expected = shared.sPending[mine, NUM_PIECES] * self.config.cluster_size
+            share, stayers = arrive(counter, here, expected, Int32(self.config.arrival_looks))
+            shared.sShare[mine] = share
         self.meet()
-        # A round trip to L2 that nobody waits for, by another warp than that which asks for the slots.
-        if (thread >= LEAVING_THREAD) & (thread < LEAVING_THREAD + num_pending):
-            self._leave(thread - LEAVING_THREAD, shared, results)
+        # A round trip to L2 that nobody waits for.
+        if stayers > 0:
+            counter, here = self._counter(mine, shared, results)
+            leave(counter, counter + 1, here, stayers)
         phase = Int32(0)
         for place in cutlass.range(num_pending, unroll=1):
             share = shared.sShare[place]
             if share != NOTHING:
                 phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
 
-    @cute.jit
-    def _arrive(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> Int32:
-        """Arrive at a row group's counter and wait for the other parts; what this CTA is to add up. One thread an entry."""
-        counter = results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT]
-        here = shared.sPending[place, PIECES_HERE]
-        expected = shared.sPending[place, NUM_PIECES] * self.config.cluster_size
-        seen = cute.arch.atomic_add(counter, here, sem="acq_rel", scope="gpu") + here
-        share = Int32(NOTHING)
-        if seen % GAVE_UP == expected:
-            share = cutlass.select_(seen >= GAVE_UP, Int32(ALL), Int32(MINE))
-        else:
-            looks = Int32(self.config.arrival_looks)
-            while looks > 0:
-                looks -= 1
-                if looks > 0:
-                    seen = Int32(cute.arch.load(counter, Int32, sem="acquire", scope="gpu"))
-                else:
-                    # One look more that is an atomic: either all parts have come, or the last one will know.
-                    before = seen
-                    seen = cute.arch.atomic_cas(counter, cmp=before, val=before + GAVE_UP, sem="acq_rel", scope="gpu")
-                    if seen != before and seen % GAVE_UP != expected:
-                        looks = Int32(1)
-                if seen % GAVE_UP == expected:
-                    looks = Int32(0)
-                    if seen < GAVE_UP:
-                        share = Int32(MINE)
-        return share
-
-    @cute.jit
-    def _leave(self, place: Int32, shared: SharedTensors, results: ResultTensors):
-        """This CTA will not look at the counter again; the last one clears both."""
-        first_slot = shared.sPending[place, FIRST_SLOT]
-        here = shared.sPending[place, PIECES_HERE]
-        left = cute.arch.atomic_add(results.mArrivals.iterator + (first_slot + 1), here, sem="acq_rel", scope="gpu")
-        if left + here == shared.sPending[place, NUM_PIECES] * self.config.cluster_size:
-            results.mArrivals[first_slot] = Int32(0)
-            results.mArrivals[first_slot + 1] = Int32(0)
+    def _counter(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> tuple[cute.Pointer, Int32]:
+        """A pending entry's first counter, and the parts that this CTA wrote."""
+        return results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT], shared.sPending[place, PIECES_HERE]
 
     @cute.jit
     def _add_up(
@@ -429,12 +391,11 @@ class Merge:
     def _slot_vector(self, values: Int32, stats: Int32, count: Int32, index: Int32, pieces: Int32) -> list[Part]:
         """A vector of the `index`-th slot, a part of each row; past the last slot nothing, without weight."""
         slot, is_part = cutlass.min(index, pieces - 1), index < pieces
-        o = [cutlass.select_(is_part, x, Float32(0.0)) for x in ptx.load_shared_f32x4(values + 4 * VEC * count * slot)]
+        o = ptx.load_shared_f32x4(values + 4 * VEC * count * slot)
         parts = []
         for r in range(2):
             row_max, row_sum = ptx.load_shared_f32x2(stats + slot * tile_stats_bytes(self.config) + 64 * r)
-            row_max = cutlass.select_(is_part, row_max, -Float32.inf)
-            parts.append(Part(o[2 * r : 2 * r + 2], row_max, cutlass.select_(is_part, row_sum, Float32(0.0))))
+            parts.append(only_if(is_part, Part(o[2 * r : 2 * r + 2], row_max, row_sum)))
         return parts
 
     def meet(self) -> None:
@@ -453,18 +414,3 @@ def _sum(values: list[Float32]) -> Float32:
     for value in values[1:]:
         total = total + value
     return total
-
-
-def fold(total: Part, parts: list[Part]) -> Part:
-    """Add parts to a total, one after the other: the same arithmetic whether they come at once or one by one."""
-    maxima = [total.row_max]
-    for part in parts:
-        maxima.append(cute.arch.fmax(maxima[-1], part.row_max))
-    finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
-    old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
-    weights = [cute.math.exp2(part.row_max - zero, fastmath=True) for part, zero in zip(parts, finite, strict=True)]
-    o, row_sum = list(total.o), total.row_sum
-    for part, old_weight, weight in zip(parts, old_weights, weights, strict=True):
-        o = [cute.math.fma(value, weight, ptx.mul_rn(before, old_weight)) for value, before in zip(part.o, o, strict=True)]
-        row_sum = cute.math.fma(part.row_sum, weight, ptx.mul_rn(row_sum, old_weight))
-    return Part(o, maxima[-1], row_sum)

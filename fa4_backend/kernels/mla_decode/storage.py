@@ -74,7 +74,7 @@ class SharedTensors(NamedTuple):
     sReference: cute.Tensor
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32, (2, NARROW_WARPS, 16): shares of row_sum at a piece's end; pieces take turns
     sFactor: cute.Tensor | None  # (TILE_M,) float32: what rows of Q were divided by to be float16; None: nothing
-    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`merge.Share`)
+    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`common/part_arrivals.py`)
 
 
 @dataclass(frozen=True)
