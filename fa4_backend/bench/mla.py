@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -66,12 +67,13 @@ class Ours:
         metadata = AttentionMetadata.allocate(plan, a.q.device)
 
         def refresh() -> None:
-            bounds = {"max_seqlen_q": batch.queries, "max_seqlen_k": batch.kv_len}
-            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=batch.queries, max_seqlen_k=batch.kv_len)
 
         def call() -> object:
-            values = {"softmax_scale": a.softmax_scale, "latent_scale": a.latent_scale, "out": a.out}
-            return mla_decode(*a[:6], plan=plan, metadata=metadata, **values)[0]
+            return mla_decode(
+                a.q, a.q_rope, a.latent_cache, a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata,
+                softmax_scale=a.softmax_scale, latent_scale=a.latent_scale, out=a.out,
+            )[0]  # fmt: skip
 
         refresh()
         return cls(refresh, call)
@@ -114,7 +116,7 @@ def time_batch(batch: MlaBatch, peers: list[str] | None, rounds: int) -> tuple[d
     makers: dict[str, Callable[[], Call]] = {OURS: lambda: Ours.make(batch, a).call}
     wide = a._replace(latent_cache=a.latent_cache.to(DTYPE))
     for peer in installed() if peers is None else peers:
-        makers[peer + WIDE * (batch.kv_dtype == FP8)] = lambda peer=peer: PEERS[peer](batch, wide)
+        makers[peer + WIDE * (batch.kv_dtype == FP8)] = partial(PEERS[peer], batch, wide)
     replays: dict[str, Call] = {}
     errors: dict[str, float] = {}
     kept: list[Call] = []  # a graph holds addresses, not tensors: what a call reads must outlive its replays

@@ -85,6 +85,11 @@ class MlaDecodeConfig:
         return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
 
     @property
+    def tile_n(self) -> int:
+        """Keys of a block: what the work list counts in."""
+        return TILE_N
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of an element of q and out."""
         return DTYPE_BYTES[self.dtype]

@@ -141,9 +141,13 @@ class Merge:
                 if rows[i].is_valid & fragment.writes_statistics():
                     results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
         RowFragment(2 * fragment.num_values, 0.0).rescale(rO, o_scales)
-        rOut = cute.make_rmem_tensor_like(rO, results.mO.element_type)
-        rOut.store(rO.load().to(results.mO.element_type))
-        fragment.store(results.mO, rOut, rows, entry.seqlen.q_begin)
+        fragment.store(results.mO, self._rounded(rO, results.mO.element_type), rows, entry.seqlen.q_begin)
+
+    def _rounded(self, rO: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+        """Finished elements in the type of `out`."""
+        rOut = cute.make_rmem_tensor_like(rO, dtype)
+        rOut.store(rO.load().to(dtype))
+        return rOut
 
     @cute.jit
     def _store_slot(

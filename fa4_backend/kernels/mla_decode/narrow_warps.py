@@ -19,8 +19,8 @@ Note [Lifted weights]). All warps know the largest scores of all keys, so they a
 side by side, zeros in place of keys behind the sequence's end (0x7F is NaN), and the halves are B words of two tiles of O: even and odd
 elements of a chunk of 16 (`fragments.NarrowFragment`).
 
-A stage, and Q, are released when products have used every word: ptxas lets an arrival overtake an ldmatrix (`decode/consumer_warps.py`,
-Note [Release]).
+A stage is released when every word of it has come: ptxas lets an arrival overtake an ldmatrix (`decode/consumer_warps.py`, Note [Release]),
+as it did here, so the arrival's address takes a word of each. Q is released behind the barrier that its first scores precede.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class NarrowWarps:
                     seen = self._scores(n_block, rows, rQ, kv, turn, shared)
                     self.merge.meet()
                     if n_block > begin:
-                        self._accumulate(rO, before, Int32(TILE_N), turn ^ 1, shared)
-                        self._arrive(shared.barriers.kv_empty[0] + before.slot)
+                        read = self._accumulate(rO, before, Int32(TILE_N), turn ^ 1, shared)
+                        self._release(before, read, shared)
                     self._weigh(seen, rO, stats, turn, shared)
                     before = kv
                     kv = advance(kv, self.config.kv_stage)
@@ -127,8 +127,8 @@ class NarrowWarps:
                 self.merge.meet()
                 if begin < end:
                     # Other blocks lie before the sequence's end.
-                    self._accumulate(rO, before, entry.seqlen.seqlen_k - (end - 1) * TILE_N, turn ^ 1, shared)
-                    self._arrive(shared.barriers.kv_empty[0] + before.slot)
+                    read = self._accumulate(rO, before, entry.seqlen.seqlen_k - (end - 1) * TILE_N, turn ^ 1, shared)
+                    self._release(before, read, shared)
                 self.merge.finish_piece(
                     fragment, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals, scales, shared, results
                 )
@@ -247,12 +247,12 @@ class NarrowWarps:
         """Address of a block's weights: blocks take turns."""
         return shared.p.toint() + turn * (WARP_ROWS * TILE_N * 2)
 
-    def _accumulate(self, rO: cute.Tensor, kv: RingPosition, num_keys: Int32, turn: Int32, shared: SharedTensors) -> None:
-        """O += P V of this warp's 64 columns; keys from `num_keys` on count as zeros."""
+    def _accumulate(self, rO: cute.Tensor, kv: RingPosition, num_keys: Int32, turn: Int32, shared: SharedTensors) -> Int32:
+        """O += P V of this warp's 64 columns; keys from `num_keys` on count as zeros. Returns a word made of all that V's loads brought."""
         warp, lane = narrow_warp(), cute.arch.lane_idx()
         row = lane % 16
         p_line, p_chunk = self._weights_at(turn, shared) + row * (TILE_N * 2), lane // 16
-        part = shared.kv.toint() + kv.slot * self.config.stage_bytes + warp * PART_ELEMS
+        part, read = shared.kv.toint() + kv.slot * self.config.stage_bytes + warp * PART_ELEMS, Int32(0)
         for step in range(KEY_STEPS):
             p = load_matrices(p_line + ((2 * step + p_chunk) ^ (row % 8)) * 16, transpose=False)
             key = CHUNK * step + lane % 16
@@ -260,6 +260,7 @@ class NarrowWarps:
             kept = [self._keep_pair(CHUNK * step + 8 * i + 2 * (lane % 4), num_keys) for i in range(2)]
             for half in range(PART_CHUNKS // 2):
                 words = load_matrices(line + ((2 * half + lane // 16) ^ (key // 2 % 4)) * 16, transpose=True)
+                read = read ^ words[0]
                 halves = [e4m3_to_float16(permute_bytes(words[i], kept[i % 2])) for i in range(4)]
                 for i in range(2):
                     for parity in range(2):
@@ -267,11 +268,16 @@ class NarrowWarps:
                         o = mma("float16", [rO[at + e] for e in range(4)], p, (halves[2 * i][parity], halves[2 * i + 1][parity]))
                         for e in range(4):
                             rO[at + e] = o[e]
+        return read
 
     def _keep_pair(self, key: Int32, num_keys: Int32) -> Int32:
         """The selector that puts the elements of keys `key` and `key + 1` side by side, zeros for one that is none of the sequence's."""
         words = [cutlass.select_(key + i < num_keys, Int32(KEPT[i]), Int32(DROPPED[i])) for i in range(2)]
         return words[0] | words[1]
+
+    def _release(self, kv: RingPosition, read: Int32, shared: SharedTensors) -> None:
+        """This warp has read a stage. Products of it may still be to come, and nothing else waits for their ldmatrix."""
+        self._arrive(shared.barriers.kv_empty[0] + kv.slot + ptx.zero_after(read))
 
     @cute.jit
     def _arrive(self, barrier: cute.Pointer):
