@@ -281,6 +281,11 @@ def from_elements(elements: Sequence[ir.Value]) -> ir.Value:
     return vector.from_elements(vec(len(elements)), list(elements))
 
 
+def from_words(values: Sequence[Int32]) -> ir.Value:
+    """The vector of these words."""
+    return vector.from_elements(words(len(values)), [Int32(v).ir_value() for v in values])
+
+
 def broadcast(value: Float32, n: int) -> ir.Value:
     """A vector whose elements all are `value`."""
     return vector.broadcast(vec(n), Float32(value).ir_value())

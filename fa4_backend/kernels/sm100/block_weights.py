@@ -7,6 +7,12 @@ block a second time, with the block's maximum. S is still in TMEM for it, since 
 is asked of the raw scores: columns of the polynomial, whose exponent field would wrap, and the last columns, whose weights are computed
 while PV already works on the first ones. The second pass moves the reference of those rows only whose own weights asked for it, and
 repeats the weights of all others, so a row's bits do not depend on the rows beside it.
+
+Note [Weights in e4m3]. With Q, K and V in FP8, P is e4m3: at most 448, and nothing below 2^-10. References then lie `E4M3_LIFT` below a
+row's largest score and move when that grew by `E4M3_THRESHOLD` (`tuning`), so that the largest weight is 2^7 to 2^8.75 and none is cut.
+That leaves no room for a sum of 96 weights as the test: what breaks the limit is asked of the raw scores of all columns, whose maximum is
+taken beside the weights. Where float32 numbers are so far apart that a reference is not 7 below the largest score, it is at most 8
+(`decode/operands_fp8.py`, Note [float16 P]), and scores that differ differ by more than the threshold.
 """
 
 import math
@@ -21,8 +27,11 @@ from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
+from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.online_softmax import MAX_FUSED
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.kernels.sm100.tuning import E4M3_LIFT
+from fa4_backend.problem import FP8_MAX
 
 CHUNK = 32  # columns a TMEM instruction moves
 MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V
@@ -34,7 +43,7 @@ class Weights(NamedTuple):
     row_max: Float32  # reference maximum, log2 units (`online_softmax`); -inf: no key yet
     row_sum: Float32  # of all earlier blocks and the first columns
     factor: Float32  # multiplies O of earlier blocks; 1 while the reference stays
-    first: list[ir.Value]  # packed 16-bit weights, a chunk each
+    first: list[ir.Value]  # packed weights, a chunk each
     rest: list[ir.Value]  # scores, a chunk each
 
 
@@ -48,6 +57,30 @@ class BlockWeights:
     def first_chunks(self) -> int:
         """Chunks of P that PV may start with."""
         return self.config.tuning.p_first_columns // CHUNK
+
+    @property
+    def is_e4m3(self) -> bool:
+        """See Note [Weights in e4m3]."""
+        return self.config.kernel.has_q_scale
+
+    @property
+    def lift(self) -> float:
+        """How far below a row's largest score its reference is put, in log2 units."""
+        return E4M3_LIFT if self.is_e4m3 else 0.0
+
+    @property
+    def limit(self) -> float:
+        """Above it a block is passed over again: a weight in e4m3; the sum of the first columns' weights, or any of the other ones, else.
+
+        Such a sum holds a weight above 2^threshold, so that a second pass always moves the reference.
+        """
+        threshold = self.config.kernel.tile.rescale_threshold
+        if self.is_e4m3:
+            limit, most = 2.0 ** (self.lift + threshold), FP8_MAX
+        else:
+            limit, most = self.config.tuning.p_first_columns * 2.0**threshold, MAX_WEIGHT[self.config.kernel.dtype]
+        assert limit < most, f"{limit=}"
+        return limit
 
     def decide(
         self,
@@ -66,11 +99,8 @@ class BlockWeights:
             is_first: the row group's first block, which always needs its maximum.
         """
         threshold = self.config.kernel.tile.rescale_threshold
-        # A sum above this holds a weight above 2^threshold, so a second pass always moves the reference.
-        limit = self.config.tuning.p_first_columns * 2.0**threshold
-        assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
         chunks = self.config.kernel.tile.tile_n // CHUNK
-        word_type, score_type = ptx.words(CHUNK // 2), ptx.vec(CHUNK)
+        word_type, score_type = ptx.words(CHUNK * self.config.kernel.element_bytes // 4), ptx.vec(CHUNK)
         scalars = [ptx.f32(), ptx.f32(), ptx.i1(), ptx.f32()]
         results = scalars + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
 
@@ -91,7 +121,9 @@ class BlockWeights:
             s = self._relate(s, reference, scale_log2, wait_again)
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
             unseen = cute.math.fma(Float32(self._unseen_max(s)), scale_log2, -offset)
-            too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
+            too_large = (unseen > math.log2(self.limit)) | (reference == -Float32.inf)
+            if not self.is_e4m3:
+                too_large |= part_sum > self.limit
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
             total = cutlass.select_(again, total, total + part_sum)
@@ -142,14 +174,24 @@ class BlockWeights:
                 which = (j // 2) % 2
                 sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
                 pairs.append(p)
-            packed.append(ptx.pack_16bit(ptx.from_pairs(pairs), self.config.kernel.dtype))
+            packed.append(self.pack(ptx.from_pairs(pairs)))
         total = ptx.add2(sums[0], sums[1])
         return packed, Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
+
+    def pack(self, weights: ir.Value) -> ir.Value:
+        """A chunk's weights rounded as PV takes them, words of two or of four."""
+        if not self.is_e4m3:
+            return ptx.pack_16bit(weights, self.config.kernel.dtype)
+        numbers = [Float32(x) for x in ptx.elements(weights)]
+        return ptx.from_words([float32_to_e4m3(numbers[j : j + 4]) for j in range(0, CHUNK, 4)])
 
     def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
         """Reference, sum and factor after the block's maximum was looked at."""
         old = Float32(row_max)
-        largest = cute.arch.fmax(old, ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2))
+        largest = ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2)
+        if self.lift:
+            largest = largest - self.lift
+        largest = cute.arch.fmax(old, largest)
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
         grew = may_move & (largest - old > self.config.kernel.tile.rescale_threshold)
         new = cutlass.select_(grew, largest, old)
@@ -157,7 +199,9 @@ class BlockWeights:
         return [new.ir_value(), ptx.mul_rn(row_sum, factor).ir_value(), factor.ir_value()]
 
     def _unseen_max(self, s: list[ir.Value]) -> ir.Value:
-        """Largest score among those whose weight the sum of the first columns does not show."""
+        """Largest score among those whose weight the sum of the first columns does not show: in e4m3 of all."""
+        if self.is_e4m3:
+            return ptx.max_of(s, -Float32.inf).ir_value()
         every = self.config.tuning.polynomial_every
         polynomial = [
             ptx.element(v, j)

@@ -29,6 +29,7 @@ class HeadTensors(NamedTuple):
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
     mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+    mQScale: cute.Tensor | None  # (num_kv_heads,) float32
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
     mOutScale: cute.Tensor | None  # (1,) float32
@@ -126,8 +127,11 @@ class SoftmaxWarps:
         return (values.softcap if self.geometry.config.kernel.mask.has_softcap else values.softmax_scale) * LOG2_E
 
     def values_of(self, work: WorkTensors, heads: HeadTensors, item: WorkItem) -> MaskValues:
-        """The call's values for an item with K in FP8, whose scores are products with K as it is stored."""
-        return work.values._replace(softmax_scale=work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx])
+        """The call's values for an item with K in FP8, whose scores are products with K as it is stored, and of Q as it is given."""
+        scale = work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx]
+        if const_expr(heads.mQScale is not None):
+            scale = scale * heads.mQScale[item.tile.kv_head_idx]
+        return work.values._replace(softmax_scale=scale)
 
     @cute.jit
     def alibi_of(self, heads: HeadTensors, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):
@@ -198,7 +202,7 @@ class SoftmaxWarps:
         """Write some chunks of P and signal `edge`."""
         g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
-            ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
+            ptx.tmem_store(p_tmem + chunk * g.tmem.p_columns(CHUNK), v)
         ptx.tmem_wait_store()
         ptx.tcgen05_fence_before_sync()
         g.group.warp_arrive(g.full_at_leader(place, edge, buffer), place.lane_idx)
