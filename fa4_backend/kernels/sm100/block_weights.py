@@ -10,8 +10,8 @@ repeats the weights of all others, so a row's bits do not depend on the rows bes
 
 Note [Weights in e4m3]. With Q, K and V in FP8, P is e4m3: at most 448, and nothing below 2^-10. References then lie `E4M3_LIFT` below a
 row's largest score and move when that grew by `E4M3_THRESHOLD` (`tuning`), so that the largest weight is 2^7 to 2^8.75 and none is cut.
-That leaves no room for a sum of 96 weights as the test: what breaks the limit is asked of the raw scores of all columns, whose maximum is
-taken beside the weights. Where float32 numbers are so far apart that a reference is not 7 below the largest score, it is at most 8
+That leaves no room for a sum of 96 weights as the test, so every block takes its maximum, and then before the weights: there is no second
+pass, whatever the scores are, where one would come in 4 to 40 % of a random item's first blocks. Where float32 numbers are so far apart that a reference is not 7 below the largest score, it is at most 8
 (`decode/operands_fp8.py`, Note [float16 P]), and scores that differ differ by more than the threshold.
 """
 
@@ -30,7 +30,6 @@ from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.online_softmax import MAX_FUSED
 from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.kernels.sm100.tuning import E4M3_LIFT
 from fa4_backend.problem import FP8_MAX
 
 CHUNK = 32  # columns a TMEM instruction moves
@@ -63,25 +62,6 @@ class BlockWeights:
         """See Note [Weights in e4m3]."""
         return self.config.kernel.has_q_scale
 
-    @property
-    def lift(self) -> float:
-        """How far below a row's largest score its reference is put, in log2 units."""
-        return E4M3_LIFT if self.is_e4m3 else 0.0
-
-    @property
-    def limit(self) -> float:
-        """Above it a block is passed over again: a weight in e4m3; the sum of the first columns' weights, or any of the other ones, else.
-
-        Such a sum holds a weight above 2^threshold, so that a second pass always moves the reference.
-        """
-        threshold = self.config.kernel.tile.rescale_threshold
-        if self.is_e4m3:
-            limit, most = 2.0 ** (self.lift + threshold), FP8_MAX
-        else:
-            limit, most = self.config.tuning.p_first_columns * 2.0**threshold, MAX_WEIGHT[self.config.kernel.dtype]
-        assert limit < most, f"{limit=}"
-        return limit
-
     def decide(
         self,
         load_scores: Callable[[], list[ir.Value]],
@@ -99,8 +79,13 @@ class BlockWeights:
             is_first: the row group's first block, which always needs its maximum.
         """
         threshold = self.config.kernel.tile.rescale_threshold
+        if self.is_e4m3:
+            return self._after_maximum(load_scores(), wait_again, row_max, row_sum, scale_log2)
+        # A sum above this holds a weight above 2^threshold, so a second pass always moves the reference.
+        limit = self.config.tuning.p_first_columns * 2.0**threshold
+        assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
         chunks = self.config.kernel.tile.tile_n // CHUNK
-        word_type, score_type = ptx.words(CHUNK * self.config.kernel.element_bytes // 4), ptx.vec(CHUNK)
+        word_type, score_type = ptx.words(CHUNK // 2), ptx.vec(CHUNK)
         scalars = [ptx.f32(), ptx.f32(), ptx.i1(), ptx.f32()]
         results = scalars + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
 
@@ -121,9 +106,7 @@ class BlockWeights:
             s = self._relate(s, reference, scale_log2, wait_again)
             first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, offset)
             unseen = cute.math.fma(Float32(self._unseen_max(s)), scale_log2, -offset)
-            too_large = (unseen > math.log2(self.limit)) | (reference == -Float32.inf)
-            if not self.is_e4m3:
-                too_large |= part_sum > self.limit
+            too_large = (part_sum > limit) | (unseen > math.log2(limit)) | (reference == -Float32.inf)
             again = cute.arch.vote_any_sync(too_large) & ~Boolean(needs_max)
             # A pass that is repeated has not moved the reference, so `total` is still the sum of the earlier blocks.
             total = cutlass.select_(again, total, total + part_sum)
@@ -134,6 +117,19 @@ class BlockWeights:
         reference, total, factor = (Float32(values[i]) for i in (0, 1, 3))
         cut = len(scalars) + self.first_chunks
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
+
+    def _after_maximum(
+        self, s: list[ir.Value], wait_again: Callable[[], None], row_max: Float32, row_sum: Float32, scale_log2: Float32
+    ) -> Weights:
+        """`decide` for weights in e4m3: Note [Weights in e4m3]."""
+        most = self.config.tuning.lift + self.config.kernel.tile.rescale_threshold
+        assert 2.0**most < FP8_MAX, f"{most=}"
+        reference, total, factor = (
+            Float32(value) for value in self._move(s, row_max.ir_value(), row_sum.ir_value(), Boolean(True), scale_log2)
+        )
+        s = self._relate(s, reference, scale_log2, wait_again)
+        first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, self.offset(reference))
+        return Weights(reference, total + part_sum, factor, first, s[self.first_chunks :])
 
     def offset(self, row_max: Float32) -> Float32:
         """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf, and after `_relate`."""
@@ -189,8 +185,8 @@ class BlockWeights:
         """Reference, sum and factor after the block's maximum was looked at."""
         old = Float32(row_max)
         largest = ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2)
-        if self.lift:
-            largest = largest - self.lift
+        if self.config.tuning.lift:
+            largest = largest - self.config.tuning.lift
         largest = cute.arch.fmax(old, largest)
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
         grew = may_move & (largest - old > self.config.kernel.tile.rescale_threshold)
@@ -199,9 +195,7 @@ class BlockWeights:
         return [new.ir_value(), ptx.mul_rn(row_sum, factor).ir_value(), factor.ir_value()]
 
     def _unseen_max(self, s: list[ir.Value]) -> ir.Value:
-        """Largest score among those whose weight the sum of the first columns does not show: in e4m3 of all."""
-        if self.is_e4m3:
-            return ptx.max_of(s, -Float32.inf).ir_value()
+        """Largest score among those whose weight the sum of the first columns does not show."""
         every = self.config.tuning.polynomial_every
         polynomial = [
             ptx.element(v, j)

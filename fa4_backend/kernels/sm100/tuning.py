@@ -54,6 +54,7 @@ class Sm100Tuning:
     # costs one more packed FMA for each polynomial pair (docs/numerics.md).
     polynomial_degree: int = 4
     cta_group: int = 1  # CTAs that share a product; `CTA_GROUP` says where 2
+    lift: float = 0.0  # log2 units that a row's reference is put below its largest score
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 16 columns of O, an epilogue thread two 16-byte
     # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 an epilogue of four pieces did.
@@ -78,8 +79,8 @@ ROWS: dict[str, Sm100Tuning] = {
     "sm_103a": Sm100Tuning(polynomial_every=0),
 }
 FP8_PRODUCTS_ROWS: dict[str, Sm100Tuning] = {
-    "sm_100a": Sm100Tuning(polynomial_every=4),
-    "sm_103a": Sm100Tuning(polynomial_every=0),
+    "sm_100a": Sm100Tuning(polynomial_every=4, lift=E4M3_LIFT),
+    "sm_103a": Sm100Tuning(polynomial_every=0, lift=E4M3_LIFT),
 }
 
 
