@@ -71,6 +71,7 @@ def run_decode(
         built: the case's tensors, where a test has changed them.
     """
     built = built or case.build()
+    built.is_decoded = True
     plan, a = case.plan(num_sms=num_ctas), built.arguments
     assert plan.kernels is not None and plan.kernels.decode is not None, case
     key = plan.kernels.decode
