@@ -22,7 +22,8 @@ def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact:
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
         dtype="bfloat16", page_size=batch.page_size if batch.kv_source == PAGED else 1, arch=arch, mask=batch.mask.features,
-        kv_dtype=batch.kv_dtype, q_dtype=batch.q_dtype, kv_source=batch.kv_source, sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
+        kv_dtype=batch.kv_dtype, q_dtype=batch.q_dtype, kv_source=batch.kv_source,
+        sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
     return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)

@@ -274,7 +274,9 @@ def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
 
     a = arguments
     assert a.lse is not None
-    want, want_lse, budget, lse_budget = error_budget.judge(a, is_causal=plan.problem.mask.is_causal, e4m3_weights=_has_e4m3_weights(plan, a))
+    want, want_lse, budget, lse_budget = error_budget.judge(
+        a, is_causal=plan.problem.mask.is_causal, e4m3_weights=_has_e4m3_weights(plan, a)
+    )
     rows = slice(0, want.shape[0])
     got, got_lse, is_empty = a.out[rows].float(), a.lse[:, rows], want_lse.isneginf()
     padding_is_zero = bool((a.out[rows.stop :] == 0).all() and a.lse[:, rows.stop :].isneginf().all())

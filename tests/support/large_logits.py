@@ -114,7 +114,8 @@ def build(name: str, device: torch.device | str = "cpu", **changes: object) -> B
 
 def check(built: BuiltCase, out: torch.Tensor, lse: torch.Tensor) -> tuple[float, float]:
     """Largest error of `out`, and what is allowed: twice that of the same mathematics rounded to the kernel's dtype, or half a unit in
-    the last place of the largest value, which the last rounding alone costs; with Q in FP8 the rounding of weights on top. The lse to 2^-22 of its size, or 2e-5.
+    the last place of the largest value, which the last rounding alone costs; with Q in FP8 the rounding of weights on top. The lse to
+    2^-22 of its size, or 2e-5.
 
     Judged by an oracle in float64: float32 rounds a logit of 2e4 by 2^-11.
 

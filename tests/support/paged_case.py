@@ -138,7 +138,8 @@ class PagedCase:
         slopes = torch.rand(self.num_q_heads, generator=generator) if self.alibi else None
         arguments = AttentionArguments(
             q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
-            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale, cu_seqlens_k, q_scale,
+            self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale, cu_seqlens_k,
+            q_scale,
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)

@@ -9,8 +9,8 @@ A product sums over all 16, so Q is put in the same order: a lane loads four nei
 side by side and zeros in place of a key that is not kept (0x7F is NaN), and the two halves become B words of two tiles of O: one holds a
 chunk's even elements, the other the odd ones. A lane's four accumulators of a row and chunk are four neighbours.
 
-Q in e4m3 is converted likewise, once an entry, and exact; its scale joins the softmax's. A bfloat16 Q becomes float16, once an entry (`common/fp8.py`, Note [bfloat16 Q]): nine operations on bits for every 4 elements of K would
-be a third of a box's work.
+Q in e4m3 is converted likewise, once an entry, and exact; its scale joins the softmax's. A bfloat16 Q becomes float16, once an entry
+(`common/fp8.py`, Note [bfloat16 Q]): nine operations on bits for every 4 elements of K would be a third of a box's work.
 
 Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all of them at 2^-24. So a row's reference is put 7
 below its largest score: that one weighs 2^7, those down to 2^-21 of it keep 11 bits and those down to 2^-31 some. The reference moves where

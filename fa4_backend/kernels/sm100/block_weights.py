@@ -11,8 +11,9 @@ repeats the weights of all others, so a row's bits do not depend on the rows bes
 Note [Weights in e4m3]. With Q, K and V in FP8, P is e4m3: at most 448, and nothing below 2^-10. References then lie `E4M3_LIFT` below a
 row's largest score and move when that grew by `E4M3_THRESHOLD` (`tuning`), so that the largest weight is 2^7 to 2^8.75 and none is cut.
 That leaves no room for a sum of 96 weights as the test, so every block takes its maximum, and then before the weights: there is no second
-pass, whatever the scores are, where one would come in 4 to 40 % of a random item's first blocks. Where float32 numbers are so far apart that a reference is not 7 below the largest score, it is at most 8
-(`decode/operands_fp8.py`, Note [float16 P]), and scores that differ differ by more than the threshold.
+pass, whatever the scores are, where one would come in 4 to 40 % of a random item's first blocks. Where float32 numbers are so far apart
+that a reference is not 7 below the largest score, it is at most 8 (`decode/operands_fp8.py`, Note [float16 P]), and scores that differ
+differ by more than the threshold.
 """
 
 import math
@@ -34,6 +35,13 @@ from fa4_backend.problem import FP8_MAX
 
 CHUNK = 32  # columns a TMEM instruction moves
 MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V
+
+
+class Scores(NamedTuple):
+    """A row's scores of a block."""
+
+    chunks: list[ir.Value]
+    largest: Float32 | None  # of all of them, where it came with them
 
 
 class Weights(NamedTuple):
@@ -64,7 +72,7 @@ class BlockWeights:
 
     def decide(
         self,
-        load_scores: Callable[[], list[ir.Value]],
+        load_scores: Callable[[], Scores],
         wait_again: Callable[[], None],
         is_first: Boolean,
         row_max: Float32,
@@ -74,7 +82,7 @@ class BlockWeights:
         """Weights of the first columns with a reference that the block's weights do not pass by too much.
 
         Args:
-            load_scores: emits the load of the row's scores, masked, in chunks; repeatable.
+            load_scores: emits the load of the row's scores, masked; repeatable.
             wait_again: emits a wait that is over at once.
             is_first: the row group's first block, which always needs its maximum.
         """
@@ -95,11 +103,11 @@ class BlockWeights:
             row_sum: ir.Value,
             may_move: ir.Value,  # this row asked for it
         ) -> tuple[Boolean, list[ir.Value]]:
-            s = load_scores()
+            s = load_scores().chunks
             moved = ptx.when(
                 Boolean(needs_max),
                 [row_max, row_sum, Float32(1.0).ir_value()],
-                lambda values: self._move(s, *values[:2], Boolean(may_move), scale_log2),
+                lambda values: self._move(ptx.max_of(s, -Float32.inf), *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference)
@@ -119,15 +127,15 @@ class BlockWeights:
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
 
     def _after_maximum(
-        self, s: list[ir.Value], wait_again: Callable[[], None], row_max: Float32, row_sum: Float32, scale_log2: Float32
+        self, scores: Scores, wait_again: Callable[[], None], row_max: Float32, row_sum: Float32, scale_log2: Float32
     ) -> Weights:
         """`decide` for weights in e4m3: Note [Weights in e4m3]."""
         most = self.config.tuning.lift + self.config.kernel.tile.rescale_threshold
         assert 2.0**most < FP8_MAX, f"{most=}"
-        reference, total, factor = (
-            Float32(value) for value in self._move(s, row_max.ir_value(), row_sum.ir_value(), Boolean(True), scale_log2)
-        )
-        s = self._relate(s, reference, scale_log2, wait_again)
+        largest = ptx.max_of(scores.chunks, -Float32.inf) if scores.largest is None else scores.largest
+        moved = self._move(largest, row_max.ir_value(), row_sum.ir_value(), Boolean(True), scale_log2)
+        reference, total, factor = (Float32(value) for value in moved)
+        s = self._relate(scores.chunks, reference, scale_log2, wait_again)
         first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, self.offset(reference))
         return Weights(reference, total + part_sum, factor, first, s[self.first_chunks :])
 
@@ -181,10 +189,10 @@ class BlockWeights:
         numbers = [Float32(x) for x in ptx.elements(weights)]
         return ptx.from_words([float32_to_e4m3(numbers[j : j + 4]) for j in range(0, CHUNK, 4)])
 
-    def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
-        """Reference, sum and factor after the block's maximum was looked at."""
+    def _move(self, largest: Float32, row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
+        """Reference, sum and factor after the block's largest score was looked at."""
         old = Float32(row_max)
-        largest = ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2)
+        largest = ptx.mul_rn(largest, scale_log2)
         if self.config.tuning.lift:
             largest = largest - self.config.tuning.lift
         largest = cute.arch.fmax(old, largest)

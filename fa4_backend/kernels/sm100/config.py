@@ -35,7 +35,7 @@ class Sm100Config:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of a part of an operand tile: 128 of 16 bits, the last part of a head half empty; of FP8 what divides the heads."""
+        """Bytes of a row of a part of an operand tile: 128 in 16 bits (the last may be half empty), what divides the heads in FP8."""
         if self.kernel.element_bytes > 1:
             return ROW_BYTES[0]
         return next(width for width in ROW_BYTES if not (self.kernel.head_dim % width or self.kernel.head_dim_v % width))

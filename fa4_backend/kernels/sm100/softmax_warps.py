@@ -15,7 +15,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
-from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
+from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights, Scores
 from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
@@ -170,11 +170,17 @@ class SoftmaxWarps:
         n_block: Int32,
         barrier: Int32,  # that was waited for, in phase s_phase
         s_phase: Int32,
-    ) -> list:
-        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf)."""
+    ) -> Scores:
+        """The row's 128 scores of a block, capped, biased and masked (-inf)."""
         config = self.geometry.config.kernel
         tile_n = config.tile.tile_n
-        s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
+        loads_maximum = self.geometry.config.tuning.loads_maximum and not (config.mask.has_softcap or config.mask.has_alibi)
+        if loads_maximum:
+            loads = [ptx.tmem_load_max(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
+            s = ptx.tmem_wait_load([chunk for chunk, _ in loads])
+            largest = ptx.max_of([ptx.from_elements([Float32(part).ir_value() for _, part in loads])], -Float32.inf)
+        else:
+            s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
         if config.mask.has_softcap:
             s = [soft_cap(v, values.softmax_scale * (2 * LOG2_E) / values.softcap) for v in s]
         first_col = n_block * tile_n
@@ -196,7 +202,15 @@ class SoftmaxWarps:
 
         # Only blocks that some row does not see whole take the branch.
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
-        return ptx.when_scalars(needs_mask, s, masked)
+        if not loads_maximum:
+            return Scores(ptx.when_scalars(needs_mask, s, masked), None)
+
+        def masked_with_largest(chunks: list) -> list:
+            out = masked(chunks[:-1])
+            return [*out, ptx.broadcast(ptx.max_of(out, -Float32.inf), 1)]
+
+        *s, joined = ptx.when_scalars(needs_mask, [*s, ptx.broadcast(largest, 1)], masked_with_largest)
+        return Scores(s, Float32(ptx.element(joined, 0)))
 
     def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""

@@ -55,6 +55,7 @@ class Sm100Tuning:
     polynomial_degree: int = 4
     cta_group: int = 1  # CTAs that share a product; `CTA_GROUP` says where 2
     lift: float = 0.0  # log2 units that a row's reference is put below its largest score
+    loads_maximum: bool = False  # tcgen05.ld.red, which sm_103a has: a block's maximum comes with its scores where nothing changes them
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 16 columns of O, an epilogue thread two 16-byte
     # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 an epilogue of four pieces did.
@@ -80,7 +81,7 @@ ROWS: dict[str, Sm100Tuning] = {
 }
 FP8_PRODUCTS_ROWS: dict[str, Sm100Tuning] = {
     "sm_100a": Sm100Tuning(polynomial_every=4, lift=E4M3_LIFT),
-    "sm_103a": Sm100Tuning(polynomial_every=0, lift=E4M3_LIFT),
+    "sm_103a": Sm100Tuning(polynomial_every=0, lift=E4M3_LIFT, loads_maximum=True),
 }
 
 
