@@ -10,6 +10,7 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_con
 from fa4_backend.kernels.sm100.tuning import Sm100Tuning, tile_of, tuning_of
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
 
+VEC = 4  # float32 of a vector of a part's slot: 16 bytes
 ROW_BYTES = (128, 64, 32)  # widths of a row of shared memory that TMA and tcgen05 swizzle
 S_STAGE = 2  # buffers of S: one for each of two query tiles, or two for a tile that is alone
 MOST_O_COLUMNS = 128  # of O that a CTA keeps in shared memory on its way out
@@ -113,13 +114,19 @@ class Sm100Config:
 
     @property
     def has_queue(self) -> bool:
-        """Entries are dealt out by the schedule."""
-        return False
+        """CTAs, or CTA pairs, take entries from a queue: items that see few and many keys then end together."""
+        return True
+
+    @property
+    def slot_tiles(self) -> int:
+        """Query tiles of a work item, of all its CTAs."""
+        return self.q_tiles * self.ctas_per_item
 
     @property
     def part_floats(self) -> int:
-        """This kernel takes whole tiles only."""
-        return 0
+        """float32 of a slot for a part of an item: rows of O, and a vector for each row's maximum and sum. 0: it takes no parts."""
+        rows = self.slot_tiles * self.kernel.tile.tile_m
+        return rows * (self.kernel.head_dim_v + VEC) if self.kernel.has_parts else 0
 
     @property
     def arch(self) -> str:
@@ -150,5 +157,9 @@ class Sm100Config:
 
 
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
-    """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
-    return Sm100Config(prefill_config(problem, tile_of(problem), is_dependent=is_dependent), tuning_of(problem))
+    """The compile key of `problem`'s kernel, alone or behind a decode kernel.
+
+    Items are cut along KV where balance asks for it, so not in batch-invariant mode.
+    """
+    has_parts = not problem.batch_invariant
+    return Sm100Config(prefill_config(problem, tile_of(problem), is_dependent=is_dependent, has_parts=has_parts), tuning_of(problem))
