@@ -178,7 +178,7 @@ def clean_runs(target: Target, count: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kernel", required=True, help="sm100_prefill, sm100_pair, sm100_fp8, sm90_prefill, sm90_decode, or upstream_<case>"
+        "--kernel", required=True, help="sm100_prefill, sm100_pair, sm100_fp8, sm100_mla, sm90_prefill, sm90_decode, or upstream_<case>"
     )
     parser.add_argument("--folder", type=Path, default=Path("upstream_objects"))
     parser.add_argument("--seeds", type=int, default=12, help="random schedules after the deterministic one")

@@ -1,4 +1,4 @@
-"""Issue of tcgen05.mma: descriptors and one block of instructions a product. M = 128 rows a CTA, float32 accumulators.
+"""Issue of tcgen05.mma: descriptors and one block of instructions a product, float32 accumulators.
 
 Kind f16 where operands have 16 bits; kind f8f6f4 where they are e4m3, of which an instruction takes twice as many along the reduction:
 32 bytes in either. V is contiguous along N (MN-major) as it is stored, which 8-bit operands of this kind may be too.
@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from cutlass import Int32
 
 from fa4_backend.kernels.common.ptx_ops import inline_asm
-from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.problem import FP8
+from fa4_backend.problem import DTYPE_BYTES, FP8
 
-MMA_M = 128  # rows of a CTA of one instruction
 K_STEP_BYTES = 32  # of an operand's row, along the reduction
 K_STEP_COLUMNS = K_STEP_BYTES // 4  # of an operand in TMEM
 SWIZZLES = {128: 2 << 29, 64: 4 << 29, 32: 6 << 29}  # bytes of a row -> layout type, bits 61-63 of the descriptor
@@ -32,16 +30,14 @@ class Products:
     """What a kernel's products have in common."""
 
     dtype: str  # of both operands
-    element_bytes: int
-    row_bytes: int  # of a part of an operand in shared memory
     ctas: int  # that share a product
+    rows: int = 128  # of a CTA
+    row_bytes: int = 128  # of a part of an operand in shared memory, swizzled in 16-byte units
 
-    @staticmethod
-    def of(config: Sm100Config) -> Products:
-        """Those of a config: of the model's dtype, or of FP8 where Q is."""
-        kernel = config.kernel
-        dtype = kernel.q_dtype if kernel.has_q_scale else kernel.dtype
-        return Products(dtype, kernel.element_bytes, config.row_bytes, config.tuning.cta_group)
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the operands."""
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def k_elems(self) -> int:
@@ -54,24 +50,46 @@ class Products:
         return (8 * self.row_bytes >> 4) | DESCRIPTOR_VERSION | SWIZZLES[self.row_bytes]
 
     def instruction_descriptor(self, n: int, *, b_mn_major: bool) -> int:
-        """Instruction descriptor of D (128 ctas x n, float32) = A (128 ctas x k) B (n x k)^T."""
+        """Instruction descriptor of D (rows ctas x n, float32) = A (rows ctas x k) B (n x k)^T."""
         _, code = FORMATS[self.dtype]
-        rows = MMA_M * self.ctas
-        return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((rows >> 4) << 24)
+        m = self.rows * self.ctas
+        return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((m >> 4) << 24)
 
-    def k_major_steps(self, head_dim: int, part_bytes: int) -> list[int]:
-        """Offsets, in 16-byte units, of the steps along a K-major operand of `head_dim` elements."""
-        steps = range(0, head_dim * self.element_bytes, K_STEP_BYTES)
+    def k_major_steps(self, elems: int, part_bytes: int) -> list[int]:
+        """Offsets, in 16-byte units, of the steps along a K-major operand of `elems` elements."""
+        steps = range(0, elems * self.element_bytes, K_STEP_BYTES)
         return [(at // self.row_bytes * part_bytes + at % self.row_bytes) >> 4 for at in steps]
 
-    def mma_ss(self, d_tmem: Int32, a_low: Int32, b_low: Int32, a_steps: Sequence[int], b_steps: Sequence[int], n: int) -> None:
-        """D = A B^T with both operands K-major in shared memory; steps: offsets of the reduction steps; n: rows of B."""
+    def mn_major_steps(self, k_steps: range) -> list[int]:
+        """The same of an operand that is contiguous along M or N, whose rows lie along the reduction."""
+        return [(step * self.k_elems * self.row_bytes) >> 4 for step in k_steps]
+
+    def mma_ss(
+        self,
+        d_tmem: Int32,
+        a_low: Int32,
+        b_low: Int32,
+        a_steps: Sequence[int],
+        b_steps: Sequence[int],
+        n: int,
+        *,
+        b_mn_major: bool = False,
+        accumulate: Int32 | int = 0,
+    ) -> None:
+        """D (+)= A B^T with both operands in shared memory, A K-major; steps: offsets of the reduction steps; n: columns of D.
+
+        Args:
+            accumulate: 0: the first step overwrites D. A constant takes no register.
+        """
         setup = [f"add.u32 low, $1, {step}; mov.b64 a, {{low, high}};" for step in a_steps]
-        idesc = self.instruction_descriptor(n, b_mn_major=False)
-        self._issue("a", setup, b_steps, idesc, [d_tmem, a_low, b_low], "0")
+        idesc, operands = self.instruction_descriptor(n, b_mn_major=b_mn_major), [d_tmem, a_low, b_low]
+        if isinstance(accumulate, int):
+            self._issue("a", setup, b_steps, idesc, operands, str(accumulate))
+        else:
+            self._issue("a", setup, b_steps, idesc, [*operands, accumulate], "$3")
 
     def mma_ts(self, d_tmem: Int32, a_tmem: Int32, b_low: Int32, k_steps: range, n: int, accumulate: Int32) -> None:
-        """D (+)= A B with A (128 x k) in TMEM and B (k x n) contiguous along n in shared memory.
+        """D (+)= A B with A (rows x k) in TMEM and B (k x n) contiguous along n in shared memory.
 
         Args:
             k_steps: which steps of the reduction to do.
@@ -79,9 +97,8 @@ class Products:
         """
         setup = [f"add.u32 low, $1, {step * K_STEP_COLUMNS};  mov.b32 a_col, low;" for step in k_steps]
         setup[0] = ".reg .b32 a_col; " + setup[0]
-        b_steps = [(step * self.k_elems * self.row_bytes) >> 4 for step in k_steps]
         idesc = self.instruction_descriptor(n, b_mn_major=True)
-        self._issue("[a_col]", setup, b_steps, idesc, [d_tmem, a_tmem, b_low, accumulate], "$3")
+        self._issue("[a_col]", setup, self.mn_major_steps(k_steps), idesc, [d_tmem, a_tmem, b_low, accumulate], "$3")
 
     def _issue(
         self, a_operand: str, a_setup: Sequence[str], b_steps: Sequence[int], idesc: int, operands: Sequence[Int32], first: str
