@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ Peers = Annotated[str | None, typer.Option(help="comma-separated peers; default:
 Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there, and beside them which kernels made them")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matplotlib)")]
 KvDtype = Annotated[str, typer.Option(help=f"of K and V: {', '.join(KV_DTYPES)}; auto is that of q, bfloat16")]
+QDtype = Annotated[str, typer.Option(help=f"of q: {', '.join(KV_DTYPES)}; fp8 beside K and V in fp8, auto is bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -34,6 +35,7 @@ def prefill(
     plot: Plot = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
+    q_dtype: QDtype = "auto",
     kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
 ) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
@@ -46,7 +48,7 @@ def prefill(
         raise typer.Exit(2)
     _require_gpu()
     chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
-    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers))
+    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers))
     _report(module, timings, csv_path, plot, json_output)
 
 
@@ -58,6 +60,7 @@ def decode(
     plot: Plot = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
+    q_dtype: QDtype = "auto",
     flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
 ) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
@@ -70,7 +73,7 @@ def decode(
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
     chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
-    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers), flush=Flush(flush))
+    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers), flush=Flush(flush))
     _report(module, timings, csv_path, plot, json_output)
 
 
@@ -173,10 +176,16 @@ def engine(
     print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every))
 
 
-def _stored(kv_dtype: str) -> str:
-    """The `kv_dtype` of a problem for what the command line calls it."""
+def _with_queries(chosen: dict[str, Any], q_dtype: str) -> list[Any]:
+    """The batches of the chosen sets, q in the dtype that the command line names."""
+    stored = _stored(q_dtype, "--q-dtype")
+    return [replace(batch, q_dtype=stored) for batches_of in chosen.values() for batch in batches_of]
+
+
+def _stored(kv_dtype: str, option: str = "--kv-dtype") -> str:
+    """The dtype of a problem for what the command line calls it."""
     if kv_dtype not in KV_DTYPES:
-        typer.echo(f"fa4 bench: --kv-dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}", err=True)
+        typer.echo(f"fa4 bench: {option}: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}", err=True)
         raise typer.Exit(2)
     return KV_DTYPES[kv_dtype]
 

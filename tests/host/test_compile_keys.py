@@ -50,7 +50,7 @@ def configs() -> dict[str, Any]:
 # Another value that the config's own checks allow, where adding one does not do: path of the field -> value.
 OTHER_VALUES: dict[str, Any] = {
     "dtype": "float16", "kernel.dtype": "float16", "kv_dtype": "float8_e4m3fn", "kernel.kv_dtype": "float8_e4m3fn",
-    "out_dtype": "float8_e4m3fn", "kernel.out_dtype": "float8_e4m3fn",
+    "out_dtype": "float8_e4m3fn", "kernel.out_dtype": "float8_e4m3fn", "q_dtype": "float8_e4m3fn", "kernel.q_dtype": "float8_e4m3fn",
     "kernel.head_dim_v": 64, "kernel.tile.tile_m": 192, "kernel.tile.tile_n": 64, "kernel.box_rows": 32,
     "tuning.cta_group": 2, "tuning.p_first_columns": 64, "tuning.softmax_registers": 192, "tuning.correction_registers": 48,
     "tuning.other_registers": 48,

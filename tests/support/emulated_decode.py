@@ -78,6 +78,7 @@ def run_decode(
         tuning: fields of the compile key.
     """
     built = built or case.build()
+    built.is_decoded = True
     plan, a = case.plan(num_sms=num_ctas), built.arguments
     assert plan.kernels is not None and plan.kernels.decode is not None, case
     key = replace(plan.kernels.decode, **tuning)

@@ -32,7 +32,8 @@ class PrefillConfig:
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
-    dtype: str  # of q
+    dtype: str  # of the model
+    q_dtype: str  # of q
     kv_dtype: str  # of K and V in memory
     out_dtype: str  # of out
     head_dim: int
@@ -62,7 +63,8 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.q_dtype == self.dtype else f"-q{SHORT_NAMES.get(self.q_dtype, self.q_dtype)}"
+        kv += "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
@@ -70,7 +72,7 @@ class PrefillConfig:
     @property
     def element_bytes(self) -> int:
         """Bytes of an element of q, and of K and V as the products take them."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.q_dtype]
 
     @property
     def out_element_bytes(self) -> int:
@@ -91,6 +93,11 @@ class PrefillConfig:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8, with a scale a KV head each."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q is FP8, with a scale a KV head."""
+        return self.q_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:
@@ -123,6 +130,7 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
     return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        q_dtype=problem.q_dtype,
         kv_dtype=problem.kv_dtype,
         out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,

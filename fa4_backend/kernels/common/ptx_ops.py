@@ -7,6 +7,7 @@ operations: they may be called from `@cute.jit` code with constant Python argume
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import cutlass.cute as cute
@@ -204,6 +205,13 @@ def tmem_load(address: Int32, columns: int) -> ir.Value:
     return nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
 
 
+def tmem_load_max(address: Int32, columns: int) -> tuple[ir.Value, Float32]:
+    """`tmem_load` of float32 that also brings their largest; NaN loses (PTX ISA, "tcgen05.ld.red": sm_103a, not sm_100a)."""
+    shape, pointer = nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address)
+    loaded, largest = nvvm.tcgen05_ld_red(vec(columns), T.f32(), shape, nvvm.ReductionKind.MAX, pointer)
+    return loaded, Float32(largest)
+
+
 def tmem_store(address: Int32, words: ir.Value) -> None:
     """Start storing a vector<n x i32> to this thread's TMEM lane; complete after `tmem_wait_store`."""
     nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
@@ -318,6 +326,11 @@ def i32() -> ir.Type:
 def from_elements(elements: Sequence[ir.Value]) -> ir.Value:
     """The float32 vector of these elements."""
     return vector.from_elements(vec(len(elements)), list(elements))
+
+
+def from_words(values: Sequence[Int32]) -> ir.Value:
+    """The vector of these words."""
+    return vector.from_elements(words(len(values)), [Int32(v).ir_value() for v in values])
 
 
 def broadcast(value: Float32, n: int) -> ir.Value:
@@ -475,15 +488,16 @@ def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> lis
 
     LLVM would join pairs of registers, which ptxas cannot keep where a TMEM load has put them: it then copies them.
     """
-    n = ir.VectorType(vectors[0].type).shape[0]
-    flat = [element(v, i) for v in vectors for i in range(n)]
+    lengths = [ir.VectorType(v.type).shape[0] for v in vectors]
+
+    def apart(flat: list[ir.Value]) -> list[ir.Value]:
+        ends = list(itertools.accumulate(lengths))
+        return [from_elements(flat[end - n : end]) for n, end in zip(lengths, ends, strict=True)]
 
     def change_flat(values: list[ir.Value]) -> list[ir.Value]:
-        changed = change([from_elements(values[at : at + n]) for at in range(0, len(values), n)])
-        return [element(v, i) for v in changed for i in range(n)]
+        return [x for v in change(apart(values)) for x in elements(v)]
 
-    joined = when(condition, flat, change_flat)
-    return [from_elements(joined[at : at + n]) for at in range(0, len(joined), n)]
+    return apart(when(condition, [x for v in vectors for x in elements(v)], change_flat))
 
 
 def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:

@@ -38,7 +38,8 @@ class DecodeConfig:
     """Compile key of a decode kernel."""
 
     arch: str
-    dtype: str  # of q
+    dtype: str  # of the model
+    q_dtype: str  # of q
     kv_dtype: str  # of K and V in memory
     out_dtype: str  # of out
     head_dim: int
@@ -66,14 +67,15 @@ class DecodeConfig:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.q_dtype == self.dtype else f"-q{SHORT_NAMES.get(self.q_dtype, self.q_dtype)}"
+        kv += "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
     def element_bytes(self) -> int:
         """Bytes of an element of q."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.q_dtype]
 
     @property
     def out_element_bytes(self) -> int:
@@ -94,6 +96,11 @@ class DecodeConfig:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8, with a scale a KV head each."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q is FP8, with a scale a KV head."""
+        return self.q_dtype == FP8
 
     @property
     def rows(self) -> int:
@@ -188,8 +195,8 @@ class DecodeConfig:
         return buffers * self.row_groups * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
 
     def _stages_of(self, tiles: int) -> int:
-        """KV tiles with as many bytes as `tiles` of q's dtype."""
-        return tiles * self.element_bytes // self.kv_element_bytes
+        """KV tiles with as many bytes as `tiles` of the model's dtype."""
+        return tiles * DTYPE_BYTES[self.dtype] // self.kv_element_bytes
 
     def _kv_stage(self, merge_buffers: int) -> int:
         other = RESERVED_BYTES + self._merge_bytes(merge_buffers) + ENTRY_STAGE * self.q_stage_bytes
@@ -242,6 +249,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
     config = DecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        q_dtype=problem.q_dtype,
         kv_dtype=problem.kv_dtype,
         out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,

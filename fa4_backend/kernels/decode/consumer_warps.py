@@ -52,6 +52,7 @@ class ConsumerWarps:
         step: StepTensors,
         values: MaskValues,
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32: a query is what is given times it
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32: K is the stored value times it
         results: ResultTensors,
         shared: SharedTensors,
@@ -79,11 +80,11 @@ class ConsumerWarps:
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
             entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             factors = self.operands.load_query(self.storage.q_tile(shared, stage), row_group, rQ)
-            k_scale = scale_of(mKScale, entry.kv_head_idx)
+            score_scales = [scale_of(mScale, entry.kv_head_idx) for mScale in (mQScale, mKScale) if const_expr(mScale is not None)]
             factor = result_factor(results.mVScale, results.mOutScale, entry.kv_head_idx)
             begin, end = self.visible.clip(entry, values)
             keys = self.visible.keys(entry, values)
-            scales = self._row_scales(factors, k_scale, values)
+            scales = self._row_scales(factors, score_scales, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes, scales[h]) for h in (0, 1))
             self.merge.reset(totals)
             first_piece, last_piece = self.merge.pieces(entry, step.split_blocks)
@@ -197,9 +198,11 @@ class ConsumerWarps:
         """What keeps V of keys `key` and `key + 1` where they are in `keys`."""
         return self.operands.keep(0, self.visible.has_any(keys, key, 1)) | self.operands.keep(1, self.visible.has_any(keys, key + 1, 1))
 
-    def _row_scales(self, factors: tuple[Float32, Float32] | None, k_scale: Float32 | None, values: MaskValues) -> tuple[Float32, Float32]:
-        """What multiplies the raw scores of the lane's two rows: the softmax's scale, K's, and what Q was divided by."""
+    def _row_scales(
+        self, factors: tuple[Float32, Float32] | None, score_scales: list[Float32], values: MaskValues
+    ) -> tuple[Float32, Float32]:
+        """What multiplies the raw scores of the lane's two rows: the softmax's scale, Q's and K's, and what Q was divided by."""
         scale = values.softmax_scale
-        if k_scale is not None:
-            scale = scale * k_scale
+        for factor in score_scales:
+            scale = scale * factor
         return (scale, scale) if factors is None else (scale * factors[0], scale * factors[1])

@@ -64,6 +64,7 @@ class PrefillKernel:
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mOutScale: cute.Tensor | None,  # (1,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -78,14 +79,14 @@ class PrefillKernel:
             pages = KvPages(mPageTable, Int32(cute.size(mK, mode=[1])), Int32(cute.size(mK, mode=[0])))
             bounds = SeqlenBounds.of(mO, mPageTable, pages.page_size)
         operands = Operands(
-            make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
+            make_q_atom(mQ, self.config.part_elems, kernel.q_per_kv, kernel.tokens_per_tile),
             make_kv_atom(mK, self.config.loaded_elems, self.config.k_box_rows),
             make_kv_atom(mV, self.config.loaded_elems, kernel.box_rows),
             pages,
         )
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
         work = WorkTensors(mTiles, mQueue, mCuSeqlensQ, values, bounds, PartTensors(mPartSlots, mPartArrivals))
-        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
+        heads = HeadTensors(mLse, mSinks, mSlopes, mQScale, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,

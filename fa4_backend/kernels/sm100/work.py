@@ -58,6 +58,7 @@ class HeadTensors(NamedTuple):
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
     mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+    mQScale: cute.Tensor | None  # (num_kv_heads,) float32
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
     mOutScale: cute.Tensor | None  # (1,) float32

@@ -67,6 +67,7 @@ class PrefillKernel:
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mOutScale: cute.Tensor | None,  # (1,) float32
+        mQScale: None,  # q has the dtype of the model
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,

@@ -25,7 +25,6 @@ from fa4_backend.kernels.mla_decode.sm100.storage import (
     O_COL,
     P_PART_BYTES,
     Q_PART_BYTES,
-    ROW_BYTES,
     S_COL,
     S_COLUMNS,
     V_PART_BYTES,
@@ -90,16 +89,17 @@ class MmaWarp:
         # Kept in the loop: hoisted, the descriptors of all 52 products of a block would take two registers each.
         q_low = umma.descriptor_low(ptx.keep_in_loop(place.q) + stage * (K_PARTS * Q_PART_BYTES))
         k_low = umma.descriptor_low(place.k + slot * K_STAGE_BYTES)
-        q_steps, k_steps = (umma.k_major_steps(K_PARTS * PART_DIM, part) for part in (Q_PART_BYTES, K_PART_BYTES))
-        idesc = umma.instruction_descriptor(s.config.dtype, BLOCK_KEYS, b_mn_major=False, ctas=PAIR, rows=TILE_M)
-        umma.mma_ss(PAIR, Int32(S_COL) + buffer * S_COLUMNS, q_low, k_low, q_steps, k_steps, idesc, int(stage > 0))
+        products = umma.Products(s.config.dtype, PAIR, TILE_M)
+        q_steps, k_steps = (products.k_major_steps(K_PARTS * PART_DIM, part) for part in (Q_PART_BYTES, K_PART_BYTES))
+        products.mma_ss(Int32(S_COL) + buffer * S_COLUMNS, q_low, k_low, q_steps, k_steps, BLOCK_KEYS, accumulate=int(stage > 0))
 
     def issue_pv(self, place: Place, stage: int, accumulate: Int32) -> None:
         """O (+)= P V of the columns of a stage of V."""
         s = self.storage
         p_low = umma.descriptor_low(ptx.keep_in_loop(place.p))
         v_low = umma.descriptor_low(ptx.keep_in_loop(place.v) + stage * V_STAGE_BYTES, V_PART_BYTES)
-        p_steps = umma.k_major_steps(BLOCK_KEYS, P_PART_BYTES)
-        v_steps = [step * (umma.MMA_K * ROW_BYTES) >> 4 for step in range(BLOCK_KEYS // umma.MMA_K)]
-        idesc = umma.instruction_descriptor(s.config.dtype, O_COLUMNS, b_mn_major=True, ctas=PAIR, rows=TILE_M)
-        umma.mma_ss(PAIR, Int32(O_COL + stage * (O_COLUMNS // PAIR)), p_low, v_low, p_steps, v_steps, idesc, accumulate)
+        products = umma.Products(s.config.dtype, PAIR, TILE_M)
+        p_steps = products.k_major_steps(BLOCK_KEYS, P_PART_BYTES)
+        v_steps = products.mn_major_steps(range(BLOCK_KEYS // products.k_elems))
+        o_tmem = Int32(O_COL + stage * (O_COLUMNS // PAIR))
+        products.mma_ss(o_tmem, p_low, v_low, p_steps, v_steps, O_COLUMNS, b_mn_major=True, accumulate=accumulate)
