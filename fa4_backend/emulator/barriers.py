@@ -156,6 +156,7 @@ def _cluster(ins: Instruction, mods: Modifiers) -> Handler:
         warp.cluster_ticket = None
         if warp.races:
             warp.races.acquire(warp, cluster.barrier_edge, warp.exec)
+            warp.races.peers_started(warp)
         return None
 
     return arrive if action == "arrive" else wait

@@ -46,6 +46,7 @@ class Cta:
         self.tmem_allocations: dict[int, int] = {}  # first column -> columns
         self.tmem_permit = True
         self.tmem_waiters: list[tuple[Warp, int]] = []
+        self.pair_calls: list[tuple[str, int]] = []  # what the CTA did with tensor memory of a pair, which its peer must do, too
         self.mbarriers: dict[int, MBarrier] = {}
         self.barriers = [NamedBarrier(self, i) for i in range(16)]
         self.free_registers = self.grid.register_pool - self.grid.registers_per_thread * 32 * self.num_warps
@@ -253,6 +254,10 @@ class Cluster:
     def finish(self) -> None:
         self.drain()
         for cta in self.ctas:
+            self.check_warpgroups(cta)
+            if cta.rank % 2 and cta.pair_calls != (other := self.ctas[cta.rank - 1]).pair_calls:
+                text = f"of a pair, {other.name} did {other.pair_calls} with tensor memory and {cta.name} {cta.pair_calls}"
+                self.grid.session.report.note("tmem-pair", f"{text} in kernel {self.grid.program.name[:80]}")
             if cta.tmem_allocations:
                 columns = sum(cta.tmem_allocations.values())
                 self.grid.session.report.note(
@@ -268,3 +273,11 @@ class Cluster:
         for warp in self.warps():
             self.grid.session.report.add_counts(warp)
             self.grid.give_registers(warp.r)
+
+    def check_warpgroups(self, cta: Cta) -> None:
+        """Every warp of a warpgroup has executed what another did of setmaxnreg (PTX ISA 9.7.18.5)."""
+        for warp in cta.warps:
+            moves = cta.register_moves.get(warp.index // 4, [])
+            if warp.num_register_moves < len(moves):
+                text = f"setmaxnreg {moves[warp.num_register_moves]}, which another warp of its warpgroup did, in kernel"
+                self.grid.session.report.note("registers", f"warp {warp.index} did not execute {text} {self.grid.program.name[:80]}")

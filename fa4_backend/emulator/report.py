@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
 
 
-FAULTS = ("tmem-leak", "uninitialised", "dependency", "exit")  # kinds of notes that matter
+FAULTS = ("tmem-leak", "tmem-pair", "registers", "uninitialised", "dependency", "exit")  # kinds of notes that matter
 
 
 @dataclass(frozen=True, slots=True)

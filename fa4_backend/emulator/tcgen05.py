@@ -63,6 +63,12 @@ def _pair(warp: Warp, group: int) -> list[Cta]:
     return [cta.cluster.ctas[even], cta.cluster.ctas[even + 1]]
 
 
+def _pair_call(warp: Warp, group: int, what: str, columns: int) -> None:
+    """One warp of each CTA of a pair performs what concerns the tensor memory of both (PTX ISA 9.7.16.7)."""
+    if group == 2:
+        warp.cta.pair_calls.append((what, columns))
+
+
 def _check_columns(count: int) -> None:
     if count < 32 or count > COLUMNS or count & (count - 1):
         raise KernelFault(f"tensor memory allocation of {count} columns, expected a power of two from 32 to {COLUMNS}")
@@ -90,6 +96,7 @@ def _alloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             cta.tmem_waiters.append((warp, warp.waiting_lanes))
             return True
         first = free[0]
+        _pair_call(warp, group, "alloc", columns)
         cta.tmem_owner[first : first + columns] = [group] * columns
         cta.tmem_allocations[first] = columns
         cta.write_smem(where(warp, lane) & 0xFFFFFF, first.to_bytes(4, "little"), warp)
@@ -100,7 +107,7 @@ def _alloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("tcgen05.dealloc", aligned=True)
 def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    _group(mods)
+    group = _group(mods)
     mods.one("sync")
     mods.one("aligned")
     mods.one("b32")
@@ -113,6 +120,7 @@ def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         if cta.tmem_allocations.get(first) != columns:
             raise KernelFault(f"tcgen05.dealloc of {columns} columns at {first}: allocated are {cta.tmem_allocations}")
         del cta.tmem_allocations[first]
+        _pair_call(warp, group, "dealloc", columns)
         cta.tmem_owner[first : first + columns] = [0] * columns
         if warp.races:
             warp.races.tmem_access(warp.races.synchronous(warp), cta, range(8), first, columns, write=True)
@@ -125,12 +133,13 @@ def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("tcgen05.relinquish_alloc_permit", aligned=True)
 def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    _group(mods)
+    group = _group(mods)
     mods.one("sync")
     mods.one("aligned")
     mods.done()
 
     def handler(warp: Warp) -> None:
+        _pair_call(warp, group, "relinquish_alloc_permit", 0)
         warp.cta.tmem_permit = False
 
     return handler
