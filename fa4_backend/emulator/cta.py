@@ -99,6 +99,7 @@ class Cluster:
         self.state.smem_bytes, self.state.size = grid.smem_bytes, self.size
         self.state.regions = ctypes.addressof(grid.memory.table)
         self.state.num_regions = len(grid.memory.table)
+        self.regions = grid.memory.table  # kept: a later launch makes another table
         cx, cy, _cz = grid.cluster
         self.ctas = []
         for rank in range(self.size):
@@ -118,6 +119,7 @@ class Cluster:
         self.live = self.num_warps
         self.steps_at_progress = self.steps = 0  # warp instructions: at the last event that could let another warp go on, and now
         self.spinning = False
+        self.is_blocked = False  # until the launch before is complete
         self.last_stall: tuple[int, int] | None = None
         self.stall_rounds = 0
 
@@ -183,15 +185,23 @@ class Cluster:
 
     # -- schedule -----------------------------------------------------------------------------------------------
 
-    def run(self) -> bool:
-        """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False)."""
+    def run(self, picks: int | None = None) -> bool:
+        """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False).
+
+        `picks`: or until so many warps had their turns (False); only beside other launches. False, too, when all wait for the one before.
+        """
         rng = self.rng
-        self.spinning = False
+        self.spinning = self.is_blocked = False
         started = self.steps
         while self.live:
             if not self.ready:
-                self.stalled()
+                if self.stalled():
+                    return False
                 continue
+            if picks is not None:
+                if not picks:
+                    return False
+                picks -= 1
             if rng is None:
                 warp = self.ready.popleft()
                 quantum = 100_000
@@ -220,14 +230,21 @@ class Cluster:
     def exhausted(self) -> bool:
         return self.steps - self.steps_at_progress > self.grid.session.step_limit
 
-    def stalled(self) -> None:
-        """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report."""
+    def stalled(self) -> bool:
+        """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report.
+
+        True: nothing can go on before the launch before is complete.
+        """
         if self.pending:
             self.complete_one()
-            return
+            return False
         candidates = [w for w in self.warps() if any(soft for _, soft in w.waiting_for.values())]
         state = (self.progress, sum(w.state.steps for w in self.warps() if w not in candidates))
         if not candidates or (self.last_stall == state and self.stall_rounds > 4):
+            before = self.grid.predecessor
+            if before is not None and any(warp.cta.cluster is self for warp, _ in before.dependents):
+                self.is_blocked = True
+                return True
             raise Deadlock(f"deadlock in kernel {self.grid.program.name[:80]}: no warp can go on\n{self.where()}")
         self.stall_rounds = self.stall_rounds + 1 if self.last_stall == state else 1
         self.last_stall = state
@@ -236,6 +253,7 @@ class Cluster:
                 if soft:
                     warp.timed_out = True
                     warp.wake(lanes)
+        return False
 
     def where(self) -> str:
         lines = []
