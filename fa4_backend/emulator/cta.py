@@ -12,7 +12,7 @@ import ctypes
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class Cluster:
         # How soon asynchronous operations finish: 0 is when nothing else can happen. It differs from seed to seed.
         self.haste = self.rng.choice((0.0, 0.1, 0.5)) if self.rng else 1.0
         self.progress = 0  # events that can let another warp go on
-        self.pending: dict[object, deque[Callable[[], None]]] = {}
+        self.pending: dict[Any, deque[Callable[[], None]]] = {}
         self.ready: deque[Warp] = deque()
         self.barrier_generation = self.barrier_arrived = 0
         self.barrier_waiters: list[tuple[Warp, int]] = []
@@ -141,6 +141,22 @@ class Cluster:
             operation()
         else:
             self.pending.setdefault(queue, deque()).append(operation)
+
+    def submit_behind(self, queues: list[Any], operation: Callable[[], None]) -> None:
+        """Hand over an operation that comes when all that some queues hold now is complete."""
+        if len(queues) == 1:
+            self.submit(queues[0], operation)
+            return
+        left = len(queues)
+
+        def reached() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                operation()
+
+        for queue in queues:
+            self.submit(queue, reached)
 
     def complete_one(self) -> None:
         assert self.rng is not None

@@ -107,7 +107,8 @@ class Races:
         self.cluster = cluster
         self.layout = Layout(cluster.num_warps, cluster.size)
         self.unfenced_barriers: list[Any] = []
-        self.barrier_actors: dict[tuple[int, int], int] = {}
+        self.extra_actors: dict[object, int] = {}
+        self.pipelines: dict[int, set[int]] = {}  # actors of the tensor core's pipelines, by warp
         self.counters = np.ones(self.layout.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
         # Actor -> the actor that stands for its writes that the asynchronous proxy sees, in shared and in global memory.
         self.fenced, self.fenced_global = (np.arange(self.layout.num_actors, dtype=np.uint32) for _ in range(2))
@@ -278,12 +279,21 @@ class Races:
             clock[actor] = epoch
         return Access(self, clock, actor, epoch, warp, through_async)
 
-    def issue_mma(self, warp: Warp) -> Access:
-        return self.issue(warp, TENSOR, True, in_order=True)
+    def issue_mma(self, warp: Warp, pipeline: object = None) -> Access:
+        """An operation of the warp's tensor core. `pipeline`: what it is in order with; None: with every other."""
+        if pipeline is None:
+            return self.issue(warp, TENSOR, True, in_order=True)
+        actor = self.extra_actor((warp.actor, pipeline))
+        self.pipelines.setdefault(warp.actor, set()).add(actor)
+        clock, epoch = warp.clocks.known(warp.exec), int(self.counters[actor])
+        clock[actor] = epoch
+        return Access(self, clock, actor, epoch, warp, True)
 
     def issue_commit(self, warp: Warp) -> Access:
         access = self.issue(warp, TENSOR, True, in_order=True)
-        self.counters[access.actor] += 1
+        for actor in (access.actor, *self.pipelines.get(warp.actor, ())):
+            access.clock[actor] = self.counters[actor]
+            self.counters[actor] += 1
         access.releases = access.clock
         self.new_epoch(warp)
         return access
@@ -371,16 +381,17 @@ class Races:
 
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
         """A copy that signals an mbarrier: its actor is the barrier, its epoch the phase that it takes part in."""
-        key = (barrier.cta.rank, barrier.offset)
-        actor = self.barrier_actors.get(key)
-        if actor is None:
-            actor = self.barrier_actors[key] = PER_WARP * self.cluster.num_warps + len(self.barrier_actors)
+        actor = self.extra_actor((barrier.cta.rank, barrier.offset))
         clock = warp.clocks.known(warp.exec)
         access = Access(self, clock, actor, barrier.phase + 1, warp, True)
         access.releases = clock.copy()
         access.releases[actor] = barrier.phase + 1
         self.new_epoch(warp)
         return access
+
+    def extra_actor(self, key: object) -> int:
+        """The actor of a barrier's copies, or of a pipeline of the tensor core; its number is fixed when it first acts."""
+        return self.extra_actors.setdefault(key, PER_WARP * self.cluster.num_warps + len(self.extra_actors))
 
     def complete(self, access: Access, barrier: Any) -> None:
         """The operation arrives on a barrier: who waits for it knows what the operation knew, and the operation itself."""
@@ -475,6 +486,6 @@ class Races:
     def who(self, actor: int, warp: int, pc: int) -> str:
         per_cta = self.cluster.ctas[0].num_warps
         program = self.cluster.grid.program
-        kind = self.layout.name(actor)
+        kind = NAMES[TENSOR] if any(actor in some for some in self.pipelines.values()) else self.layout.name(actor)
         rank = f" of CTA rank {warp // per_cta}" if self.cluster.size > 1 else ""
         return f"{kind} by warp {warp % per_cta}{rank}, {program.describe(pc)}"

@@ -43,6 +43,7 @@ class Session:
         step_limit: int,
         trace: Trace | Recording | None = None,
         contraction: Contraction = NEVER,
+        isa_order: bool = False,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
@@ -52,6 +53,7 @@ class Session:
         self.detect_races, self.step_limit = detect_races, step_limit
         self.trace = trace
         self.contraction = check_contraction(contraction)
+        self.isa_order = isa_order
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
@@ -271,9 +273,13 @@ def session(
     step_limit: int = 50_000_000,
     trace: Trace | Recording | None = None,
     contraction: Contraction = NEVER,
+    isa_order: bool = False,
 ) -> Iterator[Session]:
-    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then)."""
-    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace, contraction)
+    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then).
+
+    `isa_order`: products of different shape or accumulator are not in order (`tcgen05.py`); also kernels that are right on silicon race.
+    """
+    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace, contraction, isa_order)
     install()
     open_sessions.append(emu)
     try:

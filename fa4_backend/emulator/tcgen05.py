@@ -1,7 +1,9 @@
 """Tensor memory and the fifth-generation tensor core. PTX ISA 9.0, 9.7.16.
 
 TMEM is 128 lanes x 512 columns of 32-bit cells; an address is lane << 16 | column. MMAs, copies and commits of one warp finish in
-the order of issue; warps are independent of each other. Products are added exactly and rounded once, then added in float32.
+the order of issue; warps are independent of each other. With `isa_order`, only products of one shape, kind and accumulator are in order
+(9.7.16.6.2, pipelined instructions), which released kernels do not keep to. Products are added exactly and rounded once, then added in
+float32.
 """
 
 from __future__ import annotations
@@ -361,13 +363,14 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         a_where = a_address(warp, lane) if a_address else int(warp.r64[a_slot * 16 + lane])
         b_where = int(warp.r64[b_slot * 16 + lane])
         d_where, add = d_address(warp, lane), _enabled(warp, lane, accumulate)
-        access = warp.races.issue_mma(warp) if warp.races else None
+        pipeline = (kind, group, desc.m, desc.n, d_where) if warp.cta.grid.session.isa_order else None
+        access = warp.races.issue_mma(warp, pipeline) if warp.races else None
         ctas = _pair(warp, group)
 
         def run() -> None:
             multiply(ctas, desc, k, d_where, a_where, a_in_tmem, b_where, add, access)
 
-        warp.cta.cluster.submit(("tensor core", warp.actor), run)
+        warp.cta.cluster.submit(("tensor core", warp.actor, pipeline), run)
 
     return handler
 
@@ -445,6 +448,8 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> None:
         lane, cta = warp.one_lane("tcgen05.cp"), warp.cta
+        if cta.grid.session.isa_order:
+            raise UnsupportedInstruction(f"{ins.opcode} with isa_order")
         desc, column = tcgen05_descriptor(int(warp.r64[desc_slot * 16 + lane])), address(warp, lane) & 0xFFFF
         access = warp.races.issue_mma(warp) if warp.races else None
 
@@ -456,7 +461,7 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 access.races.tmem_access(access, cta, range(8), column, width, write=True)
             cta.tmem_cells()[:, column : column + width] = np.ascontiguousarray(raw).view(np.uint32)
 
-        cta.cluster.submit(("tensor core", warp.actor), run)
+        cta.cluster.submit(("tensor core", warp.actor, None), run)
 
     return handler
 
@@ -489,6 +494,7 @@ def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                     access.races.complete(access, barrier)
                 barrier.arrive(1)
 
-        cluster.submit(("tensor core", warp.actor), run)
+        queue = ("tensor core", warp.actor, None)
+        cluster.submit_behind([q for q in cluster.pending if q[:2] == queue[:2]] or [queue], run)
 
     return handler
