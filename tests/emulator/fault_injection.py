@@ -133,7 +133,7 @@ def inject(
     with planted(target, split):
         right = run_right(target)
     faults: dict[str, list[dict[str, Any]]] = {}
-    for mutant in itertools.islice(filter(pick, mutants(split, right.reached)), share[0], None, share[1]):
+    for mutant in itertools.islice(filter(pick, mutants(split, right.reached, target.sample)), share[0], None, share[1]):
         how, seed = verdict(target, mutant, right, seeds)
         if how == ILLEGAL:
             continue
