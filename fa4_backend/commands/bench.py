@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -98,10 +99,11 @@ def shapes(
 @bench.command()
 def engine(
     backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
-    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 4096,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request; four engines of 4096 need more than 80 GB")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
     rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
     starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
+    seconds: Annotated[float, typer.Option(help="after these no round begins")] = math.inf,
     csv_path: Csv = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
@@ -118,6 +120,7 @@ def engine(
     every = []
     try:
         options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        options["seconds"] = seconds
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
             if not json_output:

@@ -64,7 +64,13 @@ def test_many_rows_go_to_prefill_tiles_where_those_are_cut(head_dim: int, most: 
     assert config_of(most, dims, 1, parts=True) is not None
     assert config_of(most + 1, dims, 1, parts=True) is None
     assert config_of(64, dims, 1) is not None
-    # Of a plan: Hopper's prefill tiles are cut, but not in batch-invariant mode, and Blackwell's are not.
-    for arch, invariant, served in (("sm_90a", False, most == 64), ("sm_90a", True, True), ("sm_100a", False, True)):
-        problem = AttentionProblem(64, 1, *dims, "bfloat16", 16, arch, batch_invariant=invariant)
+    # Of a plan: prefill tiles are cut, but not in batch-invariant mode; Blackwell's row of the table is another.
+    for arch, rows, invariant, served in (
+        ("sm_90a", 64, False, most == 64),
+        ("sm_90a", 64, True, True),
+        ("sm_100a", 64, True, True),
+        ("sm_100a", 33, False, False),
+        ("sm_103a", 32, False, True),
+    ):
+        problem = AttentionProblem(rows, 1, *dims, "bfloat16", 16, arch, batch_invariant=invariant)
         assert (resolve_kernels(problem, BatchLimits(**LIMITS), 132).decode is not None) == served, (arch, invariant)

@@ -6,7 +6,7 @@ from fa4_backend import MaskFeatures
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape
 from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.kernels.sm100.storage import Storage, TileBytes
+from fa4_backend.kernels.sm100.storage import FEED_BYTES, FEED_STAGE, Storage, TileBytes
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 from fa4_backend.kernels.sm100.tuning import ROWS
 from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
@@ -28,6 +28,7 @@ def test_counts_by_hand() -> None:
     edges = {edge.name: edge for edge in pipeline_edges(TileBytes.of(config()), config(), o_stage=1)}
     # (full, empty): one elected thread for TMA and commits, one arrival a warp elsewhere.
     assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "tile_load_to_roles": (1, 16),  # every warp
         "q_load_to_mma": (1, 1),
         "kv_load_to_mma": (1, 1),
         "v_tail_load_to_value_tail": (1, 1),
@@ -46,6 +47,7 @@ def test_counts_of_a_cta_pair_by_hand() -> None:
     edges = {edge.name: edge for edge in pipeline_edges(sizes, pair, o_stage=1)}
     # Both CTAs signal what the mma warp waits for; all else stays within a CTA.
     assert {name: (edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "tile_load_to_roles": (1, 31),  # but the mma warp that issues nothing
         "q_load_to_mma": (2, 1),
         "kv_load_to_mma": (2, 1),
         "v_tail_load_to_value_tail": (1, 1),
@@ -65,6 +67,7 @@ def test_counts_of_a_lone_tile_by_hand() -> None:
     sizes = TileBytes.of(lone)
     edges = {edge.name: edge for edge in pipeline_edges(sizes, lone, o_stage=1)}
     assert {name: (edge.stages, edge.full_count, edge.empty_count) for name, edge in edges.items()} == {
+        "tile_load_to_roles": (4, 1, 23),  # nor is there a second softmax group
         "q_load_to_mma": (1, 2, 1),
         "kv_load_to_mma": (4, 2, 1),
         "v_tail_load_to_value_tail": (1, 1, 1),
@@ -134,8 +137,8 @@ def test_tx_bytes_by_hand(head_dim: int, head_dim_v: int, q_per_kv: int, expecte
 def test_barriers_do_not_overlap() -> None:
     storage = Storage.of(config(), o_stage=1)
     offsets = [offset for offset, _ in storage.barriers.initial_counts()]
-    assert len(set(offsets)) == len(offsets) == 4 + 8 + 2 + 2 + 2 + 2 + 16 + 4 + 2
-    assert min(offsets) > storage.tmem_pointer and max(offsets) + 8 == storage.num_bytes
+    assert len(set(offsets)) == len(offsets) == 8 + 4 + 8 + 2 + 2 + 2 + 2 + 16 + 4 + 2
+    assert min(offsets) == storage.feed + FEED_STAGE * FEED_BYTES and max(offsets) + 8 == storage.num_bytes
     assert all(offset % 8 == 0 for offset in offsets)
 
 

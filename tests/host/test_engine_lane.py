@@ -121,6 +121,7 @@ def test_every_group_starts_with_its_reference_and_has_a_control() -> None:
 
 LOOK = {"device_bytes": 5, "host_bytes": 100, "late_compiles": 0, "plans": 1, "counters": [{}], "addresses": [[1, 2]]}
 RUN: dict[str, Any] = {"looks": [LOOK, LOOK], "counts": {"preempted": 1}, "others": [], "probe_is_other": False}
+RUN |= {"steps": 9, "expected_steps": 9, "compared": 1}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,9 @@ def test_a_long_run_notices_what_drifts(change: dict[str, Any], words: str) -> N
     (wrong,) = serve_long.judge({**RUN, "looks": [LOOK, {**LOOK, **change}]})
     assert words in wrong
     assert serve_long.judge({**RUN, "others": ["12"]}) == ["request 12: another answer than alone"]
+    assert serve_long.judge({**RUN, "steps": 8}) == ["expected 9 steps, the time was over after 8"]
+    (wrong,) = serve_long.judge({**RUN, "compared": 0})
+    assert "got none" in wrong
 
 
 def test_a_random_load_is_what_it_says() -> None:

@@ -109,6 +109,14 @@ def bulk_load(source: cute.Pointer, smem_address: Int32, barrier: cute.Pointer, 
     )
 
 
+def bulk_store(target: cute.Pointer, smem_address: Int32, num_bytes: int) -> None:
+    """Copy consecutive bytes of shared to global memory, in the thread's open bulk group. Addresses and bytes are multiples of 16.
+
+    PTX ISA, "cp.async.bulk". Issued by each thread that gets here; reads what was written before a fence of the async proxy.
+    """
+    nvvm.cp_async_bulk_global_shared_cta(target.to_llvm_ptr(), smem_pointer(smem_address), Int32(num_bytes).ir_value())
+
+
 def store_shared_v4(address: Int32, words: Sequence[ir.Value]) -> None:
     """Store four 32-bit words at a 16-byte aligned shared address."""
     value = vector.from_elements(ir.VectorType.get([4], T.i32()), list(words))
@@ -123,6 +131,11 @@ def load_shared_v4(address: Int32) -> ir.Value:
 def store_shared_f32(address: Int32, value: Float32) -> None:
     """Store one float32 to shared memory."""
     llvm.store(Float32(value).ir_value(), smem_pointer(address), alignment=4)
+
+
+def store_shared_i32(address: Int32, value: Int32, *, cluster: bool = False) -> None:
+    """Store one int32 to shared memory; cluster: an address of the cluster's."""
+    llvm.store(Int32(value).ir_value(), smem_pointer(address, cluster=cluster), alignment=4)
 
 
 def load_shared_f32(address: Int32) -> Float32:
@@ -156,6 +169,17 @@ def load_shared_i32(address: Int32) -> Int32:
 def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
     """Store a vector<4 x i32> at a 16-byte aligned global address."""
     llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
+
+
+def store_global_f32x4(pointer: cute.Pointer, values: Sequence[ir.Value]) -> None:
+    """Store four float32 at a 16-byte aligned global address."""
+    llvm.store(from_elements(values), pointer.to_llvm_ptr(), alignment=16)
+
+
+def load_global_f32x4(pointer: cute.Pointer) -> list[Float32]:
+    """Four float32 from a 16-byte aligned global address."""
+    value = llvm.load(vec(4), pointer.to_llvm_ptr(), alignment=16)
+    return [Float32(vector.extract(value, [], [i])) for i in range(4)]
 
 
 def fence_proxy_async_shared() -> None:

@@ -1,9 +1,10 @@
-"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`): its own, or taken from the queue by its load warp."""
+"""A CTA's entries of the work list (`fa4_backend.kernels.schedule.work_list`), which its load warp takes from the queue."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
@@ -34,14 +35,6 @@ class WorkTile(NamedTuple):
     seqlen: SeqlenInfo
 
 
-def tile_range(mBegin: cute.Tensor, cluster_size: int = 1) -> tuple[Int32, Int32]:
-    """Entries `begin .. end` of this CTA, or of its cluster. mBegin: (num_ctas + 1,) or (num_clusters + 1,) int32."""
-    cta_idx, _, _ = cute.arch.block_idx()
-    if cluster_size > 1:
-        cta_idx = cta_idx // cluster_size
-    return mBegin[cta_idx], mBegin[cta_idx + 1]
-
-
 @cute.jit
 def take_tile(mQueue: cute.Tensor) -> Int32:
     """Take the next entry; one warp of a CTA calls.
@@ -56,14 +49,24 @@ def take_tile(mQueue: cute.Tensor) -> Int32:
 
 
 @cute.jit
-def leave_queue(mQueue: cute.Tensor):
-    """After the last `take_tile` of a CTA, by the same warp: the CTA that leaves last readies the queue for the next launch."""
+def leave_queue(mQueue: cute.Tensor, cluster_size: cutlass.Constexpr[int] = 1):
+    """After the last `take_tile` of a CTA, by the same warp: the CTA that leaves last readies the queue for the next launch.
+
+    cluster_size: CTAs for which one takes.
+    """
     num_ctas, _, _ = cute.arch.grid_dim()
     if cute.arch.lane_idx() == 0:
         left = cute.arch.atomic_add(mQueue.iterator + QUEUE_LEFT, Int32(1), sem="acq_rel", scope="gpu")
-        if left + 1 == num_ctas:
+        if left + 1 == num_ctas // cluster_size:
             mQueue[0, QUEUE_NEXT] = Int32(0)
             mQueue[0, QUEUE_LEFT] = Int32(0)
+
+
+class PartTensors(NamedTuple):
+    """The split-KV workspace of the prefill list."""
+
+    mSlots: cute.Tensor | None  # (max_part_slots, part_floats) float32; None: the list has whole tiles only
+    mArrivals: cute.Tensor | None  # (max_part_slots, PART_COUNTERS) int32
 
 
 class TilePart(NamedTuple):

@@ -196,14 +196,20 @@ def part_bytes(row_bytes: int) -> int:
     raise AssertionError(f"row_bytes: expected a multiple of 32, got {row_bytes}")
 
 
-# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by head_dim; 32 for the others: more rows of wide
-# heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
+# Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by arch and head_dim; 32 for the others: more rows
+# of wide heads spill here. H100, us of 1 x 4K / 16 x 4K / 64 x 4K with one KV head (64 rows of d128: 8), L2 clean, here and there:
 #   d64     64 rows 19.2 / 21.0 / 39.9 and 24.3 / 26.2 / 39.6
 #   d96     48 rows 18.8 / 24.1 / 52.2 and 26.1 / 26.7 / 50.3; 64 rows 27.3 / 34.7 / 72.2 and 25.1 / 26.4 / 50.2
 #   d128    32 rows 16.9 / 24.4 / 57.2 and 28.9 / 29.6 / 58.5; 48 rows 23.6 / 29.9 / 62.5 and 27.1 / 28.6 / 59.0;
 #           64 rows 41.7 / 222 / 843 and 29.5 / 101 / 375
 #   192/128 48 rows 28.7 / 38.5 / 97.9 and 29.7 / 31.6 / 71.4
-MOST_ROWS_BESIDE_PARTS = {64: 64, 96: 48}
+# Blackwell, counted on the emulator for sm_100a (2026-11-28): issue slots of a scheduler for a tile of 64 keys, and bytes that spill,
+# beside the cycles in which an SM's share of the memory (7 of 8 TB/s, 1.85 GHz) brings the tile's K and V. 32 rows end before their
+# bytes have come, 48 do not; a prefill item of d128 takes 1,145 cycles for 64 keys (modelled) with any rows up to 256.
+#   d64     641 cycles:  32 rows 605;    48 rows 855;          64 rows 1,259, 16 bytes
+#   d96     961 cycles:  32 rows 627;    48 rows 1,089, 56;    64 rows 1,447, 192
+#   d128    1,282 cycles: 32 rows 917;   48 rows 1,455, 96;    64 rows 1,935, 312
+MOST_ROWS_BESIDE_PARTS: dict[str, dict[int, int]] = {"sm_90a": {64: 64, 96: 48}, "sm_100a": {}, "sm_103a": {}}
 
 
 def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts: bool) -> DecodeConfig | None:
@@ -217,7 +223,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
     """
     if problem.kv_source != PAGED or problem.exact:
         return None
-    most_rows = MOST_ROWS_BESIDE_PARTS.get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
+    most_rows = MOST_ROWS_BESIDE_PARTS[problem.target_arch].get(problem.head_dim, 32) if prefill_has_parts else MAX_ROWS
     if DTYPE_BYTES[problem.dtype] != 2 or problem.q_per_kv * limits.decode_query_len > most_rows:
         return None
     elements = 32 // DTYPE_BYTES[problem.kv_dtype]

@@ -10,6 +10,7 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_con
 from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
 from fa4_backend.problem import AttentionProblem
 
+VEC = 4  # float32 of a vector of a part's slot: 16 bytes
 PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
 S_STAGE = 2  # buffers of S: one for each of two query tiles, or two for a tile that is alone
 MOST_O_COLUMNS = 128  # of O that a CTA keeps in shared memory on its way out
@@ -99,13 +100,19 @@ class Sm100Config:
 
     @property
     def has_queue(self) -> bool:
-        """Entries are dealt out by the schedule."""
-        return False
+        """CTAs, or CTA pairs, take entries from a queue: items that see few and many keys then end together."""
+        return True
+
+    @property
+    def slot_tiles(self) -> int:
+        """Query tiles of a work item, of all its CTAs."""
+        return self.q_tiles * self.ctas_per_item
 
     @property
     def part_floats(self) -> int:
-        """This kernel takes whole tiles only."""
-        return 0
+        """float32 of a slot for a part of an item: rows of O, and a vector for each row's maximum and sum. 0: it takes no parts."""
+        rows = self.slot_tiles * self.kernel.tile.tile_m
+        return rows * (self.kernel.head_dim_v + VEC) if self.kernel.has_parts else 0
 
     @property
     def arch(self) -> str:
@@ -136,8 +143,12 @@ class Sm100Config:
 
 
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
-    """The compile key of `problem`'s kernel, alone or behind a decode kernel."""
+    """The compile key of `problem`'s kernel, alone or behind a decode kernel.
+
+    Items are cut along KV where balance asks for it, so not in batch-invariant mode.
+    """
     dims = problem.head_dim, problem.head_dim_v
     groups = FP8_CTA_GROUP if problem.has_kv_scales else CTA_GROUP
     tuning = replace(ROWS[problem.target_arch], cta_group=groups.get(dims, 1))
-    return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent), tuning)
+    has_parts = not problem.batch_invariant
+    return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent, has_parts=has_parts), tuning)

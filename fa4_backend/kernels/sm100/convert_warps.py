@@ -18,16 +18,16 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.config import PART_ELEMS
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.sm100.storage import FEED_STAGE, ROW_BYTES
 from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
-from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 
 CHUNK = 16  # bytes of a shared-memory access: elements of FP8
 PART_CHUNKS = PART_ELEMS // CHUNK  # of FP8 that make a row of a part of the ring
@@ -51,33 +51,39 @@ class ConvertWarps:
     correction: CorrectionWarps
 
     @cute.jit
-    def run(self, place: Place, work: WorkTensors):
-        """Walk the work list; owns both sides of the convert warps' edges of K and V, and the places in the correction's edges."""
+    def run(self, place: Place, work: WorkTensors, heads: HeadTensors):
+        """Walk the entries; owns both sides of the convert warps' edges of K and V, and the places in the correction's edges."""
         g = self.geometry
         is_lone = g.config.q_tiles == 1
-        begin, end = g.item_range(work)
         staged, ring = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
         out, item_phase = RingPosition(Int32(0), Int32(0)), Int32(0)
+        feed, before = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        has_tile, has_before = g.has_tile(place, feed), Boolean(False)
         # The last round has no tiles: it finishes the last item's rows.
-        for index in range(begin, end + 1, unroll=1):
+        while has_tile or has_before:
             seen = Seen(Int32(0), Int32(0), Int32(0), Int32(0))
-            if index < end:
-                item = g.read_item(work, index)
+            if has_tile:
+                item = g.read_item(place, work, feed)
                 seen = Seen(item.num_blocks, item.blocks.end, g.first_key(work, item), item.tile.seqlen.seqlen_k)
             # Of a lone query tile, V comes a round behind its K, as its products do.
             for i in range(cutlass.max(seen.num_blocks + int(is_lone), 2), unroll=1):
                 for is_v in cutlass.range_constexpr(2):
-                    if i == 1 and index > begin:
+                    if i == 1 and has_before:
                         if const_expr(not is_lone or is_v):
-                            out = self.correction.finish_tile(place, 0 if is_lone else is_v, item_phase, item_phase, out)
+                            out = self.correction.finish_tile(place, work, heads, before, 0 if is_lone else is_v, item_phase, out)
                     if const_expr(is_lone and is_v):
                         if (i > 0) & (i <= seen.num_blocks):
                             staged, ring = self.convert_tile(place, is_v, seen, i - 1, staged, ring)
                     else:
                         if i < seen.num_blocks:
                             staged, ring = self.convert_tile(place, is_v, seen, i, staged, ring)
-            if index > begin:
+            if has_before:
                 item_phase ^= 1
+                g.release_tile(place, before)
+            has_before, before = has_tile, feed
+            if has_tile:
+                feed = advance(feed, FEED_STAGE)
+                has_tile = g.has_tile(place, feed)
 
     @cute.jit
     def convert_tile(self, place: Place, is_v: cutlass.Constexpr[int], seen: Seen, i: Int32, staged: RingPosition, ring: RingPosition):

@@ -33,9 +33,13 @@ class CtaGroup:
 
     def leader_base(self, smem_base: Int32) -> Int32:
         """Address, for arrivals and copies, of the leader's shared memory."""
+        return self.base_of(smem_base, LEADER)
+
+    def base_of(self, smem_base: Int32, rank: int) -> Int32:
+        """Address, for arrivals and stores, of the shared memory of the group's CTA `rank`."""
         if self.ctas == 1:
             return smem_base
-        return Int32(ptx.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", [smem_base, Int32(LEADER)], ptx.i32(), "=r"))
+        return Int32(ptx.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", [smem_base, Int32(rank)], ptx.i32(), "=r"))
 
     def sync_all(self) -> None:
         """Every thread of the group."""
@@ -59,7 +63,7 @@ class CtaGroup:
         )
 
     def warp_arrive(self, barrier: Int32, lane_idx: Int32) -> None:
-        """One arrival of the warp at a barrier of the leader."""
+        """One arrival of the warp at a barrier of any CTA of the group."""
         if self.ctas == 1:
             ptx.warp_arrive(barrier, lane_idx)
             return

@@ -1,56 +1,58 @@
-"""Epilogue warp: finished tiles from shared memory to `out`, 16 bytes a lane, coalesced along the head; writes valid rows only."""
+"""Epilogue warp: finished tiles from shared memory to `out`, a row a bulk copy, which costs no registers and few issue slots; writes valid
+rows only."""
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.sm100.correction_warps import CHUNK_BYTES
-from fa4_backend.kernels.sm100.storage import o_pitch
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.sm100.storage import FEED_STAGE, o_pitch
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 
 @dataclass(frozen=True)
 class EpilogueWarp:
-    """One warp; a tile of 128 rows takes it as many stores as the rows have 512-byte pieces."""
+    """One warp."""
 
     geometry: Geometry
     o_stage: int
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, mO: cute.Tensor):
-        """Walk the work list; owns the consumer side of `o_correction_to_epilogue`."""
+        """Walk the entries; owns the consumer side of `o_correction_to_epilogue`."""
         g = self.geometry
-        begin, end = g.item_range(work)
-        stage, phase = Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
+        buffer, feed = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        has_tile = g.has_tile(place, feed)
+        while has_tile:
+            item = g.read_item(place, work, feed)
+            is_whole = Boolean(True)
+            if const_expr(g.config.kernel.has_parts):
+                is_whole = g.read_part(place, feed).slot < 0
             # A head of several parts is that of a lone query tile.
             for turn in range(g.config.q_tiles * g.config.o_parts, unroll=1):
                 q_idx, part = (turn, 0) if const_expr(g.config.o_parts == 1) else (0, turn)
-                ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", stage), phase)
-                source = place.smem_base + g.storage.o + stage * g.storage.sizes.o
-                self.store_part(place, mO, item, g.q_tile(place, item.tile, q_idx), part, source)
-                ptx.warp_arrive(g.empty(place, "o_correction_to_epilogue", stage), place.lane_idx)
-                stage += 1
-                if stage == self.o_stage:
-                    stage = Int32(0)
-                    phase ^= 1
+                ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", buffer.slot), buffer.phase)
+                if is_whole or ptx.load_shared_i32(place.smem_base + g.storage.part_flag) == 1:
+                    source = place.smem_base + g.storage.o + buffer.slot * g.storage.sizes.o
+                    self.store_part(place, mO, item, g.q_tile(place, item.tile, q_idx), part, source)
+                ptx.warp_arrive(g.empty(place, "o_correction_to_epilogue", buffer.slot), place.lane_idx)
+                buffer = advance(buffer, self.o_stage)
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
+            has_tile = g.has_tile(place, feed)
 
     @cute.jit
     def store_part(self, place: Place, mO: cute.Tensor, item: WorkItem, m_block: Int32, part: Int32 | int, source: Int32):
-        """Rows of query tile `m_block`, `o_columns` of each. mO: (total_q, num_q_heads, head_dim_v)."""
-        config, seqlen = self.geometry.config.kernel, item.tile.seqlen
-        chunks = self.geometry.config.o_columns * config.out_element_bytes // CHUNK_BYTES
-        elems = CHUNK_BYTES // config.out_element_bytes
+        """Rows of query tile `m_block`, `o_columns` of each, and wait until they were read. mO: (total_q, num_q_heads, head_dim_v)."""
+        config, seqlen, columns = self.geometry.config.kernel, item.tile.seqlen, self.geometry.config.o_columns
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
-        num_chunks = tokens * config.q_per_kv * chunks
-        for chunk in range(place.lane_idx, num_chunks, 32, unroll=2):
-            row, column = chunk // chunks, chunk % chunks
-            words = ptx.load_shared_v4(source + row * o_pitch(self.geometry.config) + column * CHUNK_BYTES)
+        for row in range(place.lane_idx, tokens * config.q_per_kv, 32, unroll=1):
             packed = self.geometry.pack.row(row, m_block, seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
-            index = Int64(seqlen.q_begin + packed.token) * mO.stride[0] + Int64(head) * mO.stride[1] + (part * chunks + column) * elems
-            ptx.store_global_v4(mO.iterator + index, words)
+            index = Int64(seqlen.q_begin + packed.token) * mO.stride[0] + Int64(head) * mO.stride[1] + part * columns
+            ptx.bulk_store(mO.iterator + index, source + row * o_pitch(self.geometry.config), columns * config.out_element_bytes)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)

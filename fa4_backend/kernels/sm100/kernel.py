@@ -1,6 +1,7 @@
 """Blackwell prefill kernel (sm_100a, sm_103a): FlashAttention-4 forward over K and V in pages or without, packed query heads.
 
-One persistent CTA an SM walks its part of the work list: 16 warps in six roles (`warp_roles`), tied by mbarriers (`common.edges`).
+One persistent CTA an SM takes items from the work list until none is left: 16 warps in six roles (`warp_roles`), tied by mbarriers
+(`common.edges`).
 The host function has the arguments of `fa4_backend.kernels.sm90.kernel`.
 """
 
@@ -16,6 +17,7 @@ from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+from fa4_backend.kernels.common.tile_scheduler import PartTensors
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
@@ -25,11 +27,11 @@ from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
-from fa4_backend.kernels.sm100.softmax_warps import HeadTensors, SoftmaxWarps
+from fa4_backend.kernels.sm100.softmax_warps import SoftmaxWarps
 from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES, WARPGROUP
-from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
+from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 from fa4_backend.problem import RAGGED
 
 O_STAGE = 1  # buffers of finished tiles; the shared memory that a second one would take holds a KV stage
@@ -51,10 +53,10 @@ class PrefillKernel:
         mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32
-        mQueue: cute.Tensor | None,  # (1, QUEUE_INTS) int32
-        mPartSlots: None,  # tiles are not cut along KV
-        mPartArrivals: None,
+        mBegin: cute.Tensor,  # (num_ctas + 1,) int32, or of pairs: as many; its numbers are not read
+        mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
+        mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32; None: items are not cut along KV
+        mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
         mSinks: cute.Tensor | None,  # (num_q_heads,)
@@ -82,7 +84,7 @@ class PrefillKernel:
             pages,
         )
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
-        work = WorkTensors(mTiles, mBegin, mCuSeqlensQ, values, bounds)
+        work = WorkTensors(mTiles, mQueue, mCuSeqlensQ, values, bounds, PartTensors(mPartSlots, mPartArrivals))
         heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
@@ -123,9 +125,9 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(tuning.correction_registers)
             correction = CorrectionWarps(g, O_STAGE)
             if const_expr(self.config.converts):
-                ConvertWarps(g, correction).run(place, work)
+                ConvertWarps(g, correction).run(place, work, heads)
             else:
-                correction.run(place, work)
+                correction.run(place, work, heads)
         else:
             cute.arch.setmaxregister_decrease(tuning.other_registers)
             if warp_idx == ROLES.mma:

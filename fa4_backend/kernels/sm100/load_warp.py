@@ -13,8 +13,10 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
+from fa4_backend.kernels.common.tile_scheduler import leave_queue
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
-from fa4_backend.kernels.sm100.cta_group import CtaGroup
+from fa4_backend.kernels.sm100.cta_group import LEADER, CtaGroup
+from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 
@@ -90,9 +92,9 @@ def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
     return [coords[dims.index(dim)] for dim in range(len(coords))]
 
 
-# Of an item's first block: (payload, index); further blocks have K and V alone. FP8 tiles come first, since they have yet to be converted,
-# which needs none of the buffers that the item before still has.
-ORDER = (("q", 0), ("kv", 0), ("q", 1), ("kv", 1))
+# Of an item's first block: (payload, index); further blocks have K and V alone. K needs no buffer that the item before has until its last
+# products, and FP8 tiles have yet to be converted besides, so they come before Q.
+ORDER = (("kv", 0), ("q", 0), ("q", 1), ("kv", 1))
 ORDER_FP8 = (("kv", 0), ("kv", 1), ("q", 0), ("q", 1))
 
 
@@ -114,13 +116,17 @@ class LoadWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, operands: Operands):
-        """Walk the work list; owns the producer sides of Q, of the KV tiles and of V tiles with an edge."""
+        """Take entries and tell all roles; owns the producer sides of the entries, of Q, of the KV tiles and of V tiles with an edge."""
         g = self.geometry
         k_share, v_share = self.shares(place)
-        begin, end = g.item_range(work)
         ring, q_phase, tail_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
+        feed = RingPosition(Int32(0), Int32(0))
+        self.tell(place, work, feed)
+        has_tile = g.has_tile(place, feed)
+        while has_tile:
+            item = g.read_item(place, work, feed)
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
             first_key = g.first_key(work, item) if const_expr(g.has_window_left) else None
             if const_expr(g.config.q_tiles == 1):
                 # As a lone tile's products take them: K of a block, then V of the block before it.
@@ -151,6 +157,16 @@ class LoadWarp:
                             share, box = (v_share, v_box) if which else (k_share, k_box)
                             ring, tail_phase = self.load_tile(place, work, operands, item, i, which, share, box, ring, tail_phase)
             q_phase ^= 1
+            self.tell(place, work, feed)
+            has_tile = g.has_tile(place, feed)
+        if const_expr(g.group.ctas == 1) or place.cta_rank == LEADER:
+            leave_queue(work.mQueue, g.group.ctas)
+
+    @cute.jit
+    def tell(self, place: Place, work: WorkTensors, feed: RingPosition):
+        """The next entry to every role; the leader's warp tells those of both CTAs."""
+        if const_expr(self.geometry.group.ctas == 1) or place.cta_rank == LEADER:
+            self.geometry.tell(place, work, feed)
 
     @cute.jit
     def load_tile(

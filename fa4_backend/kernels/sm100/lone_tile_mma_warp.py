@@ -15,6 +15,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.config import S_STAGE
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
+from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -26,14 +27,17 @@ class LoneTileMmaWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
-        """Walk the work list; owns the consumer sides of Q, KV and P, and the producer sides of S, of finished products and of O."""
+        """Walk the entries; owns the consumer sides of Q, KV and P, and the producer sides of S, of finished products and of O."""
         g = self.geometry
         issue = MmaWarp(g)
-        begin, end = g.item_range(work)
         ring, p = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
         next_s, item_phase = Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            num_blocks = g.read_item(work, index).num_blocks
+        feed = RingPosition(Int32(0), Int32(0))
+        has_tile = g.has_tile(place, feed)
+        while has_tile:
+            num_blocks = g.read_item(place, work, feed).num_blocks
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
             g.group.wait(g.full(place, "q_load_to_mma"), item_phase)
             # Round t: S of block t, then the product with V of the block before it.
             for t in range(num_blocks + 1, unroll=1):
@@ -60,3 +64,4 @@ class LoneTileMmaWarp:
                         g.group.commit(g.full(place, "o_mma_to_correction"))
                     ring, p = advance(ring, g.config.kv_stage), advance(p, S_STAGE)
             item_phase ^= 1
+            has_tile = g.has_tile(place, feed)

@@ -7,10 +7,12 @@ that overwrites S (and P over it) needs no wait for the PV that reads P.
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100 import umma
+from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 
@@ -22,61 +24,61 @@ class MmaWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
-        """Walk the work list; owns the consumer sides of Q, KV and P, and the producer sides of S and O."""
+        """Walk the entries; owns the consumer sides of Q, KV and P, and the producer sides of S and O.
+
+        One stream of blocks over all items: behind the last product with V of a query tile stands its first Q K^T of the next item, so
+        that the softmax of that block runs while the other tile's last product does, and O of the item before is read meanwhile.
+        """
         g, kv_stage = self.geometry, self.geometry.config.kv_stage
-        begin, end = g.item_range(work)
-        stage, phase = Int32(0), Int32(0)
-        q_phase, p_phase = Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
-            num_blocks = item.num_blocks
-            g.group.wait(g.full(place, g.kv_edge, stage), phase)
+        k, feed = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
+        item_phase, p_phase = Int32(0), Int32(0)
+        has_tile = g.has_tile(place, feed)
+        if has_tile:
+            g.group.wait(g.full(place, g.kv_edge, k.slot), k.phase)
             for q_idx in range(g.config.q_tiles, unroll=1):
-                g.group.wait(g.full(place, "q_load_to_mma", q_idx), q_phase)
-                self.issue_qk(place, q_idx, q_idx, stage)
-            g.group.commit(g.empty(place, g.kv_edge, stage))
+                g.group.wait(g.full(place, "q_load_to_mma", q_idx), item_phase)
+                self.issue_qk(place, q_idx, q_idx, k.slot)
+            g.group.commit(g.empty(place, g.kv_edge, k.slot))
+        while has_tile:
+            num_blocks = g.read_item(place, work, feed).num_blocks
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
+            if num_blocks == 1:
+                for q_idx in range(g.config.q_tiles, unroll=1):
+                    g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
             for i in range(num_blocks, unroll=1):
-                k_stage, k_phase = stage + 1, phase
-                if k_stage == kv_stage:
-                    k_stage, k_phase = Int32(0), phase ^ 1
-                v_stage, v_phase = k_stage, k_phase
-                k_stage = v_stage + 1
-                if k_stage == kv_stage:
-                    k_stage, k_phase = Int32(0), v_phase ^ 1
+                v = advance(k, kv_stage)
+                k = advance(v, kv_stage)
                 is_last = i == num_blocks - 1
-                if is_last:
-                    for q_idx in range(g.config.q_tiles, unroll=1):
-                        g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
-                g.group.wait(g.full(place, g.kv_edge, v_stage), v_phase)
+                g.group.wait(g.full(place, g.kv_edge, v.slot), v.phase)
                 for q_idx in range(g.config.q_tiles, unroll=1):
                     if i == 0:
-                        g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), q_phase ^ 1)
+                        g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), item_phase ^ 1)
                     g.group.wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
-                    self.issue_pv(place, q_idx, v_stage, is_rest=False, accumulate=i)
+                    self.issue_pv(place, q_idx, v.slot, is_rest=False, accumulate=i)
                     g.group.wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
                     ptx.tcgen05_fence_after_sync()
-                    self.issue_pv(place, q_idx, v_stage, is_rest=True, accumulate=Int32(1))
-                    if const_expr(g.config.converts):
-                        # The convert warps' ring is short: they need V's buffer while the next QK still runs.
-                        if q_idx == g.config.q_tiles - 1 and not is_last:
-                            g.group.commit(g.empty(place, g.kv_edge, v_stage))
+                    self.issue_pv(place, q_idx, v.slot, is_rest=True, accumulate=Int32(1))
+                    if q_idx == g.config.q_tiles - 1:
+                        # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
+                        g.group.commit(g.empty(place, g.kv_edge, v.slot))
                     if is_last:
-                        if q_idx == g.config.q_tiles - 1:
-                            # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.
-                            g.group.commit(g.empty(place, g.kv_edge, v_stage))
                         g.group.commit(g.full(place, "o_mma_to_correction", q_idx))
-                    else:
                         if q_idx == 0:
-                            g.group.wait(g.full(place, g.kv_edge, k_stage), k_phase)
-                        self.issue_qk(place, q_idx, q_idx, k_stage)
+                            has_tile = g.has_tile(place, feed)
+                    if not is_last or has_tile:
+                        if q_idx == 0:
+                            g.group.wait(g.full(place, g.kv_edge, k.slot), k.phase)
+                        if is_last:
+                            g.group.wait(g.full(place, "q_load_to_mma", q_idx), item_phase ^ 1)
+                        self.issue_qk(place, q_idx, q_idx, k.slot)
+                        if i == num_blocks - 2:
+                            g.group.commit(g.empty(place, "q_load_to_mma", q_idx))
+                if not is_last or has_tile:
+                    g.group.commit(g.empty(place, g.kv_edge, k.slot))
                 p_phase ^= 1
-                stage, phase = k_stage, k_phase
-                if not is_last:
-                    if const_expr(not g.config.converts):
-                        g.group.commit(g.empty(place, g.kv_edge, v_stage))
-                    g.group.commit(g.empty(place, g.kv_edge, k_stage))
-            q_phase ^= 1
+            item_phase ^= 1
 
     def issue_qk(self, place: Place, q_idx: Int32, buffer: Int32, stage: Int32) -> None:
         """S of query tile `q_idx` against the K tile in `stage` to `buffer`, then its commit."""

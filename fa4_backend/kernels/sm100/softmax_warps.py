@@ -15,23 +15,14 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.common.seqlen_info import MAX_INT32
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
-from fa4_backend.kernels.sm100.storage import STATS_BYTES, o_pitch
+from fa4_backend.kernels.sm100.storage import FEED_STAGE, STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
-from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
+from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkItem, WorkTensors
 
 LANE_SHIFT = 16  # lane field of a TMEM address
-
-
-class HeadTensors(NamedTuple):
-    """What a row's head brings to its softmax, and where its lse goes; presence is compile-time."""
-
-    mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
-    mSinks: cute.Tensor | None  # (num_q_heads,)
-    mSlopes: cute.Tensor | None  # (num_q_heads,) float32
-    mKScale: cute.Tensor | None  # (num_kv_heads,) float32
-    mVScale: cute.Tensor | None  # (num_kv_heads,) float32
-    mOutScale: cute.Tensor | None  # (1,) float32
 
 
 class Alibi(NamedTuple):
@@ -49,7 +40,7 @@ class SoftmaxWarps:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors, heads: HeadTensors):
-        """Walk the work list; owns the consumer side of S and the producer sides of P and of the rows' statistics."""
+        """Walk the entries; owns the consumer side of S and the producer sides of P and of the rows' statistics."""
         g, config = self.geometry, self.geometry.config.kernel
         q_idx = place.warp_idx // WARPGROUP
         warp = place.warp_idx % WARPGROUP
@@ -57,13 +48,14 @@ class SoftmaxWarps:
         lanes = warp * 32 << LANE_SHIFT
         stats = place.smem_base + g.storage.stats + row * o_pitch(g.config) + q_idx * STATS_BYTES
         values, scale_log2 = work.values, self.scale_log2(work.values)
-        begin, end = g.item_range(work)
         # A group's buffer of S: its tile's own, or of a lone tile both in turns.
         buffer, s_phase, pv_phase, stats_phase = q_idx, Int32(0), Int32(0), Int32(0)
         block = BlockWeights(g.config)
         s_tmem = g.tmem.s_at(place, buffer) + lanes
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
+        feed = RingPosition(Int32(0), Int32(0))
+        has_tile = g.has_tile(place, feed)
+        while has_tile:
+            item = g.read_item(place, work, feed)
             if const_expr(config.has_kv_scales):
                 values = self.values_of(work, heads, item)
                 scale_log2 = self.scale_log2(values)
@@ -103,10 +95,11 @@ class SoftmaxWarps:
                 else:
                     s_phase ^= 1
             # Read and worked out again instead of kept through the loop, whose registers are all taken.
-            item = g.read_item(work, ptx.keep_here(index))
+            here = feed._replace(slot=ptx.keep_here(feed.slot))
+            item = g.read_item(place, work, here)
             packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), item.tile.seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
-            sink = self.sink_of(heads, head, packed.is_valid)
+            sink = sink_of(config, heads, head, packed.is_valid)
             result = finalize_row(row_max, row_sum, sink)
             warp_edge = q_idx * WARPGROUP + warp
             ptx.mbarrier_wait(g.empty(place, "stats_softmax_to_correction", warp_edge), stats_phase ^ 1)
@@ -114,12 +107,22 @@ class SoftmaxWarps:
             factor = result_factor(heads.mVScale, heads.mOutScale, item.tile.kv_head_idx)
             if const_expr(factor is not None):
                 o_scale = o_scale * factor
+            writes_lse = packed.is_valid
+            if const_expr(config.has_parts):
+                # Of a part the row's numbers go to the correction warps, which close the row when they have all parts.
+                is_part = g.read_part(place, here).slot >= 0
+                o_scale = cutlass.select_(is_part, row_max, o_scale)
+                writes_lse = writes_lse & (is_part == False)  # noqa: E712
+                ptx.store_shared_f32(stats + 4, row_sum)
             ptx.store_shared_f32(stats, o_scale)
             ptx.warp_arrive(g.full(place, "stats_softmax_to_correction", warp_edge), place.lane_idx)
             stats_phase ^= 1
             if const_expr(config.has_lse):
-                if packed.is_valid:
+                if writes_lse:
                     heads.mLse[head, item.tile.seqlen.q_begin + packed.token] = result.lse
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
+            has_tile = g.has_tile(place, feed)
 
     def scale_log2(self, values: MaskValues) -> Float32:
         """What a score, capped where there is a cap, is multiplied by to be an exponent of 2."""
@@ -144,17 +147,12 @@ class SoftmaxWarps:
         """Columns that a row sees, worked out where it stands; idle rows are treated as their token would be."""
         g, seqlen = self.geometry, item.tile.seqlen
         packed = g.pack.row(ptx.keep_here(row), g.q_tile(place, item.tile, q_idx), seqlen)
-        return g.block_info.mask.columns(packed.token, seqlen, work.values)
-
-    @cute.jit
-    def sink_of(self, heads: HeadTensors, head: Int32, is_valid: Boolean):
-        """The row's sink logit; None without sinks."""
-        sink = None
-        if const_expr(self.geometry.config.kernel.mask.has_sinks):
-            sink = Float32(0.0)
-            if is_valid:
-                sink = Float32(heads.mSinks[head])
-        return sink
+        seen = g.block_info.mask.columns(packed.token, seqlen, work.values)
+        if const_expr(g.config.kernel.has_parts):
+            # See `Geometry.read_item`.
+            tile_n = const_expr(g.config.kernel.tile.tile_n)
+            seen = seen._replace(end=cutlass.min(seen.end, cutlass.min(item.tile.n_block_end, MAX_INT32 // tile_n) * tile_n))
+        return seen
 
     def load_scores(
         self,
@@ -211,6 +209,17 @@ class SoftmaxWarps:
             scaled = ptx.from_pairs([ptx.mul2(ptx.pair(o, j), factors) for j in range(0, CHUNK, 2)])
             ptx.tmem_store(o_tmem + base, ptx.as_words(scaled))
         ptx.tmem_wait_store()
+
+
+@cute.jit
+def sink_of(config: cutlass.Constexpr, heads: HeadTensors, head: Int32, is_valid: Boolean):
+    """A row's sink logit; None without sinks."""
+    sink = None
+    if const_expr(config.mask.has_sinks):
+        sink = Float32(0.0)
+        if is_valid:
+            sink = Float32(heads.mSinks[head])
+    return sink
 
 
 def interval_bits(begin: Int32, end: Int32) -> Int32:

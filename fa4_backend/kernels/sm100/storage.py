@@ -12,15 +12,19 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
+from fa4_backend.kernels.schedule.work_list import TILE_INTS
 from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
 
 ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
-STATS_BYTES = 4  # one float32 a row
+STATS_BYTES = 8  # two float32 a row
 # Padding of a row of O: rows then start four banks apart, so that eight threads with a row each store 16 bytes without conflict.
-# It is not part of the tile, and holds the row's statistics, one float32 for each query tile.
+# It is not part of the tile, and holds the row's statistics, two float32 for each query tile.
 O_PAD_BYTES = 16
 TMEM_POINTER_BYTES = 8
+FLAG_BYTES = 8  # one int32: whether the correction has all of an item's parts
+FEED_STAGE = 4  # entries of the work list that roles may be apart
+FEED_BYTES = 4 * TILE_INTS
 
 
 def o_pitch(config: Sm100Config) -> int:
@@ -85,6 +89,8 @@ class Storage:
     o: int
     stats: int  # of row 0, query tile 0; rows are o_pitch apart, query tiles STATS_BYTES
     tmem_pointer: int
+    part_flag: int
+    feed: int  # the ring of entries of the work list, as the load warp has taken them
     num_bytes: int
 
     @staticmethod
@@ -108,8 +114,13 @@ class Storage:
         assert resolved.q_tiles * STATS_BYTES <= O_PAD_BYTES, f"{resolved.q_tiles=}"
         stats = o + o_pitch(resolved) - O_PAD_BYTES
         tmem_pointer = o + o_stage * sizes.o
-        barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), tmem_pointer + TMEM_POINTER_BYTES)
+        part_flag = tmem_pointer + TMEM_POINTER_BYTES
+        feed = part_flag + FLAG_BYTES
+        assert feed % 16 == 0 and FEED_BYTES % 16 == 0, f"{feed=}"
+        barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), feed + FEED_STAGE * FEED_BYTES)
         limit = ARCHS[config.arch].smem_bytes
         if barriers.end_bytes > limit:
             raise ValueError(f"shared memory of {config.name}: expected at most {limit} bytes, got {barriers.end_bytes}")
-        return Storage(sizes, barriers, 0, kv, kv_stride, loaded, loaded_stride, o, stats, tmem_pointer, barriers.end_bytes)
+        return Storage(
+            sizes, barriers, 0, kv, kv_stride, loaded, loaded_stride, o, stats, tmem_pointer, part_flag, feed, barriers.end_bytes
+        )  # fmt: skip

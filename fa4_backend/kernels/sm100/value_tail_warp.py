@@ -13,7 +13,8 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.sm100.storage import ROW_BYTES
+from fa4_backend.kernels.common.ring import RingPosition, advance
+from fa4_backend.kernels.sm100.storage import FEED_STAGE, ROW_BYTES
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 STORE_BYTES = 16
@@ -28,13 +29,16 @@ class ValueTailWarp:
 
     @cute.jit
     def run(self, place: Place, work: WorkTensors):
-        """Walk the work list; owns the consumer side of `v_tail_load_to_value_tail`, and hands each tile on in `kv_load_to_mma`."""
+        """Walk the entries; owns the consumer side of `v_tail_load_to_value_tail`, and hands each tile on in `kv_load_to_mma`."""
         g = self.geometry
         kv_stage = g.config.kv_stage
-        begin, end = g.item_range(work)
         stage, tail_phase = Int32(0), Int32(0)
-        for index in range(begin, end, unroll=1):
-            item = g.read_item(work, index)
+        feed = RingPosition(Int32(0), Int32(0))
+        has_tile = g.has_tile(place, feed)
+        while has_tile:
+            item = g.read_item(place, work, feed)
+            g.release_tile(place, feed)
+            feed = advance(feed, FEED_STAGE)
             has_edge, last = g.has_v_tail(item), item.num_blocks - 1
             if const_expr(g.has_window_left):
                 has_edge = has_edge | (last == 0) & g.has_v_head(work, item)
@@ -46,6 +50,7 @@ class ValueTailWarp:
                     self.clean(place, work, item, last, (stage + self.place_of_v(item, last)) % kv_stage, tail_phase)
                     tail_phase ^= 1
             stage = (stage + 2 * item.num_blocks) % kv_stage
+            has_tile = g.has_tile(place, feed)
 
     def place_of_v(self, item: WorkItem, i: Int32 | int) -> Int32 | int:
         """Where V of the item's block `i` comes among the item's tiles: behind its K; of a lone query tile behind the next block's K."""

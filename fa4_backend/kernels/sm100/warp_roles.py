@@ -3,6 +3,7 @@
     load --q---> mma --s--> softmax 0, 1 --p, p_rest--> mma
     load --kv--> mma        softmax 0, 1 --stats--> correction
     load --v_tail--> value_tail --kv--> mma --o--> correction --o--> epilogue
+    load --tile--> all roles, load too
 
 With K and V in FP8 the correction warps convert them as well, and there is no value tail:
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
-from fa4_backend.kernels.sm100.storage import TileBytes
+from fa4_backend.kernels.sm100.storage import FEED_STAGE, TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
 
@@ -64,6 +65,16 @@ def kv_edges(sizes: TileBytes, config: Sm100Config) -> tuple[PipelineEdge, ...]:
     )
 
 
+def feed_edge(config: Sm100Config) -> PipelineEdge:
+    """How every role hears of the next entry of the work list. In a pair the leader's load warp tells both CTAs, and hears from both."""
+    ctas = config.tuning.cta_group
+    roles = {"softmax": WARPGROUP * config.q_tiles, "correction": WARPGROUP, "load": 1, "epilogue": 1}
+    if not config.converts:
+        roles["value_tail"] = 1
+    consumers = tuple(Party(role, Signal.WARPS, warps, ctas) for role, warps in roles.items())
+    return PipelineEdge("tile_load_to_roles", FEED_STAGE, (Party("load", Signal.WARPS, 1),), (*consumers, Party("mma", Signal.WARPS, 1)))
+
+
 def pipeline_edges(sizes: TileBytes, config: Sm100Config, o_stage: int) -> tuple[PipelineEdge, ...]:
     """Every pipeline of the kernel; `docs/sm100.md` draws them. All CTAs that share products signal to the mma warp."""
     ctas = config.tuning.cta_group
@@ -75,6 +86,7 @@ def pipeline_edges(sizes: TileBytes, config: Sm100Config, o_stage: int) -> tuple
     mma = Party("mma", Signal.COMMIT)
     load_all = Party("load", Signal.TMA, ctas=ctas)
     return (
+        feed_edge(config),
         PipelineEdge("q_load_to_mma", config.q_tiles, (load_all,), (mma,), sizes.q_tx_bytes),
         *kv_edges(sizes, config),
         # S is overwritten by the next QK, which the mma warp issues behind the PV that read P, and P is written after S was read.

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
-from fa4_backend.kernels.sm90.tile_parts import PartTensors
+from fa4_backend.kernels.common.tile_scheduler import PartTensors
 
 
 class Step(NamedTuple):

@@ -13,27 +13,19 @@ after them.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.common.tile_scheduler import TilePart
+from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
 VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O and the next tile's weights
-
-
-class PartTensors(NamedTuple):
-    """The split-KV workspace of the prefill list."""
-
-    mSlots: cute.Tensor | None  # (max_part_slots, part_floats) float32; None: the list has whole tiles only
-    mArrivals: cute.Tensor | None  # (max_part_slots, PART_COUNTERS) int32
 
 
 @dataclass(frozen=True)
