@@ -87,6 +87,13 @@ LATENT_SUPPORT: dict[str, KernelSupport] = {
         ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
         modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
     ),
+    **dict.fromkeys(
+        ("sm_100a", "sm_103a"),
+        KernelSupport(
+            ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
+            modes=frozenset(MODES) - {"exact"}, kv_sources=(LATENT,),
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""`fa4 bench prefill`, `decode`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
+"""`fa4 bench prefill`, `decode`, `mla`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +75,30 @@ def decode(
 
 
 @bench.command()
+def mla(
+    batches: Sets = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    list_only: Annotated[bool, typer.Option("--list", help="print the batches and time none; needs no GPU")] = False,
+) -> None:
+    """Decode of multi-head latent attention: microseconds, GB/s of latents, share of the roofline, ratio to FA3 and FlashMLA."""
+    from fa4_backend.bench.mla_batches import sets
+
+    chosen = _chosen("--batches", sets(), batches)
+    if list_only:
+        for name, batches_of in chosen.items():
+            print(f"{name}:", *(f"  {batch.label}" for batch in batches_of), sep="\n")
+        return
+    from fa4_backend.bench import mla as module
+
+    _require_gpu()
+    every = [batch for batches_of in chosen.values() for batch in batches_of]
+    _report(module, module.run(every, peers=_listed(peers)), csv_path, plot, json_output)
+
+
+@bench.command()
 def shapes(
     kinds: Annotated[str, typer.Option(help="comma-separated kinds of cells; empty: all")] = "",
     peers: Peers = None,
@@ -81,19 +106,34 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
+    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
+    only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
+    ] = None,
 ) -> None:
     """Shapes where kernels have cliffs: microseconds, share of the roofline, ratio to the best peer; in turns, L2 clean."""
     from fa4_backend.bench.shape_cells import kinds as all_kinds
+    from fa4_backend.bench.shape_cells import matching
 
-    chosen = _chosen("--kinds", all_kinds(), kinds)
+    try:
+        chosen = matching(_chosen("--kinds", all_kinds(), kinds), only)
+    except (ValueError, re.error) as error:
+        typer.echo(f"fa4 bench: --only: {error}", err=True)
+        raise typer.Exit(2) from None
     if list_only:
         for name, kind in chosen.items():
             print(f"{name}: {kind.what}", *(f"  {batch.title}" for batch in kind.batches), sep="\n")
         return
     from fa4_backend.bench import shapes as module
 
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
-    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+    every = _report(module, module.run(chosen, peers=_listed(peers), seconds=seconds), csv_path, plot, json_output)
+    if not json_output:
+        print(module.summary(every))
 
 
 @bench.command()
@@ -164,8 +204,8 @@ def _listed(peers: str | None) -> list[str] | None:
     return None if peers is None else [peer for peer in peers.split(",") if peer]
 
 
-def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
-    """Run one benchmark, print each batch as it comes, and write what was asked for."""
+def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> list[Any]:
+    """Run one benchmark, print each batch as it comes, and write what was asked for; all timings."""
     from fa4_backend.bench.figures import write_csv
 
     every = []
@@ -176,6 +216,7 @@ def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, pl
     if json_output:
         print(json.dumps([asdict(t) for t in every], indent=1))
     if csv_path is not None:
-        write_csv(csv_path, every)
+        write_csv(csv_path, every, getattr(module, "FAMILIES", None))
     if plot is not None:
         module.write_plot(plot, every)
+    return every

@@ -71,9 +71,10 @@ RUNS: dict[str, Run] = {
     "FA4, FP8, scale off": Run(NAME, {**GRAPHS, **FP8}, is_off=True),
 }
 PLAIN = ["fa3", "triton", "FA4", "FA4, scale off"]
+WAYS = ["FA4, eager", "FA4, drafts", "FA4, pages of 16"]
 RUNS_OF = {
-    "llama": [*PLAIN, "FA4, eager", "FA4, drafts", "FA4, pages of 16"],
-    "wide_llama": [*PLAIN, "fa3, FP8", "triton, FP8", "FA4, FP8", "FA4, FP8, scale off"],
+    "llama": [*PLAIN, *WAYS],
+    "wide_llama": [*PLAIN, *WAYS, "fa3, FP8", "triton, FP8", "FA4, FP8", "FA4, FP8, scale off"],
     "gemma2": PLAIN,
 }
 WRITE = {"llama": write_llama, "wide_llama": write_wide_llama, "gemma2": write_gemma2}

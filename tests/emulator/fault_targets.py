@@ -139,6 +139,24 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
     )
 
 
+def own_latent_decode() -> Target:
+    """This package's latent decode kernel of Blackwell: rows split between pairs, drafts, a tail within a box, references that move."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from tests.support.emulated_mla import MlaCase, run_mla
+
+    case = MlaCase(
+        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+    )  # fmt: skip
+    library = ensure_object(case.kernels(4).decode)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_mla(case, num_sms=4, seed=seed)
+        return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
+
+    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run)
+
+
 def own_schedule() -> Target:
     """The kernel that makes the work lists: decode rows of unequal length, more than it has threads, and prefill rows, on few CTAs."""
     emulator.install()
@@ -227,6 +245,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     # Queries so large that a row's maximum moves: O is rescaled.
     "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
     "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
+    "sm100_mla": own_latent_decode,
     "schedule": own_schedule,
     "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
     "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),

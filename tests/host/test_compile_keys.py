@@ -15,11 +15,14 @@ from fa4_backend.compile_cache import object_entry
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.families import KernelSet
+from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
+from fa4_backend.kernels.mla_decode.sm100.config import MlaSm100Config
 from fa4_backend.kernels.schedule.config import ScheduleConfig
 from fa4_backend.kernels.sm90 import tuning as sm90_tuning
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm100 import tuning as sm100_tuning
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.problem import LATENT
 
 LIMITS = BatchLimits(max_num_seqs=8, max_num_tokens=64, max_seqlen_k=4096)
 
@@ -31,10 +34,17 @@ def kernels_of(arch: str, *, head_dim: int = 128, **facts: Any) -> KernelSet:
     return plan.kernels
 
 
+def latent_kernels_of(arch: str) -> KernelSet:
+    plan = plan_attention(AttentionProblem(16, 1, 576, 512, "bfloat16", 64, arch, kv_source=LATENT), BatchLimits(1, 8, 64, 8))
+    assert plan.kernels is not None
+    return plan.kernels
+
+
 def configs() -> dict[str, Any]:
     """A key of each class that is compiled."""
     hopper, blackwell = kernels_of("sm_90a"), kernels_of("sm_100a")
-    return {"schedule": hopper.schedule, "decode": hopper.decode, "sm90 prefill": hopper.prefill, "sm100 prefill": blackwell.prefill}
+    keys = {"schedule": hopper.schedule, "decode": hopper.decode, "sm90 prefill": hopper.prefill, "sm100 prefill": blackwell.prefill}
+    return keys | {f"{arch} latent decode": latent_kernels_of(arch).decode for arch in ("sm_90a", "sm_100a")}
 
 
 # Another value that the config's own checks allow, where adding one does not do: path of the field -> value.
@@ -108,7 +118,9 @@ def test_a_key_has_no_state_beside_its_fields(kind: str) -> None:
 
 
 def test_every_class_of_key_is_walked() -> None:
-    assert {type(config) for config in configs().values()} == {ScheduleConfig, DecodeConfig, Sm90Config, Sm100Config}
+    assert {type(config) for config in configs().values()} == {
+        ScheduleConfig, DecodeConfig, Sm90Config, Sm100Config, MlaDecodeConfig, MlaSm100Config,
+    }  # fmt: skip
 
 
 def test_features_of_a_problem_reach_its_keys() -> None:

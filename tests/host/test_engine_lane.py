@@ -11,7 +11,7 @@ import pytest
 
 from tests.device import engine_lane, serve_long
 from tests.device.engine_lane import Engine, faults, run_process, slow_parts
-from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, run_lane, suite_of
+from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, lone_references, run_lane, suite_of
 from tests.device.serve_tokens import compare, judge
 from tests.engines.random_load import RandomLoad
 from tests.engines.tiny_models import write_llama
@@ -66,9 +66,10 @@ def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
 
 
 def test_engines_are_cut_into_lanes_with_the_reference_first(tmp_path: Path) -> None:
-    group = Group(write_llama, (*(Engine(name, name) for name in PEERS), Engine("FA4", "FA4"), Engine("apart", "FA4", is_alone=True)))
+    engines = [Engine(name, "FA4") for name in ("FA4", "more", "still more")]
+    group = Group(write_llama, (*(Engine(name, name) for name in PEERS), *engines, Engine("apart", "FA4", is_alone=True)))
     found = [json.loads(path.read_text())["engines"] for _, path in lanes({"g": group}, tmp_path, per_lane=2)]
-    assert [[engine["name"] for engine in engines] for engines in found] == [[*PEERS], ["FA4"], ["apart"]]
+    assert [[engine["name"] for engine in engines] for engines in found] == [[*PEERS], ["FA4", "more"], ["still more"], ["apart"]]
 
 
 def test_a_lane_that_ends_early_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +109,15 @@ def test_distances_are_judged_within_a_group() -> None:
     assert wrong.startswith("sinks: FA4: expected at most 1.5 times the distance of TRITON_ATTN")
     (wrong,) = judge(runs_of({**right, "FA4, scale 5% off": 0.14}), suite)
     assert wrong.startswith("sinks: FA4, scale 5% off: expected above")
+
+
+def test_a_reference_that_is_apart_from_both_others_is_named() -> None:
+    """Here TRITON_ATTN and FA4 are 0.01 apart, and 0.3 from FLASH_ATTN; then FA4 is the one that is apart."""
+    (prefill, decode) = lone_references(runs_of({"TRITON_ATTN": 0.3, "FA4": 0.31}))
+    assert prefill.startswith("sinks: FLASH_ATTN is apart in prefill_logprob_rms: 0.3 from TRITON_ATTN, FA4 0.01")
+    assert "decode_logprob_rms" in decode
+    assert lone_references(runs_of({"TRITON_ATTN": 0.01, "FA4": 0.31})) == []
+    assert lone_references({**runs_of({"TRITON_ATTN": 0.3, "FA4": 0.31}), "sinks: FA4": {"failed": "a log"}}) == []
 
 
 def test_every_group_starts_with_its_reference_and_has_a_control() -> None:

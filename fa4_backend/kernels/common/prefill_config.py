@@ -11,6 +11,7 @@ from math import gcd
 from fa4_backend.arch import ARCHS
 from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, SHORT_NAMES, AttentionProblem, MaskFeatures
 
+ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 
@@ -45,6 +46,8 @@ class PrefillConfig:
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
     kv_source: str = PAGED  # where K and V lie: PAGED or RAGGED
+    share_parts: int = 0  # parts of a tile from which on all CTAs that made them add them up; 0: always the one that comes last
+    arrival_looks: int = ARRIVAL_LOOKS
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"

@@ -166,6 +166,11 @@ def load_shared_i32(address: Int32) -> Int32:
     return Int32(llvm.load(T.i32(), smem_pointer(address), alignment=4))
 
 
+def store_matrices(address: Int32, words: Sequence[Int32]) -> None:
+    """Store four 8 x 8 matrices of 16 bits, a row of 16 bytes at each lane's address (PTX ISA, "stmatrix"). The whole warp calls."""
+    inline_asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", [address, *words])
+
+
 def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
     """Store a vector<4 x i32> at a 16-byte aligned global address."""
     llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
@@ -202,6 +207,16 @@ def tmem_load(address: Int32, columns: int) -> ir.Value:
 def tmem_store(address: Int32, words: ir.Value) -> None:
     """Start storing a vector<n x i32> to this thread's TMEM lane; complete after `tmem_wait_store`."""
     nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
+
+
+def tmem_load_rows(address: Int32, columns: int) -> ir.Value:
+    """Start loading 16 lanes x `columns` (shape 16x256b) as a warp's accumulator fragment (`wgmma_fragment`): vector<columns / 2 x i32>."""
+    return nvvm.tcgen05_ld(ir.VectorType.get([columns // 2], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address))
+
+
+def tmem_store_rows(address: Int32, words: ir.Value) -> None:
+    """Start storing what `tmem_load_rows` loads; complete after `tmem_wait_store`."""
+    nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address), words)
 
 
 def tmem_wait_load(words: Sequence[ir.Value]) -> list[ir.Value]:
@@ -396,6 +411,12 @@ def select_zero(condition: Boolean, v: ir.Value) -> ir.Value:
 def keep_here(value: Int32) -> Int32:
     """The same value, which LLVM takes for a new one: keeps what is computed from it inside a branch that is seldom taken."""
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
+
+
+def zero_after(value: Int32) -> Int32:
+    """0, for which ptxas has to wait for `value`: all 32 lanes are active, which it cannot know."""
+    text = "{ .reg .b32 lanes; activemask.b32 lanes; not.b32 lanes, lanes; and.b32 $0, $1, lanes; }"
+    return Int32(inline_asm(text, [value], T.i32(), "=r"))
 
 
 def keep_in_loop(value: Int32) -> Int32:

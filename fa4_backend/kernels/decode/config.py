@@ -22,6 +22,14 @@ RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of others as many bytes
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
+# Vectors of its slots that each thread of a CTA would have to add up alone, from which on all CTAs that made a row group's slots do so.
+# One vector takes 0.05 us, waiting for the others and reading a share some 2.
+SHARE_VECTORS = 64
+# Looks at the counter of a row group's slots, some 0.5 us each, before a CTA leaves its share to the one that comes last: which then takes
+# long, a unit after the other.
+ARRIVAL_LOOKS = 512
+# Where row groups are equally long: KV tiles that a part has at least, and the square of a row group's parts over its tiles at most.
+MIN_PART_TILES, PARTS_RATIO = 2, 16
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
@@ -42,6 +50,8 @@ class DecodeConfig:
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+    share_vectors: int = SHARE_VECTORS
+    arrival_looks: int = ARRIVAL_LOOKS
 
     def __post_init__(self) -> None:
         assert self.rows <= MAX_ROWS, f"{self.query_len=} {self.q_per_kv=}"

@@ -16,20 +16,20 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
-from cutlass._mlir.dialects import vector
 
-from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
 from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import update_max
+from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.common.warp_mma import mma, pack_pair, quad_max
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState, scale_of
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
+from fa4_backend.kernels.decode.shares import Shares
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.warp_mma import mma
 from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
@@ -44,6 +44,7 @@ class ConsumerWarps:
     scores: ScoreTransform
     operands: Operands
     merge: Merge
+    shares: Shares
 
     @cute.jit
     def run(
@@ -124,11 +125,18 @@ class ConsumerWarps:
             self.merge.arrive(num_pending, shared, results)
             ring = RingPosition(Int32(0), Int32(0))
             for pending in cutlass.range(num_pending, unroll=1):
-                if shared.sFlag[pending] == 1:
-                    if pending > 0:
-                        self.merge.join()
+                share = shared.sShare[pending]
+                if share != NOTHING:
                     entry = entry_of(lambda field: shared.sPending[pending, field], step.bounds)  # noqa: B023
-                    ring = self.merge.combine(entry, ring, totals, shared, results)
+                    is_shared = Boolean(False)
+                    if const_expr(not c.has_pieces):
+                        is_shared = self.merge.is_shared(entry.num_pieces)
+                        if is_shared:
+                            self.shares.add_up(entry, share, results)
+                    if not is_shared:
+                        if pending > 0:
+                            self.merge.join()
+                        ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit
     def _attend(
@@ -195,16 +203,3 @@ class ConsumerWarps:
         if k_scale is not None:
             scale = scale * k_scale
         return (scale, scale) if factors is None else (scale * factors[0], scale * factors[1])
-
-
-def quad_max(value: Float32) -> Float32:
-    """Largest value of the four lanes that hold a row."""
-    for offset in (1, 2):
-        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
-    return value
-
-
-def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
-    """Two weights rounded to the element type, in one word."""
-    values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
-    return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))

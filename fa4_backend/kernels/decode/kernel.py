@@ -23,6 +23,7 @@ from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.operands import PlainOperands
 from fa4_backend.kernels.decode.operands_fp8 import Fp8Operands
 from fa4_backend.kernels.decode.scores import ScoreTransform
+from fa4_backend.kernels.decode.shares import Shares
 from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
@@ -41,7 +42,8 @@ class DecodeKernel:
         visible = VisibleTiles(self.scores.mask)
         operands = Fp8Operands(config) if config.has_kv_scales else PlainOperands(config)
         self.load_warp = LoadWarp(self.storage, visible)
-        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, Merge(config, operands))
+        merge = Merge(config, operands)
+        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, merge, Shares(merge))
 
     @cute.jit
     def __call__(

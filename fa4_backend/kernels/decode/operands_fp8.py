@@ -29,9 +29,10 @@ from cutlass import Boolean, Float32, Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16, scaled_to_float16
+from fa4_backend.kernels.common.warp_mma import load_matrices, permute_bytes
 from fa4_backend.kernels.decode.config import MMA_ROWS, DecodeConfig
 from fa4_backend.kernels.decode.operands import WeightRange
-from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, permute_bytes
+from fa4_backend.kernels.decode.warp_mma import BoxLayout
 
 # Nibbles of a prmt's selector, of each of two keys: nibbles 0 and 2 take the first one's elements, 1 and 3 the second one's, or zeros.
 KEPT, DROPPED = (0x0100, 0x3020), (0x0404, 0x4040)

@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.cta_group import LEADER
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
@@ -22,7 +23,6 @@ from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp

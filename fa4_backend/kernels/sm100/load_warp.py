@@ -10,12 +10,12 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.cta_group import LEADER, CtaGroup
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.common.tile_scheduler import leave_queue
 from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
-from fa4_backend.kernels.sm100.cta_group import LEADER, CtaGroup
 from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 

@@ -10,8 +10,8 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import umma
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100 import umma
 from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 

@@ -1,4 +1,4 @@
-"""Issue of tcgen05.mma: descriptors and one block of instructions a product. Kind f16, M = 128 rows a CTA, float32 accumulators.
+"""Issue of tcgen05.mma: descriptors and one block of instructions a product. Kind f16, float32 accumulators.
 
 PTX ISA: "tcgen05.mma", "Shared memory descriptor", "Instruction descriptor", "Canonical layouts".
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from cutlass import Int32
 
 from fa4_backend.kernels.common.ptx_ops import inline_asm
-from fa4_backend.kernels.sm100.storage import ROW_BYTES
 
+ROW_BYTES = 128  # a row of a part: 64 elements, swizzled in 16-byte units by the row's low three bits
 MMA_M, MMA_K = 128, 16  # rows of a CTA, and 16-bit elements of the reduction, of one instruction
 EIGHT_ROWS = 8 * ROW_BYTES
 SWIZZLE_128B = 2 << 29  # layout type, bits 61-63 of the descriptor
@@ -32,10 +32,10 @@ def descriptor_low(smem_address: Int32, leading_bytes: int = 16) -> Int32:
     return ((smem_address >> 4) & 0x3FFF) | ((leading_bytes >> 4) << 16)
 
 
-def instruction_descriptor(dtype: str, n: int, *, b_mn_major: bool, ctas: int) -> int:
-    """Instruction descriptor of D (128 ctas x n, float32) = A (128 ctas x 16) B (n x 16)^T."""
+def instruction_descriptor(dtype: str, n: int, *, b_mn_major: bool, ctas: int, rows: int = MMA_M) -> int:
+    """Instruction descriptor of D (rows ctas x n, float32) = A (rows ctas x 16) B (n x 16)^T."""
     code = FORMAT_CODE[dtype]
-    return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((MMA_M * ctas >> 4) << 24)
+    return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((rows * ctas >> 4) << 24)
 
 
 def k_major_steps(head_dim: int, part_bytes: int) -> list[int]:
@@ -67,10 +67,26 @@ def _issue(
     inline_asm("{ " + " ".join(lines) + " }", operands)
 
 
-def mma_ss(ctas: int, d_tmem: Int32, a_low: Int32, b_low: Int32, a_steps: Sequence[int], b_steps: Sequence[int], idesc: int) -> None:
-    """D = A B^T with both operands K-major in shared memory; steps: offsets of the reduction steps."""
+def mma_ss(
+    ctas: int,
+    d_tmem: Int32,
+    a_low: Int32,
+    b_low: Int32,
+    a_steps: Sequence[int],
+    b_steps: Sequence[int],
+    idesc: int,
+    accumulate: Int32 | int = 0,
+) -> None:
+    """D (+)= A B^T with both operands in shared memory; steps: offsets of the reduction steps.
+
+    Args:
+        accumulate: 0: the first step overwrites D. A constant takes no register.
+    """
     setup = [f"add.u32 low, $1, {step}; mov.b64 a, {{low, high}};" for step in a_steps]
-    _issue(ctas, "a", setup, b_steps, idesc, [d_tmem, a_low, b_low], "0")
+    if isinstance(accumulate, int):
+        _issue(ctas, "a", setup, b_steps, idesc, [d_tmem, a_low, b_low], str(accumulate))
+    else:
+        _issue(ctas, "a", setup, b_steps, idesc, [d_tmem, a_low, b_low, accumulate], "$3")
 
 
 def mma_ts(ctas: int, d_tmem: Int32, a_tmem: Int32, b_low: Int32, k_steps: range, idesc: int, accumulate: Int32) -> None:
