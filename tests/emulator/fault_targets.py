@@ -252,7 +252,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-# Of these every fault is planted, of their relatives a sample: all together take a quarter of an hour of two cores.
+# Of these every fault is planted, of their relatives a sample: time is what limits.
 WHOLE = ("sm100_prefill", "sm100_pair", "sm90_prefill", "sm90_decode", "schedule")
 SAMPLE = 2
 
