@@ -53,7 +53,7 @@ def decodes(arch: str) -> Iterator[tuple[str, Step]]:
 def tiles_of(step: Step) -> tuple[PrefillList, int]:
     """The work list for 148 SMs, and CTAs of an item."""
     plan, metadata = model_case.scheduled(step, CHIPS["B200"])
-    assert plan.kernels is not None
+    assert plan.kernels is not None and plan.kernels.prefill.has_queue
     return model_case.prefill_list(step, plan, metadata), plan.kernels.prefill.ctas_per_item
 
 
@@ -69,8 +69,8 @@ def prefill_row(chip_name: str, name: str, step: Step, folder: Path) -> dict[str
     times = []
     for timing in (TIMINGS[step.arch], *extremes(TIMINGS[step.arch])):
         costs = kernel_model.tile_costs(record, timing)
-        cycles = kernel_model.dealt_cycles(costs, tiles.lists)
-        tensor = sum(map(sum, tiles.lists)) * costs.tensor / (chip.num_sms // ctas)
+        cycles = kernel_model.queued_cycles(costs, tiles.lists[0], chip.num_sms // ctas)
+        tensor = sum(tiles.lists[0]) * costs.tensor / (chip.num_sms // ctas)
         times.append((costs, kernel_model.kernel_time(chip, cycles, tensor, step.num_bytes)))
     (costs, time), (_, fast), (_, slow) = times
 

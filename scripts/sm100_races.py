@@ -17,7 +17,7 @@ import torch
 
 from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.problem import FP8
-from tests.support.emulated_prefill import run_prefill
+from tests.support.emulated_prefill import Cuts, run_prefill
 from tests.support.paged_case import PagedCase
 
 # Two items on one CTA, more K and V tiles than the ring holds, tails in both: every barrier goes through several phases.
@@ -78,16 +78,33 @@ FP8_PAIRED = {
 }
 
 
-def run_case(case: PagedCase, seeds: int, cta_group: int = 1) -> dict[str, object]:
+# Items cut along KV, on several CTAs or pairs: slots, counters and whoever comes last.
+CUT = {
+    "parts": replace(BASE, query_lens=(70, 17, 3), kv_lens=(700, 300, 20), page_size=64),
+    "parts, all score features": replace(
+        BASE, query_lens=(70, 17), kv_lens=(500, 300), sinks=True, alibi=True, softcap=20.0, window_left=350
+    ),
+}
+CUT_PAIRED = {
+    "parts, CTA pairs, d256": replace(BASE, query_lens=(140, 17), kv_lens=(500, 300), head_dim=256),
+    "parts, FP8 K and V, CTA pairs": replace(BASE, kv_dtype=FP8, query_lens=(70, 17), kv_lens=(500, 300)),
+}
+CUTS = Cuts((3, 2, 2))
+
+
+def run_case(case: PagedCase, seeds: int, cta_group: int = 1, cuts: Cuts | None = None) -> dict[str, object]:
     """One case under all seeds."""
     started = time.process_time()
     key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
-    first = run_prefill(case, num_ctas=1, key=key)
+    if cuts is not None:
+        cuts = replace(cuts, parts=cuts.parts[: len(case.query_lens)])
+    num_ctas = 1 if cuts is None else 3
+    first = run_prefill(case, num_ctas=num_ctas, key=key, cuts=cuts)
     first.check()
     rows = first.built.total_q
     races = different = instructions = 0
     for seed in range(seeds):
-        done = run_prefill(case, num_ctas=1, seed=seed, key=key)
+        done = run_prefill(case, num_ctas=num_ctas, seed=seed, key=key, cuts=cuts)
         races += len(done.report.races)
         instructions += done.report.instructions
         done.built.check(done.out, done.lse, padding_is_zero=done.zeroes_padding)
@@ -106,8 +123,9 @@ def main() -> int:
     """Print the results as JSON; exit 1 when a run had a race or other bits."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     results = {}
-    for name, case in (CASES | PAIRED | FP8_CASES | FP8_PAIRED).items():
-        results[name] = run_case(case, seeds, cta_group=2 if name in PAIRED | FP8_PAIRED else 1)
+    for name, case in (CASES | PAIRED | FP8_CASES | FP8_PAIRED | CUT | CUT_PAIRED).items():
+        cuts = CUTS if name in CUT | CUT_PAIRED else None
+        results[name] = run_case(case, seeds, cta_group=2 if name in PAIRED | FP8_PAIRED | CUT_PAIRED else 1, cuts=cuts)
         print(name, results[name], file=sys.stderr, flush=True)
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), **results}, sys.stdout, indent=1)
     print()

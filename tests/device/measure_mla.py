@@ -27,11 +27,10 @@ SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PARTS_RATIOS = (1, 4, 8, 16, 32, 64)
 # (heads, queries, batch, keys) of FP8 latents
 STORED = ((16, 1, 64, 16384), (16, 1, 64, 4096), (128, 1, 64, 4096), (128, 4, 64, 4096), (16, 1, 8, 4096), (16, 1, 1, 4096))
-WIDE = (("narrow_rows", 0),)
-KINDS: dict[str, dict[str, Any]] = {
-    "16 bits": {}, "e4m3": {"kv_dtype": FP8}, "e4m3, f16 q": {"kv_dtype": FP8, "dtype": "float16"},
-    "e4m3, wgmma": {"kv_dtype": FP8, "tuning": WIDE}, "e4m3, L2 ahead": {"kv_dtype": FP8, "tuning": (("prefetch_blocks", 2),)},
-}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {"16 bits": {}, "e4m3": {"kv_dtype": FP8}, "e4m3, f16 q": {"kv_dtype": FP8, "dtype": "float16"}}
+# Fields of the key, of at most `NARROW_ROWS` packed rows and of more.
+NARROW_KINDS = {"e4m3, wgmma": (("narrow_rows", 0),)}
+WIDE_KINDS = {f"e4m3, {blocks} ahead": (("prefetch_blocks", blocks),) for blocks in (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,10 @@ def stored() -> Iterator[Row]:
 
 
 def kinds(heads: int, queries: int) -> dict[str, Shape]:
-    """Kernels to compare; those of wgmma alone are no kind of their own where there is nothing else."""
-    shapes = {name: Shape(heads, queries, **kind) for name, kind in KINDS.items()}
-    return shapes if heads * queries <= NARROW_ROWS else {name: shape for name, shape in shapes.items() if shape.tuning != WIDE}
+    """Kernels to compare."""
+    tuned = NARROW_KINDS if heads * queries <= NARROW_ROWS else WIDE_KINDS
+    every = KINDS | {name: {"kv_dtype": FP8, "tuning": tuning} for name, tuning in tuned.items()}
+    return {name: Shape(heads, queries, **kind) for name, kind in every.items()}
 
 
 def timed(name: str, steps: dict[str, Step]) -> Row:

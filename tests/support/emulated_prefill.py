@@ -26,6 +26,7 @@ class Cuts:
 
     parts: tuple[int, ...]  # of each tile of every sequence
     window_left: int | None = -1  # that the lists are made for; -1: the case's
+    is_reversed: bool = False  # the list's last entry is taken first, so that the first part of a tile comes last
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         window_right=right,
         parts=None if cuts is None else cuts.parts,
     )
+    tiles = lists.prefill_tiles[:: -1 if cuts is not None and cuts.is_reversed else 1]
     slots = int((lists.prefill_tiles[:, PARTIAL_SLOT] >= 0).sum()) if key.part_floats else 0
     return WorkLists(
         shape,
-        prefill_tiles=torch.from_numpy(lists.prefill_tiles.copy()),
+        prefill_tiles=torch.from_numpy(tiles.copy()),
         prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
         prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, 0]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),

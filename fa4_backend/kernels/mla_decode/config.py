@@ -6,7 +6,7 @@ Lengths, strides, scales and the page table are arguments of each launch. Pages 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import box_rows_of
 from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
@@ -42,6 +42,8 @@ NARROW_WARPS = CONSUMER_THREADS // 32
 # Why clusters are slower was not looked into; in each block their CTAs wait for each other's buffers.
 MAX_CLUSTER = 1
 PREFETCH_BLOCKS = 0
+# The same where latents are converted in shared memory: a tile's numbers come to the tile's own place, so nothing else runs beside them.
+CONVERTED_PREFETCH_BLOCKS = 2
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 # KV blocks that a part of a row group has at least, and the square of its parts over its blocks at most: parts of 1 block up to 16 blocks,
 # of 2 at 64, of 4 at 256. Whoever adds up parts does so with all CTAs that made them; still many parts cost more. H100, one row, us with
@@ -183,7 +185,7 @@ class MlaDecodeConfig:
 def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
     """The compile key of a latent problem."""
     assert (problem.head_dim, problem.head_dim_v) == (LATENT_DIM + ROPE_DIM, LATENT_DIM), problem
-    return MlaDecodeConfig(
+    config = MlaDecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
         kv_dtype=problem.kv_dtype,
@@ -194,6 +196,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
         has_lse=problem.has_lse,
         has_pieces=problem.batch_invariant,
     )
+    return replace(config, prefetch_blocks=CONVERTED_PREFETCH_BLOCKS) if config.is_converted else config
 
 
 def tile_slot_floats(config: MlaDecodeConfig) -> int:
