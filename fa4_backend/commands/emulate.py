@@ -223,7 +223,8 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
     from fa4_backend.ops import paged_attention, ragged_attention
 
     a = arguments
-    reports: list[tuple[str, Report]] = []
+    reports: list[Report] = []
+    kernel_names: dict[str, str] = {}
 
     def run(seed: int | None, trace: Trace | None, contraction: str) -> None:
         a.out.fill_(torch.nan)
@@ -248,6 +249,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
                 else:
                     paged_attention(*a[:3], a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata, **values)
         reports.extend(seen.reports)
+        kernel_names.update(seen.names)
 
     run(None, timeline, "never")
     first, differing = a.out.clone(), 0
@@ -260,7 +262,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
     for name in ("max_err", "lse_err"):
         result[name] = max(result[name], fused[name], key=lambda error: (error != error, error))  # NaN is the worst
     result["ok"] = result["ok"] and fused["ok"]
-    result = {"case": plan.describe(), **result, **collect(reports), "schedules": 1 + seeds, "differing": differing}
+    result = {"case": plan.describe(), **result, **collect(reports, kernel_names), "schedules": 1 + seeds, "differing": differing}
     result["faults"] = [fault for fault in result["faults"] if not fault.startswith(DISCARDED_PRODUCT)]
     result["ok"] = result["ok"] and not result["races"] and not result["faults"] and not differing
     return result
@@ -329,32 +331,33 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     for seed in (None, *range(seeds)):
         with emulator.session(arch=arch, num_sms=num_sms, seed=seed, trace=timeline if seed is None else None) as session:
             function(session)
-        reports.append((name, session.report))
-    result = {"case": name, **collect(reports), "schedules": 1 + seeds}
+        reports.append(session.report)
+    alone = {symbol: name for report in reports for symbol in report.kernels if len(report.kernels) == 1}
+    result = {"case": name, **collect(reports, alone), "schedules": 1 + seeds}
     return result | {"ok": not result["races"] and not result["faults"]}
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------
 
 
-def collect(reports: list[tuple[str, Report]]) -> dict[str, Any]:
-    """Races, counts and times of all launches; kernels are counted over the first schedule that ran them."""
+def collect(reports: list[Report], names: dict[str, str]) -> dict[str, Any]:
+    """Races, counts and times of all schedules; kernels are counted over the first that ran them. `names`: by their names in the PTX."""
     kernels: dict[str, dict[str, Any]] = {}
-    for name, report in reports:
+    for report in reports:
         for symbol, counts in report.kernels.items():
-            key = symbol if len(report.kernels) > 1 else name
+            key = names.get(symbol, symbol)
             if key not in kernels:
                 units: dict[str, int] = {}
-                for opcode, number in report.opcodes().items():
+                for opcode, number in report.opcodes(symbol).items():
                     unit = next((u for start, u in UNITS if opcode.startswith(start)), "ALU, control")
                     units[unit] = units.get(unit, 0) + number
                 kernels[key] = {"ctas": counts.ctas, "instructions": int(counts.executed.sum()), "units": units}
     return {
-        "races": [race for _, report in reports for race in report.races],
-        "faults": sorted({fault for _, report in reports for fault in report.faults}),
-        "notes": sorted({note for _, report in reports for note in report.notes}),
-        "instructions": sum(report.instructions for _, report in reports),
-        "seconds": round(sum(report.seconds for _, report in reports), 3),
+        "races": [race for report in reports for race in report.races],
+        "faults": sorted({fault for report in reports for fault in report.faults}),
+        "notes": sorted({note for report in reports for note in report.notes}),
+        "instructions": sum(report.instructions for report in reports),
+        "seconds": round(sum(report.seconds for report in reports), 3),
         "kernels": kernels,
     }
 

@@ -190,8 +190,8 @@ class RecordedRaces(Races):
         if phase and not (steps and steps[-1].kind == "wait" and steps[-1].edges == [(number, phase - 1)]):
             self.step(warp, "wait").edges.append((number, phase - 1))
 
-    def issue_mma(self, warp: Warp) -> Access:
-        access = super().issue_mma(warp)
+    def issue_mma(self, warp: Warp, pipeline: object = None) -> Access:
+        access = super().issue_mma(warp, pipeline)
         self.open[id(access)] = self.step(warp, "mma")
         self.kept.append(access)
         return access

@@ -56,7 +56,7 @@ def test_a_cta_that_arrives_last_for_two_rows() -> None:
 
 def test_many_parts_are_added_up_by_all_or_by_the_last() -> None:
     """CTAs that wait for each other and add up a share each, and CTAs that leave at once, so that the last one has all to do."""
-    long = case((2,), (1400,), decode_query_len=2, num_q_heads=4, num_kv_heads=1, sinks=True, arch="emulated-sm_90a")
+    long = case((1,), (1400,), num_q_heads=4, num_kv_heads=1, sinks=True, arch="emulated-sm_90a")
     outs = []
     for looks, seed in ((4000, None), (4000, 1), (1, None), (1, 2)):
         run = run_decode(long, num_ctas=4, seed=seed, share_vectors=1, arrival_looks=looks)
