@@ -69,6 +69,22 @@ def test_every_value_is_read_as_it_is_stored() -> None:
         assert torch.equal(done.out[:2, 0], want.expand(2, 128)), f"{first=}"
 
 
+def test_a_long_tail_is_kept() -> None:
+    """One key has V = 0 and 2^12 times the weight of each of the 511 others, whose V is 1: relative to it without a lift, they were 0."""
+    built = replace(BASE, query_lens=(20,), kv_lens=(512,), num_q_heads=1, num_kv_heads=1, is_causal=False).build()
+    a = built.arguments
+    pages = a.page_table[0].long()
+    a.q.fill_(0.0)
+    a.q[:20, 0, 0] = 1.0
+    a.k_cache[pages] = torch.zeros(()).to(a.k_cache.dtype)
+    a.v_cache[pages] = torch.ones(()).to(a.v_cache.dtype)
+    a.k_cache[pages[-1], 15, 0, 0] = 128.0
+    a.v_cache[pages[-1], 15, 0] = 0.0
+    a.q_scale.fill_(1.0), a.v_scale.fill_(1.0), a.k_scale.fill_(12 * math.log(2.0) / (128.0 * a.softmax_scale))
+    out, want = run_built(built).out[:20].float(), 511 / (511 + 2.0**12)
+    assert ((out / want - 1.0).abs() <= 2.0**-4 + 2.0**-8).all(), f"{out[0, 0, 0]=} {want=}"
+
+
 @pytest.mark.parametrize("step", [0.8, 1.75, 3.0, 9.0])
 def test_no_weight_is_cut(step: float) -> None:
     """Scores grow by `step` log2 units from block to block as the kernel takes them, all V are the same: a weight that were cut at 448
