@@ -13,7 +13,7 @@ help:
 	@echo "make test        set-up, lint, types and every test that needs no GPU and no patience"
 	@echo "make test-sglang SGLang's own attention tests and a whole engine on our backend, in an environment of their own"
 	@echo "make test-slow   the tests that take minutes"
-	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (a quarter of an hour)"
+	@echo "make test-emulator-full  programs, kernels and planted faults on the emulator (long)"
 	@echo "make wheel       a wheel with compiled kernels (WHEEL=\"--arch sm_90a --shape 32/8,128\")"
 	@echo "make lint types  ruff; mypy"
 	@echo "make setup       only the environment; PYTHON=python3.12 chooses the interpreter"
@@ -50,17 +50,13 @@ test-slow: setup
 	$(PY) scripts/setup_sglang.py
 	.venv-sglang/bin/python -m pytest -q -m "slow and not gpu" tests/engine_sglang
 
-# The emulator's whole proof: about a quarter of an hour on two cores. Other people's kernels need flash-attn-4.
+# The emulator's whole proof. Other people's kernels need flash-attn-4.
 test-emulator-full: setup
 	$(PY) -m pytest -q -m "not gpu" tests/emulator tests/emulated
-	$(PY) -m tests.emulator.fault_injection --kernel sm100_prefill --clean-seeds 200 --out build/faults_sm100_prefill.json
-	$(PY) -m tests.emulator.fault_injection --kernel sm100_pair --clean-seeds 200 --out build/faults_sm100_pair.json
-	$(PY) -m tests.emulator.fault_injection --kernel sm90_prefill --clean-seeds 200 --out build/faults_sm90_prefill.json
-	$(PY) -m tests.emulator.fault_injection --kernel sm90_decode --clean-seeds 200 --out build/faults_sm90_decode.json
+	$(PY) -m tests.emulator.fault_injection --kernel all --jobs $(shell nproc) --clean-seeds 200 --out build
 	@if $(PY) -c "import flash_attn.cute" 2>/dev/null; then \
 		$(PY) -m tests.device.upstream_sm90 compile --folder build/upstream_objects && \
-		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --clean-seeds 200 \
-			--out build/faults_upstream_causal.json; \
+		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --clean-seeds 200 --out build; \
 	else echo "flash-attn-4 is not installed: its kernel is left out"; fi
 
 wheel: setup

@@ -24,6 +24,7 @@ class CallTensors(NamedTuple):
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     out_scale: torch.Tensor | None = None
+    q_scale: torch.Tensor | None = None
 
 
 class RaggedTensors(NamedTuple):
@@ -41,6 +42,7 @@ class RaggedTensors(NamedTuple):
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     out_scale: torch.Tensor | None = None
+    q_scale: torch.Tensor | None = None
 
 
 class LatentTensors(NamedTuple):
@@ -78,6 +80,7 @@ class AttentionArguments(NamedTuple):
     v_scale: torch.Tensor | None = None  # the same of V
     out_scale: torch.Tensor | None = None  # (1,) float32: the result is out times it; None unless out is FP8
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,) int32, where sequences begin in k and v without pages; None with pages
+    q_scale: torch.Tensor | None = None  # (num_kv_heads,) float32, any stride: a query is q times it; None unless q is FP8
 
 
 class LatentArguments(NamedTuple):

@@ -15,6 +15,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_STRICT": ("0", "1: a compile after an engine's start is an error instead of a warning; the one degradation that there is"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
+    "FA4_BACKEND_FP8_QUERY": ("0", "1: beside K and V in FP8, vLLM quantises queries too (faster, less exact; Blackwell's kernels)"),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
     "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),
     "FA4_BACKEND_SGLANG_OVERRIDE_FA4": ("0", "1: SGLang's own name fa4 means this backend too, for models whose lists of backends hold it"),
@@ -56,6 +57,11 @@ def strict() -> bool:
 def exact() -> bool:
     """Whether batch invariance shall hold between decode and prefill too."""
     return _read("FA4_BACKEND_EXACT") == "1"
+
+
+def fp8_query() -> bool:
+    """Whether an engine that can shall hand over queries in FP8, where K and V are."""
+    return _read("FA4_BACKEND_FP8_QUERY") == "1"
 
 
 def sglang_override_fa4() -> bool:

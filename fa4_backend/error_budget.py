@@ -3,6 +3,8 @@
     max|out - oracle| <= 2 max|torch in the same dtype - oracle| + eps(dtype) max|oracle| + float32 arithmetic (float32 only)
     max|lse - oracle| <= 2e-5 max(1, max|oracle|)
 
+and of kernels that round the softmax's weights to e4m3, for out, the error of that rounding on top: `e4m3_spread`.
+
 With 16-bit dtypes the errors are those of rounding P and O to 16 bits. The yardstick rounds the same values at the same places, whatever
 the machine, and twice its error is a bound. With float32 there is no such rounding: what remains is the order of the sums, which is
 each library's and each instruction set's own, so that one library's error says nothing of another's. See `float32_spread`.
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from fa4_backend.arguments import AttentionArguments, LatentArguments
+from fa4_backend.kernels.sm100.tuning import E4M3_LIFT
 from fa4_backend.reference import as_paged, attention_oracle, latent_oracle, logits, sequences, softmax_weights
 
 ROUNDING = 2.0**-24 / math.sqrt(3)  # float32: standard deviation of one operation's relative error, uniform within 2^-24
@@ -35,9 +38,16 @@ class Judge(NamedTuple):
     lse_budget: float  # where the oracle is finite
 
 
-def judge(arguments: AttentionArguments, *, is_causal: bool) -> Judge:
-    """Oracle and budgets of one call; the dtype is that of `arguments.q`."""
-    return _judge(arguments, partial(attention_oracle, arguments, is_causal=is_causal), is_causal=is_causal)
+def judge(arguments: AttentionArguments, *, is_causal: bool, e4m3_weights: bool = False) -> Judge:
+    """Oracle, on dequantised values, and budgets of one call. The dtype is that of q, or of out where q is FP8.
+
+    Args:
+        e4m3_weights: a kernel serves rows that rounds the softmax's weights to e4m3, see `e4m3_spread`.
+    """
+    judged = _judge(arguments, partial(attention_oracle, arguments, is_causal=is_causal), is_causal=is_causal)
+    if e4m3_weights and judged.out.numel():
+        judged = judged._replace(out_budget=judged.out_budget + e4m3_spread(arguments, is_causal=is_causal))
+    return judged
 
 
 def judge_latent(arguments: LatentArguments) -> Judge:
@@ -46,7 +56,7 @@ def judge_latent(arguments: LatentArguments) -> Judge:
 
 
 def _judge(a: AttentionArguments, oracle: Callable[..., tuple[torch.Tensor, torch.Tensor]], *, is_causal: bool) -> Judge:
-    dtype, rows = a.q.dtype, slice(0, int(a.cu_seqlens_q[-1]))
+    dtype, rows = model_dtype(a), slice(0, int(a.cu_seqlens_q[-1]))
     accumulate = torch.float64 if dtype == torch.float32 else torch.float32  # what judges float32 has to be better than float32
     out, lse = oracle(dtype=accumulate, accumulate=accumulate)
     yardstick, _ = oracle(dtype=dtype)
@@ -58,6 +68,11 @@ def _judge(a: AttentionArguments, oracle: Callable[..., tuple[torch.Tensor, torc
         budget += LARGEST_DEVIATION * ROUNDING * float32_spread(a, is_causal=is_causal)
     largest_lse = lse[~lse.isneginf()].abs().max().item() if not lse.isneginf().all() else 0.0
     return Judge(out, lse, budget, LSE_RELATIVE * max(1.0, largest_lse))
+
+
+def model_dtype(a: AttentionArguments) -> torch.dtype:
+    """The dtype of a call's model: of q, of out where q is FP8, bfloat16 where both are."""
+    return next((x.dtype for x in (a.q, a.out) if x.dtype.itemsize > 1), torch.bfloat16)
 
 
 def rounding_budget(yardstick: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -104,3 +119,25 @@ def float32_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
         variance = (from_logits + from_sums).masked_fill(num_keys == 0, 0.0)
         largest = max(largest, variance.max().item())
     return math.sqrt(largest)
+
+
+def e4m3_spread(arguments: AttentionArguments, *, is_causal: bool) -> float:
+    """How far rounding the weights to e4m3 moves an element of `out`; the largest over all elements.
+
+    With P the weights, whose sum with a sink's share is 1, O[c] moves by sum(error[j] V[j, c]). A weight is rounded to 4 bits: by at most
+    2^-4 of itself, or half of the smallest number, 2^-10, in units in which the row's largest weight is at least 2^E4M3_LIFT
+    (`kernels.sm100.tuning`; when earlier weights were rounded, the unit was no larger). Taken as independent and uniform, these errors
+    have a variance of a third of the bound's square, and O[c] moves by `LARGEST_DEVIATION` standard deviations at most; nor can it move
+    by more than the sum of all bounds, which is less for rows of few keys.
+    """
+    a, largest = arguments, 0.0
+    for sequence in sequences(a, is_causal=is_causal):
+        if not sequence.k.shape[0]:
+            continue
+        scores, _ = logits(a, sequence, is_causal, torch.float32, torch.float32)
+        p = softmax_weights(scores, a.sinks)
+        bound = torch.maximum(2.0**-4 * p, 2.0**-10 * 2.0**-E4M3_LIFT * p.amax(-1, keepdim=True)).masked_fill(scores.isneginf(), 0.0)
+        v = sequence.v.float().repeat_interleave(sequence.q.shape[1] // sequence.v.shape[1], dim=1).transpose(0, 1)
+        likely = LARGEST_DEVIATION * (bound.square() @ v.square() / 3).sqrt()
+        largest = max(largest, torch.minimum(likely, bound @ v.abs()).max().item())
+    return largest

@@ -1,6 +1,7 @@
 """What a result on file was made by: the sources of the kernels, the device and the day. An edit of a kernel ages the results that used it.
 
-A family's fingerprint covers its own folder and what all kernels share, so that an edit of `kernels/sm100` leaves Hopper's results alone.
+A family's fingerprint covers its own folder, the one that it lies in and what all kernels share, so that an edit of `kernels/sm100` leaves
+Hopper's results alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fa4_backend.kernels.families import PREFILL
 
 PACKAGE = Path(__file__).parent
 KERNELS = PACKAGE / "kernels"
-FAMILIES = ("schedule", "decode", "mla_decode", "sm90", "sm100")  # folders of `kernels`
+FAMILIES = ("schedule", "decode", "mla_decode", "mla_decode/sm100", "sm90", "sm100")  # folders of `kernels`
 # Change no instruction that a GPU runs: the CPU's kernel, and what is noted of a compiled one.
 NOT_ON_A_GPU = ("kernels/torch_reference.py", "kernel_facts.py")
 UNKNOWN = "unknown"  # in place of fingerprints: made before results had any
@@ -31,7 +32,8 @@ def families_of(arch: str) -> tuple[str, str, str]:
 
 def sources(family: str) -> list[Path]:
     """The files whose edit ages a family's results."""
-    others = tuple(KERNELS / other for other in FAMILIES if other != family)
+    own = KERNELS / family
+    others = tuple(folder for other in FAMILIES if (folder := KERNELS / other) != own and folder not in own.parents)
     return [
         path
         for path in fingerprinted_files()

@@ -42,7 +42,7 @@ def layer_groups(
         kv_dtype: of K and V, "auto" for that of q; default: FP8 where the checkpoint declares it, else "auto".
         tp: GPUs that share the heads (tensor parallelism); the problems are those of one GPU.
         text_only: a multimodal model will be given no images.
-        modes: what no config says, such as `batch_invariant`; fields of `AttentionProblem`.
+        modes: what no config says, such as `batch_invariant` or `q_dtype`; fields of `AttentionProblem`.
 
     Raises:
         ModelConfigError: the config cannot be read; see `read_layers`.

@@ -33,6 +33,7 @@ def paged_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -46,7 +47,7 @@ def paged_attention(
     past the plan's limit or the page table is cut to it.
 
     Args:
-        q: (total_q, num_q_heads, head_dim), last stride 1; may be longer than `cu_seqlens_q[-1]`.
+        q: (total_q, num_q_heads, head_dim) in the plan's `q_dtype`, last stride 1; may be longer than `cu_seqlens_q[-1]`.
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), any page, row and head strides, last stride 1.
         v_cache: (num_pages, page_size, num_kv_heads, head_dim_v), likewise; may share an allocation with `k_cache`.
         page_table: (batch, max_pages_per_seq) int32, physical page of each logical page; any number where no row sees a key of the page.
@@ -62,6 +63,7 @@ def paged_attention(
         alibi_slopes: (num_q_heads,) float32; `-slope * |distance to the diagonal key|` is added to the scaled logits.
         k_scale, v_scale: float32 on the device, of shape (num_kv_heads,), or () or (1,) for all heads, any stride: K and V are what is
             stored times this. Only with FP8 K and V; default: 1. Read by the kernels, so that a captured graph follows its value.
+        q_scale: likewise, float32 on the device: a query is what is given times this, that of its KV head. Only with q in FP8.
         out_scale: () or (1,) float32 on the device, above 0, likewise: `out` is the result divided by this, cut to +-448, as e4m3. Given
             exactly when the plan's `out_dtype` is FP8.
         out: (total_q, num_q_heads, head_dim_v) in the plan's `out_dtype`, written in place; default: a new tensor. Shares no element with
@@ -77,7 +79,7 @@ def paged_attention(
             row sees a page that the page table puts outside the pool (kernels on a GPU cannot say so).
     """
     tensors = CallTensors(
-        q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale
+        q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale, q_scale
     )
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
@@ -92,7 +94,7 @@ def paged_attention(
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
-        None if out_scale is None else out_scale.view(1),
+        None if out_scale is None else out_scale.view(1), q_scale=_query_scales(metadata, q_scale),
     )  # fmt: skip
     _run(metadata, arguments)
     return out, lse
@@ -116,6 +118,7 @@ def ragged_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -132,7 +135,7 @@ def ragged_attention(
         cu_seqlens_k: (batch + 1,) int32, exclusive prefix sum of KV tokens, non-decreasing; that of the metadata's last refresh.
         plan: from `plan_attention`, of a problem with `kv_source="ragged"`.
         metadata: `AttentionMetadata.allocate(plan, device)`, refreshed with `cu_seqlens_q` and `cu_seqlens_k`.
-        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes, k_scale, v_scale, out_scale, out, lse: as in
+        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes, k_scale, v_scale, q_scale, out_scale, out, lse: as in
             `paged_attention`.
 
     Returns:
@@ -141,7 +144,7 @@ def ragged_attention(
     Raises:
         ValueError: a tensor or value does not fit the plan, or a tensor wants a gradient; nothing was launched.
     """
-    tensors = RaggedTensors(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale)
+    tensors = RaggedTensors(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, sinks, alibi_slopes, k_scale, v_scale, out_scale, q_scale)
     check_tensors(plan, metadata, tensors)
     if torch.is_grad_enabled():
         check_no_backward(tensors)
@@ -162,7 +165,7 @@ def ragged_attention(
     _run(metadata, AttentionArguments(
         q, k, v, None, cu_seqlens_q, metadata.kv_lens[:num_seqs], out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
-        None if out_scale is None else out_scale.view(1), cu_seqlens_k,
+        None if out_scale is None else out_scale.view(1), cu_seqlens_k, _query_scales(metadata, q_scale),
     ))  # fmt: skip
     return out, lse
 
@@ -184,6 +187,11 @@ def _head_scales(metadata: AttentionMetadata, scale: torch.Tensor | None) -> tor
     if metadata.unit_scale is None:
         return None
     return (metadata.unit_scale if scale is None else scale).expand(metadata.plan.problem.num_kv_heads)
+
+
+def _query_scales(metadata: AttentionMetadata, scale: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of q."""
+    return _head_scales(metadata, scale) if metadata.plan.problem.has_q_scale else None
 
 
 def _run(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:

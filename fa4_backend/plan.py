@@ -32,11 +32,12 @@ class AttentionPlan:
         mode = ", exact" if p.exact else ", batch-invariant" if p.batch_invariant else ""
         source = RAGGED if p.kv_source == RAGGED else f"page {p.page_size}"
         heads = f"{p.num_q_heads} heads of latent attention" if p.kv_source == LATENT else f"{p.num_q_heads}/{p.num_kv_heads} heads"
+        q = "" if p.q_dtype == p.dtype else f" (q {p.q_dtype})"
         kv = "" if p.kv_dtype == p.dtype else f" ({'latents' if p.kv_source == LATENT else 'K and V'} {p.kv_dtype})"
         out = "" if p.out_dtype == p.dtype else f" (out {p.out_dtype})"
         return (
             f"FA4: {what} on {where}, {heads}, "
-            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{kv}{out}, {source}{mode}"
+            f"head_dim {p.head_dim}{'' if p.head_dim_v == p.head_dim else f'/{p.head_dim_v}'}, {p.dtype}{q}{kv}{out}, {source}{mode}"
         )
 
 

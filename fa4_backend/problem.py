@@ -10,7 +10,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  #
 FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits
 FP8_MAX = 448.0  # the largest finite number
 SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of q
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of a model
 EMULATED_PREFIX = "emulated-"  # arch "emulated-sm_100a": the sm_100a kernel, executed on the emulator over CPU tensors
 
 
@@ -18,7 +18,7 @@ class UnsupportedProblem(ValueError):
     """A combination no kernel here serves; the message names the feature, what was expected and what to use instead."""
 
 
-SAME_AS_Q = "auto"  # kv_dtype, out_dtype: the dtype of q, as engines call it
+SAME_AS_Q = "auto"  # kv_dtype, q_dtype, out_dtype: the model's dtype, as engines call it
 
 PAGED = "paged"  # K and V in pages of a pool, found by a page table
 RAGGED = "ragged"  # K and V of the batch one sequence behind the other, without pages
@@ -69,13 +69,14 @@ class AttentionProblem:
     num_kv_heads: int
     head_dim: int  # elements of a query or key row
     head_dim_v: int  # elements of a value or output row
-    dtype: str  # of q: one of COMPUTE_DTYPES
+    dtype: str  # of the model, and so of q and out unless they are FP8: one of COMPUTE_DTYPES
     page_size: int  # tokens a page; 1 where K and V have no pages
     arch: str  # "cpu" (torch reference), a key of ARCHS, or "emulated-" + such a key
     mask: MaskFeatures = MaskFeatures()
     kv_dtype: str = SAME_AS_Q  # of K and V as stored: a key of DTYPE_BYTES; after construction never "auto"
     kv_source: str = PAGED  # where K and V lie: one of KV_SOURCES
-    out_dtype: str = SAME_AS_Q  # of out: q's, or FP8; after construction never "auto"
+    out_dtype: str = SAME_AS_Q  # of out: the model's, or FP8; after construction never "auto"
+    q_dtype: str = SAME_AS_Q  # of q: the model's, or beside K and V in FP8 that; after construction never "auto"
     sinks_dtype: str = "float32"  # of the tensor of sinks, where the mask has them: kernels read the engine's own parameter
     has_lse: bool = False
     batch_invariant: bool = False  # a row's bits do not depend on its neighbours in the batch
@@ -94,16 +95,21 @@ class AttentionProblem:
             object.__setattr__(self, "kv_dtype", self.dtype)
         if self.out_dtype == SAME_AS_Q:
             object.__setattr__(self, "out_dtype", self.dtype)
+        if self.q_dtype == SAME_AS_Q:
+            object.__setattr__(self, "q_dtype", self.dtype)
         if not self.mask.has_sinks:
             object.__setattr__(self, "sinks_dtype", "float32")  # one key for all that have none
         for name, served in (
             ("dtype", COMPUTE_DTYPES),
             ("kv_dtype", tuple(DTYPE_BYTES)),
             ("out_dtype", (self.dtype, FP8)),
+            ("q_dtype", (self.dtype, FP8)),
             ("sinks_dtype", COMPUTE_DTYPES),
         ):
             if getattr(self, name) not in served:
                 raise UnsupportedProblem(f"{name}: expected one of {', '.join(served)}, got {getattr(self, name)!r}")
+        if self.has_q_scale and not self.has_kv_scales:
+            raise UnsupportedProblem(f"q_dtype: expected {self.dtype} with K and V in {self.kv_dtype}, got {FP8}")
         if self.arch != REFERENCE_ARCH and self.target_arch not in ARCHS:
             raise UnsupportedProblem(f"arch: expected cpu, {', '.join(ARCHS)} or emulated-<one of them>, got {self.arch!r}")
         if self.kv_source not in KV_SOURCES:
@@ -127,6 +133,11 @@ class AttentionProblem:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8: what they stand for is the stored value times a scale, one of K and one of V a KV head."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q comes in FP8: a query is what is given times a scale, one a KV head."""
+        return self.q_dtype == FP8
 
     @property
     def has_out_scale(self) -> bool:

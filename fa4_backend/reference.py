@@ -41,7 +41,7 @@ def sequences(arguments: AttentionArguments, *, is_causal: bool) -> Iterator[Seq
             dequantise(_gather(a, cache, seq_idx, first, seqlen_k), scale)
             for cache, scale in ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
         )
-        yield Sequence(rows, a.q[rows], k, v, first, seqlen_k)
+        yield Sequence(rows, dequantised_queries(a, a.q[rows]), k, v, first, seqlen_k)
 
 
 def attention_oracle(
@@ -136,6 +136,13 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor, first: int, last: int
     begin = first // page_size
     listed = pages[begin : -(-last // page_size)].long()
     return cache[listed].flatten(0, 1)[first - begin * page_size : last - begin * page_size]
+
+
+def dequantised_queries(a: AttentionArguments, q: torch.Tensor) -> torch.Tensor:
+    """What rows of q, (rows, num_q_heads, head_dim), stand for: `q` itself where the call has no scale of q, else float32."""
+    if a.q_scale is None:
+        return q
+    return dequantise(q, a.q_scale.repeat_interleave(q.shape[1] // a.q_scale.shape[0]))
 
 
 def dequantise(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

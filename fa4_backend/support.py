@@ -30,15 +30,16 @@ MAX_LATENT_QUERY_LEN = 8
 class KernelSupport:
     """What the kernels of one arch serve; the only place that says so."""
 
-    dtypes: tuple[str, ...]  # of q
+    dtypes: tuple[str, ...]  # of models
     head_dims: tuple[tuple[int, int], ...] | None  # (head_dim, head_dim_v); None: any multiple of `head_dim_multiple`
     head_dim_multiple: int
     max_q_per_kv: int | None  # query heads packed in one tile; None: any
     min_q_per_kv: int = 1
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
-    quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside q's own
-    quantised_out: tuple[str, ...] = ()  # dtypes of out beside q's own, except beside a latent cache
+    quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside the model's
+    quantised_out: tuple[str, ...] = ()  # dtypes of out beside the model's, except beside a latent cache
+    quantised_q: tuple[str, ...] = ()  # dtypes of q beside the model's
     kv_sources: tuple[str, ...] = (PAGED,)  # where K and V may lie
 
 
@@ -50,6 +51,7 @@ _BLACKWELL = KernelSupport(
     quantised_kv=(FP8,),
     kv_sources=(PAGED, RAGGED),
     quantised_out=(FP8,),
+    quantised_q=(FP8,),
 )
 _HOPPER = KernelSupport(
     dtypes=("bfloat16", "float16"),
@@ -71,6 +73,7 @@ SUPPORT: dict[str, KernelSupport] = {
         modes=frozenset(MODES) - {"exact"},
         quantised_kv=(FP8,),
         quantised_out=(FP8,),
+        quantised_q=(FP8,),
         kv_sources=(PAGED, RAGGED),
     ),
     "sm_90a": _HOPPER,
@@ -86,6 +89,13 @@ LATENT_SUPPORT: dict[str, KernelSupport] = {
     "sm_90a": KernelSupport(
         ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
         modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
+    ),
+    **dict.fromkeys(
+        ("sm_100a", "sm_103a"),
+        KernelSupport(
+            ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
+            modes=frozenset(MODES) - {"exact"}, kv_sources=(LATENT,),
+        ),
     ),
 }  # fmt: skip
 
@@ -131,6 +141,10 @@ def check_problem(problem: AttentionProblem) -> None:
     served_kv = (problem.dtype, *support.quantised_kv)
     if problem.kv_dtype not in served_kv:
         raise UnsupportedProblem(f"kv_dtype on {arch}: expected {' or '.join(served_kv)} with q in {problem.dtype}, got {problem.kv_dtype}")
+    served_q = (problem.dtype, *support.quantised_q)
+    if problem.q_dtype not in served_q:
+        advice = "let the engine leave queries as they are"
+        raise UnsupportedProblem(f"q_dtype on {arch}: expected {' or '.join(served_q)}, got {problem.q_dtype}; {advice}")
     served_out = (problem.dtype, *(() if problem.kv_source == LATENT else support.quantised_out))
     if problem.out_dtype not in served_out:
         what = f"{problem.dtype} q and {problem.kv_source} K and V"

@@ -166,7 +166,7 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: Tensors)
         _check_ragged(plan, t)
     else:
         _check_paged(plan, t)
-    _expect_heads(p, "q", t.q, p.dtype)
+    _expect_heads(p, "q", t.q, p.q_dtype)
     if t.q.shape[0] > limits.max_num_tokens:
         raise ValueError(f"q: expected at most max_num_tokens={limits.max_num_tokens} rows, got {t.q.shape[0]}")
     device_type = "cpu" if p.arch == REFERENCE_ARCH or p.is_emulated else "cuda"
@@ -261,6 +261,10 @@ def _check_optional(plan: AttentionPlan, t: CallTensors | RaggedTensors) -> None
     )
     _check_planned(of_plan)
     _check_scales(plan, (("k_scale", t.k_scale), ("v_scale", t.v_scale)))
+    if t.q_scale is not None:
+        if not p.has_q_scale:
+            raise ValueError(f"q_scale: expected none, since the plan's q is {p.q_dtype}, got a tensor")
+        _check_scales(plan, (("q_scale", t.q_scale),))
     _check_out_scale(plan, t.out_scale)
 
 

@@ -4,10 +4,13 @@
 
     # there (CPython 3.12, torch 2.11.0+cu130, triton 3.6.0, transformers 5.17, nvcc, ninja):
     bash .gpu/sglang/install.sh SITE && export PYTHONPATH=SITE SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+    export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python       # the Rust one reads tensors as torch 2.14 lays them out
 
 SGLang 0.5.23 asks for torch 2.14.1, and its `sglang-kernel` 0.4.10 is built against that. 0.4.6 is the last one built against torch 2.11:
 the interface of its FlashAttention 3 is 0.4.10's, the Python of both differs in names that a dense model does not call. Other kernels
 SGLang compiles on the host when they are first called (nvcc), and with no FlashInfer it samples in torch.
+
+One line is changed (PATCHES): a Llama's MLP takes its plain products, not a fused kernel that is written in CuTe DSL.
 
 Left out, each missing with an ImportError or CUDA's "no kernel image" where it is called: other chips' code, FlashAttention 3 for other
 heads than 64 and 128 and for float16, most model classes, diffusion, the HTTP server's Rust parts, grammars other than xgrammar.
@@ -65,6 +68,9 @@ FLASH_KEPT = {(dim, dim, dtype) for dim in ("64", "128") for dtype in ("bfloat16
 VARIANTS = 10  # objects of each: with pages or not, parts, soft cap, packed heads
 CONTAINER, CONTAINER_HEADER = bytes.fromhex("50ed55ba01001000"), 16  # magic, version 1, bytes of the header; the payload's size follows
 MAINLOOP = re.compile(r"CollectiveMainloopFwd(Sm\d+)<.*?cute::tuple<cute::C<\d+>, cute::C<\d+>, cute::C<(\d+)> *>, (\d+), cutlass::(\w+)")
+# SGLang's Llama asks a kernel in CuTe DSL whether it serves the MLP's two products, and there is no DSL: it is told that it does not, for
+# every attention backend alike.
+PATCHES = {"sglang/srt/layers/dual_gemm.py": "\n\nDualGemm._select_mode = lambda self, *layers: None\n"}
 SITECUSTOMIZE = """# Makes this folder behave like a folder of packages: its .pth files are honoured.
 import os, site
 site.addsitedir(os.path.dirname(os.path.abspath(__file__)))
@@ -141,6 +147,9 @@ def lay_out(wheels: list[Path], site: Path) -> None:
                     continue
                 (site / path).parent.mkdir(parents=True, exist_ok=True)
                 (site / path).write_bytes(archive.read(member))
+    for path, text in PATCHES.items():
+        with (site / path).open("a") as module:
+            module.write(text)
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE)
 
 

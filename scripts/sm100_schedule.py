@@ -66,25 +66,27 @@ SHAPES = {
 }
 
 
-def ours(shape: Shape, num_blocks: int, cta_group: int = 1, kv_dtype: str = SAME_AS_Q) -> Recording:
+def ours(shape: Shape, num_blocks: int, arch: str, cta_group: int = 1, kv_dtype: str = SAME_AS_Q, q_dtype: str = SAME_AS_Q) -> Recording:
     """Our kernel's steps."""
     rows, keys = shape.rows * cta_group, num_blocks * BLOCK
-    dims = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal}
-    case = PagedCase((rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{ARCH}", kv_dtype=kv_dtype, **dims)
+    fields = {"head_dim": shape.head_dim, "head_dim_v": shape.head_dim_v, "is_causal": shape.is_causal, "kv_dtype": kv_dtype}
+    case = PagedCase(
+        (rows,), (keys,), num_q_heads=1, num_kv_heads=1, page_size=128, arch=f"emulated-{arch}", q_dtype=q_dtype, **fields
+    )  # fmt: skip
     recording = Recording()
     key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
     run_prefill(case, num_ctas=1, key=key, trace=recording).check()
     return recording
 
 
-def upstream(shape: Shape, num_blocks: int, dtype: torch.dtype = torch.bfloat16) -> Recording:
+def upstream(shape: Shape, num_blocks: int, arch: str, dtype: torch.dtype = torch.bfloat16) -> Recording:
     """Steps of flash-attn-4's dense kernel; in FP8 its Q, K, V and P all are."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((2 * shape.rows, shape.head_dim), (num_blocks * BLOCK, shape.head_dim), (num_blocks * BLOCK, shape.head_dim_v))
     q, k, v = (torch.randn(1, rows, 1, columns, generator=generator).to(dtype) for rows, columns in sizes)
     scales = {f"{name}_descale": torch.ones(1, 1) for name in "qkv"} if dtype.itemsize == 1 else {}
     recording = Recording()
-    with emulator.session(arch=ARCH, num_sms=flash_attention.NUM_SMS, trace=recording) as emu:
+    with emulator.session(arch=arch, num_sms=flash_attention.NUM_SMS, trace=recording) as emu:
         flash_attention.forward(emu, q, k, v, causal=shape.is_causal, softmax_scale=shape.head_dim**-0.5, return_lse=True, **scales)
     return recording
 
@@ -110,15 +112,15 @@ def per_block(short: Times, long: Times, ctas: int) -> dict[str, Any]:
     }
 
 
-def units_alone(barrier: float, copy_latency: float = 600.0) -> Timing:
+def units_alone(arch: str, barrier: float, copy_latency: float = 600.0) -> Timing:
     """Constants without any latency but a barrier's and a copy's."""
     latencies = ("remote", "product_ss", "product_ts", "pair_ss", "pair_ts", "tensor_memory", "shuffle", "far_memory")
-    return replace(TIMINGS[ARCH], barrier=barrier, copy_latency=copy_latency, **dict.fromkeys(latencies, 0.0))
+    return replace(TIMINGS[arch], barrier=barrier, copy_latency=copy_latency, **dict.fromkeys(latencies, 0.0))
 
 
-def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str, Any]:
+def report(record: Callable[[Shape, int, str], Recording], shape: Shape, arch: str = ARCH) -> dict[str, Any]:
     """A kernel's figures under each latency."""
-    short, long = record(shape, SHORT), record(shape, LONG)
+    short, long = record(shape, SHORT, arch), record(shape, LONG, arch)
     short.stalls, long.stalls = {}, {}
     ctas = len(long.warps) // long.warps_per_cta
     result: dict[str, Any] = {"CTAs of a cluster": ctas}
@@ -127,11 +129,11 @@ def report(record: Callable[[Shape, int], Recording], shape: Shape) -> dict[str,
     result["shared memory, bytes of warps"] = (long.port_bytes() - short.port_bytes()) // (LONG - SHORT)
     cycles = {}
     for copy_latency in COPY_LATENCIES:
-        runs = (Replay(recording, units_alone(0, copy_latency)).run().total for recording in (long, short))
+        runs = (Replay(recording, units_alone(arch, 0, copy_latency)).run().total for recording in (long, short))
         cycles[copy_latency] = round((next(runs) - next(runs)) / (LONG - SHORT), 1)
     result["cycles by copy latency"] = cycles
     for latency in LATENCIES:
-        times = (Replay(recording, units_alone(latency)).run() for recording in (short, long))
+        times = (Replay(recording, units_alone(arch, latency)).run() for recording in (short, long))
         result[f"latency {latency}"] = per_block(*times, ctas)
     return result
 
@@ -151,6 +153,9 @@ def main() -> int:
             results[name]["upstream, FP8"] = report(partial(upstream, dtype=torch.float8_e4m3fn), shape)
         if shape.head_dim <= 128:
             results[name]["ours, FP8 K and V"] = report(partial(ours, kv_dtype=FP8), shape)
+        ctas = 2 if shape.head_dim_v > 128 else 1
+        for arch in (ARCH, "sm_103a"):
+            results[name][f"ours, FP8 Q, K and V, {arch}"] = report(partial(ours, cta_group=ctas, kv_dtype=FP8, q_dtype=FP8), shape, arch)
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fa4_backend.problem import DTYPE_BYTES, PAGED, RAGGED, SHORT_NAMES, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, SHORT_NAMES, MaskFeatures
 
-DTYPE = torch.bfloat16  # of q and out
+DTYPE = torch.bfloat16  # of the model
 PLAIN_KEY_DIM = 128  # elements of DeepSeek's keys without rotary embedding
 LONGEST_DRAFT = 8  # query tokens: rows of more are a prompt's or a message's
 # Of bf16 outputs of unit values. Rows that see thousands of keys average them; the first tokens of a prompt are single values, whose
 # rounding alone is 0.008 to 0.016. A wrong kernel is far above either, so no figure stands for a wrong result.
 DRAFT_ERROR, PROMPT_ERROR = 0.02, 0.04
+# With q in FP8 weights of a prompt's rows are e4m3: 2^-4 of the values, up to 4, where a row sees few keys.
+E4M3_PROMPT_ERROR = 0.25
 CHECKED_TOKENS = 64  # of a long row, spread over it
 
 
@@ -73,6 +75,7 @@ class BatchShape:
     head_dim_v: int = 0  # 0: head_dim
     page_size: int = 16
     kv_dtype: str = "bfloat16"
+    q_dtype: str = "bfloat16"
     kv_source: str = PAGED
     mask: Mask = Mask()
 
@@ -95,6 +98,7 @@ class BatchShape:
     def label(self) -> str:
         """Heads, page size, mask and rows on one line."""
         kv = f" {SHORT_NAMES[self.kv_dtype]} KV" if self.kv_dtype in SHORT_NAMES else ""
+        kv += f" {SHORT_NAMES[self.q_dtype]} Q" if self.q_dtype in SHORT_NAMES else ""
         dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
         source = f"page {self.page_size}" if self.kv_source == PAGED else self.kv_source
         return f"{self.num_q_heads}/{self.num_kv_heads} d{dims}{kv} {source}{self.mask.label}: {self.size}"
@@ -148,12 +152,13 @@ class BatchShape:
         lens = self.row_lens
         shortest = max(range(len(lens)), key=lambda i: (-lens[i][0], lens[i][1]))
         longest = max(range(len(lens)), key=lambda i: (lens[i][0], i))
-        return {row: DRAFT_ERROR if lens[row][0] <= LONGEST_DRAFT else PROMPT_ERROR for row in (shortest, longest)}
+        prompt_error = E4M3_PROMPT_ERROR if self.q_dtype == FP8 else PROMPT_ERROR
+        return {row: DRAFT_ERROR if lens[row][0] <= LONGEST_DRAFT else prompt_error for row in (shortest, longest)}
 
 
 @dataclass
 class BatchTensors:
-    """A batch on the GPU: random values; FP8 K and V with a scale of 1.
+    """A batch on the GPU: random values; FP8 K and V with a scale of 1. q is bfloat16, for every kernel, of values that its FP8 holds.
 
     With pages they are shuffled, and K and V of a token adjacent as in vLLM 0.33. Without, K is dense, and V the second part of rows whose
     first is the part of K without rotary embedding, as vLLM's projection of latents makes both.
@@ -195,7 +200,7 @@ class BatchTensors:
                 page_table[row, :pages] = shuffled[at : at + pages]
                 at += pages
         cu_seqlens_q = torch.tensor([0, *query_lens], device=device).cumsum(0).int()
-        q = torch.randn(sum(query_lens), b.num_q_heads, b.head_dim, device=device, dtype=DTYPE)
+        q = torch.randn(sum(query_lens), b.num_q_heads, b.head_dim, device=device, dtype=DTYPE).to(getattr(torch, b.q_dtype)).to(DTYPE)
         seqused_k = torch.tensor(kv_lens, device=device, dtype=torch.int32)
         sinks = torch.randn(b.num_q_heads, device=device, dtype=DTYPE) if b.mask.has_sinks else None
         out = torch.empty(*q.shape[:2], b.value_dim, device=device, dtype=DTYPE)

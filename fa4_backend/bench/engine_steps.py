@@ -59,7 +59,8 @@ class Steps:
         self.llm = LLM(
             request["model"], attention_backend=request["backend"], load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
             max_model_len=PROMPT + 256, kv_cache_dtype=request["kv_cache_dtype"], max_num_seqs=max(BATCHES) + 1,
-            max_num_batched_tokens=CHUNK, enable_prefix_caching=False, gpu_memory_utilization=0.8, seed=0, compilation_config=graphs,
+            max_num_batched_tokens=CHUNK, enable_prefix_caching=False, seed=0, compilation_config=graphs,
+            kv_cache_memory_bytes=request["kv_cache_bytes"], gpu_memory_utilization=0.1,  # the share that has to be free at its start
         )  # fmt: skip
         self.engine, self.context = self.llm.llm_engine, request["context"]
         self.draw = random.Random(0)
@@ -173,30 +174,54 @@ class KernelClock:
         AttentionMetadata.allocate = timed  # type: ignore[method-assign, assignment]
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """All figures of one backend; which kernels ran is read from our trace file."""
-    import vllm  # noqa: F401  its import is no part of an engine's start
+class Backend:
+    """One backend's engine, and its figures: of its start, and of as many rounds as are asked for."""
 
-    clock, begin = KernelClock(), time.perf_counter()
-    steps = Steps(request)
-    of_backend: dict[str, Any] = {"backend": request["backend"], "round_idx": request["round_idx"]}
-    start = {"start": time.perf_counter() - begin, "start, our kernels": clock.seconds}
-    figures = [EngineFigure(**of_backend, case=case, seconds=round(seconds, 3)) for case, seconds in start.items()]
-    cases: dict[str, Callable[[], dict[str, float]]] = {}
-    if not request["is_start_only"]:
-        context = steps.context
-        cases |= {f"prompt of {PROMPT} beside {rows} x {context}": partial(steps.prompt, rows) for rows in (0, *BATCHES[1:])}
+    def __init__(self, request: dict[str, Any]) -> None:
+        import vllm  # noqa: F401  its import is no part of an engine's start
+
+        clock, begin = KernelClock(), time.perf_counter()
+        self.name, self.steps = request["backend"], Steps(request)
+        self.start = {"start": time.perf_counter() - begin, "start, our kernels": clock.seconds}
+
+    def of_start(self) -> list[EngineFigure]:
+        return [EngineFigure(self.name, 0, case, seconds=round(seconds, 3)) for case, seconds in self.start.items()]
+
+    def of_round(self, round_idx: int) -> list[EngineFigure]:
+        """All cases once."""
+        steps, context = self.steps, self.steps.context
+        cases: dict[str, Callable[[], dict[str, float]]] = {
+            f"prompt of {PROMPT} beside {rows} x {context}": partial(steps.prompt, rows) for rows in (0, *BATCHES[1:])
+        }
         cases |= {f"decode step, {rows} x {context}": partial(steps.decode, rows) for rows in BATCHES}
         cases["ragged load"] = steps.ragged
-    for case, run in cases.items():
-        numbers: dict[str, Any] = {name: round(value, 3) for name, value in run().items()}
-        figures.append(EngineFigure(**of_backend, case=case, **numbers))
+        figures = []
+        for case, run in cases.items():
+            numbers: dict[str, Any] = {name: round(value, 3) for name, value in run().items()}
+            figures.append(EngineFigure(self.name, round_idx, case, **numbers))
+        return figures
+
+
+def kernels_that_ran() -> list[str]:
+    """Lines of our trace file."""
     trace = envs.trace_file()
     lines = trace.read_text().splitlines() if trace is not None and trace.exists() else []
-    kernels = sorted({line.split(" ", 1)[1] for line in lines})
-    return {"figures": [asdict(figure) for figure in figures], "kernels": kernels}
+    return sorted({line.split(" ", 1)[1] for line in lines})
+
+
+def serve(place: Path) -> None:
+    """An engine of the request at `place`: its start's figures, then those of a round for each line of standard input, which names it.
+    Each answer is a line of `answers.jsonl` beside the request."""
+
+    def write(figures: list[EngineFigure]) -> None:
+        with place.with_name("answers.jsonl").open("a") as file:
+            file.write(json.dumps({"figures": [asdict(figure) for figure in figures], "kernels": kernels_that_ran()}) + "\n")
+
+    backend = Backend(json.loads(place.read_text()))
+    write(backend.of_start())
+    for line in sys.stdin:
+        write(backend.of_round(int(line)))
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    place.with_name("answer.json").write_text(json.dumps(measure(json.loads(place.read_text()))))
+    serve(Path(sys.argv[1]))

@@ -22,7 +22,8 @@ def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact:
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
         dtype="bfloat16", page_size=batch.page_size if batch.kv_source == PAGED else 1, arch=arch, mask=batch.mask.features,
-        kv_dtype=batch.kv_dtype, kv_source=batch.kv_source, sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
+        kv_dtype=batch.kv_dtype, q_dtype=batch.q_dtype, kv_source=batch.kv_source,
+        sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
     return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)
@@ -55,6 +56,7 @@ class Ours:
         bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
         values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
         page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k
+        q = t.q.to(getattr(torch, plan.problem.q_dtype))
 
         def refresh() -> None:
             seqused_k = t.seqused_k if cu_seqlens_k is None else None
@@ -63,8 +65,8 @@ class Ours:
         def call() -> object:
             if page_table is None:
                 assert cu_seqlens_k is not None
-                return ragged_attention(t.q, t.k_cache, t.v_cache, t.cu_seqlens_q, cu_seqlens_k, plan=plan, metadata=metadata, **values)
-            tensors = (t.q, t.k_cache, t.v_cache, page_table, t.cu_seqlens_q, t.seqused_k)
+                return ragged_attention(q, t.k_cache, t.v_cache, t.cu_seqlens_q, cu_seqlens_k, plan=plan, metadata=metadata, **values)
+            tensors = (q, t.k_cache, t.v_cache, page_table, t.cu_seqlens_q, t.seqused_k)
             return paged_attention(*tensors, plan=plan, metadata=metadata, **values)
 
         refresh()

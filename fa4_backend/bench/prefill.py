@@ -47,7 +47,7 @@ def ours(batch: PrefillBatch, t: BatchTensors) -> Call:
 
 
 def _ours_in_bf16(batch: PrefillBatch, t: BatchTensors) -> Call:
-    return ours(replace(batch, kv_dtype="bfloat16"), t.in_bf16())
+    return ours(replace(batch, kv_dtype="bfloat16", q_dtype="bfloat16"), t.in_bf16())
 
 
 def _peer(name: str, batch: PrefillBatch, t: BatchTensors) -> Call | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,6 +34,19 @@ def kinds() -> dict[str, Kind]:
         "groups-of-5": Kind("five query heads a KV head", tuple(_groups_of_five())),
         "windows": Kind("heads of 64 with sinks, every other layer with a window", tuple(_windows())),
     }
+
+
+def matching(chosen: Mapping[str, Kind], pattern: str) -> dict[str, Kind]:
+    """The cells whose title matches a regular expression, and the kinds that have any.
+
+    Raises:
+        ValueError: no cell matches.
+    """
+    found = {name: Kind(kind.what, tuple(b for b in kind.batches if re.search(pattern, b.title))) for name, kind in chosen.items()}
+    found = {name: kind for name, kind in found.items() if kind.batches}
+    if not found:
+        raise ValueError(f"expected a regular expression that matches a cell's title, got {pattern!r}")
+    return found
 
 
 def _prefix() -> Iterator[BatchShape]:

@@ -6,14 +6,18 @@ kernel can be shorter than: the bytes it must move at a copy's bandwidth, and it
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, zip_longest
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -29,7 +33,18 @@ from fa4_backend.compile_cache import ensure_object
 
 OURS = "fa4"
 ROUNDS = 6
+FEWEST_ROUNDS = 2  # forwards and backwards once
 MEMORY, TENSOR = "memory", "tensor cores"
+
+
+class Work(Protocol):
+    """The least that any kernel does for a batch."""
+
+    @property
+    def moved_bytes(self) -> int: ...
+
+    @property
+    def flops(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class Ceilings:
         """Of the GPU present, as it is now."""
         return cls(copy_bandwidth(), matmul_tflop_per_s())
 
-    def least_us(self, batch: BatchShape) -> tuple[str, float]:
+    def least_us(self, batch: Work) -> tuple[str, float]:
         """Which ceiling is the lower one for a batch, and the time that it allows, in microseconds."""
         memory, tensor = batch.moved_bytes / self.copy_gb_per_s / 1e3, batch.flops / self.matmul_tflop_per_s / 1e6
         return (MEMORY, memory) if memory > tensor else (TENSOR, tensor)
@@ -66,19 +81,40 @@ class Timing:
     error: float  # the largest on the rows that are checked
 
 
-def run(kinds: Mapping[str, Kind], *, peers: list[str] | None = None, rounds: int = ROUNDS) -> Iterator[list[Timing]]:
+def run(kinds: Mapping[str, Kind], *, peers: list[str] | None = None, seconds: float | None = None) -> Iterator[list[Timing]]:
     """Time every kernel on every cell; yields one list a cell, ours first.
+
+    Args:
+        seconds: how long it may take, compilation included. A run that falls behind takes fewer rounds; cells that are left when the
+            time has passed are not timed and named on stderr. Kinds take turns then, so that each has had some.
 
     Raises:
         RuntimeError: our kernel is wrong on a cell.
     """
+    begin = time.monotonic()
     compile_all(kinds)
     ceilings = Ceilings.measure()
     torch.manual_seed(0)
-    for name, kind in kinds.items():
-        for batch in kind.batches:
-            us, errors = _time(batch, installed(batch.kv_dtype) if peers is None else peers, rounds)
-            yield judge(name, batch, us, errors, ceilings)
+    cells = in_order(kinds, by_turns=seconds is not None)
+    began = time.monotonic()
+    for done, (name, batch) in enumerate(cells):
+        rounds = ROUNDS
+        if seconds is not None:
+            now, end = time.monotonic(), begin + seconds
+            if now >= end:
+                left = ", ".join(cell.title for _, cell in cells[done:])
+                print(f"{seconds:g} s have passed; not timed: {left}", file=sys.stderr, flush=True)
+                return
+            is_late = (now - began) * len(cells) > (end - began) * done
+            rounds = FEWEST_ROUNDS if is_late else ROUNDS
+        us, errors = _time(batch, installed(batch.kv_dtype) if peers is None else peers, rounds)
+        yield judge(name, batch, us, errors, ceilings)
+
+
+def in_order(kinds: Mapping[str, Kind], *, by_turns: bool) -> list[tuple[str, BatchShape]]:
+    """Every cell and its kind's name: one kind after the other, or the first of each, the second of each, ..."""
+    lists = [[(name, batch) for batch in kind.batches] for name, kind in kinds.items()]
+    return list(chain(*lists)) if not by_turns else [cell for row in zip_longest(*lists) for cell in row if cell is not None]
 
 
 def judge(kind: str, batch: BatchShape, us: Mapping[str, float], errors: Mapping[str, float], ceilings: Ceilings) -> list[Timing]:
@@ -115,9 +151,16 @@ def _time(batch: BatchShape, peers: list[str], rounds: int) -> tuple[dict[str, f
     return cold_in_turns(replays, rounds, Flush.READ), errors
 
 
-def compile_all(kinds: Mapping[str, Kind]) -> None:
-    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes."""
-    arch = gpu_arch()
+def compile_all(kinds: Mapping[str, Kind], arch: str | None = None) -> int:
+    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes.
+
+    Args:
+        arch: default: of the GPU present.
+
+    Returns:
+        how many kernels the cells need.
+    """
+    arch = arch or gpu_arch()
     keys: dict[CompileKey, None] = {}
     for kind in kinds.values():
         for batch in kind.batches:
@@ -125,6 +168,7 @@ def compile_all(kinds: Mapping[str, Kind]) -> None:
             keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(ensure_object, keys))
+    return len(keys)
 
 
 def format_line(timings: list[Timing]) -> str:
@@ -135,7 +179,23 @@ def format_line(timings: list[Timing]) -> str:
     return f"{own.kind} | {own.batch} | {', '.join(parts)} | {100 * own.share_of_roofline:.0f}% of {own.bound_by}{ending}"
 
 
+def summary(timings: list[Timing]) -> str:
+    """Our cells, those furthest behind first; cells without a peer last."""
+    ours = sorted(
+        (t for t in timings if t.kernel == OURS), key=lambda t: math.inf if t.ratio_to_best_peer is None else t.ratio_to_best_peer
+    )
+    lines = [f"{'ratio':>5}  {'fa4 us':>8}  {'best us':>8}  roofline  cell"]
+    for t in ours:
+        ratio = "" if t.ratio_to_best_peer is None else f"{t.ratio_to_best_peer:.2f}"
+        peer = "" if t.ratio_to_best_peer is None else f"{t.us * t.ratio_to_best_peer:.1f}"
+        lines.append(f"{ratio:>5}  {t.us:8.1f}  {peer:>8}  {100 * t.share_of_roofline:6.0f} %  {t.kind}: {t.batch}")
+    behind = sum(round(t.ratio_to_best_peer, 2) < 1 for t in ours if t.ratio_to_best_peer is not None)
+    return "\n".join([*lines, f"{len(ours)} cells, {behind} below 1.00"])
+
+
 def write_plot(path: Path, timings: list[Timing]) -> None:
     """Best peer over ours, and our share of the roofline."""
-    ours = [t for t in timings if t.kernel == OURS]
+    # Kinds stand together, whatever the order in which they were timed.
+    order = list(dict.fromkeys(t.kind for t in timings))
+    ours = sorted((t for t in timings if t.kernel == OURS), key=lambda t: order.index(t.kind))
     write_overview(path, [Cell(t.kind, t.batch, t.ratio_to_best_peer, t.share_of_roofline) for t in ours], ceiling="roofline")

@@ -1,10 +1,12 @@
-"""`fa4 bench prefill`, `decode`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
+"""`fa4 bench prefill`, `decode`, `mla`, `shapes` and `engine`: ours beside the peers that are installed. Needs a GPU."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ Peers = Annotated[str | None, typer.Option(help="comma-separated peers; default:
 Csv = Annotated[Path | None, typer.Option("--csv", help="write all figures there, and beside them which kernels made them")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matplotlib)")]
 KvDtype = Annotated[str, typer.Option(help=f"of K and V: {', '.join(KV_DTYPES)}; auto is that of q, bfloat16")]
+QDtype = Annotated[str, typer.Option(help=f"of q: {', '.join(KV_DTYPES)}; fp8 beside K and V in fp8, auto is bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -32,6 +35,7 @@ def prefill(
     plot: Plot = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
+    q_dtype: QDtype = "auto",
     kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
 ) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
@@ -44,7 +48,7 @@ def prefill(
         raise typer.Exit(2)
     _require_gpu()
     chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
-    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers))
+    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers))
     _report(module, timings, csv_path, plot, json_output)
 
 
@@ -56,6 +60,7 @@ def decode(
     plot: Plot = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
+    q_dtype: QDtype = "auto",
     flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
 ) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
@@ -68,8 +73,32 @@ def decode(
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
     chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
-    timings = module.run([batch for batches_of in chosen.values() for batch in batches_of], peers=_listed(peers), flush=Flush(flush))
+    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers), flush=Flush(flush))
     _report(module, timings, csv_path, plot, json_output)
+
+
+@bench.command()
+def mla(
+    batches: Sets = "",
+    peers: Peers = None,
+    csv_path: Csv = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    list_only: Annotated[bool, typer.Option("--list", help="print the batches and time none; needs no GPU")] = False,
+) -> None:
+    """Decode of multi-head latent attention: microseconds, GB/s of latents, share of the roofline, ratio to FA3 and FlashMLA."""
+    from fa4_backend.bench.mla_batches import sets
+
+    chosen = _chosen("--batches", sets(), batches)
+    if list_only:
+        for name, batches_of in chosen.items():
+            print(f"{name}:", *(f"  {batch.label}" for batch in batches_of), sep="\n")
+        return
+    from fa4_backend.bench import mla as module
+
+    _require_gpu()
+    every = [batch for batches_of in chosen.values() for batch in batches_of]
+    _report(module, module.run(every, peers=_listed(peers)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -80,28 +109,44 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
+    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
+    only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
+    ] = None,
 ) -> None:
     """Shapes where kernels have cliffs: microseconds, share of the roofline, ratio to the best peer; in turns, L2 clean."""
     from fa4_backend.bench.shape_cells import kinds as all_kinds
+    from fa4_backend.bench.shape_cells import matching
 
-    chosen = _chosen("--kinds", all_kinds(), kinds)
+    try:
+        chosen = matching(_chosen("--kinds", all_kinds(), kinds), only)
+    except (ValueError, re.error) as error:
+        typer.echo(f"fa4 bench: --only: {error}", err=True)
+        raise typer.Exit(2) from None
     if list_only:
         for name, kind in chosen.items():
             print(f"{name}: {kind.what}", *(f"  {batch.title}" for batch in kind.batches), sep="\n")
         return
     from fa4_backend.bench import shapes as module
 
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
-    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+    every = _report(module, module.run(chosen, peers=_listed(peers), seconds=seconds), csv_path, plot, json_output)
+    if not json_output:
+        print(module.summary(every))
 
 
 @bench.command()
 def engine(
     backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
-    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 4096,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request; four engines of 4096 need more than 80 GB")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
     rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
     starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
+    seconds: Annotated[float, typer.Option(help="after these no round begins")] = math.inf,
     csv_path: Csv = None,
     json_output: Json = False,
     kv_dtype: KvDtype = "auto",
@@ -118,6 +163,7 @@ def engine(
     every = []
     try:
         options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        options["seconds"] = seconds
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
             if not json_output:
@@ -130,10 +176,16 @@ def engine(
     print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every))
 
 
-def _stored(kv_dtype: str) -> str:
-    """The `kv_dtype` of a problem for what the command line calls it."""
+def _with_queries(chosen: dict[str, Any], q_dtype: str) -> list[Any]:
+    """The batches of the chosen sets, q in the dtype that the command line names."""
+    stored = _stored(q_dtype, "--q-dtype")
+    return [replace(batch, q_dtype=stored) for batches_of in chosen.values() for batch in batches_of]
+
+
+def _stored(kv_dtype: str, option: str = "--kv-dtype") -> str:
+    """The dtype of a problem for what the command line calls it."""
     if kv_dtype not in KV_DTYPES:
-        typer.echo(f"fa4 bench: --kv-dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}", err=True)
+        typer.echo(f"fa4 bench: {option}: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype}", err=True)
         raise typer.Exit(2)
     return KV_DTYPES[kv_dtype]
 
@@ -161,8 +213,8 @@ def _listed(peers: str | None) -> list[str] | None:
     return None if peers is None else [peer for peer in peers.split(",") if peer]
 
 
-def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> None:
-    """Run one benchmark, print each batch as it comes, and write what was asked for."""
+def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> list[Any]:
+    """Run one benchmark, print each batch as it comes, and write what was asked for; all timings."""
     from fa4_backend.bench.figures import write_csv
 
     every = []
@@ -173,6 +225,7 @@ def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, pl
     if json_output:
         print(json.dumps([asdict(t) for t in every], indent=1))
     if csv_path is not None:
-        write_csv(csv_path, every)
+        write_csv(csv_path, every, getattr(module, "FAMILIES", None))
     if plot is not None:
         module.write_plot(plot, every)
+    return every

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fa4_backend.cache.errors import CacheError
-from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
@@ -28,6 +28,7 @@ def compile(
     kind: Annotated[str, typer.Option(help="of K and V, with --heads: paged, ragged, or latent (16/1, 576/512)")] = PAGED,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16; bf16 and fp16 for short")] = "bfloat16",
     kv_dtype: Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")] = None,
+    q_dtype: Annotated[str, typer.Option(help=Q_DTYPE_HELP)] = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
     causal: Annotated[bool, typer.Option(help="causal mask")] = True,
     lse: Annotated[bool, typer.Option(help="write the log of the denominator")] = False,
@@ -37,7 +38,7 @@ def compile(
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
     limits = BatchLimits(max_num_seqs, 8192, 32768)
-    modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact}
+    modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact, "q_dtype": full_dtype(q_dtype)}
     kv_dtype = None if kv_dtype is None else full_dtype(kv_dtype)
     try:
         if model is not None:

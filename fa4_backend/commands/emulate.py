@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
-from fa4_backend.problem import KV_SOURCES, LATENT, PAGED, RAGGED
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
+from fa4_backend.problem import KV_SOURCES, LATENT, PAGED, RAGGED, SAME_AS_Q
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ def emulate(
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
     kv_dtype: Annotated[str, typer.Option(help=f"{KV_DTYPE_HELP}; fp8 comes with a scale of K and one of V for each head")] = "auto",
+    q_dtype: Annotated[str, typer.Option(help=f"{Q_DTYPE_HELP}; fp8 comes with a scale for each KV head")] = "auto",
     causal: Annotated[bool, typer.Option(help="causal mask, aligned bottom-right")] = True,
     window_left: Annotated[int | None, typer.Option(help="keys visible before the diagonal")] = None,
     softcap: Annotated[float, typer.Option(help="logits become softcap * tanh(logits / softcap)")] = 0.0,
@@ -83,7 +84,7 @@ def emulate(
                 arch=arch, kind=kind, heads=heads, head_dim=head_dim, head_dim_v=head_dim_v,
                 q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
                 page_size=page_size, dtype=full_dtype(dtype), kv_dtype=full_dtype(kv_dtype), causal=causal, window_left=window_left,
-                softcap=softcap, sinks=sinks, num_sms=num_sms,
+                softcap=softcap, sinks=sinks, num_sms=num_sms, q_dtype=full_dtype(q_dtype),
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
     except (EmulatorError, CacheError, CompileError) as error:
@@ -115,6 +116,7 @@ def _numbers(text: str, option: str) -> list[int]:
 def build_case(
     *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, kv_dtype: str,
     causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int, kind: str = PAGED, head_dim_v: int | None = None,
+    q_dtype: str = SAME_AS_Q,
 ) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
     """Random tensors of one step, over scattered pages or without; whatever the kernel must not use holds NaN.
 
@@ -139,14 +141,14 @@ def build_case(
     problem = AttentionProblem(
         num_q_heads, num_kv_heads, *dims, dtype, 1 if kind == RAGGED else page_size, EMULATED_PREFIX + arch,
         mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
-        kv_dtype=kv_dtype, kv_source=kind, has_lse=True,
+        kv_dtype=kv_dtype, q_dtype=q_dtype, kv_source=kind, has_lse=True,
     )  # fmt: skip
     limits = BatchLimits(
         len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1), decode_query_len=max(*q_lens, 1) if kind == LATENT else 1
     )  # fmt: skip
     plan = plan_attention(problem, limits, num_sms=num_sms)
     generator = torch.Generator().manual_seed(0)
-    kind_of_q, kv_kind = getattr(torch, problem.dtype), getattr(torch, problem.kv_dtype)
+    dtype_of_out, q_kind, kv_kind = (getattr(torch, name) for name in (problem.dtype, problem.q_dtype, problem.kv_dtype))
     scales = None
     if problem.has_kv_scales:
         scales = torch.rand(2, num_kv_heads, generator=generator).mul(-8).exp2()
@@ -155,8 +157,15 @@ def build_case(
         [_stored(torch.randn(n, num_kv_heads, dim, generator=generator), scales, i).to(kv_kind) for i, dim in enumerate(dims)]
         for n in kv_lens
     ]
-    q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=kind_of_q)
-    q[: sum(q_lens)] = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator).to(q.dtype)
+    q_scale = None
+    if problem.has_q_scale:
+        q_scale = torch.rand(num_kv_heads, generator=generator).mul(-3).sub(5).exp2()
+        q_scale[0] = 2.0**-8
+    queries = torch.randn(sum(q_lens), num_q_heads, head_dim, generator=generator)
+    if q_scale is not None:
+        queries = _stored(queries, q_scale.repeat_interleave(problem.q_per_kv)[None], 0)
+    q = torch.full((sum(q_lens) + POISONED_ROWS, num_q_heads, head_dim), torch.nan, dtype=q_kind)
+    q[: sum(q_lens)] = queries.to(q.dtype)
     page_table = cu_seqlens_k = None
     if kind != RAGGED:
         k, v, page_table = _in_pages(sequences, page_size, generator)
@@ -167,18 +176,18 @@ def build_case(
     k_scale, v_scale = (None, None) if scales is None else scales
     if kind == LATENT:  # values are the first columns of what is stored once
         v, v_scale = k[..., : dims[1]], k_scale
-    out = torch.full((q.shape[0], num_q_heads, dims[1]), torch.nan, dtype=q.dtype)
+    out = torch.full((q.shape[0], num_q_heads, dims[1]), torch.nan, dtype=dtype_of_out)
     arguments = AttentionArguments(
         q, k, v, page_table, torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32),
         out, torch.full((num_q_heads, q.shape[0]), torch.nan), head_dim**-0.5, window_left, None, softcap,
         torch.randn(num_q_heads, generator=generator) if sinks else None, None, k_scale, v_scale,
-        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_k=cu_seqlens_k, q_scale=q_scale,
     )  # fmt: skip
     return plan, arguments
 
 
 def _stored(values: torch.Tensor, scales: torch.Tensor | None, index: int) -> torch.Tensor:
-    """Keys (index 0) or values (1) of a sequence as they are stored: in FP8 divided by each head's scale, and saturated."""
+    """Keys (index 0) or values (1) of a sequence, or queries, as they are stored: in FP8 divided by each head's scale, and saturated."""
     from fa4_backend.problem import FP8_MAX
 
     return values if scales is None else (values / scales[index, :, None]).clamp(-FP8_MAX, FP8_MAX)
@@ -214,7 +223,8 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
     from fa4_backend.ops import paged_attention, ragged_attention
 
     a = arguments
-    reports: list[tuple[str, Report]] = []
+    reports: list[Report] = []
+    kernel_names: dict[str, str] = {}
 
     def run(seed: int | None, trace: Trace | None, contraction: str) -> None:
         a.out.fill_(torch.nan)
@@ -223,7 +233,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
             is_latent = plan.problem.kv_source == LATENT
             longest = plan.limits.decode_query_len if is_latent else plan.limits.max_num_tokens
             bounds: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": plan.limits.max_seqlen_k}
-            names = ("softmax_scale", "window_left", "softcap", "sinks", "k_scale", "v_scale", "out", "lse")
+            names = ("softmax_scale", "window_left", "softcap", "sinks", "k_scale", "v_scale", "q_scale", "out", "lse")
             values: dict[str, Any] = {name: getattr(a, name) for name in names}
             if a.page_table is None:
                 assert a.cu_seqlens_k is not None
@@ -239,6 +249,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
                 else:
                     paged_attention(*a[:3], a.page_table, a.cu_seqlens_q, a.seqused_k, plan=plan, metadata=metadata, **values)
         reports.extend(seen.reports)
+        kernel_names.update(seen.names)
 
     run(None, timeline, "never")
     first, differing = a.out.clone(), 0
@@ -251,7 +262,7 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
     for name in ("max_err", "lse_err"):
         result[name] = max(result[name], fused[name], key=lambda error: (error != error, error))  # NaN is the worst
     result["ok"] = result["ok"] and fused["ok"]
-    result = {"case": plan.describe(), **result, **collect(reports), "schedules": 1 + seeds, "differing": differing}
+    result = {"case": plan.describe(), **result, **collect(reports, kernel_names), "schedules": 1 + seeds, "differing": differing}
     result["faults"] = [fault for fault in result["faults"] if not fault.startswith(DISCARDED_PRODUCT)]
     result["ok"] = result["ok"] and not result["races"] and not result["faults"] and not differing
     return result
@@ -265,7 +276,9 @@ def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
 
     a = arguments
     assert a.lse is not None
-    want, want_lse, budget, lse_budget = error_budget.judge(a, is_causal=plan.problem.mask.is_causal)
+    want, want_lse, budget, lse_budget = error_budget.judge(
+        a, is_causal=plan.problem.mask.is_causal, e4m3_weights=_has_e4m3_weights(plan, a)
+    )
     rows = slice(0, want.shape[0])
     got, got_lse, is_empty = a.out[rows].float(), a.lse[:, rows], want_lse.isneginf()
     padding_is_zero = bool((a.out[rows.stop :] == 0).all() and a.lse[:, rows.stop :].isneginf().all())
@@ -282,6 +295,13 @@ def judge(plan: AttentionPlan, arguments: AttentionArguments) -> dict[str, Any]:
         "empty_rows_are_zero": empty_rows_are_zero,
         "ok": ok,
     }
+
+
+def _has_e4m3_weights(plan: AttentionPlan, a: AttentionArguments) -> bool:
+    """Whether the prefill kernel serves a row, and rounds its weights to e4m3."""
+    assert plan.kernels is not None
+    is_decoded = plan.kernels.decode is not None and int(a.cu_seqlens_q.diff().max()) <= plan.limits.decode_query_len
+    return plan.problem.has_q_scale and not is_decoded
 
 
 # -- a program of the user ------------------------------------------------------------------------------------------------
@@ -311,32 +331,33 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     for seed in (None, *range(seeds)):
         with emulator.session(arch=arch, num_sms=num_sms, seed=seed, trace=timeline if seed is None else None) as session:
             function(session)
-        reports.append((name, session.report))
-    result = {"case": name, **collect(reports), "schedules": 1 + seeds}
+        reports.append(session.report)
+    alone = {symbol: name for report in reports for symbol in report.kernels if len(report.kernels) == 1}
+    result = {"case": name, **collect(reports, alone), "schedules": 1 + seeds}
     return result | {"ok": not result["races"] and not result["faults"]}
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------
 
 
-def collect(reports: list[tuple[str, Report]]) -> dict[str, Any]:
-    """Races, counts and times of all launches; kernels are counted over the first schedule that ran them."""
+def collect(reports: list[Report], names: dict[str, str]) -> dict[str, Any]:
+    """Races, counts and times of all schedules; kernels are counted over the first that ran them. `names`: by their names in the PTX."""
     kernels: dict[str, dict[str, Any]] = {}
-    for name, report in reports:
+    for report in reports:
         for symbol, counts in report.kernels.items():
-            key = symbol if len(report.kernels) > 1 else name
+            key = names.get(symbol, symbol)
             if key not in kernels:
                 units: dict[str, int] = {}
-                for opcode, number in report.opcodes().items():
+                for opcode, number in report.opcodes(symbol).items():
                     unit = next((u for start, u in UNITS if opcode.startswith(start)), "ALU, control")
                     units[unit] = units.get(unit, 0) + number
                 kernels[key] = {"ctas": counts.ctas, "instructions": int(counts.executed.sum()), "units": units}
     return {
-        "races": [race for _, report in reports for race in report.races],
-        "faults": sorted({fault for _, report in reports for fault in report.faults}),
-        "notes": sorted({note for _, report in reports for note in report.notes}),
-        "instructions": sum(report.instructions for _, report in reports),
-        "seconds": round(sum(report.seconds for _, report in reports), 3),
+        "races": [race for report in reports for race in report.races],
+        "faults": sorted({fault for report in reports for fault in report.faults}),
+        "notes": sorted({note for report in reports for note in report.notes}),
+        "instructions": sum(report.instructions for report in reports),
+        "seconds": round(sum(report.seconds for report in reports), 3),
         "kernels": kernels,
     }
 

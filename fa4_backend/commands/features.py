@@ -23,6 +23,7 @@ BASE = {
 ROWS: dict[str, dict[str, object]] = {
     **{f"dtype {name}": {"dtype": name} for name in COMPUTE_DTYPES},
     "K and V in FP8 (e4m3)": {"kv_dtype": FP8},
+    "q, K and V in FP8 (e4m3)": {"kv_dtype": FP8, "q_dtype": FP8},
     "out in FP8 (e4m3)": {"out_dtype": FP8},
     **{f"head_dim {d}": {"head_dim": d, "head_dim_v": d} for d in (64, 72, 80, 96, 128, 192, 256, 512)},
     "head_dim 192, head_dim_v 128": {"head_dim": 192},

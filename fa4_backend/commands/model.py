@@ -14,13 +14,14 @@ from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
 if TYPE_CHECKING:
     from fa4_backend.emulator.chip import Chip
     from fa4_backend.emulator.model_case import Step
+    from fa4_backend.emulator.model_latent import LatentStep
 
-PREFILL, DECODE = "prefill", "decode"
+PREFILL, DECODE, LATENT = "prefill", "decode", "latent"
 
 
 def model(
     arch: Annotated[str, typer.Option(help="sm_90a (an H100), sm_100a (B200) or sm_103a (B300)")] = "sm_100a",
-    kind: Annotated[str, typer.Option(help="prefill or decode")] = PREFILL,
+    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, dims 576,512; 16 bits)")] = PREFILL,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="elements of a row of Q and K, or of K,V such as 192,128")] = "128",
     batch: Annotated[str, typer.Option(help="groups of equal rows such as 8x4K or 4x512of8K, between commas")] = "8x4K",
@@ -36,16 +37,19 @@ def model(
     """
     from fa4_backend.emulator.chip import CHIP_OF_ARCH, CHIPS
     from fa4_backend.emulator.model_case import Step
+    from fa4_backend.emulator.model_latent import LatentStep
 
     try:
-        if arch not in CHIP_OF_ARCH or kind not in (PREFILL, DECODE):
-            raise ValueError(f"--arch, --kind: expected one of {', '.join(CHIP_OF_ARCH)} and prefill or decode, got {arch!r} and {kind!r}")
-        lengths = rows_of(batch, kind)
-        step = Step(
-            arch, *_numbers("--heads", heads, "/"), *_dims(head_dim), *lengths, page_size, kv_dtype=full_dtype(kv_dtype), is_causal=causal
-        )
+        if arch not in CHIP_OF_ARCH or kind not in (PREFILL, DECODE, LATENT):
+            kinds = f"{PREFILL}, {DECODE} or {LATENT}"
+            raise ValueError(f"--arch, --kind: expected one of {', '.join(CHIP_OF_ARCH)} and {kinds}, got {arch!r} and {kind!r}")
+        shape = (arch, *_numbers("--heads", heads, "/"), *_dims(head_dim), *rows_of(batch, kind), page_size)
         chip = CHIPS[CHIP_OF_ARCH[arch]]
-        result = (prefill if kind == PREFILL else decode)(step, chip)
+        if kind == LATENT:
+            result = latent(LatentStep(*shape, kv_dtype=full_dtype(kv_dtype)), chip)
+        else:
+            step = Step(*shape, kv_dtype=full_dtype(kv_dtype), is_causal=causal)
+            result = (prefill if kind == PREFILL else decode)(step, chip)
     except ValueError as error:
         typer.echo(f"fa4 model: {error}", err=True)
         raise typer.Exit(2) from None
@@ -65,7 +69,8 @@ def _dims(text: str) -> tuple[int, int]:
 
 
 def rows_of(text: str, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Query and KV lengths of a batch: "2x16K" is two whole prompts, "4x512of8K" the last 512 of 8K tokens; decode rows have one query.
+    """Query and KV lengths of a batch: "2x16K" is two whole prompts, "4x512of8K" the last 512 of 8K tokens; decode rows have one query,
+    of latents "64x4K" one and "64x2of4K" two.
 
     Raises:
         ValueError: the text is something else.
@@ -80,7 +85,7 @@ def rows_of(text: str, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         kv_len = _tokens(found.group(3)) if found.group(3) else length
         if not 0 < length <= kv_len or not rows:
             raise ValueError(f"--batch: expected at least one row, and no more queries than keys, got {group!r}")
-        queries += [1 if kind == DECODE else length] * rows
+        queries += [1 if kind == DECODE or (kind == LATENT and not found.group(3)) else length] * rows
         keys += [kv_len] * rows
     return tuple(queries), tuple(keys)
 
@@ -139,6 +144,43 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
     }
 
 
+def latent(step: LatentStep, chip: Chip) -> dict[str, Any]:
+    """Cycles of a block of latent decode, and the whole kernel's time: of its longest CTA (or pair), or that of the latents' bytes."""
+    from fa4_backend.emulator import kernel_model, model_latent
+    from fa4_backend.emulator.timing import TIMINGS
+
+    if step.kv_dtype != "auto":
+        raise ValueError(f"--kv-dtype: expected auto for {LATENT}, got {step.kv_dtype}")
+    plan, metadata = model_latent.scheduled(step, chip.num_sms)
+    assert plan.kernels is not None and plan.kernels.decode is not None, plan
+    lists = model_latent.entry_blocks(metadata)
+    costs = kernel_model.tile_costs(lambda entries, blocks: model_latent.record_entries(step, entries, blocks), TIMINGS[step.arch])
+    cycles = kernel_model.dealt_cycles(costs, lists)
+    time = kernel_model.kernel_time(chip, cycles, sum(map(sum, lists)) * costs.tensor / len(lists), step.num_bytes)
+    is_split = sum(map(len, lists)) > len(step.kv_lens) * plan.kernels.work.num_kv_heads
+    merge_us = chip.decode_merge_us.value if is_split else 0.0
+    us = time.us + merge_us
+    return {
+        "kernel": plan.kernels.decode.name,
+        "entries": sum(map(len, lists)),
+        "KV blocks of the longest list": max(map(sum, lists)),
+        "cycles of a block": round(costs.block, 1),
+        "cycles of an entry besides": round(costs.tile, 1),
+        "cycles once a CTA": round(costs.first, 1),
+        "busy in a block": {name: round(busy, 1) for name, busy in costs.busy.items()} | {"tensor core": costs.tensor},
+        "longest chain of a block": {name: round(chain, 1) for name, chain in _largest(costs.critical)},
+        "kernel cycles": round(time.cycles),
+        "clock MHz": round(time.mhz),
+        "memory us": round(time.memory_us, 1),
+        "adding up parts us": merge_us,
+        "us": _round(us),
+        "us, fast and slow clock": [_round(time.low_us + merge_us), _round(time.high_us + merge_us)],
+        "TFLOP/s": round(step.flops / us / 1e6, 1),
+        "GB/s of latents": round(step.kv_bytes(sum(step.kv_lens)) / us / 1e3),
+        "assumed": sources(step.arch, chip),
+    }
+
+
 def decode(step: Step, chip: Chip) -> dict[str, Any]:
     """A decode step's time by its parts."""
     from fa4_backend.emulator import kernel_model, model_case
@@ -178,7 +220,7 @@ def _largest(table: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _round(us: float) -> float:
-    return round(us, max(0, 3 - math.floor(math.log10(max(us, 1e-3)))))
+    return float(round(us, max(0, 3 - math.floor(math.log10(max(us, 1e-3))))))
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fa4_backend.arch import REFERENCE_ARCH
-from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
 from fa4_backend.model_config import LayerGroup, layer_groups
 from fa4_backend.model_layers import ATTENTION, ModelConfigError
 from fa4_backend.plan import plan_attention
@@ -23,6 +23,7 @@ def plan(
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the config's, bfloat16 for float32")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")] = None,
+    q_dtype: Annotated[str, typer.Option(help=Q_DTYPE_HELP)] = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="sequences of a step")] = 256,
     max_num_tokens: Annotated[int, typer.Option(help="query tokens of a step")] = 8192,
     max_seqlen_k: Annotated[int, typer.Option(help="KV tokens of a sequence")] = 32768,
@@ -36,7 +37,7 @@ def plan(
     """Show the kernel of each group of layers. Exits 1 unless all attention layers are served, 2 when the config cannot be read."""
     try:
         limits = BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens)
-        modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact}
+        modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact, "q_dtype": full_dtype(q_dtype)}
         dtypes = {name: full_dtype(given) for name, given in (("dtype", dtype), ("kv_dtype", kv_dtype)) if given is not None}
         groups = layer_groups(model, arch=arch, page_size=page_size, tp=tp, text_only=text_only, **dtypes, **modes)
     except (ModelConfigError, ValueError) as error:

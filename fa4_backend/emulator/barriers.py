@@ -156,6 +156,7 @@ def _cluster(ins: Instruction, mods: Modifiers) -> Handler:
         warp.cluster_ticket = None
         if warp.races:
             warp.races.acquire(warp, cluster.barrier_edge, warp.exec)
+            warp.races.peers_started(warp)
         return None
 
     return arrive if action == "arrive" else wait
@@ -239,12 +240,12 @@ def _setmaxnreg(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("griddepcontrol")
 def _griddepcontrol(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    """Kernels of a stream run one after the other here, so the wait is always over."""
+    """9.7.13.14; what runs beside what is decided in `stream.py`."""
     action = mods.one("launch_dependents", "wait")
     mods.done()
 
-    def handler(warp: Warp) -> None:
-        warp.cta.grid.dependency(warp, action)
+    def handler(warp: Warp) -> bool | None:
+        return warp.cta.grid.dependency(warp, action)
 
     return handler
 

@@ -12,7 +12,7 @@ import ctypes
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Cta:
         self.tmem_allocations: dict[int, int] = {}  # first column -> columns
         self.tmem_permit = True
         self.tmem_waiters: list[tuple[Warp, int]] = []
+        self.pair_calls: list[tuple[str, int]] = []  # what the CTA did with tensor memory of a pair, which its peer must do, too
         self.mbarriers: dict[int, MBarrier] = {}
         self.barriers = [NamedBarrier(self, i) for i in range(16)]
         self.free_registers = self.grid.register_pool - self.grid.registers_per_thread * 32 * self.num_warps
@@ -90,7 +91,7 @@ class Cluster:
         # How soon asynchronous operations finish: 0 is when nothing else can happen. It differs from seed to seed.
         self.haste = self.rng.choice((0.0, 0.1, 0.5)) if self.rng else 1.0
         self.progress = 0  # events that can let another warp go on
-        self.pending: dict[object, deque[Callable[[], None]]] = {}
+        self.pending: dict[Any, deque[Callable[[], None]]] = {}
         self.ready: deque[Warp] = deque()
         self.barrier_generation = self.barrier_arrived = 0
         self.barrier_waiters: list[tuple[Warp, int]] = []
@@ -98,6 +99,7 @@ class Cluster:
         self.state.smem_bytes, self.state.size = grid.smem_bytes, self.size
         self.state.regions = ctypes.addressof(grid.memory.table)
         self.state.num_regions = len(grid.memory.table)
+        self.regions = grid.memory.table  # kept: a later launch makes another table
         cx, cy, _cz = grid.cluster
         self.ctas = []
         for rank in range(self.size):
@@ -117,6 +119,7 @@ class Cluster:
         self.live = self.num_warps
         self.steps_at_progress = self.steps = 0  # warp instructions: at the last event that could let another warp go on, and now
         self.spinning = False
+        self.is_blocked = False  # until the launch before is complete
         self.last_stall: tuple[int, int] | None = None
         self.stall_rounds = 0
 
@@ -138,6 +141,22 @@ class Cluster:
             operation()
         else:
             self.pending.setdefault(queue, deque()).append(operation)
+
+    def submit_behind(self, queues: list[Any], operation: Callable[[], None]) -> None:
+        """Hand over an operation that comes when all that some queues hold now is complete."""
+        if len(queues) == 1:
+            self.submit(queues[0], operation)
+            return
+        left = len(queues)
+
+        def reached() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                operation()
+
+        for queue in queues:
+            self.submit(queue, reached)
 
     def complete_one(self) -> None:
         assert self.rng is not None
@@ -182,15 +201,23 @@ class Cluster:
 
     # -- schedule -----------------------------------------------------------------------------------------------
 
-    def run(self) -> bool:
-        """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False)."""
+    def run(self, picks: int | None = None) -> bool:
+        """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False).
+
+        `picks`: or until so many warps had their turns (False); only beside other launches. False, too, when all wait for the one before.
+        """
         rng = self.rng
-        self.spinning = False
+        self.spinning = self.is_blocked = False
         started = self.steps
         while self.live:
             if not self.ready:
-                self.stalled()
+                if self.stalled():
+                    return False
                 continue
+            if picks is not None:
+                if not picks:
+                    return False
+                picks -= 1
             if rng is None:
                 warp = self.ready.popleft()
                 quantum = 100_000
@@ -219,14 +246,21 @@ class Cluster:
     def exhausted(self) -> bool:
         return self.steps - self.steps_at_progress > self.grid.session.step_limit
 
-    def stalled(self) -> None:
-        """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report."""
+    def stalled(self) -> bool:
+        """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report.
+
+        True: nothing can go on before the launch before is complete.
+        """
         if self.pending:
             self.complete_one()
-            return
+            return False
         candidates = [w for w in self.warps() if any(soft for _, soft in w.waiting_for.values())]
         state = (self.progress, sum(w.state.steps for w in self.warps() if w not in candidates))
         if not candidates or (self.last_stall == state and self.stall_rounds > 4):
+            before = self.grid.predecessor
+            if before is not None and any(warp.cta.cluster is self for warp, _ in before.dependents):
+                self.is_blocked = True
+                return True
             raise Deadlock(f"deadlock in kernel {self.grid.program.name[:80]}: no warp can go on\n{self.where()}")
         self.stall_rounds = self.stall_rounds + 1 if self.last_stall == state else 1
         self.last_stall = state
@@ -235,6 +269,7 @@ class Cluster:
                 if soft:
                     warp.timed_out = True
                     warp.wake(lanes)
+        return False
 
     def where(self) -> str:
         lines = []
@@ -253,6 +288,10 @@ class Cluster:
     def finish(self) -> None:
         self.drain()
         for cta in self.ctas:
+            self.check_warpgroups(cta)
+            if cta.rank % 2 and cta.pair_calls != (other := self.ctas[cta.rank - 1]).pair_calls:
+                text = f"of a pair, {other.name} did {other.pair_calls} with tensor memory and {cta.name} {cta.pair_calls}"
+                self.grid.session.report.note("tmem-pair", f"{text} in kernel {self.grid.program.name[:80]}")
             if cta.tmem_allocations:
                 columns = sum(cta.tmem_allocations.values())
                 self.grid.session.report.note(
@@ -268,3 +307,11 @@ class Cluster:
         for warp in self.warps():
             self.grid.session.report.add_counts(warp)
             self.grid.give_registers(warp.r)
+
+    def check_warpgroups(self, cta: Cta) -> None:
+        """Every warp of a warpgroup has executed what another did of setmaxnreg (PTX ISA 9.7.18.5)."""
+        for warp in cta.warps:
+            moves = cta.register_moves.get(warp.index // 4, [])
+            if warp.num_register_moves < len(moves):
+                text = f"setmaxnreg {moves[warp.num_register_moves]}, which another warp of its warpgroup did, in kernel"
+                self.grid.session.report.note("registers", f"warp {warp.index} did not execute {text} {self.grid.program.name[:80]}")

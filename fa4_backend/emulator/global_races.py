@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,29 @@ if TYPE_CHECKING:
 SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA, SEM_NON_COHERENT = 1, 2, 4, 8, 16  # ordering of a memory instruction
 ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches
 Clocks = dict[int, np.ndarray]  # cluster number -> clock of that cluster's actors
+
+
+@dataclass(slots=True)
+class LaunchOrder:
+    """What happened before a launch, and what it did that later launches go by. Clusters are numbered in the order of their starts."""
+
+    first: int  # number of its first cluster
+    settled: int  # clusters with lower numbers happened before it,
+    gap: tuple[int, int]  # but not those of this range, which the completion of the launch before says nothing of
+    is_early: bool  # it may have started before the launch before was complete
+    before: LaunchOrder | None  # of the launch before
+    has_waited: bool = False  # some thread executed griddepcontrol.wait
+    launched_dependents: bool = False
+    waited_before: bool = False  # some CTA had waited when it launched its dependents
+
+    def gap_behind(self) -> tuple[int, int]:
+        """Clusters that the completion of this launch says nothing of."""
+        if not self.is_early:
+            return 0, 0
+        if self.has_waited:
+            return self.gap
+        # It may end before those that it should have waited for.
+        return self.gap[0] if self.gap[1] else self.settled, self.first
 
 
 class Origin(NamedTuple):
@@ -60,11 +84,7 @@ class GlobalRaces:
         self.edges: dict[Any, Clocks] = {}  # by address; by address and cluster for the scope of a CTA
         self.next_number = 1
         self.origins: dict[int, Origin] = {}  # by cluster number, since the shadow was last forgotten
-        self.settled = self.first_of_launch = 1
-        self.gap = (0, 0)  # clusters that the completion of the last launch says nothing of, as a range of numbers
-        self.has_waited = self.is_early = False  # the last launch: some thread of it waited; it may have started early
-        self.dependents_launched = False  # by the launch that runs, or ran last; and whether some CTA had waited before that
-        self.waited_before = False
+        self.last = LaunchOrder(1, 1, (0, 0), False, None)  # of the launch that started last
 
     def close(self) -> None:
         if self.handle:
@@ -73,40 +93,37 @@ class GlobalRaces:
 
     # -- launches and clusters ----------------------------------------------------------------------------------
 
-    def start_launch(self, grid: Grid) -> None:
-        if self.is_early and not self.has_waited:
-            # The last launch may have ended before the ones that it should have waited for.
-            self.gap = (self.gap[0] if self.gap[1] else self.settled, self.first_of_launch)
-        elif not self.is_early:
-            self.gap = (0, 0)
-        self.is_early = grid.programmatic and (self.dependents_launched or self.gap[1] > 0)
-        if grid.programmatic and self.dependents_launched:
+    def start_launch(self, programmatic: bool) -> LaunchOrder:
+        """A launch begins: what is known to have happened before it."""
+        last, number = self.last, self.next_number
+        gap, settled = last.gap_behind(), last.settled
+        is_early = programmatic and (last.launched_dependents or gap[1] > 0)
+        if programmatic and last.launched_dependents:
             # A predecessor that waited before it launched its dependents vouches for all before it.
-            if self.waited_before:
-                self.settled = self.first_of_launch
-        elif self.is_early:
-            self.settled = self.next_number
+            if last.waited_before:
+                settled = last.first
+        elif is_early:
+            settled = number
         else:
             self.core.emu_global_forget(self.handle)
             self.edges.clear()
             self.origins.clear()
-            self.settled = self.next_number
-        self.first_of_launch = self.next_number
-        self.dependents_launched = self.waited_before = False
+            settled, gap = number, (0, 0)
+        self.last = LaunchOrder(number, settled, gap, is_early, last if is_early else None)
+        return self.last
 
     def end_launch(self, grid: Grid) -> None:
         """All of a launch has run."""
-        self.has_waited = grid.has_waited
-        if grid.programmatic and not grid.has_waited:
+        if grid.programmatic and not grid.order.has_waited:
             text = f"no thread of kernel {grid.program.name[:80]}, launched programmatically, executed griddepcontrol.wait"
             self.report.note("dependency", f"{text}: kernels before it may run on after it has ended")
 
     def start_cluster(self, cluster: Cluster, layout: Layout) -> int:
-        state, number = cluster.state, self.next_number
+        state, number, order = cluster.state, self.next_number, cluster.grid.order
         self.next_number += 1
         state.global_race, state.number = self.handle, number
-        state.settled, state.first_of_launch = self.settled, self.first_of_launch
-        state.gap_begin, state.gap_end = self.gap
+        state.settled, state.first_of_launch = order.settled, order.first
+        state.gap_begin, state.gap_end = order.gap
         self.origins[number] = Origin(cluster.grid.program, [cta.name for cta in cluster.ctas], layout)
         return number
 
@@ -167,12 +184,17 @@ class GlobalRaces:
 
     def dependency(self, warp: Warp, waits: bool) -> None:
         """griddepcontrol"""
+        order = warp.cta.grid.order
         if waits:
+            if order.before is not None:  # which is complete: whether it waited itself is known
+                order.gap = order.before.gap_behind()
+                for cluster in warp.cta.grid.active:
+                    cluster.state.gap_begin, cluster.state.gap_end = order.gap
             self.learn(warp, [(ALL_EARLIER, np.zeros(0, np.uint32))], warp.exec)
         else:
             assert warp.races
-            self.dependents_launched = True
-            self.waited_before |= any(number == ALL_EARLIER for number, _ in known_by_warp(warp))
+            order.launched_dependents = True
+            order.waited_before |= any(number == ALL_EARLIER for number, _ in known_by_warp(warp))
 
     def learn(self, warp: Warp, clocks: Iterable[tuple[int, np.ndarray]], lanes: int) -> None:
         """These lanes know what the clocks say of other clusters."""
@@ -210,7 +232,7 @@ class GlobalRaces:
     def who(self, number: int, actor: int, warp: int, pc: int) -> str:
         program, ctas, layout = self.origins[number]
         per_cta = layout.num_warps // len(ctas)
-        launch = "" if number >= self.first_of_launch else f" of the earlier kernel {program.name[:80]}"
+        launch = "" if number >= self.last.first else f" of the earlier kernel {program.name[:80]}"
         return f"{layout.name(actor)} by {ctas[warp // per_cta]}{launch}, warp {warp % per_cta}, {program.describe(pc)}"
 
 

@@ -15,6 +15,7 @@ from fa4_backend.emulator.parser import Variable
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:
+    from fa4_backend.emulator.global_races import LaunchOrder
     from fa4_backend.emulator.session import Session
 
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
@@ -45,7 +46,11 @@ class Grid:
         self.explicit_cluster = cluster != (1, 1, 1)
         self.num_sms, self.dynamic_smem = session.num_sms, dynamic_smem
         self.programmatic = programmatic  # may start before the launch before it is complete
-        self.has_waited = False  # some thread executed griddepcontrol.wait
+        self.order: LaunchOrder  # what is known to have happened before it
+        self.predecessor: Grid | None = None  # the launch before, which may still run
+        self.launched: set[tuple[int, int, int]] = set()  # CTAs that executed griddepcontrol.launch_dependents
+        self.dependents: list[tuple[Warp, int]] = []  # lanes of later launches that wait until this one is complete
+        self.has_ended = False
         self.number = session.num_launches
         session.num_launches += 1
         self.check(registers, non_portable)
@@ -64,6 +69,7 @@ class Grid:
         self.free_register_files: list[np.ndarray] = []
         self.globals: dict[str, np.ndarray] = {}
         self.waiting: deque[tuple[int, tuple[int, int, int]]] = deque()  # clusters that have not started
+        self.active: deque[Cluster] = deque()
 
     def check(self, registers: int | None, non_portable: bool) -> None:
         """What the CUDA driver refuses (CUDA programming guide, compute capabilities 9.0 and 10.x), and one rule of the kernel's text.
@@ -113,11 +119,20 @@ class Grid:
             self.memory.register(variable.name, data.ctypes.data, data.size, data, variable.space == "const")
         return self.globals[variable.name].ctypes.data
 
-    def dependency(self, warp: Warp, action: str) -> None:
-        """griddepcontrol: launches run one after the other, so there is nothing to wait for but what the race detector knows."""
-        self.has_waited |= action == "wait"
+    def dependency(self, warp: Warp, action: str) -> bool | None:
+        """griddepcontrol; True: the lanes have to wait."""
+        if action == "launch_dependents":
+            self.launched.add(warp.cta.ctaid)
+            warp.yields = True  # what may start beside it, starts
+        elif self.predecessor is not None and not self.predecessor.has_ended:
+            warp.wait(f"the end of kernel {self.predecessor.program.name[:80]}")
+            self.predecessor.dependents.append((warp, warp.waiting_lanes))
+            return True
+        else:
+            self.order.has_waited = True
         if warp.races:
             self.session.global_races.dependency(warp, waits=action == "wait")
+        return None
 
     def clusters(self) -> Iterator[tuple[int, tuple[int, int, int]]]:
         (gx, gy, gz), (cx, cy, cz) = self.grid, self.cluster
@@ -128,32 +143,71 @@ class Grid:
                     yield index, (x, y, z)
                     index += 1
 
-    def run(self) -> None:
+    # -- running, in turns with other grids of the stream ---------------------------------------------------------------------
+
+    def begin(self, side_by_side: bool) -> None:
+        """Be ready to run. `side_by_side`: beside other grids, so that all CTAs for which there is room start at once."""
         for name in self.program.kernel.variables.values():
             if name.space in ("global", "const"):
                 self.global_symbol(name)
-        self.session.global_races.start_launch(self)
-        with self.memory.temporarily("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True):
-            waiting = self.waiting = deque(self.session.in_order(self))
-            active: deque[Cluster] = deque()
-            limit = self.session.max_resident
-            while waiting or active:
-                # A cluster that spins on global memory needs the others: they take turns, at most as many as the device holds.
-                if waiting and (not active or (len(active) < limit and all(c.spinning for c in active))):
-                    active.appendleft(Cluster(self, *waiting.popleft()))
-                elif all(c.exhausted() for c in active):
-                    places = "\n".join(c.where() for c in active)
-                    raise Deadlock(
-                        f"livelock in kernel {self.program.name[:80]}: no progress in {self.session.step_limit} warp instructions\n{places}"
-                    )
-                cluster = active[0]
-                if cluster.run():
-                    active.remove(cluster)
-                    for other in active:
-                        other.spinning = False
-                else:
-                    active.rotate(-1)
+        self.order = self.session.global_races.start_launch(self.programmatic)
+        self.memory.register("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True)
+        self.waiting = deque(self.session.in_order(self))
+        if side_by_side and (self.program.launches_dependents or self.predecessor is not None):
+            while self.waiting and len(self.active) < self.session.max_resident:
+                self.active.append(Cluster(self, *self.waiting.popleft()))
+
+    @property
+    def is_done(self) -> bool:
+        """Every CTA has exited."""
+        return not self.waiting and not self.active
+
+    def turn(self, picks: int | None) -> None:
+        """Let one cluster run until it is done or only spins; `picks`: or until so many of its warps had their turns.
+
+        A cluster that spins on global memory needs the others: they take turns, at most as many as the device holds.
+
+        Raises:
+            Deadlock: no cluster makes progress.
+        """
+        active, limit = self.active, self.session.max_resident
+        if self.waiting and (not active or (len(active) < limit and all(c.spinning for c in active))):
+            active.appendleft(Cluster(self, *self.waiting.popleft()))
+        elif all(c.exhausted() for c in active):
+            places = "\n".join(c.where() for c in active)
+            raise Deadlock(
+                f"livelock in kernel {self.program.name[:80]}: no progress in {self.session.step_limit} warp instructions\n{places}"
+            )
+        cluster = active[0]
+        if cluster.run(picks):
+            active.remove(cluster)
+            for other in active:
+                other.spinning = False
+        else:
+            active.rotate(-1)
+
+    def lets_dependents_start(self) -> bool:
+        """Every CTA has executed griddepcontrol.launch_dependents or has exited."""
+        ctas = [cta for cluster in self.active for cta in cluster.ctas]
+        return not self.waiting and all(cta.ctaid in self.launched or all(warp.exited for warp in cta.warps) for cta in ctas)
+
+    def waits_for_predecessor(self) -> bool:
+        """No CTA can go on before the launch before is complete."""
+        if self.predecessor is None or self.predecessor.has_ended or not self.active:
+            return False
+        return all(cluster.is_blocked for cluster in self.active) and (not self.waiting or len(self.active) == self.session.max_resident)
+
+    def end(self) -> None:
+        """All CTAs have exited: whoever waits for that goes on."""
+        self.release_params()
+        self.has_ended, self.predecessor = True, None
+        for warp, lanes in self.dependents:
+            warp.wake(lanes)
         self.session.global_races.end_launch(self)
+
+    def release_params(self) -> None:
+        """The parameters' memory is no kernel's any more."""
+        self.memory.forget(self.params.ctypes.data)
 
 
 def three(value: object) -> tuple[int, int, int]:

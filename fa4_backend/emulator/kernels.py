@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from fa4_backend.emulator.contraction import NEVER, Contraction
 from fa4_backend.emulator.host_calls import install
 from fa4_backend.emulator.programs import register_program
 from fa4_backend.emulator.report import Report
-from fa4_backend.emulator.session import session
+from fa4_backend.emulator.session import Session, session
 from fa4_backend.emulator.trace import Trace
 
 
@@ -57,12 +58,30 @@ def load_object(library: Path) -> Any:
 
 @dataclass
 class Observation:
-    """How emulated launches run inside `observed`, and what they reported."""
+    """How emulated launches run inside `observed`: in one session, as launches of one stream."""
 
     seed: int | None = None
     trace: Trace | None = None
     contraction: Contraction = NEVER
-    reports: list[tuple[str, Report]] = field(default_factory=list)  # (kernel, report) of every launch, in order
+    names: dict[str, str] = field(default_factory=dict)  # of the kernels launched, by their names in the PTX
+    reports: list[Report] = field(default_factory=list)  # of the session, complete when the block ends
+    session: Session | None = None  # opened by the first launch
+    opened: ExitStack = field(default_factory=ExitStack)
+
+    def session_for(self, arch: str) -> Session:
+        """The session of all launches inside.
+
+        Raises:
+            ValueError: an earlier launch was for another arch.
+        """
+        if self.session is None:
+            options = {"seed": self.seed, "trace": self.trace, "contraction": self.contraction}
+            self.session = self.opened.enter_context(session(arch=arch, **options))  # type: ignore[arg-type]
+            self.opened.enter_context(self.session.stream())
+            self.reports.append(self.session.report)
+        if self.session.arch != arch:
+            raise ValueError(f"observed launches of one stream: expected arch {self.session.arch}, got {arch}")
+        return self.session
 
 
 _observation: ContextVar[Observation | None] = ContextVar("observation", default=None)
@@ -70,11 +89,12 @@ _observation: ContextVar[Observation | None] = ContextVar("observation", default
 
 @contextmanager
 def observed(seed: int | None = None, trace: Trace | None = None, contraction: Contraction = NEVER) -> Iterator[Observation]:
-    """Emulated launches inside run with race detection, under the schedule of `seed`; their reports are kept."""
+    """Emulated launches inside run with race detection, under the schedule of `seed`, in one stream: it is complete at the end."""
     observation = Observation(seed, trace, contraction)
     token = _observation.set(observation)
     try:
-        yield observation
+        with observation.opened:
+            yield observation
     finally:
         _observation.reset(token)
 
@@ -83,19 +103,21 @@ def observed(seed: int | None = None, trace: Trace | None = None, contraction: C
 def load_emulated(key: CompileKey) -> Callable[..., None]:
     """A launcher of `key` that takes CPU tensors where the GPU's takes CUDA tensors.
 
-    Every call runs in a session of its own, without race detection unless the call is `observed`.
+    A call runs in a session of its own without race detection, or in that of `observed`.
 
     Raises:
         EmulatorError: the kernel used an instruction that is not modelled, or failed.
     """
     function = load_function(key)
+    names = re.findall(r"\.entry\s+([\w$]+)", ensure_object(key).with_suffix(".ptx").read_text())
 
     def launch(*arguments: object) -> None:
         seen = _observation.get()
-        options = {"seed": seen.seed, "trace": seen.trace, "contraction": seen.contraction} if seen else {}
-        with session(arch=key.arch, detect_races=seen is not None, **options) as emu:  # type: ignore[arg-type]
-            emu.run(function, *arguments)
-        if seen:
-            seen.reports.append((key.name, emu.report))
+        if seen is None:
+            with session(arch=key.arch, detect_races=False) as emu:
+                emu.run(function, *arguments)
+            return
+        seen.names |= dict.fromkeys(names, key.name)
+        seen.session_for(key.arch).run(function, *arguments)
 
     return launch

@@ -142,6 +142,11 @@ class Program:
         return frozenset(part for opcode in opcodes for part in opcode.split(".") if part.startswith("cta_group"))
 
     @functools.cached_property
+    def launches_dependents(self) -> bool:
+        """Whether a launch behind this one may start before it is complete."""
+        return any(i.opcode == "griddepcontrol.launch_dependents" for i in self.kernel.instructions)
+
+    @functools.cached_property
     def register_readers(self) -> dict[int, list[int]]:
         """Instructions that read each register (by its index)."""
         readers: dict[int, list[int]] = {}

@@ -150,13 +150,11 @@ def _init(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 raise BarrierMisuse(f"mbarrier.init with count {number}, expected 1 to {MAX_COUNT}")
             offset = address & 0xFFFFFF
             known = cta.mbarriers.get(offset)
-            if known is not None and (known.waiters or known.pending != known.count or known.tx):
-                raise BarrierMisuse(f"mbarrier.init over a barrier in use: {known}")
+            if known is not None:
+                raise BarrierMisuse(f"mbarrier.init over {known}, which mbarrier.inval did not end")
             barrier = cta.mbarriers[offset] = MBarrier(cta, offset, number)
             if warp.races:
                 warp.races.initialised(warp, barrier, lane)
-                if known is not None:
-                    warp.races.set_barrier(barrier, live=False)
             cta.write_smem(offset, (0).to_bytes(8, "little"), warp, lane)
             if warp.races:
                 warp.races.set_barrier(barrier, live=True)

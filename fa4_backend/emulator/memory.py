@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,14 +63,6 @@ class GlobalMemory:
         self.bases = [b.base for b in ordered]
         self.table = (Region * len(ordered))(*(Region(b.base, b.end, int(b.read_only), 0) for b in ordered))
         self.views = {}
-
-    @contextmanager
-    def temporarily(self, name: str, base: int, num_bytes: int, owner: object, read_only: bool) -> Iterator[None]:
-        self.register(name, base, num_bytes, owner, read_only)
-        try:
-            yield
-        finally:
-            self.forget(base)
 
     def find(self, address: int, num_bytes: int) -> Buffer | None:
         index = bisect_right(self.bases, address) - 1

@@ -196,7 +196,7 @@ class ClusterState(ctypes.Structure):
         ("num_regions", ctypes.c_uint32),
         ("num_knowledge", ctypes.c_uint32),
         *((name, ctypes.c_void_p) for name in ("race", "global_race", "knowledge", "fenced_global")),
-        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "gap_begin", "gap_end", "pad")),
+        *((name, ctypes.c_uint32) for name in ("number", "first_of_launch", "settled", "gap_begin", "gap_end", "first_start")),
     )
 
 
@@ -219,7 +219,8 @@ class WarpState(ctypes.Structure):
         ("strong_addresses", ctypes.c_uint64 * 32),
         ("epoch", ctypes.c_uint32),
         ("split", ctypes.c_uint32),
-        *((name, ctypes.c_uint32 * 16) for name in ("remote_epoch", "remote_lanes", "remote_pc")),
+        ("remote_epoch", ctypes.c_uint32 * 32 * 16),
+        *((name, ctypes.c_uint32 * 16) for name in ("remote_pc", "early_pc")),
         *((name, ctypes.c_void_p) for name in ("watched", "written", "read_unwritten")),
         ("num_watched", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),

@@ -233,7 +233,7 @@ def _cvta(b: Builder, ins: Instruction, mods: Modifiers) -> None:
 
 
 def _nop(b: Builder, ins: Instruction, mods: Modifiers) -> None:
-    """Hints without architectural effect: prefetch 9.7.9.15, discard, applypriority 9.7.9.17, nanosleep 9.7.18.2, pmevent."""
+    """Hints without architectural effect: prefetchu 9.7.9.15, discard, applypriority 9.7.9.17, nanosleep 9.7.18.2, pmevent."""
     b.emit("NOP")
 
 
@@ -322,7 +322,6 @@ _NATIVE: dict[str, NativeMaker] = {
     "elect": _elect,
     "activemask": _activemask,
     "cvta": _cvta,
-    "prefetch": _nop,
     "prefetchu": _nop,
     "discard": _nop,
     "applypriority": _nop,

@@ -39,8 +39,9 @@ KINDS = (
     "that nobody wrote is read",
     "is read by ld.global.nc, but the same launch writes it",
     "holds an mbarrier in use and is overwritten",
+    "holds an mbarrier in use and is read like other memory",
 )
-UNWRITTEN, OVER_BARRIER = 3, 5
+UNWRITTEN, OVER_BARRIER, READ_BARRIER = 3, 5, 6
 # Actors of every warp, in this order; a barrier's copies come after all warps'.
 # FENCED, FENCED_GLOBAL: its writes to shared and to global memory that the asynchronous proxy sees. BULK, BULK_WRITE: its bulk stores as
 # readers of shared memory and as writers of global memory. ACQUIRED: what it learnt of other clusters.
@@ -55,12 +56,13 @@ BARRIERS_PER_CTA = 96
 
 class Layout:
     """Numbers of the actors of a cluster: PER_WARP a warp, then its barriers' copies, then 32 lanes a warp, three times: what they access,
-    and what of it the asynchronous proxy sees in shared and in global memory."""
+    and what of it the asynchronous proxy sees in shared and in global memory; last the start of each CTA."""
 
     def __init__(self, num_warps: int, size: int) -> None:
         self.num_warps = num_warps
         self.first_lane = PER_WARP * num_warps + BARRIERS_PER_CTA * size
-        self.num_actors = self.first_lane + 3 * 32 * num_warps
+        self.first_start = self.first_lane + 3 * 32 * num_warps
+        self.num_actors = self.first_start + size
         warps, lanes = PER_WARP * np.arange(num_warps), self.first_lane + np.arange(32 * num_warps)
         self.generic = np.concatenate((warps + GENERIC, lanes))
         # What stands for the writes of `generic` that the asynchronous proxy sees, in shared and in global memory.
@@ -105,7 +107,8 @@ class Races:
         self.cluster = cluster
         self.layout = Layout(cluster.num_warps, cluster.size)
         self.unfenced_barriers: list[Any] = []
-        self.barrier_actors: dict[tuple[int, int], int] = {}
+        self.extra_actors: dict[object, int] = {}
+        self.pipelines: dict[int, set[int]] = {}  # actors of the tensor core's pipelines, by warp
         self.counters = np.ones(self.layout.num_actors, np.uint32)  # epoch that the next operation of an asynchronous actor gets
         # Actor -> the actor that stands for its writes that the asynchronous proxy sees, in shared and in global memory.
         self.fenced, self.fenced_global = (np.arange(self.layout.num_actors, dtype=np.uint32) for _ in range(2))
@@ -116,6 +119,7 @@ class Races:
         self.state = ctypes.addressof(cluster.state)
         cluster.state.race = self.handle
         cluster.state.fenced_global = self.fenced_global.ctypes.data
+        cluster.state.first_start = self.layout.first_start
         self.in_global = cluster.grid.session.global_races
         self.number = self.in_global.start_cluster(cluster, self.layout)
         self.remote_signals: dict[tuple[int, int], tuple[int, int, int]] = {}  # (rank signalled, actor) -> epoch, warp, instruction
@@ -134,6 +138,7 @@ class Races:
         pointers = np.ctypeslib.as_array(warp.state.lane_clocks)
         warp.clocks = LaneClocks(self.layout.num_actors, PER_WARP * warp.actor + GENERIC, first, (first + step, first + 2 * step), pointers)
         warp.state.actor, warp.state.epoch = first, warp.clocks.epoch
+        warp.clocks.learn_actor(ALL_LANES, self.layout.first_start + warp.cta.rank, 1)
 
     # -- edges between warps ------------------------------------------------------------------------------------
 
@@ -197,6 +202,11 @@ class Races:
     def release_cluster(self, warp: Warp, edge: Any, releases: bool) -> None:
         """barrier.cluster.arrive; `.relaxed` releases only what an earlier fence did."""
         self.release(warp, edge, warp.exec, relaxed=not releases)
+
+    def peers_started(self, warp: Warp) -> None:
+        """The running lanes met all CTAs of the cluster, whatever that ordered."""
+        for rank in range(self.cluster.size):
+            warp.clocks.learn_actor(warp.exec, self.layout.first_start + rank, 1)
 
     def join(self, edge: Any, clock: np.ndarray) -> None:
         if edge.clock is None:
@@ -269,12 +279,21 @@ class Races:
             clock[actor] = epoch
         return Access(self, clock, actor, epoch, warp, through_async)
 
-    def issue_mma(self, warp: Warp) -> Access:
-        return self.issue(warp, TENSOR, True, in_order=True)
+    def issue_mma(self, warp: Warp, pipeline: object = None) -> Access:
+        """An operation of the warp's tensor core. `pipeline`: what it is in order with; None: with every other."""
+        if pipeline is None:
+            return self.issue(warp, TENSOR, True, in_order=True)
+        actor = self.extra_actor((warp.actor, pipeline))
+        self.pipelines.setdefault(warp.actor, set()).add(actor)
+        clock, epoch = warp.clocks.known(warp.exec), int(self.counters[actor])
+        clock[actor] = epoch
+        return Access(self, clock, actor, epoch, warp, True)
 
     def issue_commit(self, warp: Warp) -> Access:
         access = self.issue(warp, TENSOR, True, in_order=True)
-        self.counters[access.actor] += 1
+        for actor in (access.actor, *self.pipelines.get(warp.actor, ())):
+            access.clock[actor] = self.counters[actor]
+            self.counters[actor] += 1
         access.releases = access.clock
         self.new_epoch(warp)
         return access
@@ -362,10 +381,7 @@ class Races:
 
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
         """A copy that signals an mbarrier: its actor is the barrier, its epoch the phase that it takes part in."""
-        key = (barrier.cta.rank, barrier.offset)
-        actor = self.barrier_actors.get(key)
-        if actor is None:
-            actor = self.barrier_actors[key] = PER_WARP * self.cluster.num_warps + len(self.barrier_actors)
+        actor = self.extra_actor((barrier.cta.rank, barrier.offset))
         clock = warp.clocks.known(warp.exec)
         access = Access(self, clock, actor, barrier.phase + 1, warp, True)
         access.releases = clock.copy()
@@ -373,30 +389,43 @@ class Races:
         self.new_epoch(warp)
         return access
 
+    def extra_actor(self, key: object) -> int:
+        """The actor of a barrier's copies, or of a pipeline of the tensor core; its number is fixed when it first acts."""
+        return self.extra_actors.setdefault(key, PER_WARP * self.cluster.num_warps + len(self.extra_actors))
+
     def complete(self, access: Access, barrier: Any) -> None:
         """The operation arrives on a barrier: who waits for it knows what the operation knew, and the operation itself."""
         assert access.releases is not None
         self.join(barrier, access.releases)
-        if barrier.cta.rank != access.native.warp // self.cluster.ctas[0].num_warps:
-            self.remote_signals[barrier.cta.rank, access.actor] = (access.native.epoch, access.native.warp, access.native.pc)
+        self.asynchronous_access(access, barrier.cta)
+
+    def asynchronous_access(self, access: Access, cta: Cta) -> None:
+        """An asynchronous operation uses memory of a CTA, perhaps of another than issued it."""
+        if cta.rank != access.native.warp // self.cluster.ctas[0].num_warps:
+            self.remote_signals[cta.rank, access.actor] = (access.native.epoch, access.native.warp, access.native.pc)
 
     def remote_access(self, warp: Warp, cta: Cta) -> None:
         """The running lanes arrive at a barrier of another CTA."""
         state = warp.state
-        state.remote_epoch[cta.rank], state.remote_lanes[cta.rank], state.remote_pc[cta.rank] = warp.clocks.epoch, warp.exec, state.pc
+        for lane in indices(warp.exec):
+            state.remote_epoch[cta.rank][lane] = warp.clocks.epoch
+        state.remote_pc[cta.rank] = state.pc
 
     def check_exits(self) -> None:
-        """No CTA may have exited while another still used its shared memory: it must know of every such access (PTX ISA 9.7.9.23 mapa)."""
+        """A CTA whose memory others use must have started, and may not have exited: it must know of every such access (PTX ISA 9.7.9.23
+        mapa)."""
         if self.cluster.size == 1:
             return
         for cta in self.cluster.ctas:
             known = np.maximum.reduce([warp.clocks.known(ALL_LANES) for warp in cta.warps])
             late = []
             for warp in self.cluster.warps():
-                lanes = warp.state.remote_lanes[cta.rank]
-                actors = self.layout.lane(warp.actor) + np.array(indices(lanes), np.int64)
-                if lanes and (known[actors] < warp.state.remote_epoch[cta.rank]).any():
-                    late.append(self.who(int(actors[0]), warp.actor, warp.state.remote_pc[cta.rank]))
+                first = self.layout.lane(warp.actor)
+                if (known[first : first + 32] < np.ctypeslib.as_array(warp.state.remote_epoch[cta.rank])).any():
+                    late.append(self.who(first, warp.actor, warp.state.remote_pc[cta.rank]))
+                if warp.state.early_pc[cta.rank]:
+                    text = self.who(first, warp.actor, warp.state.early_pc[cta.rank] - 1)
+                    self.cluster.grid.session.report.note("exit", f"a CTA may not have started when its shared memory is used\n  by {text}")
             for (rank, actor), (epoch, number, pc) in self.remote_signals.items():
                 if rank == cta.rank and known[actor] < epoch:
                     late.append(self.who(actor, number, pc))
@@ -407,6 +436,7 @@ class Races:
 
     def smem_chunks(self, access: Access, cta: Cta, chunks: np.ndarray, write: bool) -> None:
         """Chunks of 16 bytes."""
+        self.asynchronous_access(access, cta)
         cells = np.ascontiguousarray(chunks, np.int64)
         self.core.emu_race_access(
             self.handle, 0, cta.rank, cells.ctypes.data, cells.size, 4, 4, ctypes.addressof(access.native), int(write)
@@ -446,8 +476,8 @@ class Races:
             if conflict.kind == UNWRITTEN:
                 self.cluster.grid.session.report.note("uninitialised", f"memory that nobody wrote is read by {later}")
                 continue
-            if conflict.kind == OVER_BARRIER:
-                self.cluster.grid.session.report.note("race", f"memory {KINDS[OVER_BARRIER]} by {later}")
+            if conflict.kind in (OVER_BARRIER, READ_BARRIER):
+                self.cluster.grid.session.report.note("race", f"memory {KINDS[conflict.kind]} by {later}")
                 continue
             earlier = self.who(conflict.old_actor, conflict.old_warp, conflict.old_pc)
             text = f"memory {KINDS[conflict.kind]}\n  first:  {earlier}\n  second: {later}"
@@ -456,6 +486,6 @@ class Races:
     def who(self, actor: int, warp: int, pc: int) -> str:
         per_cta = self.cluster.ctas[0].num_warps
         program = self.cluster.grid.program
-        kind = self.layout.name(actor)
+        kind = NAMES[TENSOR] if any(actor in some for some in self.pipelines.values()) else self.layout.name(actor)
         rank = f" of CTA rank {warp // per_cta}" if self.cluster.size > 1 else ""
         return f"{kind} by warp {warp % per_cta}{rank}, {program.describe(pc)}"

@@ -35,8 +35,9 @@ ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "f
 
 
 def tmem_columns(opcode: str) -> int:
-    """Columns that a TMEM load or store of shape 32x32b moves."""
-    return next((int(part[1:]) for part in opcode.split(".") if part[:1] == "x" and part[1:].isdigit()), 0)
+    """Columns of 32 lanes that a TMEM load or store moves: of shape 32x32b one a repetition, of 16x256b the bytes of four."""
+    repeat = next((int(part[1:]) for part in opcode.split(".") if part[:1] == "x" and part[1:].isdigit()), 0)
+    return repeat * (4 if ".16x256b." in opcode else 1)
 
 
 def pipe_cycles(opcode: str, arch: str) -> tuple[int, ...]:
@@ -189,8 +190,8 @@ class RecordedRaces(Races):
         if phase and not (steps and steps[-1].kind == "wait" and steps[-1].edges == [(number, phase - 1)]):
             self.step(warp, "wait").edges.append((number, phase - 1))
 
-    def issue_mma(self, warp: Warp) -> Access:
-        access = super().issue_mma(warp)
+    def issue_mma(self, warp: Warp, pipeline: object = None) -> Access:
+        access = super().issue_mma(warp, pipeline)
         self.open[id(access)] = self.step(warp, "mma")
         self.kept.append(access)
         return access

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
 
 
-FAULTS = ("tmem-leak", "uninitialised", "dependency", "exit")  # kinds of notes that matter
+FAULTS = ("tmem-leak", "tmem-pair", "registers", "uninitialised", "dependency", "exit")  # kinds of notes that matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class Report:
         counts.executed[warp.index] += warp.counts
         counts.ctas += warp.index == 0
 
-    def opcodes(self) -> dict[str, int]:
-        """Executed warp instructions by opcode."""
+    def opcodes(self, kernel: str | None = None) -> dict[str, int]:
+        """Executed warp instructions by opcode, of all kernels or of one."""
         total: Counter[str] = Counter()
-        for counts in self.kernels.values():
+        for counts in self.kernels.values() if kernel is None else [self.kernels[kernel]]:
             per_instruction = counts.executed.sum(axis=0)
             for instruction, number in zip(counts.program.kernel.instructions, per_instruction, strict=False):
                 if number:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.races import Races
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.report import Report
+from fa4_backend.emulator.stream import Stream
 from fa4_backend.emulator.tensors import count_poison, device_tensor, extent, host_tensor, is_plain_function, poison, runtime_extent
 from fa4_backend.emulator.trace import Trace
 
@@ -42,6 +43,7 @@ class Session:
         step_limit: int,
         trace: Trace | Recording | None = None,
         contraction: Contraction = NEVER,
+        isa_order: bool = False,
     ) -> None:
         if arch not in ARCHS:
             raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
@@ -51,11 +53,13 @@ class Session:
         self.detect_races, self.step_limit = detect_races, step_limit
         self.trace = trace
         self.contraction = check_contraction(contraction)
+        self.isa_order = isa_order
         self.max_resident = num_sms
         self.memory = GlobalMemory()
         self.report = Report()
         self.global_races = GlobalRaces(self.report)
         self.num_launches = 0
+        self.launches, self.in_stream = Stream(seed), False
         self.error: BaseException | None = None
         self.kept: list[Any] = []
         self.outputs: dict[str, torch.Tensor] = {}
@@ -116,16 +120,15 @@ class Session:
     def run(self, compiled: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a compiled function; torch CPU tensors and numpy arrays among its arguments are used in place.
 
-        Raises what went wrong in a kernel (`KernelFault` and others), not the host code's translation of it.
+        Its kernels are complete when it returns, unless a `stream` is open. Raises what went wrong in a kernel (`KernelFault` and others),
+        not the host code's translation of it.
         """
         artifacts = getattr(compiled, "artifacts", None)
         if artifacts is not None and artifacts.PTX and isinstance(artifacts.CUBIN, bytes):
             register_program(artifacts.PTX, artifacts.CUBIN)
         if hasattr(type(compiled), "num_devices"):
             compiled.__dict__["num_devices"] = 1  # host code without tvm-ffi asks the CUDA driver otherwise
-        buffers = dict(self.memory.buffers)
-        kept = len(self.kept)
-        with self.opened():
+        with self.opened(), self.arguments():
             try:
                 result = self.call(compiled, args, kwargs)
             except Exception as error:
@@ -138,10 +141,36 @@ class Session:
                 raise LaunchError(f"the host code refused the call: {error}") from error
             finally:
                 self.error = None
-                del self.kept[kept:]
-                self.memory.buffers = buffers
-                self.memory.rebuild()
         return result
+
+    @contextmanager
+    def arguments(self) -> Iterator[None]:
+        """What is registered inside is forgotten once the kernels that were launched inside are complete; by the stream, if one is open."""
+        if self.in_stream:
+            yield
+            return
+        buffers, kept = dict(self.memory.buffers), len(self.kept)
+        try:
+            yield
+            self.drain()
+        finally:
+            self.launches.running.clear()  # of a run that failed
+            del self.kept[kept:]
+            self.memory.buffers = buffers
+            self.memory.rebuild()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Launches inside are of one stream, and their results are there at its end.
+
+        With a seed, a programmatic launch runs beside the launch before, as far as `griddepcontrol` lets it.
+        """
+        with self.arguments():
+            self.in_stream = True
+            try:
+                yield
+            finally:
+                self.in_stream = False
 
     def call(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call host code with tensors that claim to be on a GPU, or as they are where it was compiled for tensors of the CPU."""
@@ -178,6 +207,8 @@ class Session:
         params = args if isinstance(args, bytes) else self.pack(program, args)
         shape = three(grid), three(block), three(cluster)
         self.execute(Grid(self, program, *shape, smem, params, registers, programmatic, non_portable))
+        if not self.in_stream:
+            self.drain()
 
     def pack(self, program: Program, args: list[Any]) -> bytes:
         parameters = list(program.kernel.params.values())
@@ -200,10 +231,18 @@ class Session:
         return bytes(block)
 
     def execute(self, grid: Grid) -> None:
+        """Launch; `drain` completes it."""
+        self.timed(lambda: self.launches.launch(grid))
+
+    def drain(self) -> None:
+        """Complete every launch."""
+        self.timed(self.launches.drain)
+
+    def timed(self, work: Callable[[], None]) -> None:
         start = time.process_time()
         try:
             with np.errstate(all="ignore"):
-                grid.run()
+                work()
         finally:
             self.report.seconds += time.process_time() - start
         if self.detect_races == "raise" and self.report.races:
@@ -234,9 +273,13 @@ def session(
     step_limit: int = 50_000_000,
     trace: Trace | Recording | None = None,
     contraction: Contraction = NEVER,
+    isa_order: bool = False,
 ) -> Iterator[Session]:
-    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then)."""
-    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace, contraction)
+    """An emulated device for the time of a `with` block; see the package docstring. `trace` is filled on the way (no seed then).
+
+    `isa_order`: products of different shape or accumulator are not in order (`tcgen05.py`); also kernels that are right on silicon race.
+    """
+    emu = Session(arch, num_sms, seed, detect_races, step_limit, trace, contraction, isa_order)
     install()
     open_sessions.append(emu)
     try:

@@ -1,7 +1,9 @@
 """Tensor memory and the fifth-generation tensor core. PTX ISA 9.0, 9.7.16.
 
 TMEM is 128 lanes x 512 columns of 32-bit cells; an address is lane << 16 | column. MMAs, copies and commits of one warp finish in
-the order of issue; warps are independent of each other. Products are added exactly and rounded once, then added in float32.
+the order of issue; warps are independent of each other. With `isa_order`, only products of one shape, kind and accumulator are in order
+(9.7.16.6.2, pipelined instructions), which released kernels do not keep to. Products are added exactly and rounded once, then added in
+float32.
 """
 
 from __future__ import annotations
@@ -63,6 +65,12 @@ def _pair(warp: Warp, group: int) -> list[Cta]:
     return [cta.cluster.ctas[even], cta.cluster.ctas[even + 1]]
 
 
+def _pair_call(warp: Warp, group: int, what: str, columns: int) -> None:
+    """One warp of each CTA of a pair performs what concerns the tensor memory of both (PTX ISA 9.7.16.7)."""
+    if group == 2:
+        warp.cta.pair_calls.append((what, columns))
+
+
 def _check_columns(count: int) -> None:
     if count < 32 or count > COLUMNS or count & (count - 1):
         raise KernelFault(f"tensor memory allocation of {count} columns, expected a power of two from 32 to {COLUMNS}")
@@ -90,6 +98,7 @@ def _alloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
             cta.tmem_waiters.append((warp, warp.waiting_lanes))
             return True
         first = free[0]
+        _pair_call(warp, group, "alloc", columns)
         cta.tmem_owner[first : first + columns] = [group] * columns
         cta.tmem_allocations[first] = columns
         cta.write_smem(where(warp, lane) & 0xFFFFFF, first.to_bytes(4, "little"), warp)
@@ -100,7 +109,7 @@ def _alloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("tcgen05.dealloc", aligned=True)
 def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    _group(mods)
+    group = _group(mods)
     mods.one("sync")
     mods.one("aligned")
     mods.one("b32")
@@ -113,6 +122,7 @@ def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         if cta.tmem_allocations.get(first) != columns:
             raise KernelFault(f"tcgen05.dealloc of {columns} columns at {first}: allocated are {cta.tmem_allocations}")
         del cta.tmem_allocations[first]
+        _pair_call(warp, group, "dealloc", columns)
         cta.tmem_owner[first : first + columns] = [0] * columns
         if warp.races:
             warp.races.tmem_access(warp.races.synchronous(warp), cta, range(8), first, columns, write=True)
@@ -125,12 +135,13 @@ def _dealloc(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
 @handles("tcgen05.relinquish_alloc_permit", aligned=True)
 def _relinquish(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
-    _group(mods)
+    group = _group(mods)
     mods.one("sync")
     mods.one("aligned")
     mods.done()
 
     def handler(warp: Warp) -> None:
+        _pair_call(warp, group, "relinquish_alloc_permit", 0)
         warp.cta.tmem_permit = False
 
     return handler
@@ -352,13 +363,14 @@ def _mma(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         a_where = a_address(warp, lane) if a_address else int(warp.r64[a_slot * 16 + lane])
         b_where = int(warp.r64[b_slot * 16 + lane])
         d_where, add = d_address(warp, lane), _enabled(warp, lane, accumulate)
-        access = warp.races.issue_mma(warp) if warp.races else None
+        pipeline = (kind, group, desc.m, desc.n, d_where) if warp.cta.grid.session.isa_order else None
+        access = warp.races.issue_mma(warp, pipeline) if warp.races else None
         ctas = _pair(warp, group)
 
         def run() -> None:
             multiply(ctas, desc, k, d_where, a_where, a_in_tmem, b_where, add, access)
 
-        warp.cta.cluster.submit(("tensor core", warp.actor), run)
+        warp.cta.cluster.submit(("tensor core", warp.actor, pipeline), run)
 
     return handler
 
@@ -436,6 +448,8 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> None:
         lane, cta = warp.one_lane("tcgen05.cp"), warp.cta
+        if cta.grid.session.isa_order:
+            raise UnsupportedInstruction(f"{ins.opcode} with isa_order")
         desc, column = tcgen05_descriptor(int(warp.r64[desc_slot * 16 + lane])), address(warp, lane) & 0xFFFF
         access = warp.races.issue_mma(warp) if warp.races else None
 
@@ -447,7 +461,7 @@ def _copy(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                 access.races.tmem_access(access, cta, range(8), column, width, write=True)
             cta.tmem_cells()[:, column : column + width] = np.ascontiguousarray(raw).view(np.uint32)
 
-        cta.cluster.submit(("tensor core", warp.actor), run)
+        cta.cluster.submit(("tensor core", warp.actor, None), run)
 
     return handler
 
@@ -480,6 +494,7 @@ def _commit(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
                     access.races.complete(access, barrier)
                 barrier.arrive(1)
 
-        cluster.submit(("tensor core", warp.actor), run)
+        queue = ("tensor core", warp.actor, None)
+        cluster.submit_behind([q for q in cluster.pending if q[:2] == queue[:2]] or [queue], run)
 
     return handler

@@ -295,6 +295,26 @@ def _read_chunks(cta: Cta, chunks: np.ndarray) -> np.ndarray:
     return cta.smem16[chunks]
 
 
+@handles("prefetch")
+def _prefetch_line(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
+    """9.7.9.15: nothing moves here, but what is named must exist: a byte, or a tensor map."""
+    is_map = mods.has("tensormap")
+    mods.has("global", "param", "const", "local")
+    mods.has("L1", "L2", "L2::evict_last", "L2::evict_normal")
+    mods.done()
+    source = b.global_address(ins.operands[0])
+
+    def handler(warp: Warp) -> None:
+        memory = warp.cta.grid.memory
+        for address in {source(warp, lane) for lane in warp.lanes()}:
+            if is_map:
+                read_map(memory, address)
+            elif not address >> 56:  # of shared and local memory, it does nothing
+                memory.bytes_at(address, 1)
+
+    return handler
+
+
 @handles("cp.async.bulk.prefetch")
 def _prefetch(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     """9.7.9.25.4.3: nothing moves here, but the source must exist."""

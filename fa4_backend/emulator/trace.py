@@ -160,10 +160,10 @@ class TimedRaces(Races):
             self.trace.slice("MMA", start, self.tensor_free, process, 1000, flops=total - self.flops_seen)
         self.flops_seen, self.mma_issued = total, None
 
-    def issue_mma(self, warp: Warp) -> Access:
+    def issue_mma(self, warp: Warp, pipeline: object = None) -> Access:
         self.settle_mma(self.first_process)
         self.mma_issued = self.now(warp)
-        return super().issue_mma(warp)
+        return super().issue_mma(warp, pipeline)
 
     def issue_commit(self, warp: Warp) -> Access:
         self.settle_mma(self.first_process)

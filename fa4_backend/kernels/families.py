@@ -4,7 +4,7 @@
 |---|---|---|
 | schedule | makes the step's work lists | `schedule/` |
 | decode | short queries, KV split over CTAs | `decode/` |
-| latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/` |
+| latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/`, on Blackwell `mla_decode/sm100/` |
 | prefill | the rest, on the chip's own tensor cores | `sm90/`, `sm100/` |
 
 A family is a folder with a `config` (its compile key, and how it follows from a problem) and a `kernel` (what the key's `builder` names).
@@ -21,8 +21,9 @@ from fa4_backend.kernels.decode import config as decode_family
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.mla_decode import config as mla_family
 from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
+from fa4_backend.kernels.mla_decode.sm100 import config as mla_sm100_family
 from fa4_backend.kernels.schedule.config import ScheduleConfig, schedule_config
-from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, decode_full_sms, decode_tile_ticks
+from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, SHARED_QUARTERS, decode_full_sms, decode_tile_ticks
 from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
@@ -69,6 +70,13 @@ PREFILL: dict[str, Callable[..., PrefillKey]] = {
     "sm_103a": sm100_family.resolve,
 }
 
+# arch -> the compile key of a latent problem's decode kernel
+LATENT_DECODE: dict[str, Callable[[AttentionProblem, BatchLimits], MlaDecodeConfig]] = {
+    "sm_90a": mla_family.resolve,
+    "sm_100a": mla_sm100_family.resolve,
+    "sm_103a": mla_sm100_family.resolve,
+}
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -92,7 +100,7 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
         num_sms, memory_gb: of the device: SMs, and the memory's peak in GB/s (default: the published one of the arch).
     """
     if problem.kv_source == LATENT:
-        return latent_kernels(mla_family.resolve(problem, limits), problem, limits, num_sms)
+        return latent_kernels(LATENT_DECODE[problem.target_arch](problem, limits), problem, limits, num_sms)
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
     decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
     if decode is None:
@@ -104,17 +112,19 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
 def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:
     """The schedule and the latent decode kernel `key`, whose row groups are a cluster's tiles of a sequence's packed rows."""
     num_ctas = max(1, num_sms // key.cluster_size)
+    tiles = key.tile_n // mla_family.TILE_N  # of 64 keys, in a block
     work = WorkShape(
         num_kv_heads=key.num_groups,
         decode_num_ctas=num_ctas,
         decode_query_len=limits.decode_query_len,
-        decode_tile_n=mla_family.TILE_N,
+        decode_tile_n=key.tile_n,
         slot_floats=mla_family.slot_floats(key),
-        split_blocks=mla_family.split_tiles(limits) if problem.batch_invariant else 0,
+        split_blocks=-(-mla_family.split_tiles(limits) // tiles) if problem.batch_invariant else 0,
         slot_vectors=mla_family.slot_vectors(key),
         max_seqlen_k=-(-limits.max_seqlen_k // problem.page_size) * problem.page_size,
         max_num_tokens=limits.max_num_tokens,
-        decode_part_blocks=mla_family.MIN_PART_BLOCKS,
+        decode_part_blocks=max(1, mla_family.MIN_PART_BLOCKS // tiles),
+        decode_parts_ratio=mla_family.PARTS_RATIO * tiles,
         private_slots=num_ctas if problem.batch_invariant else 0,
         # No row is longer than `decode_query_len`: the other list stays empty.
         prefill_groups=1,
@@ -165,4 +175,8 @@ def _work_shape(
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
         has_queue=prefill.has_queue,
+        most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
+        decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
+        decode_parts_ratio=decode_family.PARTS_RATIO,
+        decode_share_vectors=decode_family.SHARE_VECTORS,
     )

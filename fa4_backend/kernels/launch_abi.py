@@ -56,6 +56,7 @@ class PrefillArguments(NamedTuple):
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mOutScale: Any  # (1,) float32; None where out is not FP8
+    mQScale: Any  # (num_kv_heads,) float32, any stride; None where q is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -80,6 +81,7 @@ class DecodeArguments(NamedTuple):
     mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
     mOutScale: Any  # (1,) float32; None where out is not FP8
+    mQScale: Any  # (num_kv_heads,) float32, any stride; None where q is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
     softcap: Any  # float32
     window_left: Any  # int32
@@ -131,7 +133,8 @@ def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArgument
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_k, a.cu_seqlens_q,
         work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.q_scale,
+        a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
     )  # fmt: skip
 
 
@@ -139,7 +142,8 @@ def decode_arguments(a: AttentionArguments, work: WorkLists) -> DecodeArguments:
     """A call of the decode kernel over the step's list."""
     return DecodeArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.out, a.lse, work.decode_tiles, work.decode_first, work.slots, work.arrivals,
-        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.q_scale,
+        a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
         work.shape.split_blocks,
     )  # fmt: skip
 
@@ -178,7 +182,7 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
     tokens = (fake.size(),) if is_ragged else (fake.size(), fake.size())
     kv_heads = fake.size()
     arguments = PrefillArguments(
-        mQ=fake.heads(config.dtype, total_q, heads, config.head_dim),
+        mQ=fake.heads(config.q_dtype, total_q, heads, config.head_dim),
         mK=fake.heads(config.kv_dtype, *tokens, kv_heads, config.head_dim),
         mV=fake.heads(config.kv_dtype, *tokens, kv_heads, config.head_dim_v),
         mPageTable=None if is_ragged else fake.plain("int32", fake.size(), fake.size()),
@@ -196,6 +200,7 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
         mOutScale=fake.scales() if config.has_out_scale else None,
+        mQScale=fake.scales() if config.has_q_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
@@ -209,7 +214,7 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
     fake = _Fakes()
     n = fake.size
     arguments = DecodeArguments(
-        mQ=fake.heads(config.dtype, n(), n(), config.head_dim),
+        mQ=fake.heads(config.q_dtype, n(), n(), config.head_dim),
         mK=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim),
         mV=fake.heads(config.kv_dtype, n(), n(), n(), config.head_dim_v),
         mPageTable=fake.plain("int32", n(), n()),
@@ -224,6 +229,7 @@ def decode_fakes(config: DecodeConfig, slot_floats: int) -> tuple[Any, ...]:
         mKScale=fake.scales() if config.has_kv_scales else None,
         mVScale=fake.scales() if config.has_kv_scales else None,
         mOutScale=fake.scales() if config.has_out_scale else None,
+        mQScale=fake.scales() if config.has_q_scale else None,
         softmax_scale=fake.float32(1.0),
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),

@@ -52,7 +52,7 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
         ValueError: a row sees a page that the page table puts outside the pool.
     """
     a = arguments
-    right = 0 if problem.mask.is_causal else a.window_right
+    right, dtype = 0 if problem.mask.is_causal else a.window_right, getattr(torch, problem.dtype)
     num_tokens = min(int(a.cu_seqlens_q[-1]), a.q.shape[0])
     spans = _spans(a, right)
     page_table = None if a.page_table is None else _followed_pages(a, a.page_table, spans)
@@ -67,10 +67,10 @@ def run_reference(problem: AttentionProblem, arguments: AttentionArguments) -> N
             continue
         if page_table is None:
             assert a.cu_seqlens_k is not None
-            k, v = (_slice(x, a.cu_seqlens_k, group).to(a.q.dtype) for x in (a.k_cache, a.v_cache))
+            k, v = (_slice(x, a.cu_seqlens_k, group).to(dtype) for x in (a.k_cache, a.v_cache))
         else:
             pages = _pages(page_table, group, a.k_cache.shape[1])
-            k, v = (_gather(cache, pages, group).to(a.q.dtype) for cache in (a.k_cache, a.v_cache))
+            k, v = (_gather(cache, pages, group).to(dtype) for cache in (a.k_cache, a.v_cache))
         _store(a, rows, *_attend(problem, a, group, rows, k, v, right))
 
 
@@ -147,6 +147,11 @@ def _rows(group: list[Span]) -> slice | torch.Tensor:
     return (torch.tensor([span.begin for span in group])[:, None] + torch.arange(group[0].num_rows)).flatten()
 
 
+def _rows_of(q: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Those rows; torch takes no list of rows of an FP8 tensor."""
+    return q[rows] if isinstance(rows, slice) or q.dtype.itemsize > 1 else q.view(torch.uint8)[rows].view(q.dtype)
+
+
 def _pages(page_table: torch.Tensor, group: list[Span], page_size: int) -> torch.Tensor:
     """(spans, pages): physical pages of each span's keys. A shorter span is padded with pages of no meaning."""
     if len(group) == 1:
@@ -205,9 +210,9 @@ def _attend(
     """
     num_rows = group[0].num_rows
     # (spans, num_kv_heads, q_per_kv * num_rows, d): heads of a KV head one below the other.
-    q = a.q[rows].unflatten(0, (len(group), num_rows)).unflatten(2, (problem.num_kv_heads, problem.q_per_kv))
+    q = _rows_of(a.q, rows).to(k.dtype).unflatten(0, (len(group), num_rows)).unflatten(2, (problem.num_kv_heads, problem.q_per_kv))
     q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    bias = _mask(problem, a, group, k.shape[2], right)
+    bias = _mask(problem, a, group, k.shape[2], right, k.dtype)
     parts = []
     for heads, scale in _logit_scales(a):
         own_bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
@@ -229,18 +234,21 @@ def _attend(
 
 
 def _logit_scales(a: AttentionArguments) -> list[tuple[slice, float]]:
-    """What dot products with stored keys are multiplied by, for each run of KV heads with the same K scale."""
+    """What dot products of given queries with stored keys are multiplied by, for each run of KV heads with the same scales."""
     if a.k_scale is None:
         return [(slice(None), a.softmax_scale)]
     runs, begin = [], 0
-    for k_scale, equal in itertools.groupby(a.k_scale.tolist()):
+    scales = a.k_scale if a.q_scale is None else a.k_scale * a.q_scale
+    for scale, equal in itertools.groupby(scales.tolist()):
         end = begin + sum(1 for _ in equal)
-        runs.append((slice(begin, end), a.softmax_scale * k_scale))
+        runs.append((slice(begin, end), a.softmax_scale * scale))
         begin = end
     return runs
 
 
-def _mask(problem: AttentionProblem, a: AttentionArguments, group: list[Span], num_keys: int, right: int | None) -> torch.Tensor | None:
+def _mask(
+    problem: AttentionProblem, a: AttentionArguments, group: list[Span], num_keys: int, right: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
     """Additive mask, (spans, 1 or num_kv_heads, q_per_kv * num_rows, num_keys); None where every row sees every key."""
     num_rows = group[0].num_rows
     sees_all_left = a.window_left is None or all(s.first >= s.diagonal + num_rows - 1 - a.window_left for s in group)
@@ -257,7 +265,7 @@ def _mask(problem: AttentionProblem, a: AttentionArguments, group: list[Span], n
     if a.window_left is not None:
         hidden = hidden | (distance < -a.window_left)
     if a.alibi_slopes is None:
-        bias = torch.zeros(distance.shape, dtype=a.q.dtype).masked_fill_(hidden, -math.inf)
+        bias = torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
         return bias.repeat(1, problem.q_per_kv, 1)[:, None]
     # Stays float32: rounding slope * distance to 16 bits would shift far keys by whole units.
     slopes = a.alibi_slopes.float().view(problem.num_kv_heads, problem.q_per_kv, 1, 1)

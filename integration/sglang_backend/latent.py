@@ -12,6 +12,7 @@ import torch
 from fa4_backend import mla_decode
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.sglang_backend.backend import FA4Backend, refuse_arguments
+from fa4_integration.sglang_backend.plugin import NAME
 
 
 class FA4LatentBackend(FA4Backend):
@@ -22,6 +23,10 @@ class FA4LatentBackend(FA4Backend):
     """
 
     is_latent = True
+
+    def __init__(self, runner: Any, draft_step: int = 0) -> None:
+        super().__init__(runner, draft_step)
+        ask_for_parts(runner.model_config)
 
     def attend(
         self,
@@ -83,6 +88,19 @@ class FA4LatentBackend(FA4Backend):
                 f"step of latent attention: expected decode or verification, got {mode.name}; see --prefill-attention-backend"
             )
         super()._take_over(batch, tensors)
+
+
+def ask_for_parts(model_config: Any) -> None:
+    """Have SGLang's models hand over q and k in two parts each, which the operator and the pool take; else they copy them side by side.
+
+    SGLang scales a model's queries by position (`llama_4_scaling`, Mistral Large 3) only where it copies, so such a model stays with that.
+    """
+    if getattr(getattr(model_config, "hf_config", None), "llama_4_scaling", None) is not None:
+        return
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+
+    if NAME not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS:
+        FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.append(NAME)
 
 
 def latent_pages(pool: Any, layer: Any, page_size: int) -> torch.Tensor:

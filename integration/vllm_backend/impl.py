@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from fa4_backend import AttentionProblem, MaskFeatures, paged_attention
 from fa4_backend import envs as fa4_envs
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.problem import FP8, SAME_AS_Q, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache, stored_dtype, write_kv
@@ -23,8 +23,6 @@ class FA4Impl(AttentionImpl):
     Raises:
         UnsupportedProblem: at construction, for what no kernel on this device serves.
     """
-
-    supports_quant_query_input = False  # with K and V in FP8 too: q in 16 bits makes products of what is stored exact
 
     def __init__(
         self,
@@ -65,6 +63,8 @@ class FA4Impl(AttentionImpl):
             has_sinks=sinks is not None,
             has_alibi=alibi_slopes is not None,
         )
+        # vLLM reads this once a layer is made, and then hands queries over in FP8 in every step, decode rows and prompts alike.
+        self.supports_quant_query_input = fa4_envs.fp8_query() and stored_dtype(kv_cache_dtype) == FP8
         # The page size is not known yet. Refusing here what no page size changes stops the engine before it loads the weights.
         problem = self.problem(PAGE_MULTIPLE)
         check_problem(problem)
@@ -92,6 +92,7 @@ class FA4Impl(AttentionImpl):
             head_dim_v=self.head_size,
             dtype=self.dtype,
             kv_dtype=stored_dtype(self.kv_cache_dtype),
+            q_dtype=FP8 if self.supports_quant_query_input else SAME_AS_Q,
             page_size=page_size,
             arch=serving_arch(),
             mask=self.mask,
@@ -115,8 +116,9 @@ class FA4Impl(AttentionImpl):
         """Attention of a step's queries over the KV cache, which already holds the step's own keys and values.
 
         Args:
-            layer: of vLLM; its scales of K and V are read at each call, since a checkpoint's replace the tensors it starts with.
-            query: (num_tokens, num_q_heads, head_dim), may be longer than the step's `num_actual_tokens`; key and value are not read.
+            layer: of vLLM; its scales of Q, K and V are read at each call, since a checkpoint's replace the tensors it starts with.
+            query: (num_tokens, num_q_heads, head_dim), e4m3 where `supports_quant_query_input`; may be longer than the step's
+                `num_actual_tokens`; key and value are not read.
             kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides; bytes where K and V are FP8.
             attn_metadata: None in a profiling run, which has no cache.
             output: (num_tokens, num_q_heads, head_dim), written in place; e4m3 where vLLM fused the quantisation behind the layer.
@@ -151,6 +153,7 @@ class FA4Impl(AttentionImpl):
             alibi_slopes=self.alibi_slopes,
             k_scale=k_scale,
             v_scale=v_scale,
+            q_scale=layer._q_scale if self.supports_quant_query_input else None,
             out_scale=None if output_scale is None else output_scale.view(1),
             out=output[:num_tokens],
         )

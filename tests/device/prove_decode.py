@@ -2,17 +2,18 @@
 
 Prints one line a part. Parts: the device's lists against the host's; fuzzed poisoned batches of many short rows (several entries a
 CTA) and of long ones; batches of decode and prefill rows; the same bits for every page size, alone and in a batch (batch invariance),
-and from a replayed graph.
+and from a replayed graph; rows of a pool above 2^31 elements.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.problem import FP8
+from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
+from tests.device.prove_prefill import check_large_pool
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists
-from tests.support.fuzz import SCALES, Fuzzer, FuzzSetup
+from tests.support.fuzz import SCALES, FuzzSetup
 from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
@@ -36,9 +39,10 @@ FEATURES: tuple[dict[str, bool], ...] = (
 DEVICE = "cuda"
 
 
-def setups(arch: str, kv_dtype: str) -> list[tuple[FuzzSetup, int]]:
-    """Problems to fuzz and their query length: every head shape, every feature on one of them, many short rows and few long ones."""
-    chosen = [(heads, {}) for heads in HEADS] + [(HEADS[4], features) for features in FEATURES[1:]]
+def setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """Problems to fuzz: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
+    chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in HEADS]
+    chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
     if kv_dtype == FP8:
         chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
     out = []
@@ -53,13 +57,13 @@ def setups(arch: str, kv_dtype: str) -> list[tuple[FuzzSetup, int]]:
                 f"{name} {shape}", problem, max_seqs=rows, max_query=query_len, max_kv=kv_len, decode_query_len=query_len,
                 per_head_scales=shape == "short",
             )  # fmt: skip
-            out.append((setup, query_len))
+            out.append(setup)
     return out
 
 
 def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
     """Problems whose batches have decode rows beside prefill rows: both kernels at once, sharing the SMs."""
-    problems: dict[str, tuple[tuple[int, int, int], int, dict[str, bool]]] = {
+    problems: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
         "32/8 d128 q1": ((32, 8, 128), 1, {}),
         "8/2 d128 q4": ((8, 2, 128), 4, {}),
         "8/2 d128 q4 window": ((8, 2, 128), 4, {"has_window_left": True}),
@@ -67,6 +71,7 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         "9/3 d64 q1": ((9, 3, 64), 1, {}),
         "8/2 d96 q2": ((8, 2, 96), 2, {}),
         "4/2 d256 q1": ((4, 2, 256), 1, {}),
+        "8/2 d128 q2 out FP8": ((8, 2, 128), 2, {"out_dtype": FP8}),
     }
     out = []
     for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
@@ -110,22 +115,15 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def check_fuzz(arch: str, kv_dtype: str, batches: int, shard: tuple[int, int], only: str) -> dict[str, Any]:
-    """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every `shard[1]`-th from `shard[0]` on."""
-    every = [(setup, query_len) for setup, query_len in setups(arch, kv_dtype) if setup.name.startswith(only)]
-    chosen = every[shard[0] :: shard[1]]
-    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(every)), seed=1) for setup, _ in chosen]
-    failed = [r for r in results if r.failures]
+def check_fuzz(setups_of_arch: list[FuzzSetup], batches: int, options: argparse.Namespace) -> dict[str, Any]:
+    """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every n-th from the i-th on."""
+    begin, step = map(int, options.shard.split("/"))
+    chosen = setups_of_arch[begin::step]
+    own = math.ceil(batches * len(chosen) / max(len(setups_of_arch), 1))
+    results = fuzz_all(chosen, own, options.seconds, options.seed, has_graphs=not options.eager)
+    failed = [r for r in results if r["failures"]]
     assert not failed, "\n".join(str(r) for r in failed)
-    return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
-
-
-def check_mixed(batches: int, setups_of_arch: list[FuzzSetup]) -> dict[str, Any]:
-    """`batches` fuzzed batches of decode rows beside prefill rows, against the float32 oracle."""
-    results = [Fuzzer(setup, DEVICE).run(max(1, batches // len(setups_of_arch)), seed=1) for setup in setups_of_arch]
-    failed = [r for r in results if r.failures]
-    assert not failed, "\n".join(str(r) for r in failed)
-    return {"batches": sum(r.batches for r in results), "setups": [asdict(r) for r in results]}
+    return {"batches": sum(r["batches"] for r in results), "setups": results}
 
 
 def check_bits(arch: str, kv_dtype: str, rounds: int) -> dict[str, Any]:
@@ -165,6 +163,16 @@ def check_exact(arch: str, kv_dtype: str, rounds: int) -> dict[str, Any]:
     """Exact mode, with and without a window: tokens of a prompt, cut at random into chunks and single tokens beside each other, keep the
     whole prompt's bits."""
     return {"rounds": 2 * rounds, "tokens": sum(_check_exact(arch, kv_dtype, rounds, window_left) for window_left in (None, 700))}
+
+
+def check_pool(arch: str, kv_dtype: str) -> dict[str, Any]:
+    """Decode rows, split along KV, whose pages lie past 2^31 elements of a pool."""
+    case = PagedCase(
+        (1, 2, 2, 1), (3000, 17, 8000, 0), num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, arch=arch, decode_query_len=2
+    )  # fmt: skip
+    seen = check_large_pool(case, lambda built: built.run(case_plan(built.case)))
+    assert seen["ok"], seen
+    return {"elements": seen["elements"]}
 
 
 def _check_exact(arch: str, kv_dtype: str, rounds: int, window_left: int | None) -> int:
@@ -287,25 +295,33 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,mixed,bits,exact")
+    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact")
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of K and V")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
-    parser.add_argument("--only", default="", help="fuzz problems whose name begins so (both kinds of batches)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of each kind of fuzzed batches: no further one begins after them")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="fuzzed batches without graphs")
+    parser.add_argument("--processes", type=int, default=14, help="that compile kernels side by side")
+    parser.add_argument("--only", default="", help="fuzz problems whose name begins so; several apart by semicolons")
     parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes side by side")
     parser.add_argument("--json", type=Path, help="write what was seen there")
     options = parser.parse_args()
-    begin, step = (int(part) for part in options.shard.split("/"))
-    shard = (begin, step)
     arch = arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
     kv_dtype = {"bf16": "bfloat16", "fp8": FP8}[options.kv_dtype]
+    of_part = {
+        part: [setup for setup in of_arch if setup.name.startswith(tuple(options.only.split(";")))]
+        for part, of_arch in (("fuzz", setups(arch, kv_dtype)), ("mixed", mixed_setups(arch, kv_dtype)))
+        if part in options.parts.split(",")
+    }
+    fuzzed = [setup for of_arch in of_part.values() for setup in of_arch]
+    print(f"compiled in {compile_all(setup_plans(fuzzed), options.processes):.0f} s", flush=True)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(arch, kv_dtype, options.batches, shard, options.only),
-        "mixed": lambda: check_mixed(
-            options.mixed_batches, [setup for setup in mixed_setups(arch, kv_dtype) if setup.name.startswith(options.only)]
-        ),
+        "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, options),
+        "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, options),
+        "pool": lambda: check_pool(arch, kv_dtype),
         "bits": lambda: check_bits(arch, kv_dtype, 100),
         "exact": lambda: check_exact(arch, kv_dtype, 100),
     }

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,25 +21,36 @@ from fa4_backend import AttentionMetadata
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
-from tests.support.fuzz import Fuzzer, prefill_alone, prefill_setups
+from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
+from tests.support.fuzz import FuzzSetup, prefill_alone, prefill_plan
+from tests.support.fuzz_setups import prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
 LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
 
 
-def run_case(built: BuiltCase, min_part_blocks: int | None = None) -> None:
+def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callable[[], None]:
     """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup."""
     case, a = built.case, built.arguments
-    plan = case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    plan = prefill_plan(case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count))
     metadata = AttentionMetadata.allocate(plan, "cuda")
     work = metadata.work
     assert work is not None
     work.shape = replace(work.shape, decode_query_len=0)
     if min_part_blocks is not None:
         work.shape = replace(work.shape, min_part_blocks=min_part_blocks)
-    a.out.fill_(math.nan)
-    prefill_alone(metadata, a)
-    torch.cuda.synchronize()
+
+    def run() -> None:
+        a.out.fill_(math.nan)
+        prefill_alone(metadata, a)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def run_case(built: BuiltCase) -> None:
+    """`prepare_case` and one run."""
+    prepare_case(built)()
 
 
 def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
@@ -48,7 +60,7 @@ def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
         p = setup.problem
         out[setup.name] = PagedCase(
             **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
-            kv_dtype=p.kv_dtype, per_head_scales=setup.per_head_scales, page_size=p.page_size, arch=arch,
+            kv_dtype=p.kv_dtype, out_dtype=p.out_dtype, per_head_scales=setup.per_head_scales, page_size=p.page_size, arch=arch,
             is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
             window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0,
             sinks=p.mask.has_sinks, alibi=p.mask.has_alibi,
@@ -64,11 +76,11 @@ def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]
     """Every case whose name begins with `only` against the oracle, and the same bits over repeats."""
     results = []
     for name, case in cases(arch, kv_dtype).items():
-        if not name.startswith(only):
+        if not name.startswith(tuple(only.split(";"))):
             continue
         built = case.build("cuda")
-        min_part_blocks = 1 if name.endswith(" in parts") else None
-        run_case(built, min_part_blocks)
+        run = prepare_case(built, 1 if name.endswith(" in parts") else None)
+        run()
         first, lse = built.arguments.out.clone(), built.arguments.lse
         assert lse is not None
         row = {"case": name, "ok": True, "why": ""}
@@ -77,11 +89,11 @@ def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]
         except AssertionError as error:
             row |= {"ok": False, "why": str(error)[:200]}
         for _ in range(repeats):
-            run_case(built, min_part_blocks)
+            run()
             if not torch.equal(first[: built.total_q], built.arguments.out[: built.total_q]):
                 row |= {"ok": False, "why": "bits differ between repeats"}
         results.append(row)
-        print("case", row, flush=True)
+        print(f"{time.process_time():.0f} s, case", row, flush=True)
     return results
 
 
@@ -98,9 +110,9 @@ def check_page_sizes(arch: str, kv_dtype: str) -> dict:
     return result
 
 
-def check_large_pool(arch: str, kv_dtype: str) -> dict:
-    """A pool above 2^31 elements, NaN but for the pages in use, which lie at its end."""
-    case = replace(cases(arch, kv_dtype)["d128 page 16"], layout="nhd")
+def check_large_pool(case: PagedCase, run: Callable[[BuiltCase], object]) -> dict:
+    """A pool above 2^31 elements, NaN but for the pages in use, which lie at its end: the bits of a small one."""
+    case = replace(case, layout="nhd")
     built = case.build("cuda")
     a = built.arguments
     used = a.k_cache.shape[0]
@@ -111,25 +123,20 @@ def check_large_pool(arch: str, kv_dtype: str) -> dict:
     k[-used:], v[-used:] = a.k_cache, a.v_cache
     table = torch.where(a.page_table < used, a.page_table + (num_pages - used), a.page_table)
     large = BuiltCase(case, a._replace(k_cache=k, v_cache=v, page_table=table), built.total_q)
-    run_case(built)
+    run(built)
     want = a.out[: built.total_q].clone()
-    run_case(large)
-    result = {"ok": torch.equal(want, a.out[: built.total_q]), "elements": pool.numel()}
+    run(large)
+    result = {"ok": torch.equal(want, a.out[: built.total_q]) and bool(want.isfinite().all()), "elements": pool.numel()}
     print("large pool", result, flush=True)
     return result
 
 
-def check_fuzz(arch: str, kv_dtype: str, batches: int, seed: int, shard: tuple[int, int]) -> list[dict]:
+def check_fuzz(setups: list[FuzzSetup], options: argparse.Namespace) -> list[dict]:
     """Fuzzed ragged batches, the same number for each problem; of the problems, every `shard[1]`-th from `shard[0]` on."""
-    setups = prefill_setups(arch, kv_dtype)
-    results = []
-    for index, setup in list(enumerate(setups))[shard[0] :: shard[1]]:
-        start = time.perf_counter()
-        result = Fuzzer(setup, "cuda").run(-(-batches // len(setups)), seed + 1_000_000 * index)
-        results.append(asdict(result) | {"seconds": round(time.perf_counter() - start, 1)})
-        print("fuzz", results[-1], flush=True)
-        torch.cuda.empty_cache()
-    return results
+    begin, step = map(int, options.shard.split("/"))
+    share = len(setups[begin::step]) / len(setups)
+    batches = math.ceil(options.batches * share)
+    return fuzz_all(setups[begin::step], batches, options.seconds, options.seed, has_graphs=not options.eager)
 
 
 def main() -> None:
@@ -139,8 +146,11 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of K and V; auto: that of q")
     parser.add_argument("--batches", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
-    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--only", default="", help="cases and fuzzed problems whose name begins so; several apart by semicolons")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of fuzzed batches: no further one begins after them")
+    parser.add_argument("--eager", action="store_true", help="fuzzed batches without graphs")
+    parser.add_argument("--processes", type=int, default=14, help="that compile kernels side by side")
     parser.add_argument("--shard", default="0/1", help="fuzz every n-th problem from the i-th on: i/n, to run n processes at once")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -150,19 +160,22 @@ def main() -> None:
     kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
     report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
     parts = options.parts.split(",")
+    setups = [setup for setup in prefill_setups(arch, kv_dtype) if setup.name.startswith(tuple(options.only.split(";")))]
+    print(f"compiled in {compile_all(setup_plans(setups), options.processes):.0f} s", flush=True)
     if "cases" in parts:
         report["cases"] = check_cases(arch, kv_dtype, options.repeats, options.only)
     if "pages" in parts:
         report["page_sizes"] = check_page_sizes(arch, kv_dtype)
     if "pool" in parts:
-        report["large_pool"] = check_large_pool(arch, kv_dtype)
+        report["large_pool"] = check_large_pool(cases(arch, kv_dtype)["d128 page 16"], run_case)
     if "fuzz" in parts:
-        report["fuzz"] = check_fuzz(arch, kv_dtype, options.batches, options.seed, tuple(map(int, options.shard.split("/"))))
+        report["fuzz"] = check_fuzz(setups, options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
     failed += [report[part] for part in ("page_sizes", "large_pool") if part in report and not report[part]["ok"]]
-    print(f"{len(failed)} failed checks; {sum(r['batches'] for r in report.get('fuzz', []))} fuzzed batches", flush=True)
+    fuzzed = [sum(r[count] for r in report.get("fuzz", [])) for count in ("batches", "cut")]
+    print(f"{len(failed)} failed checks; {fuzzed[0]} fuzzed batches, {fuzzed[1]} of them with tiles cut along KV", flush=True)
     sys.exit(1 if failed else 0)
 
 

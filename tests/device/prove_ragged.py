@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,29 +17,15 @@ import torch
 
 from fa4_backend import AttentionMetadata, ragged_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
 from fa4_backend.problem import FP8, PAGED, RAGGED, SAME_AS_Q
+from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
 from tests.device.prove_prefill import run_case
-from tests.support.fuzz import Fuzzer, ragged_setups
+from tests.support.fuzz import prefill_plan
+from tests.support.fuzz_setups import ragged_setups
 from tests.support.paged_case import PagedCase
 
 LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
-
-
-def compile_all(arch: str, kv_dtype: str, processes: int) -> float:
-    """Compile the kernels of all parts side by side; returns seconds."""
-    start = time.perf_counter()
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    plans = [setup.plan(num_sms) for setup in ragged_setups(arch, kv_dtype)]
-    both = [replace(case, kv_source=source) for case in cases(arch, kv_dtype).values() for source in (PAGED, RAGGED)]
-    plans += [case.plan(num_sms) for case in (*both, graph_case(arch, kv_dtype))]
-    kernel_sets = [plan.kernels for plan in plans if plan.kernels]
-    keys = dict.fromkeys(key for kernels in kernel_sets for key in kernels.keys)
-    keys |= dict.fromkeys(replace(k.prefill, kernel=replace(k.prefill.kernel, is_dependent=False)) for k in kernel_sets)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
-    return time.perf_counter() - start
 
 
 def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
@@ -123,24 +106,13 @@ def check_graph(arch: str, kv_dtype: str) -> dict:
     return result
 
 
-def check_fuzz(arch: str, kv_dtype: str, batches: int, seed: int) -> list[dict]:
-    """Fuzzed ragged batches, the same number for each problem."""
-    setups, results = ragged_setups(arch, kv_dtype), []
-    for index, setup in enumerate(setups):
-        start = time.perf_counter()
-        result = Fuzzer(setup, "cuda").run(-(-batches // len(setups)), seed + 1_000_000 * index)
-        results.append(asdict(result) | {"seconds": round(time.perf_counter() - start, 1)})
-        print("fuzz", results[-1], flush=True)
-        torch.cuda.empty_cache()
-    return results
-
-
 def main() -> None:
     """Run the parts asked for; exits 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default="bits,graph,fuzz")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of K and V; auto: that of q")
     parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of fuzzed batches: no further one begins after them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=12, help="that compile kernels side by side")
     parser.add_argument("--json", type=Path)
@@ -150,14 +122,18 @@ def main() -> None:
     schedule, _, prefill = families_of(arch)
     kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
     report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
-    print(f"compiled in {compile_all(arch, kv_dtype, options.processes):.0f} s", flush=True)
+    setups = ragged_setups(arch, kv_dtype)
+    both = [replace(case, kv_source=source) for case in cases(arch, kv_dtype).values() for source in (PAGED, RAGGED)]
+    plans = [*setup_plans(setups), *(case.plan(device.multi_processor_count) for case in (*both, graph_case(arch, kv_dtype)))]
+    plans += [prefill_plan(case.plan(device.multi_processor_count)) for case in both]
+    print(f"compiled in {compile_all(plans, options.processes):.0f} s", flush=True)
     parts = options.parts.split(",")
     if "bits" in parts:
         report["bits"] = check_bits(arch, kv_dtype)
     if "graph" in parts:
         report["graph"] = check_graph(arch, kv_dtype)
     if "fuzz" in parts:
-        report["fuzz"] = check_fuzz(arch, kv_dtype, options.batches, options.seed)
+        report["fuzz"] = fuzz_all(setups, options.batches, options.seconds, options.seed, has_graphs=True)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("bits", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]

@@ -1,6 +1,6 @@
 """An engine on FA4 under a random load for many steps: nothing is compiled, leaks, drifts or is left behind in counters.
 
-    python -m tests.device.serve_long --steps 10000 --out long.json
+    python -m tests.device.serve_long --steps 10000 --out long.json [--seconds 240]
 
 Arrivals, early leavers, shared and cached prefixes, chunked prompts, and a KV cache that is too small for all that runs, so that requests
 are preempted. Batch-invariant and exact, so that a request's answer depends on nothing but the request: a sample is asked again at the end,
@@ -36,7 +36,8 @@ INVARIANT = ("VLLM_BATCH_INVARIANT", "FA4_BACKEND_EXACT")
 REHEARSAL = {"enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
 LOOKS = 10  # at memory and counters, evenly over the run
 MEAN_ARRIVALS = 1.0  # of the exponential whose whole part is asked at a step: more than the cache holds
-KEEP_EVERY = 20  # one answer of these is kept, and asked for again at the end
+KEEP_EVERY = 50  # one answer of these is kept, and asked for again at the end
+SECONDS_TO_COMPARE = 40  # beyond --seconds
 HOST_BYTES = 64 << 20  # that the process may grow by between the first look and the last: Python's and vLLM's own keeping
 
 
@@ -106,6 +107,7 @@ class LongRun:
         """Our metadata of every builder in the engine's runner."""
         from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 
+        gc.unfreeze()  # vLLM freezes what it made at its start, and what is frozen is not listed
         builders = [item for item in gc.get_objects() if isinstance(item, FA4MetadataBuilder)]
         return [step for builder in builders for step in builder.steps.values()]
 
@@ -149,6 +151,10 @@ def addresses(work: Any) -> list[int]:
 def judge(result: dict[str, Any]) -> list[str]:
     """What is wrong with a run."""
     first, last, wrong = result["looks"][0], result["looks"][-1], []
+    if result["steps"] < result["expected_steps"]:
+        wrong.append(f"expected {result['expected_steps']} steps, the time was over after {result['steps']}")
+    if not result["compared"]:
+        wrong.append("expected answers to compare with those of requests alone, got none")
     for index, seen in enumerate(result["looks"]):
         if seen["late_compiles"] or any(seen["counters"]) or seen["addresses"] != first["addresses"]:
             wrong.append(f"look {index}: {seen['late_compiles']} compiles, counters not at rest {seen['counters']}, or lists that moved")
@@ -169,6 +175,7 @@ def main() -> int:
     """Run, print what was seen, write the JSON; 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--seconds", type=float, default=240, help="until no more steps are made; what was seen is then judged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="on vLLM's CPU build: eager, float32, not batch-invariant")
@@ -180,19 +187,21 @@ def main() -> int:
     probe = DrawnRequest(run.load.prefixes[0], 64, None)
     before = run.ask_alone(probe)
     looks, begin = [], time.perf_counter()
-    for index in range(options.steps):
-        run.step()
-        if index % max(1, options.steps // LOOKS) == options.steps // LOOKS // 2:
+    made = 0
+    while made < options.steps and time.perf_counter() - begin < options.seconds:
+        if made % max(1, options.steps // LOOKS) == options.steps // LOOKS // 2:
             run.drain()  # equal conditions: memory of running requests is not what is looked at
             looks.append(look(run))
+            print(f"{made} steps in {time.perf_counter() - begin:.0f} s: {run.counts}, {preempted[0]} preempted", flush=True)
+        run.step()
+        made += 1
     run.drain()
     seconds = time.perf_counter() - begin
     looks.append(look(run))
     run.counts["preempted"] = preempted[0]
-    sample = list(run.answers.items())
-    others = [name for name, (request, tokens) in sample if run.ask_alone(request) != tokens]
-    result: dict[str, Any] = {"steps": options.steps, "seconds": round(seconds, 1), "counts": run.counts, "looks": looks}
-    result |= {"sampled": len(sample), "others": others}
+    compared, others = compare_alone(run, begin + options.seconds + SECONDS_TO_COMPARE)
+    result: dict[str, Any] = {"steps": made, "seconds": round(seconds, 1), "counts": run.counts, "looks": looks}
+    result |= {"expected_steps": options.steps, "compared": compared, "others": others}
     result["probe_is_other"] = run.ask_alone(probe) != before
     wrong = judge(result)
     shown = [{key: seen[key] for key in ("device_bytes", "device_reserved_bytes", "host_bytes", "late_compiles")} for seen in looks]
@@ -201,6 +210,17 @@ def main() -> int:
         options.out.write_text(json.dumps({"stamp": None if options.rehearse else gpu_stamp(), **result, "looks": shown}, indent=1) + "\n")
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0
+
+
+def compare_alone(run: LongRun, deadline: float) -> tuple[int, list[str]]:
+    """How many kept answers were asked for again, each alone, before `deadline` (of `time.perf_counter`); those that came out others."""
+    compared, others = 0, []
+    for name, (request, tokens) in list(run.answers.items()):
+        if time.perf_counter() > deadline:
+            break
+        compared += 1
+        others += [name] if run.ask_alone(request) != tokens else []
+    return compared, others
 
 
 def count_preemptions(run: LongRun) -> list[int]:

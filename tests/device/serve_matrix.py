@@ -30,7 +30,8 @@ from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.compile_cache import library_of
+from fa4_backend.cache.entry import find_fault
+from fa4_backend.compile_cache import find_prebuilt, library_of, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.engine_lane import COMMON, Engine, run_process, write_request
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
@@ -45,6 +46,9 @@ BOTH = "FULL_AND_PIECEWISE"
 PEERS = ("FLASH_ATTN", "TRITON_ATTN")  # the reference; the yardstick
 FEW_BLOCKS: dict[str, Any] = {"num_gpu_blocks_override": 68}  # of 16 tokens: max_model_len and little more
 OFF = 1.05
+METRICS = ("prefill_logprob_rms", "decode_logprob_rms")
+ANSWERS = ("tokens", "text", "first_logprob", "prefill_logprobs", "decode_logprobs", "structured", "slow_parts")
+APART = 5.0  # times the distance of two right engines, of which none is a hundredth of a wrong one's
 # FlashInfer's and torch's all-reduce use NVLink multicast, which can put a host's GPUs out of service for others. The first also compiles
 # at an engine's start, for longer than the rest of it takes.
 NO_MULTICAST = {
@@ -63,6 +67,8 @@ class Group:
 
 
 def peers(arguments: dict[str, Any], **more: Any) -> list[Engine]:
+    """The reference and the yardstick. Eager for a model whose layers all have one window: FLASH_ATTN's full graphs of mixed steps gave
+    other tokens there than TRITON_ATTN (vLLM 0.33, H100), and with 16/1 heads tokens that no vocabulary has."""
     return [Engine(name, name, arguments, **more) for name in PEERS]
 
 
@@ -104,7 +110,7 @@ GEMMA2 = Group(write_gemma2, (*peers(MODE_0), ours("FA4", MODE_0, graphs="FULL")
 GEMMA2_DEFAULT = Group(write_gemma2, (*peers(DEFAULT), ours("FA4", DEFAULT, graphs=BOTH)))  # GEMMA2 has the control
 SINKS = Group(
     write_llama,
-    (*peers(MODE_0, sinks=True), ours("FA4", MODE_0, graphs="FULL", sinks=True), off(MODE_0, sinks=True)),
+    (*peers(EAGER, sinks=True), ours("FA4", MODE_0, graphs="FULL", sinks=True), off(MODE_0, sinks=True)),
 )
 WITH_LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 LORA = Group(
@@ -130,7 +136,7 @@ def drafts(heads: tuple[int, int], num_tokens: int) -> Group:
     return Group(
         lambda folder: write_llama(folder, heads=heads),
         (
-            *peers(MODE_0),
+            *peers(EAGER),
             ours("FA4", MODE_0),
             ours("FA4, n-grams", ngram, drafts=True),
             ours("FA4, draft model", draft_model, drafts=True),
@@ -147,7 +153,7 @@ TWO_DRAFTS = {"num_speculative_tokens": 3, "model": "MODEL", "method": "draft_mo
 TWO_GPUS = Group(
     write_llama,
     (
-        *peers(MODE_0),
+        *peers(EAGER),
         ours("FA4", MODE_0),
         ours("FA4, TP 2", {**MODE_0, **TP_2}, graphs="FULL", num_processes=2, is_alone=True),
         ours("FA4, TP 2, default mode", {**TP_2, "compilation_config": NO_FUSED_ALL_REDUCE}, graphs=BOTH, num_processes=2, is_alone=True),
@@ -188,7 +194,20 @@ def rehearsed(group: Group) -> Group:
 def suite_of(groups: dict[str, Group]) -> Suite:
     """How `serve_tokens.judge` judges the groups."""
     names = {name: [engine.name for engine in group.engines] for name, group in groups.items()}
-    return Suite({name: ("", {}) for name in PEERS}, names, ("prefill_logprob_rms", "decode_logprob_rms"), TOO_FAR, OFF, "FA4: ")
+    return Suite({name: ("", {}) for name in PEERS}, names, METRICS, TOO_FAR, OFF, "FA4: ")
+
+
+def lone_references(results: dict[str, Any]) -> list[str]:
+    """Groups whose reference is far from both others, which are near each other: it is the one that is wrong, and proves nothing."""
+    found = []
+    for group in sorted({run.split(": ")[0] for run in results}):
+        reference, yardstick, mine = (results.get(f"{group}: {name}", {"failed": "not there"}) for name in (*PEERS, "FA4"))
+        if any("failed" in result for result in (reference, yardstick, mine)):
+            continue
+        theirs, between = compare(yardstick, reference), compare(mine, yardstick)
+        apart = [part for part in METRICS if part in between and theirs[part] > APART * between[part]]
+        found += [f"{group}: {PEERS[0]} is apart in {part}: {theirs[part]} from {PEERS[1]}, FA4 {between[part]}" for part in apart]
+    return found
 
 
 def place_models(engine: Engine, model: Path) -> Engine:
@@ -216,7 +235,8 @@ def write_models(group: Group, folder: Path) -> Path:
 
 
 def lanes(groups: dict[str, Group], folder: Path, per_lane: int | None = None) -> list[tuple[str, Path]]:
-    """(group, request) of each process: the group's engines, `per_lane` at most, the reference first; those alone in one of their own.
+    """(group, request) of each process: the reference and the yardstick; the group's other engines, `per_lane` at most; those alone in
+    one of their own. Who dies takes its lane with it.
 
     Args:
         per_lane: None: as each group says.
@@ -226,9 +246,10 @@ def lanes(groups: dict[str, Group], folder: Path, per_lane: int | None = None) -
     for name, group in groups.items():
         model = write_models(group, folder / name)
         engines = [place_models(engine, model) for engine in group.engines]
-        together = [engine for engine in engines if not engine.is_alone]
+        together = [engine for engine in engines if not engine.is_alone and engine.name not in PEERS]
         size = per_lane or group.per_lane
-        parts = [together[i : i + size] for i in range(0, len(together), size)]
+        parts = [part] if (part := [engine for engine in engines if engine.name in PEERS]) else []
+        parts += [together[i : i + size] for i in range(0, len(together), size)]
         parts += [[engine] for engine in engines if engine.is_alone]
         found += [(name, write_request(folder / f"lane-{name}-{index}", model, part, prompts)) for index, part in enumerate(parts)]
     return found
@@ -274,13 +295,14 @@ def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
     return [*keys]
 
 
-def compile_kernels(groups: dict[str, Group], folder: Path) -> None:
-    """Our kernels of each model, side by side, before engines ask for them one by one."""
+def compile_missing(keys: list[Any]) -> None:
+    """Kernels that neither the installation nor the cache has, side by side, before engines ask for them one by one."""
     begin = time.perf_counter()
-    keys = keys_of(groups, folder)
-    with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(library_of, keys))
-    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
+    missing = [key for key in keys if find_prebuilt(key) is None and find_fault(object_entry(key)) is not None]
+    if missing:
+        with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(library_of, missing))
+    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there; {len(missing)} were compiled", flush=True)
 
 
 def arch() -> str:
@@ -338,14 +360,29 @@ def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, dea
             for answer in answers:
                 run = f"{group}: {answer.pop('name')}"
                 results[run] = answer
-                reference = results.get(f"{group}: {PEERS[0]}", {"failed": "not there"})
-                if "failed" not in answer and "failed" not in reference:
-                    answer["against_flash_attn"] = compare(answer, reference)
+                measure(results, run)
                 report(run, answer)
-            if options.out:  # after each lane: a machine's time may end before the last one's
-                stamp = None if options.rehearse else gpu_stamp()
-                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+            # After each lane: a machine's time may end before the last one's.
+            stamp = None if options.rehearse else gpu_stamp()
+            if options.out:
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": without_answers(results)}, indent=1) + "\n")
+            if options.logs:
+                (options.logs / "answers.json").write_text(json.dumps({"stamp": stamp, "runs": results}))
     return results
+
+
+def measure(results: dict[str, Any], run: str) -> None:
+    """Put into a result how far it is from the reference and from the yardstick of its group."""
+    result = results[run]
+    for peer in PEERS:
+        other = results.get(f"{run.split(': ')[0]}: {peer}", {"failed": "not there"})
+        if "failed" not in result and "failed" not in other:
+            result[f"against_{peer.lower()}"] = compare(result, other)
+
+
+def without_answers(results: dict[str, Any]) -> dict[str, Any]:
+    """What was seen of each run, short enough to be kept: without its answers."""
+    return {run: {name: value for name, value in result.items() if name not in ANSWERS} for run, result in results.items()}
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Group]:
@@ -368,7 +405,7 @@ def main() -> int:
     parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs, and all answers")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     groups = chosen(options)
@@ -377,7 +414,7 @@ def main() -> int:
         requests = lanes(groups, folder, options.per_lane)
         imports = None if options.compile_only else warm_imports(groups, folder)
         if not options.rehearse:
-            compile_kernels(groups, folder)
+            compile_missing(keys_of(groups, folder))
         if imports is None:
             return 0
         begin = time.perf_counter()
@@ -386,7 +423,7 @@ def main() -> int:
         print(f"{time.perf_counter() - begin:.1f} s more until vLLM's imports were warm", flush=True)
         results = run_lanes(requests, options, deadline)
     failed = [f"{run} failed" for run, answer in results.items() if "failed" in answer]
-    wrong = failed if options.rehearse else judge(results, suite_of(groups))
+    wrong = failed if options.rehearse else lone_references(results) + judge(results, suite_of(groups))
     wrong += [f"{run}: {fault}" for run, answer in results.items() for fault in answer.get("wrong", [])]
     print("\n".join(wrong) or "all as it should be")
     return 1 if wrong else 0

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fa4_backend.kernel_stamp import gpu_stamp
+from tests.device.engine_lane import run_process
 from tests.engine_sglang.planted import ERROR, plant
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama, write_wide_llama
@@ -37,6 +37,7 @@ ENOUGH = 64  # decoded tokens to compare; fewer prove nothing
 EAGER: dict[str, Any] = {"disable_cuda_graph": True}
 # Decode steps replay whole graphs; a prompt's step replays pieces between which attention runs.
 GRAPHS: dict[str, Any] = {"cuda_graph_bs_decode": [1, 2, 4, 8, 12], "cuda_graph_bs_prefill": [64, 256]}
+WITHOUT_GPU: dict[str, Any] = {**EAGER, "device": "cpu", "disable_overlap_schedule": True}
 FP8 = {"kv_cache_dtype": "fp8_e4m3"}
 # A drafter that is the target itself: every draft is right, and each step verifies all of them.
 DRAFTS = {
@@ -70,14 +71,17 @@ RUNS: dict[str, Run] = {
     "FA4, FP8, scale off": Run(NAME, {**GRAPHS, **FP8}, is_off=True),
 }
 PLAIN = ["fa3", "triton", "FA4", "FA4, scale off"]
+WAYS = ["FA4, eager", "FA4, drafts", "FA4, pages of 16"]
 RUNS_OF = {
-    "llama": [*PLAIN, "FA4, eager", "FA4, drafts", "FA4, pages of 16"],
-    "wide_llama": [*PLAIN, "fa3, FP8", "triton, FP8", "FA4, FP8", "FA4, FP8, scale off"],
+    "llama": [*PLAIN, *WAYS],
+    "wide_llama": [*PLAIN, *WAYS, "fa3, FP8", "triton, FP8", "FA4, FP8", "FA4, FP8, scale off"],
     "gemma2": PLAIN,
 }
 WRITE = {"llama": write_llama, "wide_llama": write_wide_llama, "gemma2": write_gemma2}
 TOO_FAR = {"triton": 1.5, "fa3, FP8": 1.0}  # times the yardstick's distance
 OFF = {"triton": 1.05, "fa3, FP8": 1.25}
+# Its torch is older than SGLang's: the Rust radix tree reads another layout of tensors, and versions of the kernels' package differ.
+OF_THE_BUNDLE = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1", "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
 BATCH_LINE = re.compile(r"(Prefill|Decode) batch.*cuda graph: (True|False)")
 
 
@@ -87,7 +91,8 @@ def yardstick(run: str) -> str:
 
 
 def answer(model: str, backend: str, arguments: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
-    """Start an engine and answer `prompts` greedily, twice: the second time from the radix cache."""
+    """Start an engine and answer `prompts` greedily, twice: the second time from the radix cache. The engine is left running: its shutdown
+    ends the process that calls it with a signal, and whoever started that ends its group."""
     import sglang
 
     if "speculative_algorithm" in arguments:
@@ -96,49 +101,51 @@ def answer(model: str, backend: str, arguments: dict[str, Any], prompts: list[li
     engine = sglang.Engine(
         model_path=model, attention_backend=backend, dtype="bfloat16", skip_tokenizer_init=True, random_seed=0, sampling_backend="pytorch",
         context_length=1024, chunked_prefill_size=256, enable_mixed_chunk="speculative_algorithm" not in arguments, max_running_requests=12,
-        max_total_tokens=16384, mem_fraction_static=0.5, decode_log_interval=1, **arguments,
+        max_total_tokens=16384, mem_fraction_static=0.5, decode_log_interval=1, log_level="info", **arguments,
     )  # fmt: skip
     started = time.perf_counter() - begin
-    try:
-        begin = time.perf_counter()
-        greedy = {"temperature": 0, "ignore_eos": True}
-        first = engine.generate(
-            input_ids=prompts, sampling_params={**greedy, "max_new_tokens": 1}, return_logprob=True, logprob_start_len=0
-        )
-        generated = engine.generate(input_ids=prompts, sampling_params={**greedy, "max_new_tokens": NEW_TOKENS}, return_logprob=True)
-        return {
-            "tokens": [reply["output_ids"] for reply in generated],
-            "prefill": [entry[0] for reply in first for entry in reply["meta_info"]["input_token_logprobs"] if entry[0] is not None],
-            "decode": [[entry[0] for entry in reply["meta_info"]["output_token_logprobs"]] for reply in generated],
-            "cached_tokens": sum(reply["meta_info"]["cached_tokens"] for reply in generated),
-            "drafts_right": min(reply["meta_info"].get("spec_accept_length", 0.0) for reply in generated),
-            "pid": os.getpid(),
-            "start_seconds": round(started, 1),
-            "generate_seconds": round(time.perf_counter() - begin, 2),
-        }
-    finally:
-        engine.shutdown()
+    begin = time.perf_counter()
+    greedy = {"temperature": 0, "ignore_eos": True}
+    first = engine.generate(input_ids=prompts, sampling_params={**greedy, "max_new_tokens": 1}, return_logprob=True, logprob_start_len=0)
+    generated = engine.generate(input_ids=prompts, sampling_params={**greedy, "max_new_tokens": NEW_TOKENS}, return_logprob=True)
+    return {
+        "tokens": [reply["output_ids"] for reply in generated],
+        "prefill": [entry[0] for reply in first for entry in reply["meta_info"]["input_token_logprobs"] if entry[0] is not None],
+        "decode": [[entry[0] for entry in reply["meta_info"]["output_token_logprobs"]] for reply in generated],
+        "cached_tokens": sum(reply["meta_info"]["cached_tokens"] for reply in generated),
+        "drafts_right": min(reply["meta_info"].get("spec_accept_length", 0.0) for reply in generated),
+        "pid": os.getpid(),
+        "start_seconds": round(started, 1),
+        "generate_seconds": round(time.perf_counter() - begin, 2),
+    }
 
 
-def in_own_process(model: Path, name: str, folder: Path) -> dict[str, Any]:
-    """One engine, one process; the end of its log if it fails."""
-    run = RUNS[name]
+def rehearsed(run: Run) -> Run:
+    """A run as a machine without a GPU has it: SGLang's torch attention in place of its GPU backends, no graphs."""
+    kept = {name: value for name, value in run.arguments.items() if not name.startswith("cuda_graph")}
+    return run._replace(backend=run.backend if run.is_ours else "torch_native", arguments={**kept, **WITHOUT_GPU})
+
+
+def in_own_process(model: Path, name: str, folder: Path, deadline: float, is_rehearsal: bool) -> dict[str, Any]:
+    """One engine, one process; the end of its log if it has not answered by `deadline` (of `time.monotonic`)."""
+    run = rehearsed(RUNS[name]) if is_rehearsal else RUNS[name]
     own = folder / f"{model.name}-{name.replace(' ', '_').replace(',', '')}"
     own.mkdir()
     trace, log, request = own / "trace", own / "log", own / "request.json"
     request.write_text(json.dumps({"model": str(model), "backend": run.backend, "arguments": run.arguments, "prompts": make_prompts()}))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(trace)}
+    environment = {**OF_THE_BUNDLE, "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(trace)}
     if run.is_off:
         environment |= {"PYTHONPATH": plant(own / "site"), ERROR: str(OFF[yardstick(name)])}
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", "tests.device.serve_sglang", "--request", str(request)]
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    seconds = max(0.0, round(deadline - time.monotonic(), 1))
+    command = [sys.executable, "-m", "tests.device.serve_sglang", "--request", str(request)]
+    is_done = run_process(command, environment, log, seconds)
     answers, said = own / "answers.json", log.read_text(errors="replace")
-    if code or not answers.exists():
-        return {"failed": said[-3000:]}
+    if not answers.exists():
+        return {"failed": ("" if is_done else f"not done within {seconds} s\n") + said[-3000:], "log": said}
     lines = trace.read_text().splitlines() if trace.exists() else []
     batches = BATCH_LINE.findall(said)
     return json.loads(answers.read_text()) | {
+        "log": said,
         "kernels": sorted({line.split(" ", 1)[1] for line in lines}),
         "processes": sorted({int(line.split()[0]) for line in lines}),
         "graphs": {kind.lower(): batches.count((kind, "True")) for kind in ("Prefill", "Decode")},
@@ -210,6 +217,13 @@ def what_did_not_run(run: Run, result: dict[str, Any]) -> list[str]:
     return [text for text, is_right in checks.items() if not is_right]
 
 
+def keep_log(said: str, folder: Path | None, name: str) -> None:
+    """What an engine said, for whoever wants to read all of it."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name.replace(' ', '_').replace(',', '')}.log").write_text(said)
+
+
 def report(name: str, result: dict[str, Any]) -> None:
     """One line for an engine that answered, its last words for one that failed."""
     if "failed" in result:
@@ -226,27 +240,33 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(RUNS_OF), help="which of the small models")
     parser.add_argument("--only", help="which runs, separated by semicolons; fa3 and the yardsticks belong to it")
     parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at once")
+    parser.add_argument("--seconds", type=float, default=240, help="until all engines are ended; their logs then say where they stood")
+    parser.add_argument("--logs", type=Path, help="folder that keeps the engines' logs")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: see `rehearsed`; graphs are then told missing")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.request:
         request = json.loads(options.request.read_text())
         options.request.with_name("answers.json").write_text(json.dumps(answer(**request)))
         return 0
-    begin = time.perf_counter()
+    begin, deadline = time.perf_counter(), time.monotonic() + options.seconds
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.side_by_side) as pool:
         folder = Path(temporary)
         models = {kind: WRITE[kind](folder / kind) for kind in options.models.split(",")}
         wanted = options.only.split(";") if options.only else list(RUNS)
         jobs = [(kind, run) for kind in models for run in RUNS_OF[kind] if run in wanted]
-        for (kind, run), result in zip(jobs, pool.map(lambda job: in_own_process(models[job[0]], job[1], folder), jobs), strict=True):
+        found = pool.map(lambda job: in_own_process(models[job[0]], job[1], folder, deadline, options.rehearse), jobs)
+        for (kind, run), result in zip(jobs, found, strict=True):
+            keep_log(result.pop("log"), options.logs, f"{kind}-{run}")
             results[f"{kind}: {run}"] = result
             reference = results.get(f"{kind}: fa3", {"failed": "it did not run"})
             if "failed" not in result and "failed" not in reference:
                 result["against_fa3"] = compare(result, reference)
             report(f"{kind}: {run}", result)
             if options.out:  # after each engine: a machine's time may end before the last one's
-                options.out.write_text(json.dumps({"stamp": gpu_stamp(), "runs": results}, indent=1) + "\n")
+                stamp = None if options.rehearse else gpu_stamp()
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
             print(f"    [{time.perf_counter() - begin:.0f} s]", flush=True)
     wrong = judge(results)
     print("\n".join(wrong) or "all as it should be")

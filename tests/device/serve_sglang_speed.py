@@ -16,20 +16,23 @@ import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from fa4_backend.bench.engine import NUM_LAYERS, write_config
+from fa4_backend.bench.engine_steps import PROMPT, VOCAB
 from fa4_backend.kernel_stamp import gpu_stamp
-from tests.device.serve_speed import NUM_LAYERS, PROMPT, VOCAB, write_config
+from tests.device.engine_lane import run_process
+from tests.device.serve_sglang import OF_THE_BUNDLE
 
 BACKENDS = ("fa4_plugin", "fa3", "triton")
 CONTEXT, SHORT, LONG, PROFILED = 4096, 8, 72, 16  # tokens
 BATCHES = (1, 32)
 ROUNDS = 3
+PATIENCE = 150.0  # seconds for one engine
 # Ours, FlashAttention 3's with its schedule and merging, Triton's two stages.
 ATTENTION_KERNELS = re.compile(r"kernel_cutlass_kernel_|flash::|_fwd_grouped_kernel|_fwd_kernel|FlashAttn")
 
@@ -44,7 +47,7 @@ class Engine:
             model_path=model, attention_backend=backend, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", random_seed=0,
             sampling_backend="pytorch", context_length=PROMPT + 256, chunked_prefill_size=PROMPT, kv_cache_dtype=kv_cache_dtype,
             max_running_requests=max(BATCHES), max_total_tokens=200_000, mem_fraction_static=0.7, disable_prefill_cuda_graph=True,
-            cuda_graph_bs_decode=[1, 2, 4, 8, 16, 32],
+            cuda_graph_bs_decode=[1, 2, 4, 8, 16, 32], log_level="info",
         )  # fmt: skip
         self.draw = random.Random(0)
 
@@ -93,35 +96,32 @@ def decode_kernels(folder: Path) -> dict[str, float]:
 
 
 def measure(model: str, backend: str, kv_cache_dtype: str) -> dict[str, Any]:
-    """All figures of one backend; which kernels of ours ran is read from our trace file."""
+    """All figures of one backend; which kernels of ours ran is read from our trace file. The engine is left running: its shutdown ends the
+    process that calls it with a signal, and whoever started that ends its group."""
     begin = time.perf_counter()
     engine = Engine(model, backend, kv_cache_dtype)
     started = time.perf_counter() - begin
-    try:
-        figures = {f"first token of a prompt of {PROMPT}": round(engine.prompt_ms(), 3)}
-        attention: dict[str, float] = {}
-        most: dict[str, dict[str, float]] = {}
-        for rows in BATCHES:
-            case = f"decode step, {rows} x {CONTEXT}"
-            with tempfile.TemporaryDirectory() as folder:
-                milliseconds, microseconds, most[case] = engine.decode(rows, Path(folder))
-            figures[case], attention[case] = round(milliseconds, 3), round(microseconds, 1)
-    finally:
-        engine.engine.shutdown()
+    figures = {f"first token of a prompt of {PROMPT}": round(engine.prompt_ms(), 3)}
+    attention: dict[str, float] = {}
+    most: dict[str, dict[str, float]] = {}
+    for rows in BATCHES:
+        case = f"decode step, {rows} x {CONTEXT}"
+        with tempfile.TemporaryDirectory() as folder:
+            milliseconds, microseconds, most[case] = engine.decode(rows, Path(folder))
+        figures[case], attention[case] = round(milliseconds, 3), round(microseconds, 1)
     trace = Path(os.environ["FA4_BACKEND_TRACE_FILE"])
     kernels = sorted({line.split(" ", 1)[1] for line in trace.read_text().splitlines()}) if trace.exists() else []
     return {"ms": figures, "attention_us": attention, "most_us": most, "kernels": kernels, "start_seconds": round(started, 1)}
 
 
 def in_own_process(model: Path, backend: str, folder: Path, kv_cache_dtype: str) -> dict[str, Any]:
-    """One engine, one process; the end of its log if it fails."""
+    """One engine, one process; the end of its log if it has no figures within PATIENCE."""
     answer, log = folder / f"{backend}.json", folder / f"{backend}.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(folder / f"{backend}.trace")}
+    environment = {**OF_THE_BUNDLE, "HF_HUB_OFFLINE": "1", "FA4_BACKEND_TRACE_FILE": str(folder / f"{backend}.trace")}
     command = [sys.executable, "-m", "tests.device.serve_sglang_speed", "--model", str(model), "--backend", backend, "--out", str(answer)]
-    with log.open("wb") as file:
-        done = subprocess.run([*command, "--kv-cache-dtype", kv_cache_dtype], env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode or not answer.exists():
-        return {"failed": log.read_text(errors="replace")[-3000:]}
+    is_done = run_process([*command, "--kv-cache-dtype", kv_cache_dtype], environment, log, PATIENCE)
+    if not answer.exists():
+        return {"failed": ("" if is_done else f"not done within {PATIENCE} s\n") + log.read_text(errors="replace")[-3000:]}
     return json.loads(answer.read_text())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fa4_backend import AttentionMetadata, paged_attention
+from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 from tests.support.emulated_decode import run_decode
 from tests.support.paged_case import PagedCase
 
@@ -51,6 +52,19 @@ def test_a_cta_that_arrives_last_for_two_rows() -> None:
     """Its second row's slots take the place of the first one's, which some warps may still read: 4 and 3 stages of them share 3 places."""
     for seed in range(12):
         run_decode(TWO_ROWS, num_ctas=15, seed=seed).check()
+
+
+def test_many_parts_are_added_up_by_all_or_by_the_last() -> None:
+    """CTAs that wait for each other and add up a share each, and CTAs that leave at once, so that the last one has all to do."""
+    long = case((1,), (1400,), num_q_heads=4, num_kv_heads=1, sinks=True, arch="emulated-sm_90a")
+    outs = []
+    for looks, seed in ((4000, None), (4000, 1), (1, None), (1, 2)):
+        run = run_decode(long, num_ctas=4, seed=seed, share_vectors=1, arrival_looks=looks)
+        assert (run.work.decode_first[:, NUM_PIECES] == 8).all()
+        run.check()
+        outs.append([rows.clone() for rows in run.rows])
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
 
 
 def test_hopper_runs_the_same() -> None:

@@ -34,6 +34,10 @@ CASES = {
     "windows, d96": replace(DRAFTS, head_dim=96, window_left=50, window_right=1, is_causal=False, arch="emulated-sm_100a"),
     "sinks, soft cap, alibi, float16, d256": replace(DRAFTS, head_dim=256, dtype="float16", sinks=True, softcap=20.0, alibi=True),
     "32 rows of 192 and 128": replace(DRAFTS, num_q_heads=16, head_dim=192, head_dim_v=128, arch="emulated-sm_103a"),
+    "Q in FP8, page 48": replace(DRAFTS, q_dtype=FP8, page_size=48, layout="nhd", arch="emulated-sm_100a"),
+    "Q in FP8, d96, all score features": replace(
+        DRAFTS, q_dtype=FP8, head_dim=96, sinks=True, softcap=20.0, alibi=True, window_left=50, arch="emulated-sm_103a", dtype="float16"
+    ),
     "batch invariant, d64": replace(
         DRAFTS, query_lens=(2, 1), kv_lens=(1500, 65), head_dim=64, num_q_heads=6, decode_query_len=2, batch_invariant=True
     ),

@@ -18,7 +18,7 @@ from fa4_backend.kernel_facts import disassemble, find_cuda_tool
 from fa4_backend.kernels.decode.config import DecodeConfig, resolve
 from fa4_backend.problem import FP8
 from tests.support.paged_case import PagedCase
-from tests.support.sass import product_loops
+from tests.support.sass import loads_in_flight_at_arrivals, product_loops
 
 pytestmark = pytest.mark.emulated
 
@@ -37,28 +37,6 @@ def config_of(changes: dict[str, object]) -> DecodeConfig:
     config = resolve(case.problem(), case.plan().limits, prefill_has_parts=False)
     assert config is not None
     return config
-
-
-def loads_in_flight_at_arrivals(sass: str) -> tuple[int, list[str]]:
-    """Arrivals at mbarriers in a disassembly, and those that come while an ldmatrix may not have delivered.
-
-    It has when an instruction reads one of its four registers. Address order is taken for program order: branches here only skip
-    ahead, or close a loop whose body uses all it loads.
-    """
-    arrivals, faults = 0, []
-    in_flight: dict[int, str] = {}  # first register of an ldmatrix -> its address
-    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
-        opcode, _, operands = re.sub(r"^@!?U?P\d+\s+", "", text.strip()).partition(" ")
-        destination, _, sources = operands.partition(",")
-        read = {int(number) for number in re.findall(r"\bR(\d+)\b", sources)}
-        in_flight = {first: where for first, where in in_flight.items() if not read & set(range(first, first + 4))}
-        if opcode.startswith("LDSM"):
-            in_flight[int(destination.strip().removeprefix("R"))] = address
-        if opcode.startswith("SYNCS.ARRIVE"):
-            arrivals += 1
-            if in_flight:
-                faults.append(f"{address}: {text.strip()} overtakes the ldmatrix at {', '.join(in_flight.values())}")
-    return arrivals, faults
 
 
 @pytest.mark.parametrize("name", KEYS)

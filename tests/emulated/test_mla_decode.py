@@ -6,14 +6,18 @@ between CTAs. What no row sees is NaN, lists, counters and slots hold garbage be
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.kernel_facts import find_cuda_tool
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
+from tests.support.sass import loads_in_flight_at_arrivals
 
 pytestmark = pytest.mark.emulated
 
@@ -32,6 +36,10 @@ CASES = {
     "128 heads, 3 tokens, peaked": MlaCase((3, 2), (190, 20), num_heads=128, decode_query_len=3, peaked=20.0),
     "128 heads, L2 asked ahead": replace(APART, tuning=(("prefetch_blocks", 2),)),
     "FP8, 16 heads": replace(FEW, kv_dtype=FP8),
+    "FP8, 8 heads, 2 tokens, float16": MlaCase((2, 1, 0, 2), (300, 64, 9, 3), 8, 2, "float16", FP8, page_size=16, peaked=8.0),
+    "FP8, 16 heads, batch invariant, peaked": MlaCase(
+        (1, 1), (600, 65), kv_dtype=FP8, batch_invariant=True, max_seqlen_k=2048, peaked=20.0
+    ),
     "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
     "batch invariant": MlaCase((2, 1), (600, 65), num_heads=64, decode_query_len=2, batch_invariant=True, max_seqlen_k=2048),
 }
@@ -50,6 +58,20 @@ def test_bits_do_not_depend_on_page_size_or_schedule() -> None:
         again.check()
         for got, want in zip(again.rows, first.rows, strict=True):
             assert torch.equal(got, want), f"pages of {page_size}"
+
+
+def test_no_arrival_overtakes_an_ldmatrix() -> None:
+    """As `test_decode_sass.py` has it: of the kernel whose latents come by ldmatrix, a stage is released when all of it has come."""
+    tool = find_cuda_tool("cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is in no package here (triton carries one)")
+    key = CASES["FP8, 16 heads"].kernels(6).decode
+    assert key is not None
+    cubin = ensure_object(key).with_suffix(".cubin")
+    sass = subprocess.run([tool, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    arrivals, faults = loads_in_flight_at_arrivals(sass)
+    assert arrivals >= 4, "expected arrivals for Q and KV tiles, of load warp and consumers"
+    assert faults == []
 
 
 @pytest.mark.parametrize("looks", [1, 1 << 20])

@@ -63,6 +63,19 @@ def test_bits_do_not_depend_on_who_comes_last() -> None:
         assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
 
 
+@pytest.mark.parametrize(("kv_len", "parts"), [(390, 4), (2560, 20)], ids=["a lane a vector", "four lanes a vector"])
+def test_all_add_up_with_the_bits_of_the_last(kv_len: int, parts: int) -> None:
+    """As many CTAs as parts wait for each other and write a share each; of one or three CTAs some go on and the last one adds up all."""
+    built = case((5,), (kv_len,), num_q_heads=4, num_kv_heads=1, sinks=True).build()
+    outs = []
+    for num_ctas, seed in ((parts, None), (parts, 1), (3, 2), (1, None)):
+        run = run_built(built, cuts=Cuts((parts,)), num_ctas=num_ctas, seed=seed)
+        run.check()
+        outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
 @pytest.mark.parametrize("name", ["random", "growing", "sink", "fp16, largest", "-3e37"])
 def test_large_logits(name: str) -> None:
     """Parts whose maxima are far apart or equal, made with either scale of scores."""

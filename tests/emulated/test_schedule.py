@@ -49,7 +49,8 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
         l2_tokens=1000, num_sms=num_ctas * sms_a_group, decode_tile_ticks=draw.choice((1, 20, 200)),
         decode_full_sms=draw.choice((1, 3, 20)), max_seqlen_k=draw.choice((4096, 400)), max_num_tokens=16384,
         part_floats=draw.choice((0, 8)), min_part_blocks=draw.choice((1, 2, 8)),
-        decode_part_blocks=draw.choice((0, 1, 3)),
+        decode_part_blocks=draw.choice((0, 1, 3)), decode_parts_ratio=draw.choice((0, 1, 16)),
+        most_part_quarters=draw.choice((1 << 16, 6)), decode_share_vectors=draw.choice((0, 20)),
     )  # fmt: skip
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tests.emulator.fault_edits import EDITS
+
+Site = TypeVar("Site")
 
 
 @dataclass(frozen=True)
@@ -63,25 +66,36 @@ def one_statement_a_line(ptx: str) -> str:
     return "\n".join(lines)
 
 
-def mutants(ptx: str, reached: set[int]) -> Iterator[Mutant]:
-    """Every single fault of the classes above in the lines that a right run reaches, and a sample of those of `fault_edits.py`."""
+def mutants(ptx: str, reached: set[int], sample: int | None = None) -> Iterator[Mutant]:
+    """Single faults in the lines that a right run reaches: all of the classes above, and some of each kind of `fault_edits.py`.
+
+    `sample`: so many of each class, evenly over the text, and one of each kind, where another target of the kind has all.
+    """
     lines = ptx.split("\n")
-    yield from _edited(lines, reached)
+    yield from _edited(lines, reached, 1 if sample else None)
+    by_kind: dict[str, list[tuple[int, list[str]]]] = {}
     for index, line in enumerate(lines):
-        if index + 1 not in reached or line.lstrip().startswith("//"):
-            continue
-        for kind, replacement in _changes(lines, index):
-            text = "\n".join(replacement)
-            yield Mutant(kind, index + 1, line, text)
+        if index + 1 in reached and not line.lstrip().startswith("//"):
+            for kind, replacement in _changes(lines, index):
+                by_kind.setdefault(kind, []).append((index, replacement))
+    for kind, sites in by_kind.items():
+        for index, replacement in spread(sites, sample or len(sites)):
+            yield Mutant(kind, index + 1, lines[index], "\n".join(replacement))
 
 
-def _edited(lines: list[str], reached: set[int]) -> Iterator[Mutant]:
+def spread(sites: list[Site], most: int) -> list[Site]:
+    """At most so many of the sites, evenly over them."""
+    count = min(most, len(sites))
+    return [sites[(2 * i + 1) * len(sites) // (2 * count)] for i in range(count)]
+
+
+def _edited(lines: list[str], reached: set[int], most: int | None) -> Iterator[Mutant]:
     for edit in EDITS:
         sites = []
         for index, line in enumerate(lines):
             if index + 1 in reached and not line.lstrip().startswith("//") and (changed := edit.apply(line)) is not None:
                 sites.append((index, changed))
-        for index, changed in sites[:: max(1, -(-len(sites) // edit.most))]:
+        for index, changed in spread(sites, most or edit.most):
             yield Mutant(edit.kind, index + 1, lines[index], "\n".join([*lines[:index], changed, *lines[index + 1 :]]))
 
 

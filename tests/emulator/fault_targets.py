@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,15 @@ class Target:
     name: str
     ptx: str  # as it was compiled
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
+    plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that it does not reach count
+    sample: int | None = None  # faults of each class; None: all
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel in the PTX."""
+        match = re.search(r"\.entry\s+([\w$]+)", self.ptx)
+        assert match
+        return match.group(1)
 
 
 def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
@@ -47,17 +57,57 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         peaked=peaked,
         kv_dtype=kv_dtype,
     )
-    built = case.build()
+    built, plain = case.build(), replace(case, peaked=1.0).build()
     library = ensure_object(case.plan(num_sms=1).kernels.prefill)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         result = run_built(built, num_ctas=1, seed=seed)
         return [result.out.clone(), result.lse.clone()], result.report
 
-    return Target(name, library.with_suffix(".ptx").read_text(), run)
+    reach = (lambda: run_built(plain, num_ctas=1).report) if peaked != 1.0 else None
+    return Target(name, library.with_suffix(".ptx").read_text(), run, reach)
 
 
-def own_decode(arch: str, batch_invariant: bool = False) -> Target:
+def own_parts() -> Target:
+    """Hopper's prefill kernel with tiles cut along KV, taken from a queue: parts go through memory and are added up by who comes last."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from tests.support.emulated_prefill import Cuts, run_built
+    from tests.support.paged_case import PagedCase
+
+    case = PagedCase((17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
+    built = case.build()
+    key = case.plan(num_sms=3).kernels.prefill
+    assert key.has_queue and key.part_floats, key
+    library = ensure_object(key)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_built(built, num_ctas=3, seed=seed, cuts=Cuts((3, 1, 1, 1)))
+        return [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue], result.report
+
+    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run)
+
+
+def own_mla() -> Target:
+    """Hopper's decode of latent attention: rows split between CTAs, drafts, two tiles of rows, few CTAs."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from tests.support.emulated_mla import MlaCase, run_mla
+
+    case = MlaCase((3, 1, 2), (400, 65, 3), num_heads=32, decode_query_len=3)
+    arguments = case.build()
+    decode = case.kernels(3).decode
+    assert decode is not None
+    library = ensure_object(decode)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_mla(case, num_sms=3, seed=seed, arguments=arguments)
+        return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
+
+    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run)
+
+
+def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS_Q) -> Target:
     """This package's decode kernel for `arch`: rows split between CTAs over global memory, several KV tiles a CTA, two entries in one.
 
     `batch_invariant`: entries have pieces, and there are many rows of unequal length.
@@ -68,8 +118,9 @@ def own_decode(arch: str, batch_invariant: bool = False) -> Target:
     from tests.support.paged_case import PagedCase
 
     case = PagedCase(
-        (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}"
-    )
+        (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}",
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
     if batch_invariant:
         case = replace(
             case, query_lens=(1, 2, 1, 1, 2, 1, 1), kv_lens=(1300, 65, 300, 17, 640, 0, 129), decode_query_len=2, batch_invariant=True
@@ -83,7 +134,27 @@ def own_decode(arch: str, batch_invariant: bool = False) -> Target:
         result = run_decode(case, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target(f"{arch} decode{', pieces' * batch_invariant}", library.with_suffix(".ptx").read_text(), run)
+    return Target(
+        f"{arch} decode{', pieces' * batch_invariant}{', FP8 K and V' * (kv_dtype == FP8)}", library.with_suffix(".ptx").read_text(), run
+    )
+
+
+def own_latent_decode() -> Target:
+    """This package's latent decode kernel of Blackwell: rows split between pairs, drafts, a tail within a box, references that move."""
+    emulator.install()
+    from fa4_backend.compile_cache import ensure_object
+    from tests.support.emulated_mla import MlaCase, run_mla
+
+    case = MlaCase(
+        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+    )  # fmt: skip
+    library = ensure_object(case.kernels(4).decode)
+
+    def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
+        result = run_mla(case, num_sms=4, seed=seed)
+        return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
+
+    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run)
 
 
 def own_schedule() -> Target:
@@ -157,25 +228,40 @@ def upstream(name: str, folder: Path) -> Target:
     return Target(f"flash-attn-4 sm90 {name}", ptx, run)
 
 
+OWN_TARGETS: dict[str, Callable[[], Target]] = {
+    "sm100_prefill": lambda: own_prefill("sm_100a prefill", "sm_100a", num_kv_heads=1, head_dim=128),
+    # The head dimension that runs as pairs.
+    "sm100_pair": lambda: own_prefill("sm_100a prefill, CTA pairs", "sm_100a", num_kv_heads=1, head_dim=192),
+    # Staged tiles, the convert warps and their turns with the correction, as pairs.
+    "sm100_fp8": lambda: own_prefill("sm_100a prefill, FP8 K and V", "sm_100a", num_kv_heads=1, head_dim=128, kv_dtype=FP8),
+    # 128 tokens a tile: with two heads packed, every key after the 64th of the second masked tile is masked.
+    "sm90_prefill": lambda: own_prefill("sm_90a prefill", "sm_90a", num_kv_heads=2, head_dim=128),
+    "sm90_fp8": lambda: own_prefill("sm_90a prefill, FP8 K and V", "sm_90a", num_kv_heads=2, head_dim=128, kv_dtype=FP8),
+    "sm90_parts": own_parts,
+    "sm90_decode": lambda: own_decode("sm_90a"),
+    "sm90_decode_fp8": lambda: own_decode("sm_90a", kv_dtype=FP8),
+    "sm90_mla": own_mla,
+    "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
+    # Queries so large that a row's maximum moves: O is rescaled.
+    "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
+    "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
+    "sm100_mla": own_latent_decode,
+    "schedule": own_schedule,
+    "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
+    "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),
+}
+
+
+# Of these every fault is planted, of their relatives a sample: time is what limits.
+WHOLE = ("sm100_prefill", "sm100_pair", "sm90_prefill", "sm90_decode", "schedule")
+SAMPLE = 2
+
+
 def load_target(name: str, folder: Path) -> Target:
-    own = {
-        "sm100_prefill": lambda: own_prefill("sm_100a prefill", "sm_100a", num_kv_heads=1, head_dim=128),
-        # The head dimension that runs as pairs.
-        "sm100_pair": lambda: own_prefill("sm_100a prefill, CTA pairs", "sm_100a", num_kv_heads=1, head_dim=192),
-        # Staged tiles, the convert warps and their turns with the correction, as pairs.
-        "sm100_fp8": lambda: own_prefill("sm_100a prefill, FP8 K and V", "sm_100a", num_kv_heads=1, head_dim=128, kv_dtype=FP8),
-        # 128 tokens a tile: with two heads packed, every key after the 64th of the second masked tile is masked.
-        "sm90_prefill": lambda: own_prefill("sm_90a prefill", "sm_90a", num_kv_heads=2, head_dim=128),
-        "sm90_decode": lambda: own_decode("sm_90a"),
-        "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
-        # Queries so large that a row's maximum moves: O is rescaled.
-        "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
-        "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
-        "schedule": own_schedule,
-        "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
-        "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),
-    }
-    return own[name]() if name in own else upstream(name.removeprefix("upstream_"), folder)
+    """A kernel of ours by its name, or one of flash-attn-4 from a folder of its objects."""
+    if name not in OWN_TARGETS:
+        return upstream(name.removeprefix("upstream_"), folder)
+    return OWN_TARGETS[name]() if name in WHOLE else replace(OWN_TARGETS[name](), sample=SAMPLE)
 
 
 @contextmanager

@@ -85,6 +85,14 @@ def test_setmaxnreg_is_the_same_in_a_warpgroup() -> None:
         run_program(program(body.format(warp=3, first=72), **options))
 
 
+def test_setmaxnreg_is_executed_by_every_warp_of_a_warpgroup() -> None:
+    body = "setp.eq.u32 %q0, %warp, {warp};\n@%q0 bra end;\nsetmaxnreg.dec.sync.aligned.u32 64;\nend:\n"
+    options = {"directives": ".maxnreg 128\n"}
+    assert run_program(program(body.format(warp=4), block=128, **options))[1].faults == []
+    (note,) = run_program(program(body.format(warp=2), block=128, **options))[1].faults
+    assert "warp 2 did not execute setmaxnreg 64" in note
+
+
 ALLOC = "mov.u32 %r0, smem;\ntcgen05.alloc.cta_group::{a}.sync.aligned.shared::cta.b32 [%r0], 32;\nbar.sync 0;\nld.shared.u32 %r1, [%r0];\n"
 DEALLOC = "tcgen05.dealloc.cta_group::{b}.sync.aligned.b32 %r1, 32;\n"
 
@@ -94,6 +102,18 @@ def test_cta_group_is_the_same_in_a_kernel() -> None:
     run_program(program((ALLOC + DEALLOC).format(a=1, b=1), **options))
     with pytest.raises(emulator.LaunchError, match="cta_group"):
         run_program(program((ALLOC + DEALLOC).format(a=1, b=2), **options))
+
+
+@pytest.mark.parametrize(
+    ("columns", "alone", "right"),
+    [("32", "", True), ("%r8", "", False), ("32", "@%q3 bra end;\n", False)],
+    ids=["both", "different sizes", "one"],
+)
+def test_both_ctas_of_a_pair_allocate_its_tensor_memory(columns: str, alone: str, right: bool) -> None:
+    body = (ALLOC + DEALLOC).format(a=2, b=2).replace(" 32;", f" {columns};").replace(", 32;", f", {columns};")
+    start = "mov.u32 %r7, %cluster_ctarank;\nsetp.eq.u32 %q3, %r7, 1;\nadd.u32 %r8, %r7, 1;\nshl.b32 %r8, %r8, 5;\n"
+    report = run_program(program(start + alone + body + "end:\n" + MEET, target="sm_100a", grid=2, cluster=2))[1]
+    assert [note.startswith("tmem-pair") for note in report.faults] == ([] if right else [True])
 
 
 @pytest.mark.parametrize(
@@ -150,6 +170,26 @@ def test_a_peer_has_not_exited(access: str) -> None:
     assert "may have exited" in note
 
 
+def test_a_peer_has_started() -> None:
+    store = PEER.format(access="st.shared::cluster.u32 [%r2+64], %t;", last=MEET)
+    for meet in (MEET, MEET.replace("arrive", "arrive.relaxed")):  # to be there, the other needs to release nothing
+        assert run_program(program(store.replace(MEET, meet, 1), grid=2, cluster=2))[1].faults == []
+    (note,) = run_program(program(store.replace(MEET, "", 1), grid=2, cluster=2))[1].faults
+    assert "may not have started" in note
+
+
+@pytest.mark.parametrize(("sync", "right"), [("bar.warp.sync 0xffffffff;\n", True), ("", False)])
+def test_every_lane_that_used_a_peer_is_known_there(sync: str, right: bool) -> None:
+    """All lanes store, lane 0 tells the peer, which may exit then: it must know of the other lanes' stores, too."""
+    body = PEER.replace("@!%q2 {access}\n{last}\n", "") + (
+        "mad.lo.u32 %r3, %lane, 4, %r2;\n@%q1 bra wait;\nst.shared::cluster.u32 [%r3+64], %t;\n" + sync + "@%q0 bra out;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r2];\nbra out;\n"
+        "wait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %q3, [%r0], 0;\n@!%q3 bra wait;\nout:\n"
+    )
+    faults = run_program(program(body, grid=2, cluster=2))[1].faults
+    assert (faults == []) == right and (right or "may have exited" in faults[0])
+
+
 INIT = "mov.u32 %r0, smem;\nsetp.ne.u32 %q0, %t, 0;\n@!%q0 mbarrier.init.shared.b64 [%r0], 1;\n"
 
 
@@ -159,6 +199,20 @@ def test_a_store_over_an_mbarrier_in_use() -> None:
     assert "holds an mbarrier" in run_program(program(INIT + store.format(offset=4)))[1].races[0]
     ended = INIT + "@!%q0 mbarrier.inval.shared.b64 [%r0];\n" + store.format(offset=4)
     assert run_program(program(ended))[1].races == []
+
+
+def test_an_mbarrier_in_use_is_read_by_its_own_instructions_only() -> None:
+    load = "@!%q0 ld.shared.u32 %r3, [%r0];\n"
+    assert "is read like other memory" in run_program(program(INIT + load))[1].races[0]
+    ended = INIT + "@!%q0 mbarrier.inval.shared.b64 [%r0];\n" + load
+    assert run_program(program(ended))[1].races == []
+
+
+def test_an_mbarrier_is_made_again_only_after_its_end() -> None:
+    again = "@!%q0 mbarrier.init.shared.b64 [%r0], 1;\n"
+    run_program(program(INIT + "@!%q0 mbarrier.inval.shared.b64 [%r0];\n" + again))
+    with pytest.raises(emulator.BarrierMisuse, match=r"mbarrier\.inval did not end"):
+        run_program(program(INIT + again))
 
 
 @pytest.mark.parametrize(("space", "right"), [("ld.global", True), ("ld.global.nc", False)])
@@ -209,3 +263,19 @@ def test_the_source_of_a_prefetch_exists(offset: int) -> None:
             run_program(program(body))
     else:
         run_program(program(body))
+
+
+def test_a_prefetched_tensor_map_is_one() -> None:
+    data = Buffer("a", np.zeros(4096, np.uint16))
+    tensor = TensorMap("a", "bf16", (64, 64), (128,), (64, 2), swizzle="128B")
+    run_program(program("prefetch.tensormap [%p0];\n", tensor, data))
+    with pytest.raises(emulator.UnsupportedInstruction, match="tensor map"):
+        run_program(program("prefetch.tensormap [%p0];\n"))
+
+
+@pytest.mark.parametrize(("last", "gets"), [(15, 0xFFFFFFFF), (14, 15)])
+def test_a_shuffle_from_a_lane_that_takes_no_part_gives_nothing(last: int, gets: int) -> None:
+    """Half a warp shuffles down by one: lane 15 would read lane 16, which is undefined."""
+    body = "mad.wide.u32 %d0, %t, 4, %p0;\nsetp.gt.u32 %q0, %lane, 15;\n@%q0 bra end;\nshfl.sync.down.b32 %r2, %t, 1, 31, 0xffff;\n"
+    results, _ = run_program(program(body + "st.global.u32 [%d0], %r2;\nend:\n"))
+    assert results["d"][last] == gets

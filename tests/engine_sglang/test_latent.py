@@ -8,6 +8,7 @@ from __future__ import annotations
 import unittest
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,22 @@ def test_parts_of_q_and_k_may_come_apart(calls: list[dict[str, Any]], apart: boo
             out = module.attn_mqa(torch.cat([q, q_rope], -1).flatten(1, 2), torch.cat([k, k_rope], -1), k, batch)
     latents = torch.bmm(out.view(-1, module.num_heads, module.kv_lora_rank).transpose(0, 1), module.w_vc).transpose(0, 1)
     torch.testing.assert_close(module.o_proj(latents.flatten(1, 2)), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("scaling", (None, {"beta": 0.1}), ids=("plain", "llama 4 scaling"))
+def test_models_hand_over_parts(kit: Any, monkeypatch: pytest.MonkeyPatch, scaling: Any) -> None:
+    """SGLang's list of backends that take q in two parts has our name, but for a model whose queries it scales only side by side."""
+    from sglang.srt.models.deepseek_common import utils
+
+    from fa4_integration.sglang_backend import latent
+
+    names = ["fa3"]
+    monkeypatch.setattr(utils, "FORWARD_ABSORB_CORE_ATTENTION_BACKENDS", names)
+    for _ in range(2):
+        latent.ask_for_parts(SimpleNamespace(hf_config=SimpleNamespace(llama_4_scaling=scaling)))
+    assert names == (["fa3", NAME] if scaling is None else ["fa3"])
+    mla.build_mla_attention_fixture(SKIPS(), DECODE["mla_decode_page_boundary"], dtype=torch.float32, **SIZES)
+    assert names == ["fa3", NAME], "a backend that is made asks"
 
 
 class RoundedPool(mla.MLATokenToKVPool):

@@ -28,6 +28,7 @@ class OperatorCalls:
     query_lens: set[int] = field(default_factory=set)  # longest query of each call's step
     kernels: set[str] = field(default_factory=set)  # "sm100 kernels", "torch reference"
     page_sizes: set[int] = field(default_factory=set)
+    q_dtypes: set[str] = field(default_factory=set)
     kv_dtypes: set[tuple[str, int]] = field(default_factory=set)  # of K and V in a call, with the number of scales, 0 for none
 
 
@@ -45,6 +46,7 @@ def watch_operator(scale_error: float = 1.0, kv_scale_error: float = 1.0) -> Ite
         calls.query_lens.add(metadata.bounds.max_seqlen_q)
         calls.kernels.add(plan.describe().removeprefix("FA4: ").partition(" on ")[0])
         calls.page_sizes.add(plan.problem.page_size)
+        calls.q_dtypes.add(plan.problem.q_dtype)
         calls.kv_dtypes.add((plan.problem.kv_dtype, 0 if k_scale is None else k_scale.numel()))
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         if kv_scale_error != 1.0:

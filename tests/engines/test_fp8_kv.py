@@ -46,6 +46,40 @@ def test_step_equals_oracle(batch: str, feature: str, scales: str, name: str) ->
     built.check(built.run())
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("feature", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_queries_that_vllm_quantised(batch: str, feature: str, scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows and prompts of a step alike: vLLM asks a layer once, and then quantises them all."""
+    monkeypatch.setenv("FA4_BACKEND_FP8_QUERY", "1")
+    drafts = 3 if batch == "draft_rows" else 0
+    step = VllmStep(
+        *BATCHES[batch], kv_cache_dtype="fp8", is_q_fp8=True, scale_shape=SCALES[scales], num_speculative_tokens=drafts, padding_rows=3,
+        padding_tokens=5, **FEATURES[feature],
+    )  # fmt: skip
+    built = step.build()
+    assert built.layer.impl.supports_quant_query_input and built.query.dtype == torch.float8_e4m3fn
+    built.check(built.run())
+    built.layer._q_scale = built.layer._q_scale * 1.25
+    output = built.run()
+    built.layer._q_scale = built.layer._q_scale / 1.25
+    with pytest.raises(AssertionError, match="expected an error of at most"):
+        built.check(output)
+
+
+def test_queries_stay_as_they_are_unless_asked_for_and_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM quantises what this attribute says; Hopper's kernels would refuse what it hands over."""
+    fp8, bf16 = VllmStep((3,), (20,), kv_cache_dtype="fp8"), VllmStep((3,), (20,))
+    assert not fp8.impl(None, None).supports_quant_query_input
+    monkeypatch.setenv("FA4_BACKEND_FP8_QUERY", "1")
+    assert fp8.impl(None, None).supports_quant_query_input and not bf16.impl(None, None).supports_quant_query_input
+    monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm100")
+    assert fp8.impl(None, None).supports_quant_query_input
+    monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm90")
+    with pytest.raises(UnsupportedProblem, match=r"q_dtype on sm_90a: expected bfloat16, got float8_e4m3fn"):
+        fp8.impl(None, None)
+
+
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBNHC, KVCacheLayout.LBHNC], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("heads", [(4, 1), (9, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

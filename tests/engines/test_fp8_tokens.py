@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fa4_backend.problem import FP8
+from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.kv_cache import quantise, write_kv
 from tests.engines.engine import MAX_BATCHED_TOKENS, Answer, OperatorCalls, generate, tokens, watch_operator
 from tests.engines.prompts import SHARED_PREFIX, make_prompts
@@ -69,6 +70,28 @@ def test_chunks_cached_prefixes_and_drafts(tmp_path: Path, monkeypatch: pytest.M
     assert answers[-1].num_cached_tokens == SHARED_PREFIX
     assert tokens(answers) == tokens(serve_rounded(monkeypatch, model, any_layer, **arguments))
     assert tokens(answers) != tokens(serve(model, **arguments)[0]), "rounding changes nothing: this test would not see it"
+
+
+def test_queries_that_vllm_quantises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`FA4_BACKEND_FP8_QUERY=1`: decode rows, chunks and drafts, against the same engine whose layers round the queries they are given."""
+    model, arguments = write_llama(tmp_path), {"block_size": 16, "speculative_config": DRAFTS, "kv_cache_dtype": "fp8"}
+
+    moved = []
+
+    def forward_rounded(impl: FA4Impl, layer: Any, query: torch.Tensor, *tensors: Any, **values: Any) -> torch.Tensor:
+        rounded = quantise(query, layer._q_scale).to(query.dtype)
+        moved.append(not torch.equal(rounded, query))
+        return forward(impl, layer, rounded, *tensors, **values)
+
+    forward = FA4Impl.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(FA4Impl, "forward", forward_rounded)
+        rounded, calls = serve(model, **arguments)
+    assert calls.q_dtypes == {"float32"}
+    monkeypatch.setenv("FA4_BACKEND_FP8_QUERY", "1")
+    answers, calls = serve(model, **arguments)
+    assert calls.q_dtypes == {FP8} and {1, 4} <= calls.query_lens
+    assert all(moved) and tokens(answers) == tokens(rounded)
 
 
 @pytest.mark.parametrize("scales", SCALES)

@@ -52,7 +52,8 @@ class VllmStep:
     head_dim: int = 64
     dtype: torch.dtype = torch.bfloat16
     kv_cache_dtype: str = "auto"
-    scale_shape: tuple[int, ...] = ()  # of FP8 K and V: () or (1,) for all heads, (num_kv_heads,) for one each
+    scale_shape: tuple[int, ...] = ()  # of FP8 K and V, and Q: () or (1,) for all heads, (num_kv_heads,) for one each
+    is_q_fp8: bool = False  # vLLM quantises queries: FA4_BACKEND_FP8_QUERY is set
     page_size: int = 16
     layout: KVCacheLayout = KVCacheLayout.LBNHC
     padding_rows: int = 0  # empty sequences at the end, as in a captured graph
@@ -107,6 +108,8 @@ class VllmStep:
         layer = OneLayer(self.impl(slopes, parameter))
         if self.is_fp8:
             layer._k_scale, layer._v_scale = self._draw_scales(seed)
+        if self.is_q_fp8:
+            layer._q_scale = layer._k_scale * 2.0
         config = self.config()
         config.compilation_config.static_forward_context[LAYER] = layer
         shape = {"block_size": self.page_size, "num_kv_heads": self.num_kv_heads, "head_size": self.head_dim, "dtype": self._stored_dtype()}
@@ -159,6 +162,9 @@ class VllmStep:
         qkv = torch.full((total_q + self.padding_tokens, rows, self.head_dim), math.nan, dtype=self.dtype)
         qkv[:total_q] = self._draw((total_q, rows, self.head_dim), generator)
         q, k, v = qkv.split([self.num_q_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.is_q_fp8:
+            scale = layer._q_scale.expand(self.num_kv_heads).repeat_interleave(self.num_q_heads // self.num_kv_heads)
+            q = (q.float() / scale[:, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
         starts = torch.tensor([0, *self.query_lens, *[0] * self.padding_rows]).cumsum(0).int()
         lens = torch.tensor([*self.kv_lens, *[0] * self.padding_rows], dtype=torch.int32)
         description = CommonAttentionMetadata(
@@ -205,7 +211,7 @@ class BuiltStep:
         impl = self.layer.impl
         metadata = self.builder.build(0, self.description)
         impl.do_kv_cache_update(self.layer, self.key, self.value, self.cache, metadata.slot_mapping)
-        output = torch.full_like(self.query, math.nan, dtype=None if output_scale is None else torch.float8_e4m3fn)
+        output = torch.full_like(self.query, math.nan, dtype=self.step.dtype if output_scale is None else torch.float8_e4m3fn)
         result = impl.forward(self.layer, self.query, self.key, self.value, self.cache, metadata, output, output_scale)
         assert result is output
         return output
@@ -221,11 +227,12 @@ class BuiltStep:
         if step.is_fp8:
             pages = pages.view(torch.float8_e4m3fn)
             scales = [scale.expand(step.num_kv_heads) for scale in (self.layer._k_scale, self.layer._v_scale)]
+        q_scale = self.layer._q_scale.expand(step.num_kv_heads) if step.is_q_fp8 else None
         window = None if step.sliding_window is None else step.sliding_window - 1
         d, starts, lens = self.description, self.description.query_start_loc[: rows.stop + 1], self.description.seq_lens[rows]
         arguments = AttentionArguments(
             self.query, pages[..., : step.head_dim], pages[..., step.head_dim :], d.block_table_tensor[rows], starts, lens, output, None,
-            step.head_dim**-0.5, window, None, step.softcap or 0.0, sinks, slopes, *scales,
+            step.head_dim**-0.5, window, None, step.softcap or 0.0, sinks, slopes, *scales, q_scale=q_scale,
         )  # fmt: skip
         want = judge(arguments, is_causal=True)
         got = output[:total_q].double()

@@ -17,7 +17,7 @@ from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches
 from fa4_backend.bench.figures import write_csv
 from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
-from fa4_backend.bench.shape_cells import kinds
+from fa4_backend.bench.shape_cells import kinds, matching
 from fa4_backend.cli import main
 
 CELLS = [(name, batch) for name, kind in kinds().items() for batch in kind.batches]
@@ -159,3 +159,38 @@ def test_the_command_lists_the_cells(capsys: pytest.CaptureFixture[str]) -> None
         main(["bench", "shapes", "--list", "--kinds", "drafts,prefix"])
     out = capsys.readouterr().out
     assert not stop.value.code and ASKED[3] in out and out.index("drafts:") < out.index("prefix:")
+
+
+def test_a_run_ends_in_its_time_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A clock that goes on by a second a round: in 20 of them kinds take turns, a late run takes two rounds, and what is left is named."""
+    clock, rounds_of = [0.0], []
+
+    def time_one(_batch: BatchShape, _peers: list[str], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+        clock[0] += rounds
+        rounds_of.append(rounds)
+        return {"fa4": 1.0}, {"fa4": 0.0}
+
+    monkeypatch.setattr(shapes, "_time", time_one)
+    monkeypatch.setattr(shapes, "compile_all", lambda _kinds: None)
+    monkeypatch.setattr(shapes.Ceilings, "measure", classmethod(lambda cls: cls(1.0, 1.0)))
+    monkeypatch.setattr(shapes.time, "monotonic", lambda: clock[0])
+    chosen = {name: kind for name, kind in kinds().items() if name in ("prefix", "d96")}
+    timed = [cell[0] for cell in shapes.run(chosen, peers=[], seconds=20)]
+    assert [cell.kind for cell in timed[:4]] == ["prefix", "d96"] * 2 and len(timed) == len(rounds_of) < 18
+    assert rounds_of[0] == shapes.ROUNDS and set(rounds_of[1:]) == {shapes.FEWEST_ROUNDS} and 20 <= clock[0] <= 22
+    said = capsys.readouterr().err
+    assert all((batch.title in said) == (batch.title not in [t.batch for t in timed]) for kind in chosen.values() for batch in kind.batches)
+    assert len([*shapes.run(chosen, peers=[])]) == sum(len(kind.batches) for kind in chosen.values())
+
+
+def test_the_table_has_what_is_furthest_behind_first() -> None:
+    *slow, fast, alone = (*judged({"fa4": 2.0, "fa3": 1.0}), judged({"fa4": 1.0, "fa3": 1.2})[0], judged({"fa4": 1.0})[0])
+    lines = shapes.summary([alone, fast, *slow]).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["0.50", "1.20"] and lines[-1] == "3 cells, 1 below 1.00"
+
+
+def test_cells_are_chosen_by_their_titles() -> None:
+    chosen = matching(kinds(), r"16/1 d128.*1 x (16|64)K$")
+    assert {name: len(kind.batches) for name, kind in chosen.items()} == {"long-row": 2}
+    with pytest.raises(ValueError, match="expected a regular expression"):
+        matching(kinds(), "no such cell")

@@ -24,7 +24,7 @@ from tests.support.sass import product_loops
 from tests.support.stub_kernels import StubKey, compile_stub
 
 KERNEL = PrefillConfig(
-    "sm_90a", "bfloat16", "bfloat16", "bfloat16", 128, 128, 4, TILES[128, 128], 16, mask=MaskFeatures(), has_lse=True,
+    "sm_90a", "bfloat16", "bfloat16", "bfloat16", "bfloat16", 128, 128, 4, TILES[128, 128], 16, mask=MaskFeatures(), has_lse=True,
     sinks_dtype="float32", has_parts=True,
 )  # fmt: skip
 BASE = Sm90Config(KERNEL)

@@ -15,11 +15,14 @@ from fa4_backend.compile_cache import object_entry
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.families import KernelSet
+from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
+from fa4_backend.kernels.mla_decode.sm100.config import MlaSm100Config
 from fa4_backend.kernels.schedule.config import ScheduleConfig
 from fa4_backend.kernels.sm90 import tuning as sm90_tuning
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm100 import tuning as sm100_tuning
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.problem import LATENT
 
 LIMITS = BatchLimits(max_num_seqs=8, max_num_tokens=64, max_seqlen_k=4096)
 
@@ -31,16 +34,23 @@ def kernels_of(arch: str, *, head_dim: int = 128, **facts: Any) -> KernelSet:
     return plan.kernels
 
 
+def latent_kernels_of(arch: str) -> KernelSet:
+    plan = plan_attention(AttentionProblem(16, 1, 576, 512, "bfloat16", 64, arch, kv_source=LATENT), BatchLimits(1, 8, 64, 8))
+    assert plan.kernels is not None
+    return plan.kernels
+
+
 def configs() -> dict[str, Any]:
     """A key of each class that is compiled."""
     hopper, blackwell = kernels_of("sm_90a"), kernels_of("sm_100a")
-    return {"schedule": hopper.schedule, "decode": hopper.decode, "sm90 prefill": hopper.prefill, "sm100 prefill": blackwell.prefill}
+    keys = {"schedule": hopper.schedule, "decode": hopper.decode, "sm90 prefill": hopper.prefill, "sm100 prefill": blackwell.prefill}
+    return keys | {f"{arch} latent decode": latent_kernels_of(arch).decode for arch in ("sm_90a", "sm_100a")}
 
 
 # Another value that the config's own checks allow, where adding one does not do: path of the field -> value.
 OTHER_VALUES: dict[str, Any] = {
     "dtype": "float16", "kernel.dtype": "float16", "kv_dtype": "float8_e4m3fn", "kernel.kv_dtype": "float8_e4m3fn",
-    "out_dtype": "float8_e4m3fn", "kernel.out_dtype": "float8_e4m3fn",
+    "out_dtype": "float8_e4m3fn", "kernel.out_dtype": "float8_e4m3fn", "q_dtype": "float8_e4m3fn", "kernel.q_dtype": "float8_e4m3fn",
     "kernel.head_dim_v": 64, "kernel.tile.tile_m": 192, "kernel.tile.tile_n": 64, "kernel.box_rows": 32,
     "tuning.cta_group": 2, "tuning.p_first_columns": 64, "tuning.softmax_registers": 192, "tuning.correction_registers": 48,
     "tuning.other_registers": 48,
@@ -108,7 +118,9 @@ def test_a_key_has_no_state_beside_its_fields(kind: str) -> None:
 
 
 def test_every_class_of_key_is_walked() -> None:
-    assert {type(config) for config in configs().values()} == {ScheduleConfig, DecodeConfig, Sm90Config, Sm100Config}
+    assert {type(config) for config in configs().values()} == {
+        ScheduleConfig, DecodeConfig, Sm90Config, Sm100Config, MlaDecodeConfig, MlaSm100Config,
+    }  # fmt: skip
 
 
 def test_features_of_a_problem_reach_its_keys() -> None:

@@ -14,9 +14,10 @@ from fa4_backend import compile_cache, kernel_stamp
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
 from tests import conftest
-from tests.device import proofs
+from tests.device import proofs, serve_mla, serve_sglang
 from tests.device.proofs import Proof
-from tests.device.serve_tokens import SUITES, compare, judge
+from tests.device.serve_matrix import APART, GROUPS, METRICS, suite_of
+from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
 
@@ -62,6 +63,44 @@ def test_a_wrong_engine_is_noticed() -> None:
     runs = load("serve_h100.json")["runs"]
     assert judge({**runs, "llama: FA4": {**runs["llama: FA4, scale 5% off"]}}) != []
     assert judge({**runs, "llama: FA4": {**runs["llama: FA4"], "kernels": []}}) != []
+
+
+def test_engines_in_every_mode() -> None:
+    """FLASH_ATTN, the reference, was apart from both others in groups whose engines all had full graphs, and failed with 16/1 heads: there
+    FA4 is as near to TRITON_ATTN as right kernels are, and the control is not."""
+    runs = load("serve_matrix_h100.json")["runs"]
+    assert not any(result.get("wrong") for result in runs.values())
+    failed = {run.split(": ")[0] for run, result in runs.items() if "failed" in result}
+    apart = {run.split(": ")[0] for run, result in runs.items() if result.get("against_flash_attn", {}).get(METRICS[1], 0.0) > 0.5}
+    assert failed == {"drafts_16_1_3", "drafts_16_1_7"} and apart == {"sinks", "drafts_64_8_3", "drafts_64_8_7"}
+    sound = {run: result for run, result in runs.items() if run.split(": ")[0] not in failed | apart}
+    assert judge(sound, suite_of(GROUPS)) == [] and len(sound) == 27
+    right = runs["llama: TRITON_ATTN"]["against_flash_attn"]
+    for run, result in runs.items():
+        if run.split(": ")[0] in apart and "FA4" in run:
+            shares = [
+                result["against_triton_attn"][metric] / right[metric] for metric in METRICS if metric in result["against_triton_attn"]
+            ]
+            assert shares and (min(shares) > APART if "off" in run else max(shares) <= TOO_FAR), run
+
+
+def test_a_long_run() -> None:
+    seen = load("serve_long_h100.json")
+    assert (
+        seen["steps"] == seen["expected_steps"] == 10000 and seen["compared"] > 80 and seen["others"] == [] and not seen["probe_is_other"]
+    )
+    assert min(seen["counts"].values()) > 300 and len({look["device_bytes"] for look in seen["looks"]}) == 1
+
+
+def test_engines_with_latent_attention() -> None:
+    runs = load("serve_mla_h100.json")["16 heads"]
+    assert set(runs) == set(serve_mla.RUNS) and serve_mla.judge(runs) == []
+    assert all("ragged" in line for result in runs.values() for line in result["kernels"] if "latent" not in line)
+
+
+def test_engines_of_sglang() -> None:
+    runs = load("serve_sglang_h100.json")["runs"]
+    assert serve_sglang.judge(runs) == [] and len(runs) == 8
 
 
 def fp8_runs(distances: dict[str, float]) -> dict[str, Any]:
@@ -163,6 +202,8 @@ EDITS = {
     "kernels/sm100/softmax_warps.py": ["sm100"],
     "kernels/sm90/tuning.py": ["sm90"],
     "kernels/decode/scores.py": ["decode"],
+    "kernels/mla_decode/merge.py": ["mla_decode", "mla_decode/sm100"],
+    "kernels/mla_decode/sm100/work.py": ["mla_decode/sm100"],
     "kernels/schedule/kernel.py": ["schedule"],
     "kernels/common/mask.py": list(FAMILIES),
     "kernels/launch_abi.py": list(FAMILIES),
@@ -187,7 +228,7 @@ def test_every_source_of_a_kernel_is_in_some_fingerprint(package: Path) -> None:
     covered = {path for family in FAMILIES for path in kernel_stamp.sources(family)}
     left_out = {str(path.relative_to(package)) for path in set(compile_cache.fingerprinted_files()) - covered}
     assert left_out == set(kernel_stamp.NOT_ON_A_GPU)
-    folders = {path.name for path in (package / "kernels").iterdir() if path.is_dir()}
+    folders = {str(path.relative_to(package / "kernels")) for path in (package / "kernels").rglob("*") if path.is_dir()}
     assert folders == {*FAMILIES, "common"}, "a new family's folder ages every other family's results: name it in FAMILIES"
 
 

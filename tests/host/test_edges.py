@@ -13,10 +13,16 @@ from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
 
 
 def config(
-    head_dim: int = 128, head_dim_v: int = 128, q_per_kv: int = 4, kv_stage: int = 4, cta_group: int = 1, kv_dtype: str = "bfloat16"
+    head_dim: int = 128,
+    head_dim_v: int = 128,
+    q_per_kv: int = 4,
+    kv_stage: int = 4,
+    cta_group: int = 1,
+    kv_dtype: str = "bfloat16",
+    q_dtype: str = "bfloat16",
 ) -> Sm100Config:
     kernel = PrefillConfig(
-        arch="sm_100a", dtype="bfloat16", kv_dtype=kv_dtype, out_dtype="bfloat16",
+        arch="sm_100a", dtype="bfloat16", q_dtype=q_dtype, kv_dtype=kv_dtype, out_dtype="bfloat16",
         head_dim=head_dim, head_dim_v=head_dim_v, q_per_kv=q_per_kv, tile=TileShape(128, 128, kv_stage),
         box_rows=16, mask=MaskFeatures(),
         has_lse=True, sinks_dtype="float32",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.device import engine_lane, serve_long
 from tests.device.engine_lane import Engine, faults, run_process, slow_parts
-from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, run_lane, suite_of
+from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, lone_references, run_lane, suite_of
 from tests.device.serve_tokens import compare, judge
 from tests.engines.random_load import RandomLoad
 from tests.engines.tiny_models import write_llama
@@ -66,9 +66,10 @@ def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
 
 
 def test_engines_are_cut_into_lanes_with_the_reference_first(tmp_path: Path) -> None:
-    group = Group(write_llama, (*(Engine(name, name) for name in PEERS), Engine("FA4", "FA4"), Engine("apart", "FA4", is_alone=True)))
+    engines = [Engine(name, "FA4") for name in ("FA4", "more", "still more")]
+    group = Group(write_llama, (*(Engine(name, name) for name in PEERS), *engines, Engine("apart", "FA4", is_alone=True)))
     found = [json.loads(path.read_text())["engines"] for _, path in lanes({"g": group}, tmp_path, per_lane=2)]
-    assert [[engine["name"] for engine in engines] for engines in found] == [[*PEERS], ["FA4"], ["apart"]]
+    assert [[engine["name"] for engine in engines] for engines in found] == [[*PEERS], ["FA4", "more"], ["still more"], ["apart"]]
 
 
 def test_a_lane_that_ends_early_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +111,15 @@ def test_distances_are_judged_within_a_group() -> None:
     assert wrong.startswith("sinks: FA4, scale 5% off: expected above")
 
 
+def test_a_reference_that_is_apart_from_both_others_is_named() -> None:
+    """Here TRITON_ATTN and FA4 are 0.01 apart, and 0.3 from FLASH_ATTN; then FA4 is the one that is apart."""
+    (prefill, decode) = lone_references(runs_of({"TRITON_ATTN": 0.3, "FA4": 0.31}))
+    assert prefill.startswith("sinks: FLASH_ATTN is apart in prefill_logprob_rms: 0.3 from TRITON_ATTN, FA4 0.01")
+    assert "decode_logprob_rms" in decode
+    assert lone_references(runs_of({"TRITON_ATTN": 0.01, "FA4": 0.31})) == []
+    assert lone_references({**runs_of({"TRITON_ATTN": 0.3, "FA4": 0.31}), "sinks: FA4": {"failed": "a log"}}) == []
+
+
 def test_every_group_starts_with_its_reference_and_has_a_control() -> None:
     for name, group in GROUPS.items():
         names = [engine.name for engine in group.engines]
@@ -121,6 +131,7 @@ def test_every_group_starts_with_its_reference_and_has_a_control() -> None:
 
 LOOK = {"device_bytes": 5, "host_bytes": 100, "late_compiles": 0, "plans": 1, "counters": [{}], "addresses": [[1, 2]]}
 RUN: dict[str, Any] = {"looks": [LOOK, LOOK], "counts": {"preempted": 1}, "others": [], "probe_is_other": False}
+RUN |= {"steps": 9, "expected_steps": 9, "compared": 1}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +150,9 @@ def test_a_long_run_notices_what_drifts(change: dict[str, Any], words: str) -> N
     (wrong,) = serve_long.judge({**RUN, "looks": [LOOK, {**LOOK, **change}]})
     assert words in wrong
     assert serve_long.judge({**RUN, "others": ["12"]}) == ["request 12: another answer than alone"]
+    assert serve_long.judge({**RUN, "steps": 8}) == ["expected 9 steps, the time was over after 8"]
+    (wrong,) = serve_long.judge({**RUN, "compared": 0})
+    assert "got none" in wrong
 
 
 def test_a_random_load_is_what_it_says() -> None:

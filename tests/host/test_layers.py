@@ -55,7 +55,7 @@ def test_kernels_do_not_know_plans(path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_imports_no_other(family: str) -> None:
     others = tuple(f"fa4_backend.kernels.{other}." for other in FAMILIES if other != family)
-    for path in sorted((KERNELS / family).glob("*.py")):
+    for path in sorted((KERNELS / family).rglob("*.py")):
         found = [name for name in imported_modules(path) if name.startswith(others)]
         found = [name for name in found if not any(name == fact or name.startswith(f"{fact}.") for fact in SHARED_FACTS)]
         assert not found, f"{path.relative_to(ROOT)} imports sideways: {found}"

@@ -21,7 +21,10 @@ SERVED = make_problem(
         ({"head_dim": 72, "head_dim_v": 72}, r"head_dim/head_dim_v on sm_100a: expected one of 64, 96, 128, 192/128, 256, got 72/72"),
         ({"head_dim": 256, "head_dim_v": 128}, r"got 256/128"),
         ({"page_size": 24}, r"page_size: expected a multiple of 16, got 24"),
-        ({"dtype": "float32", "out_dtype": "auto"}, r"dtype on sm_100a: expected one of bfloat16, float16, got 'float32'"),
+        (
+            {"dtype": "float32", "out_dtype": "auto", "q_dtype": "auto"},
+            r"dtype on sm_100a: expected one of bfloat16, float16, got 'float32'",
+        ),
         ({"num_q_heads": 129, "num_kv_heads": 1}, r"query heads per KV head on sm_100a: expected at most 128, got 129"),
     ],
 )

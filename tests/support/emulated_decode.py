@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,7 +60,13 @@ class DecodeRun:
 
 
 def run_decode(
-    case: PagedCase, *, num_ctas: int = 3, seed: int | None = None, contraction: str | int = "never", built: BuiltCase | None = None
+    case: PagedCase,
+    *,
+    num_ctas: int = 3,
+    seed: int | None = None,
+    contraction: str | int = "never",
+    built: BuiltCase | None = None,
+    **tuning: int,
 ) -> DecodeRun:
     """Schedule and attend `case` (arch "emulated-...", every query within decode_query_len). Work lists and workspaces hold garbage before.
 
@@ -69,11 +75,13 @@ def run_decode(
         seed: of the emulator's schedule; None: deterministic.
         contraction: which products and sums run as one FMA, see `emulator.session`.
         built: the case's tensors, where a test has changed them.
+        tuning: fields of the compile key.
     """
     built = built or case.build()
+    built.is_decoded = True
     plan, a = case.plan(num_sms=num_ctas), built.arguments
     assert plan.kernels is not None and plan.kernels.decode is not None, case
-    key = plan.kernels.decode
+    key = replace(plan.kernels.decode, **tuning)
     work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
     fill_with_garbage(work)
     for poisoned in (a.out, a.lse):
@@ -83,7 +91,8 @@ def run_decode(
     right = 0 if case.is_causal else NO_WINDOW
     lengths = a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist()
     scheduled = run_schedule(arch, plan.kernels.schedule, work, *lengths, window_right=right, seed=seed)
-    with emulator.session(arch=arch, num_sms=num_ctas, seed=seed, detect_races=True, contraction=contraction) as emu:
+    # All CTAs run at once, as on a GPU of `num_ctas` SMs.
+    with emulator.session(arch=arch, num_sms=num_ctas * key.ctas_per_sm, seed=seed, detect_races=True, contraction=contraction) as emu:
         emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
 

@@ -57,7 +57,7 @@ def run_mixed(
     arch = plan.problem.target_arch
     scheduled = run_schedule(arch, kernels.schedule, work, a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist(), seed=seed)
     assert scheduled.races == []
-    with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu:
+    with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu, emu.stream():
         emu.run(load_function(kernels.decode), *decode_arguments(a, work))
         emu.run(load_function(kernels.prefill), *prefill_arguments(a, work))
     return MixedRun(built, work, emu.report)

@@ -11,9 +11,9 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.kernels import load_function
 from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
-from fa4_backend.kernels.families import KernelSet, latent_kernels
+from fa4_backend.kernels.families import LATENT_DECODE, KernelSet, latent_kernels
 from fa4_backend.kernels.launch_abi import mla_decode_arguments
-from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM, resolve
+from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, NUM_ENTRIES, PARTIAL_SLOT, WorkLists
 from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
 from tests.support.emulated_decode import fill_with_garbage, run_schedule
@@ -54,12 +54,13 @@ class MlaCase:
     peaked: float = 1.0
     seed: int = 0
     tuning: tuple[tuple[str, int], ...] = ()  # fields of the key
+    arch: str = "sm_90a"
 
     def kernels(self, num_sms: int) -> KernelSet:
         """The kernels for it."""
         problem = AttentionProblem(
             num_q_heads=self.num_heads, num_kv_heads=1, head_dim=DIM, head_dim_v=LATENT_DIM, dtype=self.dtype, kv_dtype=self.kv_dtype,
-            page_size=self.page_size, arch="emulated-sm_90a", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
+            page_size=self.page_size, arch=f"emulated-{self.arch}", kv_source=LATENT, has_lse=True, batch_invariant=self.batch_invariant,
         )  # fmt: skip
         limits = BatchLimits(
             max_num_seqs=len(self.query_lens),
@@ -67,7 +68,7 @@ class MlaCase:
             max_seqlen_k=self.max_seqlen_k or max(*self.kv_lens, 1),
             decode_query_len=self.decode_query_len,
         )
-        key = replace(resolve(problem, limits), **dict(self.tuning))  # type: ignore[arg-type]
+        key = replace(LATENT_DECODE[self.arch](problem, limits), **dict(self.tuning))  # type: ignore[arg-type]
         return latent_kernels(key, problem, limits, num_sms)
 
     def build(self) -> Latent:
@@ -175,7 +176,7 @@ def run_mla(case: MlaCase, *, num_sms: int = 4, seed: int | None = None, argumen
     for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
     lengths = a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist()
-    scheduled = run_schedule("sm_90a", kernels.schedule, work, *lengths, seed=seed)
-    with emulator.session(arch="sm_90a", num_sms=num_sms, seed=seed, detect_races=True) as emu:
+    scheduled = run_schedule(case.arch, kernels.schedule, work, *lengths, seed=seed)
+    with emulator.session(arch=case.arch, num_sms=num_sms, seed=seed, detect_races=True) as emu:
         emu.run(load_function(kernels.decode), *mla_decode_arguments(a, work))
     return MlaRun(case, a, work, (scheduled, emu.report))

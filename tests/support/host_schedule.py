@@ -140,8 +140,9 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
         if count > 1 and (slots > shape.max_part_slots() // heads or length < shape.min_part_blocks):
             continue
         entries = sum(m * n for m, n in zip(m_blocks, parts, strict=True))
-        # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one.
-        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + (2 * count if count > 1 else 0)
+        # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one, up to a limit.
+        adding = min(2 * count, shape.most_part_quarters) if count > 1 else 0
+        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + adding
         if time < best:
             best, chosen = time, parts
     return chosen
@@ -291,7 +292,11 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
     used = used if used * 8 >= ctas * 7 else ctas
     if shape.split_blocks:
         return used
-    parts = cost[0] // shape.decode_part_blocks if shape.decode_part_blocks else math.isqrt(5 * cost[0] // shape.slot_vectors)
+    parts = math.isqrt(5 * cost[0] // shape.slot_vectors)
+    if shape.decode_part_blocks and parts * shape.slot_vectors >= shape.decode_share_vectors:
+        parts = cost[0] // shape.decode_part_blocks
+        if shape.decode_parts_ratio:
+            parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
     return min(used, items * max(1, parts))
 
 

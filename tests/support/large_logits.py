@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fa4_backend.error_budget import e4m3_spread, model_dtype
 from fa4_backend.reference import attention_oracle
 from tests.support.paged_case import BuiltCase, PagedCase
 
@@ -75,8 +76,12 @@ def fill(built: BuiltCase, channel: Channel) -> BuiltCase:
         if not channel.is_random:
             a.v_scale.fill_(1.0)
     if not channel.is_random:
-        q.zero_()
-    q[..., 0] = channel.q
+        q.fill_(0.0)
+    q_value = channel.q
+    if a.q_scale is not None:
+        _rescale(q, a.q_scale, channel.q / LARGEST_FP8)
+        q_value = LARGEST_FP8
+    q[..., 0] = q_value
     page_size = built.case.page_size
     for seq_idx, kv_len in enumerate(built.case.kv_lens):
         values = (channel.k / largest * channel.factor(torch.arange(kv_len, dtype=torch.float64))).to(dtype)
@@ -95,7 +100,8 @@ def fill(built: BuiltCase, channel: Channel) -> BuiltCase:
 
 def _rescale(cache: torch.Tensor, scale: torch.Tensor, changed: float) -> None:
     """The same values, as FP8 can hold them, with another scale."""
-    cache.copy_((cache.float() * (scale / changed)[:, None]).clamp(-LARGEST_FP8, LARGEST_FP8))
+    of_heads = scale.repeat_interleave(cache.shape[-2] // scale.shape[0])
+    cache.copy_((cache.float() * (of_heads / changed)[:, None]).clamp(-LARGEST_FP8, LARGEST_FP8))
     scale.fill_(changed)
 
 
@@ -108,7 +114,8 @@ def build(name: str, device: torch.device | str = "cpu", **changes: object) -> B
 
 def check(built: BuiltCase, out: torch.Tensor, lse: torch.Tensor) -> tuple[float, float]:
     """Largest error of `out`, and what is allowed: twice that of the same mathematics rounded to the kernel's dtype, or half a unit in
-    the last place of the largest value, which the last rounding alone costs. The lse to 2^-22 of its size, or 2e-5.
+    the last place of the largest value, which the last rounding alone costs; with Q in FP8 the rounding of weights on top. The lse to
+    2^-22 of its size, or 2e-5.
 
     Judged by an oracle in float64: float32 rounds a logit of 2e4 by 2^-11.
 
@@ -117,10 +124,13 @@ def check(built: BuiltCase, out: torch.Tensor, lse: torch.Tensor) -> tuple[float
     """
     a, case, rows = built.arguments, built.case, slice(0, built.total_q)
     want, want_lse = attention_oracle(a, is_causal=case.is_causal, dtype=torch.float64, accumulate=torch.float64)
-    rounded, _ = attention_oracle(a, is_causal=case.is_causal, dtype=a.q.dtype)
+    dtype = model_dtype(a)
+    rounded, _ = attention_oracle(a, is_causal=case.is_causal, dtype=dtype)
     want, want_lse = want[rows], want_lse[:, rows]
     error = (out[rows].double() - want).abs().max().item()
-    allowed = max(2 * (rounded[rows] - want).abs().max().item(), torch.finfo(a.q.dtype).eps / 2 * want.abs().max().item())
+    allowed = max(2 * (rounded[rows] - want).abs().max().item(), torch.finfo(dtype).eps / 2 * want.abs().max().item())
+    if a.q_scale is not None and not built.is_decoded:
+        allowed += e4m3_spread(a, is_causal=case.is_causal)
     assert error <= allowed, f"out: {error} where {allowed} is allowed"
     off, size = (lse[:, rows].double() - want_lse).abs().max().item(), want_lse.abs().max().item()
     assert off <= max(2e-5, size * 2**-22), f"lse of {size}: {off}"

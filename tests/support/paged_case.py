@@ -37,6 +37,7 @@ class PagedCase:
     head_dim_v: int | None = None
     dtype: str = "bfloat16"
     kv_dtype: str = "auto"  # FP8 draws scales from 2^-7 to 2^6, saturated values, zeros and subnormals
+    q_dtype: str = "auto"  # FP8, beside such K and V: likewise
     per_head_scales: bool = True
     out_dtype: str = "auto"
     out_scale: float = 0.005  # of out in FP8: values above 2.24 are saturated
@@ -72,6 +73,7 @@ class PagedCase:
             head_dim_v=self.head_dim_v or self.head_dim,
             dtype=self.dtype,
             kv_dtype=self.kv_dtype,
+            q_dtype=self.q_dtype,
             out_dtype=self.out_dtype,
             page_size=self.page_size if self.kv_source == PAGED else 1,
             kv_source=self.kv_source,
@@ -123,6 +125,11 @@ class PagedCase:
         total_q = int(cu_seqlens_q[-1])
         q = torch.full((total_q + self.padding_rows, self.num_q_heads, self.head_dim), math.nan, dtype=dtype)
         q[:total_q] = (torch.randn(total_q, self.num_q_heads, self.head_dim, generator=generator) * self.peaked).to(dtype)
+        q_scale = None
+        if self.problem().has_q_scale:
+            q_scale = self._query_scale()
+            of_heads = q_scale.repeat_interleave(self.num_q_heads // self.num_kv_heads)
+            q = quantise(q.float(), of_heads).to(getattr(torch, self.q_dtype))
         out_dtype = getattr(torch, self.problem().out_dtype)
         out = torch.full((q.shape[0], self.num_q_heads, v_cache.shape[-1]), math.nan, dtype=out_dtype)
         out_scale = torch.tensor([self.out_scale]) if self.problem().has_out_scale else None
@@ -132,6 +139,7 @@ class PagedCase:
         arguments = AttentionArguments(
             q, k_cache, v_cache, page_table, cu_seqlens_q, torch.tensor(self.kv_lens, dtype=torch.int32), out, lse,
             self.head_dim**-0.5, self.window_left, self.window_right, self.softcap, sinks, slopes, *scales, out_scale, cu_seqlens_k,
+            q_scale,
         )  # fmt: skip
         moved = (move_strided(x, device) if isinstance(x, torch.Tensor) else x for x in arguments)
         return BuiltCase(self, AttentionArguments(*moved), total_q)
@@ -180,6 +188,13 @@ class PagedCase:
             return k_scale, v_scale
         return k_scale[:1].expand(self.num_kv_heads), v_scale[:1].expand(self.num_kv_heads)
 
+    def _query_scale(self) -> torch.Tensor:
+        """q_scale, (num_kv_heads,), in the same way: 2^-7 to 2^-1, at which the largest query is not yet subnormal; times `peaked`."""
+        exponents = torch.rand(self.num_kv_heads, generator=torch.Generator().manual_seed(self.seed + 4)) * 6 - 7
+        exponents[0] = -7.0
+        scale = exponents.exp2() * self.peaked
+        return scale if self.per_head_scales else scale[:1].expand(self.num_kv_heads)
+
     def _empty_caches(self, num_pages: int, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         d, dv, dtype = self.head_dim, self.head_dim_v or self.head_dim, getattr(torch, self.problem().kv_dtype)
         if self.layout == "separate":
@@ -217,6 +232,7 @@ class BuiltCase:
     arguments: AttentionArguments
     total_q: int
     oracle: Judge | None = field(default=None)
+    is_decoded: bool = False  # the decode kernel serves every row
 
     def run(self, plan: AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the operator as a user would; returns out and lse, padding rows included."""
@@ -232,7 +248,7 @@ class BuiltCase:
             operator, tensors = ragged_attention, (a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k)
         out, lse = operator(
             *tensors, plan=plan, metadata=metadata, softmax_scale=a.softmax_scale, window_left=a.window_left, window_right=a.window_right,
-            softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, k_scale=a.k_scale, v_scale=a.v_scale,
+            softcap=a.softcap, sinks=a.sinks, alibi_slopes=a.alibi_slopes, k_scale=a.k_scale, v_scale=a.v_scale, q_scale=a.q_scale,
             out_scale=a.out_scale, out=a.out, lse=a.lse,
         )  # fmt: skip
         assert lse is not None
@@ -261,7 +277,9 @@ class BuiltCase:
     def errors(self, out: torch.Tensor, lse: torch.Tensor) -> Errors:
         """Largest errors and their budgets; NaN and infinity positions must match the oracle's first."""
         if self.oracle is None:
-            self.oracle = judge(self.arguments, is_causal=self.case.is_causal)
+            # Decode rows have weights of 16 bits: where all are, that is what they are held to.
+            e4m3 = self.case.problem().has_q_scale and self.case.arch != "cpu" and not self.is_decoded
+            self.oracle = judge(self.arguments, is_causal=self.case.is_causal, e4m3_weights=e4m3)
         want, want_lse, out_budget, lse_budget = self.oracle
         got, got_lse = out[: self.total_q].float(), lse[:, : self.total_q]
         assert got.isfinite().all(), f"out: {int((~got.isfinite()).sum())} values are not finite"

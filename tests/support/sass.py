@@ -1,4 +1,4 @@
-"""Loops in a disassembly."""
+"""Loops in a disassembly, and loads that an arrival at an mbarrier overtakes."""
 
 from __future__ import annotations
 
@@ -39,3 +39,25 @@ def product_loops(sass: str, num_products: int, opcode: str = "HGMMA") -> list[l
         if sum(opcode in text for text in body) == num_products and all(end < b or e < begin for b, e in taken):
             taken.append((begin, end))
     return [[text for address, text in zip(addresses, texts, strict=True) if b <= address <= e] for b, e in sorted(taken)]
+
+
+def loads_in_flight_at_arrivals(sass: str) -> tuple[int, list[str]]:
+    """Arrivals at mbarriers in a disassembly, and those that come while an ldmatrix may not have delivered.
+
+    It has when an instruction reads one of its four registers. Address order is taken for program order: branches here only skip
+    ahead, or close a loop whose body uses all it loads.
+    """
+    arrivals, faults = 0, []
+    in_flight: dict[int, str] = {}  # first register of an ldmatrix -> its address
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
+        opcode, _, operands = re.sub(r"^@!?U?P\d+\s+", "", text.strip()).partition(" ")
+        destination, _, sources = operands.partition(",")
+        read = {int(number) for number in re.findall(r"\bR(\d+)\b", sources)}
+        in_flight = {first: where for first, where in in_flight.items() if not read & set(range(first, first + 4))}
+        if opcode.startswith("LDSM"):
+            in_flight[int(destination.strip().removeprefix("R"))] = address
+        if opcode.startswith("SYNCS.ARRIVE"):
+            arrivals += 1
+            if in_flight:
+                faults.append(f"{address}: {text.strip()} overtakes the ldmatrix at {', '.join(in_flight.values())}")
+    return arrivals, faults

@@ -67,7 +67,7 @@ typedef struct {
   u32 first_of_launch;       // the number of the launch's first cluster
   u32 settled;               // clusters with lower numbers happened before this launch,
   u32 gap_begin, gap_end;    // but not those from gap_begin to gap_end: a launch between did not wait for them
-  u32 pad;
+  u32 first_start;           // actor whose epoch 1 is the start of the cluster's first CTA; the others' follow
 } Cluster;
 
 typedef struct {
@@ -93,8 +93,9 @@ typedef struct {
   u32 strong_mask;  // lanes that made a strong access of global memory just now (races are looked for), and where
   u64 strong_addresses[LANES];
   u32 epoch, split;  // of the lanes' accesses; split: state of the generator that picks among diverged lanes, 0: lowest address first
-  // Of each CTA of the cluster: the last access of this warp's lanes to its shared memory, when it is another's.
-  u32 remote_epoch[MAX_CLUSTER], remote_lanes[MAX_CLUSTER], remote_pc[MAX_CLUSTER];
+  // Of each other CTA of the cluster: the last access of each lane to its shared memory, and where the last was.
+  u32 remote_epoch[MAX_CLUSTER][LANES], remote_pc[MAX_CLUSTER];
+  u32 early_pc[MAX_CLUSTER];  // an access to a CTA that may not have started, plus 1
   const Watched* watched;
   u32* written;         // lanes, of each watched register
   u32* read_unwritten;  // lanes, of each entry of `watched`

@@ -47,6 +47,7 @@ static AluFunction alu_table[NUM_ALU];
 enum { SHFL_UP, SHFL_DOWN, SHFL_BFLY, SHFL_IDX };
 
 // PTX ISA 9.7.9.6 shfl.sync: c holds the segment mask (bits 8-12) and the clamp (bits 0-4).
+// What a lane gets of one that takes no part (not among `m`) is undefined: the bits of a NaN, as registers have at the start.
 static void shuffle(u8* R, const Inst* I, u32 m) {
   const u32 *a = (const u32*)(R + (i64)I->a * SLOT_BYTES), *b = (const u32*)(R + (i64)I->b * SLOT_BYTES), *c = (const u32*)(R + (i64)I->c * SLOT_BYTES);
   u32 t[LANES], in_range = 0;
@@ -59,7 +60,7 @@ static void shuffle(u8* R, const Inst* I, u32 m) {
       case SHFL_BFLY: j = l ^ bv; ok = j <= (i32)high; break;
       default: j = low | (bv & ~segment); ok = j <= (i32)high;
     }
-    t[l] = a[ok ? j : l];
+    t[l] = !ok ? a[l] : m >> j & 1 ? a[j] : FULL;
     in_range |= (u32)(ok != 0) << l;
   }
   put32(R + (i64)I->d * SLOT_BYTES, t, m);

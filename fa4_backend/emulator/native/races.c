@@ -183,10 +183,10 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
   }
 }
 
-// A store over an mbarrier that is in use.
-static void over_barrier(Race* race, u32 rank, u32 cell, u32 span, const Accessor* who) {
+// An ordinary access of an mbarrier that is in use.
+static void over_barrier(Race* race, u32 rank, u32 cell, u32 span, const Accessor* who, int kind) {
   for (u32 end = cell + span; cell < end && cell < race->smem[rank].num_cells; cell++)
-    if (race->barriers[rank][cell]) conflict(race, CONFLICT_BARRIER, cell, NULL, who);
+    if (race->barriers[rank][cell]) conflict(race, kind == RACE_WRITE ? CONFLICT_BARRIER : CONFLICT_READ_BARRIER, cell, NULL, who);
 }
 
 void emu_race_barrier(Race* race, u32 rank, u32 offset, int live) {
@@ -198,7 +198,7 @@ void emu_race_access(Race* race, int is_tmem, u32 rank, const i64* cells, u32 co
   Shadow* shadow = is_tmem ? &race->tmem[rank] : &race->smem[rank];
   Memo memo = {0};
   for (u32 i = 0; i < count; i++) {
-    if (!is_tmem && kind == RACE_WRITE) over_barrier(race, rank, (u32)(cells[i] * scale), span, who);
+    if (!is_tmem) over_barrier(race, rank, (u32)(cells[i] * scale), span, who, kind);
     touch(race, shadow, (u32)(cells[i] * scale), span, who, kind, &memo);
   }
 }
@@ -207,6 +207,13 @@ void emu_race_access(Race* race, int is_tmem, u32 rank, const i64* cells, u32 co
 void emu_race_tmem(Race* race, u32 rank, u32 group, u32 groups, u32 column, u32 columns, const Accessor* who, int kind) {
   Memo memo = {0};
   for (u32 g = group; g < group + groups; g++) touch(race, &race->tmem[rank], g * 512 + column, columns, who, kind, &memo);
+}
+
+// An access to the shared memory of another CTA, which must have started and may not have exited.
+static void note_remote(Warp* w, u32 rank, u32 lanes, const Accessor* who) {
+  for (u32 left = lanes; left; left &= left - 1) w->remote_epoch[rank][__builtin_ctz(left)] = w->epoch;
+  w->remote_pc[rank] = w->pc_now;
+  if (!who->clock[w->cluster->first_start + rank]) w->early_pc[rank] = w->pc_now + 1;
 }
 
 // A load, store or atomic of one warp (called by the interpreter).
@@ -227,8 +234,8 @@ void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, i
     u64 address = addresses[__builtin_ctz(lanes)];
     u32 rank = (u32)address >> 24, offset = (u32)address & 0xffffff;
     u32 first = offset >> 2, last = (offset + bytes - 1) >> 2;
-    if (rank != w->cta_rank) w->remote_epoch[rank] = w->epoch, w->remote_lanes[rank] = lanes, w->remote_pc[rank] = w->pc_now;
-    if (kind == RACE_WRITE) over_barrier(race, rank, first, last - first + 1, &who);
+    if (rank != w->cta_rank) note_remote(w, rank, lanes, &who);
+    over_barrier(race, rank, first, last - first + 1, &who, kind);
     touch(race, &race->smem[rank], first, last - first + 1, &who, kind, &memo);
   }
   if (global && w->cluster->global) global_lanes(w, addresses, global, bytes, kind, flags);

@@ -3,7 +3,7 @@
 #include "core.h"
 
 enum { RACE_READ, RACE_WRITE };
-enum { CONFLICT_READ_WRITE, CONFLICT_WRITE_WRITE, CONFLICT_WRITE_READ, CONFLICT_UNWRITTEN, CONFLICT_NON_COHERENT, CONFLICT_BARRIER };  // earlier access, later access
+enum { CONFLICT_READ_WRITE, CONFLICT_WRITE_WRITE, CONFLICT_WRITE_READ, CONFLICT_UNWRITTEN, CONFLICT_NON_COHERENT, CONFLICT_BARRIER, CONFLICT_READ_BARRIER };  // earlier access, later access
 
 // Who accesses: `actor` at `epoch`, knowing of its cluster's others what `clock` says.
 typedef struct {

@@ -19,7 +19,7 @@ def zero_rows(
     mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v), rows and heads at multiples of 16 bytes
     mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
 ):
-    """Write the rows from `first` on, shared among the CTAs of the grid; one whole warp of each calls."""
+    """Write the rows from `first` on, their 16 bytes shared among all CTAs of the grid; one whole warp of each calls."""
     cta, _, _ = cute.arch.block_idx()
     num_ctas, _, _ = cute.arch.grid_dim()
     lane = cute.arch.lane_idx()
@@ -28,11 +28,15 @@ def zero_rows(
     copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=8 * STORE_BYTES)
     zeros = cute.make_rmem_tensor(STORE_BYTES // 4, Int32)
     zeros.fill(0)
-    for row in cutlass.range(cutlass.max(first, 0) + cta, mO.shape[0], num_ctas, unroll=1):
-        for chunk in cutlass.range(lane, mO.shape[1] * chunks, 32, unroll=1):
-            head = chunk // chunks
-            gO = cute.local_tile(mO[row, head, None], (elems,), (chunk - head * chunks,))
-            cute.copy(copy, zeros, cute.recast_tensor(gO, Int32))
-        if const_expr(mLse is not None):
-            for head in cutlass.range(lane, mO.shape[1], 32, unroll=1):
-                mLse[head, row] = -Float32.inf
+    first = cutlass.max(first, 0)
+    heads = (mO.shape[0] - first) * mO.shape[1]
+    # A row of 128 heads of 512 is 128 KiB, 3 us for one warp.
+    for chunk in cutlass.range(cta * 32 + lane, heads * chunks, num_ctas * 32, unroll=1):
+        head = chunk // chunks
+        row = head // mO.shape[1]
+        gO = cute.local_tile(mO[first + row, head - row * mO.shape[1], None], (elems,), (chunk - head * chunks,))
+        cute.copy(copy, zeros, cute.recast_tensor(gO, Int32))
+    if const_expr(mLse is not None):
+        for head in cutlass.range(cta * 32 + lane, heads, num_ctas * 32, unroll=1):
+            row = head // mO.shape[1]
+            mLse[head - row * mO.shape[1], first + row] = -Float32.inf

@@ -11,6 +11,7 @@ from math import gcd
 from fa4_backend.arch import ARCHS
 from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, SHORT_NAMES, AttentionProblem, MaskFeatures
 
+ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 
@@ -31,7 +32,8 @@ class PrefillConfig:
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
-    dtype: str  # of q
+    dtype: str  # of the model
+    q_dtype: str  # of q
     kv_dtype: str  # of K and V in memory
     out_dtype: str  # of out
     head_dim: int
@@ -45,6 +47,8 @@ class PrefillConfig:
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
     kv_source: str = PAGED  # where K and V lie: PAGED or RAGGED
+    share_parts: int = 0  # parts of a tile from which on all CTAs that made them add them up; 0: always the one that comes last
+    arrival_looks: int = ARRIVAL_LOOKS
 
     def __post_init__(self) -> None:
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
@@ -59,7 +63,8 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.q_dtype == self.dtype else f"-q{SHORT_NAMES.get(self.q_dtype, self.q_dtype)}"
+        kv += "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
@@ -67,7 +72,7 @@ class PrefillConfig:
     @property
     def element_bytes(self) -> int:
         """Bytes of an element of q, and of K and V as the products take them."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.q_dtype]
 
     @property
     def out_element_bytes(self) -> int:
@@ -88,6 +93,11 @@ class PrefillConfig:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8, with a scale a KV head each."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q is FP8, with a scale a KV head."""
+        return self.q_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:
@@ -120,6 +130,7 @@ def prefill_config(problem: AttentionProblem, tile: TileShape, *, is_dependent: 
     return PrefillConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        q_dtype=problem.q_dtype,
         kv_dtype=problem.kv_dtype,
         out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,

@@ -7,6 +7,7 @@ operations: they may be called from `@cute.jit` code with constant Python argume
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import cutlass.cute as cute
@@ -166,6 +167,11 @@ def load_shared_i32(address: Int32) -> Int32:
     return Int32(llvm.load(T.i32(), smem_pointer(address), alignment=4))
 
 
+def store_matrices(address: Int32, words: Sequence[Int32]) -> None:
+    """Store four 8 x 8 matrices of 16 bits, a row of 16 bytes at each lane's address (PTX ISA, "stmatrix"). The whole warp calls."""
+    inline_asm("stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", [address, *words])
+
+
 def store_global_v4(pointer: cute.Pointer, words: ir.Value) -> None:
     """Store a vector<4 x i32> at a 16-byte aligned global address."""
     llvm.store(words, pointer.to_llvm_ptr(), alignment=16)
@@ -199,9 +205,26 @@ def tmem_load(address: Int32, columns: int) -> ir.Value:
     return nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
 
 
+def tmem_load_max(address: Int32, columns: int) -> tuple[ir.Value, Float32]:
+    """`tmem_load` of float32 that also brings their largest; NaN loses (PTX ISA, "tcgen05.ld.red": sm_103a, not sm_100a)."""
+    shape, pointer = nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address)
+    loaded, largest = nvvm.tcgen05_ld_red(vec(columns), T.f32(), shape, nvvm.ReductionKind.MAX, pointer)
+    return loaded, Float32(largest)
+
+
 def tmem_store(address: Int32, words: ir.Value) -> None:
     """Start storing a vector<n x i32> to this thread's TMEM lane; complete after `tmem_wait_store`."""
     nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address), words)
+
+
+def tmem_load_rows(address: Int32, columns: int) -> ir.Value:
+    """Start loading 16 lanes x `columns` (shape 16x256b) as a warp's accumulator fragment (`wgmma_fragment`): vector<columns / 2 x i32>."""
+    return nvvm.tcgen05_ld(ir.VectorType.get([columns // 2], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address))
+
+
+def tmem_store_rows(address: Int32, words: ir.Value) -> None:
+    """Start storing what `tmem_load_rows` loads; complete after `tmem_wait_store`."""
+    nvvm.tcgen05_st(nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address), words)
 
 
 def tmem_wait_load(words: Sequence[ir.Value]) -> list[ir.Value]:
@@ -305,6 +328,11 @@ def from_elements(elements: Sequence[ir.Value]) -> ir.Value:
     return vector.from_elements(vec(len(elements)), list(elements))
 
 
+def from_words(values: Sequence[Int32]) -> ir.Value:
+    """The vector of these words."""
+    return vector.from_elements(words(len(values)), [Int32(v).ir_value() for v in values])
+
+
 def broadcast(value: Float32, n: int) -> ir.Value:
     """A vector whose elements all are `value`."""
     return vector.broadcast(vec(n), Float32(value).ir_value())
@@ -398,6 +426,12 @@ def keep_here(value: Int32) -> Int32:
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))
 
 
+def zero_after(value: Int32) -> Int32:
+    """0, for which ptxas has to wait for `value`: all 32 lanes are active, which it cannot know."""
+    text = "{ .reg .b32 lanes; activemask.b32 lanes; not.b32 lanes, lanes; and.b32 $0, $1, lanes; }"
+    return Int32(inline_asm(text, [value], T.i32(), "=r"))
+
+
 def keep_in_loop(value: Int32) -> Int32:
     """The same value, which ptxas takes for a new one as well: keeps what is computed from it out of the loop's registers.
 
@@ -454,15 +488,16 @@ def when_scalars(condition: Boolean, vectors: Sequence[ir.Value], change) -> lis
 
     LLVM would join pairs of registers, which ptxas cannot keep where a TMEM load has put them: it then copies them.
     """
-    n = ir.VectorType(vectors[0].type).shape[0]
-    flat = [element(v, i) for v in vectors for i in range(n)]
+    lengths = [ir.VectorType(v.type).shape[0] for v in vectors]
+
+    def apart(flat: list[ir.Value]) -> list[ir.Value]:
+        ends = list(itertools.accumulate(lengths))
+        return [from_elements(flat[end - n : end]) for n, end in zip(lengths, ends, strict=True)]
 
     def change_flat(values: list[ir.Value]) -> list[ir.Value]:
-        changed = change([from_elements(values[at : at + n]) for at in range(0, len(values), n)])
-        return [element(v, i) for v in changed for i in range(n)]
+        return [x for v in change(apart(values)) for x in elements(v)]
 
-    joined = when(condition, flat, change_flat)
-    return [from_elements(joined[at : at + n]) for at in range(0, len(joined), n)]
+    return apart(when(condition, [x for v in vectors for x in elements(v)], change_flat))
 
 
 def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:

@@ -110,17 +110,19 @@ class RowFragment:
         *,
         may_be_empty: bool,
         is_first: bool,
+        maxima: tuple[Float32, Float32] | None = None,
     ) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
 
         Args:
             scales: of the raw scores of each row, or of capped ones; None: they are in log2 units already.
+            maxima: largest score of each row where other warps hold more of its columns; None: that of this fragment.
         """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
         for i in range(2):
             row = self._row(i)
-            block_max = _quad_max(_tree([s[j] for j in row], cute.arch.fmax))
+            block_max = self.row_max(rS, i) if const_expr(maxima is None) else maxima[i]
             is_capped = const_expr(isinstance(scales, CapScale))
             if is_capped:
                 block_max = cute.math.fma(block_max, scales.slope, scales.bias - self.lift)
@@ -145,6 +147,11 @@ class RowFragment:
             total = _tree([s[j] for j in row], lambda a, b: a + b)
             stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
         return factors
+
+    def row_max(self, rS: cute.Tensor, i: int) -> Float32:
+        """Largest score of row half `i`."""
+        s = flat(rS)
+        return _quad_max(_tree([s[j] for j in self._row(i)], cute.arch.fmax))
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
         """Multiply each row by its factor."""

@@ -22,6 +22,14 @@ RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of others as many bytes
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
 MAX_SLOT_STAGE = 3  # copies of slots under way while one is added up, and that one
+# Vectors of its slots that each thread of a CTA would have to add up alone, from which on all CTAs that made a row group's slots do so.
+# One vector takes 0.05 us, waiting for the others and reading a share some 2.
+SHARE_VECTORS = 64
+# Looks at the counter of a row group's slots, some 0.5 us each, before a CTA leaves its share to the one that comes last: which then takes
+# long, a unit after the other.
+ARRIVAL_LOOKS = 512
+# Where row groups are equally long: KV tiles that a part has at least, and the square of a row group's parts over its tiles at most.
+MIN_PART_TILES, PARTS_RATIO = 2, 16
 MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 
 
@@ -30,7 +38,8 @@ class DecodeConfig:
     """Compile key of a decode kernel."""
 
     arch: str
-    dtype: str  # of q
+    dtype: str  # of the model
+    q_dtype: str  # of q
     kv_dtype: str  # of K and V in memory
     out_dtype: str  # of out
     head_dim: int
@@ -42,6 +51,8 @@ class DecodeConfig:
     has_lse: bool
     sinks_dtype: str  # of the tensor of sinks, read as it is
     has_pieces: bool  # an entry of the work list may hold several pieces (batch invariance)
+    share_vectors: int = SHARE_VECTORS
+    arrival_looks: int = ARRIVAL_LOOKS
 
     def __post_init__(self) -> None:
         assert self.rows <= MAX_ROWS, f"{self.query_len=} {self.q_per_kv=}"
@@ -56,14 +67,15 @@ class DecodeConfig:
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
+        kv = "" if self.q_dtype == self.dtype else f"-q{SHORT_NAMES.get(self.q_dtype, self.q_dtype)}"
+        kv += "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         kv += "" if self.out_dtype == self.dtype else f"-out{SHORT_NAMES.get(self.out_dtype, self.out_dtype)}"
         return f"decode-{self.arch}-{self.dtype}{kv}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
 
     @property
     def element_bytes(self) -> int:
         """Bytes of an element of q."""
-        return DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.q_dtype]
 
     @property
     def out_element_bytes(self) -> int:
@@ -84,6 +96,11 @@ class DecodeConfig:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8, with a scale a KV head each."""
         return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q is FP8, with a scale a KV head."""
+        return self.q_dtype == FP8
 
     @property
     def rows(self) -> int:
@@ -178,8 +195,8 @@ class DecodeConfig:
         return buffers * self.row_groups * self.merge_rows * (self.head_dim_v + MERGE_PAD + 2) * 4
 
     def _stages_of(self, tiles: int) -> int:
-        """KV tiles with as many bytes as `tiles` of q's dtype."""
-        return tiles * self.element_bytes // self.kv_element_bytes
+        """KV tiles with as many bytes as `tiles` of the model's dtype."""
+        return tiles * DTYPE_BYTES[self.dtype] // self.kv_element_bytes
 
     def _kv_stage(self, merge_buffers: int) -> int:
         other = RESERVED_BYTES + self._merge_bytes(merge_buffers) + ENTRY_STAGE * self.q_stage_bytes
@@ -232,6 +249,7 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
     config = DecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
+        q_dtype=problem.q_dtype,
         kv_dtype=problem.kv_dtype,
         out_dtype=problem.out_dtype,
         head_dim=problem.head_dim,

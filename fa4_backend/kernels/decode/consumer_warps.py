@@ -16,20 +16,20 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
-from cutlass._mlir.dialects import vector
 
-from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
 from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import update_max
+from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.ring import RingPosition
+from fa4_backend.kernels.common.warp_mma import mma, pack_pair, quad_max
 from fa4_backend.kernels.decode.config import BOX_KEYS, BOXES, ENTRY_STAGE, MMA_ROWS, TILE_N, DecodeConfig
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors, RowState, scale_of
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.scores import RowView, ScoreTransform
+from fa4_backend.kernels.decode.shares import Shares
 from fa4_backend.kernels.decode.storage import DecodeStorage, SharedTensors
-from fa4_backend.kernels.decode.warp_mma import mma
 from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
@@ -44,6 +44,7 @@ class ConsumerWarps:
     scores: ScoreTransform
     operands: Operands
     merge: Merge
+    shares: Shares
 
     @cute.jit
     def run(
@@ -51,6 +52,7 @@ class ConsumerWarps:
         step: StepTensors,
         values: MaskValues,
         mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32: a query is what is given times it
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32: K is the stored value times it
         results: ResultTensors,
         shared: SharedTensors,
@@ -78,11 +80,11 @@ class ConsumerWarps:
             cute.arch.mbarrier_wait(shared.entry_full + stage, entry_phase)
             entry = entry_of(lambda field: shared.sEntry[stage, field], step.bounds)  # noqa: B023 (called at once)
             factors = self.operands.load_query(self.storage.q_tile(shared, stage), row_group, rQ)
-            k_scale = scale_of(mKScale, entry.kv_head_idx)
+            score_scales = [scale_of(mScale, entry.kv_head_idx) for mScale in (mQScale, mKScale) if const_expr(mScale is not None)]
             factor = result_factor(results.mVScale, results.mOutScale, entry.kv_head_idx)
             begin, end = self.visible.clip(entry, values)
             keys = self.visible.keys(entry, values)
-            scales = self._row_scales(factors, k_scale, values)
+            scales = self._row_scales(factors, score_scales, values)
             rows = tuple(self.scores.row(first_row + 8 * h, entry.seqlen, entry.kv_head_idx, values, mSlopes, scales[h]) for h in (0, 1))
             self.merge.reset(totals)
             first_piece, last_piece = self.merge.pieces(entry, step.split_blocks)
@@ -124,11 +126,18 @@ class ConsumerWarps:
             self.merge.arrive(num_pending, shared, results)
             ring = RingPosition(Int32(0), Int32(0))
             for pending in cutlass.range(num_pending, unroll=1):
-                if shared.sFlag[pending] == 1:
-                    if pending > 0:
-                        self.merge.join()
+                share = shared.sShare[pending]
+                if share != NOTHING:
                     entry = entry_of(lambda field: shared.sPending[pending, field], step.bounds)  # noqa: B023
-                    ring = self.merge.combine(entry, ring, totals, shared, results)
+                    is_shared = Boolean(False)
+                    if const_expr(not c.has_pieces):
+                        is_shared = self.merge.is_shared(entry.num_pieces)
+                        if is_shared:
+                            self.shares.add_up(entry, share, results)
+                    if not is_shared:
+                        if pending > 0:
+                            self.merge.join()
+                        ring = self.merge.combine(entry, ring, totals, shared, results)
 
     @cute.jit
     def _attend(
@@ -189,22 +198,11 @@ class ConsumerWarps:
         """What keeps V of keys `key` and `key + 1` where they are in `keys`."""
         return self.operands.keep(0, self.visible.has_any(keys, key, 1)) | self.operands.keep(1, self.visible.has_any(keys, key + 1, 1))
 
-    def _row_scales(self, factors: tuple[Float32, Float32] | None, k_scale: Float32 | None, values: MaskValues) -> tuple[Float32, Float32]:
-        """What multiplies the raw scores of the lane's two rows: the softmax's scale, K's, and what Q was divided by."""
+    def _row_scales(
+        self, factors: tuple[Float32, Float32] | None, score_scales: list[Float32], values: MaskValues
+    ) -> tuple[Float32, Float32]:
+        """What multiplies the raw scores of the lane's two rows: the softmax's scale, Q's and K's, and what Q was divided by."""
         scale = values.softmax_scale
-        if k_scale is not None:
-            scale = scale * k_scale
+        for factor in score_scales:
+            scale = scale * factor
         return (scale, scale) if factors is None else (scale * factors[0], scale * factors[1])
-
-
-def quad_max(value: Float32) -> Float32:
-    """Largest value of the four lanes that hold a row."""
-    for offset in (1, 2):
-        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
-    return value
-
-
-def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
-    """Two weights rounded to the element type, in one word."""
-    values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
-    return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))

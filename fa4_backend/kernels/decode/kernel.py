@@ -23,6 +23,7 @@ from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.decode.operands import PlainOperands
 from fa4_backend.kernels.decode.operands_fp8 import Fp8Operands
 from fa4_backend.kernels.decode.scores import ScoreTransform
+from fa4_backend.kernels.decode.shares import Shares
 from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
@@ -41,7 +42,8 @@ class DecodeKernel:
         visible = VisibleTiles(self.scores.mask)
         operands = Fp8Operands(config) if config.has_kv_scales else PlainOperands(config)
         self.load_warp = LoadWarp(self.storage, visible)
-        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, Merge(config, operands))
+        merge = Merge(config, operands)
+        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, merge, Shares(merge))
 
     @cute.jit
     def __call__(
@@ -61,6 +63,7 @@ class DecodeKernel:
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mOutScale: cute.Tensor | None,  # (1,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -74,7 +77,7 @@ class DecodeKernel:
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
         results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale, mOutScale)
-        self.kernel(maps, mSlopes, mKScale, step, values, results).launch(
+        self.kernel(maps, mSlopes, mQScale, mKScale, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
             block=(self.config.num_threads, 1, 1),
             min_blocks_per_mp=self.config.ctas_per_sm,
@@ -123,6 +126,7 @@ class DecodeKernel:
         self,
         maps: TensorMaps,
         mSlopes: cute.Tensor | None,
+        mQScale: cute.Tensor | None,
         mKScale: cute.Tensor | None,
         step: StepTensors,
         values: MaskValues,
@@ -139,7 +143,7 @@ class DecodeKernel:
             if const_expr(self.config.has_kv_scales):
                 # Consumers ask for an entry's scales when its Q has come: from the memory they would come after its first tile.
                 head = cutlass.min(cute.arch.lane_idx(), cute.size(mKScale) - 1)
-                for scales in (mKScale, results.mVScale):
+                for scales in (mKScale, results.mVScale) if const_expr(mQScale is None) else (mQScale, mKScale, results.mVScale):
                     cute.arch.prefetch((scales.iterator + scales.layout(head)).to_llvm_ptr(), cache_level="L2")
         if warp == 0:
             with cute.arch.elect_one():
@@ -148,7 +152,7 @@ class DecodeKernel:
             self.load_warp.run(step, values, maps, shared)
             zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
-            self.consumer_warps.run(step, values, mSlopes, mKScale, results, shared)
+            self.consumer_warps.run(step, values, mSlopes, mQScale, mKScale, results, shared)
 
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:

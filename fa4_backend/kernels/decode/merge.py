@@ -3,7 +3,8 @@
 Note [Order]. Sums run in a fixed order: key warps 0 to 3 within a piece, pieces by their place in the KV across pieces. A part's O and
 denominator refer to its own maximum, and weigh exp2 of a difference of maxima: no rounded product or logarithm comes between, whatever the
 logits' size. Whoever adds (the CTA that holds the whole row group, or the one that arrives last at its slots) does so with the same
-arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else.
+arithmetic on the same numbers, so a row's bits depend on where its KV is cut and on nothing else. Row groups of many parts are added up by
+all CTAs that made them, in an order of their own that follows from the number of parts (`shares.py`).
 
 Work is spread over the consumer threads in vectors of four elements of a row; a thread keeps its vectors throughout.
 """
@@ -15,18 +16,29 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import finalize_row
+from fa4_backend.kernels.common.part_arrivals import arrive, leave
+from fa4_backend.kernels.common.part_sums import Part, fold, only_if
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.storage import SharedTensors
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, FIRST_SLOT, KV_HEAD_IDX, NUM_PIECES, Q_BEGIN, QUERY_LEN, TOTAL_Q
+from fa4_backend.kernels.schedule.work_list import (
+    DECODE_INTS,
+    FIRST_SLOT,
+    KV_HEAD_IDX,
+    NUM_PIECES,
+    PARTIAL_SLOT,
+    Q_BEGIN,
+    QUERY_LEN,
+    TOTAL_Q,
+)
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
@@ -44,14 +56,6 @@ class ResultTensors(NamedTuple):
     mSinks: cute.Tensor | None  # (num_q_heads,) scaled logits
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32: V is the stored value times it
     mOutScale: cute.Tensor | None  # (1,) float32: the result is out times it
-
-
-class Part(NamedTuple):
-    """One vector of a row, of some of its keys."""
-
-    o: list[Float32]  # VEC values, relative to row_max
-    row_max: Float32  # log2; -inf: no key
-    row_sum: Float32
 
 
 class RowState(NamedTuple):
@@ -205,7 +209,7 @@ class Merge:
                 elif const_expr(c.has_pieces):
                     self._fold(totals, v, [part])
                 else:
-                    self._write(results, entry, row, at, part, factor)
+                    self.write(results, entry, row, at, part, factor)
         self._barrier()
 
     @cute.jit
@@ -215,7 +219,7 @@ class Merge:
             for v in cutlass.range_constexpr(self.vectors):
                 row, at = self._vector(v)
                 if row < self.config.rows:
-                    self._write(results, entry, row, at, self._total(totals, v), factor)
+                    self.write(results, entry, row, at, self._total(totals, v), factor)
 
     @cute.jit
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
@@ -224,30 +228,45 @@ class Merge:
         if tidx == 0:
             q = entry.seqlen
             fields = (
-                (KV_HEAD_IDX, entry.kv_head_idx), (FIRST_SLOT, entry.first_slot), (NUM_PIECES, entry.num_pieces),
-                (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
+                (KV_HEAD_IDX, entry.kv_head_idx), (PARTIAL_SLOT, entry.partial_slot), (FIRST_SLOT, entry.first_slot),
+                (NUM_PIECES, entry.num_pieces), (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
             )  # fmt: skip
             for field, value in fields:
                 shared.sPending[place, field] = value
 
     @cute.jit
     def arrive(self, num_pending: Int32, shared: SharedTensors, results: ResultTensors):
-        """Arrive at the slots of every pending entry; sFlag tells where this CTA is the last. Ends with a barrier of the consumers.
+        """Arrive at the slots of every pending entry and wait for those that all add up; sShare tells what this CTA adds up of each. Ends
+        with a barrier of the consumers.
 
-        The barriers before and after carry the release and the acquire of the one thread's atomic to all consumers (PTX ISA,
-        "Causality order"). Without fences of their own, and without reading slots past the last, 1 x 1K went from 12.7 to 11.9 us (H100).
+        The barriers before and after carry the release and the acquire of one thread's atomics to all consumers (PTX ISA, "Causality
+        order"). Without fences of their own, and without reading slots past the last, 1 x 1K went from 12.7 to 11.9 us (H100). That thread
+        is one of the last warp, which adds up least: it leaves while the others' loads fly.
         """
         tidx, _, _ = cute.arch.thread_idx()
+        place = tidx - (self.num_threads - 32)
+        stayers = Int32(0)
         self._barrier()
-        if tidx < num_pending:
-            first_slot, pieces_here = shared.sPending[tidx, FIRST_SLOT], shared.sPending[tidx, PIECES_HERE]
-            arrived = cute.arch.atomic_add(results.mArrivals.iterator + first_slot, pieces_here, sem="acq_rel", scope="gpu")
-            is_last = Int32(0)
-            if arrived + pieces_here == shared.sPending[tidx, NUM_PIECES]:
-                is_last = Int32(1)
-                results.mArrivals[first_slot] = Int32(0)  # for the next launch
-            shared.sFlag[tidx] = is_last
+        if place >= 0 and place < num_pending:
+            looks = Int32(0)
+            if const_expr(not self.config.has_pieces):
+                if self.is_shared(shared.sPending[place, NUM_PIECES]):
+                    looks = Int32(self.config.arrival_looks)
+            counter, here = self._counter(place, shared, results)
+            share, stayers = arrive(counter, here, shared.sPending[place, NUM_PIECES], looks)
+            shared.sShare[place] = share
         self._barrier()
+        if stayers > 0:
+            counter, here = self._counter(place, shared, results)
+            leave(counter, counter + 1, here, stayers)
+
+    def is_shared(self, num_pieces: Int32) -> Boolean:
+        """Whether all CTAs that made a row group's slots add them up."""
+        return num_pieces * self.vectors >= self.config.share_vectors
+
+    def _counter(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> tuple[cute.Pointer, Int32]:
+        """A pending entry's first counter, and the slots that this CTA wrote."""
+        return results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT], shared.sPending[place, PIECES_HERE]
 
     def join(self):
         """All consumers have read the slots of the pending entry before, whose place the next one's take."""
@@ -286,7 +305,7 @@ class Merge:
         for v in cutlass.range_constexpr(self.vectors):
             row, at = self._vector(v)
             if row < c.rows:
-                self._write(results, entry, row, at, self._total(totals, v), factor)
+                self.write(results, entry, row, at, self._total(totals, v), factor)
         return ring
 
     @property
@@ -300,11 +319,9 @@ class Merge:
         row, at = self._vector(v)
         row = cutlass.min(row, c.rows - 1)
         address = base + cutlass.min(index, count - 1) * c.slot_bytes
-        is_part = index < count
         values = ptx.load_shared_f32x4(address + 4 * (row * c.head_dim_v + at * VEC))
         row_max, row_sum = ptx.load_shared_f32x2(address + 4 * (c.rows * c.head_dim_v + 2 * row))
-        o = [cutlass.select_(is_part, value, Float32(0.0)) for value in values]
-        return Part(o, cutlass.select_(is_part, row_max, -Float32.inf), cutlass.select_(is_part, row_sum, Float32(0.0)))
+        return only_if(index < count, Part(values, row_max, row_sum))
 
     @cute.jit
     def _fetch_slots(self, entry: Entry, stage: Int32, ring_slot: Int32, shared: SharedTensors, results: ResultTensors):
@@ -347,27 +364,14 @@ class Merge:
         return Part([totals.rO[v, e] for e in range(VEC)], totals.rMax[v], totals.rSum[v])
 
     def _fold(self, totals: Totals, v: int, parts: list[Part]) -> None:
-        """Add parts to the totals of a vector, one after the other.
-
-        The same arithmetic whether they come at once or one by one. At once, all weights are computed before the first is needed: a part
-        then costs a multiplication and an FMA of latency instead of two exponentials too.
-        """
-        maxima = [totals.rMax[v]]
-        for part in parts:
-            maxima.append(cute.arch.fmax(maxima[-1], part.row_max))
-        finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
-        old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
-        weights = [cute.math.exp2(part.row_max - zero, fastmath=True) for part, zero in zip(parts, finite, strict=True)]
-        o, row_sum = [totals.rO[v, e] for e in range(VEC)], totals.rSum[v]
-        for part, old_weight, weight in zip(parts, old_weights, weights, strict=True):
-            o = [cute.math.fma(part.o[e], weight, o[e] * old_weight) for e in range(VEC)]
-            row_sum = cute.math.fma(part.row_sum, weight, row_sum * old_weight)
+        """Add parts to the totals of a vector, one after the other."""
+        total = fold(self._total(totals, v), parts)
         for e in range(VEC):
-            totals.rO[v, e] = o[e]
-        totals.rSum[v], totals.rMax[v] = row_sum, maxima[-1]
+            totals.rO[v, e] = total.o[e]
+        totals.rSum[v], totals.rMax[v] = total.row_sum, total.row_max
 
     @cute.jit
-    def _write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part, factor: Float32 | None):
+    def write(self, results: ResultTensors, entry: Entry, row: Int32, at: Int32, part: Part, factor: Float32 | None):
         """One vector of a finished row to `out`, and the row's lse; rows past the query are left alone."""
         c = self.config
         token = row // c.q_per_kv

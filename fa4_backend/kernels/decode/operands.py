@@ -1,7 +1,7 @@
 """What the products of a box take from shared memory: Q of an entry once, fragments of K and V of 16 keys, a chunk of a head at a time.
 
 Here K and V hold elements of q's dtype, which ldmatrix brings as mma.sync wants them; `operands_fp8.py` converts. Both have the same
-methods. See `warp_mma.py` for fragments.
+methods. See `common/warp_mma.py` for fragments.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from fa4_backend.kernels.common.warp_mma import load_matrices
 from fa4_backend.kernels.decode.config import MMA_ROWS, DecodeConfig
-from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices
+from fa4_backend.kernels.decode.warp_mma import BoxLayout
 
 
 class WeightRange(NamedTuple):

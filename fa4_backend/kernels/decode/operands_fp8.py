@@ -9,8 +9,8 @@ A product sums over all 16, so Q is put in the same order: a lane loads four nei
 side by side and zeros in place of a key that is not kept (0x7F is NaN), and the two halves become B words of two tiles of O: one holds a
 chunk's even elements, the other the odd ones. A lane's four accumulators of a row and chunk are four neighbours.
 
-A bfloat16 Q becomes float16, once an entry (`common/fp8.py`, Note [bfloat16 Q]): nine operations on bits for every 4 elements of K would
-be a third of a box's work.
+Q in e4m3 is converted likewise, once an entry, and exact; its scale joins the softmax's. A bfloat16 Q becomes float16, once an entry
+(`common/fp8.py`, Note [bfloat16 Q]): nine operations on bits for every 4 elements of K would be a third of a box's work.
 
 Note [float16 P]. Weights are rounded to float16, whose normal numbers end at 2^-14 and all of them at 2^-24. So a row's reference is put 7
 below its largest score: that one weighs 2^7, those down to 2^-21 of it keep 11 bits and those down to 2^-31 some. The reference moves where
@@ -29,9 +29,10 @@ from cutlass import Boolean, Float32, Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16, scaled_to_float16
+from fa4_backend.kernels.common.warp_mma import load_matrices, permute_bytes
 from fa4_backend.kernels.decode.config import MMA_ROWS, DecodeConfig
 from fa4_backend.kernels.decode.operands import WeightRange
-from fa4_backend.kernels.decode.warp_mma import BoxLayout, load_matrices, permute_bytes
+from fa4_backend.kernels.decode.warp_mma import BoxLayout
 
 # Nibbles of a prmt's selector, of each of two keys: nibbles 0 and 2 take the first one's elements, 1 and 3 the second one's, or zeros.
 KEPT, DROPPED = (0x0100, 0x3020), (0x0404, 0x4040)
@@ -61,14 +62,19 @@ class Fp8Operands:
         factors = []
         for h in range(2):
             row = cutlass.min(row_group * MMA_ROWS + lane // 4 + 8 * h, c.rows - 1)
-            words = []
+            words: list[Int32] = []
             for part in range(c.head_dim * c.element_bytes // c.q_part_bytes):
                 line = (part * c.rows + row) * c.q_part_bytes
                 swizzle = (line // 128) % (c.q_part_bytes // 16) * 16
+                if c.has_q_scale:  # a chunk of 16 elements has 16 bytes
+                    address = q_address + line + swizzle + pair * 4
+                    for within in range(0, c.q_part_bytes, 16):
+                        words += e4m3_to_float16(ptx.load_shared_i32(address ^ within))
+                    continue
                 address = q_address + line + ((pair // 2 * 16) ^ swizzle) + pair % 2 * 8
                 for within in range(0, c.q_part_bytes, 32):
                     words += ptx.load_shared_i32x2(address ^ within)
-            if c.dtype == "bfloat16":
+            if c.q_dtype == "bfloat16":
                 words, factor = scaled_to_float16(words, 4)
                 factors.append(factor)
             for chunk in range(c.head_dim // 16):

@@ -31,7 +31,7 @@ class SharedTensors(NamedTuple):
     sO: cute.Tensor  # (row groups * merge_buffers, merge_rows, head_dim_v) float32: O of a key warp, relative to its maximum
     sMax: cute.Tensor  # (row groups * merge_buffers, merge_rows) float32, row_max in log2 units
     sSum: cute.Tensor  # (row groups * merge_buffers, merge_rows) float32, row_sum
-    sFlag: cute.Tensor  # (MAX_PENDING,) int32: this CTA arrived last at a pending entry's slots
+    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`common/part_arrivals.py`)
 
 
 @dataclass(frozen=True)

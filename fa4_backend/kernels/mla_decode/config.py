@@ -6,7 +6,7 @@ Lengths, strides, scales and the page table are arguments of each launch. Pages 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import box_rows_of
 from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
@@ -28,7 +28,13 @@ MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can 
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
-CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
+# Where latents are FP8 and converted in shared memory: the warps beside the load warp. Not a warpgroup more: ptxas gives 512 threads 128
+# registers each, and a product of 64 x 256 takes 158.
+CONVERT_WARPS = 3
+# Packed rows up to which FP8 latents are attended to by mma.sync, which takes them converted in registers (`narrow_warps.py`).
+NARROW_ROWS = 16
+NARROW_STAGE = 5  # with Q of 16 rows, 198 KiB
+NARROW_WARPS = CONSUMER_THREADS // 32
 # CTAs of a cluster at most, and KV blocks that the load warp asks L2 for ahead of the one that it loads: 0: none. H100, 128 heads, us of
 # 1 x 1K / 8 x 4K / 64 x 1K / 64 x 4K / 64 x 16K / 64 x 4K with 4 queries (2026-11-28, `python -m tests.device.prove_mla`):
 #   1 CTA, no block ahead   24.9 / 37.6 / 42.0 / 128.1 / 470.9 / 481      1 CTA, 2 blocks ahead   22.6 / 40.7 / 45.1 / 132.6 / 479.3 / 496
@@ -36,10 +42,16 @@ CONVERT_WARPS = 3  # where latents are FP8: the warps beside the load warp
 # Why clusters are slower was not looked into; in each block their CTAs wait for each other's buffers.
 MAX_CLUSTER = 1
 PREFETCH_BLOCKS = 0
+# The same where latents are converted in shared memory: a tile's numbers come to the tile's own place, so nothing else runs beside them.
+CONVERTED_PREFETCH_BLOCKS = 2
 RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
-# KV blocks that a part of a row group has at least. Whoever adds up parts does so with all CTAs that made them, so parts cost the same
-# however many they are.
-MIN_PART_BLOCKS = 2
+# KV blocks that a part of a row group has at least, and the square of its parts over its blocks at most: parts of 1 block up to 16 blocks,
+# of 2 at 64, of 4 at 256. Whoever adds up parts does so with all CTAs that made them; still many parts cost more. H100, one row, us with
+# parts of 1 / 2 / 4 blocks (2026-11-28, `python -m tests.device.measure_mla`):
+#   128 heads, 512 keys 20.0 / 25.3 / 32.9    1K 20.9 / 23.2 / 27.7    4K 28.2 / 24.4 / 27.5    16K 36.0 / 36.1 / 34.8
+#   16 heads,  512 keys 16.7 / 20.5 / 23.7    1K 14.3 / 20.5 / 22.6    4K 18.7 / 18.6 / 20.1    16K 29.4 / 29.3 / 25.4
+MIN_PART_BLOCKS = 1
+PARTS_RATIO = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class MlaDecodeConfig:
     max_cluster: int = MAX_CLUSTER
     prefetch_blocks: int = PREFETCH_BLOCKS
     arrival_looks: int = ARRIVAL_LOOKS
+    narrow_rows: int = NARROW_ROWS  # 0: wgmma for every number of rows
 
     @property
     def builder(self) -> str:
@@ -70,7 +83,13 @@ class MlaDecodeConfig:
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         tuned = f"-c{self.cluster_size}" + f"-l2p{self.prefetch_blocks}" * (self.prefetch_blocks > 0)
+        tuned += "-narrow" * self.is_narrow
         return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a block: what the work list counts in."""
+        return TILE_N
 
     @property
     def element_bytes(self) -> int:
@@ -81,6 +100,36 @@ class MlaDecodeConfig:
     def has_scale(self) -> bool:
         """Whether latents are stored in FP8, with one scale."""
         return self.kv_dtype == FP8
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products are of 16 rows, by mma.sync."""
+        return self.has_scale and self.rows <= self.narrow_rows
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether warps of their own convert latents in shared memory."""
+        return self.has_scale and not self.is_narrow
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether Q becomes float16 in shared memory."""
+        return self.is_converted and self.dtype == "bfloat16"
+
+    @property
+    def kv_stage(self) -> int:
+        """KV tiles in shared memory."""
+        return NARROW_STAGE if self.is_narrow else KV_STAGE
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a tile in shared memory."""
+        return TILE_ELEMS * (DTYPE_BYTES[self.kv_dtype] if self.is_narrow else self.element_bytes)
+
+    @property
+    def q_part_bytes(self) -> int:
+        """Bytes of a part of Q in shared memory."""
+        return (WARP_ROWS if self.is_narrow else TILE_M) * PART_DIM * self.element_bytes
 
     @property
     def rows(self) -> int:
@@ -136,7 +185,7 @@ class MlaDecodeConfig:
 def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
     """The compile key of a latent problem."""
     assert (problem.head_dim, problem.head_dim_v) == (LATENT_DIM + ROPE_DIM, LATENT_DIM), problem
-    return MlaDecodeConfig(
+    config = MlaDecodeConfig(
         arch=problem.target_arch,
         dtype=problem.dtype,
         kv_dtype=problem.kv_dtype,
@@ -147,11 +196,17 @@ def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaDecodeConfig:
         has_lse=problem.has_lse,
         has_pieces=problem.batch_invariant,
     )
+    return replace(config, prefetch_blocks=CONVERTED_PREFETCH_BLOCKS) if config.is_converted else config
 
 
 def tile_slot_floats(config: MlaDecodeConfig) -> int:
     """Float32 of a tile's part of a split-KV slot: O of its warps' rows, then reference and row_sum of each row."""
     return config.tile_warps * WARP_ROWS * (LATENT_DIM + 2)
+
+
+def tile_stats_bytes(config: MlaDecodeConfig) -> int:
+    """Bytes of reference and row_sum of all rows of a slot's tile."""
+    return config.tile_warps * WARP_ROWS * 8
 
 
 def slot_floats(config: MlaDecodeConfig) -> int:

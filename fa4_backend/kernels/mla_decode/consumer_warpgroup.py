@@ -26,9 +26,10 @@ from cutlass.cute.nvgpu import warpgroup
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
+from fa4_backend.kernels.common.fp8 import scaled_to_float16
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, log2_scale, row_of_thread
+from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, flat, log2_scale, row_of_thread
 from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_DIM,
@@ -42,7 +43,8 @@ from fa4_backend.kernels.mla_decode.config import (
     TILE_N,
     MlaDecodeConfig,
 )
-from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales
+from fa4_backend.kernels.mla_decode.fragments import WideFragment
+from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales, consumer_thread
 from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_WARPS, SIDES, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import Blocks, MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
@@ -79,7 +81,7 @@ class Rows(NamedTuple):
     columns: tuple[Columns, Columns]
     seqlen_k: Int32
     full_end: Int32  # blocks before it need no mask
-    scale: ScoreScale
+    scales: tuple[ScoreScale, ScoreScale]  # of raw scores of each row
 
 
 class Pair(NamedTuple):
@@ -141,7 +143,9 @@ class ConsumerWarpgroup:
             q_phase ^= 1
             entry = entry_of(lambda field: shared.sEntry[field], step.bounds)
             blocks = self.work.blocks(entry, values)
-            rows = self._rows(entry, blocks, values, scales.score, thread)
+            if const_expr(self.config.is_scaled):
+                self._scale_query(shared)
+            rows = self._rows(entry, blocks, values, scales, thread, shared)
             if const_expr(not self.config.has_pieces):
                 if blocks.begin + side >= blocks.end:
                     self._release_query(shared)
@@ -167,17 +171,17 @@ class ConsumerWarpgroup:
                         kv = advance(kv, KV_STAGE)
                         phases = WeightPhases(phases.first, phases.second ^ 1)
                 self.merge.finish_piece(
-                    side, entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scales, shared, results
-                )
+                    WideFragment(side), entry, piece - first_piece, piece == last_piece - 1, turn, products.rO, stats, totals, scales,
+                    shared, results,
+                )  # fmt: skip
                 turn ^= 1
             if const_expr(self.config.has_pieces):
                 self._release_query(shared)
             if entry.partial_slot >= 0:
-                if const_expr(side == FIRST):
-                    self.merge.postpone(entry, last_piece - first_piece, num_pending, shared, thread)
+                self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
                 num_pending += 1
         if num_pending > 0:
-            self.merge.join_parts(side, num_pending, step, scales, shared, results)
+            self.merge.join_parts(num_pending, step, scales, shared, results)
 
     def _scales(self, values: MaskValues, results: ResultTensors) -> Scales:
         if const_expr(results.mScale is None):
@@ -199,12 +203,32 @@ class ConsumerWarpgroup:
             cute.make_rmem_tensor(pv.partition_shape_C((TILE_M, columns)), Float32),
         )
 
-    def _rows(self, entry: Entry, blocks: Blocks, values: MaskValues, scale: ScoreScale, thread: Int32) -> Rows:
-        columns = []
+    @cute.jit
+    def _scale_query(self, shared: SharedTensors):
+        """A bfloat16 Q as float16 in its place, four threads a row: `common/fp8.py`, Note [bfloat16 Q]. Both sides call."""
+        thread = consumer_thread()
+        row = thread // 4
+        line = shared.q.toint() + row * (PART_DIM * 2)
+        # Chunks of 16 bytes; a row is one line whatever the swizzle.
+        places = [line + part * self.config.q_part_bytes + (thread % 4 + 4 * i) * 16 for part in range(PARTS) for i in range(2)]
+        words = [Int32(word) for place in places for word in ptx.elements(ptx.load_shared_v4(place))]
+        scaled, factor = scaled_to_float16(words, 4)
+        for i, place in enumerate(places):
+            ptx.store_shared_v4(place, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
+        if thread % 4 == 0:
+            shared.sFactor[row] = factor
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self.merge.meet()
+
+    def _rows(self, entry: Entry, blocks: Blocks, values: MaskValues, scales: Scales, thread: Int32, shared: SharedTensors) -> Rows:
+        columns, of_rows = [], [scales.score, scales.score]
+        if self.config.is_scaled:
+            # Powers of two: exact.
+            of_rows = [ScoreScale.of_row(scales.score.log2 * shared.sFactor[row_of_thread(thread, i)]) for i in range(2)]
         for i in range(2):
             packed = self.work.row(self.work.first_row(entry) + row_of_thread(thread, i), entry.seqlen)
             columns.append(self.work.mask.columns(packed.token, entry.seqlen, values))
-        return Rows(tuple(columns), entry.seqlen.seqlen_k, blocks.full_end, scale)  # type: ignore[arg-type]
+        return Rows(tuple(columns), entry.seqlen.seqlen_k, blocks.full_end, tuple(of_rows))  # type: ignore[arg-type]
 
     def _is_last(self, side: int, n_block: Int32, blocks: Blocks) -> Boolean:
         """Whether a pair's block of this side is its last of the entry. Pieces begin pairs anew; then Q is kept until the entry ends."""
@@ -291,7 +315,7 @@ class ConsumerWarpgroup:
         first = rows.seqlen_k - n_block * TILE_N
         box_rows = const_expr(self.config.box_rows)
         end = cutlass.min((first + box_rows - 1) // box_rows * box_rows, TILE_N)
-        if const_expr(self.config.has_scale):
+        if const_expr(self.config.is_converted):
             end = Int32(0)  # who converts them has cleared them
         if first < end:
             self._clear_tail(first, end, kv, shared, side)
@@ -334,10 +358,10 @@ class ConsumerWarpgroup:
 
     def _weights(self, products: Products, stats: RowStats, rows: Rows, rS: cute.Tensor, n_block: Int32) -> tuple[cute.Tensor, Boolean]:
         """Scores to 16-bit weights in `products.rP`; the factors for O of earlier blocks, and whether any row of the warp has one."""
-        fragment = RowFragment(TILE_N, RESCALE_THRESHOLD)
+        fragment = RowFragment(TILE_N, RESCALE_THRESHOLD, FP8_LIFT if self.config.is_converted else 0.0)
         self._mask(fragment, rS, n_block, rows)
         before = [stats.row_max[i] for i in range(2)]
-        factors = fragment.softmax(rS, stats, (rows.scale, rows.scale), may_be_empty=True, is_first=False)
+        factors = fragment.softmax(rS, stats, rows.scales, may_be_empty=True, is_first=False)
         fragment.to_operand(rS, products.rP)
         # LLVM would convert anew where products take them, behind the fence that they need before.
         words = cute.recast_tensor(flat(products.rP), Int32)
@@ -408,7 +432,7 @@ class ConsumerWarpgroup:
     def _release(self, shared: SharedTensors, group: cutlass.Constexpr[int], kv: RingPosition):
         """This warpgroup has read a group: tell whoever loads it."""
         c = self.config
-        if const_expr(c.has_scale):
+        if const_expr(c.is_converted):
             self._release_converted(shared, group, kv)
         else:
             rank = Int32(0)

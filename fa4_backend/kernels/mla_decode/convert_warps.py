@@ -1,4 +1,4 @@
-"""The convert warps: tiles of e4m3 latents to the 16 bits of q, in the tile's own memory.
+"""The convert warps: tiles of e4m3 latents to float16, where each is exact, in the tile's own memory.
 
 TMA brings a tile's e4m3 numbers, nine parts of 64 keys x 64 bytes, to the upper half of the tile's place; part p of the finished tile
 takes 8 KiB from 8 p KiB on, its e4m3 numbers lie in 4 KiB from 36 + 4 p KiB on. Written in order, part p takes the place of the numbers of
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, const_expr
 from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
-from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
+from fa4_backend.kernels.common.fp8 import e4m3_to_float16
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.mla_decode.config import CONVERT_WARPS, KV_STAGE, LATENT_PARTS, PART_DIM, PART_ELEMS, TILE_ELEMS, TILE_N
-from fa4_backend.kernels.mla_decode.storage import LEFT, RIGHT, ROPE, ROPE_PART, SIDE_PARTS, MlaStorage, SharedTensors
+from fa4_backend.kernels.mla_decode.config import CONVERT_WARPS, KV_STAGE, LATENT_PARTS, PART_DIM, PART_ELEMS, PARTS, TILE_ELEMS, TILE_N
+from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, SIDE_PARTS, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import NEXT_ENTRY, NUM_ENTRIES
 
@@ -37,7 +37,7 @@ ROUNDS = -(-KEY_GROUPS // CONVERT_WARPS)
 
 @dataclass(frozen=True)
 class ConvertWarps:
-    """Role of warps 1 to 3 where latents are FP8."""
+    """Role of warps 1 to 3 where latents are FP8 and the kernel is not narrow."""
 
     storage: MlaStorage
     work: MlaWork
@@ -62,31 +62,27 @@ class ConvertWarps:
 
     @cute.jit
     def _convert_tile(self, num_keys: Int32, kv: RingPosition, shared: SharedTensors, warp: Int32):
-        """One tile; keys from `num_keys` on become zeros: a weight of 0 times NaN would be NaN."""
-        tile = shared.kv.toint() + kv.slot * (TILE_ELEMS * 2)
-        self._parts(tile, 0, SIDE_PARTS, num_keys, warp)
-        self._hand_on(shared.barriers.kv_full[LEFT] + kv.slot)
-        # Parts 4 and 5 take the place of the numbers of parts 0 to 2, part 6 of 3 and 4, part 7 of 5 and 6.
-        self._meet()
-        self._parts(tile, SIDE_PARTS, SIDE_PARTS + 2, num_keys, warp)
-        self._meet()
-        self._parts(tile, SIDE_PARTS + 2, SIDE_PARTS + 3, num_keys, warp)
-        self._meet()
-        self._parts(tile, SIDE_PARTS + 3, LATENT_PARTS, num_keys, warp)
-        self._hand_on(shared.barriers.kv_full[RIGHT] + kv.slot)
-        # Part 8 takes the place of 7's and of its own.
-        loaded = [self._load(tile, ROPE_PART, warp, i) for i in range(ROUNDS)]
-        self._meet()
-        for i in cutlass.range_constexpr(ROUNDS):
-            self._store(tile, ROPE_PART, loaded[i], num_keys, warp, i)
-        self._hand_on(shared.barriers.kv_full[ROPE] + kv.slot)
+        """One tile; keys from `num_keys` on become zeros: a weight of 0 times NaN would be NaN.
 
-    def _parts(self, tile: Int32, first: int, end: int, num_keys: Int32, warp: Int32) -> None:
-        """Convert parts `first .. end`, one after the other."""
-        for part in range(first, end):
-            loaded = [self._load(tile, part, warp, i) for i in range(ROUNDS)]
-            for i in range(ROUNDS):
+        A part's numbers are asked for before the part before it is stored. So all warps have those of parts 0 to 5 when they meet before
+        part 4, which parts 4 to 6 take the place of 0 to 4 of, and all numbers when they meet before part 7.
+        """
+        tile = shared.kv.toint() + kv.slot * (TILE_ELEMS * 2)
+        loaded = self._load_part(tile, 0, warp)
+        for part in cutlass.range_constexpr(PARTS):
+            ahead = self._load_part(tile, part + 1, warp) if part + 1 < PARTS else loaded
+            if const_expr(part in (SIDE_PARTS, LATENT_PARTS - 1)):
+                self._meet()
+            for i in cutlass.range_constexpr(ROUNDS):
                 self._store(tile, part, loaded[i], num_keys, warp, i)
+            for group, (_, end) in enumerate(GROUPS):
+                if const_expr(part + 1 == end):
+                    self._hand_on(shared.barriers.kv_full[group] + kv.slot)
+            loaded = ahead
+
+    def _load_part(self, tile: Int32, part: int, warp: Int32) -> list[ir.Value]:
+        """This warp's numbers of a part."""
+        return [self._load(tile, part, warp, i) for i in range(ROUNDS)]
 
     def _group(self, warp: Int32, i: int) -> Int32:
         """The warp's i-th group of keys; past the last one for some warps."""
@@ -106,7 +102,7 @@ class ConvertWarps:
             lane = cute.arch.lane_idx()
             row, chunk = group * GROUP_KEYS + lane // 4, lane % 4
             kept = ptx.select_words(row < num_keys, words)
-            converted = [half for word in ptx.elements(kept) for half in e4m3_to_16bit(word, self.storage.config.dtype)]
+            converted = [half.ir_value() for word in ptx.elements(kept) for half in e4m3_to_float16(Int32(word))]
             line = tile + part * (PART_ELEMS * 2) + row * (PART_DIM * 2)
             swizzled = ((2 * chunk) ^ (row % 8)) * CHUNK_BYTES
             ptx.store_shared_v4(line + swizzled, converted[:4])

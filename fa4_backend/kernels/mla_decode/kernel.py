@@ -1,6 +1,8 @@
 """The latent decode kernel of Hopper: host launch and the split into roles. See `docs/mla.md`.
 
 work list -> load warp --(Q, KV tiles by TMA)--> shared memory -> two consumer warpgroups -> merge (out | split-KV slots -> out)
+
+Consumers are wgmma's warpgroups (`consumer_warpgroup.py`), or of FP8 latents and at most 16 rows eight warps (`narrow_warps.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup,
 from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
 from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp, TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
+from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
@@ -43,7 +46,8 @@ class MlaDecodeKernel:
         self.work = MlaWork(config)
         self.load_warp = LoadWarp(self.storage, self.work)
         self.convert_warps = ConvertWarps(self.storage, self.work)
-        self.consumers = ConsumerWarpgroup(config, self.storage, self.work, Merge(config, self.work))
+        parts = (config, self.storage, self.work, Merge(config, self.work))
+        self.consumers, self.narrow_warps = ConsumerWarpgroup(*parts), NarrowWarps(*parts)
 
     @cute.jit
     def __call__(
@@ -75,11 +79,13 @@ class MlaDecodeKernel:
             return make_trivial_tiled_mma(dtype, dtype, major.K, b_major, Float32, (1, 1, 1), (TILE_M, columns), a_source=source)
 
         half = const_expr(LATENT_PARTS // SIDES * PART_DIM)
-        mmas = Mmas(
-            product(TILE_N, major.K, warpgroup.OperandSource.SMEM),
-            product(half, major.MN, warpgroup.OperandSource.RMEM),
-            product(half, major.MN, warpgroup.OperandSource.SMEM),
-        )
+        mmas = None
+        if const_expr(not self.config.is_narrow):
+            mmas = Mmas(
+                product(TILE_N, major.K, warpgroup.OperandSource.SMEM),
+                product(half, major.MN, warpgroup.OperandSource.RMEM),
+                product(half, major.MN, warpgroup.OperandSource.SMEM),
+            )
         self.kernel(maps, mmas, step, Int32(mLatent.shape[0]), values, results).launch(
             grid=(mFirst.shape[0] * self.config.cluster_size, 1, 1),
             block=(NUM_THREADS, 1, 1),
@@ -104,7 +110,8 @@ class MlaDecodeKernel:
     def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
         rows = self.config.box_rows
-        swizzle = cute.make_swizzle(0 if self.config.has_scale else 3, 4, 3)
+        # Rows of 64 bytes that ldmatrix reads are swizzled as such; those that are converted, not at all.
+        swizzle = cute.make_swizzle(2 if self.config.is_narrow else 0 if self.config.has_scale else 3, 4, 3)
         return self._part_tma(
             latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
             (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,
@@ -123,7 +130,7 @@ class MlaDecodeKernel:
     def kernel(
         self,
         maps: TensorMaps,
-        mmas: Mmas,
+        mmas: Mmas | None,
         step: StepTensors,
         num_pages: Int32,
         values: MaskValues,
@@ -141,22 +148,26 @@ class MlaDecodeKernel:
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 self.storage.init_barriers(shared.barriers)
-        if warp >= WARPGROUP_WARPS:
-            self.consumers.clear_unloaded_query(shared)
+        if const_expr(not self.config.is_narrow):
+            if warp >= WARPGROUP_WARPS:
+                self.consumers.clear_unloaded_query(shared)
         sync_cluster(cluster)
         if warp < WARPGROUP_WARPS:
-            cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.has_scale])
+            cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.is_converted])
             if warp == 0:
                 self.load_warp.run(step, num_pages, values, maps, shared, first)
-            elif const_expr(self.config.has_scale):
+            elif const_expr(self.config.is_converted):
                 self.convert_warps.run(step, values, shared, warp - 1)
             if warp == 1:
                 zero_rows(step.mFirst[self.work.list_idx(), TOTAL_Q], results.mO, results.mLse)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.config.has_scale])
-            for side in cutlass.range_constexpr(SIDES):
-                if warp // WARPGROUP_WARPS == 1 + side:
-                    self.consumers.run(side, mmas, step, values, results, shared)
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.config.is_converted])
+            if const_expr(self.config.is_narrow):
+                self.narrow_warps.run(step, values, results, shared)
+            else:
+                for side in cutlass.range_constexpr(SIDES):
+                    if warp // WARPGROUP_WARPS == 1 + side:
+                        self.consumers.run(side, mmas, step, values, results, shared)
         if const_expr(cluster > 1):
             # The other CTA may still copy into this one's shared memory, and arrive at its barriers.
             sync_cluster(cluster)

@@ -19,7 +19,7 @@ from fa4_backend.kernels.common.cluster_ops import tma_load, wait_for_cluster
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.mla_decode.config import KV_STAGE, LATENT_PARTS, PART_DIM, PART_ELEMS, PARTS, TILE_ELEMS, TILE_M, TILE_N
+from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PART_ELEMS, PARTS, TILE_ELEMS, TILE_M, TILE_N
 from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
@@ -99,12 +99,14 @@ class LoadWarp:
                 if const_expr(self.storage.config.prefetch_blocks > 0):
                     if n_block + self.storage.config.prefetch_blocks < blocks.end:
                         self._prefetch(descriptors[2], self._find(step, num_pages, entry, n_block + self.storage.config.prefetch_blocks))
-                if const_expr(self.storage.config.has_scale):
+                if const_expr(self.storage.config.is_narrow):
+                    self._load_tile(descriptors[2], place, kv, shared)
+                elif const_expr(self.storage.config.is_converted):
                     self._load_raw(descriptors[2], place, kv, shared)
                 else:
                     self._load_block(descriptors[2], place, kv, shared)
                 place = ahead
-                kv = advance(kv, KV_STAGE)
+                kv = advance(kv, self.storage.config.kv_stage)
 
     @cute.jit
     def _find(self, step: StepTensors, num_pages: Int32, entry: Entry, n_block: Int32) -> BoxPlace:
@@ -140,7 +142,7 @@ class LoadWarp:
             for box in cutlass.range(lane, c.q_boxes, 32, unroll=1):
                 packed = first_row + box * (c.box_heads * c.box_tokens)
                 token = packed // c.num_heads
-                where = shared.q.toint() + part * (PART_ELEMS * c.element_bytes) + box * box_bytes
+                where = shared.q.toint() + part * c.q_part_bytes + box * box_bytes
                 at = {"head": packed - token * c.num_heads, "token": entry.seqlen.q_begin + token, "part": part}
                 if const_expr(part < LATENT_PARTS):
                     ptx.tma_load(descriptors[0], where, full.toint(), self._query_coords(at, True))
@@ -158,6 +160,21 @@ class LoadWarp:
         self._load_group(LEFT, descriptor, place, kv, shared, rank == 0)
         self._load_group(RIGHT, descriptor, place, kv, shared, rank == c.cluster_size - 1)
         self._load_group(ROPE, descriptor, place, kv, shared, kv.slot % c.cluster_size == rank)
+
+    @cute.jit
+    def _load_tile(self, descriptor: ir.Value, place: BoxPlace, kv: RingPosition, shared: SharedTensors):
+        """A block's e4m3 numbers, once all consumers have left the stage."""
+        c = self.storage.config
+        lane = cute.arch.lane_idx()
+        full = shared.barriers.kv_full[0] + kv.slot
+        cute.arch.mbarrier_wait(shared.barriers.kv_empty[0] + kv.slot, kv.phase ^ 1)
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full, c.stage_bytes)
+        cute.arch.sync_warp()
+        tile = shared.kv.toint() + kv.slot * c.stage_bytes
+        for box in cutlass.range(lane, PARTS * self.row_boxes, 32, unroll=1):
+            where = tile + box // self.row_boxes * PART_ELEMS + box % self.row_boxes * (c.box_rows * PART_DIM)
+            ptx.tma_load(descriptor, where, full.toint(), (0, place.row, box // self.row_boxes, place.page))
 
     @cute.jit
     def _load_raw(self, descriptor: ir.Value, place: BoxPlace, kv: RingPosition, shared: SharedTensors):

@@ -1,13 +1,8 @@
 """The end of a piece and of a CTA: a piece's rows go to `out` or to a split-KV slot, and slots are added up.
 
-Note [Shares]. A slot of 64 rows is 128 KiB: one CTA that adds up n of them takes n times 1.2 us. So all CTAs that made parts of a row group
-add it up, each a share of its vectors. A CTA that has written all its slots arrives and waits for the others; it looks at the counter
-`arrival_looks` times and then leaves, which it notes in the counter (one compare-and-swap, so whoever comes last knows); the last one
-then adds up the whole row group. So no CTA depends on another one's running beside it. Parts are added in slot order whoever does it, and
-a vector's sum knows nothing of the shares.
-
-Counters: `mArrivals[first_slot]` parts that came, and CTAs that left in units of `GAVE_UP`; `mArrivals[first_slot + 1]` parts whose CTAs
-are done with the first counter. The last one clears both for the next launch.
+A slot of 64 rows is 128 KiB: one CTA that adds up n of them takes n times 1.2 us. So all CTAs that made parts of a row group add it up
+(`common/part_arrivals.py`, Note [Shares]). Parts are added in slot order whoever does it, and a vector's sum knows nothing of the shares.
+The counters are `mArrivals[first_slot]` and the next; a cluster's CTAs arrive apart.
 """
 
 from __future__ import annotations
@@ -21,10 +16,12 @@ from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
-from fa4_backend.kernels.common.fragment_store import store_fragment
 from fa4_backend.kernels.common.online_softmax import finalize_row
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum, row_of_thread
+from fa4_backend.kernels.common.part_arrivals import MINE, NOTHING, arrive, leave
+from fa4_backend.kernels.common.part_sums import Part, fold, only_if
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum
 from fa4_backend.kernels.mla_decode.config import (
+    CONSUMER_THREADS,
     KV_STAGE,
     LATENT_DIM,
     TILE_ELEMS,
@@ -35,7 +32,10 @@ from fa4_backend.kernels.mla_decode.config import (
     MlaDecodeConfig,
     slot_floats,
     tile_slot_floats,
+    tile_stats_bytes,
 )
+from fa4_backend.kernels.mla_decode.fragments import Fragment
+from fa4_backend.kernels.mla_decode.part_weights import PartWeights
 from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import (
@@ -49,12 +49,10 @@ from fa4_backend.kernels.schedule.work_list import (
     TOTAL_Q,
 )
 
-CONSUMER_THREADS = SIDES * SIDE_WARPS * 32
 SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
 PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
-GAVE_UP = 1 << 16  # of a counter: CTAs that left before all parts came
-NOTHING, MINE, ALL = range(3)  # what of a row group this CTA adds up
+ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry: of another warp than that which asks for the slots
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
 assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
@@ -64,7 +62,7 @@ class ResultTensors(NamedTuple):
 
     mO: cute.Tensor  # (total_q, num_heads, 512)
     mLse: cute.Tensor | None  # (num_heads, total_q) float32, natural log
-    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile O as `_vector` has it, then reference and row_sum of each row
+    mSlots: cute.Tensor  # (max_slots, slot_floats) float32: of each tile O as `fragments.py` has it, then reference and row_sum of each row
     mArrivals: cute.Tensor  # (max_slots,) int32
     mScale: cute.Tensor | None  # (1,) float32: a latent is what is stored times it; None unless latents are FP8
 
@@ -72,16 +70,16 @@ class ResultTensors(NamedTuple):
 class Scales(NamedTuple):
     """What scores and values are multiplied by."""
 
-    score: ScoreScale  # of raw scores, the latents' scale included
+    score: ScoreScale | None  # of raw scores, the latents' scale included; None: a row's reference is what it says
     value: Float32 | None  # the latents' scale; None: they have none
 
+    def true_max(self, row_max: Float32) -> Float32:
+        """A row's reference maximum in log2 units."""
+        return row_max if self.score is None else self.score.true_max(row_max)
 
-class Part(NamedTuple):
-    """Some elements of a row of O, of some of its keys."""
-
-    o: list[Float32]  # relative to row_max
-    row_max: Float32  # reference, log2; -inf: no key
-    row_sum: Float32
+    def of_value(self, o_scale: Float32) -> Float32:
+        """What an accumulated O is multiplied by."""
+        return o_scale if self.value is None else o_scale * self.value
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Merge:
     @cute.jit
     def finish_piece(
         self,
-        side: cutlass.Constexpr[int],
+        fragment: cutlass.Constexpr[Fragment],
         entry: Entry,
         piece_in_entry: Int32,
         is_last: Boolean,
@@ -106,93 +104,85 @@ class Merge:
         shared: SharedTensors,
         results: ResultTensors,
     ):
-        """A piece's rows to `out` or to its slot. Both sides call and meet."""
-        thread = cute.arch.thread_idx()[0] % (32 * SIDE_WARPS)
-        lane_in_quad = thread % 4
+        """A piece's rows to `out` or to its slot. All consumers call and meet."""
         for i in cutlass.range_constexpr(2):
             total = quad_sum(stats.row_sum[i])
-            if lane_in_quad == 0:
-                shared.sRowSum[turn, side, row_of_thread(thread, i)] = total
-        self._barrier()
+            if cute.arch.lane_idx() % 4 == 0:
+                shared.sRowSum[turn, fragment.sum_index(), fragment.row(i)] = total
+        self.meet()
         for i in cutlass.range_constexpr(2):
-            row = row_of_thread(thread, i)
-            stats.row_sum[i] = shared.sRowSum[turn, 0, row] + shared.sRowSum[turn, 1, row]
+            sums = [shared.sRowSum[turn, k, fragment.row(i)] for k in range(fragment.num_sums)]
+            stats.row_sum[i] = _sum(sums)
         if entry.partial_slot >= 0:
-            self._store_slot(side, entry, entry.partial_slot + piece_in_entry, rO, stats, thread, results)
+            self._store_slot(fragment, entry, entry.partial_slot + piece_in_entry, rO, stats, results)
         elif const_expr(self.config.has_pieces):
-            self._fold_whole(side, entry, piece_in_entry, is_last, rO, stats, totals, scales, thread, results)
+            self._fold_whole(fragment, entry, piece_in_entry, is_last, rO, stats, totals, scales, results)
         else:
-            self._write_fragment(side, entry, rO, stats, scales, thread, results)
+            self._write_fragment(fragment, entry, rO, stats, scales, results)
 
     @cute.jit
     def _write_fragment(
         self,
-        side: cutlass.Constexpr[int],
+        fragment: cutlass.Constexpr[Fragment],
         entry: Entry,
         rO: cute.Tensor,
         stats: RowStats,
         scales: Scales,
-        thread: Int32,
         results: ResultTensors,
     ):
         """Finished rows from registers."""
         first_row = self.work.first_row(entry)
         o_scales = cute.make_rmem_tensor(2, Float32)
-        rows = tuple(self.work.row(first_row + row_of_thread(thread, i), entry.seqlen) for i in range(2))
+        rows = tuple(self.work.row(first_row + fragment.row(i), entry.seqlen) for i in range(2))
         for i in cutlass.range_constexpr(2):
-            result = finalize_row(scales.score.true_max(stats.row_max[i]), stats.row_sum[i], None)
-            o_scales[i] = _value_scale(result.o_scale, scales)
-            if const_expr(results.mLse is not None and side == 0):
-                if rows[i].is_valid and thread % 4 == 0:
+            result = finalize_row(scales.true_max(stats.row_max[i]), stats.row_sum[i], None)
+            o_scales[i] = scales.of_value(result.o_scale)
+            if const_expr(results.mLse is not None):
+                if rows[i].is_valid & fragment.writes_statistics():
                     results.mLse[rows[i].head, entry.seqlen.q_begin + rows[i].token] = result.lse
-        RowFragment(LATENT_DIM // SIDES, 0.0).rescale(rO, o_scales)
-        rOut = cute.make_rmem_tensor_like(rO, results.mO.element_type)
-        rOut.store(rO.load().to(results.mO.element_type))
-        columns = const_expr(LATENT_DIM // SIDES)
-        half = cute.make_tensor((results.mO.iterator + side * columns).align(16), results.mO.layout)
-        store_fragment(half, rOut, rows, Int32(0), entry.seqlen.q_begin)
+        RowFragment(2 * fragment.num_values, 0.0).rescale(rO, o_scales)
+        fragment.store(results.mO, self._rounded(rO, results.mO.element_type), rows, entry.seqlen.q_begin)
+
+    def _rounded(self, rO: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+        """Finished elements in the type of `out`."""
+        rOut = cute.make_rmem_tensor_like(rO, dtype)
+        rOut.store(rO.load().to(dtype))
+        return rOut
 
     @cute.jit
     def _store_slot(
         self,
-        side: cutlass.Constexpr[int],
+        fragment: cutlass.Constexpr[Fragment],
         entry: Entry,
         slot: Int32,
         rO: cute.Tensor,
         stats: RowStats,
-        thread: Int32,
         results: ResultTensors,
     ):
-        """A piece's rows to its slot, of warps that have a row; a warp writes 512 bytes in a row."""
-        first_row, lane, warp = self.work.first_row(entry), thread % 32, thread // 32
-        if self.work.row(first_row + warp * WARP_ROWS, entry.seqlen).is_valid:
+        """A piece's rows to its slot, of warps that have a row."""
+        first_row, row = self.work.first_row(entry), fragment.row(0)
+        if self.work.row(first_row + row // WARP_ROWS * WARP_ROWS, entry.seqlen).is_valid:
             base, o = self._tile_slot(results, slot), flat(rO)
-            target = base + self._vector(side, warp, lane)
-            for group in cutlass.range_constexpr(SIDE_GROUPS):
+            for k in cutlass.range_constexpr(fragment.num_values // VEC):
                 vector = cute.make_rmem_tensor(VEC, Float32)
-                for e in cutlass.range_constexpr(VEC):
-                    vector[e] = o[VEC * group + e]
-                cute.autovec_copy(vector, self._at(target, group))
-            if const_expr(side == 0):
-                if lane % 4 == 0:
-                    for i in cutlass.range_constexpr(2):
-                        pair = cute.make_rmem_tensor(2, Float32)
-                        pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
-                        where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * row_of_thread(thread, i))
-                        cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
+                for e, value in enumerate(fragment.values(k)):
+                    vector[e] = o[value]
+                cute.autovec_copy(vector, self._at(base, fragment, k))
+            if fragment.writes_statistics():
+                for i in cutlass.range_constexpr(2):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
+                    where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * fragment.row(i))
+                    cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
 
-    def _vector(self, side: int, warp: Int32, lane: Int32) -> Int32:
-        """Where a lane's first vector of a slot's tile lies: warp after warp, groups of 8 columns, sides, lanes."""
-        return warp * (WARP_VECTORS * VEC) + (side * 32 + lane) * VEC
-
-    def _at(self, first: cute.Pointer, group: int) -> cute.Tensor:
-        """A lane's vector of a group of columns, given its first."""
-        return cute.make_tensor((first + group * (SIDES * 32 * VEC)).align(4 * VEC), cute.make_layout(VEC))
+    def _at(self, base: cute.Pointer, fragment: Fragment, vector: int) -> cute.Tensor:
+        """A thread's vector of a tile's slot."""
+        return cute.make_tensor((base + fragment.place(vector)).align(4 * VEC), cute.make_layout(VEC))
 
     @cute.jit
     def _fold_whole(
         self,
-        side: cutlass.Constexpr[int],
+        fragment: cutlass.Constexpr[Fragment],
         entry: Entry,
         piece_in_entry: Int32,
         is_last: Boolean,
@@ -200,36 +190,34 @@ class Merge:
         stats: RowStats,
         totals: RowStats,
         scales: Scales,
-        thread: Int32,
         results: ResultTensors,
     ):
         """Add a piece to a whole row group's totals, whose O stands in a slot of this CTA's: registers hold one O. A thread keeps to its
         own elements, so nobody waits for anybody; the arithmetic is that of parts (`fold`)."""
-        lane, warp = thread % 32, thread // 32
         o = flat(rO)
-        if warp < self.config.tile_warps:
+        if fragment.row(0) < self.config.tile_warps * WARP_ROWS:
             slot = results.mSlots.shape[0] - 1 - self.work.list_idx()
-            target = self._tile_slot(results, slot) + self._vector(side, warp, lane)
+            base = self._tile_slot(results, slot)
             before = cute.make_rmem_tensor(4, Float32)
             for i in cutlass.range_constexpr(2):
                 before[i], before[2 + i] = totals.row_max[i], totals.row_sum[i]
-            for group in cutlass.range_constexpr(SIDE_GROUPS):
+            for k in cutlass.range_constexpr(fragment.num_values // VEC):
                 vector = cute.make_rmem_tensor(VEC, Float32)
                 vector.fill(0.0)
                 if piece_in_entry > 0:
-                    cute.autovec_copy(self._at(target, group), vector)
+                    cute.autovec_copy(self._at(base, fragment, k), vector)
                 for i in cutlass.range_constexpr(2):
-                    j = const_expr(VEC * group + 2 * i)
-                    part = Part([o[j], o[j + 1]], stats.row_max[i], stats.row_sum[i])
+                    first, second = const_expr(fragment.values(k)[2 * i : 2 * i + 2])
+                    part = Part([o[first], o[second]], stats.row_max[i], stats.row_sum[i])
                     total = fold(Part([vector[2 * i], vector[2 * i + 1]], before[i], before[2 + i]), [part])
                     vector[2 * i], vector[2 * i + 1] = total.o
-                    o[j], o[j + 1] = total.o
-                    if const_expr(group == 0):
+                    o[first], o[second] = total.o
+                    if const_expr(k == 0):
                         totals.row_max[i], totals.row_sum[i] = total.row_max, total.row_sum
                 if not is_last:
-                    cute.autovec_copy(vector, self._at(target, group))
+                    cute.autovec_copy(vector, self._at(base, fragment, k))
         if is_last:
-            self._write_fragment(side, entry, rO, totals, scales, thread, results)
+            self._write_fragment(fragment, entry, rO, totals, scales, results)
 
     def _tile_slot(self, results: ResultTensors, slot: Int32) -> cute.Pointer:
         """Where this CTA's tile begins in a slot."""
@@ -237,9 +225,9 @@ class Merge:
         return results.mSlots.iterator + offset
 
     @cute.jit
-    def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors, thread: Int32):
+    def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
         """Note an entry whose slots are written; its arrival waits until the CTA is done: who waits for others has nothing else to do."""
-        if thread == 0:
+        if consumer_thread() == 0:
             q = entry.seqlen
             fields = (
                 (KV_HEAD_IDX, entry.kv_head_idx), (PARTIAL_SLOT, entry.partial_slot), (FIRST_SLOT, entry.first_slot),
@@ -253,7 +241,6 @@ class Merge:
     @cute.jit
     def join_parts(
         self,
-        side: cutlass.Constexpr[int],
         num_pending: Int32,
         step: StepTensors,
         scales: Scales,
@@ -265,56 +252,28 @@ class Merge:
         The barriers before and after carry the release and the acquire of one thread's atomics to all consumers (PTX ISA, "Causality
         order").
         """
-        thread = side * (32 * SIDE_WARPS) + cute.arch.thread_idx()[0] % (32 * SIDE_WARPS)
-        self._barrier()
-        if const_expr(side == 0):
-            if thread < num_pending:
-                shared.sShare[thread] = self._arrive(thread, shared, results)
-        self._barrier()
+        thread = consumer_thread()
+        self.meet()
+        mine, stayers = thread - ARRIVING_THREAD, Int32(0)
+        if mine >= 0 and mine < num_pending:
+            counter, here = self._counter(mine, shared, results)
+            expected = shared.sPending[mine, NUM_PIECES] * self.config.cluster_size
+            share, stayers = arrive(counter, here, expected, Int32(self.config.arrival_looks))
+            shared.sShare[mine] = share
+        self.meet()
+        # A round trip to L2 that nobody waits for.
+        if stayers > 0:
+            counter, here = self._counter(mine, shared, results)
+            leave(counter, counter + 1, here, stayers)
         phase = Int32(0)
         for place in cutlass.range(num_pending, unroll=1):
             share = shared.sShare[place]
             if share != NOTHING:
                 phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
 
-    @cute.jit
-    def _arrive(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> Int32:
-        """Arrive at a row group's counter and wait for the other parts; what this CTA is to add up. One thread an entry."""
-        counter = results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT]
-        here = shared.sPending[place, PIECES_HERE]
-        expected = shared.sPending[place, NUM_PIECES] * self.config.cluster_size
-        seen = cute.arch.atomic_add(counter, here, sem="acq_rel", scope="gpu") + here
-        share = Int32(NOTHING)
-        if seen % GAVE_UP == expected:
-            share = cutlass.select_(seen >= GAVE_UP, Int32(ALL), Int32(MINE))
-        else:
-            looks = Int32(self.config.arrival_looks)
-            while looks > 0:
-                looks -= 1
-                if looks > 0:
-                    seen = Int32(cute.arch.load(counter, Int32, sem="acquire", scope="gpu"))
-                else:
-                    # One look more that is an atomic: either all parts have come, or the last one will know.
-                    before = seen
-                    seen = cute.arch.atomic_cas(counter, cmp=before, val=before + GAVE_UP, sem="acq_rel", scope="gpu")
-                    if seen != before and seen % GAVE_UP != expected:
-                        looks = Int32(1)
-                if seen % GAVE_UP == expected:
-                    looks = Int32(0)
-                    if seen < GAVE_UP:
-                        share = Int32(MINE)
-        self._leave(place, shared, results)
-        return share
-
-    @cute.jit
-    def _leave(self, place: Int32, shared: SharedTensors, results: ResultTensors):
-        """This CTA will not look at the counter again; the last one clears both."""
-        first_slot = shared.sPending[place, FIRST_SLOT]
-        here = shared.sPending[place, PIECES_HERE]
-        left = cute.arch.atomic_add(results.mArrivals.iterator + (first_slot + 1), here, sem="acq_rel", scope="gpu")
-        if left + here == shared.sPending[place, NUM_PIECES] * self.config.cluster_size:
-            results.mArrivals[first_slot] = Int32(0)
-            results.mArrivals[first_slot + 1] = Int32(0)
+    def _counter(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> tuple[cute.Pointer, Int32]:
+        """A pending entry's first counter, and the parts that this CTA wrote."""
+        return results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT], shared.sPending[place, PIECES_HERE]
 
     @cute.jit
     def _add_up(
@@ -343,7 +302,7 @@ class Merge:
             begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
         # A chunk's vectors lie in one tile.
         tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
-        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - self.stats_bytes) // (4 * VEC)
+        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
         at = begin
         while at < end:
             tile = at // tile_vectors
@@ -352,16 +311,19 @@ class Merge:
             self._fetch(entry, tile, first, count, thread, shared, results)
             cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
             phase ^= 1
-            for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
-                self._sum_vector(entry, first_row + tile * TILE_M, first, i, count, scales, shared, results)
+            tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
+            if const_expr(c.has_pieces):
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                    self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
+            else:
+                weights = PartWeights(c, self.work)
+                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
+                self.meet()
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                    weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
-            self._barrier()
+            self.meet()
         return phase
-
-    @property
-    def stats_bytes(self) -> int:
-        """Reference and row_sum of all rows of a slot's tile."""
-        return self.config.tile_warps * WARP_ROWS * 8
 
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
@@ -373,14 +335,14 @@ class Merge:
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
             cute.arch.fence_proxy("async")
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + self.stats_bytes) * entry.num_pieces)
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + tile_stats_bytes(self.config)) * entry.num_pieces)
             cute.arch.sync_warp()
             for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
                 at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
                 source = results.mSlots.iterator + at
                 stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
-                ptx.bulk_load(stats, memory + slot * self.stats_bytes, barrier, Int32(self.stats_bytes))
-                where = memory + entry.num_pieces * self.stats_bytes + slot * num_bytes
+                ptx.bulk_load(stats, memory + slot * tile_stats_bytes(self.config), barrier, Int32(tile_stats_bytes(self.config)))
+                where = memory + entry.num_pieces * tile_stats_bytes(self.config) + slot * num_bytes
                 ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
 
     @cute.jit
@@ -404,7 +366,7 @@ class Merge:
         for r in cutlass.range_constexpr(2):
             sums[4 * r], sums[4 * r + 1], sums[4 * r + 2], sums[4 * r + 3] = Float32(0.0), Float32(0.0), -Float32.inf, Float32(0.0)
         stats = shared.kv.toint() + 8 * row
-        values = shared.kv.toint() + pieces * self.stats_bytes + i * (4 * VEC)
+        values = shared.kv.toint() + pieces * tile_stats_bytes(self.config) + i * (4 * VEC)
         for slot in cutlass.range(0, pieces, FOLD_PARTS, unroll=1):
             parts = [self._slot_vector(values, stats, count, slot + k, pieces) for k in range(FOLD_PARTS)]
             for r in cutlass.range_constexpr(2):
@@ -415,8 +377,8 @@ class Merge:
         for r in cutlass.range_constexpr(2):
             packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
             if packed.is_valid:
-                result = finalize_row(scales.score.true_max(sums[4 * r + 2]), sums[4 * r + 3], None)
-                o_scale = _value_scale(result.o_scale, scales)
+                result = finalize_row(scales.true_max(sums[4 * r + 2]), sums[4 * r + 3], None)
+                o_scale = scales.of_value(result.o_scale)
                 pair = cute.make_rmem_tensor(2, results.mO.element_type)
                 for e in cutlass.range_constexpr(2):
                     pair[e] = results.mO.element_type(sums[4 * r + e] * o_scale)
@@ -429,33 +391,26 @@ class Merge:
     def _slot_vector(self, values: Int32, stats: Int32, count: Int32, index: Int32, pieces: Int32) -> list[Part]:
         """A vector of the `index`-th slot, a part of each row; past the last slot nothing, without weight."""
         slot, is_part = cutlass.min(index, pieces - 1), index < pieces
-        o = [cutlass.select_(is_part, x, Float32(0.0)) for x in ptx.load_shared_f32x4(values + 4 * VEC * count * slot)]
+        o = ptx.load_shared_f32x4(values + 4 * VEC * count * slot)
         parts = []
         for r in range(2):
-            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * self.stats_bytes + 64 * r)
-            row_max = cutlass.select_(is_part, row_max, -Float32.inf)
-            parts.append(Part(o[2 * r : 2 * r + 2], row_max, cutlass.select_(is_part, row_sum, Float32(0.0))))
+            row_max, row_sum = ptx.load_shared_f32x2(stats + slot * tile_stats_bytes(self.config) + 64 * r)
+            parts.append(only_if(is_part, Part(o[2 * r : 2 * r + 2], row_max, row_sum)))
         return parts
 
-    def _barrier(self) -> None:
+    def meet(self) -> None:
+        """All consumers."""
         cute.arch.barrier(barrier_id=CONSUMER_BARRIER, number_of_threads=CONSUMER_THREADS)
 
 
-def _value_scale(o_scale: Float32, scales: Scales) -> Float32:
-    """What an accumulated O is multiplied by."""
-    return o_scale if scales.value is None else o_scale * scales.value
+def consumer_thread() -> Int32:
+    """Number of a thread among the consumers, who are the warpgroups behind the first."""
+    return cute.arch.thread_idx()[0] - 32 * SIDE_WARPS
 
 
-def fold(total: Part, parts: list[Part]) -> Part:
-    """Add parts to a total, one after the other: the same arithmetic whether they come at once or one by one."""
-    maxima = [total.row_max]
-    for part in parts:
-        maxima.append(cute.arch.fmax(maxima[-1], part.row_max))
-    finite = [cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max) for row_max in maxima[1:]]
-    old_weights = [cute.math.exp2(before - zero, fastmath=True) for before, zero in zip(maxima, finite, strict=False)]
-    weights = [cute.math.exp2(part.row_max - zero, fastmath=True) for part, zero in zip(parts, finite, strict=True)]
-    o, row_sum = list(total.o), total.row_sum
-    for part, old_weight, weight in zip(parts, old_weights, weights, strict=True):
-        o = [cute.math.fma(value, weight, ptx.mul_rn(before, old_weight)) for value, before in zip(part.o, o, strict=True)]
-        row_sum = cute.math.fma(part.row_sum, weight, ptx.mul_rn(row_sum, old_weight))
-    return Part(o, maxima[-1], row_sum)
+def _sum(values: list[Float32]) -> Float32:
+    """In order."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total

@@ -2,6 +2,8 @@
 
 A tile is nine parts of 64 keys x 64 elements, swizzled rows of 128 bytes: parts 0-3 are the left half of V, 4-7 its right half, 8 the
 rotary part of K. When its scores are done, the rotary part's place takes the tile's weights P, 64 rows x 64 keys, for the other warpgroup.
+
+Kernels of 16 rows (`is_narrow`) have the e4m3 numbers as they are, rows of 64 bytes, a barrier a tile, and a place of their own for P.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_PARTS,
     MAX_PENDING,
+    NARROW_WARPS,
     PART_DIM,
     PART_ELEMS,
     PARTS,
     TILE_ELEMS,
     TILE_M,
     TILE_N,
+    WARP_ROWS,
     MlaDecodeConfig,
 )
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS
@@ -43,28 +47,34 @@ SIDE_WARPS = 4
 
 
 class Barriers(NamedTuple):
-    """mbarriers; those of the KV tile's groups by `LEFT`, `RIGHT`, `ROPE`, two stages each."""
+    """mbarriers; those of the KV tile's groups by `LEFT`, `RIGHT`, `ROPE`, or one of the whole tile; one a stage."""
 
-    kv_full: tuple[cute.Pointer, cute.Pointer, cute.Pointer]
-    kv_empty: tuple[cute.Pointer, cute.Pointer, cute.Pointer]
+    kv_full: tuple[cute.Pointer, ...]
+    kv_empty: tuple[cute.Pointer, ...]
     q_full: cute.Pointer  # an entry's ints and its Q
     q_empty: cute.Pointer
-    p_full: cute.Pointer  # weights of a pair's first block and of its second, and the reference of their rows
+    p_full: cute.Pointer | None  # weights of a pair's first block and of its second, and the reference of their rows; None: narrow
     slots_full: cute.Pointer  # parts of slots to add up
-    raw_full: cute.Pointer | None  # a tile's e4m3 numbers have come, two stages; None where latents have 16 bits
+    raw_full: cute.Pointer | None  # a tile's e4m3 numbers have come, two stages; None where nothing is converted in shared memory
 
 
 class SharedTensors(NamedTuple):
     """Views of one CTA's shared memory."""
 
     q: cute.Pointer  # 64 x 576
-    kv: cute.Pointer  # KV_STAGE tiles
+    kv: cute.Pointer  # `kv_stage` tiles
+    p: (
+        cute.Pointer | None
+    )  # 2 x 16 x 64 float16, swizzled rows of 128 bytes, blocks take turns; None where P has a tile's rotary part's place
     barriers: Barriers
     sEntry: cute.Tensor  # (DECODE_INTS,) int32: the entry at hand
     sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32: entries whose slots are written, whose arrival is due
-    sReference: cute.Tensor  # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units
-    sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32: a warpgroup's share of row_sum at a piece's end; pieces take turns
-    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`merge.Share`)
+    # (2, TILE_M) float32: reference maximum after a pair's first and its second block, log2 units; narrow: (2, 16, NARROW_WARPS), the
+    # largest score of each warp's keys, blocks take turns
+    sReference: cute.Tensor
+    sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32, (2, NARROW_WARPS, 16): shares of row_sum at a piece's end; pieces take turns
+    sFactor: cute.Tensor | None  # (TILE_M,) float32: what rows of Q were divided by to be float16; None: nothing
+    sShare: cute.Tensor  # (MAX_PENDING,) int32: what of a pending entry this CTA adds up (`common/part_arrivals.py`)
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,8 @@ class MlaStorage:
 
     @property
     def dtype(self) -> type[cutlass.Numeric]:
-        """Element type of q, out and the tiles."""
-        return ELEMENT_TYPES[self.config.dtype]
+        """Element type of both products: that of q and out, or float16 beside FP8 latents."""
+        return cutlass.Float16 if self.config.has_scale else ELEMENT_TYPES[self.config.dtype]
 
     @property
     def q_bytes(self) -> int:
@@ -86,6 +96,8 @@ class MlaStorage:
     @property
     def group_edges(self) -> tuple[str, ...]:
         """Names of the groups' pipelines."""
+        if self.config.is_narrow:
+            return ("tile_load_to_consumers",)
         producer = "convert" if self.config.has_scale else "load"
         return tuple(f"{name}_{producer}_to_consumers" for name in GROUP_NAMES)
 
@@ -93,18 +105,22 @@ class MlaStorage:
     def edges(self) -> EdgeBarriers:
         """Every pipeline of the kernel."""
         c = self.config
-        load = Party("load", Signal.TMA)
+        load, consumers = Party("load", Signal.TMA), Party("consumers", Signal.WARPS, SIDES * SIDE_WARPS)
         # A group is read last by one warpgroup: half of V by whose columns of O it is, the weights by who did not make them.
         reader = Party("reader", Signal.WARPS, SIDE_WARPS, ctas=c.cluster_size)
-        raw = []
-        if c.has_scale:
+        others = [
+            PipelineEdge("weights_scorer_to_other", SIDES, (Party("scorer", Signal.WARPS, SIDE_WARPS),), drained_by=self.group_edges[-1])
+        ]
+        if c.is_narrow:
+            groups, others = [PipelineEdge(self.group_edges[0], c.kv_stage, (load,), (consumers,), TILE_ELEMS)], []
+        elif c.is_converted:
             # A CTA converts for itself, but e4m3 numbers come to the place of all but the left half from both CTAs.
             convert, own_reader = Party("convert", Signal.WARPS, CONVERT_WARPS), Party("reader", Signal.WARPS, SIDE_WARPS)
             groups = [
                 PipelineEdge(name, KV_STAGE, (convert,), (own_reader if group == LEFT else reader,))
                 for group, name in enumerate(self.group_edges)
             ]
-            raw = [PipelineEdge("raw_load_to_convert", KV_STAGE, (load,), tx_bytes=TILE_ELEMS, drained_by=self.group_edges[ROPE])]
+            others += [PipelineEdge("raw_load_to_convert", KV_STAGE, (load,), tx_bytes=TILE_ELEMS, drained_by=self.group_edges[ROPE])]
         else:
             groups = [
                 PipelineEdge(name, KV_STAGE, (load,), (reader,), (end - begin) * PART_ELEMS * c.element_bytes)
@@ -112,19 +128,20 @@ class MlaStorage:
             ]
         edges = (
             *groups,
-            PipelineEdge("entry_load_to_consumers", 1, (load,), (Party("consumers", Signal.WARPS, SIDES * SIDE_WARPS),), self.q_bytes),
-            PipelineEdge("weights_scorer_to_other", SIDES, (Party("scorer", Signal.WARPS, SIDE_WARPS),), drained_by=self.group_edges[ROPE]),
+            PipelineEdge("entry_load_to_consumers", 1, (load,), (consumers,), self.q_bytes),
             PipelineEdge("slots_merge_to_consumers", 1, (Party("merge", Signal.TMA),), (), KV_STAGE * TILE_ELEMS * 2, AT_BARRIER),
-            *raw,
+            *others,
         )
         return EdgeBarriers(edges, 0)
 
     @cute.jit
     def allocate(self) -> SharedTensors:
         """Lay the tensors out; every thread calls."""
+        c = self.config
         smem = cutlass.utils.SmemAllocator()
-        q = smem.allocate_array(self.dtype, TILE_ELEMS, byte_alignment=1024)
-        kv = smem.allocate_array(self.dtype, KV_STAGE * TILE_ELEMS, byte_alignment=1024)
+        q = smem.allocate_array(self.dtype, PARTS * c.q_part_bytes // c.element_bytes, byte_alignment=1024)
+        kv = smem.allocate_array(self.dtype, c.kv_stage * c.stage_bytes // c.element_bytes, byte_alignment=1024)
+        p = smem.allocate_array(cutlass.Float16, 2 * WARP_ROWS * TILE_N, byte_alignment=1024) if c.is_narrow else None
         edges = self.edges
         base = smem.allocate_array(cutlass.Int64, edges.end_bytes // MBARRIER_BYTES, byte_alignment=8)
 
@@ -140,13 +157,16 @@ class MlaStorage:
         barriers = Barriers(
             tuple(full(name) for name in self.group_edges), tuple(empty(name) for name in self.group_edges),
             full("entry_load_to_consumers"), empty("entry_load_to_consumers"),
-            full("weights_scorer_to_other"), full("slots_merge_to_consumers"),
-            full("raw_load_to_convert") if self.config.has_scale else None,
+            None if c.is_narrow else full("weights_scorer_to_other"), full("slots_merge_to_consumers"),
+            full("raw_load_to_convert") if c.is_converted else None,
         )  # fmt: skip
+        reference = (2, WARP_ROWS, NARROW_WARPS) if c.is_narrow else (2, TILE_M)
+        sums = (2, NARROW_WARPS, WARP_ROWS) if c.is_narrow else (2, SIDES, TILE_M)
         return SharedTensors(
-            q, kv, barriers,
+            q, kv, p, barriers,
             tensor(Int32, DECODE_INTS), tensor(Int32, MAX_PENDING, DECODE_INTS),
-            tensor(Float32, 2, TILE_M), tensor(Float32, 2, SIDES, TILE_M), tensor(Int32, MAX_PENDING),
+            tensor(Float32, *reference), tensor(Float32, *sums), tensor(Float32, TILE_M) if c.is_scaled else None,
+            tensor(Int32, MAX_PENDING),
         )  # fmt: skip
 
     @cute.jit

@@ -142,8 +142,10 @@ class ScheduleKernel:
             usable = num_ctas
         if equal == 1 and items > 0 and params.split_blocks == 0:
             parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
-            if params.decode_part_blocks > 0:
+            if params.decode_part_blocks > 0 and parts * params.slot_vectors >= params.decode_share_vectors:
                 parts = rows.decode_cost[1] // params.decode_part_blocks
+                if params.decode_parts_ratio > 0:
+                    parts = cutlass.min(parts, square_root(params.decode_parts_ratio * rows.decode_cost[1]))
             usable = cutlass.min(usable, items * cutlass.max(parts, 1))
         return usable
 

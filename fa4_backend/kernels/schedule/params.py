@@ -18,6 +18,8 @@ class ScheduleParams(NamedTuple):
     window_left: Any  # keys before the diagonal that any row of the step sees; NO_WINDOW: all
     window_right: Any  # keys after it; 0 for causal attention, NO_WINDOW: all
     slot_vectors: Any
+    decode_share_vectors: Any  # parts that pay, times `slot_vectors`, from which on the two below say how many there are
+    decode_parts_ratio: Any  # with it: the square of a row group's parts over its n_blocks, at most; 0: no such bound
     decode_part_blocks: Any  # n_blocks that a part of a decode row group has at least; 0: as few parts as pay (`kernel.PARTS_RATIO`)
     num_sms: Any
     decode_tile_ticks: Any
@@ -26,4 +28,5 @@ class ScheduleParams(NamedTuple):
     max_num_tokens: Any
     part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
     min_part_blocks: Any
+    most_part_quarters: Any  # quarters of an n_block that adding up a prefill tile's parts takes at most
     has_queue: Any  # 1: the prefill list is in the order of a queue; 0: dealt out to CTAs

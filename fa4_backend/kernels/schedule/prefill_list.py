@@ -85,7 +85,7 @@ def write_prefill(
 ) -> None:
     """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: entries of one head.
 
-    Whoever writes a tile's first part clears the tile's arrival counters.
+    Whoever writes a tile's first two parts clears the tile's arrival counters.
     """
     tidx, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
@@ -121,8 +121,9 @@ def write_prefill(
         if num_parts > 1:
             first_slot = parts.slot[row] + (head * m_blocks + m_block) * num_parts
             slot = first_slot + part
-            if part == 0:
-                store_tile(out.part_arrivals, first_slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
+            if part < 2:
+                # A tile has two rows of counters: its first two slots'.
+                store_tile(out.part_arrivals, slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
             length, longer = (end - begin) // num_parts, (end - begin) % num_parts
             begin += part * length + cutlass.min(part, longer)
             end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))

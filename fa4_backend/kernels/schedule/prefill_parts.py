@@ -16,8 +16,8 @@ from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, warp_s
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.rates import ENTRY_QUARTERS, PART_QUARTERS
+from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 
-MAX_PARTS = 64  # of a tile
 CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
 MAX_SUM = 2**31 - 1
 # Numbers are cut here before they are multiplied: above what a cut row may have, and no product or sum passes 2^31.
@@ -74,7 +74,7 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_
             average = cutlass.min(4 * cutlass.min(prefill.blocks, MOST_BLOCKS) // entries, MOST_QUARTERS) + ENTRY_QUARTERS
             time = cutlass.max(rounds * average, 4 * length + ENTRY_QUARTERS)
             if parts > 1:
-                time += PART_QUARTERS * parts
+                time += cutlass.min(PART_QUARTERS * parts, params.most_part_quarters)
             fits = (slots <= params.part_slots // heads) & (length >= params.min_part_blocks)
             if (fits | (parts == 1)) & (time < best):
                 best, best_parts = time, parts

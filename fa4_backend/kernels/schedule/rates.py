@@ -12,6 +12,9 @@ TICKS = 64  # time units in which a prefill n_block is measured
 # of a tile for the CTA that adds them up. An n_block of 128 x 128 at d128 takes 1.46 us of an H100's SM (16 tokens of 64K, whole tiles);
 # a part is 34 KiB a warpgroup, from L2. Modelled, not tuned on a device.
 ENTRY_QUARTERS, PART_QUARTERS = 4, 2
+# Where all CTAs that made a tile's parts add them up, that takes as long as waiting for the others and some reads from L2, however many
+# parts there are.
+SHARED_QUARTERS = 10
 # Keys of the shortest part. 256, 512, 1024 and 2048 on an H100, us, L2 clean: 8 queries of 64/8 heads over 1 x 4K 25.7, 25.6, 28.2, 38.2;
 # 71/1 d64 8 x 4K 22.2, 22.2, 25.8, 36.0; 96/1 8 x 4K 25.3, 25.3, 27.9, 37.5; 256 of 64K 417, 424, 428, 429;
 # 8 x 128 of 16K 423, 430, 431, 444.

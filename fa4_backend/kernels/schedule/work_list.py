@@ -52,6 +52,7 @@ Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 QUEUE_INTS = 4
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
 
+MAX_PARTS = 64  # of a prefill tile
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
@@ -80,6 +81,9 @@ class WorkShape:
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
     part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
+    most_part_quarters: int = 1 << 16  # quarters of an n_block that adding up a prefill tile's parts takes at most (`schedule/rates.py`)
+    decode_parts_ratio: int = 0  # with it: n n_blocks have at most the root of `decode_parts_ratio * n` parts; 0: no such bound
+    decode_share_vectors: int = 0  # parts times `slot_vectors` from which on all CTAs of a row group add up its parts
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
     has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule

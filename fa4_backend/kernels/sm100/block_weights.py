@@ -7,6 +7,13 @@ block a second time, with the block's maximum. S is still in TMEM for it, since 
 is asked of the raw scores: columns of the polynomial, whose exponent field would wrap, and the last columns, whose weights are computed
 while PV already works on the first ones. The second pass moves the reference of those rows only whose own weights asked for it, and
 repeats the weights of all others, so a row's bits do not depend on the rows beside it.
+
+Note [Weights in e4m3]. With Q, K and V in FP8, P is e4m3: at most 448, and nothing below 2^-10. References then lie `E4M3_LIFT` below a
+row's largest score and move when that grew by `E4M3_THRESHOLD` (`tuning`), so that the largest weight is 2^7 to 2^8.75 and none is cut.
+That leaves no room for a sum of 96 weights as the test, so every block takes its maximum, and then before the weights: there is no second
+pass, whatever the scores are, where one would come in 4 to 40 % of a random item's first blocks. Where float32 numbers are so far apart
+that a reference is not 7 below the largest score, it is at most 8 (`decode/operands_fp8.py`, Note [float16 P]), and scores that differ
+differ by more than the threshold.
 """
 
 import math
@@ -21,11 +28,20 @@ from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
+from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.online_softmax import MAX_FUSED
 from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.problem import FP8_MAX
 
 CHUNK = 32  # columns a TMEM instruction moves
 MAX_WEIGHT = {"float16": 65504.0, "bfloat16": 2.0**100}  # largest finite P; 2^100 leaves room for the products with V
+
+
+class Scores(NamedTuple):
+    """A row's scores of a block."""
+
+    chunks: list[ir.Value]
+    largest: Float32 | None  # of all of them, where it came with them
 
 
 class Weights(NamedTuple):
@@ -34,7 +50,7 @@ class Weights(NamedTuple):
     row_max: Float32  # reference maximum, log2 units (`online_softmax`); -inf: no key yet
     row_sum: Float32  # of all earlier blocks and the first columns
     factor: Float32  # multiplies O of earlier blocks; 1 while the reference stays
-    first: list[ir.Value]  # packed 16-bit weights, a chunk each
+    first: list[ir.Value]  # packed weights, a chunk each
     rest: list[ir.Value]  # scores, a chunk each
 
 
@@ -49,9 +65,14 @@ class BlockWeights:
         """Chunks of P that PV may start with."""
         return self.config.tuning.p_first_columns // CHUNK
 
+    @property
+    def is_e4m3(self) -> bool:
+        """See Note [Weights in e4m3]."""
+        return self.config.kernel.has_q_scale
+
     def decide(
         self,
-        load_scores: Callable[[], list[ir.Value]],
+        load_scores: Callable[[], Scores],
         wait_again: Callable[[], None],
         is_first: Boolean,
         row_max: Float32,
@@ -61,11 +82,13 @@ class BlockWeights:
         """Weights of the first columns with a reference that the block's weights do not pass by too much.
 
         Args:
-            load_scores: emits the load of the row's scores, masked, in chunks; repeatable.
+            load_scores: emits the load of the row's scores, masked; repeatable.
             wait_again: emits a wait that is over at once.
             is_first: the row group's first block, which always needs its maximum.
         """
         threshold = self.config.kernel.tile.rescale_threshold
+        if self.is_e4m3:
+            return self._after_maximum(load_scores(), wait_again, row_max, row_sum, scale_log2)
         # A sum above this holds a weight above 2^threshold, so a second pass always moves the reference.
         limit = self.config.tuning.p_first_columns * 2.0**threshold
         assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
@@ -80,11 +103,11 @@ class BlockWeights:
             row_sum: ir.Value,
             may_move: ir.Value,  # this row asked for it
         ) -> tuple[Boolean, list[ir.Value]]:
-            s = load_scores()
+            s = load_scores().chunks
             moved = ptx.when(
                 Boolean(needs_max),
                 [row_max, row_sum, Float32(1.0).ir_value()],
-                lambda values: self._move(s, *values[:2], Boolean(may_move), scale_log2),
+                lambda values: self._move(ptx.max_of(s, -Float32.inf), *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference)
@@ -102,6 +125,19 @@ class BlockWeights:
         reference, total, factor = (Float32(values[i]) for i in (0, 1, 3))
         cut = len(scalars) + self.first_chunks
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
+
+    def _after_maximum(
+        self, scores: Scores, wait_again: Callable[[], None], row_max: Float32, row_sum: Float32, scale_log2: Float32
+    ) -> Weights:
+        """`decide` for weights in e4m3: Note [Weights in e4m3]."""
+        most = self.config.tuning.lift + self.config.kernel.tile.rescale_threshold
+        assert 2.0**most < FP8_MAX, f"{most=}"
+        largest = ptx.max_of(scores.chunks, -Float32.inf) if scores.largest is None else scores.largest
+        moved = self._move(largest, row_max.ir_value(), row_sum.ir_value(), Boolean(True), scale_log2)
+        reference, total, factor = (Float32(value) for value in moved)
+        s = self._relate(scores.chunks, reference, scale_log2, wait_again)
+        first, part_sum = self.weigh(s[: self.first_chunks], 0, scale_log2, self.offset(reference))
+        return Weights(reference, total + part_sum, factor, first, s[self.first_chunks :])
 
     def offset(self, row_max: Float32) -> Float32:
         """What is subtracted in the exponent; 0 for a row without a key, whose scores are all -inf, and after `_relate`."""
@@ -142,14 +178,24 @@ class BlockWeights:
                 which = (j // 2) % 2
                 sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
                 pairs.append(p)
-            packed.append(ptx.pack_16bit(ptx.from_pairs(pairs), self.config.kernel.dtype))
+            packed.append(self.pack(ptx.from_pairs(pairs)))
         total = ptx.add2(sums[0], sums[1])
         return packed, Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
 
-    def _move(self, s: list[ir.Value], row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
-        """Reference, sum and factor after the block's maximum was looked at."""
+    def pack(self, weights: ir.Value) -> ir.Value:
+        """A chunk's weights rounded as PV takes them, words of two or of four."""
+        if not self.is_e4m3:
+            return ptx.pack_16bit(weights, self.config.kernel.dtype)
+        numbers = [Float32(x) for x in ptx.elements(weights)]
+        return ptx.from_words([float32_to_e4m3(numbers[j : j + 4]) for j in range(0, CHUNK, 4)])
+
+    def _move(self, largest: Float32, row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
+        """Reference, sum and factor after the block's largest score was looked at."""
         old = Float32(row_max)
-        largest = cute.arch.fmax(old, ptx.mul_rn(ptx.max_of(s, -Float32.inf), scale_log2))
+        largest = ptx.mul_rn(largest, scale_log2)
+        if self.config.tuning.lift:
+            largest = largest - self.config.tuning.lift
+        largest = cute.arch.fmax(old, largest)
         # -inf - -inf is NaN, compares false and keeps the old value: -inf as well.
         grew = may_move & (largest - old > self.config.kernel.tile.rescale_threshold)
         new = cutlass.select_(grew, largest, old)

@@ -7,18 +7,13 @@ from math import gcd
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm100.tuning import CTA_GROUP, FP8_CTA_GROUP, ROWS, TILES, Sm100Tuning
-from fa4_backend.problem import AttentionProblem
+from fa4_backend.kernels.sm100.tuning import Sm100Tuning, tile_of, tuning_of
+from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
 
 VEC = 4  # float32 of a vector of a part's slot: 16 bytes
-PART_ELEMS = 64  # 16-bit elements of a 128-byte row of shared memory
+ROW_BYTES = (128, 64, 32)  # widths of a row of shared memory that TMA and tcgen05 swizzle
 S_STAGE = 2  # buffers of S: one for each of two query tiles, or two for a tile that is alone
 MOST_O_COLUMNS = 128  # of O that a CTA keeps in shared memory on its way out
-
-
-def num_parts(head_dim: int) -> int:
-    """Parts of 64 elements that a head takes."""
-    return -(-head_dim // PART_ELEMS)
 
 
 @dataclass(frozen=True)
@@ -29,20 +24,39 @@ class Sm100Config:
     tuning: Sm100Tuning
 
     def __post_init__(self) -> None:
-        if self.tuning.cta_group == 2 and self.kernel.head_dim_v % (2 * PART_ELEMS):
+        if self.tuning.cta_group == 2 and self.kernel.head_dim_v % (2 * self.part_elems):
             raise ValueError(f"cta_group 2: expected a head_dim_v of whole parts for each CTA, got {self.kernel.head_dim_v}")
         if not self.q_tiles or self.kernel.head_dim_v % self.o_columns:
             raise ValueError(f"head_dim_v: expected at most 256, and a multiple of {MOST_O_COLUMNS} above it, got {self.kernel.head_dim_v}")
 
     @property
     def converts(self) -> bool:
-        """Whether K and V are staged as they are in memory, in FP8, and converted for the products."""
-        return self.kernel.has_kv_scales
+        """Whether K and V are staged as they are in memory, in FP8, and converted for the products: not where Q is FP8 as well."""
+        return self.kernel.has_kv_scales and not self.kernel.has_q_scale
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a part of an operand tile: 128 in 16 bits (the last may be half empty), what divides the heads in FP8."""
+        if self.kernel.element_bytes > 1:
+            return ROW_BYTES[0]
+        return next(width for width in ROW_BYTES if not (self.kernel.head_dim % width or self.kernel.head_dim_v % width))
+
+    @property
+    def part_elems(self) -> int:
+        """Elements of the head dimension in such a row."""
+        return self.row_bytes // self.kernel.element_bytes
+
+    def num_parts(self, head_dim: int) -> int:
+        """Parts of an operand tile that a head takes."""
+        return -(-head_dim // self.part_elems)
 
     @property
     def kv_stage(self) -> int:
-        """Buffers of K and V tiles, in 16 bits, in a CTA: half a tile takes half the shared memory; FP8 is staged in every fourth one's."""
-        buffers = self.kernel.tile.kv_stage * self.tuning.cta_group
+        """Buffers of K and V tiles, as products read them, in a CTA: half a tile takes half the shared memory, and so does one in FP8.
+
+        FP8 that is converted is staged in every fourth one's.
+        """
+        buffers = self.kernel.tile.kv_stage * self.tuning.cta_group * (DTYPE_BYTES[self.kernel.dtype] // self.kernel.element_bytes)
         return buffers - buffers // 4 if self.converts else buffers
 
     @property
@@ -52,12 +66,12 @@ class Sm100Config:
             return 0
         buffers, head_dim = max(1, self.kernel.tile.kv_stage * self.tuning.cta_group // 4), self.kernel.head_dim
         # Head dimension 96 takes two parts of 64 in the ring, and is staged without what they have too much.
-        return -(-buffers * 2 * num_parts(head_dim) * PART_ELEMS // (self.loaded_parts(head_dim) * self.loaded_elems))
+        return -(-buffers * 2 * self.num_parts(head_dim) * self.part_elems // (self.loaded_parts(head_dim) * self.loaded_elems))
 
     @property
     def loaded_elems(self) -> int:
         """Elements of a head in a row of K or V as TMA delivers it: those of a part, in FP8 those that divide the head as well."""
-        return gcd(PART_ELEMS, self.kernel.head_dim, self.kernel.head_dim_v) if self.converts else PART_ELEMS
+        return gcd(self.part_elems, self.kernel.head_dim, self.kernel.head_dim_v) if self.converts else self.part_elems
 
     def loaded_parts(self, head_dim: int) -> int:
         """Such rows that a head takes."""
@@ -76,7 +90,7 @@ class Sm100Config:
     @property
     def v_parts(self) -> int:
         """Parts of a V tile that this CTA holds."""
-        return num_parts(self.kernel.head_dim_v) // self.tuning.cta_group
+        return self.num_parts(self.kernel.head_dim_v) // self.tuning.cta_group
 
     def with_tuning(self, **changes: float) -> Sm100Config:
         """The same kernel with some tuned numbers replaced."""
@@ -147,8 +161,5 @@ def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm100Config:
 
     Items are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
-    dims = problem.head_dim, problem.head_dim_v
-    groups = FP8_CTA_GROUP if problem.has_kv_scales else CTA_GROUP
-    tuning = replace(ROWS[problem.target_arch], cta_group=groups.get(dims, 1))
     has_parts = not problem.batch_invariant
-    return Sm100Config(prefill_config(problem, TILES[dims], is_dependent=is_dependent, has_parts=has_parts), tuning)
+    return Sm100Config(prefill_config(problem, tile_of(problem), is_dependent=is_dependent, has_parts=has_parts), tuning_of(problem))

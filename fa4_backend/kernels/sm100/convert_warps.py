@@ -23,14 +23,13 @@ from cutlass import Boolean, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.config import PART_ELEMS
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, ROW_BYTES
+from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 
 CHUNK = 16  # bytes of a shared-memory access: elements of FP8
-PART_CHUNKS = PART_ELEMS // CHUNK  # of FP8 that make a row of a part of the ring
+PART_CHUNKS = 64 // CHUNK  # of FP8 that make a row of a part of the ring
 THREADS = 32 * WARPGROUP
 
 
@@ -118,7 +117,7 @@ class ConvertWarps:
         config, sizes, kernel = self.geometry.config, self.geometry.storage.sizes, self.geometry.config.kernel
         rows, elems, loaded_part, part_bytes = config.k_rows, kernel.head_dim, sizes.k_loaded_part, sizes.k_part
         if const_expr(is_v):
-            rows, elems = kernel.tile.tile_n, min(config.v_parts * PART_ELEMS, kernel.head_dim_v)
+            rows, elems = kernel.tile.tile_n, min(config.v_parts * config.part_elems, kernel.head_dim_v)
             loaded_part, part_bytes = sizes.v_loaded_part, sizes.part
         # Warps that have the same rows take every other chunk.
         shares, staged_chunks = THREADS // rows, config.loaded_elems // CHUNK
@@ -127,7 +126,7 @@ class ConvertWarps:
         row, share = thread % rows, thread // rows
         # Swizzles: chunk c of a row of n chunks lies at c ^ (row * n / 8 % n).
         source += row * config.loaded_elems + (share ^ (row * staged_chunks // 8 % staged_chunks)) * CHUNK
-        target += row * ROW_BYTES + (2 * share ^ (row % 8)) * CHUNK
+        target += row * config.row_bytes + (2 * share ^ (row % 8)) * CHUNK
         is_seen = (row >= first_row) & (row < end_row)
         for staged_part in cutlass.range_constexpr(elems // config.loaded_elems):
             chunks = list(range(0, staged_chunks, shares))

@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.cta_group import LEADER
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
@@ -22,7 +23,6 @@ from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.cta_group import LEADER
 from fa4_backend.kernels.sm100.epilogue_warp import EpilogueWarp
 from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom, make_q_atom
 from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp
@@ -64,6 +64,7 @@ class PrefillKernel:
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mOutScale: cute.Tensor | None,  # (1,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -78,14 +79,14 @@ class PrefillKernel:
             pages = KvPages(mPageTable, Int32(cute.size(mK, mode=[1])), Int32(cute.size(mK, mode=[0])))
             bounds = SeqlenBounds.of(mO, mPageTable, pages.page_size)
         operands = Operands(
-            make_q_atom(mQ, kernel.q_per_kv, kernel.tokens_per_tile),
+            make_q_atom(mQ, self.config.part_elems, kernel.q_per_kv, kernel.tokens_per_tile),
             make_kv_atom(mK, self.config.loaded_elems, self.config.k_box_rows),
             make_kv_atom(mV, self.config.loaded_elems, kernel.box_rows),
             pages,
         )
         values = MaskSpec(kernel.mask).values(softmax_scale, softcap, window_left, window_right)
         work = WorkTensors(mTiles, mQueue, mCuSeqlensQ, values, bounds, PartTensors(mPartSlots, mPartArrivals))
-        heads = HeadTensors(mLse, mSinks, mSlopes, mKScale, mVScale, mOutScale)
+        heads = HeadTensors(mLse, mSinks, mSlopes, mQScale, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
             grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,

@@ -10,12 +10,11 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.cta_group import LEADER, CtaGroup
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.common.tile_scheduler import leave_queue
-from fa4_backend.kernels.sm100.config import PART_ELEMS, num_parts
-from fa4_backend.kernels.sm100.cta_group import LEADER, CtaGroup
 from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
@@ -51,7 +50,7 @@ class KvBox(NamedTuple):
     part: Int32  # index along the head dimension
 
 
-def swizzled_box(shape: tuple[int, ...], element_bytes: int = 2) -> cute.ComposedLayout:
+def swizzled_box(shape: tuple[int, ...], element_bytes: int) -> cute.ComposedLayout:
     """Shared-memory layout of a box whose first mode is a row of 128 bytes, of 64 or of 32."""
     strides, stride = [], 1
     for extent in shape:
@@ -61,11 +60,12 @@ def swizzled_box(shape: tuple[int, ...], element_bytes: int = 2) -> cute.Compose
     return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
 
 
-def make_q_atom(mQ: cute.Tensor, q_per_kv: int, tokens_per_tile: int) -> cute.CopyAtom:
+def make_q_atom(mQ: cute.Tensor, elems: int, q_per_kv: int, tokens_per_tile: int) -> cute.CopyAtom:
     """Boxes (part of a head, heads of a KV head, tokens) of q (total_q, num_q_heads, head_dim): their rows are the packed rows."""
     q = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=[2, 1, 0]))
-    shape = (PART_ELEMS, q_per_kv, tokens_per_tile)
-    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, swizzled_box(shape), shape).atom
+    shape = (elems, q_per_kv, tokens_per_tile)
+    box = swizzled_box(shape, mQ.element_type.width // 8)
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), q, box, shape).atom
 
 
 def make_kv_atom(cache: cute.Tensor, elems: int, box_rows: int) -> cute.CopyAtom:
@@ -224,9 +224,9 @@ class LoadWarp:
         if place.lane_idx == 0:
             group.announce(barrier, storage.sizes.q_tx_bytes)
         cute.arch.sync_warp()
-        if place.lane_idx < num_parts(config.head_dim):
+        if place.lane_idx < g.config.num_parts(config.head_dim):
             slot = place.smem_base + storage.q + q_idx * storage.sizes.q + place.lane_idx * storage.sizes.part
-            coords = (place.lane_idx * PART_ELEMS, tile.kv_head_idx * config.q_per_kv, token)
+            coords = (place.lane_idx * g.config.part_elems, tile.kv_head_idx * config.q_per_kv, token)
             group.tma_load(ptx.tma_descriptor(operands.q_atom), slot, barrier, box_coords(operands.q_atom, coords))
 
     @cute.jit

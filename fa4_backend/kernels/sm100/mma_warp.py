@@ -10,8 +10,8 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import umma
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100 import umma
 from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
@@ -80,21 +80,28 @@ class MmaWarp:
                 p_phase ^= 1
             item_phase ^= 1
 
+    @property
+    def products(self) -> umma.Products:
+        """Of the model's dtype, or of FP8 where Q is."""
+        config = self.geometry.config
+        dtype = config.kernel.q_dtype if config.kernel.has_q_scale else config.kernel.dtype
+        return umma.Products(dtype, config.tuning.cta_group, config.kernel.tile.tile_m, config.row_bytes)
+
     def issue_qk(self, place: Place, q_idx: Int32, buffer: Int32, stage: Int32) -> None:
         """S of query tile `q_idx` against the K tile in `stage` to `buffer`, then its commit."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         q_low = umma.descriptor_low(place.smem_base + storage.q + q_idx * storage.sizes.q)
         k_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride)
-        q_steps, k_steps = (umma.k_major_steps(config.head_dim, part) for part in (storage.sizes.part, storage.sizes.k_part))
-        idesc = umma.instruction_descriptor(config.dtype, config.tile.tile_n, b_mn_major=False, ctas=g.group.ctas)
-        umma.mma_ss(g.group.ctas, g.tmem.s_at(place, buffer), q_low, k_low, q_steps, k_steps, idesc)
+        products = self.products
+        q_steps, k_steps = (products.k_major_steps(config.head_dim, part) for part in (storage.sizes.part, storage.sizes.k_part))
+        products.mma_ss(g.tmem.s_at(place, buffer), q_low, k_low, q_steps, k_steps, config.tile.tile_n)
         g.group.commit(g.full(place, "s_mma_to_softmax", buffer))
 
     def issue_pv(self, place: Place, buffer: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
         """First or last part of O += P V for the weights in `buffer` with the V tile in `stage`."""
         g, storage, config = self.geometry, self.geometry.storage, self.geometry.config.kernel
         v_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride, storage.sizes.part)
-        cut = g.config.tuning.p_first_columns // umma.MMA_K
-        k_steps = range(cut, config.tile.tile_n // umma.MMA_K) if is_rest else range(cut)
-        idesc = umma.instruction_descriptor(config.dtype, config.head_dim_v, b_mn_major=True, ctas=g.group.ctas)
-        umma.mma_ts(g.group.ctas, g.tmem.o_at(place, buffer), g.tmem.p_at(place, buffer), v_low, k_steps, idesc, accumulate)
+        products = self.products
+        cut, end = g.config.tuning.p_first_columns // products.k_elems, config.tile.tile_n // products.k_elems
+        k_steps = range(cut, end) if is_rest else range(cut)
+        products.mma_ts(g.tmem.o_at(place, buffer), g.tmem.p_at(place, buffer), v_low, k_steps, config.head_dim_v, accumulate)

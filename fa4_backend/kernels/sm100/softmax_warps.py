@@ -17,7 +17,7 @@ from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32
-from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights
+from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights, Scores
 from fa4_backend.kernels.sm100.storage import FEED_STAGE, STATS_BYTES, o_pitch
 from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkItem, WorkTensors
@@ -129,8 +129,11 @@ class SoftmaxWarps:
         return (values.softcap if self.geometry.config.kernel.mask.has_softcap else values.softmax_scale) * LOG2_E
 
     def values_of(self, work: WorkTensors, heads: HeadTensors, item: WorkItem) -> MaskValues:
-        """The call's values for an item with K in FP8, whose scores are products with K as it is stored."""
-        return work.values._replace(softmax_scale=work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx])
+        """The call's values for an item with K in FP8, whose scores are products with K as it is stored, and of Q as it is given."""
+        scale = work.values.softmax_scale * heads.mKScale[item.tile.kv_head_idx]
+        if const_expr(heads.mQScale is not None):
+            scale = scale * heads.mQScale[item.tile.kv_head_idx]
+        return work.values._replace(softmax_scale=scale)
 
     @cute.jit
     def alibi_of(self, heads: HeadTensors, item: WorkItem, token: Int32, head: Int32, is_valid: Boolean, scale_log2: Float32):
@@ -164,11 +167,17 @@ class SoftmaxWarps:
         n_block: Int32,
         barrier: Int32,  # that was waited for, in phase s_phase
         s_phase: Int32,
-    ) -> list:
-        """The row's 128 scores of a block as chunks of 32, capped, biased and masked (-inf)."""
+    ) -> Scores:
+        """The row's 128 scores of a block, capped, biased and masked (-inf)."""
         config = self.geometry.config.kernel
         tile_n = config.tile.tile_n
-        s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
+        loads_maximum = self.geometry.config.tuning.loads_maximum and not (config.mask.has_softcap or config.mask.has_alibi)
+        if loads_maximum:
+            loads = [ptx.tmem_load_max(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
+            s = ptx.tmem_wait_load([chunk for chunk, _ in loads])
+            largest = ptx.max_of([ptx.from_elements([Float32(part).ir_value() for _, part in loads])], -Float32.inf)
+        else:
+            s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
         if config.mask.has_softcap:
             s = [soft_cap(v, values.softmax_scale * (2 * LOG2_E) / values.softcap) for v in s]
         first_col = n_block * tile_n
@@ -190,13 +199,21 @@ class SoftmaxWarps:
 
         # Only blocks that some row does not see whole take the branch.
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
-        return ptx.when_scalars(needs_mask, s, masked)
+        if not loads_maximum:
+            return Scores(ptx.when_scalars(needs_mask, s, masked), None)
+
+        def masked_with_largest(chunks: list) -> list:
+            out = masked(chunks[:-1])
+            return [*out, ptx.broadcast(ptx.max_of(out, -Float32.inf), 1)]
+
+        *s, joined = ptx.when_scalars(needs_mask, [*s, ptx.broadcast(largest, 1)], masked_with_largest)
+        return Scores(s, Float32(ptx.element(joined, 0)))
 
     def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
         g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
-            ptx.tmem_store(p_tmem + chunk * CHUNK // 2, v)
+            ptx.tmem_store(p_tmem + chunk * g.tmem.p_columns(CHUNK), v)
         ptx.tmem_wait_store()
         ptx.tcgen05_fence_before_sync()
         g.group.warp_arrive(g.full_at_leader(place, edge, buffer), place.lane_idx)

@@ -3,7 +3,8 @@
 An operand tile consists of parts of 64 elements of the head dimension; a part is 128 rows of 128 bytes, swizzled in 16-byte units by the
 row's low three bits (TMA's and tcgen05's 128-byte swizzle, PTX ISA "Shared memory matrix layout"). A head_dim of 96 fills its second part
 to one half; TMA fills the rest with zeros, and no MMA reads it. K and V in FP8 are staged in parts of 64 elements, or of 32 where 64 do not
-divide the head, in TMA's swizzle of that many bytes.
+divide the head, in TMA's swizzle of that many bytes. Where Q is FP8 too, products read e4m3: parts have rows of 128, 64 or 32 bytes, the
+most that divides both head dimensions, in the swizzle of that many bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
 from fa4_backend.kernels.schedule.work_list import TILE_INTS
-from fa4_backend.kernels.sm100.config import Sm100Config, num_parts
+from fa4_backend.kernels.sm100.config import Sm100Config
 
-ROW_BYTES = 128
 ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
 STATS_BYTES = 8  # two float32 a row
 # Padding of a row of O: rows then start four banks apart, so that eight threads with a row each store 16 bytes without conflict.
@@ -53,9 +53,9 @@ class TileBytes:
     def of(resolved: Sm100Config) -> TileBytes:
         """Sizes for a config; K and V tiles are fetched whole, Q tiles without their idle rows."""
         config = resolved.kernel
-        part, k_part = config.tile.tile_n * ROW_BYTES, resolved.k_rows * ROW_BYTES
+        part, k_part = config.tile.tile_n * resolved.row_bytes, resolved.k_rows * resolved.row_bytes
         assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
-        qk_parts, v_parts = num_parts(config.head_dim), resolved.v_parts
+        qk_parts, v_parts = resolved.num_parts(config.head_dim), resolved.v_parts
         rows = config.tokens_per_tile * config.q_per_kv
         kv_row = resolved.loaded_elems * config.kv_element_bytes
         k_loaded_part, v_loaded_part = resolved.k_rows * kv_row, config.tile.tile_n * kv_row
@@ -66,7 +66,7 @@ class TileBytes:
             k=qk_parts * k_part,
             v=v_parts * part,
             o=config.tile.tile_m * o_pitch(resolved),
-            q_tx_bytes=qk_parts * rows * ROW_BYTES,
+            q_tx_bytes=qk_parts * rows * resolved.row_bytes,
             k_tx_bytes=resolved.loaded_parts(config.head_dim) * k_loaded_part,
             v_tx_bytes=resolved.loaded_parts(config.head_dim_v) // resolved.tuning.cta_group * v_loaded_part,
             kv_row=kv_row,

@@ -1,6 +1,6 @@
 """Tensor memory of a CTA: 128 lanes (query rows of a tile) x 512 columns of 32 bits.
 
-| S 0 | S 1 | O 0 | O 1 |        P i lies over the second half of S i, two 16-bit columns to a cell
+| S 0 | S 1 | O 0 | O 1 |        P i lies over the second half of S i, two weights of 16 bits or four of e4m3 to a cell
 | S 0 | S 1 | O         |        one query tile a CTA: blocks take the buffers of S in turns
 """
 
@@ -28,15 +28,21 @@ class TmemLayout:
     s_stride: int
     o_stride: int
     end: int  # columns in use
+    p_bytes: int  # of an element of P
 
     @staticmethod
     def of(config: Sm100Config) -> TmemLayout:
         """Columns for a config; two buffers of S and O of all query tiles must fit."""
         tile_n, head_dim_v, q_tiles = config.kernel.tile.tile_n, config.kernel.head_dim_v, config.q_tiles
         o, o_stride = S_STAGE * tile_n, head_dim_v * (q_tiles - 1)
-        layout = TmemLayout(s=0, p=tile_n // 2, o=o, s_stride=tile_n, o_stride=o_stride, end=o + q_tiles * head_dim_v)
+        end, p_bytes = o + q_tiles * head_dim_v, config.kernel.element_bytes
+        layout = TmemLayout(s=0, p=tile_n // 2, o=o, s_stride=tile_n, o_stride=o_stride, end=end, p_bytes=p_bytes)
         assert layout.end <= ARCHS[config.arch].tmem_columns, f"{layout.end=}"
         return layout
+
+    def p_columns(self, weights: int) -> int:
+        """Columns that so many weights of a row take."""
+        return weights * self.p_bytes // 4
 
     def s_at(self, place, buffer):
         """TMEM address of buffer `buffer` (runtime) of S."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import TileShape
+from fa4_backend.problem import AttentionProblem
 
 REGISTER_STEP = 8  # setmaxnreg takes multiples of 8 (PTX ISA, "setmaxnreg")
 REGISTER_FILE = 65536
+# Weights in e4m3, whose numbers end at 448 and below 2^-9: a row's reference is put E4M3_LIFT below its largest score, in log2 units, and
+# moves when that grew by more than E4M3_THRESHOLD. So the largest weight is 2^7 to 2^8.75 = 430.5, exactly 2^7 where the reference has
+# just moved; weights of 2^-13 of it have all 4 bits, and those below 2^-17 are lost. A larger lift keeps more of a long tail and asks for
+# a second pass more often: on random logits of standard deviation 1, of 32 rows one grows by more than 0.75 in 45 % of the blocks 8 to 24,
+# by more than 1.75 in 5 %, by more than 2.75 in less than 1 %.
+E4M3_LIFT, E4M3_THRESHOLD = 7.0, 1.75
 
 # (head_dim, head_dim_v) -> tile. TMEM holds two tiles of S and O, or two of S and one of O at 256: 128 x 128 is the largest tile.
 TILES: dict[tuple[int, int], TileShape] = {
@@ -27,6 +34,8 @@ CTA_GROUP: dict[tuple[int, int], int] = {(192, 128): 2, (256, 256): 2}
 # The same with K and V in FP8, whose conversion takes the shared-memory port as well: for 128 one CTA needs 2560 cycles of it, a pair's CTA
 # 1536, beside 2048 of the tensor core (docs/sm100.md). 192 and 128 does not fit one CTA's shared memory.
 FP8_CTA_GROUP: dict[tuple[int, int], int] = {(128, 128): 2, (192, 128): 2, (256, 256): 2}
+# The same with Q in FP8 too: shared memory holds two of every tile but those of 256, and exponents take longer than the tensor core.
+FP8_PRODUCTS_CTA_GROUP: dict[tuple[int, int], int] = {(256, 256): 2}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Sm100Tuning:
     # costs one more packed FMA for each polynomial pair (docs/numerics.md).
     polynomial_degree: int = 4
     cta_group: int = 1  # CTAs that share a product; `CTA_GROUP` says where 2
+    lift: float = 0.0  # log2 units that a row's reference is put below its largest score
+    loads_maximum: bool = False  # tcgen05.ld.red, which sm_103a has: a block's maximum comes with its scores where nothing changes them
     p_first_columns: int = 96  # columns of P after which PV may start; the rest follows under it
     # setmaxnreg budgets: a softmax thread holds a row of 128 scores, a correction thread 16 columns of O, an epilogue thread two 16-byte
     # pieces with their addresses. Nothing spills in any key (docs/sm100.md); with 64 and 48 an epilogue of four pieces did.
@@ -68,3 +79,23 @@ ROWS: dict[str, Sm100Tuning] = {
     "sm_100a": Sm100Tuning(polynomial_every=8),
     "sm_103a": Sm100Tuning(polynomial_every=0),
 }
+FP8_PRODUCTS_ROWS: dict[str, Sm100Tuning] = {
+    "sm_100a": Sm100Tuning(polynomial_every=4, lift=E4M3_LIFT),
+    "sm_103a": Sm100Tuning(polynomial_every=0, lift=E4M3_LIFT, loads_maximum=True),
+}
+
+
+def tile_of(problem: AttentionProblem) -> TileShape:
+    """The tile of a problem's kernel."""
+    tile = TILES[problem.head_dim, problem.head_dim_v]
+    return replace(tile, rescale_threshold=E4M3_THRESHOLD) if problem.has_q_scale else tile
+
+
+def tuning_of(problem: AttentionProblem) -> Sm100Tuning:
+    """The tuned numbers of a problem's kernel."""
+    rows, groups = ROWS, CTA_GROUP
+    if problem.has_q_scale:
+        rows, groups = FP8_PRODUCTS_ROWS, FP8_PRODUCTS_CTA_GROUP
+    elif problem.has_kv_scales:
+        groups = FP8_CTA_GROUP
+    return replace(rows[problem.target_arch], cta_group=groups.get((problem.head_dim, problem.head_dim_v), 1))

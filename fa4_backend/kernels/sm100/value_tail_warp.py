@@ -14,7 +14,7 @@ from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, ROW_BYTES
+from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 STORE_BYTES = 16
@@ -62,17 +62,18 @@ class ValueTailWarp:
     def clean(self, place: Place, work: WorkTensors, item: WorkItem, i: Int32 | int, stage: Int32, tail_phase: Int32):
         """The item's V tile `i` in buffer `stage` of the ring: wait for it, zero what no row sees, hand it to the mma warp."""
         g, storage, tile_n = self.geometry, self.geometry.storage, self.geometry.config.kernel.tile.tile_n
-        box_bytes = g.config.kernel.box_rows * ROW_BYTES
+        row_bytes = g.config.row_bytes
+        box_bytes = g.config.kernel.box_rows * row_bytes
         ptx.mbarrier_wait(g.full(place, "v_tail_load_to_value_tail"), tail_phase)
         base = place.smem_base + storage.kv + stage * storage.kv_stride
         first_column = (item.blocks.end - 1 - i) * tile_n
         # From the sequence's end to the end of its box; rows behind that box are zeros already.
-        tail = (item.tile.seqlen.seqlen_k - first_column) * ROW_BYTES
+        tail = (item.tile.seqlen.seqlen_k - first_column) * row_bytes
         tail_end = (tail + box_bytes - 1) // box_bytes * box_bytes
         if const_expr(g.has_window_left):
             # The tile may lie before the sequence's end; and from the box that the window begins in to its first key.
-            tail_end = cutlass.min(tail_end, tile_n * ROW_BYTES)
-            head_end = cutlass.max(g.first_key(work, item) - first_column, 0) * ROW_BYTES
+            tail_end = cutlass.min(tail_end, tile_n * row_bytes)
+            head_end = cutlass.max(g.first_key(work, item) - first_column, 0) * row_bytes
             self.zero_bytes(place, base, head_end // box_bytes * box_bytes, head_end)
         self.zero_bytes(place, base, tail, tail_end)
         ptx.fence_proxy_async_shared()

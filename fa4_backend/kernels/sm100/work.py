@@ -14,6 +14,7 @@ from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
+from fa4_backend.kernels.common.cta_group import CtaGroup
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.ring import RingPosition
@@ -33,7 +34,6 @@ from fa4_backend.kernels.schedule.work_list import (
     TILE_KV_LEN,
 )
 from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.kernels.sm100.cta_group import CtaGroup
 from fa4_backend.kernels.sm100.storage import FEED_BYTES, Storage
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 
@@ -58,6 +58,7 @@ class HeadTensors(NamedTuple):
     mLse: cute.Tensor | None  # (num_q_heads, total_q) float32, natural log
     mSinks: cute.Tensor | None  # (num_q_heads,)
     mSlopes: cute.Tensor | None  # (num_q_heads,) float32
+    mQScale: cute.Tensor | None  # (num_kv_heads,) float32
     mKScale: cute.Tensor | None  # (num_kv_heads,) float32
     mVScale: cute.Tensor | None  # (num_kv_heads,) float32
     mOutScale: cute.Tensor | None  # (1,) float32

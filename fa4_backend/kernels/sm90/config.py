@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8
+from fa4_backend.kernels.sm90.tuning import SHARE_PARTS, TILES, TILES_FP8
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import AttentionProblem
 
@@ -71,4 +71,7 @@ def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
     Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
     tile = (TILES_FP8 if problem.has_kv_scales else TILES)[problem.head_dim, problem.head_dim_v]
-    return Sm90Config(prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant))
+    config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant)
+    # Where K and V are FP8 a row's reference depends on the scale of its Q, which only who works on the row has at hand.
+    share_parts = SHARE_PARTS if config.has_parts and not problem.has_kv_scales else 0
+    return Sm90Config(replace(config, share_parts=share_parts))

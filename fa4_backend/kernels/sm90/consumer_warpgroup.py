@@ -28,12 +28,14 @@ from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
+from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
+from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
@@ -92,6 +94,7 @@ class ConsumerWarpgroup:
     pack: PackGqa
     output: OutputStore
     parts: TileParts
+    shares: PartShares
 
     @cute.jit
     def run(
@@ -171,7 +174,8 @@ class ConsumerWarpgroup:
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
                 if const_expr(c.has_parts):
-                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
+                    is_last = next_tile.is_tile == 0
+                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread)
                 else:
                     self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.releases_q_late):
@@ -184,6 +188,10 @@ class ConsumerWarpgroup:
                 position, q, tile = advance(after, stages), q_next, next_tile
                 if const_expr(not c.has_kv_scales):
                     self._clear_tail(tiles, barriers, position, tile, thread)
+            if const_expr(c.share_parts > 0):
+                scales = self._score_scales(tile)
+                work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
+                self._share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -465,6 +473,7 @@ class ConsumerWarpgroup:
         outputs: Outputs,
         work: WorkTile,
         q: RingPosition,
+        is_last: Boolean,  # the CTA has no tile left
         group: Int32,
         thread: Int32,
     ):
@@ -476,14 +485,14 @@ class ConsumerWarpgroup:
             thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
             is_whole = Int32(1)
             if part.slot >= 0:
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, thread)
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, thread)
             if is_whole == 1:
                 self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
         else:
             if part.slot >= 0:
                 # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
                 part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, group, part_thread)
+                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, part_thread)
                 if is_whole == 1:
                     self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
             else:
@@ -500,16 +509,54 @@ class ConsumerWarpgroup:
         outputs: Outputs,
         work: WorkTile,
         work_slot: Int32,
+        is_last: Boolean,
         group: Int32,
         thread: Int32,
     ) -> Int32:
-        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile."""
+        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile. The last tile's part is left to
+        `_share_last` where all add up."""
         is_whole = Int32(0)
         if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            flag = tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
             barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
-            is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+            is_left = Boolean(False)
+            if const_expr(self.config.share_parts > 0):
+                is_left = is_last & (part.num_parts >= self.config.share_parts)
+            if is_left:
+                self.parts.lay_down(outputs.parts, part.slot, products.rO, stats, group, lane)
+            else:
+                flag = self._flag(tiles, work_slot, group)
+                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
         return is_whole
+
+    @cute.jit
+    def _share_last(
+        self,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        scale: ScoreScale | None,  # of raw scores
+        work_slot: Int32,  # of the CTA's last tile
+        group: Int32,
+        thread: Int32,
+    ):
+        """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
+        share."""
+        n = [tiles.sWork[i, work_slot] for i in range(10)]
+        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
+        if part.slot >= 0 and part.num_parts >= self.config.share_parts:
+            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
+                barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+                flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
+                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                if share != NOTHING:
+                    factor = None
+                    if const_expr(self.storage.has_factors):
+                        factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
+                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
+                self.parts.leave(outputs.parts, part, group, stayers)
+
+    def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
+        """An int32 of shared memory that is this warpgroup's."""
+        return tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
 
     @cute.jit
     def _finish(

@@ -26,7 +26,7 @@ from cutlass._mlir import ir
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16, float16_to_bfloat16, scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm90.staging import Note, Query, Staged, converts_query, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Query, Staged, converts_query, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
@@ -62,11 +62,12 @@ class ConvertWarps:
         origin = RingPosition(Int32(0), Int32(0))
         staged, position, q = origin, origin, origin
         kind = Int32(int(Staged.NOTHING))
+        notes = shared.sNotes.iterator.toint()
         while kind != int(Staged.END):
             cute.arch.mbarrier_wait(barriers.fp8_full + staged.slot, staged.phase)
-            kind = shared.sNotes[int(Note.KIND), staged.slot]
+            note = [Int32(word) for word in ptx.elements(ptx.load_shared_v4(notes + staged.slot * (4 * STAGE_INTS)))]
+            kind, first, end, query = (note[int(field)] for field in (Note.KIND, Note.FIRST_ROW, Note.END_ROW, Note.QUERY))
             if const_expr(converts_query(c)):
-                query = shared.sNotes[int(Note.QUERY), staged.slot]
                 if query != int(Query.NOTHING):
                     cute.arch.mbarrier_wait(barriers.bf16q_full + q.slot, q.phase)
                     if query == int(Query.CONVERT):
@@ -84,7 +85,6 @@ class ConvertWarps:
                 if kind == int(Staged.KEYS):
                     self._convert(source, target, warp, c.head_dim, "float16" if converts_query(c) else c.dtype, None, None)
                 if kind == int(Staged.VALUES):
-                    first, end = shared.sNotes[int(Note.FIRST_ROW), staged.slot], shared.sNotes[int(Note.END_ROW), staged.slot]
                     if (first > 0) | (end < c.tile.tile_n):
                         self._convert(source, target, warp, c.head_dim_v, "float16", first, end)
                     else:

@@ -31,6 +31,7 @@ from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
 from fa4_backend.kernels.sm90.convert_warps import ConvertWarps, SharedBuffers
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
+from fa4_backend.kernels.sm90.part_shares import PartShares
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
@@ -66,6 +67,7 @@ class PrefillKernel:
         mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
         mOutScale: cute.Tensor | None,  # (1,) float32
+        mQScale: None,  # q has the dtype of the model
         softmax_scale: Float32,
         softcap: Float32,
         window_left: Int32,
@@ -165,7 +167,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
-            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c))
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c), PartShares(c, pack))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv | RaggedKv, PagedKv | RaggedKv]:

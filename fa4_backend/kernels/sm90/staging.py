@@ -24,7 +24,7 @@ class Note(IntEnum):
     QUERY = 3  # a `Query`
 
 
-STAGE_INTS = 4
+STAGE_INTS = 4  # one vector of 16 bytes
 
 
 class Query(IntEnum):

@@ -139,7 +139,7 @@ class Storage:
         class StagedStorage:
             barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
             work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
-            notes: cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS]
+            notes: cute.struct.Align[cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS], 16]  # read as vectors
             row_scales: cute.struct.MemRange[cutlass.Float32, WORK_STAGE * c.tile.tile_m if converts_query(c) else 1]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
             kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], 1024]

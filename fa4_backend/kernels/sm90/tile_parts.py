@@ -1,10 +1,14 @@
-"""Parts of a tile that was cut along KV: a warpgroup lays down its sums, and the one that comes last adds up all parts.
+"""Parts of a tile that was cut along KV: a warpgroup lays down its sums, and parts are added up by the one that comes last or by all.
 
-A warpgroup's 64 rows are its own business: it has its own place in each slot and its own arrival counter, and meets nobody of its CTA.
+A warpgroup's 64 rows are its own business: it has its own place in each slot and its own arrival counters, and meets nobody of its CTA.
 
-    slot:    [warpgroup][vector][thread] of 16 bytes: O in the order of the accumulator's registers, then (row_max, row_sum) of the
-             thread's two rows. Whoever reads has the fragment of whoever wrote, so no layout is involved, and accesses are coalesced.
-    counter: part_arrivals[first_slot of the tile, warpgroup]
+    slot:     [warpgroup][vector][thread] of 16 bytes: O in the order of the accumulator's registers, then (row_max, row_sum) of the
+              thread's two rows. Whoever reads has the fragment of whoever wrote, so no layout is involved, and accesses are coalesced.
+    counters: part_arrivals[first_slot of the tile, warpgroup], and the same of the second slot (`common/part_arrivals.py`)
+
+Where parts are many, a CTA that has no tile left waits for the others', and each adds up a share (`part_shares.py`). One that goes on with
+another tile arrives and does not wait; then, and where parts are few, the warpgroup that comes last adds them up in registers, where its
+own tile's sums were. Both make the same bits.
 
 All parts are read from memory in part order, the own one too: the result does not depend on who came last. A part's `row_max` may have
 been made with either scale of `fragment.ScoreScale`, as the maxima of one tile's blocks may be; it grows with the score in either, and
@@ -18,9 +22,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common.part_arrivals import NOTHING, arrive, leave
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
-from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat, quad_sum
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
@@ -46,34 +51,50 @@ class TileParts:
         barrier: Int32,  # named barrier of the warpgroup
         flag: cute.Pointer,  # int32 of shared memory that is this warpgroup's
     ) -> Int32:
-        """Lay down a part; 1 in the warpgroup that arrives last, whose `rO` and `stats` then are those of the whole tile.
+        """Lay down a part and do not wait; 1 in the warpgroup that adds them up, whose `rO` and `stats` then are those of the whole tile.
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
-        self._lay_down(tensors, part.slot, rO, stats, group, lane)
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        sFlag = cute.make_tensor(flag, cute.make_layout(1))
-        if lane == 0:
-            counter = tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
-            arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-            is_last = Int32(0)
-            if arrived + 1 == part.num_parts:
-                is_last = Int32(1)
-                tensors.mArrivals[part.first_slot, group] = Int32(0)  # for the next launch
-            sFlag[0] = is_last
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        is_last = sFlag[0]
-        if is_last == 1:
+        self.lay_down(tensors, part.slot, rO, stats, group, lane)
+        share, _ = self.arrive(tensors, part, Int32(0), group, lane, barrier, flag)
+        is_whole = Int32(0)
+        if share != NOTHING:
+            is_whole = Int32(1)
             self._add_up(tensors, part, rO, stats, group, lane)
-        return is_last
+        return is_whole
 
     @cute.jit
-    def _lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
-        """This thread's vectors to a slot."""
+    def arrive(
+        self, tensors: PartTensors, part: TilePart, looks: Int32, group: Int32, lane: Int32, barrier: Int32, flag: cute.Pointer
+    ) -> tuple[Int32, Int32]:
+        """Arrive with a part that was laid down: what this warpgroup adds up of the tile, and what the thread tells `leave`."""
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
+        sFlag = cute.make_tensor(flag, cute.make_layout(1))
+        stayers = Int32(0)
+        if lane == 0:
+            share, stayers = arrive(self._counter(tensors, part, group), Int32(1), part.num_parts, looks)
+            sFlag[0] = share
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
+        return sFlag[0], stayers
+
+    def leave(self, tensors: PartTensors, part: TilePart, group: Int32, stayers: Int32) -> None:
+        """This warpgroup is done with the tile's counters. stayers: what the thread had from `arrive`."""
+        counter = self._counter(tensors, part, group)
+        leave(counter, counter + PART_COUNTERS, Int32(1), stayers)
+
+    def _counter(self, tensors: PartTensors, part: TilePart, group: Int32) -> cute.Pointer:
+        return tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
+
+    @cute.jit
+    def lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+        """This thread's vectors to a slot. Where shares are added up a row's first lane holds the sum of all four."""
         o, target = flat(rO), self._vectors(tensors, slot, group, lane)
         for v in cutlass.range_constexpr(self.o_vectors):
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
-        _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], stats.row_sum[0], stats.row_sum[1]])
+        sums = [stats.row_sum[i] for i in range(2)]
+        if const_expr(self.config.share_parts > 0):
+            sums = [cutlass.select_(lane % 4 == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
+        _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 
     @cute.jit
     def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):

@@ -50,3 +50,6 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
 #   three warps convert: d256 8 x 4K 0.68 and 0.61, d64 8 x 4K 0.85 and 0.90
 # d96 and (192, 128) were timed without it only.
 FLOAT16_QUERY_DIMS = (128, 256)
+
+# Parts of a tile from which on all CTAs that made them add them up.
+SHARE_PARTS = 4

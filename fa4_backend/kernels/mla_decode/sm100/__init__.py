@@ -1,0 +1,1 @@
+"""Latent decode on Blackwell (sm_100a, sm_103a); see docs/mla.md."""

@@ -1,0 +1,59 @@
+"""What is compiled into the latent decode kernel of Blackwell, and how it follows from the problem. Imports no compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa4_backend.kernels.common.prefill_config import box_rows_of
+from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PARTS, MlaDecodeConfig
+from fa4_backend.problem import AttentionProblem, BatchLimits
+
+PAIR = 2  # CTAs that share products, 64 packed rows each
+BLOCK_KEYS = 128  # keys of a block: N of a product for S, half of them from each CTA
+CTA_KEYS = BLOCK_KEYS // PAIR
+K_PARTS = 3  # parts of a stage of K: 64 keys x 64 elements each
+K_STAGE = PARTS // K_PARTS  # one block of K
+O_COLUMNS = 256  # of O that a product makes: N, half of them from each CTA
+V_PARTS = O_COLUMNS // PAIR // PART_DIM  # parts of a stage of V: 128 keys x 64 columns each
+V_STAGE = LATENT_PARTS // PAIR // V_PARTS  # one block of V
+S_STAGE = 2  # buffers of S in tensor memory
+
+
+@dataclass(frozen=True)
+class MlaSm100Config(MlaDecodeConfig):
+    """Compile key; `max_cluster` and `prefetch_blocks` are Hopper's."""
+
+    @property
+    def builder(self) -> str:
+        """Where the kernel is: see `fa4_backend.compile`."""
+        return "fa4_backend.kernels.mla_decode.sm100.kernel:build"
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a block."""
+        return BLOCK_KEYS
+
+    @property
+    def cluster_size(self) -> int:
+        """A pair of CTAs, with a tile each: the second one may have no rows."""
+        return PAIR
+
+    @property
+    def num_groups(self) -> int:
+        """Row groups of a sequence: pairs that its tiles take."""
+        return -(-self.num_tiles // PAIR)
+
+
+def resolve(problem: AttentionProblem, limits: BatchLimits) -> MlaSm100Config:
+    """The compile key of a latent problem."""
+    return MlaSm100Config(
+        arch=problem.target_arch,
+        dtype=problem.dtype,
+        kv_dtype=problem.kv_dtype,
+        num_heads=problem.num_q_heads,
+        query_len=limits.decode_query_len,
+        box_rows=box_rows_of(problem.page_size, CTA_KEYS),
+        mask=problem.mask,
+        has_lse=problem.has_lse,
+        has_pieces=problem.batch_invariant,
+    )

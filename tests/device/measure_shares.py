@@ -1,0 +1,153 @@
+"""Who adds up parts, and into how many parts rows are cut: variants of our kernels beside FA3 on the cells that depend on it.
+
+    python -m tests.device.measure_shares --json FILE [--seconds 60] [--keys]
+
+Variants are fields of the lists' shape. Every variant is checked against float32 before it is timed; kernels take
+turns, L2 is clean before each call, every call is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa4_backend.bench.batch import BatchShape, BatchTensors
+from fa4_backend.bench.decode_batches import ragged_batches, uniform
+from fa4_backend.bench.ours import Ours, asked
+from fa4_backend.bench.peers import FA3, Call, prepare, ready
+from fa4_backend.bench.shape_cells import kinds
+from fa4_backend.bench.timing import Flush, capture, cold_in_turns
+from fa4_backend.compile_cache import ensure_object
+from fa4_backend.device import plan_on
+from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.plan import AttentionPlan, plan_attention
+
+ARCH = "sm_90a"
+NO_LIMIT = 1 << 16
+OLD = "as if one added"
+# name -> fields of the shape of the lists; of the key too with --keys
+DECODE: dict[str, dict[str, int]] = {
+    OLD: {"decode_part_blocks": 0, "decode_parts_ratio": 0},
+    "ratio 8": {"decode_part_blocks": 2, "decode_parts_ratio": 8},
+    "ratio 16": {"decode_part_blocks": 2, "decode_parts_ratio": 16},
+    "ratio 16, always": {"decode_part_blocks": 2, "decode_parts_ratio": 16, "decode_share_vectors": 0},
+    "2 tiles": {"decode_part_blocks": 2, "decode_parts_ratio": 0},
+    "1 tile": {"decode_part_blocks": 1, "decode_parts_ratio": 0},
+}
+PREFILL: dict[str, dict[str, int]] = {
+    OLD: {"most_part_quarters": NO_LIMIT},
+    "4 quarters": {"most_part_quarters": 4},
+    "10 quarters": {"most_part_quarters": 10},
+    "10 quarters, 128 keys": {"most_part_quarters": 10, "min_part_blocks": 1},
+}
+ONE_ADDS = "one adds"
+ONE_ADDS_DECODE, ONE_ADDS_PREFILL = {"share_vectors": 1 << 20}, {"share_parts": 0}
+
+
+def cells() -> Iterator[BatchShape]:
+    """What depends on it, shortest first."""
+    for heads, kv_heads in ((32, 8), (16, 2)):
+        for rows, kv in ((1, 1024), (1, 4096), (8, 1024), (8, 4096)):
+            yield replace(uniform(rows, kv), num_q_heads=heads, num_kv_heads=kv_heads)
+    for name in ("long-row", "one-kv-head"):
+        yield from kinds()[name].batches
+    yield from (batch for batch in kinds()["prefix"].batches if batch.max_query_len < 512)
+    yield from ragged_batches()[2:4]
+    yield from kinds()["drafts"].batches[:5]
+
+
+def variants(plan: AttentionPlan, batch: BatchShape, *, with_keys: bool) -> dict[str, AttentionPlan]:
+    """The plan's variants of the family that serves the batch's rows."""
+    kernels = plan.kernels
+    assert kernels is not None and kernels.prefill is not None
+    is_decode = kernels.decode is not None and batch.max_query_len <= kernels.work.decode_query_len
+    found = {
+        name: replace(plan, kernels=replace(kernels, work=replace(kernels.work, **work)))
+        for name, work in (DECODE if is_decode else PREFILL).items()
+    }
+    if with_keys:
+        old = found[OLD].kernels
+        assert old is not None
+        if is_decode:
+            old = replace(old, decode=replace(old.decode, **ONE_ADDS_DECODE))  # type: ignore[type-var]
+        else:
+            old = replace(old, prefill=replace(old.prefill, kernel=replace(kernels.prefill.kernel, **ONE_ADDS_PREFILL)))  # type: ignore[type-var]
+        found[ONE_ADDS] = replace(plan, kernels=old)
+    return found
+
+
+def compile_all(arch: str, *, with_keys: bool) -> None:
+    """Every kernel of every variant, in several processes."""
+    keys: dict[Any, None] = {}
+    for batch in cells():
+        for plan in variants(plan_attention(*asked(batch, arch)), batch, with_keys=with_keys).values():
+            assert plan.kernels is not None
+            keys |= dict.fromkeys(plan.kernels.keys)
+    print(f"{len(keys)} kernels", flush=True)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, keys))
+
+
+def measure(batch: BatchShape, rounds: int, *, with_keys: bool) -> dict[str, float]:
+    """Microseconds of every variant and of FA3."""
+    tensors = BatchTensors.make(batch)
+    problem, limits = asked(batch, ARCH)
+    replays: dict[str, Call] = {}
+    kept: list[Call] = []
+    for name, plan in variants(plan_on(problem, limits, tensors.q.device), batch, with_keys=with_keys).items():
+        call = Ours.of_plan(plan, batch, tensors).call
+        for _ in range(2):  # the second finds counters as the first left them
+            tensors.out.fill_(float("nan"))
+            call()
+            tensors.worst_error(batch, name, must_hold=True)
+        kept.append(call)
+        replays[name] = capture(call)
+    peer = ready(FA3, batch.label, partial(prepare, FA3, batch, tensors))
+    if peer is not None:
+        kept.append(peer)
+        replays[FA3] = capture(peer)
+    return cold_in_turns(replays, rounds, Flush.READ)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--keys", action="store_true", help="beside kernels in which the one that comes last adds up all, which are compiled for it"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile for sm_90a and stop; needs no GPU")
+    parser.add_argument("--seconds", type=float, default=90.0, help="after which no cell is begun; compilation included")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    compile_all(ARCH, with_keys=arguments.keys)
+    if arguments.compile:
+        return
+    print(f"compiled after {time.monotonic() - begin:.0f} s", flush=True)
+    torch.manual_seed(0)
+    found: dict[str, dict[str, float]] = {}
+    for batch in cells():
+        if time.monotonic() - begin > arguments.seconds:
+            print(f"time is over before {batch.title}", file=sys.stderr)
+            break
+        us = found[batch.title] = measure(batch, arguments.rounds, with_keys=arguments.keys)
+        print(f"{batch.title} | " + ", ".join(f"{name} {value:.1f}" for name, value in us.items()), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"stamp": gpu_stamp(None), "us": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
