@@ -146,14 +146,18 @@ class Grid:
     # -- running, in turns with other grids of the stream ---------------------------------------------------------------------
 
     def begin(self, side_by_side: bool) -> None:
-        """Be ready to run. `side_by_side`: beside other grids, so that all CTAs for which there is room start at once."""
+        """Be ready to run. `side_by_side`: beside other grids, so that all CTAs for which there is room start at once.
+
+        So do CTAs that share a queue or counters: one after the other, the first would take all of it.
+        """
         for name in self.program.kernel.variables.values():
             if name.space in ("global", "const"):
                 self.global_symbol(name)
         self.order = self.session.global_races.start_launch(self.programmatic)
         self.memory.register("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True)
         self.waiting = deque(self.session.in_order(self))
-        if side_by_side and (self.program.launches_dependents or self.predecessor is not None):
+        program = self.program
+        if side_by_side and (program.launches_dependents or program.has_global_atomics or self.predecessor is not None):
             while self.waiting and len(self.active) < self.session.max_resident:
                 self.active.append(Cluster(self, *self.waiting.popleft()))
 

@@ -147,6 +147,11 @@ class Program:
         return any(i.opcode == "griddepcontrol.launch_dependents" for i in self.kernel.instructions)
 
     @functools.cached_property
+    def has_global_atomics(self) -> bool:
+        """Whether CTAs may tell each other something while they run, such as who takes which entry of a queue."""
+        return any(i.opcode.startswith("atom.global") for i in self.kernel.instructions)
+
+    @functools.cached_property
     def register_readers(self) -> dict[int, list[int]]:
         """Instructions that read each register (by its index)."""
         readers: dict[int, list[int]] = {}

@@ -116,7 +116,10 @@ def visible_blocks(step: Step, entry: np.ndarray, tokens: int, tile_n: int) -> i
 
 
 def record_tiles(step: Step, tiles: int, blocks: int) -> Recording:
-    """What the prefill kernel does for some tiles of one KV head, one after the other, with as many KV blocks each."""
+    """What the prefill kernel does for some tiles of one KV head, one after the other, with as many KV blocks each.
+
+    Each is a sequence: of two tiles of one, the earlier would see fewer keys.
+    """
     import torch
 
     group = step.num_q_heads // step.num_kv_heads
@@ -124,15 +127,17 @@ def record_tiles(step: Step, tiles: int, blocks: int) -> Recording:
     probe = plan_attention(problem, BatchLimits(1, 4096, 4096), num_sms=2)
     assert probe.kernels is not None
     key = probe.kernels.prefill
-    query_len, kv_len = tiles * key.tokens_per_item, blocks * key.kernel.tile.tile_n
+    query_len, kv_len = key.tokens_per_item, blocks * key.kernel.tile.tile_n
     num_sms = getattr(key, "ctas_per_item", 1)
-    plan = plan_attention(problem, BatchLimits(1, query_len, kv_len), num_sms=num_sms)
+    plan = plan_attention(problem, BatchLimits(tiles, tiles * query_len, kv_len), num_sms=num_sms)
     launches = Launches()
     with observed(None, launches):
         metadata = AttentionMetadata.allocate(plan, "cpu")
-        begins, lengths = torch.tensor([0, query_len], dtype=torch.int32), torch.tensor([kv_len], dtype=torch.int32)
+        begins = torch.arange(tiles + 1, dtype=torch.int32) * query_len
+        lengths = torch.full((tiles,), kv_len, dtype=torch.int32)
         metadata.refresh(cu_seqlens_q=begins, seqused_k=lengths, max_seqlen_q=query_len, max_seqlen_k=kv_len)
-        q, k, v, table = _tensors(step, group, query_len, kv_len)
+        q, k, v, table = _tensors(step, group, tiles * query_len, kv_len)
+        table = table.expand(tiles, -1).contiguous()
         scale = torch.ones(1) if problem.has_kv_scales else None
         paged_attention(q, k, v, table, begins, lengths, plan=plan, metadata=metadata, k_scale=scale, v_scale=scale)
     return launches.recordings[-1]
