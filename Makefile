@@ -36,9 +36,10 @@ test: lint types test-host test-engines test-sglang
 test-host: setup
 	$(PY) -m pytest -q -m "not slow and not gpu" -n $(shell nproc) --dist worksteal --ignore tests/engines --ignore tests/engine_sglang
 
-# An engine takes all cores and binds its threads to them, so these run one after the other.
+# An engine takes all cores and binds its threads to them, so these run one after the other; what starts none has a process a core.
 test-engines: setup
-	$(PY) -m pytest -q -m "not slow and not gpu" tests/engines
+	$(PY) -m pytest -q -m "not slow and not gpu and not engine" -n $(shell nproc) --dist worksteal tests/engines
+	$(PY) -m pytest -q -m "engine and not slow and not gpu" tests/engines
 
 # SGLang pins other versions than vLLM: .venv-sglang holds it and sees the packages of .venv behind its own.
 test-sglang: setup

@@ -84,6 +84,15 @@ def test_engines_in_every_mode() -> None:
             assert shares and (min(shares) > APART if "off" in run else max(shares) <= TOO_FAR), run
 
 
+def test_engines_on_two_gpus() -> None:
+    """Tensor parallel 2 in both modes and pipeline parallel 2; the one with drafts was ended by the time limit."""
+    runs = load("serve_two_gpus_h200.json")["runs"]
+    assert [run for run, result in runs.items() if "failed" in result] == ["two_gpus: FA4, TP 2, drafts"]
+    answered = {run: result for run, result in runs.items() if "failed" not in result}
+    assert judge(answered, suite_of(GROUPS)) == [] and not any(result["wrong"] for result in answered.values())
+    assert all(len(result["pids"]) == 2 for run, result in answered.items() if "TP 2" in run or "PP 2" in run)
+
+
 def test_a_long_run() -> None:
     seen = load("serve_long_h100.json")
     assert (
