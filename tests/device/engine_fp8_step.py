@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fa4_backend.bench.engine import write_config
+from fa4_backend.bench.engine import kv_cache_bytes, write_config
 from fa4_backend.bench.engine_steps import Steps
 
 ROWS, CONTEXT = 128, 2048
@@ -26,7 +26,8 @@ ENGINES = (("FA4", "auto"), ("FA4", "fp8"), ("FLASH_ATTN", "fp8"), ("FLASH_ATTN"
 
 def measure(request: dict[str, Any]) -> dict[str, float]:
     """A decode step of one engine, in this process."""
-    return Steps({**request, "context": CONTEXT, "mode": "0"}).decode(ROWS)
+    room = kv_cache_bytes(CONTEXT, request["kv_cache_dtype"])
+    return Steps({**request, "context": CONTEXT, "mode": "0", "kv_cache_bytes": room}).decode(ROWS)
 
 
 def in_own_process(request: dict[str, Any], folder: Path, seconds: float) -> dict[str, float] | None:

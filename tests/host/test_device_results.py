@@ -148,6 +148,22 @@ def test_a_wrong_fp8_engine_is_noticed(run: str) -> None:
         assert "none of our kernels ran" in wrong
 
 
+def test_fp8_engines_on_a_gpu() -> None:
+    runs = load("serve_fp8_h200.json")["runs"]
+    assert judge(runs, SUITES["fp8"]) == []
+    assert {name.split(": ", 1)[1] for name in runs} >= {"FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, drafts", "FA4, scales 25% off"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches"), [("prefill fp8", 20000), ("decode fp8", 15000), ("mixed fp8", 12000), ("prefill bf16", 20000)]
+)
+def test_fuzzed_batches(kind: str, batches: int) -> None:
+    seen = load("fuzz_h200.json")[kind]
+    assert sum(result["batches"] for result in seen) >= batches
+    assert all(result["failures"] == 0 and 0 < result["worst_out"] <= 1 and result["worst_lse"] <= 1 for result in seen)
+    assert any("out" in result["name"] for result in seen)
+
+
 def test_engines_of_a_suite_have_their_yardsticks() -> None:
     for suite in SUITES.values():
         for runs in suite.runs_of.values():
