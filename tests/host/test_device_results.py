@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import json
 import shutil
@@ -50,6 +51,37 @@ def test_latent_decode() -> None:
     cells = {(t["heads"], t["batch"], t["keys"], t["queries"]): t for t in seen["times"] if t["kv_dtype"] == "auto"}
     behind = [cell for cell, t in cells.items() if t.get("c1", t["fa4"]) > min(t["fa3"], t["flashmla"])]
     assert len(cells) == 13 and behind == [(128, 1, 1024, 1)]
+
+
+def test_fuzzed_batches() -> None:
+    """README's row "right": batches, cut ones and failures of each kind."""
+    counts = {
+        name: (sum(p["batches"] for p in part), sum(p["cut"] for p in part)) for name, part in load("fuzz_h200.json")["parts"].items()
+    }
+    assert counts == {
+        "prefill": (21948, 14544), "prefill, K and V in FP8": (20010, 11371),
+        "decode, K and V in FP8": (15128, 0), "mixed steps, K and V in FP8": (12439, 7398),
+    }  # fmt: skip
+    for problem in (problem for part in load("fuzz_h200.json")["parts"].values() for problem in part):
+        assert problem["failures"] == 0 and 0 < problem["worst_out"] <= 1 and 0 < problem["worst_lse"] <= 1, problem
+
+
+def test_latent_decode_beside_peers() -> None:
+    """What docs/mla.md says of fuzz and figures."""
+    seen = load("mla_h200.json")
+    assert seen["fuzz"]["batches"] == 5586 and max(seen["fuzz"]["worst_share_out"], seen["fuzz"]["worst_share_lse"]) <= 0.48
+    with (RESULTS.parents[2] / "docs" / "data" / "mla_h200.csv").open() as file:
+        ratios = {row["batch"]: float(row["ratio_to_best_peer"]) for row in csv.DictReader(file) if row["kernel"] == "fa4"}
+    assert len(ratios) == 20 and {batch for batch, ratio in ratios.items() if ratio < 1} == {
+        f"128 heads e4m3 latents page 64: {batch}" for batch in ("64 x 4K", "64 x 4K, 4 queries", "1 x 4K")
+    }
+
+
+def test_shapes_beside_fa3() -> None:
+    """docs/benchmarks.md: 71 of 93 cells ahead."""
+    with (RESULTS.parents[2] / "docs" / "data" / "shapes_h200.csv").open() as file:
+        ratios = [float(row["ratio_to_best_peer"]) for row in csv.DictReader(file) if row["kernel"] == "fa4"]
+    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (93, 71, 0.84)
 
 
 def test_engines() -> None:
