@@ -58,7 +58,7 @@ def test_many_parts_are_added_up_by_all_or_by_the_last() -> None:
     """CTAs that wait for each other and add up a share each, and CTAs that leave at once, so that the last one has all to do."""
     long = case((1,), (1400,), num_q_heads=4, num_kv_heads=1, sinks=True, arch="emulated-sm_90a")
     outs = []
-    for looks, seed in ((4000, None), (4000, 1), (1, None), (1, 2)):
+    for looks, seed in ((1 << 20, None), (1 << 20, 1), (1, None), (1, 2)):
         run = run_decode(long, num_ctas=4, seed=seed, share_vectors=1, arrival_looks=looks)
         assert (run.work.decode_first[:, NUM_PIECES] == 8).all()
         run.check()

@@ -65,7 +65,10 @@ def test_bits_do_not_depend_on_who_comes_last() -> None:
 
 @pytest.mark.parametrize(("kv_len", "parts"), [(390, 4), (2560, 20)], ids=["a lane a vector", "four lanes a vector"])
 def test_all_add_up_with_the_bits_of_the_last(kv_len: int, parts: int) -> None:
-    """As many CTAs as parts wait for each other and write a share each; of one or three CTAs some go on and the last one adds up all."""
+    """The last tile's parts are added up by vectors from memory, others' in registers.
+
+    On the emulator one CTA takes all tiles from the queue, so nobody has a share: it adds up all, by the code that adds up shares.
+    """
     built = case((5,), (kv_len,), num_q_heads=4, num_kv_heads=1, sinks=True).build()
     outs = []
     for num_ctas, seed in ((parts, None), (parts, 1), (3, 2), (1, None)):
