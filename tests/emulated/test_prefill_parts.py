@@ -65,10 +65,8 @@ def test_bits_do_not_depend_on_who_comes_last() -> None:
 
 @pytest.mark.parametrize(("kv_len", "parts"), [(390, 4), (2560, 20)], ids=["a lane a vector", "four lanes a vector"])
 def test_all_add_up_with_the_bits_of_the_last(kv_len: int, parts: int) -> None:
-    """The last tile's parts are added up by vectors from memory, others' in registers.
-
-    On the emulator one CTA takes all tiles from the queue, so nobody has a share: it adds up all, by the code that adds up shares.
-    """
+    """The last tile's parts are added up by vectors from memory, others' in registers. Here one CTA has two tiles or more, so nobody waits
+    for a share: whoever comes last adds up all, by the code that adds up shares."""
     built = case((5,), (kv_len,), num_q_heads=4, num_kv_heads=1, sinks=True).build()
     outs = []
     for num_ctas, seed in ((parts, None), (parts, 1), (3, 2), (1, None)):
@@ -77,6 +75,26 @@ def test_all_add_up_with_the_bits_of_the_last(kv_len: int, parts: int) -> None:
         outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
     for out, lse in outs[1:]:
         assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
+def test_shares_of_all() -> None:
+    """Parts long enough that each CTA has one, and waiting without end: under one of the seeds all four stay and write a share each.
+
+    Whoever stays leaves by an atomic more: that is how it is told.
+    """
+    built = case((5,), (4096,), num_q_heads=4, num_kv_heads=1, sinks=True).build()
+    plan = built.case.plan(num_sms=4)
+    assert plan.kernels is not None and plan.kernels.prefill is not None
+    key = plan.kernels.prefill
+    key = replace(key, kernel=replace(key.kernel, arrival_looks=1 << 20))  # type: ignore[type-var]
+    atomics, outs = [], []
+    for seed in (1, 2, 3):
+        run = run_built(built, cuts=Cuts((4,)), num_ctas=4, seed=seed, key=key)
+        run.check()
+        atomics.append(sum(n for name, n in run.report.opcodes().items() if name.startswith("atom.global.acq_rel.add")))
+        outs.append(run.out[: built.total_q].clone())
+    assert max(atomics) >= min(atomics) + 2
+    assert all(torch.equal(out, outs[0]) for out in outs[1:])
 
 
 @pytest.mark.parametrize("name", ["random", "growing", "sink", "fp16, largest", "-3e37"])
