@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fa4_backend.bench import prefill
-from fa4_backend.bench.prefill_batches import PrefillTensors, named_batches
-from fa4_backend.bench.prefill_peers import prepare
+from fa4_backend.bench.batch import BatchTensors
+from fa4_backend.bench.dense_peers import FLASH_ATTN_4, prepare
+from fa4_backend.bench.ours import Ours
+from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.timing import capture
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device import cuda_driver
@@ -50,7 +51,6 @@ STAMP = """
     ret;
 }
 """
-UPSTREAM = "fa4-sm90 dense"
 RESTED_MS, SUSTAINED_MS, REST_S = 5.0, 60.0, 0.15
 
 
@@ -135,9 +135,9 @@ def main() -> int:
     for kernel, name, batch in cells():
         if time.monotonic() - begin > options.seconds:
             break
-        tensors = PrefillTensors.make(batch)
+        tensors = BatchTensors.make(batch)
         try:
-            call = prefill.ours(batch, tensors) if kernel == "fa4" else prepare(UPSTREAM, batch, tensors)
+            call = Ours.make(batch, tensors).call if kernel == "fa4" else prepare(FLASH_ATTN_4, batch, tensors)
             assert call is not None, f"expected a call of {kernel} on {name}"
             rows.append({"kernel": kernel, "cell": name, **measure(clock, capture(call))})
         except ImportError as error:  # flash-attn-4 is not installed everywhere
