@@ -148,7 +148,8 @@ class Grid:
     def begin(self, side_by_side: bool) -> None:
         """Be ready to run. `side_by_side`: beside other grids, so that all CTAs for which there is room start at once.
 
-        So do CTAs that share a queue or counters: one after the other, the first would take all of it.
+        So do CTAs that share a queue, counters or flags: one after the other, the first would take all of it, or wait for another that has
+        not begun.
         """
         for name in self.program.kernel.variables.values():
             if name.space in ("global", "const"):
@@ -157,7 +158,7 @@ class Grid:
         self.memory.register("kernel parameters", self.params.ctypes.data, self.params.size, self.params, read_only=True)
         self.waiting = deque(self.session.in_order(self))
         program = self.program
-        if side_by_side and (program.launches_dependents or program.has_global_atomics or self.predecessor is not None):
+        if side_by_side and (program.launches_dependents or program.ctas_communicate or self.predecessor is not None):
             while self.waiting and len(self.active) < self.session.max_resident:
                 self.active.append(Cluster(self, *self.waiting.popleft()))
 

@@ -147,9 +147,14 @@ class Program:
         return any(i.opcode == "griddepcontrol.launch_dependents" for i in self.kernel.instructions)
 
     @functools.cached_property
-    def has_global_atomics(self) -> bool:
-        """Whether CTAs may tell each other something while they run, such as who takes which entry of a queue."""
-        return any(i.opcode.startswith("atom.global") for i in self.kernel.instructions)
+    def ctas_communicate(self) -> bool:
+        """Whether CTAs may tell each other something while they run, such as who takes which entry of a queue: atomics and strong loads."""
+        strong = (".acquire", ".relaxed", ".volatile")
+        return any(
+            i.opcode.startswith("atom.global")
+            or (i.opcode.startswith("ld") and ".global" in i.opcode and any(s in i.opcode for s in strong))
+            for i in self.kernel.instructions
+        )
 
     @functools.cached_property
     def register_readers(self) -> dict[int, list[int]]:

@@ -124,7 +124,7 @@ def test_whole_tiles_keep_their_bits_in_a_kernel_that_takes_parts(head_dim: int)
     plan = built.case.plan(num_sms=2)
     assert plan.kernels is not None and plan.kernels.prefill.kernel.has_parts
     key = plan.kernels.prefill
-    whole = run_built(built, key=replace(key, kernel=replace(key.kernel, has_parts=False)))  # type: ignore[type-var]
+    whole = run_built(built, key=replace(key, kernel=replace(key.kernel, has_parts=False, share_parts=0)))  # type: ignore[type-var]
     assert torch.equal(whole.out[: built.total_q], with_parts[0]) and torch.equal(whole.lse[:, : built.total_q], with_parts[1])
 
 

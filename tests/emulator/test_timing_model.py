@@ -199,17 +199,18 @@ def test_at_least_ten_prefill_cells_and_every_decode_cell_are_within_ten_per_cen
 
 @pytest.mark.emulated
 def test_recorded_costs_of_our_kernel_are_those_on_file() -> None:
-    """Hopper, head dimension 64: two recordings, replayed; their cycles a block are what the comparison above rests on."""
+    """Hopper, 64/8 heads d128: two recordings, replayed; their cycles a block are what the comparison above rests on. (The rows on file of
+    16/16 heads were recorded otherwise, see docs/timing-model.md.)"""
     from fa4_backend.emulator.issue_stalls import find_cuda_tool
     from fa4_backend.emulator.model_case import record_tiles
     from fa4_backend.emulator.replay import Replay
 
     if find_cuda_tool("nvdisasm") is None:
         pytest.skip("nvdisasm is not installed: stall counts cannot be read")
-    step = Step("sm_90a", 16, 16, 64, 64, (4096,), (4096,))
+    step = Step("sm_90a", 64, 8, 128, 128, (4096,), (4096,))
     short, long = (Replay(record_tiles(step, 1, blocks), "sm_90a").run().total for blocks in (kernel_model.SHORT, kernel_model.LONG))
     block = (long - short) / (kernel_model.LONG - kernel_model.SHORT)
-    assert block == pytest.approx(validation("H100")["tile costs"]["fa4 16-16 d64 causal"]["block"], rel=0.02)
+    assert block == pytest.approx(validation("H100")["tile costs"]["fa4 64-8 d128 causal"]["block"], rel=0.02)
 
 
 @pytest.mark.emulated

@@ -35,7 +35,11 @@ class EpilogueWarp:
             for turn in range(g.config.q_tiles * g.config.o_parts, unroll=1):
                 q_idx, part = (turn, 0) if const_expr(g.config.o_parts == 1) else (0, turn)
                 ptx.mbarrier_wait(g.full(place, "o_correction_to_epilogue", buffer.slot), buffer.phase)
-                if is_whole or ptx.load_shared_i32(place.smem_base + g.storage.part_flag) == 1:
+                is_written = is_whole
+                if const_expr(g.config.kernel.has_parts):
+                    if not is_whole:  # only then has somebody written the flag
+                        is_written = ptx.load_shared_i32(place.smem_base + g.storage.part_flag) == 1
+                if is_written:
                     source = place.smem_base + g.storage.o + buffer.slot * g.storage.sizes.o
                     self.store_part(place, mO, item, g.q_tile(place, item.tile, q_idx), part, source)
                 ptx.warp_arrive(g.empty(place, "o_correction_to_epilogue", buffer.slot), place.lane_idx)
