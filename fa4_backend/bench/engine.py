@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,42 @@ class Clock:
         print(f"[{time.monotonic() - self.begin:5.1f} s] {words}", file=sys.stderr, flush=True)
 
 
+class Engines:
+    """Processes of one run: started, asked within its time, ended with it."""
+
+    def __init__(self, clock: Clock, model: Path, folder: Path, context: int, mode: str, num_layers: int) -> None:
+        self.clock, self.folder, self.num_layers = clock, folder, num_layers
+        self.common = {"model": str(model), "context": context, "mode": mode}
+        self.every: list[RunningEngine] = []
+        self.failures: list[EngineBenchError] = []  # of FA4's
+
+    def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
+        """An engine that begins to start; its files lie in the folder `where`."""
+        room = kv_cache_bytes(self.common["context"], kv_cache_dtype, self.num_layers)
+        request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
+        engine = RunningEngine(request, self.folder / where, environment)
+        self.every.append(engine)
+        return engine
+
+    def answer(self, engine: RunningEngine, ask: Callable[[float], list[EngineFigure]], what: str) -> list[EngineFigure]:
+        """What `ask` gets within the time; nothing of an engine that fails, which ends."""
+        begin = time.monotonic()
+        try:
+            figures = ask(min(PATIENCE, max(0.0, self.clock.left())))
+        except EngineBenchError as error:
+            engine.end()
+            if self.clock.left() > 0 and engine.request["backend"] == "FA4":
+                self.failures.append(error)
+            self.clock.say(f"left out: {error}")
+            return []
+        self.clock.say(f"{engine.label}: {time.monotonic() - begin:.1f} s for {what}")
+        return figures
+
+    def end(self) -> None:
+        for engine in self.every:
+            engine.end()
+
+
 def run(
     backends: list[str],
     *,
@@ -187,59 +224,30 @@ def run(
         EngineBenchError: at the end, an engine of FA4 failed, or its kernels did not run. Another backend that fails is said, and left out.
     """
     clock = Clock(seconds)
-    failures: list[EngineBenchError] = []
     with tempfile.TemporaryDirectory() as name, ExitStack() as at_end:
-        folder = logs or Path(name)
-        model = str(write_config(Path(name) / "model", num_layers))
-        common = {"context": context, "mode": mode, "model": model}
-
-        def start(backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
-            room = kv_cache_bytes(context, kv_cache_dtype, num_layers)
-            request = {**common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
-            engine = RunningEngine(request, folder / where, environment)
-            at_end.callback(engine.end)
-            return engine
-
-        def answer(engine: RunningEngine, ask: Callable[[float], list[EngineFigure]]) -> list[EngineFigure]:
-            """What `ask` gets within the time; nothing of an engine that fails, which ends."""
-            try:
-                return ask(min(PATIENCE, max(0.0, clock.left())))
-            except EngineBenchError as error:
-                engine.end()
-                if clock.left() > 0 and engine.request["backend"] == "FA4":
-                    failures.append(error)
-                clock.say(f"left out: {error}")
-                return []
-
-        wanted = [(backend, kv_cache_dtype) for kv_cache_dtype in kv_cache_dtypes for backend in backends]
-        engines = [start(*which, where="-".join(which)) for which in wanted]
-        for engine in engines:
-            figures = answer(engine, engine.next_answer)
-            if figures:
-                clock.say(f"{engine.label}: started")
-                yield figures
-        for round_idx, group, engine in product(range(rounds), groups, engines):
+        model = write_config(Path(name) / "model", num_layers)
+        engines = Engines(clock, model, logs or Path(name), context, mode, num_layers)
+        at_end.callback(engines.end)
+        for kv_cache_dtype, backend in product(kv_cache_dtypes, backends):
+            engines.start(backend, kv_cache_dtype, f"{backend}-{kv_cache_dtype}")
+        yield from (engines.answer(engine, engine.next_answer, "its start") for engine in engines.every)
+        for round_idx, group, engine in product(range(rounds), groups, engines.every):
             if engine.process.poll() is not None:
                 continue
             if clock.left() <= 0:
                 clock.say(f"the time is over before {engine.label}'s round {round_idx}, group {group}")
                 break
-            begin = time.monotonic()
-            figures = answer(engine, lambda s: engine.ask(round_idx, group, s))  # noqa: B023  called at once
-            clock.say(f"{engine.label}: {time.monotonic() - begin:.1f} s for round {round_idx}, group {group}")
-            if figures:
-                yield figures
-        for engine in engines:
-            engine.end()
+            yield engines.answer(engine, partial(engine.ask, round_idx, group), f"round {round_idx}, group {group}")
+        engines.end()
         for which in ("cold", "warm") if starts else ():
             if clock.left() < LEAST_FOR_A_START:
                 clock.say(f"the time is over before the {which} start")
                 break
-            engine = start("FA4", kv_cache_dtypes[0], which, FA4_BACKEND_CACHE_DIR=str(Path(name) / "cache"))
-            yield [replace(figure, case=f"{which} {figure.case}") for figure in answer(engine, engine.next_answer)]
+            engine = engines.start("FA4", kv_cache_dtypes[0], which, FA4_BACKEND_CACHE_DIR=str(Path(name) / "cache"))
+            yield [replace(figure, case=f"{which} {figure.case}") for figure in engines.answer(engine, engine.next_answer, "its start")]
             engine.end()
-    if failures:
-        raise failures[0]
+    if engines.failures:
+        raise engines.failures[0]
 
 
 def format_line(figures: list[EngineFigure]) -> str:

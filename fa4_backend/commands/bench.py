@@ -178,9 +178,9 @@ def engine(
         options |= {"seconds": seconds, "num_layers": layers, "groups": chosen, "logs": logs}
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
-            if not json_output:
+            if figures and not json_output:
                 print(module.format_line(figures), flush=True)
-            if csv_path is not None:  # after each answer: a machine's time may end before the last one's
+            if figures and csv_path is not None:  # after each answer: a machine's time may end before the last one's
                 write_csv(csv_path, every)
     except module.EngineBenchError as error:
         typer.echo(f"fa4 bench: {error}", err=True)

@@ -109,8 +109,10 @@ def ask(llm: Any, engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     }
     kinds: dict[str, Callable[[], Any]] = {
         "decode_logprobs": lambda: decode_logprobs(llm, inputs, lora),
-        "structured": lambda: [list(output.outputs[0].token_ids) for output in generate(llm, inputs[:4], lora[:4], EVEN)],
     }
+    if engine.ranks == 1:
+        # vLLM waits for a grammar beside its steps: a rank that waits runs no batch, not even a dummy one, and the others hang.
+        kinds["structured"] = lambda: [list(output.outputs[0].token_ids) for output in generate(llm, inputs[:4], lora[:4], EVEN)]
     if "speculative_config" not in engine.arguments:
         kinds["prefill_logprobs"] = lambda: prefill_logprobs(llm, inputs, lora)
     if engine.drafts:
@@ -200,7 +202,7 @@ def faults(engine: Engine, result: dict[str, Any]) -> list[str]:
         wrong.append(f"other tokens after {result['other_after']}")
     wrong += [f"{kind} failed: {words}" for kind, words in result["failed_kinds"].items()]
     structured = [[token for token in tokens if token != END] for tokens in result["structured"]]
-    if "structured" not in result["failed_kinds"]:
+    if "structured" not in result["failed_kinds"] and engine.ranks == 1:
         if any(token % 2 for tokens in structured for token in tokens) or not any(len(tokens) > 4 for tokens in structured):
             wrong.append(f"under a grammar of even tokens: {structured}")
     if engine.drafts:

@@ -146,6 +146,14 @@ def test_the_cache_holds_what_the_largest_batch_keeps() -> None:
     assert engine.kv_cache_bytes(2048, "auto", num_layers=8) == 2 * engine.kv_cache_bytes(2048, "auto")
 
 
+def test_kernels_are_compiled_for_a_machine_that_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(engine, "library_of", asked.append)
+    names = engine.compile_kernels(["auto", "fp8"], "sm_90a")
+    assert names == [key.name for key in asked]
+    assert [sum(word in name for name in names) for word in ("schedule", "decode", "prefill", "kve4m3")] == [1, 2, 2, 2]
+
+
 def test_a_case_without_a_peer_has_no_ratio() -> None:
     alone = [EngineFigure("FA4", 0, "ragged load", device_ms=6e3, attention_us=5e6)]
     assert engine.summary(alone).splitlines()[1] == "ragged load: FA4 nan / 6000.00 ms / 5,000,000 us"
