@@ -258,7 +258,7 @@ def format_line(figures: list[EngineFigure]) -> str:
 def _format(figure: EngineFigure) -> str:
     numbers = (
         (figure.host_ms, "ms on the host"), (figure.device_ms, "ms on the device"), (figure.attention_us, "us of it attention"),
-        (figure.tokens_per_s, "tokens/s"), (figure.seconds, "s"),
+        (figure.attention_sum_us, "us summed over attention's kernels"), (figure.tokens_per_s, "tokens/s"), (figure.seconds, "s"),
     )  # fmt: skip
     given = [(number, unit) for number, unit in numbers if number is not None]
     words = ", ".join(f"{number:,.4g} {unit}" if number < 1e4 else f"{number:,.0f} {unit}" for number, unit in given)

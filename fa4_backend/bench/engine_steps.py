@@ -1,7 +1,8 @@
 """One vLLM engine in this process, stepped by hand: what `fa4 bench engine` measures of one backend.
 
-A step's time on the host holds scheduling, sampling and the launch of every kernel; its device time is the sum over its kernels, from
-torch's profiler, and attention's share of it is told by kernel names. Hosts differ and are shared, so device times are what to compare.
+A step's time on the host holds scheduling, sampling and the launch of every kernel; its device time is the time during which a kernel of
+it ran, from torch's profiler, and attention's share of it is told by kernel names. Kernels that run side by side count once: our decode
+and prefill kernels share the chip in a mixed step. Hosts differ and are shared, so device times are what to compare.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fa4_backend import envs
 
@@ -51,8 +52,9 @@ class EngineFigure:
     round_idx: int
     case: str
     host_ms: float | None = None  # wall time: of a step, or from a prompt's arrival to its first token
-    device_ms: float | None = None  # all kernels of it
-    attention_us: float | None = None  # attention's kernels of it
+    device_ms: float | None = None  # during which a kernel of it ran
+    attention_us: float | None = None  # during which a kernel of attention ran
+    attention_sum_us: float | None = None  # attention's kernels one by one: more where they run side by side
     tokens_per_s: float | None = None
     seconds: float | None = None  # of starts
     kv_cache_dtype: str = "auto"
@@ -190,8 +192,16 @@ def say(words: str) -> None:
     print(time.strftime("%H:%M:%S"), words, flush=True)
 
 
+class Interval(NamedTuple):
+    """A kernel's run on the device, in ns."""
+
+    begin: int
+    end: int
+    name: str
+
+
 def profiled(work: Callable[[], object], parts: int) -> dict[str, float]:
-    """Device time of `work`, of one of its `parts`: of all kernels in ms, of attention's in us. The log names the longest kernels."""
+    """Device time of `work`, of one of its `parts`, see `device_times`. The log names the longest kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -199,19 +209,39 @@ def profiled(work: Callable[[], object], parts: int) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
+    # The raw events: grouping them by `key_averages` takes seconds for the steps of a whole load.
+    kernels = [
+        Interval(event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in seen.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+    ]
     times: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    # The raw events: grouping them by `key_averages` takes seconds for the steps of a whole load.
-    for event in seen.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
-            times[event.name()] += event.duration_ns()
-            calls[event.name()] += 1
+    for begin, end, name in kernels:
+        times[name] += end - begin
+        calls[name] += 1
     for name, ns in times.most_common(NUM_KERNELS_SAID):
         print(f"    {ns / 1e3 / parts:10.1f} us in {calls[name] / parts:7.1f} calls: {name[:150]}", flush=True)
+    return device_times(kernels, parts)
+
+
+def device_times(kernels: list[Interval], parts: int) -> dict[str, float]:
+    """Of one of `parts`: ms during which a kernel ran, us during which one of attention did, and the sum over attention's kernels."""
+    attention = [kernel for kernel in kernels if ATTENTION_KERNELS.search(kernel.name)]
     return {
-        "device_ms": sum(times.values()) / 1e6 / parts,
-        "attention_us": sum(ns for name, ns in times.items() if ATTENTION_KERNELS.search(name)) / 1e3 / parts,
+        "device_ms": busy_ns(kernels) / 1e6 / parts,
+        "attention_us": busy_ns(attention) / 1e3 / parts,
+        "attention_sum_us": sum(kernel.end - kernel.begin for kernel in attention) / 1e3 / parts,
     }
+
+
+def busy_ns(kernels: list[Interval]) -> int:
+    """The time during which at least one of `kernels` ran."""
+    total, until = 0, 0
+    for begin, end, _ in sorted(kernels):
+        total += max(0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 class KernelClock:

@@ -12,7 +12,7 @@ import pytest
 
 from fa4_backend.bench import engine
 from fa4_backend.bench.engine import EngineBenchError
-from fa4_backend.bench.engine_steps import ATTENTION_KERNELS, EngineFigure
+from fa4_backend.bench.engine_steps import ATTENTION_KERNELS, EngineFigure, Interval, device_times
 
 LINE = "FA4: sm90 kernels on sm_90a, 32/8 heads, head_dim 128, bfloat16, page 16 device=cuda:0"
 FP8_LINE = f"{LINE} (K and V float8_e4m3fn)"
@@ -158,6 +158,17 @@ def test_a_case_without_a_peer_has_no_ratio() -> None:
     alone = [EngineFigure("FA4", 0, "ragged load", device_ms=6e3, attention_us=5e6)]
     assert engine.summary(alone).splitlines()[1] == "ragged load: FA4 nan / 6000.00 ms / 5,000,000 us"
     assert engine.summary([]) == ""
+
+
+def test_kernels_that_run_side_by_side_count_once() -> None:
+    """Decode from 0 to 400 us, prefill from 10 to 420, one inside both; then a product apart, and a kernel that follows at once."""
+    ours = "kernel_cutlass_kernel_decode"
+    kernels = [
+        Interval(500_000, 600_000, "nvjet"), Interval(10_000, 420_000, ours), Interval(0, 400_000, ours), Interval(50_000, 60_000, ours),
+        Interval(600_000, 620_000, ours),
+    ]  # fmt: skip
+    assert device_times(kernels, parts=2) == {"device_ms": 0.27, "attention_us": 220.0, "attention_sum_us": 420.0}
+    assert device_times([], parts=2) == {"device_ms": 0.0, "attention_us": 0.0, "attention_sum_us": 0.0}
 
 
 @pytest.mark.parametrize(
