@@ -24,6 +24,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.fp8 import scaled_to_float16
@@ -211,7 +212,7 @@ class ConsumerWarpgroup:
         line = shared.q.toint() + row * (PART_DIM * 2)
         # Chunks of 16 bytes; a row is one line whatever the swizzle.
         places = [line + part * self.config.q_part_bytes + (thread % 4 + 4 * i) * 16 for part in range(PARTS) for i in range(2)]
-        words = [Int32(word) for place in places for word in ptx.elements(ptx.load_shared_v4(place))]
+        words = [Int32(word) for place in places for word in vectors.elements(ptx.load_shared_v4(place))]
         scaled, factor = scaled_to_float16(words, 4)
         for i, place in enumerate(places):
             ptx.store_shared_v4(place, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])

@@ -17,6 +17,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm100.config import VEC, Sm100Config
@@ -62,9 +64,9 @@ class TileParts:
     ):
         """This thread's row to a slot."""
         for base in cutlass.range(0, self.config.kernel.head_dim_v, columns, unroll=1):
-            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, columns)])
+            (o,) = tcgen05_ops.wait_load([tcgen05_ops.load(o_tmem + base, columns)])
             for v in cutlass.range_constexpr(columns // VEC):
-                ptx.store_global_f32x4(self.at(tensors, slot, tile, row, base // VEC + v), ptx.elements(o)[VEC * v : VEC * v + VEC])
+                ptx.store_global_f32x4(self.at(tensors, slot, tile, row, base // VEC + v), vectors.elements(o)[VEC * v : VEC * v + VEC])
         numbers = [Float32(x).ir_value() for x in (sums.row_max, sums.row_sum, 0.0, 0.0)]
         ptx.store_global_f32x4(self.at(tensors, slot, tile, row, self.vectors - 1), numbers)
 
@@ -111,7 +113,7 @@ class TileParts:
                 values = ptx.load_global_f32x4(self.at(tensors, slot, tile, row, first // VEC + v))
                 for e in cutlass.range_constexpr(VEC):
                     o[VEC * v + e] = cute.math.fma(values[e], weight, o[VEC * v + e])
-        return ptx.from_elements([Float32(o[j]).ir_value() for j in range(columns)])
+        return vectors.from_elements([Float32(o[j]).ir_value() for j in range(columns)])
 
     def _numbers(self, tensors: PartTensors, slot: Int32, tile: Int32, row: Int32) -> list[Float32]:
         return ptx.load_global_f32x4(self.at(tensors, slot, tile, row, self.vectors - 1))
