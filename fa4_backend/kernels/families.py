@@ -135,6 +135,7 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         decode_tile_ticks=1,
         decode_full_sms=num_ctas,
     )
+    assert work.max_parts() <= mla_family.most_parts(key), f"{work.max_parts()=}, expected at most {mla_family.most_parts(key)}"
     return KernelSet(schedule_config(problem.target_arch, limits.max_num_seqs), key, None, work)
 
 

@@ -20,6 +20,7 @@ TILE_N = 64  # keys of a block
 PART_ELEMS = TILE_N * PART_DIM  # of a part of a tile, of Q or of KV
 TILE_ELEMS = PARTS * PART_ELEMS
 KV_STAGE = 2  # Q and two tiles are 216 of 227 KiB
+MERGE_BYTES = KV_STAGE * TILE_ELEMS * 2  # of shared memory for parts that are added up at once, where KV tiles were
 VEC = 4  # float32 of a vector of a slot: 16 bytes
 WARP_ROWS = 16  # rows of a tile that a warp has of a product
 WARP_VECTORS = WARP_ROWS * LATENT_DIM // VEC  # vectors of a slot that hold those rows
@@ -217,6 +218,11 @@ def slot_floats(config: MlaDecodeConfig) -> int:
 def slot_vectors(config: MlaDecodeConfig) -> int:
     """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
     return config.tile_warps * WARP_VECTORS // CONSUMER_THREADS
+
+
+def most_parts(config: MlaDecodeConfig) -> int:
+    """Parts of a row group that the merge has room for: statistics of a tile of all of them, and a vector of each."""
+    return MERGE_BYTES // (tile_stats_bytes(config) + 4 * VEC)
 
 
 def split_tiles(limits: BatchLimits) -> int:

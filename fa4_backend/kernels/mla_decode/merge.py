@@ -22,9 +22,8 @@ from fa4_backend.kernels.common.part_sums import Part, fold, only_if
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum
 from fa4_backend.kernels.mla_decode.config import (
     CONSUMER_THREADS,
-    KV_STAGE,
     LATENT_DIM,
-    TILE_ELEMS,
+    MERGE_BYTES,
     TILE_M,
     VEC,
     WARP_ROWS,
@@ -302,7 +301,7 @@ class Merge:
             begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
         # A chunk's vectors lie in one tile.
         tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
-        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
+        chunk = (MERGE_BYTES // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
         at = begin
         while at < end:
             tile = at // tile_vectors

@@ -30,6 +30,10 @@ class CorrectionWarps:
     geometry: Geometry
     o_stage: int
 
+    def __post_init__(self) -> None:
+        # `finish_part` takes the one buffer's release for a sign that the flag of the tile before was read.
+        assert self.o_stage == 1 or not self.geometry.config.kernel.has_parts, f"{self.o_stage=}, expected 1 where tiles have parts"
+
     @property
     def columns(self) -> int:
         """Columns of O that a thread holds at once; divides every supported head_dim_v. 32 would spill at this role's register budget."""

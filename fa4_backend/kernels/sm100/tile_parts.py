@@ -19,6 +19,7 @@ from cutlass import Float32, Int32, Int64
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common import vector_ops as vectors
+from fa4_backend.kernels.common.part_arrivals import ALL, arrive
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm100.config import VEC, Sm100Config
@@ -74,17 +75,14 @@ class TileParts:
     def arrive(self, tensors: PartTensors, part: TilePart, tile: Int32, row: Int32, flag: Int32) -> Int32:
         """1 in the warps that come last, which then see all parts. flag: shared address of an int32 that nobody else writes.
 
-        One thread's atomic, between barriers that carry its release and its acquire to the warps (`decode/merge.py`, `arrive`).
+        One thread's atomic, between barriers that carry its release and its acquire to the warps (`decode/merge.py`, `arrive`). Nobody
+        waits: the next item's products need this role.
         """
         cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
         if row == 0:
             counter = tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + tile)
-            arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-            is_last = Int32(0)
-            if arrived + 1 == part.num_parts:
-                is_last = Int32(1)
-                tensors.mArrivals[part.first_slot, tile] = Int32(0)  # for the next launch
-            ptx.store_shared_i32(flag, is_last)
+            share, _ = arrive(counter, Int32(1), part.num_parts, Int32(0))
+            ptx.store_shared_i32(flag, cutlass.select_(share == ALL, Int32(1), Int32(0)))
         cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
         return cute.arch.make_warp_uniform(ptx.load_shared_i32(flag))
 
