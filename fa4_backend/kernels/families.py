@@ -179,5 +179,5 @@ def _work_shape(
         most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,
-        decode_share_vectors=decode_family.SHARE_VECTORS,
+        decode_share_vectors=decode.share_vectors if decode else 0,
     )

@@ -40,8 +40,8 @@ from fa4_backend.kernels.mla_decode.config import (
 )
 from fa4_backend.kernels.mla_decode.fragments import WideFragment
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales
-from fa4_backend.kernels.mla_decode.shared_rows import SIDE_THREADS, SharedRows
-from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDES, MlaStorage, SharedTensors
+from fa4_backend.kernels.mla_decode.shared_rows import SharedRows
+from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_THREADS, SIDES, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import Blocks, MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 

@@ -13,9 +13,7 @@ from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import scaled_to_float16
 from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PART_ELEMS, PARTS, TILE_ELEMS, TILE_M, MlaDecodeConfig
 from fa4_backend.kernels.mla_decode.merge import consumer_thread
-from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, MlaStorage, SharedTensors
-
-SIDE_THREADS = 32 * SIDE_WARPS
+from fa4_backend.kernels.mla_decode.storage import SIDE_THREADS, SIDES, MlaStorage, SharedTensors
 
 
 @dataclass(frozen=True)
