@@ -24,8 +24,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import vector
+from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 
 # Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
 BIAS, SCALED_EXPONENT = 127, 127 + 14
@@ -36,7 +38,7 @@ NOT_FINITE = 255  # exponent field of infinity and NaN
 def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
     """Four e4m3 numbers as float16, exact: bytes 0 and 1, bytes 2 and 3 (PTX ISA, "cvt")."""
     text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, %s; }"
-    return tuple(Int32(ptx.inline_asm(text % half, [word], ptx.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
+    return tuple(Int32(ptx.inline_asm(text % half, [word], T.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
 
 
 def float16_to_bfloat16(word: Int32) -> Int32:
@@ -45,7 +47,7 @@ def float16_to_bfloat16(word: Int32) -> Int32:
         "{ .reg .b16 low, high; .reg .b32 first, second; mov.b32 {low, high}, $1; "
         "cvt.f32.f16 first, low; cvt.f32.f16 second, high; prmt.b32 $0, first, second, 0x7632; }"
     )
-    return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
+    return Int32(ptx.inline_asm(text, [word], T.i32(), "=r", pure=True))
 
 
 def e4m3_to_16bit(word: ir.Value, dtype: str) -> list[ir.Value]:
@@ -81,10 +83,10 @@ def split_float16(pair: Int32) -> tuple[Int32, Int32]:
 
     def converted(kind: str, word: Int32) -> Int32:
         text = "{ .reg .b16 pair; cvt.rn.satfinite." + kind + ".f16x2 pair, $1; cvt.u32.u16 $0, pair; }"
-        return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
+        return Int32(ptx.inline_asm(text, [word], T.i32(), "=r", pure=True))
 
     hi = converted("e4m3x2", pair)
-    rest = ptx.inline_asm("sub.f16x2 $0, $1, $2;", [pair, e4m3_to_float16(hi)[0]], ptx.i32(), "=r", pure=True)
+    rest = ptx.inline_asm("sub.f16x2 $0, $1, $2;", [pair, e4m3_to_float16(hi)[0]], T.i32(), "=r", pure=True)
     return hi, converted("e5m2x2", Int32(rest))
 
 
@@ -118,6 +120,6 @@ def scaled_to_float16(words: list[Int32], lanes: int, scaled_exponent: int = SCA
     scaled = []
     for word in words:
         low, high = ptx.bits_to_float(word << 16), ptx.bits_to_float(word & -65536)
-        both = ptx.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
-        scaled.append(Int32(vector.extract(ptx.pack_16bit(both, "float16"), [], [0])))
+        both = vectors.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
+        scaled.append(Int32(vector.extract(vectors.pack_16bit(both, "float16"), [], [0])))
     return scaled, ptx.bits_to_float((exponent - (scaled_exponent - BIAS)) << 23)

@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common import umma
+from fa4_backend.kernels.common import tcgen05_ops, umma
 from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -52,7 +52,7 @@ class MmaWarp:
                 word = work.entry_word(step, second + index)
             if blocks.end > blocks.begin:
                 group.wait(s.full(place, s.q_edge), q_phase)
-                ptx.tcgen05_fence_after_sync()
+                tcgen05_ops.fence_after_sync()
                 q_phase ^= 1
             first_piece, last_piece = work.pieces(entry, step.split_blocks)
             for piece in cutlass.range(first_piece, last_piece, unroll=1):
@@ -72,7 +72,7 @@ class MmaWarp:
                             group.commit(s.empty(place, s.q_edge))
                     if t > 0:
                         group.wait(s.full(place, "p_softmax_to_mma"), block_phase)
-                        ptx.tcgen05_fence_after_sync()
+                        tcgen05_ops.fence_after_sync()
                         for stage in cutlass.range_constexpr(V_STAGE):
                             group.wait(s.full(place, "v_load_to_mma", v.slot * V_STAGE + stage), v.phase)
                             self.issue_pv(place, stage, v.slot, t - 1)
