@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
@@ -97,16 +97,17 @@ class SoftmaxWarps:
         next_s, pv_phase, num_pending, turn = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0), Int32(0)
         q_phase, factors_of_q = Int32(0), cute.make_rmem_tensor(2, Float32)
         factors_of_q.fill(1.0)
+        if const_expr(s.config.terms > 1):
+            if num_entries > 0:
+                if self._has_blocks(step, word, values):
+                    ptx.mbarrier_wait(s.full(place, "q_load_to_softmax"), q_phase)
+                    q_phase ^= 1
+                    self._split_query(place, mine, factors_of_q, shared)
         for index in cutlass.range(num_entries, unroll=1):
             entry = work.entry(step, word)
             blocks = work.blocks(entry, values)
             if index + 1 < num_entries:
                 word = work.entry_word(step, second + index)
-            if const_expr(s.config.terms > 1):
-                if blocks.end > blocks.begin:
-                    ptx.mbarrier_wait(s.full(place, "q_load_to_softmax"), q_phase)
-                    q_phase ^= 1
-                    self._split_query(place, mine, factors_of_q, shared)
             rows = self._rows(entry, blocks, values, scales.score, factors_of_q, mine)
             first_piece, last_piece = work.pieces(entry, step.split_blocks)
             totals.row_max.fill(-Float32.inf)
@@ -130,6 +131,13 @@ class SoftmaxWarps:
                             self._rescale(factors, mine)
                     self._publish(place, rS, mine)
                     next_s = advance(next_s, S_STAGE)
+                if const_expr(s.config.terms > 1):
+                    # The next entry's, before this one is finished: its first products run meanwhile.
+                    if (piece == last_piece - 1) & (index + 1 < num_entries):
+                        if self._has_blocks(step, word, values):
+                            ptx.mbarrier_wait(s.full(place, "q_load_to_softmax"), q_phase)
+                            q_phase ^= 1
+                            self._split_query(place, mine, factors_of_q, shared)
                 rO = cute.make_rmem_tensor(WARP_ROWS * SIDE_COLUMNS // 32, Float32)
                 rO.fill(0.0)
                 if end > begin:
@@ -146,6 +154,11 @@ class SoftmaxWarps:
                 num_pending += 1
         if num_pending > 0:
             self.merge.join_parts(num_pending, step, scales, shared, results)
+
+    def _has_blocks(self, step: StepTensors, word: Int32, values: MaskValues) -> Boolean:
+        """Whether the entry whose ints the lanes hold has any block, and with it a Q."""
+        blocks = self.work.blocks(self.work.entry(step, word), values)
+        return blocks.end > blocks.begin
 
     def _scales(self, values: MaskValues, results: ResultTensors) -> Scales:
         if const_expr(results.mScale is None):
