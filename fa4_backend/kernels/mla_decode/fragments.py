@@ -7,7 +7,7 @@ columns 2 pair and 2 pair + 1 of a row, then of the row 8 below it. Groups of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import cutlass
 import cutlass.cute as cute
@@ -24,18 +24,15 @@ SIDE_GROUPS = LATENT_DIM // SIDES // GROUP_COLUMNS  # groups of columns of a hal
 GROUP_FLOATS = SIDES * 32 * VEC  # of a slot, from a group of columns to the next of the same half
 
 
-class SlotVector(NamedTuple):
-    """What a vector of a slot holds: `VEC / 2` columns of a row of its tile, then of the row 8 below it."""
-
-    row: Int32
-    column: Int32
+def vector_row(index: Int32) -> Int32:
+    """First of the two rows that vector `index` of a tile's slot holds columns of."""
+    return index // WARP_VECTORS * WARP_ROWS + index % 32 // 4
 
 
-def slot_vector(index: Int32) -> SlotVector:
-    """Vector `index` of a tile's slot."""
-    lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
-    row = index // WARP_VECTORS * WARP_ROWS + lane // 4
-    return SlotVector(row, side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (lane % 4))
+def vector_column(index: Int32) -> Int32:
+    """First of the two columns that vector `index` of a tile's slot holds."""
+    side, group = index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
+    return side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (index % 32 % 4)
 
 
 class Fragment(Protocol):
