@@ -7,7 +7,7 @@ columns 2 pair and 2 pair + 1 of a row, then of the row 8 below it. Groups of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cutlass
 import cutlass.cute as cute
@@ -24,15 +24,28 @@ SIDE_GROUPS = LATENT_DIM // SIDES // GROUP_COLUMNS  # groups of columns of a hal
 GROUP_FLOATS = SIDES * 32 * VEC  # of a slot, from a group of columns to the next of the same half
 
 
-def vector_row(index: Int32) -> Int32:
-    """First of the two rows that vector `index` of a tile's slot holds columns of."""
-    return index // WARP_VECTORS * WARP_ROWS + index % 32 // 4
+class SlotVector(NamedTuple):
+    """A vector of a tile's slot: two columns of a row of the tile, then of the row 8 below it."""
 
+    index: Int32
+    lane: Int32
+    side: Int32
+    group: Int32
 
-def vector_column(index: Int32) -> Int32:
-    """First of the two columns that vector `index` of a tile's slot holds."""
-    side, group = index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
-    return side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (index % 32 % 4)
+    @classmethod
+    def at(cls, index: Int32) -> SlotVector:
+        """The vector of this index."""
+        return cls(index, index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS)
+
+    @property
+    def row(self) -> Int32:
+        """The first of its rows."""
+        return self.index // WARP_VECTORS * WARP_ROWS + self.lane // 4
+
+    @property
+    def column(self) -> Int32:
+        """The first of its columns."""
+        return self.side * (LATENT_DIM // SIDES) + self.group * GROUP_COLUMNS + 2 * (self.lane % 4)
 
 
 class Fragment(Protocol):
