@@ -167,14 +167,14 @@ class Engines:
     """Processes of one run: started, asked within its time, ended with it."""
 
     def __init__(self, clock: Clock, model: Path, folder: Path, context: int, mode: str, num_layers: int) -> None:
-        self.clock, self.folder, self.num_layers = clock, folder, num_layers
+        self.clock, self.folder, self.context, self.num_layers = clock, folder, context, num_layers
         self.common = {"model": str(model), "context": context, "mode": mode}
         self.every: list[RunningEngine] = []
         self.failures: list[EngineBenchError] = []  # of FA4's
 
     def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
         """An engine that begins to start; its files lie in the folder `where`."""
-        room = kv_cache_bytes(self.common["context"], kv_cache_dtype, self.num_layers)
+        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers)
         request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
         engine = RunningEngine(request, self.folder / where, environment)
         self.every.append(engine)
