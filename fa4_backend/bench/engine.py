@@ -38,7 +38,6 @@ PATIENCE = 240.0  # seconds for an engine's start, or for one group of cases
 LEAST_FOR_A_START = 30.0  # seconds that have to be left for one
 POLL_SECONDS = 0.05
 FAILED_WORDS = 2500  # characters of a failed engine's log that are shown
-FP8_SHARE_GOAL = 0.55  # of attention's time with 16 bits, 128 rows of 2K
 
 
 class EngineBenchError(RuntimeError):
@@ -167,14 +166,14 @@ class Engines:
     """Processes of one run: started, asked within its time, ended with it."""
 
     def __init__(self, clock: Clock, model: Path, folder: Path, context: int, mode: str, num_layers: int) -> None:
-        self.clock, self.folder, self.num_layers = clock, folder, num_layers
+        self.clock, self.folder, self.context, self.num_layers = clock, folder, context, num_layers
         self.common = {"model": str(model), "context": context, "mode": mode}
         self.every: list[RunningEngine] = []
         self.failures: list[EngineBenchError] = []  # of FA4's
 
     def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
         """An engine that begins to start; its files lie in the folder `where`."""
-        room = kv_cache_bytes(self.common["context"], kv_cache_dtype, self.num_layers)
+        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers)
         request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
         engine = RunningEngine(request, self.folder / where, environment)
         self.every.append(engine)

@@ -36,6 +36,7 @@ from fa4_backend.cache.entry import find_fault
 from fa4_backend.compile_cache import find_prebuilt, library_of, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.engine_lane import COMMON, Engine, answers_name, run_process, write_request
+from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_eagle, write_gemma2, write_llama, write_lora
@@ -429,16 +430,12 @@ def chosen(options: argparse.Namespace) -> dict[str, Group]:
 
 def main() -> int:
     """Run the groups, print a line an engine, write the JSON; 1 when an engine failed, was far away or did not show what it has to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="lanes", side_by_side=10, seconds=180)
     parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
-    parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
     parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
-    parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs, and all answers")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     groups = chosen(options)
