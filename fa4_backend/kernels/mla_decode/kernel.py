@@ -27,6 +27,7 @@ from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
 from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp, TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
+from fa4_backend.kernels.mla_decode.shared_rows import SharedRows
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
@@ -47,7 +48,8 @@ class MlaDecodeKernel:
         self.load_warp = LoadWarp(self.storage, self.work)
         self.convert_warps = ConvertWarps(self.storage, self.work)
         parts = (config, self.storage, self.work, Merge(config, self.work))
-        self.consumers, self.narrow_warps = ConsumerWarpgroup(*parts), NarrowWarps(*parts)
+        self.shared_rows = SharedRows(config, self.storage)
+        self.consumers, self.narrow_warps = ConsumerWarpgroup(*parts, self.shared_rows), NarrowWarps(*parts)
 
     @cute.jit
     def __call__(
@@ -110,8 +112,7 @@ class MlaDecodeKernel:
     def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
         rows = self.config.box_rows
-        # Rows of 64 bytes that ldmatrix reads are swizzled as such; those that are converted, not at all.
-        swizzle = cute.make_swizzle(2 if self.config.is_narrow else 0 if self.config.has_scale else 3, 4, 3)
+        swizzle = cute.make_swizzle(self.config.latent_swizzle_bits, 4, 3)
         return self._part_tma(
             latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
             (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,
@@ -150,7 +151,7 @@ class MlaDecodeKernel:
                 self.storage.init_barriers(shared.barriers)
         if const_expr(not self.config.is_narrow):
             if warp >= WARPGROUP_WARPS:
-                self.consumers.clear_unloaded_query(shared)
+                self.shared_rows.clear_unloaded_query(shared)
         sync_cluster(cluster)
         if warp < WARPGROUP_WARPS:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.is_converted])

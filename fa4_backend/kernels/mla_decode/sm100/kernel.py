@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.cta_group import LEADER
 from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
@@ -62,7 +62,7 @@ class MlaSm100Kernel(MlaDecodeKernel):
         mFirst: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32: a row for each pair
         mSlots: cute.Tensor,  # (max_slots, slot_floats) float32
         mArrivals: cute.Tensor,  # (max_slots,) int32
-        mScale: None,  # latents have 16 bits
+        mScale: cute.Tensor | None,  # (1,) float32; None: latents have 16 bits
         softmax_scale: Float32,
         split_blocks: Int32,
         stream,
@@ -90,11 +90,12 @@ class MlaSm100Kernel(MlaDecodeKernel):
                 self.storage.init_barriers(place)
         if place.warp == MMA:
             group.tmem_alloc(pointer, ALL_COLUMNS)
-        if place.warp >= SOFTMAX:
-            self.softmax_warps.clear_unloaded_query(place)
-        ptx.tcgen05_fence_before_sync()
+        if const_expr(self.config.terms == 1):
+            if place.warp >= SOFTMAX:
+                self.softmax_warps.clear_unloaded_query(place)
+        tcgen05_ops.fence_before_sync()
         group.sync_all()
-        ptx.tcgen05_fence_after_sync()
+        tcgen05_ops.fence_after_sync()
         if place.warp >= SOFTMAX:
             cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
             self.softmax_warps.run(place, step, values, results, shared)
@@ -109,11 +110,11 @@ class MlaSm100Kernel(MlaDecodeKernel):
                 self.value_tail_warp.run(place, step, values)
             else:
                 zero_rows(step.mFirst[self.work.list_idx(), TOTAL_Q], results.mO, results.mLse)
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         # The other CTA may still arrive at this one's barriers, and products read its shared memory.
         group.sync_all()
         if place.warp == MMA:
-            ptx.tcgen05_fence_after_sync()
+            tcgen05_ops.fence_after_sync()
             group.tmem_dealloc(Int32(0), ALL_COLUMNS)
 
 
