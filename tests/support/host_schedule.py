@@ -22,6 +22,7 @@ class HostLists:
     prefill_begin: np.ndarray
     decode_tiles: np.ndarray
     decode_first: np.ndarray
+    own_entries: int  # entries of the prefill list that are not taken from the queue
 
 
 def make_lists(
@@ -47,14 +48,15 @@ def make_lists(
     order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
     seen = [_seen(shape, row, window_left, window_right) for row in order]
     best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
-    tiles = _prefill_tiles(shape, order, best if parts is None else [parts[row[0]] for row in order], window_left, window_right)
+    cuts = best if parts is None else [parts[row[0]] for row in order]
+    tiles = _prefill_tiles(shape, order, q_begins.tolist(), cuts, window_left, window_right)
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
     dealt, begin = _deal(shape, tiles, share)
     if shape.has_queue:
         dealt = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
-    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share))
+    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share), 0 if decode else shape.prefill_groups)
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,15 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     return chosen
 
 
-def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left: int, window_right: int) -> list[tuple]:
-    """The prefill list's entries in the order in which they are dealt out; `parts` of each row's tiles."""
+def _prefill_tiles(
+    shape: WorkShape, order: list, q_begins: list[int], parts: list[int], window_left: int, window_right: int
+) -> list[tuple]:
+    """The prefill list's entries in the order in which they are dealt out.
+
+    Args:
+        q_begins: first row in q of each sequence.
+        parts: of each row's tiles, in order.
+    """
     tiles: list[tuple] = []
     row_slot = 0
     for row, count in zip(order, parts, strict=True):
@@ -166,7 +175,8 @@ def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left:
                 for part, head in itertools.product(range(count), heads):
                     first_slot = row_slot + (head * m_blocks + m_block) * count
                     where = (first_slot + part, first_slot, count) if count > 1 else (-1, 0, 1)
-                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, kv_len, 0, 0, 0))
+                    lengths = kv_len, q_begins[seq_idx], query_len, 0
+                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, *lengths))
         row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
     return tiles
 

@@ -101,7 +101,8 @@ def write_prefill(
         early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
         out.begin[thread] = early + deal_begin(thread, late_total, num_ctas)
     if thread == 0:
-        store_tile(out.queue, 0, (Int32(0), total, Int32(0), Int32(0)))
+        own = cutlass.select_(rows.num_decode == 0, num_ctas, Int32(0))
+        store_tile(out.queue, 0, (Int32(0), total, Int32(0), own))
     for rank in range(thread, total, grid * NUM_THREADS):
         row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
         seq_idx = rows.prefill_seq[row]
@@ -137,7 +138,7 @@ def write_prefill(
             place = early_end + deal_begin(cta, late_total, num_ctas) + turn
         if params.has_queue == 1:
             place = rank
-        store_tile(out.tiles, place, (*tile, row_lengths.kv_len, Int32(0), Int32(0), Int32(0)))
+        store_tile(out.tiles, place, (*tile, row_lengths.kv_len, row_lengths.q_begin, row_lengths.query_len, Int32(0)))
 
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:
