@@ -50,6 +50,8 @@ def make_lists(
     best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
     cuts = best if parts is None else [parts[row[0]] for row in order]
     tiles = _prefill_tiles(shape, order, q_begins.tolist(), cuts, window_left, window_right)
+    if tiles and not decode and set(cuts) == {1}:
+        tiles = _cut_last_round(shape, tiles, max(s.longest for s in seen[:512]), parts is not None)
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
@@ -179,6 +181,30 @@ def _prefill_tiles(
                     tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, *lengths))
         row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
     return tiles
+
+
+def _cut_last_round(shape: WorkShape, tiles: list[tuple], longest: int, is_told: bool) -> list[tuple]:
+    """Tiles beyond whole rounds of CTAs are cut, where tiles are about equally long: first parts of all, then second parts."""
+    ctas = shape.prefill_groups
+    count, (begin, end) = len(tiles) % ctas, tiles[-1][3:5]
+    shortest = end - begin
+    if is_told or len(tiles) <= ctas or count == 0 or longest - shortest > shortest // 8:
+        return tiles
+    best, parts = 4 * shortest + 4, 1
+    for rounds in (1, 2):
+        each = min(rounds * ctas // count, shortest // shape.min_part_blocks, 64)
+        if each > 1:
+            time = rounds * (4 * -(-shortest // each) + 4) + min(2 * each, shape.most_part_quarters)
+            if time < best:
+                best, parts = time, each
+    if parts == 1 or count * parts > shape.max_part_slots():
+        return tiles
+    cut = []
+    for part, (at, tile) in itertools.product(range(parts), enumerate(tiles[-count:])):
+        length, longer = divmod(tile[4] - tile[3], parts)
+        first = tile[3] + part * length + min(part, longer)
+        cut.append((*tile[:3], first, first + length + (part < longer), at * parts + part, at * parts, parts, *tile[8:]))
+    return tiles[:-count] + cut
 
 
 def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:
