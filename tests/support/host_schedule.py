@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ def make_lists(
     dealt, begin = _deal(shape, tiles, share)
     if shape.has_queue:
         dealt = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
-    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share), 0 if decode else shape.prefill_groups)
+    decode_tiles, decode_first = _decode(shape, decode, groups, q_begins, share)
+    own_entries = 0
+    if prefill and not decode:  # prefill CTAs all start at once, and zero the rows behind the step's queries
+        decode_first[:, TOTAL_Q], own_entries = ALL_ROWS, shape.prefill_groups
+    return HostLists(dealt, begin, decode_tiles, decode_first, own_entries)
 
 
 @dataclass(frozen=True)

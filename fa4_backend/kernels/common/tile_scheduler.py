@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.schedule.work_list import (
@@ -50,6 +50,19 @@ class Queue(NamedTuple):
     def is_taken(self) -> Boolean:
         """Whether CTAs take entries at all."""
         return self.total > self.own
+
+
+@cute.jit
+def wait_alone(queue: Queue, is_dependent: cutlass.Constexpr[bool]):
+    """In a step of prefill rows alone, wait for the kernel before in the stream; before the first access to what kernels write but the
+    schedule. A warp calls; others that it hands data to need not.
+
+    A kernel that runs beside decode rows is launched programmatically, behind a decode kernel that waited itself. Where that one is left
+    out, it may be any kernel of the engine that lets its dependents go early.
+    """
+    if const_expr(is_dependent):
+        if queue.own > 0:
+            cute.arch.griddepcontrol_wait()
 
 
 def read_queue(mQueue: cute.Tensor) -> Queue:

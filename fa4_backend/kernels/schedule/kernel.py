@@ -32,7 +32,7 @@ from fa4_backend.kernels.schedule.prefill_list import PrefillList, sum_prefill, 
 from fa4_backend.kernels.schedule.prefill_parts import LastRound, PartTables
 from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
 from fa4_backend.kernels.schedule.share import Share, share_chip
-from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule.config import ScheduleConfig
@@ -259,7 +259,7 @@ class ScheduleKernel:
             total_q = lengths.cu_seqlens_q[cute.size(lengths.seqused_k)]
             if count == 0 and lane == 0:
                 decode_first[cta, NUM_ENTRIES] = Int32(0)
-                decode_first[cta, TOTAL_Q] = total_q
+                decode_first[cta, TOTAL_Q] = cutlass.select_(rows.has_prefill_alone, Int32(ALL_ROWS), total_q)
             for entry in range(lane, count, 32):
                 item = first_item + entry
                 row = item // params.num_kv_heads

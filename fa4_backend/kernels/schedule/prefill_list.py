@@ -115,7 +115,7 @@ def write_prefill(
         early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
         out.begin[thread] = early + deal_begin(thread, late_total, num_ctas)
     if thread == 0:
-        own = cutlass.select_(rows.num_decode == 0, num_ctas, Int32(0))
+        own = cutlass.select_(rows.has_prefill_alone, num_ctas, Int32(0))
         store_tile(out.queue, 0, (Int32(0), total, Int32(0), own))
     for rank in range(thread, total, grid * NUM_THREADS):
         # Parts of the last round: the first ones of all tiles, then the second ones.

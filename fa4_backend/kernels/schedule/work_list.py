@@ -18,7 +18,8 @@ int32, one of the decode list DECODE_INTS (the names below index both; what stan
                              row in q and its query tokens: a kernel needs no second look-up
 
     q_begin, query_len, kv_len   the same in the decode list
-    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed
+    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed; ALL_ROWS where the prefill kernel does
+                             it, in a step of prefill rows alone
     num_entries, next_entry  only in `decode_first`, whose row c repeats the first entry of CTA c: how many entries it has and
                              where its second one stands. So a CTA reaches its first page with one look-up less. A CTA without
                              entries has a count of 0 and `total_q`, and nothing else.
@@ -52,12 +53,13 @@ Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 
 QUEUE_INTS = 4
 # Entries that were taken; entries; CTAs that found no entry left; entries that are nobody's to take: CTA c, or pair c, begins with entry c.
-# That is an entry a CTA where all CTAs start together, else 0: those that start behind decode rows would hold up their entries.
+# That is an entry a CTA in a step of prefill rows alone, else 0: CTAs that start behind decode rows would hold up their entries.
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT, QUEUE_OWN = range(4)
 
 MAX_PARTS = 64  # of a prefill tile
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
+ALL_ROWS = 2**31 - 1  # more rows than `out` has
 NO_WINDOW = 1 << 30  # a window wider than any sequence
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 

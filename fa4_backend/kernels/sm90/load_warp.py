@@ -26,6 +26,7 @@ from fa4_backend.kernels.common.tile_scheduler import (
     read_queue,
     take_tile,
     tile_of_entry,
+    wait_alone,
 )
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
@@ -87,6 +88,7 @@ class LoadWarp:
         tile_idx, _, _ = cute.arch.block_idx()
         word = read_entry(step.mTiles, tile_idx)
         queue = read_queue(step.mQueue)
+        wait_alone(queue, c.is_dependent)
         if queue.own == 0:
             tile_idx = self._next_tile(step, queue, feed, barriers, sWork, loads_v)
             feed = advance(feed, WORK_STAGE)

@@ -11,7 +11,15 @@ from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
 from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.tile_scheduler import leave_queue, part_of_entry, read_entry, read_queue, take_tile, tile_of_entry
+from fa4_backend.kernels.common.tile_scheduler import (
+    leave_queue,
+    part_of_entry,
+    read_entry,
+    read_queue,
+    take_tile,
+    tile_of_entry,
+    wait_alone,
+)
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.staging import Note, Query, Staged
@@ -61,6 +69,7 @@ class StagingWarp:
         tile_idx, _, _ = cute.arch.block_idx()
         word = read_entry(step.mTiles, tile_idx)
         queue = read_queue(step.mQueue)
+        wait_alone(queue, load.storage.config.is_dependent)
         if queue.own == 0:
             tile_idx = take_tile(step.mQueue)
             word = read_entry(step.mTiles, tile_idx)
