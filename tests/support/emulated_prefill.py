@@ -13,7 +13,16 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, QUEUE_LEFT, QUEUE_NEXT, QUEUE_OWN, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import (
+    NO_WINDOW,
+    PART_COUNTERS,
+    PARTIAL_SLOT,
+    QUEUE_LEFT,
+    QUEUE_NEXT,
+    QUEUE_OWN,
+    WorkLists,
+    WorkShape,
+)
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 

@@ -562,12 +562,12 @@ class ConsumerWarpgroup:
                 barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
                 share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                self.parts.leave(outputs.parts, part, group, stayers)
                 if share != NOTHING:
                     factor = None
                     if const_expr(self.storage.has_factors):
                         factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
                     self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
-                self.parts.leave(outputs.parts, part, group, stayers)
 
     def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
         """An int32 of shared memory that is this warpgroup's."""
