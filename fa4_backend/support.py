@@ -19,7 +19,7 @@ from fa4_backend.problem import (
 )
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
-MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
+MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`work_list.NO_WINDOW`) and a tile stay below 2^31
 MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features
 MASKS = frozenset(f.name for f in fields(MaskFeatures))
 # Latent attention: queries of a row, one more than the drafts that engines verify at once. 8 of 128 heads are 1024 packed rows.
