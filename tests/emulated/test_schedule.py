@@ -75,6 +75,31 @@ def test_device_lists_are_the_hosts() -> None:
         assert_same_lists(work, want)
 
 
+# (CTAs, query lengths, KV lengths, parts of the last round's tiles; 1: not cut). Tiles are 32 tokens, blocks 128 keys, heads two.
+LAST_ROUNDS = {
+    "4 tiles of 28 on 12 CTAs": (12, [200, 200], [5000, 5000], 3),
+    "8 tiles of 20 on 12 CTAs, parts in two rounds": (12, [320], [5000], 3),
+    "tiles that end early": (12, [416], [416], 1),
+    "whole rounds": (14, [200, 200], [5000, 5000], 1),
+    "decode rows beside": (12, [200, 200, 1], [5000, 5000, 40], 1),
+    "tiles too short for parts": (12, [200, 200], [300, 300], 1),
+}
+
+
+@pytest.mark.parametrize("name", LAST_ROUNDS)
+def test_the_last_round_is_cut(name: str) -> None:
+    num_ctas, query_lens, kv_lens, parts = LAST_ROUNDS[name]
+    shape = replace(
+        BASE, prefill_groups=num_ctas, decode_num_ctas=num_ctas, num_sms=num_ctas, part_floats=8, min_part_blocks=2, most_part_quarters=10
+    )
+    want = host_lists(shape, query_lens, kv_lens)
+    assert set(want.prefill_tiles[:, NUM_PIECES]) == {1, parts}
+    work = empty_lists(shape, len(kv_lens))
+    report = run_schedule("sm_90a", ScheduleConfig("sm_90a", 256), work, query_lens, kv_lens, seed=num_ctas)
+    assert report.races == []
+    assert_same_lists(work, want)
+
+
 def test_more_rows_than_threads() -> None:
     """600 rows: a thread has more than one, and cuts fall in the second round of the scan."""
     shape = draw_step(3)[0]

@@ -155,7 +155,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
 def assert_same_lists(work: WorkLists, want: HostLists) -> None:
     """The device's lists are the host's, entry by entry."""
     assert np.array_equal(work.prefill_begin.numpy(), want.prefill_begin)
-    assert work.prefill_queue[0].tolist() == [0, len(want.prefill_tiles), 0, 0]
+    assert work.prefill_queue[0].tolist() == [0, len(want.prefill_tiles), 0, want.own_entries]
     assert np.array_equal(work.prefill_tiles[: len(want.prefill_tiles)].numpy(), want.prefill_tiles)
     counts, want_counts = work.decode_first[:, 11].numpy(), want.decode_first[:, 11]
     assert np.array_equal(counts, want_counts)

@@ -27,6 +27,7 @@ class Cuts:
     parts: tuple[int, ...]  # of each tile of every sequence
     window_left: int | None = -1  # that the lists are made for; -1: the case's
     is_reversed: bool = False  # the list's last entry is taken first, so that the first part of a tile comes last
+    is_all_taken: bool = False  # every entry is taken from the queue, as in a step with decode rows
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,12 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
     )
     tiles = lists.prefill_tiles[:: -1 if cuts is not None and cuts.is_reversed else 1]
     slots = int((lists.prefill_tiles[:, PARTIAL_SLOT] >= 0).sum()) if key.part_floats else 0
+    own = lists.own_entries if cuts is None or not cuts.is_all_taken else 0
     return WorkLists(
         shape,
         prefill_tiles=torch.from_numpy(tiles.copy()),
         prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
-        prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, 0]], dtype=torch.int32),
+        prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, own]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
         part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,
         part_arrivals=torch.zeros(max(1, slots), PART_COUNTERS, dtype=torch.int32),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class HostLists:
     prefill_begin: np.ndarray
     decode_tiles: np.ndarray
     decode_first: np.ndarray
+    own_entries: int  # entries of the prefill list that are not taken from the queue
 
 
 def make_lists(
@@ -47,14 +48,21 @@ def make_lists(
     order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
     seen = [_seen(shape, row, window_left, window_right) for row in order]
     best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
-    tiles = _prefill_tiles(shape, order, best if parts is None else [parts[row[0]] for row in order], window_left, window_right)
+    cuts = best if parts is None else [parts[row[0]] for row in order]
+    tiles = _prefill_tiles(shape, order, q_begins.tolist(), cuts, window_left, window_right)
+    if tiles and not decode and set(cuts) == {1}:
+        tiles = _cut_last_round(shape, tiles, max(s.longest for s in seen[:512]), parts is not None)
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
     dealt, begin = _deal(shape, tiles, share)
     if shape.has_queue:
         dealt = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
-    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share))
+    decode_tiles, decode_first = _decode(shape, decode, groups, q_begins, share)
+    own_entries = 0
+    if prefill and not decode:  # prefill CTAs all start at once, and zero the rows behind the step's queries
+        decode_first[:, TOTAL_Q], own_entries = ALL_ROWS, shape.prefill_groups
+    return HostLists(dealt, begin, decode_tiles, decode_first, own_entries)
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,15 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     return chosen
 
 
-def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left: int, window_right: int) -> list[tuple]:
-    """The prefill list's entries in the order in which they are dealt out; `parts` of each row's tiles."""
+def _prefill_tiles(
+    shape: WorkShape, order: list, q_begins: list[int], parts: list[int], window_left: int, window_right: int
+) -> list[tuple]:
+    """The prefill list's entries in the order in which they are dealt out.
+
+    Args:
+        q_begins: first row in q of each sequence.
+        parts: of each row's tiles, in order.
+    """
     tiles: list[tuple] = []
     row_slot = 0
     for row, count in zip(order, parts, strict=True):
@@ -166,9 +181,34 @@ def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left:
                 for part, head in itertools.product(range(count), heads):
                     first_slot = row_slot + (head * m_blocks + m_block) * count
                     where = (first_slot + part, first_slot, count) if count > 1 else (-1, 0, 1)
-                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, kv_len, 0, 0, 0))
+                    lengths = kv_len, q_begins[seq_idx], query_len, 0
+                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, *lengths))
         row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
     return tiles
+
+
+def _cut_last_round(shape: WorkShape, tiles: list[tuple], longest: int, is_told: bool) -> list[tuple]:
+    """Tiles beyond whole rounds of CTAs are cut, where tiles are about equally long: first parts of all, then second parts."""
+    ctas = shape.prefill_groups
+    count, (begin, end) = len(tiles) % ctas, tiles[-1][3:5]
+    shortest = end - begin
+    if is_told or len(tiles) <= ctas or count == 0 or longest - shortest > shortest // 8:
+        return tiles
+    best, parts = 4 * shortest + 4, 1
+    for rounds in (1, 2):
+        each = min(rounds * ctas // count, shortest // shape.min_part_blocks, 64)
+        if each > 1:
+            time = rounds * (4 * -(-shortest // each) + 4) + min(2 * each, shape.most_part_quarters)
+            if time < best:
+                best, parts = time, each
+    if parts == 1 or count * parts > shape.max_part_slots():
+        return tiles
+    cut = []
+    for part, (at, tile) in itertools.product(range(parts), enumerate(tiles[-count:])):
+        length, longer = divmod(tile[4] - tile[3], parts)
+        first = tile[3] + part * length + min(part, longer)
+        cut.append((*tile[:3], first, first + length + (part < longer), at * parts + part, at * parts, parts, *tile[8:]))
+    return tiles[:-count] + cut
 
 
 def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:

@@ -29,10 +29,10 @@ from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_list import PrefillList, sum_prefill, write_prefill
-from fa4_backend.kernels.schedule.prefill_parts import PartTables
+from fa4_backend.kernels.schedule.prefill_parts import LastRound, PartTables
 from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
 from fa4_backend.kernels.schedule.share import Share, share_chip
-from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule.config import ScheduleConfig
@@ -105,10 +105,10 @@ class ScheduleKernel:
         rows = scan_rows(lengths, seqs, table, sums, params)
         num_groups = cute.size(prefill.begin) - 1
         share = Share(Int32(0), num_groups, Int32(0))
-        tiles = Int32(0)
+        tiles, last = Int32(0), LastRound(Int32(0), Int32(1), Int32(1))
         if rows.num_prefill > 0:
             order_by_length(rows)
-            tiles, blocks = sum_prefill(lengths, rows, parts, sums, prefill.tiles.shape[0] // params.num_kv_heads, num_groups, params)
+            tiles, blocks, last = sum_prefill(lengths, rows, parts, sums, Int32(prefill.tiles.shape[0]), num_groups, params)
             if rows.num_decode > 0:
                 share = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, num_groups, sums, params)
         num_cuts = share.decode_sms
@@ -116,7 +116,7 @@ class ScheduleKernel:
             num_cuts = self.usable_ctas(rows, sums, decode_first.shape[0], params)
         self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
         self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        write_prefill(lengths, rows, parts, prefill, tiles, share, params)
+        write_prefill(lengths, rows, parts, prefill, tiles, last, share, params)
 
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:
@@ -259,7 +259,7 @@ class ScheduleKernel:
             total_q = lengths.cu_seqlens_q[cute.size(lengths.seqused_k)]
             if count == 0 and lane == 0:
                 decode_first[cta, NUM_ENTRIES] = Int32(0)
-                decode_first[cta, TOTAL_Q] = total_q
+                decode_first[cta, TOTAL_Q] = cutlass.select_(rows.has_prefill_alone, Int32(ALL_ROWS), total_q)
             for entry in range(lane, count, 32):
                 item = first_item + entry
                 row = item // params.num_kv_heads

@@ -2,6 +2,9 @@
 
 All tiles of a row are cut into the same number of parts, each tile into equal ones. So the places of a row's entries still follow from
 its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
+
+Where that is not worth it, tiles may be a few more than whole rounds of CTAs: 672 equal tiles take 132 CTAs as long as 792. Then the tiles
+of the last round alone are cut (`last_round`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 
 CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
 MAX_SUM = 2**31 - 1
+EQUAL_SHARE = 8  # tiles count as equally long where they differ by this share of the shortest
 # Numbers are cut here before they are multiplied: above what a cut row may have, and no product or sum passes 2^31.
 MOST_M_BLOCKS, MOST_ROUNDS, MOST_QUARTERS, MOST_BLOCKS = 1 << 14, 1 << 12, 1 << 16, 1 << 28
 
@@ -38,6 +42,14 @@ class PrefillSum(NamedTuple):
     tiles: Int32  # entries of the list of one head
     blocks: Int32  # about how many n_blocks they see
     longest: Int32  # n_blocks of the longest
+
+
+class LastRound(NamedTuple):
+    """The tiles that stand last in the list, where they are cut into parts. Without: `first` is the list's end."""
+
+    first: Int32  # place of the first of them
+    tiles: Int32  # at least 1
+    parts: Int32  # of each
 
 
 def num_parts(longest: Int32, length: Int32) -> Int32:
@@ -100,6 +112,34 @@ def cut_rows(tables: PartTables, tile_sum: cute.Tensor, num_rows: Int32, length:
         tile_sum[at] += cutlass.select_(at < NUM_THREADS, before, added)
     cute.arch.sync_threads()
     return added
+
+
+def last_round(entries: Int32, shortest: Int32, longest: Int32, num_groups: Int32, room: Int32, params: ScheduleParams) -> LastRound:
+    """How the last round's tiles are cut; `entries` are all whole.
+
+    They are dealt to all CTAs, once or twice. Tiles must be about equally long: of tiles that get shorter towards the list's end CTAs end
+    at many times, and the last ones fill what is left.
+
+    Args:
+        entries: of all heads.
+        shortest: n_blocks of the last tile.
+        longest: of the longest.
+        room: entries that the list has room for.
+    """
+    tiles = entries % num_groups
+    some = cutlass.max(tiles, 1)
+    most = cutlass.min(cutlass.min(shortest, MOST_QUARTERS) // params.min_part_blocks, MAX_PARTS)
+    best, parts = 4 * shortest + ENTRY_QUARTERS, Int32(1)
+    for rounds in (1, 2):
+        each = cutlass.min(rounds * num_groups // some, most)
+        time = rounds * (4 * ((shortest + cutlass.max(each, 1) - 1) // cutlass.max(each, 1)) + ENTRY_QUARTERS)
+        time += cutlass.min(PART_QUARTERS * each, params.most_part_quarters)
+        is_better = (each > 1) & (time < best)
+        best, parts = cutlass.select_(is_better, time, best), cutlass.select_(is_better, each, parts)
+    is_equal = longest - shortest <= shortest // EQUAL_SHARE
+    fits = (tiles * parts <= params.part_slots) & (entries + tiles * (parts - 1) <= room)
+    parts = cutlass.select_((entries > num_groups) & (tiles > 0) & is_equal & fits, parts, Int32(1))
+    return LastRound(entries - cutlass.select_(parts > 1, tiles, Int32(0)), some, parts)
 
 
 def warp_sum(value: Int32) -> Int32:

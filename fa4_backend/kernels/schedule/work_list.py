@@ -14,10 +14,12 @@ int32, one of the decode list DECODE_INTS (the names below index both; what stan
                              last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1. The prefill
                              list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
 
-    tile_kv_len              only in the prefill list, whose last three ints nobody reads: the sequence's KV tokens
+    tile_kv_len, tile_q_begin, tile_query_len   only in the prefill list, whose last int nobody reads: the sequence's KV tokens, its first
+                             row in q and its query tokens: a kernel needs no second look-up
 
-    q_begin, query_len, kv_len   the sequence's first row in q, its query tokens and KV tokens: a kernel needs no second look-up
-    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed
+    q_begin, query_len, kv_len   the same in the decode list
+    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed; ALL_ROWS where the prefill kernel does
+                             it, in a step of prefill rows alone
     num_entries, next_entry  only in `decode_first`, whose row c repeats the first entry of CTA c: how many entries it has and
                              where its second one stands. So a CTA reaches its first page with one look-up less. A CTA without
                              entries has a count of 0 and `total_q`, and nothing else.
@@ -45,17 +47,20 @@ if TYPE_CHECKING:
 
 SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(8)
 TILE_INTS = 12
-TILE_KV_LEN = 8
+TILE_KV_LEN, TILE_Q_BEGIN, TILE_QUERY_LEN = range(8, 11)
 DECODE_INTS = 16
 Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 
 QUEUE_INTS = 4
-QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
+# Entries that were taken; entries; CTAs that found no entry left; entries that are nobody's to take: CTA c, or pair c, begins with entry c.
+# That is an entry a CTA in a step of prefill rows alone, else 0: CTAs that start behind decode rows would hold up their entries.
+QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT, QUEUE_OWN = range(4)
 
 MAX_PARTS = 64  # of a prefill tile
 MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
+ALL_ROWS = 2**31 - 1  # more rows than `out` has
 NO_WINDOW = 1 << 30  # a window wider than any sequence; a position plus it stays below 2^31
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 

@@ -19,8 +19,9 @@ from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
-from fa4_backend.kernels.common.tile_scheduler import PartTensors
+from fa4_backend.kernels.common.tile_scheduler import PartTensors, read_queue, wait_alone
 from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
@@ -142,7 +143,8 @@ class PrefillKernel:
             else:
                 if const_expr(not self.config.converts):
                     ValueTailWarp(g).run(place, work)
-                if const_expr(not self.config.kernel.is_dependent):
+                wait_alone(read_queue(work.mQueue), self.config.kernel.is_dependent)
+                if const_expr(not self.config.kernel.is_dependent) or work.mQueue[0, QUEUE_OWN] > 0:
                     zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, heads.mLse)
         tcgen05_ops.fence_before_sync()
         g.group.sync_all()

@@ -26,6 +26,7 @@ from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.common.tile_scheduler import PartTensors
 from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
@@ -161,8 +162,9 @@ class PrefillKernel:
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
-            elif warp == 2:
-                zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
+            if warp == 2:
+                if const_expr(not c.is_dependent) or step.mQueue[0, QUEUE_OWN] > 0:
+                    zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
