@@ -38,7 +38,6 @@ PATIENCE = 240.0  # seconds for an engine's start, or for one group of cases
 LEAST_FOR_A_START = 30.0  # seconds that have to be left for one
 POLL_SECONDS = 0.05
 FAILED_WORDS = 2500  # characters of a failed engine's log that are shown
-FP8_SHARE_GOAL = 0.55  # of attention's time with 16 bits, 128 rows of 2K
 
 
 class EngineBenchError(RuntimeError):
