@@ -13,7 +13,16 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, QUEUE_LEFT, QUEUE_NEXT, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import (
+    NO_WINDOW,
+    PART_COUNTERS,
+    PARTIAL_SLOT,
+    QUEUE_LEFT,
+    QUEUE_NEXT,
+    QUEUE_OWN,
+    WorkLists,
+    WorkShape,
+)
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -102,7 +111,8 @@ def run_built(
         contraction=contraction,
     ) as emu:
         emu.run(load_function(chosen), *prefill_arguments(a, work))
-    return EmulatedRun(built, emu.report, work, zeroes_padding=not chosen.kernel.is_dependent)
+    is_alone = not chosen.kernel.is_dependent or int(work.prefill_queue[0, QUEUE_OWN]) > 0
+    return EmulatedRun(built, emu.report, work, zeroes_padding=is_alone)
 
 
 def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: int, cuts: Cuts | None) -> WorkLists:

@@ -93,7 +93,6 @@ class LoadWarp:
             tile_idx = self._next_tile(step, queue, feed, barriers, sWork, loads_v)
             feed = advance(feed, WORK_STAGE)
             word = read_entry(step.mTiles, tile_idx)
-        has_tile = tile_idx < queue.total
         while tile_idx < queue.total:
             work = tile_of_entry(word, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
@@ -121,10 +120,6 @@ class LoadWarp:
                 word = read_entry(step.mTiles, tile_idx)
         if const_expr(not loads_v):
             self.hand_over_empty(q_position, barriers, sWork)
-            if has_tile:
-                cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
-                if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
             if queue.is_taken:
                 leave_queue(step.mQueue)
 
