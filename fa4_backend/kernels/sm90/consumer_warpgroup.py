@@ -10,7 +10,8 @@ One KV block j of the loop, with O in registers all along:
 So the tensor cores see two warpgroups in ping-pong, and each one overlaps its own softmax with its own second product.
 
 The blocks of all tiles of a CTA are one stream: the first scores of a tile take their turn together with the last product of the tile
-before, whose O is written while the other warpgroup's products run. Behind the last tile stands an empty one (`load_warp.py`).
+before, whose O is written while the other warpgroup's products run. Behind the last tile stands an empty one (`load_warp.py`), of which
+no scores are made.
 """
 
 from dataclasses import dataclass

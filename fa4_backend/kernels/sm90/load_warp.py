@@ -65,8 +65,8 @@ class LoadWarp:
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
 
         Both load warps count every slot of the ring and fill their own. The one that loads K takes tiles from the queue, each when
-        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one, a block that holds
-        whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
+        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one: consumers begin a tile's scores
+        while they end the one before, and its numbers tell them that there are none to make.
 
         Most CTAs of a small step have one short tile, whose first loads come as soon as memory allows: its entry is read beside the queue,
         by its place, and pages are looked up a block ahead.
