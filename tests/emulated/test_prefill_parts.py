@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT
+from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT, QUEUE_TOTAL
 from tests.support import large_logits
 from tests.support.emulated_mixed import run_mixed
 from tests.support.emulated_prefill import Cuts, run_built, run_prefill
@@ -139,7 +139,7 @@ def test_beside_decode(seed: int | None) -> None:
     drawn = case((1, 30, 1, 9), (500, 1000, 64, 700))
     run = run_mixed(drawn, num_sms=8, seed=seed, min_part_blocks=1)
     run.check()
-    tiles = run.work.prefill_tiles[: run.work.prefill_begin[-1]]
+    tiles = run.work.prefill_tiles[: run.work.prefill_queue[0, QUEUE_TOTAL]]
     assert (tiles[:, NUM_PIECES] > 1).any() and run.decode_ctas > 0
     first_slots = tiles[tiles[:, PARTIAL_SLOT] >= 0, FIRST_SLOT]
     assert not run.work.part_arrivals[first_slots].any()

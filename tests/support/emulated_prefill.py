@@ -122,7 +122,6 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=NO_WINDOW, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
-        has_queue=key.has_queue,
     )  # fmt: skip
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window
@@ -141,7 +140,6 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
     return WorkLists(
         shape,
         prefill_tiles=torch.from_numpy(tiles.copy()),
-        prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
         prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, own]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
         part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,

@@ -13,14 +13,12 @@ from fa4_backend.kernels.schedule.limits import NUM_THREADS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, LastRound, PartTables, PrefillSum, cut_rows, last_round, part_length
 from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, read_row
-from fa4_backend.kernels.schedule.share import Share, deal, deal_begin
 
 
 class PrefillList(NamedTuple):
     """What the schedule writes for the prefill kernel."""
 
     tiles: cute.Tensor  # (max_prefill_tiles, TILE_INTS) int32
-    begin: cute.Tensor  # (prefill_groups + 1,) int32
     queue: cute.Tensor  # (1, QUEUE_INTS) int32
     part_arrivals: cute.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32
 
@@ -32,14 +30,13 @@ def sum_prefill(
     parts: PartTables,
     sums: cute.Tensor,
     room: Int32,
-    num_groups: Int32,
     params: ScheduleParams,
 ) -> tuple[Int32, Int32, LastRound]:
     """Sum up the entries of the ordered prefill rows, whose tiles may be cut; ends with a barrier.
 
     Returns the entries of one head before the last round is cut, about how many n_blocks they see, and the cut of the last round, which
     only steps without decode rows have. The list has room for every step whose `cu_seqlens_q` ascends; of one that does not, as many
-    entries as there is room for are dealt out.
+    entries as there is room for are written.
 
     Args:
         room: entries that the list has room for.
@@ -71,7 +68,7 @@ def sum_prefill(
     if tidx == 0:
         rows.prefill_sum[rows.num_prefill] = done
     longest = -block_min(-longest, sums)
-    length = part_length(parts, PrefillSum(done, seen, longest), sums, num_groups, params)
+    length = part_length(parts, PrefillSum(done, seen, longest), sums, params)
     if length < longest:
         done += cut_rows(parts, rows.prefill_sum, rows.num_prefill, length, sums, params)
     done = cutlass.min(cutlass.max(done, 0), room // params.num_kv_heads)
@@ -79,7 +76,7 @@ def sum_prefill(
     last = LastRound(entries, Int32(1), Int32(1))
     if length == longest and rows.num_decode == 0:
         begin, end = visible_blocks(Int32(0), read_row(lengths, rows.prefill_seq[rows.num_prefill - 1], params), params)
-        last = last_round(entries, end - begin, longest, num_groups, room, params)
+        last = last_round(entries, end - begin, longest, room, params)
     return done, seen, last
 
 
@@ -91,10 +88,9 @@ def write_prefill(
     out: PrefillList,
     tiles: Int32,
     last: LastRound,
-    share: Share,
     params: ScheduleParams,
 ) -> None:
-    """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone.
+    """Write the prefill list, a thread an entry; what stands at a place follows from the place alone.
 
     Whoever writes a tile's first two parts clears the tile's arrival counters.
 
@@ -105,17 +101,10 @@ def write_prefill(
     bidx, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
     thread = bidx * NUM_THREADS + tidx
-    num_ctas = cute.size(out.begin) - 1
     heads = params.num_kv_heads
     total = tiles * heads + last.tiles * (last.parts - 1)
-    # The first rounds go to the early CTAs, what is left to all.
-    early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
-    late_total = total - early_total
-    if thread <= num_ctas:
-        early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
-        out.begin[thread] = early + deal_begin(thread, late_total, num_ctas)
     if thread == 0:
-        own = cutlass.select_(rows.has_prefill_alone, num_ctas, Int32(0))
+        own = cutlass.select_(rows.has_prefill_alone, params.prefill_groups, Int32(0))
         store_tile(out.queue, 0, (Int32(0), total, Int32(0), own))
     for rank in range(thread, total, grid * NUM_THREADS):
         # Parts of the last round: the first ones of all tiles, then the second ones.
@@ -150,16 +139,7 @@ def write_prefill(
             begin += part * length + cutlass.min(part, longer)
             end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
         tile = (seq_idx, head, m_block, begin, end, slot, first_slot, num_parts)
-        cta, turn = deal(rank, share.early_ctas)
-        early_begin = deal_begin(cta, early_total, share.early_ctas)
-        place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
-        if rank >= early_total:
-            cta, turn = deal(rank - early_total, num_ctas)
-            early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
-            place = early_end + deal_begin(cta, late_total, num_ctas) + turn
-        if params.has_queue == 1:
-            place = rank
-        store_tile(out.tiles, place, (*tile, row_lengths.kv_len, row_lengths.q_begin, row_lengths.query_len, Int32(0)))
+        store_tile(out.tiles, rank, (*tile, row_lengths.kv_len, row_lengths.q_begin, row_lengths.query_len, Int32(0)))
 
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:

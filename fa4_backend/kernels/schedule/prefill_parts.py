@@ -58,7 +58,7 @@ def num_parts(longest: Int32, length: Int32) -> Int32:
 
 
 @cute.jit
-def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_groups: Int32, params: ScheduleParams) -> Int32:
+def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, params: ScheduleParams) -> Int32:
     """n_blocks that a part has at most; `longest` where nothing is cut. Every thread of the CTA must call.
 
     The longest tile is cut into 1 to MAX_PARTS parts, the others of the first rows into parts of that length; a warp a candidate, a lane
@@ -66,7 +66,7 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_
     """
     tidx, _, _ = cute.arch.thread_idx()
     lane, warp = tidx % 32, tidx // 32
-    heads, longest = params.num_kv_heads, prefill.longest
+    heads, longest, num_groups = params.num_kv_heads, prefill.longest, params.prefill_groups
     # No row sees more than an equal share of all: then all CTAs have work until the end.
     share = cutlass.min(prefill.blocks // num_groups, MAX_SUM // heads - 1) * heads + prefill.blocks % num_groups * heads // num_groups
     best, best_parts = Int32(MAX_SUM), Int32(MAX_PARTS)
@@ -114,7 +114,7 @@ def cut_rows(tables: PartTables, tile_sum: cute.Tensor, num_rows: Int32, length:
     return added
 
 
-def last_round(entries: Int32, shortest: Int32, longest: Int32, num_groups: Int32, room: Int32, params: ScheduleParams) -> LastRound:
+def last_round(entries: Int32, shortest: Int32, longest: Int32, room: Int32, params: ScheduleParams) -> LastRound:
     """How the last round's tiles are cut; `entries` are all whole.
 
     They are dealt to all CTAs, once or twice. Tiles must be about equally long: of tiles that get shorter towards the list's end CTAs end
@@ -126,6 +126,7 @@ def last_round(entries: Int32, shortest: Int32, longest: Int32, num_groups: Int3
         longest: of the longest.
         room: entries that the list has room for.
     """
+    num_groups = params.prefill_groups
     tiles = entries % num_groups
     some = cutlass.max(tiles, 1)
     most = cutlass.min(cutlass.min(shortest, MOST_QUARTERS) // params.min_part_blocks, MAX_PARTS)

@@ -55,7 +55,6 @@ class PrefillKernel:
         mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32, or of pairs: as many; its numbers are not read
         mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
         mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32; None: items are not cut along KV
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
@@ -71,9 +70,10 @@ class PrefillKernel:
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
+        num_groups: Int32,
         stream,
     ):
-        """Launch one CTA, or one CTA pair, for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        """Launch `num_groups` CTAs, or CTA pairs. Values that the config leaves out are ignored."""
         kernel, ctas = self.config.kernel, self.config.tuning.cta_group
         if const_expr(kernel.kv_source == RAGGED):
             pages, bounds = None, SeqlenBounds.of_ragged(mO, mK, mCuSeqlensK)
@@ -90,7 +90,7 @@ class PrefillKernel:
         work = WorkTensors(mTiles, mQueue, mCuSeqlensQ, values, bounds, PartTensors(mPartSlots, mPartArrivals))
         heads = HeadTensors(mLse, mSinks, mSlopes, mQScale, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
-            grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
+            grid=[num_groups * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,
             block=[ROLES.num_threads, 1, 1],
             smem=Geometry.of(self.config, O_STAGE).storage.num_bytes,
@@ -158,4 +158,4 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)
+    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats)

@@ -8,8 +8,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.mask import MaskValues
-from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
-from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
+from fa4_backend.kernels.common.paged_kv import PageBoxes, TmaOperand
+from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.tile_scheduler import (
     leave_queue,
@@ -33,13 +33,6 @@ class KvBlock(NamedTuple):
     kv_head_idx: Int32
     first_row: Int32
     end_row: Int32
-
-
-class StagingOperand(NamedTuple):
-    """K or V on its way to staging."""
-
-    tiles: PagedKv | RaggedKv
-    tma: TmaOperand | RaggedOperand
 
 
 @dataclass(frozen=True)
