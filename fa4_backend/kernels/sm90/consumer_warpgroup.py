@@ -36,6 +36,7 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
+from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
@@ -95,6 +96,7 @@ class ConsumerWarpgroup:
     output: OutputStore
     parts: TileParts
     shares: PartShares
+    query_rows: QueryRows
 
     @cute.jit
     def run(
@@ -331,6 +333,10 @@ class ConsumerWarpgroup:
     ) -> TileState:
         """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
+        if const_expr(tiles.sRowScales is not None):
+            lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
+            is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
+            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
         n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
