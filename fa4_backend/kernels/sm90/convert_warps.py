@@ -25,6 +25,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Staged, staging_slots, tile_elems
@@ -162,7 +163,7 @@ class ConvertWarps:
     def _begin(self, shared: SharedBuffers, staged: RingPosition, me: Lane) -> Tile:
         """Read the note of a slot that is full, and issue the first loads of its tile."""
         c = self.storage.config
-        words = ptx.elements(ptx.load_shared_v4(shared.sNotes.iterator.toint() + staged.slot * (4 * STAGE_INTS)))
+        words = vectors.elements(ptx.load_shared_v4(shared.sNotes.iterator.toint() + staged.slot * (4 * STAGE_INTS)))
         note = NoteWords(*(Int32(words[int(field)]) for field in (Note.KIND, Note.FIRST_ROW, Note.END_ROW)))
         chunks = ((Int32(0),) * 4,) * self._ahead
         source = self._source(shared, staged)
@@ -237,7 +238,7 @@ class ConvertWarps:
         row, part_idx = self._place(head_dim, me, step)
         part = self.storage.config.part_elems(head_dim)
         address = source + (row * head_dim + part_idx * part + self._chunk(head_dim, me) * CHUNK_BYTES)
-        return tuple(Int32(word) for word in ptx.elements(ptx.load_shared_v4(address)))
+        return tuple(Int32(word) for word in vectors.elements(ptx.load_shared_v4(address)))
 
     def _store(self, target: Int32, head_dim: int, me: Lane, step: int, words: tuple[Int32, ...], seen: NoteWords | None) -> None:
         """The same as float16; rows that are not seen as zeros, None: all are seen."""

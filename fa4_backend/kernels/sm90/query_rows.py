@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.sm90.storage import Storage
@@ -55,7 +56,7 @@ class QueryRows:
             for begin in cutlass.range_constexpr(0, WARP_ROWS // rows, at_once):
                 groups = const_expr(range(begin, min(begin + at_once, WARP_ROWS // rows)))
                 lines = [[line + (group * rows + i * c.tile.tile_m) * (2 * part) for i in range(parts)] for group in groups]
-                loaded = [[Int32(word) for x in of_row for word in ptx.elements(ptx.load_shared_v4(x))] for of_row in lines]
+                loaded = [[Int32(word) for x in of_row for word in vectors.elements(ptx.load_shared_v4(x))] for of_row in lines]
                 for k in cutlass.range_constexpr(len(lines)):
                     scaled, divided_by = scaled_to_float16(loaded[k], chunks)
                     for i in cutlass.range_constexpr(parts):
