@@ -122,7 +122,7 @@ class ConvertWarps:
         warp: 0 .. num_warps.
         """
         c = self.storage.config
-        turn = const_expr(self._units(c.head_dim).total % self.num_warps or 1)
+        turn = const_expr(self.units(c.head_dim).total % self.num_warps or 1)
         me = Lane(cute.arch.lane_idx(), warp)
         staged = position = RingPosition(Int32(0), Int32(0))
         cute.arch.mbarrier_wait(barriers.fp8_full + staged.slot, staged.phase)
@@ -189,7 +189,7 @@ class ConvertWarps:
         has_edge: cutlass.Constexpr[bool],  # rows that no row of Q sees become zeros: a weight of 0 times NaN would be NaN
     ):
         """This warp's units of a tile."""
-        units = const_expr(self._units(head_dim))
+        units = const_expr(self.units(head_dim))
         loaded, seen = list(tile.chunks), tile.note if const_expr(has_edge) else None
         rest = (Int32(0),) * 4
         for k in cutlass.range_constexpr(units.steps):
@@ -206,7 +206,7 @@ class ConvertWarps:
             if me.warp < units.rest:
                 self._store(target, head_dim, me, units.steps, rest, seen)
 
-    def _units(self, head_dim: int) -> Units:
+    def units(self, head_dim: int) -> Units:
         """How the units of a tile are dealt out."""
         part = self.storage.config.part_elems(head_dim)
         assert part * 2 in (64, 128), f"{self.storage.config.tile=} {part=}"
@@ -216,11 +216,11 @@ class ConvertWarps:
     def _ahead(self) -> int:
         """Units that a lane loads before it stores the first."""
         c = self.storage.config
-        return min(LOADS_AHEAD, self._units(c.head_dim).steps, self._units(c.head_dim_v).steps)
+        return min(LOADS_AHEAD, self.units(c.head_dim).steps, self.units(c.head_dim_v).steps)
 
     def _place(self, head_dim: int, me: Lane, step: int) -> tuple[Int32, Int32]:
         """Row and part of this lane's chunk of its warp's unit of a step: Note [Bank conflicts]."""
-        units = self._units(head_dim)
+        units = self.units(head_dim)
         first_row, part_idx = units.place(me.warp, step)
         row = self._row(head_dim, me)
         return first_row + row, Int32(part_idx) ^ (row & 1) if units.parts % 2 == 0 else Int32(part_idx)
