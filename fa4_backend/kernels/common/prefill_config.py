@@ -24,7 +24,6 @@ class TileShape:
     kv_stage: int  # shared-memory buffers for K and V tiles, together
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
-    query_register_steps: int = 0  # sm90: products of 16 elements of a head, from the first on, that read Q from registers
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
@@ -64,7 +63,6 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        tile += f"-qr{self.tile.query_register_steps}" if self.tile.query_register_steps else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"

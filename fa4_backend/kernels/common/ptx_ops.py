@@ -62,12 +62,6 @@ def mbarrier_wait(address: Int32, parity: Int32) -> None:
     nvvm.mbarrier_try_wait_parity(smem_pointer(address), Int32(parity).ir_value(), Int32(WAIT_TICKS).ir_value())
 
 
-def mbarrier_test(address: Int32, parity: Int32) -> Int32:
-    """1 where the phase with this parity has completed (acquire, CTA scope), else 0, without waiting (PTX ISA, "mbarrier.test_wait")."""
-    text = "{ .reg .pred over; mbarrier.test_wait.parity.shared::cta.b64 over, [$1], $2; selp.b32 $0, 1, 0, over; }"
-    return Int32(inline_asm(text, [address, parity], T.i32(), "=r"))
-
-
 def mbarrier_arrive_expect_tx(address: Int32, tx_bytes: int) -> None:
     """One arrival that also announces `tx_bytes` of TMA."""
     nvvm.mbarrier_arrive_expect_tx(smem_pointer(address), Int32(tx_bytes).ir_value(), scope=nvvm.MemScopeKind.CTA, relaxed=False)

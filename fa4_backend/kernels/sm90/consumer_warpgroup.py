@@ -20,7 +20,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
-from cutlass.utils.hopper_helpers import make_trivial_tiled_mma
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
@@ -62,8 +61,6 @@ class Products(NamedTuple):
     tOrVt: cute.Tensor  # last mode: slot
     rP: cute.Tensor  # A operand of the second product, 16 bits
     rO: cute.Tensor  # float32
-    qk_registers: cute.TiledMma | None  # the first product with Q in registers; None: no step has
-    rQ: cute.Tensor | None  # A operand of its steps
 
 
 class Turn(NamedTuple):
@@ -128,7 +125,7 @@ class ConsumerWarpgroup:
         scale = ScoreScale.of_call(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         q = RingPosition(Int32(0), Int32(0))
-        tile = self._next_tile(products, tiles, barriers, q, values, scale, outputs, group, thread)
+        tile = self._next_tile(tiles, barriers, q, values, scale, outputs, group, thread)
         if tile.is_tile == 1:
             # The stream's first block: nothing to overlap with yet.
             position = RingPosition(Int32(0), Int32(0))
@@ -166,7 +163,7 @@ class ConsumerWarpgroup:
                         position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, True)
                 # Then into the next tile: its first scores with this tile's last product.
                 q_next = advance(q, c.tile.q_stage)
-                next_tile = self._next_tile(products, tiles, barriers, q_next, values, scale, outputs, group, thread)
+                next_tile = self._next_tile(tiles, barriers, q_next, values, scale, outputs, group, thread)
                 after = advance(position, stages)
                 if const_expr(self.blocks.mask.has_left and not c.has_kv_scales):
                     self._clear_head(tiles, barriers, after, tile, values, thread)
@@ -178,13 +175,11 @@ class ConsumerWarpgroup:
                 warpgroup.wait_group(0)
                 self._release(barriers.kv_empty + after.slot)
                 fragment.to_operand(rS, products.rP)
-                # Read again where registers are few: what the loops over KV do not need is not held over them.
-                work = self._work(tiles, self.storage.work_slot(q)) if const_expr(c.has_kv_scales) else tile.work
                 if const_expr(c.has_parts):
                     is_last = next_tile.is_tile == 0
-                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, work, q, is_last, group, thread)
+                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread)
                 else:
-                    self._finish(products, stats, self._score_scales(tile), tiles, outputs, work, q, group, thread)
+                    self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -213,21 +208,12 @@ class ConsumerWarpgroup:
         group_qk, group_pv = qk.get_slice(first_thread), pv.get_slice(first_thread)
         rO = cute.make_rmem_tensor(group_pv.partition_shape_C((c.tile.tile_m, c.head_dim_v)), Float32)
         rP = group_pv.make_fragment_A(group_pv.partition_shape_A((c.tile.tile_m, c.tile.tile_n)))
-        qk_registers = rQ = None
-        if const_expr(c.tile.query_register_steps > 0):
-            major, shape = warpgroup.OperandMajorMode.K, (WGMMA_ROWS, c.tile.tile_n)
-            qk_registers = make_trivial_tiled_mma(
-                s.key_dtype, s.key_dtype, major, major, Float32, (self.roles.num_consumers, 1, 1), shape,
-                a_source=warpgroup.OperandSource.RMEM,
-            )  # fmt: skip
-            group_qr = qk_registers.get_slice(first_thread)
-            rQ = group_qr.make_fragment_A(group_qr.partition_shape_A((c.tile.tile_m, 16 * c.tile.query_register_steps)))
         return Products(
             qk, pv,
             group_qk.make_fragment_A(group_qk.partition_A(sQ)),
             group_qk.make_fragment_B(group_qk.partition_B(sK)),
             group_pv.make_fragment_B(group_pv.partition_B(sVt)),
-            rP, rO, qk_registers, rQ,
+            rP, rO,
         )  # fmt: skip
 
     @cute.jit
@@ -302,26 +288,12 @@ class ConsumerWarpgroup:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
         c = self.config
         rS = cute.make_rmem_tensor(products.qk.get_slice(0).partition_shape_C((c.tile.tile_m, c.tile.tile_n)), Float32)
-        tSrQ, tSrK, steps = products.tSrQ[None, None, None, q_slot], products.tSrK[None, None, None, slot], c.tile.query_register_steps
-        warpgroup.fence()
-        if const_expr(steps > 0):
-            _products(products.qk_registers, rS, products.rQ, tSrK, range(steps), accumulate=False)
-        _products(products.qk, rS, tSrQ, tSrK, range(steps, cute.size(tSrQ, mode=[2])), accumulate=steps > 0)
-        warpgroup.commit_group()
+        _issue(products.qk, rS, products.tSrQ[None, None, None, q_slot], products.tSrK[None, None, None, slot], accumulate=False)
         return rS
 
     def _accumulate(self, products: Products, slot: Int32) -> None:
         """Start O += P V for the V tile in `slot`."""
-        warpgroup.fence()
-        _products(
-            products.pv,
-            products.rO,
-            products.rP,
-            products.tOrVt[None, None, None, slot],
-            range(cute.size(products.rP, mode=[2])),
-            accumulate=True,
-        )
-        warpgroup.commit_group()
+        _issue(products.pv, products.rO, products.rP, products.tOrVt[None, None, None, slot], accumulate=True)
 
     def _release(self, empty: cute.Pointer) -> None:
         """One arrival a warp: its reads of the buffer are done."""
@@ -350,7 +322,6 @@ class ConsumerWarpgroup:
 
     def _next_tile(
         self,
-        products: Products,
         tiles: SharedTiles,
         barriers: Barriers,
         q: RingPosition,
@@ -366,10 +337,9 @@ class ConsumerWarpgroup:
             lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
             is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
             self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
-        if const_expr(products.rQ is not None):
-            is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
-            self.query_rows.to_registers(tiles.q, products.rQ, q, is_tile, group * WGMMA_ROWS, thread % WARPGROUP_THREADS)
-        work = self._work(tiles, self.storage.work_slot(q))
+        n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
+        # The sequence's index is not needed here.
+        work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
         key_end = None
         if const_expr(self.config.has_parts):
             # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
@@ -411,11 +381,6 @@ class ConsumerWarpgroup:
             log2_scales,
             scale,
         )
-
-    def _work(self, tiles: SharedTiles, work_slot: Int32) -> WorkTile:
-        """A tile's numbers as the load warp wrote them; the sequence's index is not needed here."""
-        n = [tiles.sWork[i, work_slot] for i in range(7)]
-        return WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
 
     def _transform(
         self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
@@ -581,7 +546,8 @@ class ConsumerWarpgroup:
     ):
         """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
         share."""
-        work, part = self._work(tiles, work_slot), TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
+        n = [tiles.sWork[i, work_slot] for i in range(10)]
+        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
         if part.slot >= 0 and part.num_parts >= self.config.share_parts:
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
@@ -684,9 +650,11 @@ def _row_of_thread(group: Int32, thread: Int32, i: int) -> Int32:
     return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
 
 
-def _products(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, steps: range, *, accumulate: bool) -> None:
-    """Start steps of one product; the caller makes a wgmma group of them and waits for it."""
+def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
+    """Start one product as a wgmma group of its own; the caller waits for it."""
     atom = cute.make_mma_atom(mma.op)
-    for k in steps:
-        atom.set(warpgroup.Field.ACCUMULATE, Boolean(accumulate or k > steps[0]))
+    warpgroup.fence()
+    for k in range(cute.size(a, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, Boolean(accumulate or k > 0))
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+    warpgroup.commit_group()

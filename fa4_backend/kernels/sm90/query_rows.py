@@ -15,7 +15,6 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition
-from fa4_backend.kernels.common.warp_mma import load_matrices
 from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
@@ -69,30 +68,3 @@ class QueryRows:
             # What is computed with the numbers of no tile is thrown away, but it is not of memory that nobody wrote.
             sRowScales[first_row + thread // LANES * WARP_ROWS + lane, work_slot] = Float32(1.0)
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-
-    @cute.jit
-    def to_registers(
-        self,
-        buffers: cute.Pointer,  # of Q, q_stage
-        rQ: cute.Tensor,  # A operand of wgmma: ((2, 2, 2), 1, steps) of 16 bits
-        q: RingPosition,
-        is_tile: Int32,  # 0: the empty tile behind the last, whose buffer nobody wrote
-        first_row: Int32,  # of this warpgroup
-        thread: Int32,  # in the warpgroup
-    ):
-        """The first steps of 16 elements of this warp's rows."""
-        c = self.storage.config
-        part = const_expr(c.part_elems(c.head_dim))
-        chunks = const_expr(2 * part // CHUNK_BYTES)
-        words = cute.recast_tensor(rQ, Int32)
-        lane = thread % LANES
-        row = first_row + thread // LANES * WARP_ROWS + lane % 16
-        line = buffers.toint() + q.slot * (2 * self.storage.q_elems) + row * (2 * part)
-        swizzle = row % 8 if const_expr(chunks == 8) else row // 2 % 4
-        if is_tile == 1:
-            for step in cutlass.range_constexpr(c.tile.query_register_steps):
-                part_idx, chunk = const_expr(2 * step // chunks), const_expr(2 * step % chunks)
-                place = (Int32(chunk) + lane // 16) ^ swizzle
-                loaded = load_matrices(line + (part_idx * c.tile.tile_m * (2 * part) + place * CHUNK_BYTES), transpose=False)
-                for i in cutlass.range_constexpr(4):
-                    words[4 * step + i] = loaded[i]
