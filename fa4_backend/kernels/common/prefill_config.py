@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, AttentionProblem, MaskFeatures, short_dtypes
+from fa4_backend.problem import PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
 
 ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
@@ -24,11 +24,12 @@ class TileShape:
     kv_stage: int  # shared-memory buffers for K and V tiles, together
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
+    value_columns: int = 256  # sm90: of V, that one wgmma of the second product takes at most
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
 @dataclass(frozen=True)
-class PrefillConfig:
+class PrefillConfig(OperandDtypes):
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
@@ -63,39 +64,10 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
+        tile += f"-v{self.tile.value_columns}" if self.tile.value_columns < self.head_dim_v else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element of q, and of K and V as the products take them."""
-        return DTYPE_BYTES[self.q_dtype]
-
-    @property
-    def out_element_bytes(self) -> int:
-        """Bytes of an element of out."""
-        return DTYPE_BYTES[self.out_dtype]
-
-    @property
-    def has_out_scale(self) -> bool:
-        """Whether out is FP8, divided by one scale."""
-        return self.out_dtype == FP8
-
-    @property
-    def kv_element_bytes(self) -> int:
-        """Bytes of an element of K and V in memory."""
-        return DTYPE_BYTES[self.kv_dtype]
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether K and V are stored in FP8, with a scale a KV head each."""
-        return self.kv_dtype == FP8
-
-    @property
-    def has_q_scale(self) -> bool:
-        """Whether q is FP8, with a scale a KV head."""
-        return self.q_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:

@@ -37,7 +37,9 @@ class WarpRoles:
         """
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         num_consumers = config.tile.tile_m // WGMMA_ROWS
-        return WarpRoles(num_consumers, int(config.has_kv_scales and num_consumers == 2 and config.head_dim_v < 256))
+        return WarpRoles(
+            num_consumers, int(config.has_kv_scales and num_consumers == 2 and min(config.head_dim_v, config.tile.value_columns) < 256)
+        )
 
     @property
     def convert_warps(self) -> int:
