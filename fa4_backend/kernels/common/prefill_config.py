@@ -25,6 +25,8 @@ class TileShape:
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
+    cap: int = 0
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
+        tile += f"-cap{self.tile.cap}-skip{self.tile.skip}" if self.tile.cap or self.tile.skip else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
@@ -91,6 +94,12 @@ class PrefillConfig:
     def has_kv_scales(self) -> bool:
         """Whether K and V are stored in FP8, with a scale a KV head each."""
         return self.kv_dtype == FP8
+
+    @property
+    def may_fix_reference(self) -> bool:
+        """Whether rows whose cap is small enough keep their first block's reference: scores are bounded, and weights have float32's
+        exponents (Hopper)."""
+        return self.mask.has_softcap and not self.mask.has_alibi and self.dtype == "bfloat16" and not self.has_kv_scales
 
     @property
     def has_q_scale(self) -> bool:
