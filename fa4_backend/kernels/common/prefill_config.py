@@ -25,8 +25,6 @@ class TileShape:
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
-    cap: int = 0
-    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class PrefillConfig:
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
-        tile += f"-cap{self.tile.cap}-skip{self.tile.skip}" if self.tile.cap or self.tile.skip else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"

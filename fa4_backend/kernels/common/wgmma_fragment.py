@@ -78,11 +78,9 @@ class CapScale(NamedTuple):
     bias: Float32
 
     @staticmethod
-    def of_call(softcap: Float32, approx: bool = False) -> "CapScale":
+    def of_call(softcap: Float32) -> "CapScale":
         """cap * tanh(x) * log2(e) = bias + slope * score."""
         bias = ptx.mul_rn(softcap, Float32(LOG2_E))
-        if approx:
-            return CapScale(bias, Float32(0.0))
         return CapScale(ptx.mul_rn(bias, Float32(2.0)), bias)
 
 
@@ -94,6 +92,12 @@ class RowFragment:
     where P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the
     row's largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks,
     parts and lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
+
+    Note [Fixed references]. Capped scores are bounded, so where weights have float32's exponents (P in bfloat16) and the cap is
+    `FIXED_CAP` at most, a row keeps the reference of the first block in which it sees a key: blocks that all rows see whole need no
+    maximum and no factor, and O is never rescaled. The largest weight of that block is 1, which keeps rows of few keys as exact as a
+    running maximum does. Later ones reach 2^(80 + 16), since no reference is below `LOWEST_REFERENCE`: 2^17 of them, all logits at the
+    upper end of the cap, leave O a float32 for |V| up to 2^15. A weight is lost where it is below 2^-126 beside one of 1.
     """
 
     n: int
@@ -204,14 +208,16 @@ class RowFragment:
         for j in range(self.n // 2):
             s[j] = s[j] * factors[j // 2 % 2]
 
-    def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32, approx: bool = False) -> None:
-        """cap * tanh(s * scale / cap) as `CapScale` reads it."""
+    def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32) -> None:
+        """cap * tanh(s * scale / cap) as `CapScale` reads it.
+
+        Note [Soft cap]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 4e-7, where tanh.approx has 5e-4: 0.02 in a logit at a cap
+        of 50. It takes two operations of the special-function unit beside the softmax's one. What a block costs is its instructions, not
+        that unit: reciprocals that four scores share (2.25 operations, 2.5 instructions more) and an odd polynomial on the FMA units (one
+        operation, five more, a second form for |x| > 1) were slower (docs/sm90.md, "Soft cap").
+        """
         s = flat(rS)
         for i in range(2):
-            if approx:
-                for j in self._row(i):
-                    s[j] = cute.math.tanh(s[j] * (softmax_scales[i] / softcap), fastmath=True)
-                continue
             inner = softmax_scales[i] / softcap * (2.0 * LOG2_E)
             for j in self._row(i):
                 s[j] = cute.arch.rcp_approx(-1.0 - cute.math.exp2(s[j] * inner, fastmath=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
@@ -72,10 +71,6 @@ def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
     Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
     tile = (TILES_FP8 if problem.has_kv_scales else TILES)[problem.head_dim, problem.head_dim_v]
-    for item in os.environ.get("FA4_TILE", "").split(","):
-        if item:
-            name, value = item.split("=")
-            tile = replace(tile, **{name: int(value)})
     config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant)
     # Where K and V are FP8 a row's reference depends on the scale of its Q, which only who works on the row has at hand.
     share_parts = SHARE_PARTS if config.has_parts and not problem.has_kv_scales else 0

@@ -242,11 +242,11 @@ class ConsumerWarpgroup:
         self._transform(fragment, rS, n_block, values, tile, is_masked)
         factors = self._weights(fragment, rS, stats, tile, values, may_be_empty=is_masked, is_first=False)
         moves = Boolean(True)
-        if const_expr(self.config.tile.skip):
+        if const_expr(self.config.tile.rescale_threshold > 0):
             moves = cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0))
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        self._rescale(products, factors, values, moves)
+        self._rescale(products, factors, moves)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -307,7 +307,7 @@ class ConsumerWarpgroup:
         is_first: cutlass.Constexpr[bool],
     ):
         """Relative to the first block's reference, or to a running one where the cap is too wide for that."""
-        scale = CapScale.of_call(values.softcap, self.config.tile.cap == 8)
+        scale = CapScale.of_call(values.softcap)
         if values.softcap <= FIXED_CAP:
             fragment.bounded_softmax(rS, stats, scale, finds_reference=may_be_empty, is_first=is_first)
         else:
@@ -315,16 +315,13 @@ class ConsumerWarpgroup:
             factors[0], factors[1] = made[0], made[1]
 
     @cute.jit
-    def _rescale(self, products: Products, factors: cute.Tensor, values: MaskValues, moves: Boolean):
-        """Multiply O's rows by their factors, where there are any."""
+    def _rescale(self, products: Products, factors: cute.Tensor, moves: Boolean):
+        """Multiply O's rows by their factors, where a row of the warp has one: with a threshold, of few blocks."""
         fragment = RowFragment(self.config.head_dim_v, 0.0)
-        if const_expr(self.config.tile.skip):
-            if moves:
-                fragment.rescale(products.rO, factors)
-        elif const_expr(not self.config.may_fix_reference):
+        if const_expr(self.config.tile.rescale_threshold == 0):
             fragment.rescale(products.rO, factors)
         else:
-            if values.softcap > FIXED_CAP:
+            if moves:
                 fragment.rescale(products.rO, factors)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
@@ -440,7 +437,7 @@ class ConsumerWarpgroup:
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scales, values.softcap, c.tile.cap == 8)
+            fragment.softcap(rS, state.softmax_scales, values.softcap)
             if const_expr(c.mask.has_alibi):
                 fragment.to_log2(rS, CapScale.of_call(values.softcap))
         elif const_expr(c.mask.has_alibi):
