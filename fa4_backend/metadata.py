@@ -10,7 +10,7 @@ from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
-from fa4_backend.validation import check_step, clamp_window
+from fa4_backend.validation import check_step
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +70,8 @@ class AttentionMetadata:
 
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
-        return cls(
-            plan, work.prefill_tiles.device, kernels, work, kv_lens=kv_lens, unit_scale=unit_scale
-        )  # "cuda" alone has become one GPU
+        device = work.prefill_tiles.device  # "cuda" alone has become one GPU
+        return cls(plan, device, kernels, work, kv_lens=kv_lens, unit_scale=unit_scale)
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
         """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
@@ -124,6 +123,6 @@ class AttentionMetadata:
         for follower in self.followers:
             follower.bounds, follower.window_left = self.bounds, self.window_left
         if self.work is not None and self.kernels is not None:
-            left = NO_WINDOW if self.window_left is None else clamp_window(self.window_left)
+            left = NO_WINDOW if self.window_left is None else int(min(self.window_left, NO_WINDOW))
             right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
             self.kernels.schedule(*schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right))

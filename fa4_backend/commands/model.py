@@ -21,7 +21,7 @@ PREFILL, DECODE, LATENT = "prefill", "decode", "latent"
 
 def model(
     arch: Annotated[str, typer.Option(help="sm_90a (an H100), sm_100a (B200) or sm_103a (B300)")] = "sm_100a",
-    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, dims 576,512; 16 bits)")] = PREFILL,
+    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, 576,512; FP8 on Blackwell)")] = PREFILL,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="elements of a row of Q and K, or of K,V such as 192,128")] = "128",
     batch: Annotated[str, typer.Option(help="groups of equal rows such as 8x4K or 4x512of8K, between commas")] = "8x4K",
@@ -149,8 +149,8 @@ def latent(step: LatentStep, chip: Chip) -> dict[str, Any]:
     from fa4_backend.emulator import kernel_model, model_latent
     from fa4_backend.emulator.timing import TIMINGS
 
-    if step.kv_dtype != "auto":
-        raise ValueError(f"--kv-dtype: expected auto for {LATENT}, got {step.kv_dtype}")
+    if step.kv_dtype != "auto" and step.arch == "sm_90a":
+        raise ValueError(f"--kv-dtype: expected auto for {LATENT} on sm_90a, got {step.kv_dtype}")
     plan, metadata = model_latent.scheduled(step, chip.num_sms)
     assert plan.kernels is not None and plan.kernels.decode is not None, plan
     lists = model_latent.entry_blocks(metadata)

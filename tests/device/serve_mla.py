@@ -27,6 +27,7 @@ from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
 from tests.device.engine_lane import run_process
 from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
+from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, EAGER, FP8, MEMORY, TOO_FAR, compare, decode_logprobs, prefill_logprobs
 from tests.engines.prompts import make_prompts
 
@@ -189,13 +190,9 @@ def run_all(heads: list[int], runs: list[str], options: argparse.Namespace) -> l
 
 def main() -> int:
     """Run everything, print a line an engine, write the JSON; 1 when something is not as it has to be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="engines", side_by_side=5, seconds=200)
     parser.add_argument("--heads", default="16,128")
     parser.add_argument("--only", help="which runs, separated by semicolons; the reference and the yardsticks belong to it")
-    parser.add_argument("--side-by-side", type=int, default=5, help="engines that run at once")
-    parser.add_argument("--seconds", type=float, default=200, help="until all engines are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the engines' logs")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -139,14 +139,14 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
     )
 
 
-def own_latent_decode() -> Target:
+def own_latent_decode(kv_dtype: str = SAME_AS_Q) -> Target:
     """This package's latent decode kernel of Blackwell: rows split between pairs, drafts, a tail within a box, references that move."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_mla import MlaCase, run_mla
 
     case = MlaCase(
-        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, kv_dtype=kv_dtype, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
     )  # fmt: skip
     library = ensure_object(case.kernels(4).decode)
 
@@ -154,7 +154,8 @@ def own_latent_decode() -> Target:
         result = run_mla(case, num_sms=4, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run)
+    name = "sm_100a latent decode, CTA pairs" + ", FP8 latents" * (kv_dtype == FP8)
+    return Target(name, library.with_suffix(".ptx").read_text(), run)
 
 
 def own_schedule() -> Target:
@@ -246,6 +247,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
     "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
     "sm100_mla": own_latent_decode,
+    "sm100_mla_fp8": lambda: own_latent_decode(FP8),
     "schedule": own_schedule,
     "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
     "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),

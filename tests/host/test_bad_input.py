@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, memory_spans, paged_attention, plan_attention
 from fa4_backend.arguments import CallTensors
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import FP8
 from fa4_backend.support import MAX_TOKENS
-from fa4_backend.validation import WIDEST_WINDOW, check_tensors
+from fa4_backend.validation import check_tensors
 from tests.support.paged_case import BuiltCase, PagedCase
 from tests.support.problems import make_problem
 
@@ -435,7 +436,7 @@ def test_wrong_step(what: str) -> None:
 
 def test_no_position_and_window_reach_past_int32() -> None:
     """The last position of the longest sequence, the widest window and a tile are counted in 32 bits."""
-    assert MAX_TOKENS + WIDEST_WINDOW + 1024 < 2**31
+    assert MAX_TOKENS + NO_WINDOW + 1024 < 2**31
     problem = make_problem(**{**GOOD, "arch": "sm_100a"})  # type: ignore[arg-type]
     assert plan_attention(problem, BatchLimits(1, MAX_TOKENS, MAX_TOKENS)).kernels is not None
     for limits, words in (((1, 1, MAX_TOKENS + 1), "max_seqlen_k on sm_100a"), ((1, 2**31, 1), "max_num_tokens on sm_100a")):

@@ -30,7 +30,12 @@ def capped(score: np.ndarray, softmax_scale: float, softcap: float, *, exp_error
 def test_error_of_the_cap_over_float32(softmax_scale: float, softcap: float) -> None:
     score = scores(softmax_scale, softcap)
     want = np.tanh(score.astype(np.float64) * softmax_scale / softcap)
-    for exp_error, rcp_error in ((0.0, 0.0), (APPROXIMATE, APPROXIMATE / 2), (-APPROXIMATE, APPROXIMATE / 2), (APPROXIMATE, -APPROXIMATE / 2)):
+    for exp_error, rcp_error in (
+        (0.0, 0.0),
+        (APPROXIMATE, APPROXIMATE / 2),
+        (-APPROXIMATE, APPROXIMATE / 2),
+        (APPROXIMATE, -APPROXIMATE / 2),
+    ):
         got = capped(score, softmax_scale, softcap, exp_error=exp_error, rcp_error=rcp_error) / (softcap * LOG2_E)
         worst = np.abs(got - want).max()
         assert worst <= CAP_ERROR, (exp_error, rcp_error, worst)

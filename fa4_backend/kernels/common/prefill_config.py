@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, AttentionProblem, MaskFeatures, short_dtypes
+from fa4_backend.problem import PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
 
 ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
@@ -28,7 +28,7 @@ class TileShape:
 
 
 @dataclass(frozen=True)
-class PrefillConfig:
+class PrefillConfig(OperandDtypes):
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
@@ -68,40 +68,10 @@ class PrefillConfig:
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of an element of q, and of K and V as the products take them."""
-        return DTYPE_BYTES[self.q_dtype]
-
-    @property
-    def out_element_bytes(self) -> int:
-        """Bytes of an element of out."""
-        return DTYPE_BYTES[self.out_dtype]
-
-    @property
-    def has_out_scale(self) -> bool:
-        """Whether out is FP8, divided by one scale."""
-        return self.out_dtype == FP8
-
-    @property
-    def kv_element_bytes(self) -> int:
-        """Bytes of an element of K and V in memory."""
-        return DTYPE_BYTES[self.kv_dtype]
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether K and V are stored in FP8, with a scale a KV head each."""
-        return self.kv_dtype == FP8
-
-    @property
     def may_fix_reference(self) -> bool:
         """Whether rows whose cap is small enough keep their first block's reference: scores are bounded, and weights have float32's
         exponents (Hopper)."""
         return self.mask.has_softcap and not self.mask.has_alibi and self.dtype == "bfloat16" and not self.has_kv_scales
-
-    @property
-    def has_q_scale(self) -> bool:
-        """Whether q is FP8, with a scale a KV head."""
-        return self.q_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:

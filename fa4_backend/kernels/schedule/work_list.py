@@ -56,7 +56,7 @@ MAX_PARTS = 64  # of a prefill tile
 MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
-NO_WINDOW = 1 << 30  # a window wider than any sequence
+NO_WINDOW = 1 << 30  # a window wider than any sequence; a position plus it stays below 2^31
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 
 
