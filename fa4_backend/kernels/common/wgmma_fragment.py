@@ -211,7 +211,7 @@ class RowFragment:
     def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32) -> None:
         """cap * tanh(s * scale / cap) as `CapScale` reads it.
 
-        Note [Soft cap]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 4e-7, where tanh.approx has 5e-4: 0.02 in a logit at a cap
+        Note [Soft cap]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 6e-7, where tanh.approx has 5e-4: 0.02 in a logit at a cap
         of 50. It takes two operations of the special-function unit beside the softmax's one. What a block costs is its instructions, not
         that unit: reciprocals that four scores share (2.25 operations, 2.5 instructions more) and an odd polynomial on the FMA units (one
         operation, five more, a second form for |x| > 1) were slower (docs/sm90.md, "Soft cap").

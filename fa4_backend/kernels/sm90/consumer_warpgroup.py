@@ -242,7 +242,7 @@ class ConsumerWarpgroup:
         self._transform(fragment, rS, n_block, values, tile, is_masked)
         factors = self._weights(fragment, rS, stats, tile, values, may_be_empty=is_masked, is_first=False)
         moves = Boolean(True)
-        if const_expr(self.config.tile.rescale_threshold > 0):
+        if const_expr(self.config.may_skip_rescale):
             moves = cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0))
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
@@ -287,7 +287,7 @@ class ConsumerWarpgroup:
         may_be_empty: bool,
         is_first: bool,
     ) -> cute.Tensor:
-        """What `_transform` leaves to weights, in place, and the statistics; (2,) factors of O, 1 where `_rescale` does not look."""
+        """What `_transform` leaves to weights, in place, and the statistics. Returns (2,) factors of O."""
         if not self.config.may_fix_reference:
             return fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=may_be_empty, is_first=is_first)
         factors = cute.make_rmem_tensor(2, Float32)
@@ -316,13 +316,13 @@ class ConsumerWarpgroup:
 
     @cute.jit
     def _rescale(self, products: Products, factors: cute.Tensor, moves: Boolean):
-        """Multiply O's rows by their factors, where a row of the warp has one: with a threshold, of few blocks."""
+        """Multiply O's rows by their factors; where few blocks move a reference, only if a row of the warp `moves`."""
         fragment = RowFragment(self.config.head_dim_v, 0.0)
-        if const_expr(self.config.tile.rescale_threshold == 0):
-            fragment.rescale(products.rO, factors)
-        else:
+        if const_expr(self.config.may_skip_rescale):
             if moves:
                 fragment.rescale(products.rO, factors)
+        else:
+            fragment.rescale(products.rO, factors)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
         """Of raw logits of both rows; None where something is added to them or bounds them first."""
