@@ -80,8 +80,8 @@ class Prompt:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "window": {"window_left": 150},  # blocks that only other rows of a tile see
-    "soft cap": {"window_left": 150, "softcap": 2.0},  # a row's reference is of the first block in which it sees a key
+    # Blocks that only other rows of a tile see; a row's reference is of the first block in which it sees a key.
+    "window, soft cap": {"window_left": 150, "softcap": 2.0},
     "wide soft cap": {"window_left": 150, "softcap": 60.0},  # wider than references that stay
     "growing": {"growing": True},  # rows that move their maximum beside rows that need not
 }

@@ -28,7 +28,8 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #   d96 32/32 2 x 16K 544, 532 (562), 8 x 4K 509, 488 (449). Tiles with a rescale a block, 2 x 16K / 8 x 4K / 32 x 1K / 4 x 512 of 8K,
 #     128 rows, tile_n 128 532 / 488 / 401 / 517; tile_n 144, 5 slots 544 / 495 / 364 / 520; 192 rows, tile_n 112, 6 slots
 #     574 / 468 / 286 / 493, tile_n 96, 7 slots 561 / 481 / 319 / 481, tile_n 128, 5 slots 307 / 278 / 200 / 270 (FA3 562 / 449 / 266 / 477)
-# d64 and (192, 128) were not timed with it. Soft cap, d256: docs/sm90.md. The share of L2 (8, 16, 24, 36 MiB) changes d96, d128 and d256 at 16K by less than two runs differ.
+# d64 and (192, 128) were not timed with it. Soft cap, d256: docs/sm90.md. The share of L2 (8, 16, 24, 36 MiB) changes d96, d128 and d256
+# at 16K by less than two runs differ.
 TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
     (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=8.0),
