@@ -70,6 +70,17 @@ class PrefillConfig(OperandDtypes):
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
 
     @property
+    def may_fix_reference(self) -> bool:
+        """Whether rows whose cap is small enough keep their first block's reference: scores are bounded, and weights have float32's
+        exponents (Hopper)."""
+        return self.mask.has_softcap and not self.mask.has_alibi and self.dtype == "bfloat16" and not self.has_kv_scales
+
+    @property
+    def may_skip_rescale(self) -> bool:
+        """Whether O is rescaled behind a vote, since few blocks move a row's reference (Hopper)."""
+        return self.tile.rescale_threshold > 0 or self.may_fix_reference
+
+    @property
     def tokens_per_tile(self) -> int:
         """Query tokens of a tile; rows past `tokens_per_tile * q_per_kv` are idle."""
         return self.tile.tile_m // self.q_per_kv
