@@ -13,6 +13,7 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.host_calls import handles
 from fa4_backend.emulator.programs import LoadedKernel, forget_programs
+from fa4_backend.kernel_stamp import families_of
 from fa4_backend.problem import FP8, SAME_AS_Q
 
 
@@ -23,7 +24,8 @@ class Target:
     name: str
     ptx: str  # as it was compiled
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
-    plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that it does not reach count
+    families: tuple[str, ...] = ()  # of `kernel_stamp.FAMILIES`, of which the kernel is
+    plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that run more often here count
     sample: int | None = None  # faults of each class; None: all
 
     @property
@@ -65,7 +67,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         return [result.out.clone(), result.lse.clone()], result.report
 
     reach = (lambda: run_built(plain, num_ctas=1).report) if peaked != 1.0 else None
-    return Target(name, library.with_suffix(".ptx").read_text(), run, reach)
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach)
 
 
 def own_parts() -> Target:
@@ -85,7 +87,7 @@ def own_parts() -> Target:
         result = run_built(built, num_ctas=3, seed=seed, cuts=Cuts((3, 1, 1, 1)))
         return [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue], result.report
 
-    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run)
+    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run, ("sm90",))
 
 
 def own_mla() -> Target:
@@ -104,7 +106,7 @@ def own_mla() -> Target:
         result = run_mla(case, num_sms=3, seed=seed, arguments=arguments)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run)
+    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run, ("mla_decode",))
 
 
 def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS_Q) -> Target:
@@ -134,9 +136,8 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
         result = run_decode(case, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target(
-        f"{arch} decode{', pieces' * batch_invariant}{', FP8 K and V' * (kv_dtype == FP8)}", library.with_suffix(".ptx").read_text(), run
-    )
+    name = f"{arch} decode{', pieces' * batch_invariant}{', FP8 K and V' * (kv_dtype == FP8)}"
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("decode",))
 
 
 def own_latent_decode() -> Target:
@@ -154,7 +155,7 @@ def own_latent_decode() -> Target:
         result = run_mla(case, num_sms=4, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run)
+    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run, ("mla_decode/sm100",))
 
 
 def own_schedule() -> Target:
@@ -183,7 +184,7 @@ def own_schedule() -> Target:
             work.decode_tiles[:, :11].contiguous(),
         ], report
 
-    return Target("schedule", library.with_suffix(".ptx").read_text(), run)
+    return Target("schedule", library.with_suffix(".ptx").read_text(), run, ("schedule",))
 
 
 def own_step(arch: str, plant_in_decode: bool) -> Target:
@@ -205,7 +206,8 @@ def own_step(arch: str, plant_in_decode: bool) -> Target:
         a = built.arguments
         return [a.out.clone(), a.lse.clone()], result.report
 
-    return Target(f"{arch} step, {'decode' if plant_in_decode else 'prefill'}", library.with_suffix(".ptx").read_text(), run)
+    name = f"{arch} step, {'decode' if plant_in_decode else 'prefill'}"
+    return Target(name, library.with_suffix(".ptx").read_text(), run, families_of(arch))
 
 
 def upstream(name: str, folder: Path) -> Target:
@@ -242,8 +244,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     "sm90_decode_fp8": lambda: own_decode("sm_90a", kv_dtype=FP8),
     "sm90_mla": own_mla,
     "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
-    # Queries so large that a row's maximum moves: O is rescaled.
-    "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
+    # Queries so large that a row's maximum moves block after block: O is rescaled. Hopper's kernel rescales it in any case.
     "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
     "sm100_mla": own_latent_decode,
     "schedule": own_schedule,
