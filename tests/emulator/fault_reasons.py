@@ -58,6 +58,10 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "wgmma.fence" in mutant.text:
         if other_fence_covers(target, mutant):
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if dead_result(target, mutant):
+        return "nothing reads what it computes"
+    if mutant.kind == "drop barrier" and barrier_beside_reads(target, mutant):
+        return "from the same barrier before it to the same barrier behind it, no memory is written that the other side reads or writes"
     if mutant.kind == "read-only load":
         return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
     if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
@@ -137,6 +141,58 @@ def other_fence_covers(target: Target, mutant: Mutant) -> bool:
         for pc in seen
         if not instructions[pc].opcode.startswith("wgmma.mma_async")
     )
+
+
+def dead_result(target: Target, mutant: Mutant) -> bool:
+    """A register instruction whose result no statement names."""
+    words = re.match(r"\s*(?:shfl|vote|min|max|add|sub|mul|mad|fma|cvt|selp)[\w.:]*\s+(%\w+)[,|]", mutant.text)
+    return words is not None and len(re.findall(rf"{words.group(1)}\b", target.ptx)) == 1
+
+
+Touched = tuple[frozenset[str], frozenset[str]]
+
+
+def touched(instructions: list[Instruction]) -> Touched:
+    """State spaces that these instructions read and write; what is no plain load or store is taken to write all."""
+    reads: set[str] = set()
+    writes: set[str] = set()
+    for instruction in instructions:
+        plain = re.match(r"(ld|st)\.(?:\w+\.)*?(shared|global)\b", instruction.opcode)
+        if plain:
+            (reads if plain.group(1) == "ld" else writes).add(plain.group(2))
+        elif not instruction.opcode.startswith("ld.param") and (ACTS.search(instruction.text) or "mbarrier" in instruction.opcode):
+            writes |= {"shared", "global"}
+    return frozenset(reads), frozenset(writes)
+
+
+def barrier_beside_reads(target: Target, mutant: Mutant) -> bool:
+    """What the barrier orders and its neighbours of the same threads do not: accesses between it and them, of which none conflict."""
+    kernel, site = _at(target, mutant)
+    instructions = kernel.instructions
+    words = " ".join(instructions[site].text.split())
+    if instructions[site].guard is not None or not re.match(r"bar\.sync \d+(, \d+)?;?$", words):
+        return False
+    leads_to: list[list[int]] = [[] for _ in instructions]
+    for pc in range(len(instructions)):
+        for after in successors(kernel, pc):
+            leads_to[after].append(pc)
+
+    def is_neighbour(pc: int) -> bool:
+        return pc != site and instructions[pc].guard is None and " ".join(instructions[pc].text.split()) == words
+
+    def between(begin: list[int], following: Callable[[int], list[int]]) -> list[Instruction]:
+        seen: set[int] = set()
+        work = begin
+        while work:
+            pc = work.pop()
+            if pc not in seen and not is_neighbour(pc):
+                seen.add(pc)
+                work += following(pc)
+        return [instructions[pc] for pc in seen]
+
+    reads, writes = touched(between(list(leads_to[site]), lambda pc: list(leads_to[pc])))
+    reads_behind, writes_behind = touched(between(successors(kernel, site), lambda pc: successors(kernel, pc)))
+    return not (writes & (reads_behind | writes_behind) or reads & writes_behind)
 
 
 def atomics_order(target: Target, mutant: Mutant) -> bool:

@@ -119,9 +119,10 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
     from tests.support.emulated_decode import run_decode
     from tests.support.paged_case import PagedCase
 
+    # More entries a CTA than the ring of entries holds, and more tiles of one than a page table look-up covers; maxima that move.
     case = PagedCase(
-        (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}",
-        kv_dtype=kv_dtype,
+        (4, 1, 3) + (1, 2) * 6, (1300, 65, 300) + (17, 64) * 6, num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48,
+        decode_query_len=4, arch=f"emulated-{arch}", kv_dtype=kv_dtype, peaked=8.0,
     )  # fmt: skip
     if batch_invariant:
         case = replace(
@@ -159,30 +160,38 @@ def own_latent_decode() -> Target:
 
 
 def own_schedule() -> Target:
-    """The kernel that makes the work lists: decode rows of unequal length, more than it has threads, and prefill rows, on few CTAs."""
+    """The kernel that makes the work lists: steps of few CTAs and of many, with rows in one warp, in all and in one of the odd ones."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from fa4_backend.kernels.schedule.config import ScheduleConfig
-    from fa4_backend.kernels.schedule.work_list import WorkShape
+    from fa4_backend.kernels.schedule.work_list import TOTAL_Q, WorkShape
     from tests.support.emulated_decode import empty_lists, run_schedule
 
-    shape = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
-    query_lens = [1 + i % 4 for i in range(600)] + [300, 0, 70]
-    kv_lens = [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]
+    few = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
+    many = replace(few, prefill_groups=70, decode_num_ctas=140, num_sms=70, max_num_tokens=1 << 15)
+    parts = replace(few, prefill_groups=40, decode_num_ctas=80, num_sms=40, part_floats=8, min_part_blocks=2, has_queue=True)
+    steps = [
+        # More decode rows of unequal length than there are threads, and few prefill rows.
+        (few, [1 + i % 4 for i in range(600)] + [300, 0, 70], [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]),
+        # Cuts at fixed pieces, for CTAs of several warps; prefill rows in every warp.
+        (replace(many, split_blocks=3), [1] * 90 + [5 + i for i in range(150)], [3000 - 13 * i for i in range(240)]),
+        # Decode rows that are equal but for one, which an odd warp reads.
+        (many, [1] * 60, [1000] * 40 + [500] + [1000] * 19),
+        # Few tiles over long KV, of unlike lengths in an odd warp, are cut along it, beside equal decode rows.
+        (parts, [17] + [1] * 36 + [40, 9], [9000] + [640] * 36 + [5000, 700]),
+        (parts, [7 + i % 3 for i in range(70)], [200] * 45 + [8000] + [200] * 24),
+    ]
     key = ScheduleConfig("sm_90a", 1024)
     library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
-        work = empty_lists(shape, len(kv_lens))
-        report = run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed)
-        return [
-            work.arrivals,
-            work.prefill_begin,
-            work.prefill_queue,
-            work.prefill_tiles,
-            work.decode_first[:, :13].contiguous(),
-            work.decode_tiles[:, :11].contiguous(),
-        ], report
+        outputs, total = [], emulator.Report()
+        for shape, query_lens, kv_lens in steps:
+            work = empty_lists(shape, len(kv_lens))
+            total.add(run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed))
+            outputs += [work.arrivals, work.part_arrivals, work.prefill_begin, work.prefill_queue, work.prefill_tiles]
+            outputs += [entries[:, : TOTAL_Q + 1] for entries in (work.decode_first, work.decode_tiles)]
+        return outputs, total
 
     return Target("schedule", library.with_suffix(".ptx").read_text(), run, ("schedule",))
 
