@@ -64,6 +64,8 @@ def vacuous(target: Target, mutant: Mutant) -> str:
         return "from the same barrier before it to the same barrier behind it, no memory is written that the other side reads or writes"
     if mutant.kind == "read-only load":
         return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
+    if mutant.kind == "drop warp sync" and only_copies_are_announced(target, mutant):
+        return "beside it there are only copies and the announcement of their bytes, whose order is free"
     if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
         return (
             f"one lane at most accesses memory, arrives or fences between the synchronisations beside it, in {len(SEEDS)} random schedules"
@@ -236,9 +238,8 @@ ACTS = re.compile(
 )
 
 
-def one_lane_acts(target: Target, mutant: Mutant) -> bool:
-    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
-    kernel, site = _at(target, mutant)
+def beside(kernel: Kernel, site: int) -> set[int]:
+    """Instructions from the synchronisations before this one to those behind it."""
     instructions = kernel.instructions
 
     def no_sync(instruction: Instruction) -> bool:
@@ -254,6 +255,26 @@ def one_lane_acts(target: Target, mutant: Mutant) -> bool:
         if pc not in near and no_sync(instructions[pc]):
             near.add(pc)
             work += before[pc]
+    return near
+
+
+def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
+    """Nothing but copies that signal an mbarrier, what announces their bytes, and loads from global memory stand beside it.
+
+    A phase ends when its bytes and its arrivals have come, in whatever order (PTX ISA 9.7.13.16.5), and every lane has waited for the
+    buffer itself, since waits are no lane's alone.
+    """
+    kernel, site = _at(target, mutant)
+    harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)")
+    acts = [kernel.instructions[pc] for pc in beside(kernel, site) if ACTS.search(kernel.instructions[pc].text)]
+    return any("complete_tx" in i.opcode for i in acts) and all(harmless.match(i.opcode) for i in acts)
+
+
+def one_lane_acts(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
+    kernel, site = _at(target, mutant)
+    instructions = kernel.instructions
+    near = beside(kernel, site)
     lines = one_statement_a_line(target.ptx).split("\n")
     for pc in near:
         if ACTS.search(instructions[pc].text):

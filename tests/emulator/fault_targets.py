@@ -148,7 +148,7 @@ def own_latent_decode() -> Target:
     from tests.support.emulated_mla import MlaCase, run_mla
 
     case = MlaCase(
-        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+        (4, 1, 3), (650, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
     )  # fmt: skip
     library = ensure_object(case.kernels(4).decode)
 
