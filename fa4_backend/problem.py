@@ -14,6 +14,11 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of a model
 EMULATED_PREFIX = "emulated-"  # arch "emulated-sm_100a": the sm_100a kernel, executed on the emulator over CPU tensors
 
 
+def short_dtypes(dtype: str, **operands: str) -> str:
+    """Dtypes in the name of a kernel: the model's, and of what has another one: "bfloat16-kve4m3", say."""
+    return dtype + "".join(f"-{name}{SHORT_NAMES.get(other, other)}" for name, other in operands.items() if other != dtype)
+
+
 class UnsupportedProblem(ValueError):
     """A combination no kernel here serves; the message names the feature, what was expected and what to use instead."""
 

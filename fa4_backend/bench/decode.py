@@ -69,11 +69,6 @@ def run(
         yield timings
 
 
-def time_refresh(batch: DecodeBatch) -> float:
-    """Device time of a step's metadata, in microseconds."""
-    return median_us(capture(Ours.make(batch, BatchTensors.make(batch)).refresh))
-
-
 def format_line(timings: list[Timing]) -> str:
     """One batch on one line."""
     parts = [f"{t.kernel} {t.us:.1f} us {t.gb_per_s:.0f} GB/s {100 * t.share_of_copy:.0f}%" for t in timings]

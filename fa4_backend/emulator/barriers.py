@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.mbarrier import value_reader
-from fa4_backend.emulator.parser import Immediate, Instruction, Not, Operand
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import Immediate, Instruction, Not, Operand
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta

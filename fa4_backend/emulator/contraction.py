@@ -21,7 +21,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from fa4_backend.emulator.parser import Immediate, Instruction, Kernel, Operand, Register
+from fa4_backend.emulator.syntax import Immediate, Instruction, Kernel, Operand, Register
 from fa4_backend.emulator.undefined import registers_in, results, successors
 
 Contraction = str | int

@@ -20,7 +20,8 @@ from pathlib import Path
 from fa4_backend.emulator import contraction
 from fa4_backend.emulator.contraction import Fusion
 from fa4_backend.emulator.errors import EmulatorError
-from fa4_backend.emulator.parser import Kernel, parse_module
+from fa4_backend.emulator.parser import parse_module
+from fa4_backend.emulator.syntax import Kernel
 from fa4_backend.kernel_facts import disassemble, find_cuda_tool
 
 _ARITHMETIC = re.compile(r"\b([FHD](?:FMA|ADD|MUL)2?)\b")

@@ -20,6 +20,7 @@ Cells are 4 bytes; two accesses of less than a cell do not race. Shadow memory: 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,18 +29,29 @@ import numpy as np
 
 from fa4_backend.emulator import native_core as native
 from fa4_backend.emulator.lanes import indices
-from fa4_backend.emulator.races import KINDS, Access, Layout, Learnt, Races
+from fa4_backend.emulator.race_actors import Layout
+from fa4_backend.emulator.race_report import note_conflict
+from fa4_backend.emulator.races import Access, Races
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster
     from fa4_backend.emulator.grid import Grid
-    from fa4_backend.emulator.lowering import Program
+    from fa4_backend.emulator.lowered_program import Program
     from fa4_backend.emulator.report import Report
     from fa4_backend.emulator.warp import Warp
 
 SEM_ACQUIRE, SEM_RELEASE, SEM_STRONG, SEM_CTA, SEM_NON_COHERENT = 1, 2, 4, 8, 16  # ordering of a memory instruction
 ALL_EARLIER = 0xFFFFFFFF  # as a cluster number: all clusters of earlier launches
 Clocks = dict[int, np.ndarray]  # cluster number -> clock of that cluster's actors
+
+
+class Learnt(NamedTuple):
+    """From epoch `epoch` of `actor` on, `clock` of cluster `number` is known."""
+
+    actor: int
+    epoch: int
+    number: int
+    clock: np.ndarray
 
 
 @dataclass(slots=True)
@@ -225,9 +237,9 @@ class GlobalRaces:
             return
         count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
         for c in self.conflicts[:count]:
-            earlier = self.who(c.old_cluster, c.old_actor, c.old_warp, c.old_pc)
             later = self.who(c.new_cluster, c.new_actor, c.new_warp, c.new_pc)
-            self.report.note("race", f"global memory {KINDS[c.kind]}\n  first:  {earlier}\n  second: {later}")
+            earlier = functools.partial(self.who, c.old_cluster, c.old_actor, c.old_warp, c.old_pc)
+            note_conflict(self.report, "global memory", c.kind, later, earlier)
 
     def who(self, number: int, actor: int, warp: int, pc: int) -> str:
         program, ctas, layout = self.origins[number]

@@ -10,8 +10,8 @@ import numpy as np
 
 from fa4_backend.emulator.cta import Cluster
 from fa4_backend.emulator.errors import Deadlock, LaunchError
-from fa4_backend.emulator.lowering import RESERVED_SMEM, Program
-from fa4_backend.emulator.parser import Variable
+from fa4_backend.emulator.lowered_program import RESERVED_SMEM, Program
+from fa4_backend.emulator.syntax import Variable
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.mbarrier import find_barrier
-from fa4_backend.emulator.parser import Instruction, Vector
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import Instruction, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp

@@ -1,4 +1,4 @@
-"""Parsed kernel -> program: an array of fixed-size records for the native loop, and Python handlers for the rest.
+"""From a parsed kernel to a `Program`: every operand becomes a slot, every instruction a record or a handler.
 
 Register file of a warp: slots of 128 bytes (32 lanes of 4 bytes; 64-bit registers take two). Constants, special registers and
 addresses of variables have slots of their own after the registers, so that every operand is just a slot number.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +15,10 @@ import numpy as np
 from fa4_backend.emulator import alu
 from fa4_backend.emulator.contraction import Fusion
 from fa4_backend.emulator.errors import LaunchError, PtxSyntaxError, UnsupportedInstruction
+from fa4_backend.emulator.lowered_program import FIRST_SLOT, INST, INST_ALIGNED, INST_WATCHED, RESERVED_SMEM, SINK_SLOT, Program
 from fa4_backend.emulator.native_core import OP, WIDE
-from fa4_backend.emulator.parser import (
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handler_maker, native_maker
+from fa4_backend.emulator.syntax import (
     TYPE_BYTES,
     Address,
     Immediate,
@@ -37,153 +38,7 @@ from fa4_backend.emulator.undefined import registers_in, results, watch_list
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp
 
-INST = np.dtype(
-    [
-        ("op", np.uint16),
-        ("negated", np.uint8),
-        ("flags", np.uint8),  # INST_*
-        *((name, np.int32) for name in ("guard", "d", "a", "b", "c", "e", "f", "target", "count")),
-        ("imm", np.int64),
-    ],
-    align=True,
-)
-INST_ALIGNED, INST_WATCHED = 1, 2
-SINK_SLOT = 0  # two slots that swallow results written to `_`
-FIRST_SLOT = 2
-SHARED_WINDOW = 1 << 56  # generic address of shared::cluster address 0
-LOCAL_WINDOW = 2 << 56
 DYNAMIC_SMEM_ALIGN = 1024
-RESERVED_SMEM = 1024  # bytes the system keeps at the start of shared memory (CUDA driver, compute capability 9.0 and later)
-SPACES = {"": 0, "global": 1, "const": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4, "param": 5, "param::entry": 5}
-
-Handler = Callable[["Warp"], "bool | None"]  # True: blocked, run the same instruction again later
-HandlerMaker = Callable[["Builder", Instruction, "Modifiers"], Handler]
-NativeMaker = Callable[["Builder", Instruction, "Modifiers"], "bool | None"]  # False: not this form, look further
-_MAKERS: dict[str, tuple[HandlerMaker, bool]] = {}
-_NATIVE_MAKERS: dict[str, NativeMaker] = {}
-
-
-def register_native(makers: dict[str, NativeMaker]) -> None:
-    """Makers of records that the native loop executes, by the first part of the opcode (see `native_ops.py`)."""
-    _NATIVE_MAKERS.update(makers)
-
-
-def handles(*names: str, aligned: bool = False) -> Callable[[HandlerMaker], HandlerMaker]:
-    """Register the maker of the Python handler of every opcode that starts with one of `names` (whole dotted parts).
-
-    `aligned`: all live lanes of the warp must execute it together (`.sync.aligned`).
-    """
-
-    def register(maker: HandlerMaker) -> HandlerMaker:
-        for name in names:
-            _MAKERS[name] = (maker, aligned)
-        return maker
-
-    return register
-
-
-class Modifiers:
-    """The dotted parts of an opcode. Whatever was not taken when `done()` is called is unsupported."""
-
-    def __init__(self, opcode: str, skip: int = 1) -> None:
-        self.opcode = opcode
-        self.parts = opcode.split(".")[skip:]
-
-    def has(self, *names: str) -> bool:
-        """Take one of `names` if present."""
-        for name in names:
-            if name in self.parts:
-                self.parts.remove(name)
-                return True
-        return False
-
-    def one(self, *names: str, default: str | None = None) -> str:
-        """Take exactly one of `names`; `default` when none is there."""
-        for name in names:
-            if name in self.parts:
-                self.parts.remove(name)
-                return name
-        if default is None:
-            raise UnsupportedInstruction(f"{self.opcode}: expected one of {', '.join(names)}")
-        return default
-
-    def done(self) -> None:
-        if self.parts:
-            raise UnsupportedInstruction(f"{self.opcode}: modifier .{' .'.join(self.parts)}")
-
-
-@dataclass(eq=False)
-class Program:
-    """A kernel ready to run. Everything here is independent of a launch."""
-
-    kernel: Kernel
-    code: np.ndarray
-    aux: np.ndarray
-    handlers: list[Handler | None]
-    num_slots: int
-    const_start: int  # slots from here on are set for each warp from `constants`, specials and symbols
-    constants: np.ndarray  # (num_slots - const_start, 32) uint32
-    specials: dict[str, tuple[int, int]]  # name -> slot, bytes
-    symbols: dict[str, tuple[int, int]]
-    static_smem: int
-    has_dynamic_smem: bool
-    local_bytes: int
-    watched: np.ndarray  # accesses of registers that may be read before they are written: see undefined.py
-    watched_registers: list[int]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.name
-
-    @functools.cached_property
-    def cta_groups(self) -> frozenset[str]:
-        """Which `.cta_group` the kernel's tcgen05 instructions have."""
-        opcodes = (i.opcode for i in self.kernel.instructions if i.opcode.startswith("tcgen05."))
-        return frozenset(part for opcode in opcodes for part in opcode.split(".") if part.startswith("cta_group"))
-
-    @functools.cached_property
-    def launches_dependents(self) -> bool:
-        """Whether a launch behind this one may start before it is complete."""
-        return any(i.opcode == "griddepcontrol.launch_dependents" for i in self.kernel.instructions)
-
-    @functools.cached_property
-    def ctas_communicate(self) -> bool:
-        """Whether CTAs may tell each other something while they run, such as who takes which entry of a queue: atomics and strong loads."""
-        strong = (".acquire", ".relaxed", ".volatile")
-        return any(
-            i.opcode.startswith("atom.global")
-            or (i.opcode.startswith("ld") and ".global" in i.opcode and any(s in i.opcode for s in strong))
-            for i in self.kernel.instructions
-        )
-
-    @functools.cached_property
-    def register_readers(self) -> dict[int, list[int]]:
-        """Instructions that read each register (by its index)."""
-        readers: dict[int, list[int]] = {}
-        for pc, instruction in enumerate(self.kernel.instructions):
-            stores = instruction.opcode.startswith(("st.", "red.", "tcgen05.st", "tcgen05.mma", "wgmma.mma"))
-            for number, operand in enumerate(instruction.operands):
-                if number or stores or isinstance(operand, Address):
-                    for register in registers_in(operand):
-                        readers.setdefault(register.index, []).append(pc)
-            if instruction.guard is not None:
-                readers.setdefault(instruction.guard.index, []).append(pc)
-        return readers
-
-    @functools.cached_property
-    def register_accesses(self) -> dict[int, list[int]]:
-        """Instructions that read or write each register (by its index)."""
-        accesses: dict[int, list[int]] = {}
-        for pc, instruction in enumerate(self.kernel.instructions):
-            for register in {r.index for operand in instruction.operands for r in registers_in(operand)}:
-                accesses.setdefault(register, []).append(pc)
-        return accesses
-
-    def describe(self, pc: int) -> str:
-        if 0 <= pc < len(self.kernel.instructions):
-            instruction = self.kernel.instructions[pc]
-            return f"instruction {pc} (PTX line {instruction.line}): {instruction.text[:160]}"
-        return f"instruction {pc}"
 
 
 class Builder:
@@ -412,22 +267,16 @@ class Builder:
             return None
         if opcode.startswith("mov."):
             return None
-        base = opcode.split(".", 1)[0]
-        direct = _NATIVE_MAKERS.get(base)
+        direct = native_maker(opcode)
         if direct is not None and direct(self, ins, Modifiers(opcode)) is not False:
             return None
         if opcode.startswith("setp."):
             self.compare(ins)
             return None
-        parts = opcode.split(".")
-        for length in range(len(parts), 0, -1):
-            found = _MAKERS.get(".".join(parts[:length]))
-            if found is not None:
-                maker, aligned = found
-                handler = maker(self, ins, Modifiers(opcode, length))
-                self.emit("HANDLER", flags=INST_ALIGNED if aligned else 0)
-                return handler
-        raise UnsupportedInstruction(f"unknown opcode {opcode}")
+        maker, aligned, length = handler_maker(opcode)
+        handler = maker(self, ins, Modifiers(opcode, length))
+        self.emit("HANDLER", flags=INST_ALIGNED if aligned else 0)
+        return handler
 
     def row(self, name: str, row: alu.Row, ins: Instruction) -> None:
         if row.dst == "pred" and isinstance(ins.operands[0], Pair):

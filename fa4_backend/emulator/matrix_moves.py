@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
-from fa4_backend.emulator.lowering import SHARED_WINDOW, Builder, Handler, Modifiers, handles
-from fa4_backend.emulator.parser import Instruction, Vector
+from fa4_backend.emulator.lowered_program import SHARED_WINDOW
+from fa4_backend.emulator.lowering import Builder
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import Instruction, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp

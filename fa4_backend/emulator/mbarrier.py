@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
-from fa4_backend.emulator.parser import Address, Immediate, Instruction, Operand, Register, Sink
+from fa4_backend.emulator.lowering import Builder
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta

@@ -8,19 +8,12 @@ from __future__ import annotations
 from fa4_backend.emulator import alu
 from fa4_backend.emulator.errors import UnsupportedInstruction
 from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_NON_COHERENT, SEM_RELEASE, SEM_STRONG
-from fa4_backend.emulator.lowering import (
-    LOCAL_WINDOW,
-    SHARED_WINDOW,
-    SINK_SLOT,
-    SPACES,
-    Builder,
-    Modifiers,
-    NativeMaker,
-    immediate_bits,
-    register_native,
-)
-from fa4_backend.emulator.parser import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
+from fa4_backend.emulator.lowered_program import LOCAL_WINDOW, SHARED_WINDOW, SINK_SLOT
+from fa4_backend.emulator.lowering import Builder, immediate_bits
+from fa4_backend.emulator.opcodes import Modifiers, NativeMaker, register_native
+from fa4_backend.emulator.syntax import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
 
+SPACES = {"": 0, "global": 1, "const": 1, "shared": 2, "shared::cta": 2, "shared::cluster": 3, "local": 4, "param": 5, "param::entry": 5}
 _IGNORED_MEMORY = frozenset(
     "weak relaxed acquire release acq_rel volatile mmio nc ca cg cs lu cv wb wt cta cluster gpu sys noftz "
     "L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "

@@ -10,9 +10,11 @@ from fa4_backend import envs
 from fa4_backend.compile import elf_bytes
 from fa4_backend.emulator.contraction import NEVER, Contraction, choose
 from fa4_backend.emulator.errors import LaunchError, UnknownProgram
-from fa4_backend.emulator.lowering import Program, lower
+from fa4_backend.emulator.lowered_program import Program
+from fa4_backend.emulator.lowering import lower
 from fa4_backend.emulator.memory import host_array
-from fa4_backend.emulator.parser import Kernel, parse_module
+from fa4_backend.emulator.parser import parse_module
+from fa4_backend.emulator.syntax import Kernel
 
 _ptx_of_cubin: dict[str, str] = {}
 _kernels: dict[str, dict[str, Kernel]] = {}

@@ -19,73 +19,36 @@ Shadow memory lies in `native/races.c`. PTX ISA 9.0: 8 (memory consistency model
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
 from fa4_backend.emulator.lanes import ALL_LANES, LaneClocks, indices
+from fa4_backend.emulator.race_actors import (
+    ACQUIRED,
+    BULK,
+    BULK_WRITE,
+    CP_ASYNC,
+    GENERIC,
+    NAMES,
+    PER_WARP,
+    TENSOR,
+    TMEM_LOAD,
+    TMEM_STORE,
+    WGMMA,
+    Layout,
+)
+from fa4_backend.emulator.race_report import note_conflict
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta
+    from fa4_backend.emulator.global_races import Learnt
     from fa4_backend.emulator.warp import Warp
 
 READ, WRITE = 0, 1
-KINDS = (
-    "is overwritten while it may still be read",
-    "is written twice without order",
-    "is read before its write is known to be complete",
-    "that nobody wrote is read",
-    "is read by ld.global.nc, but the same launch writes it",
-    "holds an mbarrier in use and is overwritten",
-    "holds an mbarrier in use and is read like other memory",
-)
-UNWRITTEN, OVER_BARRIER, READ_BARRIER = 3, 5, 6
-# Actors of every warp, in this order; a barrier's copies come after all warps'.
-# FENCED, FENCED_GLOBAL: its writes to shared and to global memory that the asynchronous proxy sees. BULK, BULK_WRITE: its bulk stores as
-# readers of shared memory and as writers of global memory. ACQUIRED: what it learnt of other clusters.
-GENERIC, FENCED, FENCED_GLOBAL, TENSOR, TMEM_LOAD, TMEM_STORE, WGMMA, BULK, BULK_WRITE, CP_ASYNC, ACQUIRED = range(11)
-PER_WARP = 11
-NAMES = (
-    "generic access", "fenced write", "fenced write", "MMA", "tcgen05.ld", "tcgen05.st", "wgmma", "bulk store", "bulk store", "cp.async",
-    "acquire",
-)  # fmt: skip
-BARRIERS_PER_CTA = 96
-
-
-class Layout:
-    """Numbers of the actors of a cluster: PER_WARP a warp, then its barriers' copies, then 32 lanes a warp, three times: what they access,
-    and what of it the asynchronous proxy sees in shared and in global memory; last the start of each CTA."""
-
-    def __init__(self, num_warps: int, size: int) -> None:
-        self.num_warps = num_warps
-        self.first_lane = PER_WARP * num_warps + BARRIERS_PER_CTA * size
-        self.first_start = self.first_lane + 3 * 32 * num_warps
-        self.num_actors = self.first_start + size
-        warps, lanes = PER_WARP * np.arange(num_warps), self.first_lane + np.arange(32 * num_warps)
-        self.generic = np.concatenate((warps + GENERIC, lanes))
-        # What stands for the writes of `generic` that the asynchronous proxy sees, in shared and in global memory.
-        self.visible = [np.concatenate((warps + kind, lanes + 32 * num_warps * step)) for kind, step in ((FENCED, 1), (FENCED_GLOBAL, 2))]
-
-    def lane(self, warp: int) -> int:
-        """The actor of a warp's lane 0."""
-        return self.first_lane + 32 * warp
-
-    def name(self, actor: int) -> str:
-        """What the actor does."""
-        if actor < PER_WARP * self.num_warps:
-            return NAMES[actor % PER_WARP]
-        return "copy" if actor < self.first_lane else NAMES[GENERIC]
-
-
-class Learnt(NamedTuple):
-    """From epoch `epoch` of `actor` on, `clock` of cluster `number` is known."""
-
-    actor: int
-    epoch: int
-    number: int
-    clock: np.ndarray
 
 
 class Access:
@@ -473,15 +436,8 @@ class Races:
         count = self.core.emu_race_take(self.handle, ctypes.addressof(self.conflicts))
         for conflict in self.conflicts[:count]:
             later = self.who(conflict.new_actor, conflict.new_warp, conflict.new_pc)
-            if conflict.kind == UNWRITTEN:
-                self.cluster.grid.session.report.note("uninitialised", f"memory that nobody wrote is read by {later}")
-                continue
-            if conflict.kind in (OVER_BARRIER, READ_BARRIER):
-                self.cluster.grid.session.report.note("race", f"memory {KINDS[conflict.kind]} by {later}")
-                continue
-            earlier = self.who(conflict.old_actor, conflict.old_warp, conflict.old_pc)
-            text = f"memory {KINDS[conflict.kind]}\n  first:  {earlier}\n  second: {later}"
-            self.cluster.grid.session.report.note("race", text)
+            earlier = functools.partial(self.who, conflict.old_actor, conflict.old_warp, conflict.old_pc)
+            note_conflict(self.cluster.grid.session.report, "memory", conflict.kind, later, earlier)
 
     def who(self, actor: int, warp: int, pc: int) -> str:
         per_cta = self.cluster.ctas[0].num_warps

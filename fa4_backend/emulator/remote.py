@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.mbarrier import find_barrier
-from fa4_backend.emulator.parser import TYPE_BYTES, Instruction, Vector
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import TYPE_BYTES, Instruction, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cta

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.lowering import Program
+    from fa4_backend.emulator.lowered_program import Program
     from fa4_backend.emulator.warp import Warp
 
 

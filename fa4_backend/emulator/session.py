@@ -20,7 +20,7 @@ from fa4_backend.emulator.errors import LaunchError, RaceDetected
 from fa4_backend.emulator.global_races import GlobalRaces
 from fa4_backend.emulator.grid import Grid, three
 from fa4_backend.emulator.host_calls import ARCHS, install, open_sessions
-from fa4_backend.emulator.lowering import Program
+from fa4_backend.emulator.lowered_program import Program
 from fa4_backend.emulator.memory import GlobalMemory
 from fa4_backend.emulator.programs import load_program, register_program
 from fa4_backend.emulator.races import Races

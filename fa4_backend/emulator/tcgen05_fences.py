@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from fa4_backend.emulator.parser import Kernel, parse_module
+from fa4_backend.emulator.parser import parse_module
+from fa4_backend.emulator.syntax import Kernel
 from fa4_backend.emulator.undefined import successors
 
 _OPERATION = re.compile(r"tcgen05\.(mma|ld|st|cp|shift)\b")

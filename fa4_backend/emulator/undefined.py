@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fa4_backend.emulator.parser import Address, Instruction, Kernel, Not, Operand, Pair, Register, Vector
+from fa4_backend.emulator.syntax import Address, Instruction, Kernel, Not, Operand, Pair, Register, Vector
 
 READ, GUARD, WRITE, COPY = range(4)
 # `register` and `source` count the watched registers; a READ counts for the lanes that run, a GUARD for all active ones.

@@ -14,9 +14,10 @@ import numpy as np
 
 from fa4_backend.emulator.barriers import predicate_source
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder, Handler, Modifiers, handles
+from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, canonical, load_operand, matrix_product, to_float32, wgmma_descriptor
-from fa4_backend.emulator.parser import Immediate, Instruction, Operand, Vector
+from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
+from fa4_backend.emulator.syntax import Immediate, Instruction, Operand, Vector
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.warp import Warp

@@ -21,10 +21,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fa4_backend.emulator.parser import Register, Vector
+from fa4_backend.emulator.syntax import Register, Vector
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.lowering import Program
+    from fa4_backend.emulator.lowered_program import Program
     from fa4_backend.emulator.warp import Warp
 
 POISON = 0xFFFFFFFF

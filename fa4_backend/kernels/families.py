@@ -135,6 +135,7 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         decode_tile_ticks=1,
         decode_full_sms=num_ctas,
     )
+    assert work.max_parts() <= mla_family.most_parts(key), f"{work.max_parts()=}, expected at most {mla_family.most_parts(key)}"
     return KernelSet(schedule_config(problem.target_arch, limits.max_num_seqs), key, None, work)
 
 
@@ -178,5 +179,5 @@ def _work_shape(
         most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,
-        decode_share_vectors=decode_family.SHARE_VECTORS,
+        decode_share_vectors=decode.share_vectors if decode else 0,
     )

@@ -12,7 +12,6 @@ from fa4_backend import envs
 
 NAME = "fa4_plugin"
 STOCK_NAME = "fa4"  # SGLang's own backend of this family, on its lists of backends that a model or a drafter may have
-ENTRY_POINT_GROUP = "sglang.srt.plugins"
 
 
 def register() -> None:

@@ -9,8 +9,9 @@ from unittest import mock
 
 from fa4_backend import emulator
 from fa4_backend.emulator.mbarrier import MBarrier
-from fa4_backend.emulator.parser import Instruction, Kernel, Vector, parse_module
+from fa4_backend.emulator.parser import parse_module
 from fa4_backend.emulator.races import Races
+from fa4_backend.emulator.syntax import Instruction, Kernel, Vector
 from fa4_backend.emulator.undefined import registers_in, successors
 from tests.emulator.fault_mutations import WAIT, Mutant, one_statement_a_line
 from tests.emulator.fault_targets import Target, planted

@@ -8,7 +8,10 @@ import pytest
 
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
 from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig, most_parts
 from fa4_backend.kernels.schedule.limits import FIXED_BYTES, MAX_DECODE_CTAS, SEQ_BYTES, largest_num_seqs, table_size
+from fa4_backend.kernels.schedule.work_list import MOST_PARTS
+from fa4_backend.problem import LATENT
 
 PROBLEM = AttentionProblem(
     num_q_heads=32, num_kv_heads=8, head_dim=128, head_dim_v=128, dtype="bfloat16", page_size=16, arch="sm_90a",
@@ -41,6 +44,28 @@ def test_more_decode_ctas_than_cuts_are_refused() -> None:
     shape = plan_attention(PROBLEM, BatchLimits(8, 8, 1024)).kernels.work
     with pytest.raises(AssertionError, match=f"at most {MAX_DECODE_CTAS}"):
         replace(shape, decode_num_ctas=MAX_DECODE_CTAS + 1)
+
+
+LATENTS = AttentionProblem(
+    num_q_heads=128, num_kv_heads=1, head_dim=576, head_dim_v=512, dtype="bfloat16", page_size=64, arch="sm_90a", kv_source=LATENT,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, replace(PROBLEM, batch_invariant=True), LATENTS, replace(LATENTS, batch_invariant=True)])
+def test_parts_of_a_row_group_fit_its_counter(problem: AttentionProblem) -> None:
+    """On the largest chip and with rows of a million keys; a latent row group's parts fit the merge's shared memory too."""
+    kernels = plan_attention(problem, BatchLimits(64, 64, 1 << 20), num_sms=max(arch.num_sms for arch in ARCHS.values())).kernels
+    assert kernels.work.max_parts() <= MOST_PARTS
+    if isinstance(kernels.decode, MlaDecodeConfig):
+        assert kernels.work.max_parts() <= most_parts(kernels.decode)
+
+
+def test_more_parts_than_are_counted_or_added_up_are_refused() -> None:
+    shape = plan_attention(replace(PROBLEM, batch_invariant=True), BatchLimits(8, 8, 1024)).kernels.work
+    with pytest.raises(AssertionError, match=f"at most {MOST_PARTS}"):
+        replace(shape, max_seqlen_k=shape.decode_tile_n * shape.split_blocks * (MOST_PARTS + 1))
+    with pytest.raises(AssertionError, match="max_parts"):
+        plan_attention(LATENTS, BatchLimits(8, 8, 1024), num_sms=280)
 
 
 def test_lengths_are_cut_at_whole_pages() -> None:

@@ -14,8 +14,10 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import nvvm
+from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
 
 LEADER = 0
 BOTH = 0b11  # ranks that a commit arrives at
@@ -39,7 +41,7 @@ class CtaGroup:
         """Address, for arrivals and stores, of the shared memory of the group's CTA `rank`."""
         if self.ctas == 1:
             return smem_base
-        return Int32(ptx.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", [smem_base, Int32(rank)], ptx.i32(), "=r"))
+        return Int32(ptx.inline_asm("mapa.shared::cluster.u32 $0, $1, $2;", [smem_base, Int32(rank)], T.i32(), "=r"))
 
     def sync_all(self) -> None:
         """Every thread of the group."""
@@ -95,7 +97,7 @@ class CtaGroup:
     def commit(self, barrier: Int32) -> None:
         """One arrival at this barrier of every CTA when all products issued so far have completed; the warp elects the issuer."""
         if self.ctas == 1:
-            ptx.tcgen05_commit(barrier)
+            tcgen05_ops.commit(barrier)
             return
         ptx.inline_asm(
             "{ .reg .pred issue; .reg .b16 ranks; elect.sync _|issue, 0xffffffff; "
@@ -111,8 +113,8 @@ class CtaGroup:
 
     def tmem_alloc(self, smem_address: Int32, columns: int) -> None:
         """Allocate TMEM in each CTA; one warp of each calls."""
-        ptx.tmem_alloc(smem_address, columns, self.kind)
+        tcgen05_ops.alloc(smem_address, columns, self.kind)
 
     def tmem_dealloc(self, address: Int32, columns: int) -> None:
         """Free what `tmem_alloc` allocated; the same warps call."""
-        ptx.tmem_dealloc(address, columns, self.kind)
+        tcgen05_ops.dealloc(address, columns, self.kind)

@@ -41,28 +41,28 @@ def exp2_polynomial(x, degree: int):
     from cutlass._mlir.dialects import arith, nvvm, vector
     from cutlass.cutlass_dsl import T
 
-    from fa4_backend.kernels.common import ptx_ops as ptx
+    from fa4_backend.kernels.common import vector_ops as vectors
 
     lowest = Float32(MIN_EXPONENT).ir_value()
-    x = vector.from_elements(ptx.vec(2), [nvvm.fmax(ptx.element(x, i), lowest) for i in (0, 1)])
-    shifted = ptx.add2_down(x, ptx.broadcast(Float32(FLOOR_MAGIC), 2))
-    floor = ptx.add2(shifted, ptx.broadcast(Float32(-FLOOR_MAGIC), 2))
+    x = vector.from_elements(vectors.float32s(2), [nvvm.fmax(vectors.element(x, i), lowest) for i in (0, 1)])
+    shifted = vectors.add2_down(x, vectors.broadcast(Float32(FLOOR_MAGIC), 2))
+    floor = vectors.add2(shifted, vectors.broadcast(Float32(-FLOOR_MAGIC), 2))
     fraction = nvvm.sub_packed_f32x2(x, floor, rnd=nvvm.FPRoundingMode.RN)
-    coefficients = [ptx.broadcast(Float32(c), 2) for c in COEFFICIENTS[degree]]
+    coefficients = [vectors.broadcast(Float32(c), 2) for c in COEFFICIENTS[degree]]
     result = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
-        result = ptx.fma2(result, fraction, coefficient)
+        result = vectors.fma2(result, fraction, coefficient)
     words = ir.VectorType.get([2], T.i32())
     exponent, mantissa = vector.bitcast(words, shifted), vector.bitcast(words, result)
     scaled = []
     for i in (0, 1):
         n = arith.shli(vector.extract(exponent, [], [i]), Int32(23).ir_value())
         scaled.append(arith.bitcast(T.f32(), arith.addi(n, vector.extract(mantissa, [], [i]))))
-    return vector.from_elements(ptx.vec(2), scaled)
+    return vector.from_elements(vectors.float32s(2), scaled)
 
 
 def exp2_pair(x, kv_col: int, every: int, degree: int):
     """2^x of a vector<2 x f32> for columns kv_col, kv_col + 1 (even kv_col), on the unit that the column is assigned to."""
-    from fa4_backend.kernels.common import ptx_ops as ptx
+    from fa4_backend.kernels.common import vector_ops as vectors
 
-    return exp2_polynomial(x, degree) if uses_polynomial(kv_col, every) else ptx.exp2_approx(x)
+    return exp2_polynomial(x, degree) if uses_polynomial(kv_col, every) else vectors.exp2_approx(x)

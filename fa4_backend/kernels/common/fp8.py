@@ -14,8 +14,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import vector
+from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 
 # Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
 BIAS, SCALED_EXPONENT = 127, 127 + 14
@@ -25,7 +27,7 @@ SMALLEST_EXPONENT = SCALED_EXPONENT - BIAS + 1  # of a row's largest element: be
 def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
     """Four e4m3 numbers as float16, exact: bytes 0 and 1, bytes 2 and 3 (PTX ISA, "cvt")."""
     text = "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, %s; }"
-    return tuple(Int32(ptx.inline_asm(text % half, [word], ptx.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
+    return tuple(Int32(ptx.inline_asm(text % half, [word], T.i32(), "=r", pure=True)) for half in ("low", "high"))  # type: ignore[return-value]
 
 
 def float16_to_bfloat16(word: Int32) -> Int32:
@@ -34,7 +36,7 @@ def float16_to_bfloat16(word: Int32) -> Int32:
         "{ .reg .b16 low, high; .reg .b32 first, second; mov.b32 {low, high}, $1; "
         "cvt.f32.f16 first, low; cvt.f32.f16 second, high; prmt.b32 $0, first, second, 0x7632; }"
     )
-    return Int32(ptx.inline_asm(text, [word], ptx.i32(), "=r", pure=True))
+    return Int32(ptx.inline_asm(text, [word], T.i32(), "=r", pure=True))
 
 
 def e4m3_to_16bit(word: ir.Value, dtype: str) -> list[ir.Value]:
@@ -82,6 +84,6 @@ def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Floa
     scaled = []
     for word in words:
         low, high = ptx.bits_to_float(word << 16), ptx.bits_to_float(word & -65536)
-        both = ptx.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
-        scaled.append(Int32(vector.extract(ptx.pack_16bit(both, "float16"), [], [0])))
+        both = vectors.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
+        scaled.append(Int32(vector.extract(vectors.pack_16bit(both, "float16"), [], [0])))
     return scaled, ptx.bits_to_float((exponent - (SCALED_EXPONENT - BIAS)) << 23)

@@ -16,7 +16,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-GAVE_UP = 1 << 16  # more than a row group has parts
+from fa4_backend.kernels.schedule.work_list import MOST_PARTS
+
+GAVE_UP = 1 << 16
+assert MOST_PARTS < GAVE_UP, f"{MOST_PARTS=}: parts that came would run into those that left"
+assert MOST_PARTS * (GAVE_UP + 1) < 1 << 31, f"{MOST_PARTS=}: a counter of which all have left would pass int32"
 NOTHING, MINE, ALL = range(3)  # what of a row group a CTA adds up
 
 

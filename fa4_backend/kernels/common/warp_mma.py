@@ -13,6 +13,7 @@ from cutlass._mlir.dialects import vector
 from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 
 _MMA_TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -56,5 +57,5 @@ def quad_max(value: Float32) -> Float32:
 
 def pack_pair(dtype: str, low: Float32, high: Float32) -> Int32:
     """Two weights rounded to the element type, in one word."""
-    values = vector.from_elements(ptx.vec(2), [Float32(low).ir_value(), Float32(high).ir_value()])
-    return Int32(vector.extract(ptx.pack_16bit(values, dtype), [], [0]))
+    values = vector.from_elements(vectors.float32s(2), [Float32(low).ir_value(), Float32(high).ir_value()])
+    return Int32(vector.extract(vectors.pack_16bit(values, dtype), [], [0]))

@@ -25,25 +25,15 @@ from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_o
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.part_arrivals import arrive, leave
 from fa4_backend.kernels.common.part_sums import Part, fold, only_if
+from fa4_backend.kernels.common.pending_entries import counter_of, note_pending
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.storage import SharedTensors
-from fa4_backend.kernels.schedule.work_list import (
-    DECODE_INTS,
-    FIRST_SLOT,
-    KV_HEAD_IDX,
-    NUM_PIECES,
-    PARTIAL_SLOT,
-    Q_BEGIN,
-    QUERY_LEN,
-    TOTAL_Q,
-)
+from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 
 CONSUMER_BARRIER = 1  # named barrier of the consumer warps
 FOLD_VECTORS = 16  # vectors of slots that a thread adds up at once (4: 1 x 4K of 16/2 heads 15.8 us for 15.4, H100)
-PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
-assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
 class ResultTensors(NamedTuple):
@@ -226,13 +216,7 @@ class Merge:
         """Note an entry whose slots are written; its arrival waits until the CTA is done, so that all share its barriers."""
         tidx, _, _ = cute.arch.thread_idx()
         if tidx == 0:
-            q = entry.seqlen
-            fields = (
-                (KV_HEAD_IDX, entry.kv_head_idx), (PARTIAL_SLOT, entry.partial_slot), (FIRST_SLOT, entry.first_slot),
-                (NUM_PIECES, entry.num_pieces), (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
-            )  # fmt: skip
-            for field, value in fields:
-                shared.sPending[place, field] = value
+            note_pending(shared.sPending, place, entry, pieces_here)
 
     @cute.jit
     def arrive(self, num_pending: Int32, shared: SharedTensors, results: ResultTensors):
@@ -252,21 +236,17 @@ class Merge:
             if const_expr(not self.config.has_pieces):
                 if self.is_shared(shared.sPending[place, NUM_PIECES]):
                     looks = Int32(self.config.arrival_looks)
-            counter, here = self._counter(place, shared, results)
+            counter, here = counter_of(shared.sPending, place, results.mArrivals)
             share, stayers = arrive(counter, here, shared.sPending[place, NUM_PIECES], looks)
             shared.sShare[place] = share
         self._barrier()
         if stayers > 0:
-            counter, here = self._counter(place, shared, results)
+            counter, here = counter_of(shared.sPending, place, results.mArrivals)
             leave(counter, counter + 1, here, stayers)
 
     def is_shared(self, num_pieces: Int32) -> Boolean:
         """Whether all CTAs that made a row group's slots add them up."""
         return num_pieces * self.vectors >= self.config.share_vectors
-
-    def _counter(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> tuple[cute.Pointer, Int32]:
-        """A pending entry's first counter, and the slots that this CTA wrote."""
-        return results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT], shared.sPending[place, PIECES_HERE]
 
     def join(self):
         """All consumers have read the slots of the pending entry before, whose place the next one's take."""

@@ -10,7 +10,8 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
-from fa4_backend.kernels.decode.config import BOX_KEYS, ENTRY_STAGE, MAX_PENDING, MERGE_PAD, TILE_N, DecodeConfig
+from fa4_backend.kernels.common.pending_entries import MAX_PENDING
+from fa4_backend.kernels.decode.config import BOX_KEYS, ENTRY_STAGE, MERGE_PAD, TILE_N, DecodeConfig
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS
 
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}

@@ -1,1 +1,1 @@
-"""Decode kernel of multi-head latent attention on Hopper: packed heads by wgmma over latents that are K and V at once."""
+"""Decode of multi-head latent attention, over latents that are K and V at once: here on Hopper, in `sm100/` on Blackwell."""

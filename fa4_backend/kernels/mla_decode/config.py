@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import box_rows_of
-from fa4_backend.problem import DTYPE_BYTES, FP8, SHORT_NAMES, AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend.problem import DTYPE_BYTES, FP8, AttentionProblem, BatchLimits, MaskFeatures, short_dtypes
 
 LATENT_DIM, ROPE_DIM = 512, 64  # elements of a token: latents, which are V and the first part of K, and K's rotary part
 PART_DIM = 64  # elements of 16 bits in a swizzled row of shared memory, 128 bytes
@@ -20,11 +20,11 @@ TILE_N = 64  # keys of a block
 PART_ELEMS = TILE_N * PART_DIM  # of a part of a tile, of Q or of KV
 TILE_ELEMS = PARTS * PART_ELEMS
 KV_STAGE = 2  # Q and two tiles are 216 of 227 KiB
+MERGE_BYTES = KV_STAGE * TILE_ELEMS * 2  # of shared memory for parts that are added up at once, where KV tiles were
 VEC = 4  # float32 of a vector of a slot: 16 bytes
 WARP_ROWS = 16  # rows of a tile that a warp has of a product
 WARP_VECTORS = WARP_ROWS * LATENT_DIM // VEC  # vectors of a slot that hold those rows
 CONSUMER_THREADS = 256
-MAX_PENDING = 2  # entries of a CTA with slots: only its first and its last can share a row group with another CTA
 # Looks at the counter of a row group's parts before a CTA leaves its share of adding them up to the one that comes last. One look is a
 # round trip to L2, 0.7 us; CTAs have equal work, so their parts come within microseconds where all of them run.
 ARRIVAL_LOOKS = 64
@@ -81,10 +81,10 @@ class MlaDecodeConfig:
     def name(self) -> str:
         """Short name for people and file names."""
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
-        kv = "" if self.kv_dtype == self.dtype else f"-kv{SHORT_NAMES.get(self.kv_dtype, self.kv_dtype)}"
         tuned = f"-c{self.cluster_size}" + f"-l2p{self.prefetch_blocks}" * (self.prefetch_blocks > 0)
         tuned += "-narrow" * self.is_narrow
-        return f"mladecode-{self.arch}-{self.dtype}{kv}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
+        dtypes = short_dtypes(self.dtype, kv=self.kv_dtype)
+        return f"mladecode-{self.arch}-{dtypes}-h{self.num_heads}-q{self.query_len}-box{self.box_rows}{tuned}{features}"
 
     @property
     def tile_n(self) -> int:
@@ -217,6 +217,11 @@ def slot_floats(config: MlaDecodeConfig) -> int:
 def slot_vectors(config: MlaDecodeConfig) -> int:
     """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
     return config.tile_warps * WARP_VECTORS // CONSUMER_THREADS
+
+
+def most_parts(config: MlaDecodeConfig) -> int:
+    """Parts of a row group that the merge has room for: statistics of a tile of all of them, and a vector of each."""
+    return MERGE_BYTES // (tile_stats_bytes(config) + 4 * VEC)
 
 
 def split_tiles(limits: BatchLimits) -> int:

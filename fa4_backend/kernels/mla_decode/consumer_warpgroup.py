@@ -26,30 +26,25 @@ from cutlass.cute.nvgpu import warpgroup
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cluster_ops import arrive_at
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
-from fa4_backend.kernels.common.fp8 import scaled_to_float16
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, RowFragment, RowStats, ScoreScale, flat, log2_scale, row_of_thread
 from fa4_backend.kernels.mla_decode.config import (
     KV_STAGE,
     LATENT_DIM,
-    LATENT_PARTS,
     PART_DIM,
-    PART_ELEMS,
-    PARTS,
     RESCALE_THRESHOLD,
-    TILE_ELEMS,
     TILE_M,
     TILE_N,
     MlaDecodeConfig,
 )
 from fa4_backend.kernels.mla_decode.fragments import WideFragment
-from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales, consumer_thread
-from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_WARPS, SIDES, MlaStorage, SharedTensors
+from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, Scales
+from fa4_backend.kernels.mla_decode.shared_rows import SharedRows
+from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, SIDE_THREADS, SIDES, MlaStorage, SharedTensors
 from fa4_backend.kernels.mla_decode.work import Blocks, MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES
 
-SIDE_THREADS = 32 * SIDE_WARPS
 SIDE_BARRIER = 1  # first of SIDES named barriers: the threads of a warpgroup
 K_STEPS = PART_DIM // 16  # products of 16 elements a part
 FIRST, SECOND = 0, 1  # the warpgroups, and the blocks of a pair that they make the weights of
@@ -108,16 +103,7 @@ class ConsumerWarpgroup:
     storage: MlaStorage
     work: MlaWork
     merge: Merge
-
-    @cute.jit
-    def clear_unloaded_query(self, shared: SharedTensors):
-        """Zero the rows of Q that no box brings, before the CTA's first barrier."""
-        c = self.config
-        if const_expr(c.loaded_rows < TILE_M):
-            thread = cute.arch.thread_idx()[0] - SIDE_THREADS
-            for part in cutlass.range_constexpr(PARTS):
-                self._zero_rows(shared.q + part * PART_ELEMS, Int32(c.loaded_rows), Int32(TILE_M), thread, SIDES * SIDE_THREADS)
-            cute.arch.fence_proxy("async.shared", space="cta")
+    shared_rows: SharedRows
 
     @cute.jit
     def run(
@@ -144,7 +130,8 @@ class ConsumerWarpgroup:
             entry = entry_of(lambda field: shared.sEntry[field], step.bounds)
             blocks = self.work.blocks(entry, values)
             if const_expr(self.config.is_scaled):
-                self._scale_query(shared)
+                self.shared_rows.scale_query(shared)
+                self.merge.meet()
             rows = self._rows(entry, blocks, values, scales, thread, shared)
             if const_expr(not self.config.has_pieces):
                 if blocks.begin + side >= blocks.end:
@@ -202,23 +189,6 @@ class ConsumerWarpgroup:
             pv.make_fragment_A(pv.partition_shape_A((TILE_M, TILE_N))),
             cute.make_rmem_tensor(pv.partition_shape_C((TILE_M, columns)), Float32),
         )
-
-    @cute.jit
-    def _scale_query(self, shared: SharedTensors):
-        """A bfloat16 Q as float16 in its place, four threads a row: `common/fp8.py`, Note [bfloat16 Q]. Both sides call."""
-        thread = consumer_thread()
-        row = thread // 4
-        line = shared.q.toint() + row * (PART_DIM * 2)
-        # Chunks of 16 bytes; a row is one line whatever the swizzle.
-        places = [line + part * self.config.q_part_bytes + (thread % 4 + 4 * i) * 16 for part in range(PARTS) for i in range(2)]
-        words = [Int32(word) for place in places for word in ptx.elements(ptx.load_shared_v4(place))]
-        scaled, factor = scaled_to_float16(words, 4)
-        for i, place in enumerate(places):
-            ptx.store_shared_v4(place, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
-        if thread % 4 == 0:
-            shared.sFactor[row] = factor
-        cute.arch.fence_proxy("async.shared", space="cta")
-        self.merge.meet()
 
     def _rows(self, entry: Entry, blocks: Blocks, values: MaskValues, scales: Scales, thread: Int32, shared: SharedTensors) -> Rows:
         columns, of_rows = [], [scales.score, scales.score]
@@ -338,23 +308,8 @@ class ConsumerWarpgroup:
         are zeros that TMA wrote. The other side knows of it by the weights."""
         for group in cutlass.range_constexpr(len(GROUPS)):
             cute.arch.mbarrier_wait(shared.barriers.kv_full[group] + kv.slot, kv.phase)
-        thread = cute.arch.thread_idx()[0] % SIDE_THREADS
-        for part in cutlass.range_constexpr(LATENT_PARTS):
-            self._zero_rows(shared.kv + kv.slot * TILE_ELEMS + part * PART_ELEMS, first, end, thread, SIDE_THREADS)
-        cute.arch.fence_proxy("async.shared", space="cta")
+        self.shared_rows.clear_values(shared, kv.slot, first, end)
         self._meet(side)
-
-    @cute.jit
-    def _zero_rows(self, part: cute.Pointer, first: Int32, end: Int32, thread: Int32, threads: cutlass.Constexpr[int]):
-        """Zero rows of a part. A row is one line whatever the swizzle, so its chunks may be cleared in any order."""
-        chunk = const_expr(16 // self.config.element_bytes)
-        row_chunks = const_expr(PART_DIM // chunk)
-        zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
-        zeros.fill(0.0)
-        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-        for i in cutlass.range(thread, (end - first) * row_chunks, threads, unroll=1):
-            target = (part + (first * PART_DIM + i * chunk)).align(16)
-            cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
 
     def _weights(self, products: Products, stats: RowStats, rows: Rows, rS: cute.Tensor, n_block: Int32) -> tuple[cute.Tensor, Boolean]:
         """Scores to 16-bit weights in `products.rP`; the factors for O of earlier blocks, and whether any row of the warp has one."""

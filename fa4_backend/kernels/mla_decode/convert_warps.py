@@ -19,6 +19,7 @@ from cutlass import Int32, const_expr
 from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.decode_entry import StepTensors, entry_of
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16
 from fa4_backend.kernels.common.mask import MaskValues
@@ -101,8 +102,8 @@ class ConvertWarps:
         if group < KEY_GROUPS:
             lane = cute.arch.lane_idx()
             row, chunk = group * GROUP_KEYS + lane // 4, lane % 4
-            kept = ptx.select_words(row < num_keys, words)
-            converted = [half.ir_value() for word in ptx.elements(kept) for half in e4m3_to_float16(Int32(word))]
+            kept = vectors.select_words(row < num_keys, words)
+            converted = [half.ir_value() for word in vectors.elements(kept) for half in e4m3_to_float16(Int32(word))]
             line = tile + part * (PART_ELEMS * 2) + row * (PART_DIM * 2)
             swizzled = ((2 * chunk) ^ (row % 8)) * CHUNK_BYTES
             ptx.store_shared_v4(line + swizzled, converted[:4])

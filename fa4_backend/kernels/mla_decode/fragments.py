@@ -7,7 +7,7 @@ columns 2 pair and 2 pair + 1 of a row, then of the row 8 below it. Groups of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import cutlass
 import cutlass.cute as cute
@@ -17,11 +17,25 @@ from fa4_backend.kernels.common.fragment_store import store_fragment
 from fa4_backend.kernels.common.pack_gqa import PackedRow
 from fa4_backend.kernels.common.wgmma_fragment import row_of_thread
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, PART_DIM, VEC, WARP_ROWS, WARP_VECTORS
-from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES
+from fa4_backend.kernels.mla_decode.storage import SIDE_THREADS, SIDE_WARPS, SIDES
 
-SIDE_THREADS = 32 * SIDE_WARPS
 GROUP_COLUMNS = 8
+SIDE_GROUPS = LATENT_DIM // SIDES // GROUP_COLUMNS  # groups of columns of a half of O
 GROUP_FLOATS = SIDES * 32 * VEC  # of a slot, from a group of columns to the next of the same half
+
+
+class SlotVector(NamedTuple):
+    """What a vector of a slot holds: `VEC / 2` columns of a row of its tile, then of the row 8 below it."""
+
+    row: Int32
+    column: Int32
+
+
+def slot_vector(index: Int32) -> SlotVector:
+    """Vector `index` of a tile's slot."""
+    lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
+    row = index // WARP_VECTORS * WARP_ROWS + lane // 4
+    return SlotVector(row, side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (lane % 4))
 
 
 class Fragment(Protocol):

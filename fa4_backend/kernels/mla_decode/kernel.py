@@ -27,6 +27,7 @@ from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
 from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp, TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
+from fa4_backend.kernels.mla_decode.shared_rows import SharedRows
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
@@ -47,7 +48,8 @@ class MlaDecodeKernel:
         self.load_warp = LoadWarp(self.storage, self.work)
         self.convert_warps = ConvertWarps(self.storage, self.work)
         parts = (config, self.storage, self.work, Merge(config, self.work))
-        self.consumers, self.narrow_warps = ConsumerWarpgroup(*parts), NarrowWarps(*parts)
+        self.shared_rows = SharedRows(config, self.storage)
+        self.consumers, self.narrow_warps = ConsumerWarpgroup(*parts, self.shared_rows), NarrowWarps(*parts)
 
     @cute.jit
     def __call__(
@@ -150,7 +152,7 @@ class MlaDecodeKernel:
                 self.storage.init_barriers(shared.barriers)
         if const_expr(not self.config.is_narrow):
             if warp >= WARPGROUP_WARPS:
-                self.consumers.clear_unloaded_query(shared)
+                self.shared_rows.clear_unloaded_query(shared)
         sync_cluster(cluster)
         if warp < WARPGROUP_WARPS:
             cute.arch.setmaxregister_decrease(LOAD_REGISTERS[self.config.is_converted])

@@ -19,12 +19,12 @@ from fa4_backend.kernels.common.decode_entry import Entry, StepTensors, entry_of
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.part_arrivals import MINE, NOTHING, arrive, leave
 from fa4_backend.kernels.common.part_sums import Part, fold, only_if
+from fa4_backend.kernels.common.pending_entries import PIECES_HERE, counter_of, note_pending
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, flat, quad_sum
 from fa4_backend.kernels.mla_decode.config import (
     CONSUMER_THREADS,
-    KV_STAGE,
     LATENT_DIM,
-    TILE_ELEMS,
+    MERGE_BYTES,
     TILE_M,
     VEC,
     WARP_ROWS,
@@ -34,27 +34,15 @@ from fa4_backend.kernels.mla_decode.config import (
     tile_slot_floats,
     tile_stats_bytes,
 )
-from fa4_backend.kernels.mla_decode.fragments import Fragment
-from fa4_backend.kernels.mla_decode.part_weights import PartWeights
-from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, SharedTensors
+from fa4_backend.kernels.mla_decode.fragments import Fragment, slot_vector
+from fa4_backend.kernels.mla_decode.part_weights import PartWeights, store_columns
+from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
-from fa4_backend.kernels.schedule.work_list import (
-    DECODE_INTS,
-    FIRST_SLOT,
-    KV_HEAD_IDX,
-    NUM_PIECES,
-    PARTIAL_SLOT,
-    Q_BEGIN,
-    QUERY_LEN,
-    TOTAL_Q,
-)
+from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 
-SIDE_GROUPS = LATENT_DIM // SIDES // 8  # groups of 8 columns of a warpgroup's half of O
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
-PIECES_HERE = DECODE_INTS - 1  # int of a pending entry: pieces that this CTA wrote; none of the work list's
 ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry: of another warp than that which asks for the slots
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
-assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
 class ResultTensors(NamedTuple):
@@ -228,13 +216,7 @@ class Merge:
     def postpone(self, entry: Entry, pieces_here: Int32, place: Int32, shared: SharedTensors):
         """Note an entry whose slots are written; its arrival waits until the CTA is done: who waits for others has nothing else to do."""
         if consumer_thread() == 0:
-            q = entry.seqlen
-            fields = (
-                (KV_HEAD_IDX, entry.kv_head_idx), (PARTIAL_SLOT, entry.partial_slot), (FIRST_SLOT, entry.first_slot),
-                (NUM_PIECES, entry.num_pieces), (Q_BEGIN, q.q_begin), (QUERY_LEN, q.seqlen_q), (PIECES_HERE, pieces_here),
-            )  # fmt: skip
-            for field, value in fields:
-                shared.sPending[place, field] = value
+            note_pending(shared.sPending, place, entry, pieces_here)
 
     # -- adding up -------------------------------------------------------------------------------------------------------------------
 
@@ -256,24 +238,20 @@ class Merge:
         self.meet()
         mine, stayers = thread - ARRIVING_THREAD, Int32(0)
         if mine >= 0 and mine < num_pending:
-            counter, here = self._counter(mine, shared, results)
+            counter, here = counter_of(shared.sPending, mine, results.mArrivals)
             expected = shared.sPending[mine, NUM_PIECES] * self.config.cluster_size
             share, stayers = arrive(counter, here, expected, Int32(self.config.arrival_looks))
             shared.sShare[mine] = share
         self.meet()
         # A round trip to L2 that nobody waits for.
         if stayers > 0:
-            counter, here = self._counter(mine, shared, results)
+            counter, here = counter_of(shared.sPending, mine, results.mArrivals)
             leave(counter, counter + 1, here, stayers)
         phase = Int32(0)
         for place in cutlass.range(num_pending, unroll=1):
             share = shared.sShare[place]
             if share != NOTHING:
                 phase = self._add_up(place, share, phase, step, scales, thread, shared, results)
-
-    def _counter(self, place: Int32, shared: SharedTensors, results: ResultTensors) -> tuple[cute.Pointer, Int32]:
-        """A pending entry's first counter, and the parts that this CTA wrote."""
-        return results.mArrivals.iterator + shared.sPending[place, FIRST_SLOT], shared.sPending[place, PIECES_HERE]
 
     @cute.jit
     def _add_up(
@@ -302,7 +280,7 @@ class Merge:
             begin, end = (vectors * x // (pieces * c.cluster_size) for x in (unit, unit + here))
         # A chunk's vectors lie in one tile.
         tile_vectors = const_expr(c.tile_warps * WARP_VECTORS)
-        chunk = (KV_STAGE * TILE_ELEMS * 2 // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
+        chunk = (MERGE_BYTES // pieces - tile_stats_bytes(self.config)) // (4 * VEC)
         at = begin
         while at < end:
             tile = at // tile_vectors
@@ -358,9 +336,7 @@ class Merge:
         results: ResultTensors,
     ):
         """Add up the i-th of `count` vectors over all slots, in slot order, and write it: two columns of two rows."""
-        index = first + i
-        lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
-        row = index // WARP_VECTORS * WARP_ROWS + lane // 4
+        row, column = slot_vector(first + i)
         pieces = entry.num_pieces
         sums = cute.make_rmem_tensor(8, Float32)  # of each row: O, reference, row_sum
         for r in cutlass.range_constexpr(2):
@@ -373,17 +349,12 @@ class Merge:
                 total = fold(Part([sums[4 * r], sums[4 * r + 1]], sums[4 * r + 2], sums[4 * r + 3]), [part[r] for part in parts])
                 sums[4 * r], sums[4 * r + 1] = total.o
                 sums[4 * r + 2], sums[4 * r + 3] = total.row_max, total.row_sum
-        column = side * (LATENT_DIM // SIDES) + group * 8 + 2 * (lane % 4)
         for r in cutlass.range_constexpr(2):
             packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
             if packed.is_valid:
                 result = finalize_row(scales.true_max(sums[4 * r + 2]), sums[4 * r + 3], None)
                 o_scale = scales.of_value(result.o_scale)
-                pair = cute.make_rmem_tensor(2, results.mO.element_type)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = results.mO.element_type(sums[4 * r + e] * o_scale)
-                target = results.mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + column
-                cute.autovec_copy(pair, cute.make_tensor(target.align(4), cute.make_layout(2)))
+                store_columns(results.mO, entry, packed, column, [sums[4 * r + e] * o_scale for e in range(2)])
                 if const_expr(results.mLse is not None):
                     if column == 0:
                         results.mLse[packed.head, entry.seqlen.q_begin + packed.token] = result.lse

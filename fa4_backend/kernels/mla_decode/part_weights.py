@@ -14,16 +14,16 @@ from cutlass import Float32, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.online_softmax import RowResult, finalize_row
+from fa4_backend.kernels.common.pack_gqa import PackedRow
 from fa4_backend.kernels.mla_decode.config import (
     CONSUMER_THREADS,
-    LATENT_DIM,
     VEC,
     WARP_ROWS,
     WARP_VECTORS,
     MlaDecodeConfig,
     tile_stats_bytes,
 )
-from fa4_backend.kernels.mla_decode.fragments import GROUP_COLUMNS, SIDES
+from fa4_backend.kernels.mla_decode.fragments import slot_vector
 from fa4_backend.kernels.mla_decode.work import MlaWork
 
 LANES = CONSUMER_THREADS // WARP_ROWS  # that share a row's parts
@@ -86,9 +86,8 @@ class PartWeights:
         mLse: cute.Tensor | None,
     ):
         """Add up the i-th of `count` vectors over all slots, and write it: two columns of two rows."""
-        index, step = first + i, const_expr(tile_stats_bytes(self.config))
-        lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % (LATENT_DIM // SIDES // GROUP_COLUMNS)
-        row = index // WARP_VECTORS * WARP_ROWS + lane // 4
+        row, column = slot_vector(first + i)
+        step = const_expr(tile_stats_bytes(self.config))
         values, weights = memory + entry.num_pieces * step + i * (4 * VEC), memory + 8 * row
         sums = cute.make_rmem_tensor(VEC, Float32)
         sums.fill(0.0)
@@ -98,15 +97,19 @@ class PartWeights:
                 weight = ptx.load_shared_f32(weights + slot * step + 64 * r)
                 for e in cutlass.range_constexpr(2):
                     sums[2 * r + e] = cute.math.fma(vector[2 * r + e], weight, sums[2 * r + e])
-        column = side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (lane % 4)
         for r in cutlass.range_constexpr(2):
             packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
             if packed.is_valid:
-                pair = cute.make_rmem_tensor(2, mO.element_type)
-                for e in cutlass.range_constexpr(2):
-                    pair[e] = mO.element_type(sums[2 * r + e])
-                target = mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + column
-                cute.autovec_copy(pair, cute.make_tensor(target.align(4), cute.make_layout(2)))
+                store_columns(mO, entry, packed, column, [sums[2 * r + e] for e in range(2)])
                 if const_expr(mLse is not None):
                     if column == 0:
                         mLse[packed.head, entry.seqlen.q_begin + packed.token] = ptx.load_shared_f32(weights + 64 * r + LSE_BYTES)
+
+
+def store_columns(mO: cute.Tensor, entry: Entry, packed: PackedRow, column: Int32, values: list[Float32]) -> None:
+    """Two columns of a finished row to `out`, from `column` on."""
+    pair = cute.make_rmem_tensor(2, mO.element_type)
+    for e in range(2):
+        pair[e] = mO.element_type(values[e])
+    target = mO[entry.seqlen.q_begin + packed.token, packed.head, None].iterator + column
+    cute.autovec_copy(pair, cute.make_tensor(target.align(4), cute.make_layout(2)))

@@ -19,11 +19,11 @@ from cutlass.utils import LayoutEnum
 from cutlass.utils.hopper_helpers import get_smem_layout_atom
 
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
+from fa4_backend.kernels.common.pending_entries import MAX_PENDING
 from fa4_backend.kernels.mla_decode.config import (
     CONVERT_WARPS,
     KV_STAGE,
     LATENT_PARTS,
-    MAX_PENDING,
     NARROW_WARPS,
     PART_DIM,
     PART_ELEMS,
@@ -44,6 +44,7 @@ GROUPS = ((0, SIDE_PARTS), (SIDE_PARTS, LATENT_PARTS), (ROPE_PART, PARTS))  # pa
 LEFT, RIGHT, ROPE = range(3)
 GROUP_NAMES = ("left", "right", "rope")
 SIDE_WARPS = 4
+SIDE_THREADS = 32 * SIDE_WARPS
 
 
 class Barriers(NamedTuple):

@@ -53,6 +53,7 @@ QUEUE_INTS = 4
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
 
 MAX_PARTS = 64  # of a prefill tile
+MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
 NO_WINDOW = 1 << 30  # a window wider than any sequence
@@ -90,6 +91,7 @@ class WorkShape:
 
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
+        assert self.max_parts() <= MOST_PARTS, f"parts of a row group: {self.max_parts()}, expected at most {MOST_PARTS}"
 
     def params(self, window_left: int, window_right: int) -> ScheduleParams:
         """The numbers for a launch of the schedule, with the windows of a step."""
@@ -119,10 +121,14 @@ class WorkShape:
         Only row groups that a cut between two CTAs divides have slots: at most one a cut.
         """
         cuts = self.decode_num_ctas - 1 if self.decode_query_len else 0
+        return max(1, cuts * (2 if self.split_blocks == 0 else self.max_parts()))
+
+    def max_parts(self) -> int:
+        """Parts of a decode row group at most: its pieces in batch-invariant mode, else one a CTA."""
         if self.split_blocks == 0:
-            return max(1, 2 * cuts)
+            return self.decode_num_ctas
         blocks = -(-self.max_seqlen_k // self.decode_tile_n)
-        return max(1, cuts * (piece_of(max(blocks, 1) - 1, PieceRule(short_piece(self.slot_vectors), self.split_blocks)) + 1))
+        return piece_of(max(blocks, 1) - 1, PieceRule(short_piece(self.slot_vectors), self.split_blocks)) + 1
 
 
 @dataclass

@@ -25,8 +25,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32
 from cutlass._mlir import ir
+from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
+from fa4_backend.kernels.common.branches import repeat_once, when, when_scalars
 from fa4_backend.kernels.common.exp2 import exp2_pair, uses_polynomial
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.online_softmax import MAX_FUSED
@@ -93,8 +96,8 @@ class BlockWeights:
         limit = self.config.tuning.p_first_columns * 2.0**threshold
         assert limit < MAX_WEIGHT[self.config.kernel.dtype], f"{limit=}"
         chunks = self.config.kernel.tile.tile_n // CHUNK
-        word_type, score_type = ptx.words(CHUNK // 2), ptx.vec(CHUNK)
-        scalars = [ptx.f32(), ptx.f32(), ptx.i1(), ptx.f32()]
+        word_type, score_type = vectors.int32s(CHUNK // 2), vectors.float32s(CHUNK)
+        scalars = [T.f32(), T.f32(), T.bool(), T.f32()]
         results = scalars + [word_type] * self.first_chunks + [score_type] * (chunks - self.first_chunks)
 
         def one_pass(
@@ -104,10 +107,10 @@ class BlockWeights:
             may_move: ir.Value,  # this row asked for it
         ) -> tuple[Boolean, list[ir.Value]]:
             s = load_scores().chunks
-            moved = ptx.when(
+            moved = when(
                 Boolean(needs_max),
                 [row_max, row_sum, Float32(1.0).ir_value()],
-                lambda values: self._move(ptx.max_of(s, -Float32.inf), *values[:2], Boolean(may_move), scale_log2),
+                lambda values: self._move(vectors.max_of(s, -Float32.inf), *values[:2], Boolean(may_move), scale_log2),
             )
             reference, total, factor = (Float32(value) for value in moved)
             offset = self.offset(reference)
@@ -121,7 +124,7 @@ class BlockWeights:
             return again, [reference.ir_value(), total.ir_value(), too_large.ir_value(), factor.ir_value(), *first, *s[self.first_chunks :]]
 
         needs_max = Boolean(True) if threshold == 0 else Boolean(is_first)
-        values = ptx.repeat_once(one_pass, needs_max, [row_max.ir_value(), row_sum.ir_value(), needs_max.ir_value()], results)
+        values = repeat_once(one_pass, needs_max, [row_max.ir_value(), row_sum.ir_value(), needs_max.ir_value()], results)
         reference, total, factor = (Float32(values[i]) for i in (0, 1, 3))
         cut = len(scalars) + self.first_chunks
         return Weights(reference, total, factor, values[len(scalars) : cut], values[cut:])
@@ -132,7 +135,7 @@ class BlockWeights:
         """`decide` for weights in e4m3: Note [Weights in e4m3]."""
         most = self.config.tuning.lift + self.config.kernel.tile.rescale_threshold
         assert 2.0**most < FP8_MAX, f"{most=}"
-        largest = ptx.max_of(scores.chunks, -Float32.inf) if scores.largest is None else scores.largest
+        largest = vectors.max_of(scores.chunks, -Float32.inf) if scores.largest is None else scores.largest
         moved = self._move(largest, row_max.ir_value(), row_sum.ir_value(), Boolean(True), scale_log2)
         reference, total, factor = (Float32(value) for value in moved)
         s = self._relate(scores.chunks, reference, scale_log2, wait_again)
@@ -150,15 +153,15 @@ class BlockWeights:
         def change(values: list[ir.Value]) -> list[ir.Value]:
             wait_again()  # keeps the branch a branch: see `load_scores`
             inverse = cute.arch.rcp_approx(scale_log2)
-            scale, shift, back = (ptx.broadcast(x, 2) for x in (scale_log2, -row_max, inverse))
+            scale, shift, back = (vectors.broadcast(x, 2) for x in (scale_log2, -row_max, inverse))
             related = []
             for v in values:
-                pairs = [ptx.pair(v, j) for j in range(0, CHUNK, 2)]
-                relative = [ptx.mul2(ptx.add2(ptx.mul2(pair, scale), shift), back) for pair in pairs]
-                related.append(ptx.from_pairs([ptx.select(is_large, new, old) for new, old in zip(relative, pairs, strict=True)]))
+                pairs = [vectors.pair(v, j) for j in range(0, CHUNK, 2)]
+                relative = [vectors.mul2(vectors.add2(vectors.mul2(pair, scale), shift), back) for pair in pairs]
+                related.append(vectors.from_pairs([vectors.select(is_large, new, old) for new, old in zip(relative, pairs, strict=True)]))
             return related
 
-        return ptx.when_scalars(cute.arch.vote_any_sync(is_large), s, change)
+        return when_scalars(cute.arch.vote_any_sync(is_large), s, change)
 
     def weigh(self, s: list[ir.Value], first_chunk: int, scale_log2: Float32, offset: Float32) -> tuple[list[ir.Value], Float32]:
         """Packed weights of some chunks, and their sum.
@@ -167,27 +170,27 @@ class BlockWeights:
         up to 2^-9.
         """
         tuning = self.config.tuning
-        scale, shift = ptx.broadcast(scale_log2, 2), ptx.broadcast(-offset, 2)
+        scale, shift = vectors.broadcast(scale_log2, 2), vectors.broadcast(-offset, 2)
         sums: list = [None, None]
         packed = []
         for chunk, v in enumerate(s, first_chunk):
             pairs = []
             for j in range(0, CHUNK, 2):
-                x = ptx.fma2(ptx.pair(v, j), scale, shift)
+                x = vectors.fma2(vectors.pair(v, j), scale, shift)
                 p = exp2_pair(x, chunk * CHUNK + j, tuning.polynomial_every, tuning.polynomial_degree)
                 which = (j // 2) % 2
-                sums[which] = p if sums[which] is None else ptx.add2(sums[which], p)
+                sums[which] = p if sums[which] is None else vectors.add2(sums[which], p)
                 pairs.append(p)
-            packed.append(self.pack(ptx.from_pairs(pairs)))
-        total = ptx.add2(sums[0], sums[1])
-        return packed, Float32(ptx.element(total, 0)) + Float32(ptx.element(total, 1))
+            packed.append(self.pack(vectors.from_pairs(pairs)))
+        total = vectors.add2(sums[0], sums[1])
+        return packed, Float32(vectors.element(total, 0)) + Float32(vectors.element(total, 1))
 
     def pack(self, weights: ir.Value) -> ir.Value:
         """A chunk's weights rounded as PV takes them, words of two or of four."""
         if not self.is_e4m3:
-            return ptx.pack_16bit(weights, self.config.kernel.dtype)
-        numbers = [Float32(x) for x in ptx.elements(weights)]
-        return ptx.from_words([float32_to_e4m3(numbers[j : j + 4]) for j in range(0, CHUNK, 4)])
+            return vectors.pack_16bit(weights, self.config.kernel.dtype)
+        numbers = [Float32(x) for x in vectors.elements(weights)]
+        return vectors.from_words([float32_to_e4m3(numbers[j : j + 4]) for j in range(0, CHUNK, 4)])
 
     def _move(self, largest: Float32, row_max: ir.Value, row_sum: ir.Value, may_move: Boolean, scale_log2: Float32) -> list[ir.Value]:
         """Reference, sum and factor after the block's largest score was looked at."""
@@ -206,10 +209,10 @@ class BlockWeights:
         """Largest score among those whose weight the sum of the first columns does not show."""
         every = self.config.tuning.polynomial_every
         polynomial = [
-            ptx.element(v, j)
+            vectors.element(v, j)
             for chunk, v in enumerate(s[: self.first_chunks])
             for j in range(CHUNK)
             if uses_polynomial(chunk * CHUNK + j, every)
         ]
-        vectors = ([ptx.from_elements(polynomial)] if polynomial else []) + s[self.first_chunks :]
-        return ptx.max_of(vectors, -Float32.inf).ir_value()
+        chunks = ([vectors.from_elements(polynomial)] if polynomial else []) + s[self.first_chunks :]
+        return vectors.max_of(chunks, -Float32.inf).ir_value()

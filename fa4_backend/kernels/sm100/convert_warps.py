@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
@@ -133,7 +134,7 @@ class ConvertWarps:
             loaded = [ptx.load_shared_v4((source ^ c * CHUNK) + staged_part * loaded_part) for c in chunks]
             for chunk, words in zip(chunks, loaded, strict=True):
                 part, c = divmod(staged_part * staged_chunks + chunk, PART_CHUNKS)
-                kept = ptx.select_words(is_seen, words) if const_expr(is_v) else words
-                pairs = [pair for word in ptx.elements(kept) for pair in e4m3_to_16bit(word, kernel.dtype)]
+                kept = vectors.select_words(is_seen, words) if const_expr(is_v) else words
+                pairs = [pair for word in vectors.elements(kept) for pair in e4m3_to_16bit(word, kernel.dtype)]
                 for half in cutlass.range_constexpr(2):
                     ptx.store_shared_v4((target ^ (2 * c + half) * CHUNK) + part * part_bytes, pairs[4 * half : 4 * half + 4])

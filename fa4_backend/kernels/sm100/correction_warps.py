@@ -11,6 +11,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -27,6 +29,10 @@ class CorrectionWarps:
 
     geometry: Geometry
     o_stage: int
+
+    def __post_init__(self) -> None:
+        # `finish_part` takes the one buffer's release for a sign that the flag of the tile before was read.
+        assert self.o_stage == 1 or not self.geometry.config.kernel.has_parts, f"{self.o_stage=}, expected 1 where tiles have parts"
 
     @property
     def columns(self) -> int:
@@ -68,7 +74,7 @@ class CorrectionWarps:
         row_sum = ptx.load_shared_f32(stats + 4) if const_expr(g.config.kernel.has_parts) else None
         ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
         ptx.mbarrier_wait(g.full(place, "o_mma_to_correction", q_idx), phase)
-        ptx.tcgen05_fence_after_sync()
+        tcgen05_ops.fence_after_sync()
         o_tmem = g.tmem.o_at(place, q_idx) + lanes
         if const_expr(row_sum is not None):
             if g.read_part(place, feed).slot >= 0:
@@ -153,7 +159,7 @@ class CorrectionWarps:
 
     def release_o(self, place: Place, q_idx: Int32 | int) -> None:
         """O of the query tile was read."""
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         self.geometry.group.warp_arrive(self.geometry.empty_at_leader(place, "o_mma_to_correction", q_idx), place.lane_idx)
 
     def hand_over(self, place: Place, out: RingPosition) -> RingPosition:
@@ -165,23 +171,23 @@ class CorrectionWarps:
     def finish_rows(self, o_tmem: Int32, target: Int32, scale: Float32) -> None:
         """This thread's row of a part of O, scaled, to shared memory."""
         for base in range(0, self.geometry.config.o_columns, self.columns):
-            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, self.columns)])
+            (o,) = tcgen05_ops.wait_load([tcgen05_ops.load(o_tmem + base, self.columns)])
             self.store_columns(target + base * self.geometry.config.kernel.out_element_bytes, o, scale)
 
     def store_columns(self, target: Int32, o, scale: Float32) -> None:
         """`columns` columns of a row, scaled and rounded, to shared memory."""
         config = self.geometry.config.kernel
         # A row without keys gives 0 even where O is not finite.
-        row = ptx.select_zero(scale == 0.0, self.scaled(o, scale))
+        row = vectors.select_zero(scale == 0.0, self.scaled(o, scale))
         if config.has_out_scale:
-            numbers = [Float32(x) for x in ptx.elements(row)]
+            numbers = [Float32(x) for x in vectors.elements(row)]
             words = [float32_to_e4m3(numbers[j : j + 4]).ir_value() for j in range(0, self.columns, 4)]
         else:
-            words = ptx.elements(ptx.pack_16bit(row, config.dtype))
+            words = vectors.elements(vectors.pack_16bit(row, config.dtype))
         for j in range(0, len(words), 4):
             ptx.store_shared_v4(target + 4 * j, words[j : j + 4])
 
     def scaled(self, o, factor: Float32):
         """o * factor on packed pairs."""
-        factors = ptx.broadcast(factor, 2)
-        return ptx.from_pairs([ptx.mul2(ptx.pair(o, j), factors) for j in range(0, self.columns, 2)])
+        factors = vectors.broadcast(factor, 2)
+        return vectors.from_pairs([vectors.mul2(vectors.pair(o, j), factors) for j in range(0, self.columns, 2)])

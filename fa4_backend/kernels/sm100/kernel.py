@@ -13,6 +13,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.cta_group import LEADER
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
@@ -113,9 +114,9 @@ class PrefillKernel:
                 cute.arch.mbarrier_init_fence()
         if warp_idx == ROLES.mma:
             g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         g.group.sync_all()
-        ptx.tcgen05_fence_after_sync()
+        tcgen05_ops.fence_after_sync()
         place = Place(smem_base, g.group.leader_base(smem_base), g.group.rank(), Int32(TMEM_BASE), warp_idx, lane_idx)
         if warp_idx < ROLES.softmax_first + WARPGROUP * self.config.q_tiles:
             cute.arch.setmaxregister_increase(tuning.softmax_registers)
@@ -143,10 +144,10 @@ class PrefillKernel:
                     ValueTailWarp(g).run(place, work)
                 if const_expr(not self.config.kernel.is_dependent):
                     zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, heads.mLse)
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         g.group.sync_all()
         if warp_idx == ROLES.mma:
-            ptx.tcgen05_fence_after_sync()
+            tcgen05_ops.fence_after_sync()
             g.group.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
         if const_expr(self.config.kernel.is_dependent):
             # Whoever waits for this grid in the stream waits for the decode kernel too.

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.config import S_STAGE
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
@@ -55,7 +55,7 @@ class LoneTileMmaWarp:
                     for rest in cutlass.range_constexpr(2):
                         edge = "p_rest_softmax_to_mma" if rest else "p_softmax_to_mma"
                         g.group.wait(g.full(place, edge, p.slot), p.phase)
-                        ptx.tcgen05_fence_after_sync()
+                        tcgen05_ops.fence_after_sync()
                         issue.issue_pv(place, p.slot, ring.slot, is_rest=bool(rest), accumulate=Int32(1) if rest else t - 1)
                     g.group.commit(g.full(place, "pv_mma_to_softmax"))
                     # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common import umma
+from fa4_backend.kernels.common import tcgen05_ops, umma
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.storage import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
@@ -55,10 +54,10 @@ class MmaWarp:
                     if i == 0:
                         g.group.wait(g.empty(place, "o_mma_to_correction", q_idx), item_phase ^ 1)
                     g.group.wait(g.full(place, "p_softmax_to_mma", q_idx), p_phase)
-                    ptx.tcgen05_fence_after_sync()
+                    tcgen05_ops.fence_after_sync()
                     self.issue_pv(place, q_idx, v.slot, is_rest=False, accumulate=i)
                     g.group.wait(g.full(place, "p_rest_softmax_to_mma", q_idx), p_phase)
-                    ptx.tcgen05_fence_after_sync()
+                    tcgen05_ops.fence_after_sync()
                     self.issue_pv(place, q_idx, v.slot, is_rest=True, accumulate=Int32(1))
                     if q_idx == g.config.q_tiles - 1:
                         # Before the commit that lets the CTAs end: a peer that has ended must not be arrived at.

@@ -12,6 +12,9 @@ from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common import vector_ops as vectors
+from fa4_backend.kernels.common.branches import when_scalars
 from fa4_backend.kernels.common.fp8 import result_factor
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
@@ -73,7 +76,7 @@ class SoftmaxWarps:
                 p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
                 barrier = g.full(place, "s_mma_to_softmax", buffer)
                 ptx.mbarrier_wait(barrier, s_phase)
-                ptx.tcgen05_fence_after_sync()
+                tcgen05_ops.fence_after_sync()
                 columns = functools.partial(self.columns, place, work, item, row, q_idx)
                 load = functools.partial(self.load_scores, s_tmem, values, alibi, columns, item, n_block, barrier, s_phase)
                 wait_again = functools.partial(ptx.mbarrier_wait, barrier, s_phase)
@@ -82,7 +85,7 @@ class SoftmaxWarps:
                     # S of this block has arrived, so PV of the block before it is done. A lone tile has its next S before that.
                     if const_expr(g.config.q_tiles == 1):
                         ptx.mbarrier_wait(g.full(place, "pv_mma_to_softmax"), pv_phase ^ 1)
-                        ptx.tcgen05_fence_after_sync()
+                        tcgen05_ops.fence_after_sync()
                     self.rescale(g.tmem.o_at(place, buffer) + lanes, weights.factor)
                 self.store_weights(place, buffer, p_tmem, weights.first, 0, "p_softmax_to_mma")
                 rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max))
@@ -173,11 +176,11 @@ class SoftmaxWarps:
         tile_n = config.tile.tile_n
         loads_maximum = self.geometry.config.tuning.loads_maximum and not (config.mask.has_softcap or config.mask.has_alibi)
         if loads_maximum:
-            loads = [ptx.tmem_load_max(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
-            s = ptx.tmem_wait_load([chunk for chunk, _ in loads])
-            largest = ptx.max_of([ptx.from_elements([Float32(part).ir_value() for _, part in loads])], -Float32.inf)
+            loads = [tcgen05_ops.load_max(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)]
+            s = tcgen05_ops.wait_load([chunk for chunk, _ in loads])
+            largest = vectors.max_of([vectors.from_elements([Float32(part).ir_value() for _, part in loads])], -Float32.inf)
         else:
-            s = ptx.tmem_wait_load([ptx.tmem_load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
+            s = tcgen05_ops.wait_load([tcgen05_ops.load(s_tmem + base, CHUNK) for base in range(0, tile_n, CHUNK)])
         if config.mask.has_softcap:
             s = [soft_cap(v, values.softmax_scale * (2 * LOG2_E) / values.softcap) for v in s]
         first_col = n_block * tile_n
@@ -194,38 +197,38 @@ class SoftmaxWarps:
             out = []
             for base, v in zip(range(0, tile_n, CHUNK), chunks, strict=True):
                 bits = interval_bits(seen.begin - first - base, seen.end - first - base)
-                out.append(ptx.select_by_bits(bits, v, float("-inf")))
+                out.append(vectors.select_by_bits(bits, v, float("-inf")))
             return out
 
         # Only blocks that some row does not see whole take the branch.
         needs_mask = (n_block < item.blocks.full_begin) | (n_block >= item.blocks.full_end)
         if not loads_maximum:
-            return Scores(ptx.when_scalars(needs_mask, s, masked), None)
+            return Scores(when_scalars(needs_mask, s, masked), None)
 
         def masked_with_largest(chunks: list) -> list:
             out = masked(chunks[:-1])
-            return [*out, ptx.broadcast(ptx.max_of(out, -Float32.inf), 1)]
+            return [*out, vectors.broadcast(vectors.max_of(out, -Float32.inf), 1)]
 
-        *s, joined = ptx.when_scalars(needs_mask, [*s, ptx.broadcast(largest, 1)], masked_with_largest)
-        return Scores(s, Float32(ptx.element(joined, 0)))
+        *s, joined = when_scalars(needs_mask, [*s, vectors.broadcast(largest, 1)], masked_with_largest)
+        return Scores(s, Float32(vectors.element(joined, 0)))
 
     def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
         g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
-            ptx.tmem_store(p_tmem + chunk * g.tmem.p_columns(CHUNK), v)
-        ptx.tmem_wait_store()
-        ptx.tcgen05_fence_before_sync()
+            tcgen05_ops.store(p_tmem + chunk * g.tmem.p_columns(CHUNK), v)
+        tcgen05_ops.wait_store()
+        tcgen05_ops.fence_before_sync()
         g.group.warp_arrive(g.full_at_leader(place, edge, buffer), place.lane_idx)
 
     def rescale(self, o_tmem: Int32, factor: Float32) -> None:
         """O *= factor, this thread's row."""
-        factors = ptx.broadcast(factor, 2)
+        factors = vectors.broadcast(factor, 2)
         for base in range(0, self.geometry.config.kernel.head_dim_v, CHUNK):
-            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, CHUNK)])
-            scaled = ptx.from_pairs([ptx.mul2(ptx.pair(o, j), factors) for j in range(0, CHUNK, 2)])
-            ptx.tmem_store(o_tmem + base, ptx.as_words(scaled))
-        ptx.tmem_wait_store()
+            (o,) = tcgen05_ops.wait_load([tcgen05_ops.load(o_tmem + base, CHUNK)])
+            scaled = vectors.from_pairs([vectors.mul2(vectors.pair(o, j), factors) for j in range(0, CHUNK, 2)])
+            tcgen05_ops.store(o_tmem + base, vectors.as_words(scaled))
+        tcgen05_ops.wait_store()
 
 
 @cute.jit
@@ -248,13 +251,13 @@ def interval_bits(begin: Int32, end: Int32) -> Int32:
 
 def soft_cap(v, factor: Float32):
     """tanh of scores: 1 - 2 / (1 + exp2(s * factor)), factor = 2 log2(e) softmax_scale / softcap. tanh.approx would leave 11 bits."""
-    factors, one, minus_two = (ptx.broadcast(x, 2) for x in (factor, Float32(1.0), Float32(-2.0)))
+    factors, one, minus_two = (vectors.broadcast(x, 2) for x in (factor, Float32(1.0), Float32(-2.0)))
     pairs = []
     for j in range(0, CHUNK, 2):
-        denominator = ptx.add2(ptx.exp2_approx(ptx.mul2(ptx.pair(v, j), factors)), one)
-        inverse = [cute.arch.rcp_approx(Float32(ptx.element(denominator, i))).ir_value() for i in (0, 1)]
-        pairs.append(ptx.fma2(vector.from_elements(ptx.vec(2), inverse), minus_two, one))
-    return ptx.from_pairs(pairs)
+        denominator = vectors.add2(vectors.exp2_approx(vectors.mul2(vectors.pair(v, j), factors)), one)
+        inverse = [cute.arch.rcp_approx(Float32(vectors.element(denominator, i))).ir_value() for i in (0, 1)]
+        pairs.append(vectors.fma2(vector.from_elements(vectors.float32s(2), inverse), minus_two, one))
+    return vectors.from_pairs(pairs)
 
 
 def add_alibi(v, distance: Int32, slope: Float32):
@@ -262,4 +265,4 @@ def add_alibi(v, distance: Int32, slope: Float32):
     base, slope = Float32(distance).ir_value(), (-slope).ir_value()
     # Element by element: the columns are then immediates, where pairs of them would take 32 registers.
     apart = [math_ir.absf(arith.subf(base, Float32(float(j)).ir_value())) for j in range(CHUNK)]
-    return vector.from_elements(ptx.vec(CHUNK), [math_ir.fma(apart[j], slope, ptx.element(v, j)) for j in range(CHUNK)])
+    return vector.from_elements(vectors.float32s(CHUNK), [math_ir.fma(apart[j], slope, vectors.element(v, j)) for j in range(CHUNK)])

@@ -16,7 +16,6 @@ from fa4_backend.kernels.common.edges import EdgeBarriers
 from fa4_backend.kernels.schedule.work_list import TILE_INTS
 from fa4_backend.kernels.sm100.config import Sm100Config
 
-ALIGNMENT = 1024  # of a swizzled tile: the pattern repeats every eight 128-byte rows
 STATS_BYTES = 8  # two float32 a row
 # Padding of a row of O: rows then start four banks apart, so that eight threads with a row each store 16 bytes without conflict.
 # It is not part of the tile, and holds the row's statistics, two float32 for each query tile.

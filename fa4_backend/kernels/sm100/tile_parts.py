@@ -17,6 +17,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common import vector_ops as vectors
+from fa4_backend.kernels.common.part_arrivals import ALL, arrive
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
 from fa4_backend.kernels.sm100.config import VEC, Sm100Config
@@ -62,9 +65,9 @@ class TileParts:
     ):
         """This thread's row to a slot."""
         for base in cutlass.range(0, self.config.kernel.head_dim_v, columns, unroll=1):
-            (o,) = ptx.tmem_wait_load([ptx.tmem_load(o_tmem + base, columns)])
+            (o,) = tcgen05_ops.wait_load([tcgen05_ops.load(o_tmem + base, columns)])
             for v in cutlass.range_constexpr(columns // VEC):
-                ptx.store_global_f32x4(self.at(tensors, slot, tile, row, base // VEC + v), ptx.elements(o)[VEC * v : VEC * v + VEC])
+                ptx.store_global_f32x4(self.at(tensors, slot, tile, row, base // VEC + v), vectors.elements(o)[VEC * v : VEC * v + VEC])
         numbers = [Float32(x).ir_value() for x in (sums.row_max, sums.row_sum, 0.0, 0.0)]
         ptx.store_global_f32x4(self.at(tensors, slot, tile, row, self.vectors - 1), numbers)
 
@@ -72,17 +75,14 @@ class TileParts:
     def arrive(self, tensors: PartTensors, part: TilePart, tile: Int32, row: Int32, flag: Int32) -> Int32:
         """1 in the warps that come last, which then see all parts. flag: shared address of an int32 that nobody else writes.
 
-        One thread's atomic, between barriers that carry its release and its acquire to the warps (`decode/merge.py`, `arrive`).
+        One thread's atomic, between barriers that carry its release and its acquire to the warps (`decode/merge.py`, `arrive`). Nobody
+        waits: the next item's products need this role.
         """
         cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
         if row == 0:
             counter = tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + tile)
-            arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-            is_last = Int32(0)
-            if arrived + 1 == part.num_parts:
-                is_last = Int32(1)
-                tensors.mArrivals[part.first_slot, tile] = Int32(0)  # for the next launch
-            ptx.store_shared_i32(flag, is_last)
+            share, _ = arrive(counter, Int32(1), part.num_parts, Int32(0))
+            ptx.store_shared_i32(flag, cutlass.select_(share == ALL, Int32(1), Int32(0)))
         cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
         return cute.arch.make_warp_uniform(ptx.load_shared_i32(flag))
 
@@ -111,7 +111,7 @@ class TileParts:
                 values = ptx.load_global_f32x4(self.at(tensors, slot, tile, row, first // VEC + v))
                 for e in cutlass.range_constexpr(VEC):
                     o[VEC * v + e] = cute.math.fma(values[e], weight, o[VEC * v + e])
-        return ptx.from_elements([Float32(o[j]).ir_value() for j in range(columns)])
+        return vectors.from_elements([Float32(o[j]).ir_value() for j in range(columns)])
 
     def _numbers(self, tensors: PartTensors, slot: Int32, tile: Int32, row: Int32) -> list[Float32]:
         return ptx.load_global_f32x4(self.at(tensors, slot, tile, row, self.vectors - 1))

@@ -13,7 +13,8 @@ REGISTER_FILE = 65536
 # moves when that grew by more than E4M3_THRESHOLD. So the largest weight is 2^7 to 2^8.75 = 430.5, exactly 2^7 where the reference has
 # just moved; weights of 2^-13 of it have all 4 bits, and those below 2^-17 are lost. A larger lift keeps more of a long tail, and rescales
 # more often: of 32 rows with random logits of standard deviation 1 one moves in 53, 29 and 4 % of the blocks 8 to 24 with thresholds of
-# 0.75, 1.75 and 2.75. Modelled, that costs nothing: 1620 cycles a block with 1.75, 1637 with 2.75.
+# 0.75, 1.75 and 2.75. Modelled, a lower threshold costs nothing: 1,620 cycles a block with 1.75, 1,637 with 2.75, where items do not
+# follow one another without a pause; where they do, 1,638 with 1.75 (docs/sm100.md).
 E4M3_LIFT, E4M3_THRESHOLD = 7.0, 1.75
 
 # (head_dim, head_dim_v) -> tile. TMEM holds two tiles of S and O, or two of S and one of O at 256: 128 x 128 is the largest tile.
@@ -79,8 +80,8 @@ ROWS: dict[str, Sm100Tuning] = {
     "sm_100a": Sm100Tuning(polynomial_every=8),
     "sm_103a": Sm100Tuning(polynomial_every=0),
 }
-# Products take half the cycles, and MUFU is the bound of sm_100a: modelled cycles of a causal block at d128 with one pair in 8, 4 and 2:
-# 1818, 1620, 1826. sm_103a, with none, one in 16 and in 8: 1147, 1204, 1288; with `loads_maximum` 1084 for 1147.
+# Products take half the cycles, and MUFU is the bound of sm_100a: modelled cycles of a causal block at d128, a pause between items, with
+# one pair in 8, 4 and 2: 1818, 1620, 1826. sm_103a, with none, one in 16 and in 8: 1147, 1204, 1288; with `loads_maximum` 1084 for 1147.
 FP8_PRODUCTS_ROWS: dict[str, Sm100Tuning] = {
     "sm_100a": Sm100Tuning(polynomial_every=4, lift=E4M3_LIFT),
     "sm_103a": Sm100Tuning(polynomial_every=0, lift=E4M3_LIFT, loads_maximum=True),

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.cta_group import CtaGroup
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
@@ -187,7 +188,7 @@ class Geometry:
 
     def _numbers(self, place: Place, feed: RingPosition) -> list[Int32]:
         address = place.smem_base + self.feed_offset(feed)
-        return [Int32(word) for at in range(0, FEED_BYTES, 16) for word in ptx.elements(ptx.load_shared_v4(address + at))]
+        return [Int32(word) for at in range(0, FEED_BYTES, 16) for word in vectors.elements(ptx.load_shared_v4(address + at))]
 
     def tile_of_item(self, place: Place, q_idx: Int32 | int) -> Int32 | int:
         """Index of this CTA's query tile `q_idx` among all of an item."""

@@ -24,6 +24,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16, float16_to_bfloat16, scaled_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Query, Staged, converts_query, staging_slots, tile_elems
@@ -65,7 +66,7 @@ class ConvertWarps:
         notes = shared.sNotes.iterator.toint()
         while kind != int(Staged.END):
             cute.arch.mbarrier_wait(barriers.fp8_full + staged.slot, staged.phase)
-            note = [Int32(word) for word in ptx.elements(ptx.load_shared_v4(notes + staged.slot * (4 * STAGE_INTS)))]
+            note = [Int32(word) for word in vectors.elements(ptx.load_shared_v4(notes + staged.slot * (4 * STAGE_INTS)))]
             kind, first, end, query = (note[int(field)] for field in (Note.KIND, Note.FIRST_ROW, Note.END_ROW, Note.QUERY))
             if const_expr(converts_query(c)):
                 if query != int(Query.NOTHING):
@@ -117,7 +118,7 @@ class ConvertWarps:
         buffer = shared.q.toint() + q.slot * (2 * self.storage.q_elems) + row * (2 * part) + chunk * CHUNK_BYTES
         for group in cutlass.range(warp, c.tile.tile_m // rows, self.num_warps, unroll=1):
             lines = [buffer + (group * rows + i * c.tile.tile_m) * (2 * part) for i in range(c.head_dim // part)]
-            words = [Int32(word) for line in lines for word in ptx.elements(ptx.load_shared_v4(line))]
+            words = [Int32(word) for line in lines for word in vectors.elements(ptx.load_shared_v4(line))]
             scaled, divided_by = scaled_to_float16(words, chunks)
             for i, line in enumerate(lines):
                 ptx.store_shared_v4(line, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
@@ -155,9 +156,9 @@ class ConvertWarps:
                     loaded = [ptx.load_shared_v4(read + group * (rows * head_dim)) for read in reads[i : i + PARTS_AT_ONCE]]
                 words = loaded[i % PARTS_AT_ONCE]
                 if const_expr(first is not None):
-                    words = ptx.select_words((row_in_tile >= first) & (row_in_tile < end), words)
+                    words = vectors.select_words((row_in_tile >= first) & (row_in_tile < end), words)
                 line = writes[i] + group * (rows * 2 * part)
-                converted = [half for word in ptx.elements(words) for half in _two_pairs(word, dtype)]
+                converted = [half for word in vectors.elements(words) for half in _two_pairs(word, dtype)]
                 ptx.store_shared_v4(line, converted[:4])
                 ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike
 

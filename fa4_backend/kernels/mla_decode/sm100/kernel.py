@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.cta_group import LEADER
 from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
@@ -92,9 +92,9 @@ class MlaSm100Kernel(MlaDecodeKernel):
             group.tmem_alloc(pointer, ALL_COLUMNS)
         if place.warp >= SOFTMAX:
             self.softmax_warps.clear_unloaded_query(place)
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         group.sync_all()
-        ptx.tcgen05_fence_after_sync()
+        tcgen05_ops.fence_after_sync()
         if place.warp >= SOFTMAX:
             cute.arch.setmaxregister_increase(SOFTMAX_REGISTERS)
             self.softmax_warps.run(place, step, values, results, shared)
@@ -109,11 +109,11 @@ class MlaSm100Kernel(MlaDecodeKernel):
                 self.value_tail_warp.run(place, step, values)
             else:
                 zero_rows(step.mFirst[self.work.list_idx(), TOTAL_Q], results.mO, results.mLse)
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         # The other CTA may still arrive at this one's barriers, and products read its shared memory.
         group.sync_all()
         if place.warp == MMA:
-            ptx.tcgen05_fence_after_sync()
+            tcgen05_ops.fence_after_sync()
             group.tmem_dealloc(Int32(0), ALL_COLUMNS)
 
 

@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common import umma
+from fa4_backend.kernels.common import tcgen05_ops, umma
 from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -75,7 +75,7 @@ class MmaWarp:
                             group.commit(s.empty(place, "q_load_to_mma"))
                     if t > 0:
                         group.wait(s.full(place, "p_softmax_to_mma"), block_phase)
-                        ptx.tcgen05_fence_after_sync()
+                        tcgen05_ops.fence_after_sync()
                         for stage in cutlass.range_constexpr(V_STAGE):
                             group.wait(s.full(place, "v_load_to_mma", stage), block_phase)
                             self.issue_pv(place, stage, t - 1)

@@ -18,6 +18,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.decode_entry import Entry, StepTensors
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -117,7 +119,7 @@ class SoftmaxWarps:
                         ptx.mbarrier_wait(s.full(place, "pv_mma_to_softmax"), pv_phase)
                         pv_phase ^= 1
                         if cute.arch.vote_any_sync(moved):
-                            ptx.tcgen05_fence_after_sync()
+                            tcgen05_ops.fence_after_sync()
                             self._rescale(factors, mine)
                     self._publish(place, rS, mine)
                     next_s = advance(next_s, S_STAGE)
@@ -126,7 +128,7 @@ class SoftmaxWarps:
                 if end > begin:
                     ptx.mbarrier_wait(s.full(place, "pv_mma_to_softmax"), pv_phase)
                     pv_phase ^= 1
-                    ptx.tcgen05_fence_after_sync()
+                    tcgen05_ops.fence_after_sync()
                     self._load_o(rO, mine)
                 self.merge.finish_piece(
                     mine, entry, piece - first_piece, piece == last_piece - 1, turn, rO, stats, totals, scales, shared, results
@@ -149,7 +151,7 @@ class SoftmaxWarps:
     def _scores(self, place: Place, rows: Rows, n_block: Int32, buffer: RingPosition, mine: Mine) -> cute.Tensor:
         """This warp's scores of a block, masked."""
         ptx.mbarrier_wait(self.storage.full(place, "s_mma_to_softmax", buffer.slot), buffer.phase)
-        ptx.tcgen05_fence_after_sync()
+        tcgen05_ops.fence_after_sync()
         rS = cute.make_rmem_tensor(WARP_ROWS * CTA_KEYS // 32, Float32)
         self._load(rS, 0, Int32(S_COL) + buffer.slot * S_COLUMNS + mine.lanes())
         if n_block >= rows.full_end:
@@ -185,21 +187,21 @@ class SoftmaxWarps:
             chunk = (group + place.lane // WARP_ROWS) ^ (row % 8)
             ptx.store_matrices(base + row * ROW_BYTES + chunk * CHUNK_BYTES, words)
         ptx.fence_proxy_async_shared()
-        ptx.tcgen05_fence_before_sync()
+        tcgen05_ops.fence_before_sync()
         self.storage.group.warp_arrive(self.storage.full_at_leader(place, "p_softmax_to_mma"), place.lane)
 
     def _pack(self, low: Float32, high: Float32) -> Int32:
         """Two weights in a word."""
-        pair = ptx.from_elements([Float32(low).ir_value(), Float32(high).ir_value()])
-        return Int32(ptx.element(ptx.pack_16bit(pair, self.storage.config.dtype), 0))
+        pair = vectors.from_elements([Float32(low).ir_value(), Float32(high).ir_value()])
+        return Int32(vectors.element(vectors.pack_16bit(pair, self.storage.config.dtype), 0))
 
     # -- tensor memory --------------------------------------------------------------------------------------------------------------
 
     def _load(self, registers: cute.Tensor, first: int, address: Int32) -> None:
         """16 lanes x 64 columns to 32 registers from `first` on."""
-        (words,) = ptx.tmem_wait_load([ptx.tmem_load_rows(address, CHUNK)])
+        (words,) = tcgen05_ops.wait_load([tcgen05_ops.load_rows(address, CHUNK)])
         for i in range(WARP_ROWS * CHUNK // 32):
-            registers[first + i] = Float32(ptx.element(words, i))
+            registers[first + i] = Float32(vectors.element(words, i))
 
     def _load_o(self, rO: cute.Tensor, mine: Mine) -> None:
         """This warp's rows and columns of O."""
@@ -213,5 +215,6 @@ class SoftmaxWarps:
             address = Int32(O_COL + column) + mine.lanes()
             self._load(rO, 0, address)
             RowFragment(CHUNK, 0.0).rescale(rO, factors)
-            ptx.tmem_store_rows(address, ptx.as_words(ptx.from_elements([Float32(rO[i]).ir_value() for i in range(cute.size(rO))])))
-        ptx.tmem_wait_store()
+            scaled = vectors.from_elements([Float32(rO[i]).ir_value() for i in range(cute.size(rO))])
+            tcgen05_ops.store_rows(address, vectors.as_words(scaled))
+        tcgen05_ops.wait_store()

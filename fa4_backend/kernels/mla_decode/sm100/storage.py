@@ -25,7 +25,8 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cta_group import CtaGroup
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
-from fa4_backend.kernels.mla_decode.config import KV_STAGE, MAX_PENDING, PART_DIM, PARTS, TILE_ELEMS, TILE_M
+from fa4_backend.kernels.common.pending_entries import MAX_PENDING
+from fa4_backend.kernels.mla_decode.config import KV_STAGE, PART_DIM, PARTS, TILE_ELEMS, TILE_M
 from fa4_backend.kernels.mla_decode.sm100.config import (
     BLOCK_KEYS,
     CTA_KEYS,
