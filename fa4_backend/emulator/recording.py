@@ -163,6 +163,8 @@ class RecordedRaces(Races):
         self.report = cluster.grid.session.report
         self.product: tuple[Step, int] | None = None  # the wgmma issued last, and the report's flops before it
         self.groups = [0] * cluster.num_warps  # wgmma groups that each warp has committed
+        self.storing: tuple[Access, Warp] | None = None  # a bulk store whose bytes are about to be named
+        self.stores: set[tuple[int, ...]] = set()  # warp, instruction, its how manieth execution, first piece
         self.stored: set[tuple[int, int]] = set()  # edges of bulk groups that hold a store
         recording.warps = [[] for _ in range(cluster.num_warps)]
 
@@ -250,11 +252,19 @@ class RecordedRaces(Races):
 
     def issue_bulk_read(self, warp: Warp) -> Access:
         access = super().issue_bulk_read(warp)
-        step = self.open[id(access)] = self.step(warp, "store")
-        step.edges.append(self.bulk_group(warp, int(self.counters[access.actor])))
-        self.stored.add(step.edges[0])
-        self.kept.append(access)
+        self.storing = access, warp
         return access
+
+    def store(self, access: Access, warp: Warp, cta: Cta, chunks: np.ndarray) -> None:
+        """A bulk store. What all lanes of a warp store alike is one: the machine has one instruction for the warp, not one a lane."""
+        pc = warp.state.pc
+        key = warp.actor, pc, int(warp.counts[pc]), int(chunks.flat[0])
+        if key not in self.stores:
+            step = self.step(warp, "store")
+            step.edges.append(self.bulk_group(warp, int(self.counters[access.actor])))
+            step.smem_bytes[cta.rank] = 16 * np.size(chunks)
+            self.stores.add(key)
+            self.stored.add(step.edges[0])
 
     def acquire_bulk(self, warp: Warp, epoch: int, only_read: bool) -> None:
         super().acquire_bulk(warp, epoch, only_read)
@@ -276,6 +286,9 @@ class RecordedRaces(Races):
 
     def smem_chunks(self, access: Access, cta: Cta, chunks: np.ndarray, write: bool) -> None:
         super().smem_chunks(access, cta, chunks, write)
+        if self.storing is not None and self.storing[0] is access:
+            self.store(*self.storing, cta, chunks)
+            self.storing = None
         step = self.open.get(id(access))
         if step is not None:
             step.smem_bytes[cta.rank] = step.smem_bytes.get(cta.rank, 0) + 16 * np.size(chunks)

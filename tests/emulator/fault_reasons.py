@@ -59,6 +59,10 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "wgmma.fence" in mutant.text:
         if other_fence_covers(target, mutant):
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if mutant.kind == "registers unlike the warpgroup's" and warpgroups_run_it(target, mutant):
+        return f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement"
+    if mutant.kind == "shuffle from elsewhere" and same_values(target, mutant):
+        return f"both lanes hold the same, in {len(SEEDS)} random schedules"
     if dead_result(target, mutant):
         return "nothing reads what it computes"
     if mutant.kind == "drop barrier" and barrier_beside_reads(target, mutant):
@@ -144,6 +148,35 @@ def other_fence_covers(target: Target, mutant: Mutant) -> bool:
         for pc in seen
         if not instructions[pc].opcode.startswith("wgmma.mma_async")
     )
+
+
+def warpgroups_run_it(target: Target, mutant: Mutant) -> bool:
+    """Of each warpgroup, all warps or none execute the statement in the right program."""
+    with planted(target, one_statement_a_line(target.ptx)):
+        counts = target.run(None)[1].kernels[target.kernel]
+    _, pc = _at(target, mutant)
+    runs = counts.executed[:, pc] > 0
+    return len(runs) % 4 == 0 and all(len(set(runs[i : i + 4])) == 1 for i in range(0, len(runs), 4))
+
+
+def same_values(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where the shuffle and the changed one give different bits, never fires."""
+    lines = one_statement_a_line(target.ptx).split("\n")
+    changed = mutant.ptx.split("\n")[mutant.line - 1]
+    match = re.match(r"\s*shfl[\w.:]*\s+(%\w+)", changed)
+    if match is None:
+        return False
+    other = changed.replace(match.group(1), "fi_o", 1)
+    check = f"setp.ne.u32 fi_q, fi_o, {match.group(1)}; @fi_q trap;"
+    # The changed one comes first: the result may take the place of the source.
+    lines[mutant.line - 1] = "{ .reg .pred fi_q; .reg .b32 fi_o; " + other + lines[mutant.line - 1] + check + " }"
+    with planted(target, "\n".join(lines)):
+        for seed in (None, *SEEDS):
+            try:
+                target.run(seed)
+            except emulator.KernelFault:
+                return False
+    return True
 
 
 def dead_result(target: Target, mutant: Mutant) -> bool:

@@ -37,10 +37,11 @@ class Target:
 
 
 def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
-    """This package's prefill kernel for `arch`: three sequences over pages, causal.
+    """This package's prefill kernel for `arch`: sequences over pages, causal.
 
-    One CTA (or pair) has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own
-    barriers order it behind the tile before.
+    One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
+    with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
+    comes last readies the queue for the next launch.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
@@ -48,8 +49,8 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
     from tests.support.paged_case import PagedCase
 
     case = PagedCase(
-        query_lens=(300, 200, 70),
-        kv_lens=(500, 450, 128),
+        query_lens=(300, 200, 70, 3, 1, 2, 4),
+        kv_lens=(500, 450, 128, 40, 1, 130, 17),
         num_q_heads=2,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -60,13 +61,19 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         kv_dtype=kv_dtype,
     )
     built, plain = case.build(), replace(case, peaked=1.0).build()
-    library = ensure_object(case.plan(num_sms=1).kernels.prefill)
+    tiny = replace(case, query_lens=(3, 1), kv_lens=(40, 17)).build()
+    key = case.plan(num_sms=1).kernels.prefill
+    library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
-        result = run_built(built, num_ctas=1, seed=seed)
-        return [result.out.clone(), result.lse.clone()], result.report
+        outputs, total = [], emulator.Report()
+        for batch, num_ctas in ((built, 1), (tiny, 2)):
+            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key)
+            outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue]
+            total.add(result.report)
+        return outputs, total
 
-    reach = (lambda: run_built(plain, num_ctas=1).report) if peaked != 1.0 else None
+    reach = (lambda: run_built(plain, num_ctas=1, key=key).report) if peaked != 1.0 else None
     return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach)
 
 

@@ -117,6 +117,16 @@ def test_a_recording_keeps_bulk_stores_and_who_waits_for_them() -> None:
     assert Replay(recording, TIMING).run().waits["other"]["stores"] > 0
 
 
+def test_a_store_that_all_lanes_issue_alike_is_one() -> None:
+    """flash-attn-4 stores its tiles by whole warps."""
+    program = next(p for p in load_family("bulk") if p.name == "cp.async.bulk.global.shared::cta wait_group.read")
+    recording, body = Recording(), program.body.replace("setp.ne.u32 %q0, %t, 0;", "setp.ge.u32 %q0, %t, 32;")
+    assert body != program.body
+    run_program(replace(program, body=body), trace=recording, detect_races=True)
+    (store,) = (step for steps in recording.warps for step in steps if step.kind == "store")
+    assert store.smem_bytes == {0: 2048}
+
+
 def test_an_arrival_from_another_sm_comes_later() -> None:
     arrival, wait = steps(("arrive", 10, [(0, 0)])), steps(("wait", 0, [(0, 0)]))
     arrival[0].is_remote = True
