@@ -223,7 +223,7 @@ def main() -> None:
     first, step = (int(part) for part in options.share.split("/"))
     names = list(OWN_TARGETS) if options.kernel == "all" else options.kernel.split(",")
     # Shares of a kernel end at different times: many small ones keep all processes busy.
-    pieces = 1 if options.jobs == 1 else 4
+    pieces = 1 if options.jobs == 1 else max(4, options.jobs // 2)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         tasks = {
             name: [

@@ -24,8 +24,6 @@ from fa4_backend.kernel_stamp import make_stamp
 from tests.emulator.fault_injection import cpu_seconds, remarks, run_right, same
 from tests.emulator.fault_targets import OWN_TARGETS, Target
 
-SHARES = 4  # of a program's seeds: shares end at different times, and small ones keep all processes busy
-
 
 def alarms_of(target: Target, seeds: Iterable[int]) -> list[str]:
     """What the right program is accused of over these schedules."""
@@ -76,13 +74,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--out", type=Path, help="file of all results; those of programs that do not run stay")
     options = parser.parse_args()
+    shares = max(4, options.jobs // 2)  # of a program's seeds: they end at different times, and small ones keep all processes busy
     names = list(OWN_TARGETS) if options.kernel == "all" else options.kernel.split(",")
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     is_right = True
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        tasks = {name: [pool.submit(run_share, name, range(i, options.seeds, SHARES)) for i in range(SHARES)] for name in names}
-        for name, shares in tasks.items():
-            found[name] = result = merged([task.result() for task in shares])
+        tasks = {name: [pool.submit(run_share, name, range(i, options.seeds, shares)) for i in range(shares)] for name in names}
+        for name, running in tasks.items():
+            found[name] = result = merged([task.result() for task in running])
             is_right &= not result["alarms"]
             print(
                 f"{result['program']}: {result['seeds']} random schedules, {len(result['alarms'])} alarms, {result['cpu_seconds']} s of CPU"
