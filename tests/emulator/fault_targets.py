@@ -61,7 +61,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         kv_dtype=kv_dtype,
     )
     built, plain = case.build(), replace(case, peaked=1.0).build()
-    tiny = replace(case, query_lens=(3, 1), kv_lens=(40, 17)).build()
+    tiny = replace(case, query_lens=(3, 1), kv_lens=(300, 200)).build()
     key = case.plan(num_sms=1).kernels.prefill
     library = ensure_object(key)
 
