@@ -86,11 +86,10 @@ def paged_attention(
         check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
+    left, right = clamp_window(window_left), clamp_window(window_right)
     out, lse = _results(plan, q, out, lse)
     if q.shape[0] == 0:
         return out, lse  # a step without tokens; a tensor map cannot describe zero rows
-    left = None if window_left is None else clamp_window(window_left)
-    right = None if window_right is None else clamp_window(window_right)
     arguments = AttentionArguments(
         q, k_cache, v_cache, page_table, cu_seqlens_q, seqused_k, out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
@@ -151,6 +150,7 @@ def ragged_attention(
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     num_seqs = cu_seqlens_k.shape[0] - 1
     check_values(plan, metadata, num_seqs, scale, window_left, window_right, softcap)
+    left, right = clamp_window(window_left), clamp_window(window_right)
     out, lse = _results(plan, q, out, lse)
     if q.shape[0] == 0:
         return out, lse
@@ -160,8 +160,6 @@ def ragged_attention(
             lse.fill_(-math.inf)
         return out, lse
     assert metadata.kv_lens is not None, plan
-    left = None if window_left is None else clamp_window(window_left)
-    right = None if window_right is None else clamp_window(window_right)
     _run(metadata, AttentionArguments(
         q, k, v, None, cu_seqlens_q, metadata.kv_lens[:num_seqs], out, lse,
         scale, left, right, softcap, sinks, alibi_slopes, _head_scales(metadata, k_scale), _head_scales(metadata, v_scale),
@@ -209,8 +207,9 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     """Run the plan's kernels over the work lists that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
     assert kernels is not None and work is not None and bounds is not None, metadata.plan
-    if kernels.decode is not None:
+    decode_query_len = metadata.plan.limits.decode_query_len
+    if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
-    if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+    if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
         assert kernels.prefill is not None, metadata.plan
         kernels.prefill(*prefill_arguments(arguments, work))

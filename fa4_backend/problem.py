@@ -61,8 +61,46 @@ class MaskFeatures:
         return "".join("-" + name.split("_", 1)[1].replace("_", "") for name in self.present)
 
 
+class OperandDtypes:
+    """What follows from the dtypes of q, K and V and out, of a problem as of a kernel; holds nothing of its own."""
+
+    q_dtype: str
+    kv_dtype: str  # as stored
+    out_dtype: str
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether K and V are stored in FP8: what they stand for is the stored value times a scale, one of K and one of V a KV head."""
+        return self.kv_dtype == FP8
+
+    @property
+    def has_q_scale(self) -> bool:
+        """Whether q comes in FP8: a query is what is given times a scale, one a KV head."""
+        return self.q_dtype == FP8
+
+    @property
+    def has_out_scale(self) -> bool:
+        """Whether `out` is FP8: what is written times one scale is the result."""
+        return self.out_dtype == FP8
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of q, and of K and V as products take them."""
+        return DTYPE_BYTES[self.q_dtype]
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of an element of K and V in memory."""
+        return DTYPE_BYTES[self.kv_dtype]
+
+    @property
+    def out_element_bytes(self) -> int:
+        """Bytes of an element of out."""
+        return DTYPE_BYTES[self.out_dtype]
+
+
 @dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(OperandDtypes):
     """Facts known when a model is loaded; everything that a compiled kernel may depend on.
 
     Raises:
@@ -133,21 +171,6 @@ class AttentionProblem:
     def q_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether K and V are stored in FP8: what they stand for is the stored value times a scale, one of K and one of V a KV head."""
-        return self.kv_dtype == FP8
-
-    @property
-    def has_q_scale(self) -> bool:
-        """Whether q comes in FP8: a query is what is given times a scale, one a KV head."""
-        return self.q_dtype == FP8
-
-    @property
-    def has_out_scale(self) -> bool:
-        """Whether `out` is FP8: what is written times one scale is the result."""
-        return self.out_dtype == FP8
 
     @property
     def kv_token_bytes(self) -> int:

@@ -19,7 +19,7 @@ from fa4_backend.problem import (
 )
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
-MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`validation.WIDEST_WINDOW`) and a tile stay below 2^31
+MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`work_list.NO_WINDOW`) and a tile stay below 2^31
 MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features
 MASKS = frozenset(f.name for f in fields(MaskFeatures))
 # Latent attention: queries of a row, one more than the drafts that engines verify at once. 8 of 128 heads are 1024 packed rows.
@@ -38,6 +38,7 @@ class KernelSupport:
     masks: frozenset[str] = MASKS  # features of a mask; a mask without "is_causal" sees all keys
     modes: frozenset[str] = frozenset(MODES)
     quantised_kv: tuple[str, ...] = ()  # dtypes of K and V beside the model's
+    quantised_kv_beside: tuple[str, ...] | None = None  # dtypes of q that those go with; None: all
     quantised_out: tuple[str, ...] = ()  # dtypes of out beside the model's, except beside a latent cache
     quantised_q: tuple[str, ...] = ()  # dtypes of q beside the model's
     kv_sources: tuple[str, ...] = (PAGED,)  # where K and V may lie
@@ -94,7 +95,8 @@ LATENT_SUPPORT: dict[str, KernelSupport] = {
         ("sm_100a", "sm_103a"),
         KernelSupport(
             ("bfloat16", "float16"), ((576, 512),), 64, 128, min_q_per_kv=8, masks=frozenset({"is_causal"}),
-            modes=frozenset(MODES) - {"exact"}, kv_sources=(LATENT,),
+            modes=frozenset(MODES) - {"exact"}, quantised_kv=(FP8,), kv_sources=(LATENT,),
+            quantised_kv_beside=("bfloat16",),  # a float16 has more bits than two terms of 8: `kernels/common/fp8.py`, Note [Two terms]
         ),
     ),
 }  # fmt: skip
@@ -138,7 +140,8 @@ def check_problem(problem: AttentionProblem) -> None:
     unserved += [name for name in MODES if getattr(problem, name) and name not in support.modes]
     if unserved:
         raise UnsupportedProblem(f"{unserved[0]} on {arch}: expected False, got True; {_FEATURE_ADVICE}")
-    served_kv = (problem.dtype, *support.quantised_kv)
+    has_quantised = support.quantised_kv_beside is None or problem.dtype in support.quantised_kv_beside
+    served_kv = (problem.dtype, *(support.quantised_kv if has_quantised else ()))
     if problem.kv_dtype not in served_kv:
         raise UnsupportedProblem(f"kv_dtype on {arch}: expected {' or '.join(served_kv)} with q in {problem.dtype}, got {problem.kv_dtype}")
     served_q = (problem.dtype, *support.quantised_q)

@@ -5,12 +5,23 @@ Only shapes, strides, dtypes, devices, addresses and host numbers are looked at:
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.arguments import CallTensors, LatentTensors, RaggedTensors
-from fa4_backend.memory_spans import num_bytes, overlaps_itself, share_memory
+from fa4_backend.expectations import (
+    expect_dense,
+    expect_device,
+    expect_dtype,
+    expect_number,
+    expect_one_place_each,
+    expect_rows,
+    expect_shape,
+    expect_tensors,
+    expect_whole,
+)
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
+from fa4_backend.memory_spans import num_bytes, share_memory
 from fa4_backend.problem import DTYPE_BYTES, LATENT, PAGED, RAGGED
 
 if TYPE_CHECKING:
@@ -38,10 +49,25 @@ APART = {
     LatentTensors: _apart(LatentTensors._fields, ("q", "q_rope", "latent_cache")),
 }
 OPERATORS = {CallTensors: (PAGED, "paged_attention"), RaggedTensors: (RAGGED, "ragged_attention"), LatentTensors: (LATENT, "mla_decode")}
-WIDEST_WINDOW = 1 << 30  # tokens: wider than any sequence, and a position plus it stays below 2^31
 FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
 # Kernels multiply softmax_scale, softcap and their ratio by up to 2 log2(e) = 2.89 and need a finite float32.
 LARGEST_FACTOR = 2.0**126
+
+
+def check_least(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:
+    """Check the lower bound of a step's query lengths; against the lengths themselves where they are on the CPU.
+
+    Raises:
+        ValueError: it is no whole number, below 1, above the upper bound of a step that has queries, or above a query.
+    """
+    expect_whole("min_seqlen_q", min_seqlen_q)
+    if not 1 <= min_seqlen_q <= max(max_seqlen_q, 1):
+        raise ValueError(f"min_seqlen_q: expected 1 to max_seqlen_q={max_seqlen_q}, got {min_seqlen_q}")
+    if min_seqlen_q > 1 and cu_seqlens_q.device.type == "cpu":
+        lengths = cu_seqlens_q.diff()
+        shortest = min((n for n in lengths.tolist() if n > 0), default=min_seqlen_q)
+        if shortest < min_seqlen_q:
+            raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
 
 
 def check_step(
@@ -66,25 +92,25 @@ def check_step(
     try:
         facts = ("step", _facts(cu_seqlens_q), _facts(lengths))
     except AttributeError:
-        _expect_tensors({"cu_seqlens_q": cu_seqlens_q, name: lengths})
+        expect_tensors({"cu_seqlens_q": cu_seqlens_q, name: lengths})
         raise
     ends = 1 if source == RAGGED else 0
     if facts not in metadata.passed:
-        _expect_shape(name, lengths, (None,))
+        expect_shape(name, lengths, (None,))
         num_seqs = lengths.shape[0] - ends
         if not 0 <= num_seqs <= limits.max_num_seqs:
             raise ValueError(f"{name}: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
-        _expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+        expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
         for tensor_name, tensor in (("cu_seqlens_q", cu_seqlens_q), (name, lengths)):
-            _expect_dtype(tensor_name, tensor, "int32")
-            _expect_dense(tensor_name, tensor)
-            _expect_device(tensor_name, tensor, metadata.device, "the metadata")
+            expect_dtype(tensor_name, tensor, "int32")
+            expect_dense(tensor_name, tensor)
+            expect_device(tensor_name, tensor, metadata.device, "the metadata")
         _remember(metadata, facts, ())
     for bound_name, got, limit_name, limit in (
         ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
         ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
     ):
-        _expect_whole(bound_name, got)
+        expect_whole(bound_name, got)
         if not 0 <= got <= limit:
             raise ValueError(f"{bound_name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
     if source == LATENT and max_seqlen_q > limits.decode_query_len:
@@ -115,7 +141,7 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Ten
         # Layers and steps repeat their shapes; to look at everything each time would be three quarters of a call's host time.
         facts: list[object] = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     except AttributeError:
-        _expect_tensors(tensors._asdict())
+        expect_tensors(tensors._asdict())
         raise
     key = (*facts, *[address % 16 for address in addresses])
     sizes = metadata.passed.get(key)
@@ -173,25 +199,25 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: Tensors)
     if t.q.device.type not in (device_type, "meta"):
         raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {t.q.device}")
     if t.out is not None:
-        _expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
+        expect_shape("out", t.out, (t.q.shape[0], p.num_q_heads, p.head_dim_v))
         _expect_heads(p, "out", t.out, p.out_dtype)
-        _expect_one_place_each("out", t.out)
+        expect_one_place_each("out", t.out)
     if t.lse is not None:
-        _expect_one_place_each("lse", t.lse)
-    _expect_device("q", t.q, metadata.device, "the metadata")
+        expect_one_place_each("lse", t.lse)
+    expect_device("q", t.q, metadata.device, "the metadata")
     for name, tensor in t._asdict().items():
         if tensor is not None:
-            _expect_device(name, tensor, t.q.device, "q")
+            expect_device(name, tensor, t.q.device, "q")
 
 
 def _check_paged(plan: AttentionPlan, t: CallTensors) -> None:
     """K and V in pages, and where they lie."""
     p = plan.problem
-    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
-    _expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
+    expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
+    expect_shape("k_cache", t.k_cache, (None, p.page_size, p.num_kv_heads, p.head_dim))
     if t.k_cache.shape[0] == 0:
         raise ValueError("k_cache: expected at least one page, got none")
-    _expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
+    expect_shape("v_cache", t.v_cache, (t.k_cache.shape[0], p.page_size, p.num_kv_heads, p.head_dim_v))
     _check_pages(plan, t)
     for name, cache in (("k_cache", t.k_cache), ("v_cache", t.v_cache)):
         _expect_heads(p, name, cache, p.kv_dtype)
@@ -201,9 +227,9 @@ def _check_paged(plan: AttentionPlan, t: CallTensors) -> None:
 def _check_latent(plan: AttentionPlan, t: LatentTensors) -> None:
     """Latents in pages, and queries in two parts."""
     p = plan.problem
-    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim_v))
-    _expect_shape("q_rope", t.q_rope, (t.q.shape[0], p.num_q_heads, p.head_dim - p.head_dim_v))
-    _expect_shape("latent_cache", t.latent_cache, (None, p.page_size, p.head_dim))
+    expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim_v))
+    expect_shape("q_rope", t.q_rope, (t.q.shape[0], p.num_q_heads, p.head_dim - p.head_dim_v))
+    expect_shape("latent_cache", t.latent_cache, (None, p.page_size, p.head_dim))
     if t.latent_cache.shape[0] == 0:
         raise ValueError("latent_cache: expected at least one page, got none")
     _check_pages(plan, t)
@@ -216,40 +242,40 @@ def _check_latent(plan: AttentionPlan, t: LatentTensors) -> None:
 def _check_pages(plan: AttentionPlan, t: CallTensors | LatentTensors) -> None:
     """Where the pages of each sequence lie, and the lengths of the batch."""
     limits = plan.limits
-    _expect_shape("page_table", t.page_table, (None, None))
-    _expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
-    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
+    expect_shape("page_table", t.page_table, (None, None))
+    expect_shape("seqused_k", t.seqused_k, (t.page_table.shape[0],))
+    expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.page_table.shape[0] + 1,))
     if t.page_table.shape[0] > limits.max_num_seqs:
         raise ValueError(f"page_table: expected at most max_num_seqs={limits.max_num_seqs} rows, got {t.page_table.shape[0]}")
     for name, tensor in (("page_table", t.page_table), ("cu_seqlens_q", t.cu_seqlens_q), ("seqused_k", t.seqused_k)):
-        _expect_dtype(name, tensor, "int32")
-        _expect_dense(name, tensor)
+        expect_dtype(name, tensor, "int32")
+        expect_dense(name, tensor)
 
 
 def _check_ragged(plan: AttentionPlan, t: RaggedTensors) -> None:
     """K and V without pages, and where their sequences begin."""
     p, limits = plan.problem, plan.limits
-    _expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
-    _expect_shape("k", t.k, (None, p.num_kv_heads, p.head_dim))
-    _expect_shape("v", t.v, (t.k.shape[0], p.num_kv_heads, p.head_dim_v))
-    _expect_shape("cu_seqlens_k", t.cu_seqlens_k, (None,))
+    expect_shape("q", t.q, (None, p.num_q_heads, p.head_dim))
+    expect_shape("k", t.k, (None, p.num_kv_heads, p.head_dim))
+    expect_shape("v", t.v, (t.k.shape[0], p.num_kv_heads, p.head_dim_v))
+    expect_shape("cu_seqlens_k", t.cu_seqlens_k, (None,))
     if not 1 <= t.cu_seqlens_k.shape[0] <= limits.max_num_seqs + 1:
         raise ValueError(
             f"cu_seqlens_k: expected 1 to {limits.max_num_seqs + 1} numbers, one more than max_num_seqs, got {t.cu_seqlens_k.shape[0]}"
         )
-    _expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.cu_seqlens_k.shape[0],))
+    expect_shape("cu_seqlens_q", t.cu_seqlens_q, (t.cu_seqlens_k.shape[0],))
     for name, tensor in (("k", t.k), ("v", t.v)):
         _expect_heads(p, name, tensor, p.kv_dtype)
     for name, tensor in (("cu_seqlens_q", t.cu_seqlens_q), ("cu_seqlens_k", t.cu_seqlens_k)):
-        _expect_dtype(name, tensor, "int32")
-        _expect_dense(name, tensor)
+        expect_dtype(name, tensor, "int32")
+        expect_dense(name, tensor)
     _check_optional(plan, t)
 
 
 def _expect_heads(problem: AttentionProblem, name: str, tensor: torch.Tensor, dtype: str) -> None:
     """Rows of heads as the problem's arch reads or writes them."""
-    _expect_dtype(name, tensor, dtype)
-    _expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=problem.arch != REFERENCE_ARCH)
+    expect_dtype(name, tensor, dtype)
+    expect_rows(name, tensor, DTYPE_BYTES[dtype], by_kernel=problem.arch != REFERENCE_ARCH)
 
 
 def _check_optional(plan: AttentionPlan, t: CallTensors | RaggedTensors) -> None:
@@ -277,9 +303,9 @@ def _check_planned(tensors: tuple[tuple[str, torch.Tensor | None, bool, tuple[in
             continue
         if not planned:
             raise ValueError(f"{name}: expected none, since the plan was made without it, got a tensor")
-        _expect_shape(name, tensor, shape)
-        _expect_dtype(name, tensor, dtype)
-        _expect_dense(name, tensor)
+        expect_shape(name, tensor, shape)
+        expect_dtype(name, tensor, dtype)
+        expect_dense(name, tensor)
 
 
 def _check_scales(plan: AttentionPlan, scales: tuple[tuple[str, torch.Tensor | None], ...]) -> None:
@@ -294,7 +320,7 @@ def _check_scales(plan: AttentionPlan, scales: tuple[tuple[str, torch.Tensor | N
         if tuple(scale.shape) not in ((), (1,), (heads,)):
             each = f"() or (1) for {stored}" if heads == 1 else f"(), (1) or ({heads}), one a KV head"
             raise ValueError(f"{name}: expected shape {each}, got {tuple(scale.shape)}")
-        _expect_dtype(name, scale, "float32")
+        expect_dtype(name, scale, "float32")
 
 
 def _check_out_scale(plan: AttentionPlan, scale: torch.Tensor | None) -> None:
@@ -307,7 +333,7 @@ def _check_out_scale(plan: AttentionPlan, scale: torch.Tensor | None) -> None:
         raise ValueError(f"out_scale: expected none, since the plan's out is {p.out_dtype}, got a tensor")
     if tuple(scale.shape) not in ((), (1,)):
         raise ValueError(f"out_scale: expected shape () or (1), one for all of out, got {tuple(scale.shape)}")
-    _expect_dtype("out_scale", scale, "float32")
+    expect_dtype("out_scale", scale, "float32")
 
 
 def check_values(
@@ -327,9 +353,9 @@ def check_values(
     mask = plan.problem.mask
     # Types first: to compare a tensor would be to wait for the device.
     if type(softmax_scale) is not float:
-        _expect_number("softmax_scale", softmax_scale)
+        expect_number("softmax_scale", softmax_scale)
     if type(softcap) is not float:
-        _expect_number("softcap", softcap)
+        expect_number("softcap", softcap)
     for name, planned, given, value in (
         ("window_left", mask.has_window_left, window_left is not None, window_left),
         ("window_right", mask.has_window_right, window_right is not None, window_right),
@@ -342,7 +368,7 @@ def check_values(
     for name, window in (("window_left", window_left), ("window_right", window_right)):
         if window is None:
             continue
-        _expect_whole(name, window)
+        expect_whole(name, window)
         if window < 0:
             raise ValueError(f"{name}: expected 0 or more visible tokens (None for all), got {window}")
     # Kernels take maxima of raw logits and mask with -inf before they scale: by a positive, finite float32.
@@ -363,77 +389,6 @@ def check_values(
         raise ValueError(f"metadata: expected a refresh for {num_seqs} sequences, got one for {metadata.bounds.num_seqs}")
 
 
-def clamp_window(window: int) -> int:
+def clamp_window(window: int | None) -> int | None:
     """The same window for every sequence there can be, in a range in which no position overflows."""
-    return int(min(window, WIDEST_WINDOW))
-
-
-def _expect_tensors(tensors: dict[str, object]) -> None:
-    import torch
-
-    for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-
-
-def _expect_whole(name: str, value: object) -> None:
-    # numpy's integers are whole numbers of the host too: engines keep lengths in numpy arrays.
-    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
-        raise ValueError(f"{name}: expected a whole number as a Python int, got {_describe_value(value)}")
-
-
-def _expect_number(name: str, value: object) -> None:
-    if not isinstance(value, (float, int)) or isinstance(value, bool):
-        raise ValueError(f"{name}: expected a Python float, got {_describe_value(value)}")
-
-
-def _describe_value(value: object) -> str:
-    # A tensor's value may lie on the device: to print it would wait for it.
-    return f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r} ({type(value).__name__})"
-
-
-def _expect_one_place_each(name: str, tensor: torch.Tensor) -> None:
-    """Elements of what is written lie at addresses of their own."""
-    if overlaps_itself(tensor.shape, tensor.stride()):
-        raise ValueError(f"{name}: expected each element at an address of its own, got strides {tensor.stride()}")
-
-
-def _expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
-    if tensor is None:
-        raise ValueError(f"{name}: expected a tensor, got None")
-    fits = tensor.dim() == len(expected) and all(want is None or want == got for want, got in zip(expected, tensor.shape, strict=True))
-    if not fits:
-        want = ", ".join("any" if n is None else str(n) for n in expected)
-        raise ValueError(f"{name}: expected shape ({want}), got {tuple(tensor.shape)}")
-
-
-def _expect_dtype(name: str, tensor: torch.Tensor, expected: str) -> None:
-    got = str(tensor.dtype).removeprefix("torch.")
-    if got != expected:
-        raise ValueError(f"{name}: expected dtype {expected}, got {got}")
-
-
-def _expect_device(name: str, tensor: torch.Tensor, device: torch.device, of: str) -> None:
-    # "cuda" names the current device, as torch takes it; a tensor always has an index.
-    if tensor.device.type != device.type or (device.index is not None and tensor.device.index not in (None, device.index)):
-        raise ValueError(f"{name}: expected a tensor on {device} as {of}, got {tensor.device}")
-
-
-def _expect_dense(name: str, tensor: torch.Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name}: expected last stride 1, got {tensor.stride(-1)}")
-
-
-def _expect_rows(name: str, tensor: torch.Tensor, element_bytes: int, *, by_kernel: bool) -> None:
-    """Rows are dense, and 16-byte aligned where a kernel moves them 16 bytes at a time."""
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: expected last stride 1, got {tensor.stride(-1)}")
-    if not by_kernel:
-        return
-    if tensor.device.type != "meta" and tensor.data_ptr() % 16:
-        raise ValueError(f"{name}: expected a 16-byte aligned address, got {tensor.data_ptr():#x}")
-    for dim, stride in enumerate(tensor.stride()[:-1]):
-        if tensor.shape[dim] > 1 and stride * element_bytes % 16:
-            raise ValueError(
-                f"{name}: expected strides of a multiple of 16 bytes, got stride {stride} ({stride * element_bytes} bytes) in dim {dim}"
-            )
+    return None if window is None else int(min(window, NO_WINDOW))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fa4_backend.emulator import EmulatorError
+from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
 
 FEW = MlaCase((1, 1, 1, 0, 1, 1), (130, 64, 0, 70, 1, 300), arch="sm_100a")
@@ -38,6 +39,7 @@ CASES = {
     "batch invariant": MlaCase((1, 1), (1200, 65), num_heads=128, batch_invariant=True, max_seqlen_k=2048, arch="sm_100a"),
     "CTAs that leave their sums to the last": replace(FEW, tuning=(("arrival_looks", 1),)),
 }
+CASES |= {f"FP8, {name}": replace(case, kv_dtype=FP8) for name, case in CASES.items() if case.dtype == "bfloat16"}
 
 
 def run_case(case: MlaCase, seeds: int) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """`fa4 bench engine`: a whole vLLM engine on FA4 and on its own attention backends, each in a process of its own.
 
-A Llama of 8B shape with few layers and random weights, so that attention is the only part that differs. A start with an empty cache of
-kernels and one with a full one come first, alone. Then all engines start, and live until the end; in every round each works in its turn
-while the others hold their memory and wait.
+A Llama of 8B shape with few layers and random weights, so that attention is the only part that differs. All engines start at the same time
+and live until the end; of each group of cases each has its turn while the others hold their memory and wait, then comes the next group,
+then the next round. What an engine answers is given on at once, and the time set ends the run wherever it is: what was measured is kept. A
+start with an empty cache of our kernels and one with a full one come last, when vLLM's own caches are warm.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -17,32 +19,40 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fa4_backend import envs
-from fa4_backend.bench.engine_steps import BATCHES, CHUNK, PROMPT, VOCAB, EngineFigure
+from fa4_backend import AttentionProblem, BatchLimits, envs, plan_attention
+from fa4_backend.bench.engine_steps import BATCHES, CHUNK, GROUPS, MAX_LEN, PREFIX, PROMPT, STEPS_BESIDE, VOCAB, EngineFigure
+from fa4_backend.compile_cache import library_of
+from fa4_backend.problem import FP8, SAME_AS_Q
 
 BACKENDS = ("FA4", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 MODES = ("0", "default")
-NUM_LAYERS, KV_HEADS, HEAD_DIM = 8, 8, 128
+NUM_LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 4, 32, 8, 128
+PAGE_SIZE = 16  # vLLM's default
 COMMAND = [sys.executable, "-m", "fa4_backend.bench.engine_steps"]
-PATIENCE = 240.0  # seconds for an engine's start, or for one round
+PATIENCE = 240.0  # seconds for an engine's start, or for one group of cases
+LEAST_FOR_A_START = 30.0  # seconds that have to be left for one
 POLL_SECONDS = 0.05
 FAILED_WORDS = 2500  # characters of a failed engine's log that are shown
+FP8_SHARE_GOAL = 0.55  # of attention's time with 16 bits, 128 rows of 2K
 
 
 class EngineBenchError(RuntimeError):
     """An engine did not start or answer, or ran other kernels than it was to; the message holds the end of its log."""
 
 
-def write_config(folder: Path) -> Path:
-    """A Llama-3-8B's config.json with NUM_LAYERS layers; vLLM makes up the weights."""
+def write_config(folder: Path, num_layers: int = NUM_LAYERS) -> Path:
+    """A Llama-3-8B's config.json with so many layers; vLLM makes up the weights."""
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 32, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
+        "num_hidden_layers": num_layers, "num_attention_heads": Q_HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "max_position_embeddings": 2 * PREFIX, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
         "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,25 +60,41 @@ def write_config(folder: Path) -> Path:
     return folder
 
 
-def kv_cache_bytes(context: int, kv_cache_dtype: str) -> int:
-    """What the largest batch keeps in the cache: tokens of its rows' contexts, of what they generate, and of a prompt beside them."""
+def kv_cache_bytes(context: int, kv_cache_dtype: str, num_layers: int = NUM_LAYERS) -> int:
+    """What the cache keeps at most: the largest batch's contexts and what its rows generate, prompts beside them, and a cached prefix."""
     rows = max(BATCHES)
-    generated = rows * context // (CHUNK - rows) + 256
-    token = NUM_LAYERS * 2 * KV_HEADS * HEAD_DIM * (2 if kv_cache_dtype == "auto" else 1)
-    return (rows * (context + generated) + 2 * PROMPT) * token
+    generated = rows * context // (CHUNK - rows) + 16 + STEPS_BESIDE
+    token = num_layers * 2 * KV_HEADS * HEAD_DIM * (2 if kv_cache_dtype == "auto" else 1)
+    return (rows * (context + generated) + 2 * PROMPT + PREFIX) * token
+
+
+def compile_kernels(kv_cache_dtypes: list[str], arch: str) -> list[str]:
+    """Fill the cache with our kernels for the engines; needs neither GPU nor vLLM. Their names."""
+    keys: dict[Any, None] = {}
+    for kv_cache_dtype in kv_cache_dtypes:
+        stored = SAME_AS_Q if kv_cache_dtype == "auto" else FP8
+        problem = AttentionProblem(Q_HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, "bfloat16", PAGE_SIZE, arch, kv_dtype=stored)
+        kernels = plan_attention(problem, BatchLimits(max(BATCHES) + 1, CHUNK, MAX_LEN)).kernels
+        assert kernels is not None
+        keys |= dict.fromkeys(kernels.keys)
+    for key in keys:
+        library_of(key)
+    return [key.name for key in keys]
 
 
 class RunningEngine:
     """An engine's process."""
 
     def __init__(self, request: dict[str, Any], folder: Path, more_environment: dict[str, str]) -> None:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.request, self.answers, self.log = request, folder / "answers.jsonl", folder / "log"
+        self.label = label(request["backend"], request["kv_cache_dtype"])
         place = folder / "request.json"
         place.write_text(json.dumps(request))
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "FA4_BACKEND_TRACE_FILE": str(folder / "trace"), **more_environment,
+            "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "2"),  # of each of several engines
+            "PYTHONUNBUFFERED": "1", "FA4_BACKEND_TRACE_FILE": str(folder / "trace"), **more_environment,
         }  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -81,38 +107,37 @@ class RunningEngine:
             )
         self.answered = 0
 
-    def ask(self, round_idx: int) -> list[EngineFigure]:
-        """The figures of a round.
+    def ask(self, round_idx: int, group: str, seconds: float) -> list[EngineFigure]:
+        """The figures of a group of cases.
 
         Raises:
             EngineBenchError: as `next_answer`.
         """
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # a process that has ended is told by `next_answer`
-            self.process.stdin.write(f"{round_idx}\n")
+            self.process.stdin.write(f"{round_idx} {group}\n")
             self.process.stdin.flush()
-        return self.next_answer(is_round=True)
+        return self.next_answer(seconds, is_asked=True)
 
-    def next_answer(self, is_round: bool = False) -> list[EngineFigure]:
-        """Wait for figures.
+    def next_answer(self, seconds: float, is_asked: bool = False) -> list[EngineFigure]:
+        """Wait for figures, `seconds` at most.
 
         Raises:
-            EngineBenchError: the engine failed, was silent for PATIENCE, or it is FA4 and our kernels did not run, or not with this dtype
+            EngineBenchError: the engine failed or was silent for so long, or it is FA4 and our kernels did not run, or not with this dtype
                 of K and V.
         """
         begin = time.monotonic()
         while len(lines := self.answers.read_text().splitlines() if self.answers.exists() else []) <= self.answered:
-            if self.process.poll() is not None or time.monotonic() - begin > PATIENCE:
-                code = self.process.poll()
-                self.end()
-                what = f"no answer within {PATIENCE:.0f} s" if code is None else f"exit status {code}"
-                raise EngineBenchError(f"{what}\n{self.log.read_text(errors='replace')[-FAILED_WORDS:]}")
+            status = self.process.poll()
+            if status is not None or time.monotonic() - begin > seconds:
+                what = f"no answer within {seconds:.0f} s" if status is None else f"exit status {status}"
+                raise EngineBenchError(f"{self.label}: {what}\n{self.log.read_text(errors='replace')[-FAILED_WORDS:]}")
             time.sleep(POLL_SECONDS)
         self.answered += 1
         read = json.loads(lines[self.answered - 1])
         wanted = "FA4: " if self.request["kv_cache_dtype"] == "auto" else "(K and V float8_e4m3fn)"
-        if self.request["backend"] == "FA4" and is_round and not any(wanted in line for line in read["kernels"]):
-            raise EngineBenchError(f"expected our kernels with {wanted!r} in their line, got {read['kernels']}")
+        if self.request["backend"] == "FA4" and is_asked and not any(wanted in line for line in read["kernels"]):
+            raise EngineBenchError(f"{self.label}: expected our kernels with {wanted!r} in their line, got {read['kernels']}")
         return [EngineFigure(**figure) for figure in read["figures"]]
 
     def end(self) -> None:
@@ -121,65 +146,108 @@ class RunningEngine:
         self.process.wait()
 
 
+def label(backend: str, kv_cache_dtype: str) -> str:
+    return backend if kv_cache_dtype == "auto" else f"{backend} {kv_cache_dtype}"
+
+
+class Clock:
+    """The time of a run, on standard error before each of its lines."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begin, self.seconds = time.monotonic(), seconds
+
+    def left(self) -> float:
+        return self.begin + self.seconds - time.monotonic()
+
+    def say(self, words: str) -> None:
+        print(f"[{time.monotonic() - self.begin:5.1f} s] {words}", file=sys.stderr, flush=True)
+
+
+class Engines:
+    """Processes of one run: started, asked within its time, ended with it."""
+
+    def __init__(self, clock: Clock, model: Path, folder: Path, context: int, mode: str, num_layers: int) -> None:
+        self.clock, self.folder, self.context, self.num_layers = clock, folder, context, num_layers
+        self.common = {"model": str(model), "context": context, "mode": mode}
+        self.every: list[RunningEngine] = []
+        self.failures: list[EngineBenchError] = []  # of FA4's
+
+    def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
+        """An engine that begins to start; its files lie in the folder `where`."""
+        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers)
+        request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
+        engine = RunningEngine(request, self.folder / where, environment)
+        self.every.append(engine)
+        return engine
+
+    def answer(self, engine: RunningEngine, ask: Callable[[float], list[EngineFigure]], what: str) -> list[EngineFigure]:
+        """What `ask` gets within the time; nothing of an engine that fails, which ends."""
+        begin = time.monotonic()
+        try:
+            figures = ask(min(PATIENCE, max(0.0, self.clock.left())))
+        except EngineBenchError as error:
+            engine.end()
+            if self.clock.left() > 0 and engine.request["backend"] == "FA4":
+                self.failures.append(error)
+            self.clock.say(f"left out: {error}")
+            return []
+        self.clock.say(f"{engine.label}: {time.monotonic() - begin:.1f} s for {what}")
+        return figures
+
+    def end(self) -> None:
+        for engine in self.every:
+            engine.end()
+
+
 def run(
-    backends: list[str], *, kv_cache_dtype: str, context: int, mode: str, rounds: int, starts: bool, seconds: float = math.inf
+    backends: list[str],
+    *,
+    kv_cache_dtypes: list[str],
+    context: int,
+    mode: str,
+    rounds: int,
+    starts: bool,
+    num_layers: int = NUM_LAYERS,
+    groups: tuple[str, ...] = GROUPS,
+    seconds: float = math.inf,
+    logs: Path | None = None,
 ) -> Iterator[list[EngineFigure]]:
     """Figures as engines give them.
 
     Args:
-        starts: start FA4 with an empty cache and with a full one before the rounds.
-        seconds: after these no round begins.
+        kv_cache_dtypes: vLLM's names; every backend has an engine of each.
+        starts: after the rounds, start FA4 with an empty cache of our kernels and with a full one.
+        seconds: after these the run ends.
+        logs: folder that keeps each engine's log.
 
     Raises:
-        EngineBenchError: FA4 failed, or its kernels did not run. Another backend that fails is said, and left out.
+        EngineBenchError: at the end, an engine of FA4 failed, or its kernels did not run. Another backend that fails is said, and left out.
     """
-    deadline = time.monotonic() + seconds
-    common = {"kv_cache_dtype": kv_cache_dtype, "context": context, "mode": mode}
-    common |= {"kv_cache_bytes": kv_cache_bytes(context, kv_cache_dtype)}
+    clock = Clock(seconds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as at_end:
-        folder = Path(name)
-        model = str(write_config(folder / "model"))
+        model = write_config(Path(name) / "model", num_layers)
+        engines = Engines(clock, model, logs or Path(name), context, mode, num_layers)
+        at_end.callback(engines.end)
+        for kv_cache_dtype, backend in product(kv_cache_dtypes, backends):
+            engines.start(backend, kv_cache_dtype, f"{backend}-{kv_cache_dtype}")
+        yield from (engines.answer(engine, engine.next_answer, "its start") for engine in engines.every)
+        for round_idx, group, engine in product(range(rounds), groups, engines.every):
+            if engine.process.poll() is not None:
+                continue
+            if clock.left() <= 0:
+                clock.say(f"the time is over before {engine.label}'s round {round_idx}, group {group}")
+                break
+            yield engines.answer(engine, partial(engine.ask, round_idx, group), f"round {round_idx}, group {group}")
+        engines.end()
         for which in ("cold", "warm") if starts else ():
-            empty = {"FA4_BACKEND_CACHE_DIR": str(folder / "cache")}
-            engine = RunningEngine({**common, "model": model, "backend": "FA4"}, folder / which, empty)
-            at_end.callback(engine.end)
-            yield [replace(figure, case=f"{which} {figure.case}") for figure in engine.next_answer()]
+            if clock.left() < LEAST_FOR_A_START:
+                clock.say(f"the time is over before the {which} start")
+                break
+            engine = engines.start("FA4", kv_cache_dtypes[0], which, FA4_BACKEND_CACHE_DIR=str(Path(name) / "cache"))
+            yield [replace(figure, case=f"{which} {figure.case}") for figure in engines.answer(engine, engine.next_answer, "its start")]
             engine.end()
-        engines = {backend: RunningEngine({**common, "model": model, "backend": backend}, folder / backend, {}) for backend in backends}
-        for engine in engines.values():
-            at_end.callback(engine.end)
-        for backend in backends:
-            figures = answer_or_leave_out(engines, backend, RunningEngine.next_answer)
-            if figures:
-                yield figures
-        for round_idx in range(rounds):
-            for backend in [*engines]:
-                if time.monotonic() > deadline:
-                    print(f"the time is over before {backend}'s round {round_idx}", file=sys.stderr, flush=True)
-                    return
-                begin = time.monotonic()
-                figures = answer_or_leave_out(engines, backend, lambda engine: engine.ask(round_idx))  # noqa: B023  called at once
-                print(f"{backend}: {time.monotonic() - begin:.0f} s for round {round_idx}", file=sys.stderr, flush=True)
-                if figures:
-                    yield figures
-
-
-def answer_or_leave_out(
-    engines: dict[str, RunningEngine], backend: str, ask: Callable[[RunningEngine], list[EngineFigure]]
-) -> list[EngineFigure]:
-    """What `ask` gets of an engine; of another backend than FA4 that fails nothing, and it is taken out of `engines`.
-
-    Raises:
-        EngineBenchError: FA4 failed.
-    """
-    try:
-        return ask(engines[backend])
-    except EngineBenchError as error:
-        if backend == "FA4":
-            raise
-        engines.pop(backend)
-        print(f"{backend} is left out: {error}", file=sys.stderr, flush=True)
-        return []
+    if engines.failures:
+        raise engines.failures[0]
 
 
 def format_line(figures: list[EngineFigure]) -> str:
@@ -190,23 +258,37 @@ def format_line(figures: list[EngineFigure]) -> str:
 def _format(figure: EngineFigure) -> str:
     numbers = (
         (figure.host_ms, "ms on the host"), (figure.device_ms, "ms on the device"), (figure.attention_us, "us of it attention"),
-        (figure.tokens_per_s, "tokens/s"), (figure.seconds, "s"),
+        (figure.attention_sum_us, "us summed over attention's kernels"), (figure.tokens_per_s, "tokens/s"), (figure.seconds, "s"),
     )  # fmt: skip
     given = [(number, unit) for number, unit in numbers if number is not None]
     words = ", ".join(f"{number:,.4g} {unit}" if number < 1e4 else f"{number:,.0f} {unit}" for number, unit in given)
-    return f"{figure.backend} [{figure.round_idx}] {figure.case}: {words}"
+    return f"{label(figure.backend, figure.kv_cache_dtype)} [{figure.round_idx}] {figure.case}: {words}"
+
+
+def medians(figures: list[EngineFigure], number: str) -> dict[tuple[str, str], dict[str, float]]:
+    """(case, dtype of K and V) -> backend -> the median over rounds of a figure's `number`."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for figure in figures:
+        if (value := getattr(figure, number)) is not None:
+            found.setdefault((figure.case, figure.kv_cache_dtype), {}).setdefault(figure.backend, []).append(value)
+    return {key: {backend: statistics.median(values) for backend, values in rows.items()} for key, rows in found.items()}
 
 
 def summary(figures: list[EngineFigure]) -> str:
-    """Medians over rounds: attention's device time of each case and backend, and FA4's ratio to the best of the others."""
-    times: dict[str, dict[str, list[float]]] = {}
-    for figure in figures:
-        if figure.attention_us:
-            times.setdefault(figure.case, {}).setdefault(figure.backend, []).append(figure.attention_us)
+    """Medians over rounds of each case: times on the host and on the device, attention's and FA4's ratio to the best of the others, and
+    what FP8 leaves of attention's time with 16 bits."""
+    host, device, attention = (medians(figures, number) for number in ("host_ms", "device_ms", "attention_us"))
     lines = []
-    for case, of_backend in times.items():
-        medians = {backend: statistics.median(values) for backend, values in of_backend.items()}
-        others = [median for backend, median in medians.items() if backend != "FA4"]
-        ratio = f", best other / FA4 = {min(others) / medians['FA4']:.2f}" if others and "FA4" in medians else ""
-        lines.append(f"{case}: " + ", ".join(f"{backend} {median:,.0f} us" for backend, median in medians.items()) + ratio)
-    return "\n".join(lines)
+    for key, times in attention.items():
+        case, kv_cache_dtype = key
+        others = [median for backend, median in times.items() if backend != "FA4"]
+        ratio = f", best other / FA4 = {min(others) / times['FA4']:.2f}" if others and "FA4" in times else ""
+        words = ", ".join(
+            f"{backend} {host.get(key, {}).get(backend, math.nan):.2f} / {device[key][backend]:.2f} ms / {us:,.0f} us"
+            for backend, us in times.items()
+        )
+        lines.append(f"{label(case, kv_cache_dtype)}: {words}{ratio}")
+        share_of = attention.get((case, "auto"), {}).get("FA4")
+        if kv_cache_dtype != "auto" and share_of and "FA4" in times:
+            lines[-1] += f", {times['FA4'] / share_of:.3f} of FA4's 16 bits (goal at 128 x 2048: {FP8_SHARE_GOAL})"
+    return "\n".join(["host / device / attention on the device", *lines]) if lines else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -142,38 +144,49 @@ def shapes(
 @bench.command()
 def engine(
     backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
-    context: Annotated[int, typer.Option(help="tokens of a decoding request; four engines of 4096 need more than 80 GB")] = 2048,
-    mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "0",
-    rounds: Annotated[int, typer.Option(help="turns of every backend")] = 1,
-    starts: Annotated[bool, typer.Option(help="start FA4 with an empty cache of kernels and with a full one first")] = False,
-    seconds: Annotated[float, typer.Option(help="after these no round begins")] = math.inf,
+    context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 2048,
+    mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "default",
+    rounds: Annotated[int, typer.Option(help="turns of every engine")] = 3,
+    layers: Annotated[int, typer.Option(help="of the model; engines of all backends and dtypes have to fit on the GPU")] = 4,
+    groups: Annotated[str, typer.Option(help="comma-separated groups of cases: rows that decode meanwhile, or ragged; empty: all")] = "",
+    starts: Annotated[bool, typer.Option(help="after the rounds, start FA4 with an empty cache of kernels and with a full one")] = False,
+    seconds: Annotated[float, typer.Option(help="after these the run ends, with what was measured")] = math.inf,
     csv_path: Csv = None,
     json_output: Json = False,
-    kv_dtype: KvDtype = "auto",
+    kv_dtype: Annotated[str, typer.Option(help=f"comma-separated, an engine each: {', '.join(KV_DTYPES)}")] = "auto",
+    logs: Annotated[Path | None, typer.Option(help="folder that keeps the engines' logs, with the longest kernels of each case")] = None,
+    compile_for: Annotated[str, typer.Option(help="compile our kernels for this arch and measure nothing; needs no GPU")] = "",
 ) -> None:
-    """A whole vLLM engine: host and device time of steps, attention's share, ragged throughput, seconds to start."""
+    """A whole vLLM engine: time to first token, decode steps and ragged load on host and device, attention's share, seconds to start."""
     from fa4_backend.bench import engine as module
     from fa4_backend.bench.figures import write_csv
 
-    _require_gpu()
-    stored = "auto" if _stored(kv_dtype) == KV_DTYPES["auto"] else "fp8"
+    dtypes = ["auto" if _stored(name) == KV_DTYPES["auto"] else "fp8" for name in kv_dtype.split(",")]
     if mode not in module.MODES:
         typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
         raise typer.Exit(2)
-    every = []
+    chosen = tuple(_chosen("--groups", dict.fromkeys(module.GROUPS), groups))
+    if compile_for:
+        print(*module.compile_kernels(dtypes, compile_for), sep="\n")
+        return
+    _require_gpu()
+    # A command that `timeout` ends has to end its engines too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    every: list[Any] = []
     try:
-        options: dict[str, Any] = {"kv_cache_dtype": stored, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
-        options["seconds"] = seconds
+        options: dict[str, Any] = {"kv_cache_dtypes": dtypes, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
+        options |= {"seconds": seconds, "num_layers": layers, "groups": chosen, "logs": logs}
         for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
             every += figures
-            if not json_output:
+            if figures and not json_output:
                 print(module.format_line(figures), flush=True)
-            if csv_path is not None:  # after each engine: a machine's time may end before the last one's
+            if figures and csv_path is not None:  # after each answer: a machine's time may end before the last one's
                 write_csv(csv_path, every)
     except module.EngineBenchError as error:
-        typer.echo(f"fa4 bench: FA4: {error}", err=True)
+        typer.echo(f"fa4 bench: {error}", err=True)
         raise typer.Exit(1) from None
-    print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every))
+    finally:
+        print(json.dumps([asdict(f) for f in every], indent=1) if json_output else module.summary(every), flush=True)
 
 
 def _with_queries(chosen: dict[str, Any], q_dtype: str) -> list[Any]:

@@ -21,7 +21,7 @@ PREFILL, DECODE, LATENT = "prefill", "decode", "latent"
 
 def model(
     arch: Annotated[str, typer.Option(help="sm_90a (an H100), sm_100a (B200) or sm_103a (B300)")] = "sm_100a",
-    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, dims 576,512; 16 bits)")] = PREFILL,
+    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, 576,512; FP8 on Blackwell)")] = PREFILL,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="elements of a row of Q and K, or of K,V such as 192,128")] = "128",
     batch: Annotated[str, typer.Option(help="groups of equal rows such as 8x4K or 4x512of8K, between commas")] = "8x4K",
@@ -100,7 +100,7 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
     from fa4_backend.emulator.timing import TIMINGS, extremes
 
     plan, metadata = model_case.scheduled(step, chip)
-    tiles = model_case.prefill_list(step, plan, metadata)
+    tiles = model_case.prefill_blocks(step, plan, metadata)
     recordings: dict[tuple[int, int], Any] = {}
 
     def record(num_tiles: int, blocks: int) -> Any:
@@ -114,20 +114,16 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
 
     def whole(timing: Any) -> tuple[Any, Any]:
         costs = kernel_model.tile_costs(record, timing)
-        cycles = (
-            kernel_model.queued_cycles(costs, tiles.lists[0], num_groups)
-            if tiles.has_queue
-            else kernel_model.dealt_cycles(costs, tiles.lists)
-        )
-        tensor = sum(map(sum, tiles.lists)) * costs.tensor / num_groups
+        cycles = kernel_model.queued_cycles(costs, tiles, num_groups)
+        tensor = sum(tiles) * costs.tensor / num_groups
         return costs, kernel_model.kernel_time(chip, cycles, tensor, step.num_bytes)
 
     low, high = extremes(TIMINGS[step.arch])
     (costs, time), (_, fast), (_, slow) = whole(TIMINGS[step.arch]), whole(low), whole(high)
     return {
         "kernel": plan.kernels.prefill.name,
-        "tiles": sum(map(len, tiles.lists)),
-        "KV blocks": sum(map(sum, tiles.lists)),
+        "tiles": len(tiles),
+        "KV blocks": sum(tiles),
         "cycles of a block": round(costs.block, 1),
         "cycles of a tile besides": round(costs.tile, 1),
         "cycles once a CTA": round(costs.first, 1),
@@ -149,8 +145,8 @@ def latent(step: LatentStep, chip: Chip) -> dict[str, Any]:
     from fa4_backend.emulator import kernel_model, model_latent
     from fa4_backend.emulator.timing import TIMINGS
 
-    if step.kv_dtype != "auto":
-        raise ValueError(f"--kv-dtype: expected auto for {LATENT}, got {step.kv_dtype}")
+    if step.kv_dtype != "auto" and step.arch == "sm_90a":
+        raise ValueError(f"--kv-dtype: expected auto for {LATENT} on sm_90a, got {step.kv_dtype}")
     plan, metadata = model_latent.scheduled(step, chip.num_sms)
     assert plan.kernels is not None and plan.kernels.decode is not None, plan
     lists = model_latent.entry_blocks(metadata)

@@ -89,9 +89,10 @@ def _tensors(step: LatentStep) -> tuple[torch.Tensor, ...]:
     import torch
 
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, step.dtype)
+    kind = dtype if step.kv_dtype == "auto" else getattr(torch, step.kv_dtype)
     each = -(-max(step.kv_lens) // step.page_size)
     rows = torch.randn(sum(step.query_lens), step.num_q_heads, step.head_dim, generator=generator).to(dtype)
-    latents = torch.randn(each * len(step.kv_lens), step.page_size, step.head_dim, generator=generator).to(dtype)
+    latents = torch.randn(each * len(step.kv_lens), step.page_size, step.head_dim, generator=generator).to(kind)
     q, q_rope = rows.split([step.head_dim_v, step.head_dim - step.head_dim_v], dim=-1)
     table = torch.arange(each * len(step.kv_lens), dtype=torch.int32).view(len(step.kv_lens), each)
     return q.contiguous(), q_rope.contiguous(), latents, table

@@ -1,23 +1,23 @@
-"""What vLLM may ask of this backend. Every answer comes from the code that refuses (`fa4_backend.support`), so it cannot go stale."""
+"""What vLLM may ask of this backend; what kernels serve is answered by `answers.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fa4_backend import AttentionProblem, MaskFeatures
+from fa4_backend import MaskFeatures
 from fa4_backend.problem import FP8, UnsupportedProblem
-from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_backend.support import PAGE_MULTIPLE
+from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of
 from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
-from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 from fa4_integration.vllm_backend.plugin import NAME
-from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+ORDINARY = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
 
 
 class FA4Backend(AttentionBackend):
@@ -42,12 +42,7 @@ class FA4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        config = get_current_vllm_config_or_none()
-        if kv_cache_spec is not None and config is not None:
-            # Asked of all backends of a KV cache group at start. Where they have no size in common, vLLM stops here, before any builder
-            # is made; the line that says which layers chose another backend has to come first.
-            announce_layers(config)
-        return [MultipleOf(PAGE_MULTIPLE)]
+        return page_sizes(kv_cache_spec)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -60,7 +55,7 @@ class FA4Backend(AttentionBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return refusal(dtype=str(dtype).removeprefix("torch.")) is None
+        return refusal(dtype=dtype_name(dtype)) is None
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
@@ -93,11 +88,7 @@ class FA4Backend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        try:
-            check_problem(_problem(arch=serving_arch(capability)))
-        except UnsupportedProblem:
-            return False
-        return True
+        return refusal(capability) is None
 
     @classmethod
     def supports_combination(
@@ -119,22 +110,13 @@ class FA4Backend(AttentionBackend):
         return refusal(
             head_dim=head_size,
             head_dim_v=head_size,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             kv_dtype=kv_dtype,
             page_size=block_size or PAGE_MULTIPLE,
             mask=MaskFeatures(has_sinks=has_sink),
         )
 
 
-def refusal(**facts: Any) -> str | None:
-    """Why no kernel on this device serves a problem with these facts, the rest being ordinary; None if one does."""
-    try:
-        check_problem(_problem(arch=serving_arch(), **facts))
-    except UnsupportedProblem as reason:
-        return str(reason)
-    return None
-
-
-def _problem(arch: str, **facts: Any) -> AttentionProblem:
-    ordinary = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
-    return AttentionProblem(arch=arch, **{**ordinary, **facts})
+def refusal(capability: Any = None, **facts: Any) -> str | None:
+    """Why no kernel on this device serves layers with these facts, the rest being ordinary; None if one does."""
+    return refusal_of(ORDINARY, capability, **facts)

@@ -1,24 +1,25 @@
-"""What vLLM may ask of this backend for layers of multi-head latent attention. Answers come from `fa4_backend.support`."""
+"""What vLLM may ask of this backend for layers of multi-head latent attention; what kernels serve is answered by `answers.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.v1.attention.backend import MultipleOf
 
-from fa4_backend import AttentionProblem
 from fa4_backend.problem import FP8, LATENT, UnsupportedProblem
-from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_backend.support import PAGE_MULTIPLE
+from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
-from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
 from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
 from fa4_integration.vllm_backend.plugin import MLA_NAME
-from fa4_integration.vllm_backend.serving_arch import serving_arch
 
+DEEPSEEK = {
+    "num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE,
+    "kv_source": LATENT,
+}  # fmt: skip
 ROPE_DIM = 64  # rotary elements of a latent, in all models that vLLM has; a layer with others is refused by `FA4MLAImpl`
 SPARSE = "sparse MLA, over tokens that an indexer chooses, belongs to vLLM's *_MLA_SPARSE backends: start without --attention-backend"
 
@@ -43,10 +44,7 @@ class FA4MLABackend(MLACommonBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        config = get_current_vllm_config_or_none()
-        if kv_cache_spec is not None and config is not None:
-            announce_layers(config)  # before vLLM looks for a page size that all backends have in common, as `FA4Backend` does
-        return [MultipleOf(PAGE_MULTIPLE)]
+        return page_sizes(kv_cache_spec)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -58,7 +56,7 @@ class FA4MLABackend(MLACommonBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return latent_refusal(dtype=str(dtype).removeprefix("torch.")) is None
+        return latent_refusal(dtype=dtype_name(dtype)) is None
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
@@ -97,7 +95,7 @@ class FA4MLABackend(MLACommonBackend):
         return latent_refusal(
             head_dim=head_size,
             head_dim_v=head_size - ROPE_DIM,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             kv_dtype=kv_dtype,
             page_size=block_size or PAGE_MULTIPLE,
         )
@@ -105,9 +103,4 @@ class FA4MLABackend(MLACommonBackend):
 
 def latent_refusal(capability: Any = None, **facts: Any) -> str | None:
     """Why no kernel on this device serves latent attention with these facts, the rest being DeepSeek's; None if one does."""
-    ordinary = {"num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
-    try:
-        check_problem(AttentionProblem(arch=serving_arch(capability), kv_source=LATENT, **{**ordinary, **facts}))
-    except UnsupportedProblem as reason:
-        return str(reason)
-    return None
+    return refusal_of(DEEPSEEK, capability, **facts)

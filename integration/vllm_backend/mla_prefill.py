@@ -16,6 +16,7 @@ from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, ragged_atte
 from fa4_backend.problem import RAGGED, UnsupportedProblem
 from fa4_backend.support import check_problem
 from fa4_integration.common import start
+from fa4_integration.vllm_backend.answers import dtype_name, refusal_of
 from fa4_integration.vllm_backend.plugin import NAME
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
@@ -54,7 +55,7 @@ class FA4PrefillBackend(MLAPrefillBackend):
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return refusal(dtype=str(dtype).removeprefix("torch.")) is None
+        return refusal(dtype=dtype_name(dtype)) is None
 
     @classmethod
     def supports_mla_dimensions(cls, mla_dimensions: MLADimensions) -> bool:
@@ -180,13 +181,10 @@ def head_dims(dimensions: MLADimensions) -> dict[str, int]:
 
 def refusal(capability: Any = None, **facts: Any) -> str | None:
     """Why no kernel on this device serves MLA prefill with these facts, the rest being DeepSeek's; None if one does."""
-    ordinary = {"num_q_heads": 16, "num_kv_heads": 16, **head_dims(DEEPSEEK), "dtype": "bfloat16", "page_size": 1}
-    try:
-        for is_causal in (True, False):
-            mask = MaskFeatures(is_causal=is_causal)
-            check_problem(
-                AttentionProblem(arch=serving_arch(capability), kv_source=RAGGED, mask=mask, has_lse=True, **{**ordinary, **facts})
-            )  # fmt: skip
-    except UnsupportedProblem as reason:
-        return str(reason)
-    return None
+    ordinary = {
+        "num_q_heads": 16, "num_kv_heads": 16, **head_dims(DEEPSEEK), "dtype": "bfloat16", "page_size": 1, "kv_source": RAGGED,
+        "has_lse": True,
+    }  # fmt: skip
+    masks = (MaskFeatures(is_causal=is_causal) for is_causal in (True, False))
+    reasons = (refusal_of(ordinary, capability, mask=mask, **facts) for mask in masks)
+    return next((reason for reason in reasons if reason is not None), None)

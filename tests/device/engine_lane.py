@@ -45,6 +45,7 @@ class Engine:
     is_alone: bool = False  # in a process of its own
     environment: dict[str, str] = field(default_factory=dict)  # of that process, or while the engine lives
     num_processes: int = 1  # in which our kernels have to run
+    ranks: int = 1  # data-parallel ranks, a lane each; all but the first get one prompt and idle then
     graphs: str | None = None  # the CUDA graph mode that has to come out
     preempts: bool = False  # the KV cache is too small for all that runs
     drafts: bool = False  # tokens have to be drafted, some accepted and some rejected
@@ -60,7 +61,7 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
 
     lines: list[tuple[float, str]] = []
     with set_environment({**engine.environment, "FA4_BACKEND_TRACE_FILE": str(trace)}), off_scale(engine.scale_error):
-        with settled_heap(), count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines):
+        with settled_heap(), count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines), count_dummies() as dummies:
             begin = time.perf_counter()
             arguments = {**COMMON, **MEMORY, "disable_log_stats": not engine.drafts, **engine.arguments}
             llm = LLM(model, attention_backend=engine.backend, **arguments)
@@ -79,6 +80,7 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
         "stop_seconds": round(time.perf_counter() - asked, 1),
         "slow_parts": slow_parts(begin, lines),
         "preemptions": preempted[0],
+        "dummy_batches": dummies[0],
         "rebuilds": next((text for _, text in lines if "cannot update draft decode metadata" in text), None),
         **kernels_in(trace),
     }
@@ -107,8 +109,10 @@ def ask(llm: Any, engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     }
     kinds: dict[str, Callable[[], Any]] = {
         "decode_logprobs": lambda: decode_logprobs(llm, inputs, lora),
-        "structured": lambda: [list(output.outputs[0].token_ids) for output in generate(llm, inputs[:4], lora[:4], EVEN)],
     }
+    if engine.ranks == 1:
+        # vLLM waits for a grammar beside its steps: a rank that waits runs no batch, not even a dummy one, and the others hang.
+        kinds["structured"] = lambda: [list(output.outputs[0].token_ids) for output in generate(llm, inputs[:4], lora[:4], EVEN)]
     if "speculative_config" not in engine.arguments:
         kinds["prefill_logprobs"] = lambda: prefill_logprobs(llm, inputs, lora)
     if engine.drafts:
@@ -198,7 +202,7 @@ def faults(engine: Engine, result: dict[str, Any]) -> list[str]:
         wrong.append(f"other tokens after {result['other_after']}")
     wrong += [f"{kind} failed: {words}" for kind, words in result["failed_kinds"].items()]
     structured = [[token for token in tokens if token != END] for tokens in result["structured"]]
-    if "structured" not in result["failed_kinds"]:
+    if "structured" not in result["failed_kinds"] and engine.ranks == 1:
         if any(token % 2 for tokens in structured for token in tokens) or not any(len(tokens) > 4 for tokens in structured):
             wrong.append(f"under a grammar of even tokens: {structured}")
     if engine.drafts:
@@ -259,6 +263,24 @@ def count_preemptions() -> Iterator[list[int]]:
 
 
 @contextmanager
+def count_dummies() -> Iterator[list[int]]:
+    """One number, which grows with each batch that vLLM makes up for an engine without work."""
+    from vllm.v1.engine.core import EngineCore
+
+    count, execute = [0], EngineCore.execute_dummy_batch
+
+    def counted(core: Any) -> Any:
+        count[0] += 1
+        return execute(core)
+
+    EngineCore.execute_dummy_batch = counted
+    try:
+        yield count
+    finally:
+        EngineCore.execute_dummy_batch = execute
+
+
+@contextmanager
 def sinks_in_llama(is_wanted: bool) -> Iterator[None]:
     """Give every attention layer of a Llama sinks, as gpt-oss has them; the same in every engine."""
     if not is_wanted:
@@ -305,26 +327,43 @@ def slow_parts(begin: float, lines: list[tuple[float, str]]) -> list[str]:
 
 
 def main() -> None:
-    """Run a lane: read its request, write a line of JSON an engine."""
+    """Run a lane: read its request, write a line of JSON an engine. A data-parallel rank above 0 writes its answers apart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--request", type=Path, required=True)
     folder = parser.parse_args().request.parent
     request = json.loads((folder / "request.json").read_text())
+    rank = int(os.environ.get("VLLM_DP_RANK", 0))
+    prompts = request["prompts"][:1] if rank else request["prompts"]
     begin = time.perf_counter()
     stand_in_for_missing_packages()
     import vllm  # noqa: F401  its import has a line of the time line of its own
 
     print(f"lane {folder.name}: {time.perf_counter() - begin:.1f} s to import vLLM", flush=True)
+    if "VLLM_DP_RANK" in os.environ:
+        call_models_mixtures()
     for index, description in enumerate(request["engines"]):
         engine = Engine(**{**description, "adapters": tuple(description["adapters"])})
         try:
-            result = answer(engine, request["model"], request["prompts"], folder / f"trace{index}")
+            result = answer(engine, request["model"], prompts, folder / f"trace{index}")
         except BaseException as error:
             traceback.print_exc()
             result = {"failed": f"{type(error).__name__}: {error}"[-1500:]}
-        with (folder / "answers.jsonl").open("a") as file:
+        with (folder / answers_name(rank)).open("a") as file:
             file.write(json.dumps({"name": engine.name, **result}) + "\n")
         gc.collect()
+
+
+def answers_name(rank: int) -> str:
+    """The file of a rank's answers."""
+    return f"answers{rank or ''}.jsonl"
+
+
+def call_models_mixtures() -> None:
+    """vLLM 0.33 keeps data-parallel ranks in step, an idle one by dummy batches, for mixtures of experts alone; what attention sees of it
+    is the same for a dense model, which then has to say that it is one."""
+    from vllm.config import ModelConfig
+
+    ModelConfig.is_moe = property(lambda config: True)
 
 
 def stand_in_for_missing_packages() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -109,12 +110,20 @@ def draw(
     )  # fmt: skip
 
 
-def attend(a: Latent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float32 attention of all sequences at once: out, lse, and out with weights and results rounded to q's dtype; of the tokens."""
+class Attended(NamedTuple):
+    """Float32 attention of all sequences at once, padded to the same number of tokens each."""
+
+    is_token: torch.Tensor  # (num_seqs, most_queries)
+    out: torch.Tensor  # (num_seqs, most_queries, heads, 512); of no token: anything
+    lse: torch.Tensor  # (num_seqs, most_queries, heads)
+    rounded: torch.Tensor  # as `out`, with weights and results rounded to q's dtype
+
+
+def attend_padded(a: Latent, most_queries: int, most_keys: int) -> Attended:
+    """The oracle of sequences of at most so many queries and keys, in tensor operations of fixed shapes."""
     device, page_size = a.q.device, a.latent_cache.shape[1]
     bounds = a.cu_seqlens_q.long()
     queries, lens = bounds.diff(), a.seqused_k.long()
-    most_queries, most_keys = max(int(queries.max()), 1), max(int(lens.max()), 1)
     key, token = torch.arange(most_keys, device=device), torch.arange(most_queries, device=device)
     place = a.page_table.long()[:, key // page_size] * page_size + key % page_size
     stored = a.latent_cache.view(torch.uint8).flatten(0, 1)[place].view(a.latent_cache.dtype)  # torch indexes no FP8 on a GPU
@@ -133,7 +142,14 @@ def attend(a: Latent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     latents = keys[..., :LATENT_DIM]
     out = (weights @ latents).unflatten(1, (most_queries, -1))
     rounded = (weights.to(a.q.dtype).float() @ latents).to(a.q.dtype).float().unflatten(1, (most_queries, -1))
-    return out[is_token], lse[is_token].T, rounded[is_token]
+    return Attended(is_token, out, lse, rounded)
+
+
+def attend(a: Latent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, lse, and out with weights and results rounded to q's dtype; of the tokens."""
+    most_queries, most_keys = max(int(a.cu_seqlens_q.diff().max()), 1), max(int(a.seqused_k.max()), 1)
+    r = attend_padded(a, most_queries, most_keys)
+    return r.out[r.is_token], r.lse[r.is_token].T, r.rounded[r.is_token]
 
 
 def judge(a: Latent) -> tuple[float, float]:

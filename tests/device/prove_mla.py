@@ -1,9 +1,13 @@
 """Proof of the latent decode kernel on a Hopper GPU: `python -m tests.device.prove_mla --json FILE`.
 
-Parts: random poisoned batches against a float32 oracle on the GPU; the same bits for every page size, and in batch-invariant mode alone
-and in a batch; replayed graphs with other lengths; `small`, a few of them of every shape, few enough for compute-sanitizer. Many batches:
-`--parts fuzz --batches 20000 --seconds 500`; where time ends before, `next` of the result is `--first` of the run that goes on. Times:
-`fa4 bench mla`, and `tests.device.measure_mla`.
+Parts: `fuzz`, random poisoned batches against a float32 oracle, each a replay of a captured graph (`latent_fuzz.py`); `long`, some of one
+row of up to 131,072 keys, one by one; `bits`, the same bits for every page size, and in batch-invariant mode alone and in a batch;
+`graphs`, a captured step replayed with other lengths; `small`, a batch of every shape, drawn and judged on the CPU. Many batches:
+`--parts fuzz --batches 20000 --seconds 90`. Times: `fa4 bench mla`, and `tests.device.measure_mla`.
+
+For compute-sanitizer, which makes everything slow that it watches: `compute-sanitizer --tool memcheck --kernel-name kns=fa4_backend python
+-m tests.device.prove_mla --parts small --seconds 45`, and racecheck likewise; `--first 11` begins with another shape. With the filter it
+watches our two kernels alone; batches have 2 and 3 rows and CTAs without work.
 """
 
 from __future__ import annotations
@@ -23,9 +27,12 @@ from typing import Any
 import torch
 
 from fa4_backend.bench.timing import capture
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.cache.entry import find_fault
+from fa4_backend.compile import CompileKey
+from fa4_backend.compile_cache import ensure_object, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8
+from tests.device.latent_fuzz import KINDS, fuzz_graphs
 from tests.device.mla_batches import DEVICE, Shape, Step, draw, judge
 from tests.support.emulated_mla import DIM, Latent
 
@@ -38,9 +45,11 @@ FUZZ_SHAPES = (
     Shape(16, 1, 32, dtype="float16", kv_dtype=FP8), Shape(16, 1, batch_invariant=True, kv_dtype=FP8),
 )  # fmt: skip
 PAGES = (16, 32, 64, 128, 48)
-# (rows, longest KV) of a batch, and how many of 100 batches are so
-ROWS = {(1, 20000): 20, (3, 6000): 25, (20, 1500): 25, (150, 200): 25, (200, 64): 4, (1, 131072): 1}
-SMALL_ROWS = {(3, 300): 1, (1, 700): 1, (9, 70): 1}
+GRAPH_SHAPE = Shape(128, 2)
+PROCESSES = 2  # that compile
+# (rows, longest KV) of a batch, and the chance of it
+LONG_ROWS = {(1, 131072): 1}
+SMALL_ROWS = {(3, 200): 1, (2, 330): 1}
 
 
 def lengths(shape: Shape, rng: random.Random, rows_of: dict[tuple[int, int], int]) -> tuple[list[int], list[int]]:
@@ -55,8 +64,11 @@ def lengths(shape: Shape, rng: random.Random, rows_of: dict[tuple[int, int], int
     return query_lens, kv_lens
 
 
-def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int], int] = ROWS) -> dict[str, Any]:
+def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int], int], device: str = DEVICE) -> dict[str, Any]:
     """Random batches `first .. first + batches` of every shape in turns, each run twice, or as many as `seconds` allow.
+
+    Args:
+        device: that draws and judges; on a CPU nothing but copies and our kernels runs on the GPU.
 
     Raises:
         AssertionError: a batch is wrong; the message has all that makes it.
@@ -67,7 +79,7 @@ def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int]
         shape = FUZZ_SHAPES[index % len(FUZZ_SHAPES)]
         rng = random.Random(index)
         query_lens, kv_lens = lengths(shape, rng, rows_of)
-        a = draw(shape, query_lens, kv_lens, index, peaked=rng.choice((1.0, 1.0, 20.0)))
+        a = on(DEVICE, draw(shape, query_lens, kv_lens, index, peaked=rng.choice((1.0, 1.0, 20.0)), device=device))
         step = Step(shape, a, max(*kv_lens, 1))
         step.refresh()
         for _ in range(2):  # counters are back at 0
@@ -75,7 +87,7 @@ def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int]
             a.lse.fill_(math.nan)
             step.run()
         try:
-            shares = judge(a)
+            shares = judge(on(device, a))
         except AssertionError as failure:
             raise AssertionError(f"batch {index}, {shape}, query_lens {query_lens}, kv_lens {kv_lens}: {failure}") from failure
         worst = [max(x, y) for x, y in zip(worst, shares, strict=True)]
@@ -90,6 +102,11 @@ def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int]
         "first": first, "next": index, "batches": index - first, "worst_share_out": worst[0], "worst_share_lse": worst[1],
         "seconds": round(time.monotonic() - begin), "seen": dict(seen),
     }  # fmt: skip
+
+
+def on(device: str, a: Latent) -> Latent:
+    """The same batch on a device."""
+    return Latent(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in a))
 
 
 def same_bits() -> dict[str, Any]:
@@ -136,7 +153,7 @@ def same_bits() -> dict[str, Any]:
 
 def graphs() -> dict[str, Any]:
     """A captured schedule and launch, replayed with other lengths."""
-    shape, count = Shape(128, 2), 0
+    shape, count = GRAPH_SHAPE, 0
     a = draw(shape, [2] * 8, [3000] * 8, 7, poison=False)
     step = Step(shape, a, 3000)
     replay = capture(lambda: (step.refresh(), step.run()))
@@ -154,26 +171,37 @@ def graphs() -> dict[str, Any]:
     return {"replays": count}
 
 
+def all_keys() -> list[CompileKey]:
+    """Of every part."""
+    shapes = (*FUZZ_SHAPES, *(Shape(128, 1, page) for page in PAGES), GRAPH_SHAPE)
+    limits = [(kind.rows, kind.longest) for kind in KINDS] + [*LONG_ROWS, *SMALL_ROWS]
+    return list(dict.fromkeys(key for shape in shapes for limit in limits for key in shape.kernels(*limit)[0].keys))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="fuzz,bits,graphs", help="of fuzz, bits, graphs, small; comma-separated")
-    parser.add_argument("--batches", type=int, default=220, help="of fuzz; of small: 1 a shape unless given")
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which fuzz starts no batch")
-    parser.add_argument("--first", type=int, default=0, help="number of the first batch")
+    parser.add_argument("--parts", default="fuzz,long,bits,graphs", help="of fuzz, long, bits, graphs, small; comma-separated")
+    parser.add_argument("--batches", type=int, default=2200, help="of fuzz")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which fuzz, or small, starts no batch")
+    parser.add_argument("--first", type=int, default=0, help="seed of fuzz; number of the first batch of small")
+    parser.add_argument("--compile-only", action="store_true", help="compile all kernels for sm_90a, and do no more; needs no GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = args.parts.split(",")
-    shapes = {*FUZZ_SHAPES} | ({Shape(128, 1, page) for page in PAGES} if "bits" in names else set())
-    keys = {key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}
+    keys = all_keys()
     begin = time.monotonic()
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
-    print(f"compiled {len(keys)} kernels in {time.monotonic() - begin:.0f} s", flush=True)
+    lacking = [key for key in keys if find_fault(object_entry(key)) is not None]
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, lacking))
+    print(f"compiled {len(lacking)} of {len(keys)} kernels in {time.monotonic() - begin:.0f} s", flush=True)
+    if args.compile_only:
+        return
     results: dict[str, Any] = {"stamp": gpu_stamp(("schedule", "mla_decode"))}
     parts: dict[str, Callable[[], Any]] = {
-        "fuzz": lambda: fuzz(args.first, args.batches, args.seconds), "bits": same_bits, "graphs": graphs,
-        "small": lambda: fuzz(args.first, min(args.batches, len(FUZZ_SHAPES)), args.seconds, SMALL_ROWS),
+        "fuzz": lambda: fuzz_graphs(FUZZ_SHAPES, args.batches, args.seconds, args.first), "bits": same_bits, "graphs": graphs,
+        "long": lambda: fuzz(0, 2 * len(FUZZ_SHAPES), args.seconds, LONG_ROWS),
+        "small": lambda: fuzz(args.first, len(FUZZ_SHAPES), args.seconds, SMALL_ROWS, "cpu"),
     }  # fmt: skip
     for name in names:
         begin = time.monotonic()

@@ -26,7 +26,8 @@ from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.engine_lane import COMMON, Engine
-from tests.device.serve_matrix import Group, arch, lanes, rehearsed, report, run_lane, warm_imports
+from tests.device.serve_matrix import Group, arch, lanes, rehearsed, report, run_lane, warm_imports, without_answers
+from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, FP8_RUNS, SUITES, WRITE, compare, judge
 
 SUITE = SUITES["fp8"]
@@ -98,7 +99,7 @@ def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, dea
                     answer["against_flash_attn"] = compare(answer, reference)
             if options.out:
                 stamp = None if options.rehearse else gpu_stamp()
-                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": without_answers(results)}, indent=1) + "\n")
     for run, answer in results.items():
         report(run, answer)
     return results
@@ -106,17 +107,13 @@ def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, dea
 
 def main() -> int:
     """Run the engines, print a line each, write the JSON; 1 when one failed, was far away or did not show what it has to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="lanes", side_by_side=4, seconds=150)
     parser.add_argument("--models", default=",".join(SUITE.runs_of), help="an apart by commas: of the suite")
     parser.add_argument("--all", action="store_true", help="sleep, pages of 64 and skipped layers too")
     parser.add_argument("--runs", default="", help="names of runs, a semicolon between them")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build; distances are not judged")
-    parser.add_argument("--side-by-side", type=int, default=4, help="lanes that run at once")
     parser.add_argument("--per-lane", type=int, help="engines in one process")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs neither GPU nor vLLM")
-    parser.add_argument("--seconds", type=float, default=150, help="until all lanes are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     groups = groups_of(options.models.split(","), options.all, [run for run in options.runs.split(";") if run])

@@ -17,6 +17,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,8 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.cache.entry import find_fault
 from fa4_backend.compile_cache import find_prebuilt, library_of, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
-from tests.device.engine_lane import COMMON, Engine, run_process, write_request
+from tests.device.engine_lane import COMMON, Engine, answers_name, run_process, write_request
+from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import TOO_FAR, Suite, compare, judge
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_eagle, write_gemma2, write_llama, write_lora
@@ -159,6 +162,8 @@ TWO_GPUS = Group(
         ours("FA4, TP 2, default mode", {**TP_2, "compilation_config": NO_FUSED_ALL_REDUCE}, graphs=BOTH, num_processes=2, is_alone=True),
         ours("FA4, TP 2, drafts", {**MODE_0, **TP_2, "speculative_config": TWO_DRAFTS}, drafts=True, num_processes=2, is_alone=True),
         ours("FA4, PP 2", {**MODE_0, "pipeline_parallel_size": 2}, num_processes=2, is_alone=True),
+        # Each step of one rank has to meet a step of the other, which steps that only fetch tokens do not.
+        ours("FA4, DP 2", {**MODE_0, "async_scheduling": False}, graphs="FULL", num_processes=2, ranks=2, is_alone=True),
         off(MODE_0),
     ),
 )
@@ -322,15 +327,44 @@ def run_lane(request: Path, deadline: float) -> list[dict[str, Any]]:
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each of the lanes
     if len(wanted) == 1:  # it is alone: what it sets holds from the start
         environment |= wanted[0]["environment"]
-    log, answers = request.with_name("log"), request.with_name("answers.jsonl")
-    is_done = run_process([sys.executable, "-m", "tests.device.engine_lane", "--request", str(request)], environment, log, seconds)
-    results = [json.loads(line) for line in answers.read_text().splitlines()] if answers.exists() else []
+    log, ranks = request.with_name("log"), wanted[0]["ranks"]
+    command = [sys.executable, "-m", "tests.device.engine_lane", "--request", str(request)]
+    is_done = run_process(of_ranks(command, ranks), environment, log, seconds)
+    results, *others = (read_answers(request.with_name(answers_name(rank))) for rank in range(ranks))
+    for index, result in enumerate(results):
+        check_idle_ranks(result, [answers[index] if index < len(answers) else {"failed": "no answer"} for answers in others])
     words = ("" if is_done else f"not done within {seconds} s\n") + log.read_text(errors="replace")[-3500:]
     for result in results:
         if "failed" in result:
             result["failed"] += "\n" + words
     answered = {result["name"] for result in results}
     return results + [{"name": engine["name"], "failed": words} for engine in wanted if engine["name"] not in answered]
+
+
+def of_ranks(command: list[str], ranks: int) -> list[str]:
+    """A command that runs `command` as each of so many data-parallel ranks."""
+    if ranks == 1:
+        return command
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = f"VLLM_DP_SIZE={ranks} VLLM_DP_MASTER_IP=127.0.0.1 VLLM_DP_MASTER_PORT={port}"
+    both = " & ".join(f"{common} VLLM_DP_RANK={rank} VLLM_DP_RANK_LOCAL={rank} {shlex.join(command)}" for rank in range(ranks))
+    return ["bash", "-c", f"{both} & wait"]
+
+
+def read_answers(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def check_idle_ranks(result: dict[str, Any], idle: list[dict[str, Any]]) -> None:
+    """Note in the first rank's result how many dummy batches its idle ranks ran, and that one that failed or ran none is wrong."""
+    for rank, other in enumerate(idle, 1):
+        if "failed" in other:
+            result.setdefault("wrong", []).append(f"rank {rank} failed: {other['failed'][-300:]}")
+        elif not other["dummy_batches"]:
+            result.setdefault("wrong", []).append(f"rank {rank} ran no dummy batch")
+        result[f"dummy_batches_{rank}"] = other.get("dummy_batches")
 
 
 def report(name: str, result: dict[str, Any]) -> None:
@@ -341,7 +375,7 @@ def report(name: str, result: dict[str, Any]) -> None:
     seen = {key: value for key, value in result.get("against_flash_attn", {}).items() if key.endswith("rms") or key == "equal"}
     times = "/".join(str(result[f"{part}_seconds"]) for part in ("start", "ask", "stop"))
     print(f"{name}: {seen}, start/ask/stop {times} s, {result['config']}, {result['kernels']}, pids {result['pids']}", flush=True)
-    for what in ("preemptions", "acceptance", "wrong"):
+    for what in ("preemptions", "acceptance", "dummy_batches_1", "wrong"):
         if result.get(what):
             print(f"    {what}: {result[what]}", flush=True)
     if result["slow_parts"]:
@@ -396,16 +430,12 @@ def chosen(options: argparse.Namespace) -> dict[str, Group]:
 
 def main() -> int:
     """Run the groups, print a line an engine, write the JSON; 1 when an engine failed, was far away or did not show what it has to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="lanes", side_by_side=10, seconds=180)
     parser.add_argument("--groups", default=",".join(DEFAULT_GROUPS), help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--engines", help="names of engines, a semicolon between them; default: all of the groups")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build: see `rehearsed`")
-    parser.add_argument("--side-by-side", type=int, default=10, help="lanes that run at once")
     parser.add_argument("--per-lane", type=int, help="engines of a group in one process; default: as the group says")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
-    parser.add_argument("--seconds", type=float, default=180, help="until all lanes are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the lanes' logs, and all answers")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     groups = chosen(options)

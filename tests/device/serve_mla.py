@@ -27,6 +27,7 @@ from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
 from tests.device.engine_lane import run_process
 from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
+from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, EAGER, FP8, MEMORY, TOO_FAR, compare, decode_logprobs, prefill_logprobs
 from tests.engines.prompts import make_prompts
 
@@ -57,6 +58,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     if request["scale_error"] != 1.0:
         plant(request["scale_error"])
+    join_keys_by_copies()
     arguments = {
         "dtype": "bfloat16", "max_num_batched_tokens": MAX_TOKENS, "max_model_len": MAX_LEN, "max_num_seqs": MAX_SEQS, "seed": 0,
     }  # fmt: skip
@@ -71,6 +73,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "decode_logprobs": decode_logprobs(llm, inputs),
         "kernels": sorted({line.split(" ", 1)[1] for line in trace.read_text().splitlines()}) if trace.exists() else [],
     }
+
+
+def join_keys_by_copies() -> None:
+    """vLLM joins the two parts of a key of 128 heads by a kernel that FlashInfer compiles at the first prompt, for which an installation
+    needs its sources. The same is done by two copies, as for any other number of heads."""
+    from vllm.model_executor.layers.attention import mla_attention
+
+    mla_attention.has_flashinfer = lambda: False
 
 
 def plant(scale_error: float) -> None:
@@ -189,13 +199,9 @@ def run_all(heads: list[int], runs: list[str], options: argparse.Namespace) -> l
 
 def main() -> int:
     """Run everything, print a line an engine, write the JSON; 1 when something is not as it has to be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="engines", side_by_side=5, seconds=200)
     parser.add_argument("--heads", default="16,128")
     parser.add_argument("--only", help="which runs, separated by semicolons; the reference and the yardsticks belong to it")
-    parser.add_argument("--side-by-side", type=int, default=5, help="engines that run at once")
-    parser.add_argument("--seconds", type=float, default=200, help="until all engines are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the engines' logs")
     parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.engine_lane import run_process
+from tests.device.serve_options import serve_parser
 from tests.engine_sglang.planted import ERROR, plant
 from tests.engines.prompts import make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama, write_wide_llama
@@ -235,13 +236,9 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 def main() -> int:
     """Run everything, print a table, write the JSON; 1 when something is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = serve_parser(__doc__, runs="engines", side_by_side=4, seconds=240)
     parser.add_argument("--models", default=",".join(RUNS_OF), help="which of the small models")
     parser.add_argument("--only", help="which runs, separated by semicolons; fa3 and the yardsticks belong to it")
-    parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at once")
-    parser.add_argument("--seconds", type=float, default=240, help="until all engines are ended; their logs then say where they stood")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the engines' logs")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: see `rehearsed`; graphs are then told missing")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Latent decode on Blackwell, compiled by the real compiler and executed on the emulator behind the device's schedule, against an oracle.
 
 Sizes sit at 128 keys a block, 64 of them a CTA, 64 packed rows a CTA, 16 rows a warp, 16 or 64 keys a box. The pretended GPU has few SMs,
-so rows are cut between pairs of CTAs. What no row sees is NaN, lists, counters and slots hold garbage before. Four keys are compiled; other
+so rows are cut between pairs of CTAs. What no row sees is NaN, lists, counters and slots hold garbage before. Six keys are compiled; other
 shapes run by hand: `python -m scripts.mla_sm100_races`.
 """
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
+from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
 
 pytestmark = pytest.mark.emulated
@@ -56,5 +57,28 @@ def test_batch_invariant_bits_do_not_depend_on_the_gpu() -> None:
     again = run_mla(PIECES, num_sms=8, seed=7)
     again.check()
     assert (again.work.decode_tiles[:2, NUM_PIECES] > 1).any(), "no row is cut on four pairs"
+    for got, want in zip(again.rows, first.rows, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_fp8_latents_few_heads() -> None:
+    """Q and weights in two terms, two blocks of K and V in flight; a row of Q near the smallest numbers, one with an element beyond all
+    others."""
+    case = replace(FEW, kv_dtype=FP8)
+    arguments = case.build()
+    arguments.q[0] *= 2.0**-100
+    arguments.q_rope[0] *= 2.0**-100
+    arguments.q[1, :, 7] *= 2.0**10
+    for seed in (None, 1):
+        run_mla(case, num_sms=6, seed=seed, arguments=arguments).check()
+
+
+def test_fp8_latents_of_drafts() -> None:
+    """Both tiles of a pair, references that move in most blocks, pages of 16 and 64."""
+    case = replace(DRAFTS, kv_dtype=FP8, kv_lens=(390, 300, 3, 129), peaked=20.0)
+    first = run_mla(case)
+    first.check()
+    again = run_mla(replace(case, page_size=64), seed=5)
+    again.check()
     for got, want in zip(again.rows, first.rows, strict=True):
         assert torch.equal(got, want)

@@ -87,7 +87,7 @@ def own_parts() -> Target:
     case = PagedCase((17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
     built = case.build()
     key = case.plan(num_sms=3).kernels.prefill
-    assert key.has_queue and key.part_floats, key
+    assert key.part_floats, key
     library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
@@ -148,14 +148,14 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
     return Target(name, library.with_suffix(".ptx").read_text(), run, ("decode",))
 
 
-def own_latent_decode() -> Target:
+def own_latent_decode(kv_dtype: str = SAME_AS_Q) -> Target:
     """This package's latent decode kernel of Blackwell: rows split between pairs, drafts, a tail within a box, references that move."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_mla import MlaCase, run_mla
 
     case = MlaCase(
-        (4, 1, 3), (650, 65, 300), num_heads=32, decode_query_len=4, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+        (4, 1, 3), (650, 65, 300), num_heads=32, decode_query_len=4, kv_dtype=kv_dtype, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
     )  # fmt: skip
     library = ensure_object(case.kernels(4).decode)
 
@@ -163,7 +163,8 @@ def own_latent_decode() -> Target:
         result = run_mla(case, num_sms=4, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_100a latent decode, CTA pairs", library.with_suffix(".ptx").read_text(), run, ("mla_decode/sm100",))
+    name = "sm_100a latent decode, CTA pairs" + ", FP8 latents" * (kv_dtype == FP8)
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("mla_decode/sm100",))
 
 
 def own_schedule() -> Target:
@@ -176,7 +177,7 @@ def own_schedule() -> Target:
 
     few = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
     many = replace(few, prefill_groups=70, decode_num_ctas=140, num_sms=70, max_num_tokens=1 << 15)
-    parts = replace(few, prefill_groups=40, decode_num_ctas=80, num_sms=40, part_floats=8, min_part_blocks=2, has_queue=True)
+    parts = replace(few, prefill_groups=40, decode_num_ctas=80, num_sms=40, part_floats=8, min_part_blocks=2)
     steps = [
         # More decode rows of unequal length than there are threads, and few prefill rows.
         (few, [1 + i % 4 for i in range(600)] + [300, 0, 70], [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]),
@@ -196,7 +197,7 @@ def own_schedule() -> Target:
         for shape, query_lens, kv_lens in steps:
             work = empty_lists(shape, len(kv_lens))
             total.add(run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed))
-            outputs += [work.arrivals, work.part_arrivals, work.prefill_begin, work.prefill_queue, work.prefill_tiles]
+            outputs += [work.arrivals, work.part_arrivals, work.prefill_queue, work.prefill_tiles]
             outputs += [entries[:, : TOTAL_Q + 1] for entries in (work.decode_first, work.decode_tiles)]
         return outputs, total
 
@@ -263,6 +264,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     # Queries so large that a row's maximum moves block after block: O is rescaled. Hopper's kernel rescales it in any case.
     "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
     "sm100_mla": own_latent_decode,
+    "sm100_mla_fp8": lambda: own_latent_decode(FP8),
     "schedule": own_schedule,
     "step_prefill": lambda: own_step("sm_90a", plant_in_decode=False),
     "step_decode": lambda: own_step("sm_100a", plant_in_decode=True),

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, memory_spans, paged_attention, plan_attention
 from fa4_backend.arguments import CallTensors
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import FP8
 from fa4_backend.support import MAX_TOKENS
-from fa4_backend.validation import WIDEST_WINDOW, check_tensors
+from fa4_backend.validation import check_tensors
 from tests.support.paged_case import BuiltCase, PagedCase
 from tests.support.problems import make_problem
 
@@ -408,6 +409,8 @@ BAD_STEPS: dict[str, tuple[Callable, str]] = {
     "seqused_k is a list": (lambda a: {"seqused_k": [20, 33]}, "seqused_k: expected a tensor, got list"),
     "a length on the device": (lambda a: {"max_seqlen_k": a.seqused_k.max()}, "max_seqlen_k: expected a whole number .* got a Tensor"),
     "half a token": (lambda a: {"max_seqlen_q": 4.5}, "max_seqlen_q: expected a whole number as a Python int, got 4.5"),
+    "a shortest query of none": (lambda a: {"min_seqlen_q": 0}, "min_seqlen_q: expected 1 to max_seqlen_q=5, got 0"),
+    "a shortest query above one": (lambda a: {"min_seqlen_q": 5}, "min_seqlen_q: expected at most the shortest query, 1, got 5"),
     "a negative length": (lambda a: {"max_seqlen_q": -1}, "max_seqlen_q: expected 0 to 9, .*max_num_tokens, got -1"),
 }
 
@@ -417,7 +420,7 @@ def test_a_step_whose_lengths_are_numpys() -> None:
     built, plan = CASE.build(), CASE.plan()
     metadata, a = metadata_of(built, plan), built.arguments
     metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=np.int32(5), max_seqlen_k=np.int64(33))
-    assert metadata.bounds == (2, 5, 33)
+    assert metadata.bounds == (2, 5, 33, 1)
 
 
 @pytest.mark.parametrize("what", BAD_STEPS)
@@ -435,7 +438,7 @@ def test_wrong_step(what: str) -> None:
 
 def test_no_position_and_window_reach_past_int32() -> None:
     """The last position of the longest sequence, the widest window and a tile are counted in 32 bits."""
-    assert MAX_TOKENS + WIDEST_WINDOW + 1024 < 2**31
+    assert MAX_TOKENS + NO_WINDOW + 1024 < 2**31
     problem = make_problem(**{**GOOD, "arch": "sm_100a"})  # type: ignore[arg-type]
     assert plan_attention(problem, BatchLimits(1, MAX_TOKENS, MAX_TOKENS)).kernels is not None
     for limits, words in (((1, 1, MAX_TOKENS + 1), "max_seqlen_k on sm_100a"), ((1, 2**31, 1), "max_num_tokens on sm_100a")):

@@ -6,10 +6,11 @@ from fa4_backend import MaskFeatures
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape
 from fa4_backend.kernels.sm100.config import Sm100Config
-from fa4_backend.kernels.sm100.storage import FEED_BYTES, FEED_STAGE, Storage, TileBytes
+from fa4_backend.kernels.sm100.storage import FEED_BYTES, Storage
+from fa4_backend.kernels.sm100.tile_bytes import TileBytes
 from fa4_backend.kernels.sm100.tmem_layout import TmemLayout
 from fa4_backend.kernels.sm100.tuning import ROWS
-from fa4_backend.kernels.sm100.warp_roles import pipeline_edges
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, pipeline_edges
 
 
 def config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_engines_are_cut_into_lanes_with_the_reference_first(tmp_path: Path) -> 
 
 def test_a_lane_that_ends_early_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"engines": [{"name": "first", "environment": {}}, {"name": "second", "environment": {}}]}))
+    request.write_text(json.dumps({"engines": [{"name": name, "environment": {}, "ranks": 1} for name in ("first", "second")]}))
 
     def dies(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> bool:
         assert environment.items() >= NO_MULTICAST.items()
@@ -87,6 +88,37 @@ def test_a_lane_that_ends_early_keeps_what_was_answered(tmp_path: Path, monkeypa
     first, second = run_lane(request, 7.0)
     assert first == {"name": "first", "tokens": [[1]]}
     assert second == {"name": "second", "failed": "not done within 5.0 s\nKilled"}
+
+
+@pytest.mark.parametrize(
+    ("of_idle", "words"),
+    [
+        ('{"name": "FA4", "dummy_batches": 5}', None),
+        ('{"name": "FA4", "dummy_batches": 0}', "rank 1 ran no dummy batch"),
+        ('{"name": "FA4", "failed": "CUDA error"}', "rank 1 failed: CUDA error"),
+        ("", "rank 1 failed: no answer"),
+    ],
+)
+def test_idle_ranks_have_to_run_dummy_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_idle: str, words: str | None) -> None:
+    """Each rank is a process, with its number in its environment and the same port."""
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"engines": [{"name": "FA4", "environment": {}, "ranks": 2}]}))
+    seen = []
+
+    def answers(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> bool:
+        seen.append(command)
+        log.write_text("")
+        (tmp_path / "answers.jsonl").write_text('{"name": "FA4", "tokens": [[1]], "wrong": []}\n')
+        (tmp_path / "answers1.jsonl").write_text(of_idle)
+        return True
+
+    monkeypatch.setattr("tests.device.serve_matrix.run_process", answers)
+    (result,) = run_lane(request, 7.0)
+    assert result["wrong"] == ([] if words is None else [words])
+    shell, flag, line = seen[0]
+    ports = re.findall(r"VLLM_DP_SIZE=2 VLLM_DP_MASTER_IP=127.0.0.1 VLLM_DP_MASTER_PORT=(\d+) VLLM_DP_RANK=([01]) ", line)
+    assert (shell, flag, [rank for _, rank in ports]) == ("bash", "-c", ["0", "1"])
+    assert ports[0][0] == ports[1][0]
 
 
 def runs_of(distances: dict[str, float]) -> dict[str, Any]:

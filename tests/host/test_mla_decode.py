@@ -351,6 +351,19 @@ def test_a_chip_without_a_kernel_refuses(arch: str) -> None:
         plan_attention(problem, BatchLimits(1, 1, 1))
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
+def test_fp8_latents_beside_float16_queries(arch: str) -> None:
+    """Blackwell splits Q into two terms of 8 bits, which hold a bfloat16 and no float16."""
+    problem = make_problem(**{**GOOD, "kv_source": LATENT, "arch": arch, "kv_dtype": FP8})
+    assert plan_attention(problem, BatchLimits(1, 8, 64, 8)).kernels is not None
+    problem = dataclasses.replace(problem, dtype="float16", out_dtype="float16", q_dtype="float16")
+    if arch == "sm_90a":
+        assert plan_attention(problem, BatchLimits(1, 8, 64, 8)).kernels is not None
+        return
+    with pytest.raises(UnsupportedProblem, match=f"kv_dtype on {arch}: expected float16 with q in float16, got {FP8}"):
+        plan_attention(problem, BatchLimits(1, 8, 64, 8))
+
+
 def test_more_queries_a_row_than_the_kernels_pack() -> None:
     problem = make_problem(**{**GOOD, "kv_source": LATENT, "arch": "sm_90a"})
     check_limits(problem, BatchLimits(1, 8, 64, 8))

@@ -5,9 +5,19 @@ float16 instead, once a tile: a row is multiplied by the power of 2 that brings 
 scaled back with the softmax's scale. bfloat16's 8 bits fit float16's 11, so an element is exact down to 2^-32 of its row's largest, and one
 below is off by at most 2^-39 of that: far below a float32 sum of such products, whose first 24 bits the largest take. A row's factor is a
 function of the row alone.
+
+Note [Two terms]. Where a product takes operands of 8 bits only, a 16-bit number x of at most 2^8 is x = hi + lo: hi is x rounded to e4m3
+(4 significand bits), lo = x - hi rounded to e5m2 (3 bits, numbers down to 2^-16). A bfloat16 has 8 bits: |lo| is at most 8 units of its
+last place, which 3 bits hold, so a row of Q that is multiplied by a power of 2 to have its largest element at 2^7 .. 2^8 is exact down to
+2^-16 of that, and an element below is off by at most 2^-24 of it. A weight of the softmax, a float32, is rounded as to bfloat16. Two
+products, A in e4m3 and in e5m2, add up in one accumulator; at twice the rate of 16 bits they take its time, with half of B's bytes. With
+both terms in e4m3, numbers down to 2^-9, an element or weight would be off by 2^-18 of the row's largest: 100,000 keys beside one peak
+would be felt.
 """
 
 from __future__ import annotations
+
+import math
 
 import cutlass
 import cutlass.cute as cute
@@ -21,7 +31,8 @@ from fa4_backend.kernels.common import vector_ops as vectors
 
 # Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
 BIAS, SCALED_EXPONENT = 127, 127 + 14
-SMALLEST_EXPONENT = SCALED_EXPONENT - BIAS + 1  # of a row's largest element: below it, the row's factor would be subnormal
+SPLIT_EXPONENT = 127 + 7  # the same where Q becomes two terms
+NOT_FINITE = 255  # exponent field of infinity and NaN
 
 
 def e4m3_to_float16(word: Int32) -> tuple[Int32, Int32]:
@@ -67,11 +78,36 @@ def result_factor(mVScale: cute.Tensor | None, mOutScale: cute.Tensor | None, kv
     return factor
 
 
-def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Float32]:
+def split_float16(pair: Int32) -> tuple[Int32, Int32]:
+    """Two float16, in the lower half of a word each: Note [Two terms]; where the numbers are beyond 448, lo has what hi is cut by."""
+
+    def converted(kind: str, word: Int32) -> Int32:
+        text = "{ .reg .b16 pair; cvt.rn.satfinite." + kind + ".f16x2 pair, $1; cvt.u32.u16 $0, pair; }"
+        return Int32(ptx.inline_asm(text, [word], T.i32(), "=r", pure=True))
+
+    hi = converted("e4m3x2", pair)
+    rest = ptx.inline_asm("sub.f16x2 $0, $1, $2;", [pair, e4m3_to_float16(hi)[0]], T.i32(), "=r", pure=True)
+    return hi, converted("e5m2x2", Int32(rest))
+
+
+def split_row(words: list[Int32], lanes: int) -> tuple[list[Int32], list[Int32], Float32]:
+    """A lane's share of a row of Q, pairs of bfloat16, as words of four e4m3 and of four e5m2, and what they were divided by.
+
+    The factor of a row with an infinity is NaN: conversion to 8 bits cuts to what is finite.
+    """
+    scaled, factor = scaled_to_float16(words, lanes, SPLIT_EXPONENT)
+    factor = cutlass.select_(ptx.float_to_bits(factor) == (NOT_FINITE - (SPLIT_EXPONENT - BIAS)) << 23, Float32(math.nan), factor)
+    terms = [split_float16(pair) for pair in scaled]
+    hi, lo = ([terms[i][k] | (terms[i + 1][k] << 16) for i in range(0, len(terms), 2)] for k in (0, 1))
+    return hi, lo, factor
+
+
+def scaled_to_float16(words: list[Int32], lanes: int, scaled_exponent: int = SCALED_EXPONENT) -> tuple[list[Int32], Float32]:
     """A lane's share of a row of Q, pairs of bfloat16, as float16, and what they were divided by: Note [bfloat16 Q].
 
     Args:
         lanes: neighbours that share the row, a power of 2.
+        scaled_exponent: field of the row's largest element then.
     """
     largest = words[0] & 0x7FFF7FFF
     for word in words[1:]:
@@ -79,11 +115,11 @@ def scaled_to_float16(words: list[Int32], lanes: int) -> tuple[list[Int32], Floa
     largest = cutlass.max(largest & 0xFFFF, largest >> 16)
     for offset in (1 << i for i in range(lanes.bit_length() - 1)):
         largest = cutlass.max(largest, cute.arch.shuffle_sync_bfly(largest, offset))
-    exponent = cutlass.max(largest >> 7, SMALLEST_EXPONENT)
-    multiplier = ptx.bits_to_float((SCALED_EXPONENT + BIAS - exponent) << 23)
+    exponent = cutlass.max(largest >> 7, scaled_exponent - BIAS + 1)  # below it, the row's factor would be subnormal
+    multiplier = ptx.bits_to_float((scaled_exponent + BIAS - exponent) << 23)
     scaled = []
     for word in words:
         low, high = ptx.bits_to_float(word << 16), ptx.bits_to_float(word & -65536)
         both = vectors.from_elements([(low * multiplier).ir_value(), (high * multiplier).ir_value()])
         scaled.append(Int32(vector.extract(vectors.pack_16bit(both, "float16"), [], [0])))
-    return scaled, ptx.bits_to_float((exponent - (SCALED_EXPONENT - BIAS)) << 23)
+    return scaled, ptx.bits_to_float((exponent - (scaled_exponent - BIAS)) << 23)

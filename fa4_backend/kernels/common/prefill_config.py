@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, RAGGED, AttentionProblem, MaskFeatures, short_dtypes
+from fa4_backend.problem import PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
 
 ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
@@ -28,7 +28,7 @@ class TileShape:
 
 
 @dataclass(frozen=True)
-class PrefillConfig:
+class PrefillConfig(OperandDtypes):
     """What every prefill kernel is compiled for; a chip's own config holds it beside its own numbers, and is the compile key."""
 
     arch: str
@@ -66,36 +66,6 @@ class PrefillConfig:
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element of q, and of K and V as the products take them."""
-        return DTYPE_BYTES[self.q_dtype]
-
-    @property
-    def out_element_bytes(self) -> int:
-        """Bytes of an element of out."""
-        return DTYPE_BYTES[self.out_dtype]
-
-    @property
-    def has_out_scale(self) -> bool:
-        """Whether out is FP8, divided by one scale."""
-        return self.out_dtype == FP8
-
-    @property
-    def kv_element_bytes(self) -> int:
-        """Bytes of an element of K and V in memory."""
-        return DTYPE_BYTES[self.kv_dtype]
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether K and V are stored in FP8, with a scale a KV head each."""
-        return self.kv_dtype == FP8
-
-    @property
-    def has_q_scale(self) -> bool:
-        """Whether q is FP8, with a scale a KV head."""
-        return self.q_dtype == FP8
 
     @property
     def tokens_per_tile(self) -> int:

@@ -139,6 +139,11 @@ def store_shared_i32(address: Int32, value: Int32, *, cluster: bool = False) -> 
     llvm.store(Int32(value).ir_value(), smem_pointer(address, cluster=cluster), alignment=4)
 
 
+def store_shared_u16(address: Int32, value: Int32) -> None:
+    """Store the lower half of a word to shared memory."""
+    llvm.store(arith.trunci(T.i16(), Int32(value).ir_value()), smem_pointer(address), alignment=2)
+
+
 def load_shared_f32(address: Int32) -> Float32:
     """Load one float32 from shared memory."""
     return Float32(llvm.load(T.f32(), smem_pointer(address), alignment=4))

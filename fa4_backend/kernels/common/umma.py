@@ -1,7 +1,8 @@
 """Issue of tcgen05.mma: descriptors and one block of instructions a product, float32 accumulators.
 
-Kind f16 where operands have 16 bits; kind f8f6f4 where they are e4m3, of which an instruction takes twice as many along the reduction:
-32 bytes in either. V is contiguous along N (MN-major) as it is stored, which 8-bit operands of this kind may be too.
+Kind f16 where operands have 16 bits; kind f8f6f4 where they have 8, of which an instruction takes twice as many along the reduction:
+32 bytes in either; there A may be e5m2 beside a B in e4m3. V is contiguous along N (MN-major) as it is stored, which 8-bit operands of
+this kind may be too.
 
 PTX ISA: "tcgen05.mma", "Shared memory descriptor", "Instruction descriptor", "Canonical layouts".
 """
@@ -16,11 +17,12 @@ from cutlass import Int32
 from fa4_backend.kernels.common.ptx_ops import inline_asm
 from fa4_backend.problem import DTYPE_BYTES, FP8
 
+E5M2 = "float8_e5m2"  # 1 sign, 5 exponent, 2 mantissa bits: numbers down to 2^-16
 K_STEP_BYTES = 32  # of an operand's row, along the reduction
 K_STEP_COLUMNS = K_STEP_BYTES // 4  # of an operand in TMEM
 SWIZZLES = {128: 2 << 29, 64: 4 << 29, 32: 6 << 29}  # bytes of a row -> layout type, bits 61-63 of the descriptor
 DESCRIPTOR_VERSION = 1 << 14  # bits 46-47: tcgen05
-FORMATS = {"float16": ("f16", 0), "bfloat16": ("f16", 1), FP8: ("f8f6f4", 0)}  # element type -> kind, code
+FORMATS = {"float16": ("f16", 0), "bfloat16": ("f16", 1), FP8: ("f8f6f4", 0), E5M2: ("f8f6f4", 1)}  # element type -> kind, code
 OUTPUT_FLOAT32 = 1 << 4
 B_IS_MN_MAJOR = 1 << 16
 
@@ -29,10 +31,11 @@ B_IS_MN_MAJOR = 1 << 16
 class Products:
     """What a kernel's products have in common."""
 
-    dtype: str  # of both operands
+    dtype: str  # of both operands, or of B
     ctas: int  # that share a product
     rows: int = 128  # of a CTA
     row_bytes: int = 128  # of a part of an operand in shared memory, swizzled in 16-byte units
+    a_dtype: str | None = None  # of A where it is another of the same kind
 
     @property
     def element_bytes(self) -> int:
@@ -51,9 +54,10 @@ class Products:
 
     def instruction_descriptor(self, n: int, *, b_mn_major: bool) -> int:
         """Instruction descriptor of D (rows ctas x n, float32) = A (rows ctas x k) B (n x k)^T."""
-        _, code = FORMATS[self.dtype]
+        (a_kind, a_code), (kind, code) = FORMATS[self.a_dtype or self.dtype], FORMATS[self.dtype]
+        assert a_kind == kind, f"{self}"
         m = self.rows * self.ctas
-        return OUTPUT_FLOAT32 | (code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((m >> 4) << 24)
+        return OUTPUT_FLOAT32 | (a_code << 7) | (code << 10) | (B_IS_MN_MAJOR * b_mn_major) | ((n >> 3) << 17) | ((m >> 4) << 24)
 
     def k_major_steps(self, elems: int, part_bytes: int) -> list[int]:
         """Offsets, in 16-byte units, of the steps along a K-major operand of `elems` elements."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.problem import DTYPE_BYTES, FP8, PAGED, AttentionProblem, BatchLimits, MaskFeatures, short_dtypes
+from fa4_backend.problem import DTYPE_BYTES, PAGED, AttentionProblem, BatchLimits, MaskFeatures, OperandDtypes, short_dtypes
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
 BOXES = 4  # boxes of a KV tile, one a key warp
@@ -33,7 +33,7 @@ MIN_PART_TILES, PARTS_RATIO = 2, 16
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(OperandDtypes):
     """Compile key of a decode kernel."""
 
     arch: str
@@ -68,36 +68,6 @@ class DecodeConfig:
         features = self.mask.short_name + "-lse" * self.has_lse + "-pieces" * self.has_pieces
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         return f"decode-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-q{self.query_len}-c{self.ctas_per_sm}{features}"
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element of q."""
-        return DTYPE_BYTES[self.q_dtype]
-
-    @property
-    def out_element_bytes(self) -> int:
-        """Bytes of an element of out."""
-        return DTYPE_BYTES[self.out_dtype]
-
-    @property
-    def has_out_scale(self) -> bool:
-        """Whether out is FP8, divided by one scale."""
-        return self.out_dtype == FP8
-
-    @property
-    def kv_element_bytes(self) -> int:
-        """Bytes of an element of K and V in memory."""
-        return DTYPE_BYTES[self.kv_dtype]
-
-    @property
-    def has_kv_scales(self) -> bool:
-        """Whether K and V are stored in FP8, with a scale a KV head each."""
-        return self.kv_dtype == FP8
-
-    @property
-    def has_q_scale(self) -> bool:
-        """Whether q is FP8, with a scale a KV head."""
-        return self.q_dtype == FP8
 
     @property
     def rows(self) -> int:

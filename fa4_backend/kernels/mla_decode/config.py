@@ -117,6 +117,12 @@ class MlaDecodeConfig:
         return self.is_converted and self.dtype == "bfloat16"
 
     @property
+    def latent_swizzle_bits(self) -> int:
+        """Of the chunks of 16 bytes in a row of a box of latents."""
+        # Rows of 64 bytes that ldmatrix reads are swizzled as such; those that are converted, not at all.
+        return 2 if self.is_narrow else 0 if self.has_scale else 3
+
+    @property
     def kv_stage(self) -> int:
         """KV tiles in shared memory."""
         return NARROW_STAGE if self.is_narrow else KV_STAGE

@@ -25,17 +25,27 @@ GROUP_FLOATS = SIDES * 32 * VEC  # of a slot, from a group of columns to the nex
 
 
 class SlotVector(NamedTuple):
-    """What a vector of a slot holds: `VEC / 2` columns of a row of its tile, then of the row 8 below it."""
+    """A vector of a tile's slot: two columns of a row of the tile, then of the row 8 below it."""
 
-    row: Int32
-    column: Int32
+    index: Int32
+    lane: Int32
+    side: Int32
+    group: Int32
 
+    @classmethod
+    def at(cls, index: Int32) -> SlotVector:
+        """The vector of this index."""
+        return cls(index, index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS)
 
-def slot_vector(index: Int32) -> SlotVector:
-    """Vector `index` of a tile's slot."""
-    lane, side, group = index % 32, index // 32 % SIDES, index // (32 * SIDES) % SIDE_GROUPS
-    row = index // WARP_VECTORS * WARP_ROWS + lane // 4
-    return SlotVector(row, side * (LATENT_DIM // SIDES) + group * GROUP_COLUMNS + 2 * (lane % 4))
+    @property
+    def row(self) -> Int32:
+        """The first of its rows."""
+        return self.index // WARP_VECTORS * WARP_ROWS + self.lane // 4
+
+    @property
+    def column(self) -> Int32:
+        """The first of its columns."""
+        return self.side * (LATENT_DIM // SIDES) + self.group * GROUP_COLUMNS + 2 * (self.lane % 4)
 
 
 class Fragment(Protocol):

@@ -112,8 +112,7 @@ class MlaDecodeKernel:
     def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
         """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
         rows = self.config.box_rows
-        # Rows of 64 bytes that ldmatrix reads are swizzled as such; those that are converted, not at all.
-        swizzle = cute.make_swizzle(2 if self.config.is_narrow else 0 if self.config.has_scale else 3, 4, 3)
+        swizzle = cute.make_swizzle(self.config.latent_swizzle_bits, 4, 3)
         return self._part_tma(
             latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
             (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,

@@ -34,7 +34,7 @@ from fa4_backend.kernels.mla_decode.config import (
     tile_slot_floats,
     tile_stats_bytes,
 )
-from fa4_backend.kernels.mla_decode.fragments import Fragment, slot_vector
+from fa4_backend.kernels.mla_decode.fragments import Fragment, SlotVector
 from fa4_backend.kernels.mla_decode.part_weights import PartWeights, store_columns
 from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SharedTensors
 from fa4_backend.kernels.mla_decode.work import MlaWork
@@ -336,7 +336,8 @@ class Merge:
         results: ResultTensors,
     ):
         """Add up the i-th of `count` vectors over all slots, in slot order, and write it: two columns of two rows."""
-        row, column = slot_vector(first + i)
+        where = SlotVector.at(first + i)
+        row = where.row
         pieces = entry.num_pieces
         sums = cute.make_rmem_tensor(8, Float32)  # of each row: O, reference, row_sum
         for r in cutlass.range_constexpr(2):
@@ -349,6 +350,7 @@ class Merge:
                 total = fold(Part([sums[4 * r], sums[4 * r + 1]], sums[4 * r + 2], sums[4 * r + 3]), [part[r] for part in parts])
                 sums[4 * r], sums[4 * r + 1] = total.o
                 sums[4 * r + 2], sums[4 * r + 3] = total.row_max, total.row_sum
+        column = where.column
         for r in cutlass.range_constexpr(2):
             packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
             if packed.is_valid:

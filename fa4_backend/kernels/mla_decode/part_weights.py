@@ -23,7 +23,7 @@ from fa4_backend.kernels.mla_decode.config import (
     MlaDecodeConfig,
     tile_stats_bytes,
 )
-from fa4_backend.kernels.mla_decode.fragments import slot_vector
+from fa4_backend.kernels.mla_decode.fragments import SlotVector
 from fa4_backend.kernels.mla_decode.work import MlaWork
 
 LANES = CONSUMER_THREADS // WARP_ROWS  # that share a row's parts
@@ -86,8 +86,8 @@ class PartWeights:
         mLse: cute.Tensor | None,
     ):
         """Add up the i-th of `count` vectors over all slots, and write it: two columns of two rows."""
-        row, column = slot_vector(first + i)
-        step = const_expr(tile_stats_bytes(self.config))
+        where, step = SlotVector.at(first + i), const_expr(tile_stats_bytes(self.config))
+        row = where.row
         values, weights = memory + entry.num_pieces * step + i * (4 * VEC), memory + 8 * row
         sums = cute.make_rmem_tensor(VEC, Float32)
         sums.fill(0.0)
@@ -97,6 +97,7 @@ class PartWeights:
                 weight = ptx.load_shared_f32(weights + slot * step + 64 * r)
                 for e in cutlass.range_constexpr(2):
                     sums[2 * r + e] = cute.math.fma(vector[2 * r + e], weight, sums[2 * r + e])
+        column = where.column
         for r in cutlass.range_constexpr(2):
             packed = self.work.row(tile_row + row + 8 * r, entry.seqlen)
             if packed.is_valid:

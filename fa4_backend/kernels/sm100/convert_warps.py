@@ -25,8 +25,7 @@ from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.storage import FEED_STAGE
-from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 
 CHUNK = 16  # bytes of a shared-memory access: elements of FP8

@@ -17,9 +17,10 @@ from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT, sink_of
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, STATS_BYTES, o_pitch
+from fa4_backend.kernels.sm100.storage import STATS_BYTES
+from fa4_backend.kernels.sm100.tile_bytes import o_pitch
 from fa4_backend.kernels.sm100.tile_parts import RowSums, TileParts
-from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 
 

@@ -9,7 +9,8 @@ from cutlass import Boolean, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, o_pitch
+from fa4_backend.kernels.sm100.tile_bytes import o_pitch
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 

@@ -15,7 +15,7 @@ from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.config import S_STAGE
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
-from fa4_backend.kernels.sm100.storage import FEED_STAGE
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 

@@ -11,7 +11,7 @@ from cutlass import Int32
 
 from fa4_backend.kernels.common import tcgen05_ops, umma
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.storage import FEED_STAGE
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkTensors
 
 

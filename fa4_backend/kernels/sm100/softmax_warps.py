@@ -21,8 +21,9 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32
 from fa4_backend.kernels.sm100.block_weights import CHUNK, BlockWeights, Scores
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, STATS_BYTES, o_pitch
-from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
+from fa4_backend.kernels.sm100.storage import STATS_BYTES
+from fa4_backend.kernels.sm100.tile_bytes import o_pitch
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkItem, WorkTensors
 
 LANE_SHIFT = 16  # lane field of a TMEM address

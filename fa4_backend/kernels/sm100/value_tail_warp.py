@@ -14,7 +14,7 @@ from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.storage import FEED_STAGE
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
 STORE_BYTES = 16

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
-from fa4_backend.kernels.sm100.storage import FEED_STAGE, TileBytes
+from fa4_backend.kernels.sm100.tile_bytes import TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
+FEED_STAGE = 4  # entries of the work list that roles may be apart
 
 
 @dataclass(frozen=True)

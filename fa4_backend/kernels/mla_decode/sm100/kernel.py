@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import tcgen05_ops
@@ -62,7 +62,7 @@ class MlaSm100Kernel(MlaDecodeKernel):
         mFirst: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32: a row for each pair
         mSlots: cute.Tensor,  # (max_slots, slot_floats) float32
         mArrivals: cute.Tensor,  # (max_slots,) int32
-        mScale: None,  # latents have 16 bits
+        mScale: cute.Tensor | None,  # (1,) float32; None: latents have 16 bits
         softmax_scale: Float32,
         split_blocks: Int32,
         stream,
@@ -90,8 +90,9 @@ class MlaSm100Kernel(MlaDecodeKernel):
                 self.storage.init_barriers(place)
         if place.warp == MMA:
             group.tmem_alloc(pointer, ALL_COLUMNS)
-        if place.warp >= SOFTMAX:
-            self.softmax_warps.clear_unloaded_query(place)
+        if const_expr(self.config.terms == 1):
+            if place.warp >= SOFTMAX:
+                self.softmax_warps.clear_unloaded_query(place)
         tcgen05_ops.fence_before_sync()
         group.sync_all()
         tcgen05_ops.fence_after_sync()

@@ -21,12 +21,8 @@ from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PARTS
 from fa4_backend.kernels.mla_decode.load_warp import TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.sm100.config import BLOCK_KEYS, CTA_KEYS, K_PARTS, K_STAGE, PAIR, V_PARTS, V_STAGE
 from fa4_backend.kernels.mla_decode.sm100.storage import (
-    K_PART_BYTES,
-    K_STAGE_BYTES,
     Q_PART_BYTES,
-    ROW_BYTES,
-    V_PART_BYTES,
-    V_STAGE_BYTES,
+    Q_ROW_BYTES,
     PairStorage,
     Place,
 )
@@ -58,7 +54,7 @@ class LoadWarp:
         work = self.work
         q_map, rope_map, latent_map = (ptx.tma_descriptor(atom) for atom in maps)
         word, num_entries, second = work.first_entry(step)
-        k, v_phase, q_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0)
+        k, v, q_phase = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0)), Int32(0)
         for index in cutlass.range(num_entries, unroll=1):
             entry = work.entry(step, word)
             blocks, source = work.blocks(entry, values), Source(step, num_pages, entry)
@@ -72,19 +68,22 @@ class LoadWarp:
                 is_tail = has_tail & (n_block == blocks.end - 1)
                 if n_block == blocks.begin:
                     k = self.load_k(place, source, n_block, latent_map, k)
-                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail)
+                    self.load_v(place, source, n_block, latent_map, v, is_tail)
                 if n_block + 1 < blocks.end:
                     k = self.load_k(place, source, n_block + 1, latent_map, k)
                 if n_block > blocks.begin:
-                    self.load_v(place, source, n_block, latent_map, v_phase, is_tail)
-                v_phase ^= 1
+                    self.load_v(place, source, n_block, latent_map, v, is_tail)
+                v = advance(v, self.storage.config.num_blocks)
 
     @cute.jit
     def load_q(self, place: Place, entry: Entry, q_map: ir.Value, rope_map: ir.Value, q_phase: Int32):
-        """This CTA's rows of Q, once the products with the entry before are done: lanes take turns, boxes of one part side by side."""
+        """This CTA's rows of Q, once the products with the entry before are done: lanes take turns, boxes of one part side by side.
+
+        For the mma warp, or for the softmax warps, which split them.
+        """
         s, c = self.storage, self.storage.config
-        ptx.mbarrier_wait(s.empty(place, "q_load_to_mma"), q_phase ^ 1)
-        full = s.full_at_leader(place, "q_load_to_mma")
+        ptx.mbarrier_wait(s.empty(place, s.q_edge), q_phase ^ 1)
+        full = s.full_at_leader(place, "q_load_to_mma") if c.terms == 1 else s.full(place, "q_load_to_softmax")
         if place.lane == 0:
             s.group.announce(full, s.q_bytes)
         cute.arch.sync_warp()
@@ -94,7 +93,7 @@ class LoadWarp:
             for box in cutlass.range(place.lane, c.q_boxes, 32, unroll=1):
                 packed = first_row + box * box_rows
                 token = packed // c.num_heads
-                where = place.q + part * Q_PART_BYTES + box * (box_rows * ROW_BYTES)
+                where = place.q + part * Q_PART_BYTES + box * (box_rows * Q_ROW_BYTES)
                 at = {"head": packed - token * c.num_heads, "token": entry.seqlen.q_begin + token, "part": part}
                 if const_expr(part < LATENT_PARTS):
                     s.group.tma_load(q_map, where, full, self._query_coords(at, True))
@@ -115,33 +114,34 @@ class LoadWarp:
             ptx.mbarrier_wait(s.empty(place, "k_load_to_mma", k.slot), k.phase ^ 1)
             full = s.full_at_leader(place, "k_load_to_mma", k.slot)
             if place.lane == 0:
-                s.group.announce(full, K_STAGE_BYTES)
+                s.group.announce(full, s.k_stage_bytes)
             cute.arch.sync_warp()
             if place.lane < K_PARTS * boxes:
                 part = place.lane // boxes
-                where = place.k + k.slot * K_STAGE_BYTES + part * K_PART_BYTES + row_box * (rows * ROW_BYTES)
+                where = place.k + k.slot * s.k_stage_bytes + part * s.k_part_bytes + row_box * (rows * s.row_bytes)
                 s.group.tma_load(latent_map, where, full, (0, row, stage * K_PARTS + part, page))
-            k = advance(k, K_STAGE)
+            k = advance(k, s.k_stages)
         return k
 
     @cute.jit
-    def load_v(self, place: Place, source: Source, n_block: Int32, latent_map: ir.Value, v_phase: Int32, is_tail: Boolean):
+    def load_v(self, place: Place, source: Source, n_block: Int32, latent_map: ir.Value, v: RingPosition, is_tail: Boolean):
         """This CTA's half of V's columns of all keys of a block; with a tail for the value tail warp, which hands it on."""
         s, rows = self.storage, self.storage.config.box_rows
         boxes = const_expr(BLOCK_KEYS // rows)
         row_box = place.lane % boxes
         page, row = self._find(source, n_block * BLOCK_KEYS + row_box * rows)
         for stage in cutlass.range_constexpr(V_STAGE):
-            ptx.mbarrier_wait(s.empty(place, "v_load_to_mma", stage), v_phase ^ 1)
-            full = s.full_at_leader(place, "v_load_to_mma", stage)
+            buffer = v.slot * V_STAGE + stage
+            ptx.mbarrier_wait(s.empty(place, "v_load_to_mma", buffer), v.phase ^ 1)
+            full = s.full_at_leader(place, "v_load_to_mma", buffer)
             if is_tail:
-                full = s.full(place, "v_tail_load_to_value_tail", stage)
+                full = s.full(place, "v_tail_load_to_value_tail", buffer)
             if place.lane == 0:
-                s.group.announce(full, V_STAGE_BYTES)
+                s.group.announce(full, s.v_stage_bytes)
             cute.arch.sync_warp()
             for box in cutlass.range(place.lane, V_PARTS * boxes, 32, unroll=1):
                 part = box // boxes
-                where = place.v + stage * V_STAGE_BYTES + part * V_PART_BYTES + row_box * (rows * ROW_BYTES)
+                where = place.v + buffer * s.v_stage_bytes + part * s.v_part_bytes + row_box * (rows * s.row_bytes)
                 first_part = place.rank * (LATENT_PARTS // PAIR) + stage * V_PARTS
                 s.group.tma_load(latent_map, where, full, (0, row, first_part + part, page))
 

@@ -2,9 +2,12 @@
 
     load --q, k, v--> mma --s--> softmax --p--> mma --pv--> softmax
     load --v_tail--> value_tail --v--> mma
+    load --q--> softmax --q--> mma    beside FP8 latents
 
 Shared memory: 64 rows of Q; K of half the block's keys, three stages of 64 keys x 192 elements; half of V's columns of all keys, two stages
-of 128 keys x 128 columns; the weights P of 64 rows x 128 keys. All in parts with swizzled rows of 128 bytes.
+of 128 keys x 128 columns; the weights P of 64 rows x 128 keys. All in parts of 64 elements, swizzled rows of 128 bytes, beside FP8 latents
+of 64: then Q and P are two terms each, K and V two blocks, and everything takes what it takes in 16 bits. Q comes in 16 bits to the place
+of its terms.
 
 Tensor memory of a product of 128 rows over two CTAs: lanes 0-63 hold the CTA's rows with the first half of the product's columns, lanes
 64-127 the same rows with the second half (PTX ISA, tcgen05.mma, layout B). So a lane half has the left 256 columns of O or the right ones:
@@ -26,7 +29,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cta_group import CtaGroup
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.pending_entries import MAX_PENDING
-from fa4_backend.kernels.mla_decode.config import KV_STAGE, PART_DIM, PARTS, TILE_ELEMS, TILE_M
+from fa4_backend.kernels.mla_decode.config import KV_STAGE, LATENT_DIM, PART_DIM, PARTS, TILE_ELEMS, TILE_M
 from fa4_backend.kernels.mla_decode.sm100.config import (
     BLOCK_KEYS,
     CTA_KEYS,
@@ -40,14 +43,17 @@ from fa4_backend.kernels.mla_decode.sm100.config import (
     MlaSm100Config,
 )
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS
+from fa4_backend.problem import DTYPE_BYTES
 
-ELEMENT_BYTES = 2
-ROW_BYTES = PART_DIM * ELEMENT_BYTES
-Q_PART_BYTES, K_PART_BYTES, V_PART_BYTES = TILE_M * ROW_BYTES, CTA_KEYS * ROW_BYTES, BLOCK_KEYS * ROW_BYTES
-K_STAGE_BYTES, V_STAGE_BYTES = K_PARTS * K_PART_BYTES, V_PARTS * V_PART_BYTES
-K_BYTES, V_BYTES = K_STAGE * K_STAGE_BYTES, V_STAGE * V_STAGE_BYTES
-P_PART_BYTES = TILE_M * ROW_BYTES  # weights of 64 keys
-P_BYTES = BLOCK_KEYS // PART_DIM * P_PART_BYTES
+ELEMENT_BYTES = 2  # of q
+Q_ROW_BYTES = PART_DIM * ELEMENT_BYTES
+Q_PART_BYTES = TILE_M * Q_ROW_BYTES
+P_PARTS = BLOCK_KEYS // PART_DIM
+# Of one block of 16 bits, or of all blocks and terms of 8.
+K_BYTES, V_BYTES, P_BYTES = (
+    rows * elements * ELEMENT_BYTES
+    for rows, elements in ((CTA_KEYS, PARTS * PART_DIM), (BLOCK_KEYS, LATENT_DIM // PAIR), (TILE_M, BLOCK_KEYS))
+)
 SLOTS_BYTES = KV_STAGE * TILE_ELEMS * ELEMENT_BYTES  # what `Merge` fills at once, from `kv` on
 assert SLOTS_BYTES <= K_BYTES + V_BYTES + P_BYTES
 SOFTMAX_WARPS = 8
@@ -75,6 +81,7 @@ class SharedTensors(NamedTuple):
     sPending: cute.Tensor  # (MAX_PENDING, DECODE_INTS) int32
     sRowSum: cute.Tensor  # (2, SIDES, TILE_M) float32
     sShare: cute.Tensor  # (MAX_PENDING,) int32
+    sFactor: cute.Tensor | None  # (TILE_M,) float32: what a row of Q was divided by; None: Q is taken as it is
     sTmem: cute.Tensor  # (2,) int32: where tensor memory begins
     barriers: MergeBarriers
 
@@ -110,23 +117,69 @@ class PairStorage:
         return {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[self.config.dtype]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a part of an operand: of K and V, and of a term of Q and of P."""
+        return PART_DIM * DTYPE_BYTES[self.config.kv_dtype]
+
+    @property
+    def q_part_bytes(self) -> int:
+        """Bytes of a part of a term of Q, or of the weights of 64 keys."""
+        return TILE_M * self.row_bytes
+
+    @property
+    def k_part_bytes(self) -> int:
+        """Bytes of a part of K."""
+        return CTA_KEYS * self.row_bytes
+
+    @property
+    def k_stage_bytes(self) -> int:
+        """Bytes of a stage of K."""
+        return K_PARTS * self.k_part_bytes
+
+    @property
+    def k_stages(self) -> int:
+        """Stages of K of all blocks in shared memory."""
+        return K_STAGE * self.config.num_blocks
+
+    @property
+    def v_part_bytes(self) -> int:
+        """Bytes of a part of V."""
+        return BLOCK_KEYS * self.row_bytes
+
+    @property
+    def v_stage_bytes(self) -> int:
+        """Bytes of a stage of V."""
+        return V_PARTS * self.v_part_bytes
+
+    @property
+    def q_edge(self) -> str:
+        """What the mma warp waits for before products with Q, and hands Q's place back by."""
+        return "q_load_to_mma" if self.config.terms == 1 else "q_softmax_to_mma"
+
+    @property
     def q_bytes(self) -> int:
         """Bytes that the boxes of an entry's Q bring to a CTA."""
-        return self.config.loaded_rows * PARTS * ROW_BYTES
+        return self.config.loaded_rows * PARTS * Q_ROW_BYTES
 
     @property
     def edges(self) -> EdgeBarriers:
         """Every pipeline; what the mma warp waits for is signalled by both CTAs at the leader's barriers."""
         load, load_all = Party("load", Signal.TMA), Party("load", Signal.TMA, ctas=PAIR)
         softmax_all = Party("softmax", Signal.WARPS, SOFTMAX_WARPS, PAIR)
-        mma = Party("mma", Signal.COMMIT)
+        mma, v_stages = Party("mma", Signal.COMMIT), V_STAGE * self.config.num_blocks
+        q_edges: tuple[PipelineEdge, ...] = (PipelineEdge("q_load_to_mma", 1, (load_all,), (mma,), self.q_bytes),)
+        if self.config.terms > 1:
+            q_edges = (
+                PipelineEdge("q_load_to_softmax", 1, (load,), (), self.q_bytes, drained_by="q_softmax_to_mma"),
+                PipelineEdge("q_softmax_to_mma", 1, (softmax_all,), (mma,)),
+            )
         return EdgeBarriers(
             (
-                PipelineEdge("q_load_to_mma", 1, (load_all,), (mma,), self.q_bytes),
-                PipelineEdge("k_load_to_mma", K_STAGE, (load_all,), (mma,), K_STAGE_BYTES),
+                *q_edges,
+                PipelineEdge("k_load_to_mma", self.k_stages, (load_all,), (mma,), self.k_stage_bytes),
                 # The arrival for a block with a tail is the value tail warp's instead: a stage that is free again was behind it.
-                PipelineEdge("v_load_to_mma", V_STAGE, (load_all,), (mma,), V_STAGE_BYTES),
-                PipelineEdge("v_tail_load_to_value_tail", V_STAGE, (load,), (), V_STAGE_BYTES, drained_by="v_load_to_mma"),
+                PipelineEdge("v_load_to_mma", v_stages, (load_all,), (mma,), self.v_stage_bytes),
+                PipelineEdge("v_tail_load_to_value_tail", v_stages, (load,), (), self.v_stage_bytes, drained_by="v_load_to_mma"),
                 # S is overwritten two blocks later, behind the product with the weights that were made of it.
                 PipelineEdge("s_mma_to_softmax", S_STAGE, (mma,), drained_by="p_softmax_to_mma"),
                 # P is overwritten, and O rescaled or read, once the product that reads P is done. The next product with O waits for weights
@@ -154,7 +207,7 @@ class PairStorage:
 
         shared = SharedTensors(
             q, kv, tensor(Float32, S_STAGE, SIDES, TILE_M), tensor(Int32, MAX_PENDING, DECODE_INTS), tensor(Float32, 2, SIDES, TILE_M),
-            tensor(Int32, MAX_PENDING), tensor(Int32, 2),
+            tensor(Int32, MAX_PENDING), tensor(Float32, TILE_M) if self.config.terms > 1 else None, tensor(Int32, 2),
             MergeBarriers(base + edges.full_offset("slots_merge_to_softmax") // MBARRIER_BYTES),
         )  # fmt: skip
         return shared, base

@@ -16,7 +16,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.mla_decode.sm100.config import BLOCK_KEYS, V_PARTS, V_STAGE
-from fa4_backend.kernels.mla_decode.sm100.storage import ROW_BYTES, V_PART_BYTES, V_STAGE_BYTES, PairStorage, Place
+from fa4_backend.kernels.mla_decode.sm100.storage import PairStorage, Place
 from fa4_backend.kernels.mla_decode.sm100.work import PairWork
 
 STORE_BYTES = 16
@@ -34,7 +34,8 @@ class ValueTailWarp:
         """Walk the entries; owns the consumer side of `v_tail_load_to_value_tail`, and hands each stage on in `v_load_to_mma`."""
         s, work, edge = self.storage, self.work, "v_tail_load_to_value_tail"
         word, num_entries, second = work.first_entry(step)
-        phase = Int32(0)
+        num_blocks = self.storage.config.num_blocks
+        slot, phases = Int32(0), Int32(0)  # of the entry's first block; parity of the next block with a tail in each slot, a bit each
         for index in cutlass.range(num_entries, unroll=1):
             entry = work.entry(step, word)
             blocks = work.blocks(entry, values)
@@ -44,17 +45,20 @@ class ValueTailWarp:
                 rows = entry.seqlen.seqlen_k - (blocks.end - 1) * BLOCK_KEYS
                 box = self.storage.config.box_rows
                 end = (rows + box - 1) // box * box
+                last = (slot + blocks.end - blocks.begin - 1) % num_blocks
                 for stage in cutlass.range_constexpr(V_STAGE):
-                    ptx.mbarrier_wait(s.full(place, edge, stage), phase)
-                    self.zero_rows(place, place.v + stage * V_STAGE_BYTES, rows, end)
+                    buffer = last * V_STAGE + stage
+                    ptx.mbarrier_wait(s.full(place, edge, buffer), (phases >> last) & 1)
+                    self.zero_rows(place, place.v + buffer * s.v_stage_bytes, rows, end)
                     ptx.fence_proxy_async_shared()
-                    s.group.warp_arrive(s.full_at_leader(place, "v_load_to_mma", stage), place.lane)
-                phase ^= 1
+                    s.group.warp_arrive(s.full_at_leader(place, "v_load_to_mma", buffer), place.lane)
+                phases ^= Int32(1) << last
+            slot = (slot + blocks.end - blocks.begin) % num_blocks
 
     @cute.jit
     def zero_rows(self, place: Place, base: Int32, first: Int32, end: Int32):
         """Rows `first .. end` of every part of a stage."""
-        zero = Int32(0).ir_value()
-        for offset in cutlass.range(first * ROW_BYTES + place.lane * STORE_BYTES, end * ROW_BYTES, 32 * STORE_BYTES, unroll=1):
+        zero, row_bytes, part_bytes = Int32(0).ir_value(), self.storage.row_bytes, self.storage.v_part_bytes
+        for offset in cutlass.range(first * row_bytes + place.lane * STORE_BYTES, end * row_bytes, 32 * STORE_BYTES, unroll=1):
             for part in cutlass.range_constexpr(V_PARTS):
-                ptx.store_shared_v4(base + part * V_PART_BYTES + offset, [zero] * 4)
+                ptx.store_shared_v4(base + part * part_bytes + offset, [zero] * 4)
