@@ -4,8 +4,11 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 PY := .venv/bin/python
 PORT ?= 8471
 export PROMPT
+# The packages come without bytecode; it is kept at the first import.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: wheel help setup demo demo-emulated model test test-host test-engines test-sglang test-slow lint types clean
+.PHONY: wheel help setup setup-sglang demo demo-emulated model test test-host test-engine test-beside-engine test-engines test-sglang
+.PHONY: test-slow lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"
@@ -30,26 +33,44 @@ demo-emulated: setup
 model: setup
 	@$(PY) -m examples.smollm2
 
-test: lint types test-host test-engines test-sglang
+# What takes one core runs two at a time: output of each comes whole, when it has ended. Tests of the host and the emulator have a process
+# a core; after them an engine of vLLM, whose threads are bound to their core, runs beside tests that start none and beside SGLang's.
+test: setup
+	@$(TWO) lint types setup-sglang
+	@$(MAKE) --no-print-directory test-host
+	@OMP_NUM_THREADS=1 $(TWO) test-engine test-beside-engine
+
+TWO := $(MAKE) --no-print-directory --jobs 2 --output-sync=target
+PYTEST := -m pytest -q
+FAST := not slow and not gpu
 
 # Kernels, host code and the emulator: one test process a core.
 test-host: setup
-	$(PY) -m pytest -q -m "not slow and not gpu" -n $(shell nproc) --dist worksteal --ignore tests/engines --ignore tests/engine_sglang
+	$(PY) $(PYTEST) -m "$(FAST)" -n $(shell nproc) --dist worksteal --ignore tests/engines --ignore tests/engine_sglang
 
-# An engine takes all cores and binds its threads to them, so these run one after the other; what starts none has a process a core.
+# Two engines of vLLM at a time would bind their threads to the same cores.
+test-engine: setup
+	$(PY) $(PYTEST) -m "engine and $(FAST)" tests/engines
+
+# A process each, one behind the other: the core that test-engine leaves.
+test-beside-engine: test-sglang
+	$(PY) $(PYTEST) -m "$(FAST) and not engine" -n 1 tests/engines
+
 test-engines: setup
-	$(PY) -m pytest -q -m "not slow and not gpu and not engine" -n $(shell nproc) --dist worksteal tests/engines
-	$(PY) -m pytest -q -m "engine and not slow and not gpu" tests/engines
+	$(PY) $(PYTEST) -m "$(FAST) and not engine" -n $(shell nproc) --dist worksteal tests/engines
+	@$(MAKE) --no-print-directory test-engine
 
 # SGLang pins other versions than vLLM: .venv-sglang holds it and sees the packages of .venv behind its own.
-test-sglang: setup
-	$(PY) scripts/setup_sglang.py
-	.venv-sglang/bin/python -m pytest -q -m "not slow and not gpu" tests/engine_sglang
+setup-sglang: setup
+	@$(PY) scripts/setup_sglang.py
+
+test-sglang: setup-sglang
+	.venv-sglang/bin/python $(PYTEST) -m "$(FAST)" tests/engine_sglang
 
 test-slow: setup
-	$(PY) -m pytest -q -m "slow and not gpu"
+	$(PY) $(PYTEST) -m "slow and not gpu"
 	$(PY) scripts/setup_sglang.py
-	.venv-sglang/bin/python -m pytest -q -m "slow and not gpu" tests/engine_sglang
+	.venv-sglang/bin/python $(PYTEST) -m "slow and not gpu" tests/engine_sglang
 
 # The emulator's whole proof. Other people's kernels need flash-attn-4.
 test-emulator-full: setup

@@ -207,8 +207,9 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     """Run the plan's kernels over the work lists that `refresh` made. No sync, no allocation, nothing that depends on lengths."""
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
     assert kernels is not None and work is not None and bounds is not None, metadata.plan
-    if kernels.decode is not None:
+    decode_query_len = metadata.plan.limits.decode_query_len
+    if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
-    if kernels.decode is None or bounds.max_seqlen_q > metadata.plan.limits.decode_query_len:
+    if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
         assert kernels.prefill is not None, metadata.plan
         kernels.prefill(*prefill_arguments(arguments, work))

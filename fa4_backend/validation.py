@@ -54,6 +54,22 @@ FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
 LARGEST_FACTOR = 2.0**126
 
 
+def check_least(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:
+    """Check the lower bound of a step's query lengths; against the lengths themselves where they are on the CPU.
+
+    Raises:
+        ValueError: it is no whole number, below 1, above the upper bound of a step that has queries, or above a query.
+    """
+    expect_whole("min_seqlen_q", min_seqlen_q)
+    if not 1 <= min_seqlen_q <= max(max_seqlen_q, 1):
+        raise ValueError(f"min_seqlen_q: expected 1 to max_seqlen_q={max_seqlen_q}, got {min_seqlen_q}")
+    if min_seqlen_q > 1 and cu_seqlens_q.device.type == "cpu":
+        lengths = cu_seqlens_q.diff()
+        shortest = min((n for n in lengths.tolist() if n > 0), default=min_seqlen_q)
+        if shortest < min_seqlen_q:
+            raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
+
+
 def check_step(
     metadata: AttentionMetadata,
     cu_seqlens_q: torch.Tensor,

@@ -16,7 +16,7 @@ from typing import Any
 
 from fa4_backend.emulator import kernel_model, model_case
 from fa4_backend.emulator.chip import CHIPS
-from fa4_backend.emulator.model_case import PrefillList, Step
+from fa4_backend.emulator.model_case import Step
 from fa4_backend.emulator.timing import TIMINGS, extremes
 from fa4_backend.kernel_stamp import make_stamp
 from scripts.model_validation import kept
@@ -50,11 +50,11 @@ def decodes(arch: str) -> Iterator[tuple[str, Step]]:
 
 
 @cache
-def tiles_of(step: Step) -> tuple[PrefillList, int]:
+def tiles_of(step: Step) -> tuple[list[int], int]:
     """The work list for 148 SMs, and CTAs of an item."""
     plan, metadata = model_case.scheduled(step, CHIPS["B200"])
-    assert plan.kernels is not None and plan.kernels.prefill.has_queue
-    return model_case.prefill_list(step, plan, metadata), plan.kernels.prefill.ctas_per_item
+    assert plan.kernels is not None and plan.kernels.prefill is not None, plan
+    return model_case.prefill_blocks(step, plan, metadata), plan.kernels.prefill.ctas_per_item
 
 
 def prefill_row(chip_name: str, name: str, step: Step, folder: Path) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def prefill_row(chip_name: str, name: str, step: Step, folder: Path) -> dict[str
     times = []
     for timing in (TIMINGS[step.arch], *extremes(TIMINGS[step.arch])):
         costs = kernel_model.tile_costs(record, timing)
-        cycles = kernel_model.queued_cycles(costs, tiles.lists[0], chip.num_sms // ctas)
-        tensor = sum(tiles.lists[0]) * costs.tensor / (chip.num_sms // ctas)
+        cycles = kernel_model.queued_cycles(costs, tiles, chip.num_sms // ctas)
+        tensor = sum(tiles) * costs.tensor / (chip.num_sms // ctas)
         times.append((costs, kernel_model.kernel_time(chip, cycles, tensor, step.num_bytes)))
     (costs, time), (_, fast), (_, slow) = times
 

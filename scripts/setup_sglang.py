@@ -51,7 +51,7 @@ def run(*command: str | Path) -> None:
 
 
 def pip_install(*what: str) -> None:
-    run(PYTHON, "-m", "pip", "install", "--quiet", *what)
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--no-compile", *what)  # bytecode: as in setup_env.py
 
 
 def install() -> None:

@@ -54,6 +54,7 @@ class Ours:
         metadata.window_left = batch.mask.window_left
 
         bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
+        bounds["min_seqlen_q"] = min(query_len for query_len, _ in batch.row_lens)
         values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
         page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k
         q = t.q.to(getattr(torch, plan.problem.q_dtype))

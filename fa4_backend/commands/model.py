@@ -100,7 +100,7 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
     from fa4_backend.emulator.timing import TIMINGS, extremes
 
     plan, metadata = model_case.scheduled(step, chip)
-    tiles = model_case.prefill_list(step, plan, metadata)
+    tiles = model_case.prefill_blocks(step, plan, metadata)
     recordings: dict[tuple[int, int], Any] = {}
 
     def record(num_tiles: int, blocks: int) -> Any:
@@ -114,20 +114,16 @@ def prefill(step: Step, chip: Chip) -> dict[str, Any]:
 
     def whole(timing: Any) -> tuple[Any, Any]:
         costs = kernel_model.tile_costs(record, timing)
-        cycles = (
-            kernel_model.queued_cycles(costs, tiles.lists[0], num_groups)
-            if tiles.has_queue
-            else kernel_model.dealt_cycles(costs, tiles.lists)
-        )
-        tensor = sum(map(sum, tiles.lists)) * costs.tensor / num_groups
+        cycles = kernel_model.queued_cycles(costs, tiles, num_groups)
+        tensor = sum(tiles) * costs.tensor / num_groups
         return costs, kernel_model.kernel_time(chip, cycles, tensor, step.num_bytes)
 
     low, high = extremes(TIMINGS[step.arch])
     (costs, time), (_, fast), (_, slow) = whole(TIMINGS[step.arch]), whole(low), whole(high)
     return {
         "kernel": plan.kernels.prefill.name,
-        "tiles": sum(map(len, tiles.lists)),
-        "KV blocks": sum(map(sum, tiles.lists)),
+        "tiles": len(tiles),
+        "KV blocks": sum(tiles),
         "cycles of a block": round(costs.block, 1),
         "cycles of a tile besides": round(costs.tile, 1),
         "cycles once a CTA": round(costs.first, 1),

@@ -5,7 +5,6 @@ Both come from the kernels themselves on the emulator: a tile from the prefill k
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -67,14 +66,6 @@ class Step:
         return rows + self.num_kv_heads * self.kv_bytes(sum(self.kv_lens))
 
 
-@dataclass(frozen=True)
-class PrefillList:
-    """KV blocks of the tiles of each CTA (or pair); with a queue one list, in the queue's order."""
-
-    lists: list[list[int]]
-    has_queue: bool
-
-
 def plan_of(step: Step, num_sms: int) -> AttentionPlan:
     """The plan of a whole step on a chip of as many SMs."""
     limits = BatchLimits(len(step.query_lens), sum(step.query_lens), max(step.kv_lens))
@@ -94,18 +85,12 @@ def scheduled(step: Step, chip: Chip) -> tuple[AttentionPlan, AttentionMetadata]
     return plan, metadata
 
 
-def prefill_list(step: Step, plan: AttentionPlan, metadata: AttentionMetadata) -> PrefillList:
-    """Tiles as the kernel would run them: an entry's range cut to what the mask lets its rows see."""
+def prefill_blocks(step: Step, plan: AttentionPlan, metadata: AttentionMetadata) -> list[int]:
+    """KV blocks of the tiles in the order of the queue: an entry's range cut to what the mask lets its rows see."""
     assert metadata.work is not None and plan.kernels is not None
     work, key = metadata.work, plan.kernels.prefill
-    has_queue = key.has_queue
-    count = int(work.prefill_queue[0, wl.QUEUE_TOTAL]) if has_queue else int(work.prefill_begin[-1])
-    entries = work.prefill_tiles[:count].numpy()
-    blocks = [visible_blocks(step, entry, key.tokens_per_item, key.kernel.tile.tile_n) for entry in entries]
-    if has_queue:
-        return PrefillList([blocks], True)
-    begin = work.prefill_begin.tolist()
-    return PrefillList([blocks[a:b] for a, b in itertools.pairwise(begin)], False)
+    entries = work.prefill_tiles[: int(work.prefill_queue[0, wl.QUEUE_TOTAL])].numpy()
+    return [visible_blocks(step, entry, key.tokens_per_item, key.kernel.tile.tile_n) for entry in entries]
 
 
 def visible_blocks(step: Step, entry: np.ndarray, tokens: int, tile_n: int) -> int:

@@ -55,10 +55,6 @@ class PrefillKey(Protocol):
         """Query tokens of an entry: what its `m_block` counts in."""
 
     @property
-    def has_queue(self) -> bool:
-        """Whether CTAs take entries of the work list from a queue; else each has its own."""
-
-    @property
     def part_floats(self) -> int:
         """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
 
@@ -175,7 +171,6 @@ def _work_shape(
         max_num_tokens=limits.max_num_tokens,
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
-        has_queue=prefill.has_queue,
         most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,

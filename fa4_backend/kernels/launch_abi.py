@@ -26,7 +26,6 @@ class ScheduleArguments(NamedTuple):
     cu_seqlens_q: Any  # (batch + 1,) int32
     seqused_k: Any  # (batch,) int32
     prefill_tiles: Any  # (max_prefill_tiles, TILE_INTS) int32
-    prefill_begin: Any  # (prefill_groups + 1,) int32
     prefill_queue: Any  # (1, QUEUE_INTS) int32
     decode_tiles: Any  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
@@ -45,8 +44,7 @@ class PrefillArguments(NamedTuple):
     mCuSeqlensK: Any  # (batch + 1,) int32; None where they have
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
-    mBegin: Any  # (prefill_groups + 1,) int32
-    mQueue: Any  # (1, QUEUE_INTS) int32; None where the kernel's entries are dealt out
+    mQueue: Any  # (1, QUEUE_INTS) int32
     mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
     mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)
@@ -61,6 +59,7 @@ class PrefillArguments(NamedTuple):
     softcap: Any  # float32
     window_left: Any  # int32
     window_right: Any  # int32
+    num_groups: Any  # int32, CTAs of the launch, or CTA pairs
 
 
 class DecodeArguments(NamedTuple):
@@ -121,20 +120,19 @@ def schedule_arguments(
     """
     params = work.shape.params(window_left, window_right)
     return ScheduleArguments(
-        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_begin, work.prefill_queue, work.decode_tiles,
+        cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_queue, work.decode_tiles,
         work.decode_first, work.arrivals, work.part_arrivals, params,
     )  # fmt: skip
 
 
 def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArguments:
     """A call of a prefill kernel over the step's list."""
-    queue = work.prefill_queue if work.shape.has_queue else None
     part_arrivals = None if work.part_slots is None else work.part_arrivals
     return PrefillArguments(
         a.q, a.k_cache, a.v_cache, a.page_table, a.cu_seqlens_k, a.cu_seqlens_q,
-        work.prefill_tiles, work.prefill_begin, queue, work.part_slots, part_arrivals, a.out, a.lse,
+        work.prefill_tiles, work.prefill_queue, work.part_slots, part_arrivals, a.out, a.lse,
         a.sinks, a.alibi_slopes, a.k_scale, a.v_scale, a.out_scale, a.q_scale,
-        a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0,
+        a.softmax_scale, a.softcap, a.window_left or 0, a.window_right or 0, work.shape.prefill_groups,
     )  # fmt: skip
 
 
@@ -163,7 +161,6 @@ def schedule_fakes() -> tuple[Any, ...]:
         cu_seqlens_q=fake.numbers(),
         seqused_k=fake.numbers(),
         prefill_tiles=fake.entries(TILE_INTS),
-        prefill_begin=fake.numbers(),
         prefill_queue=fake.entries(QUEUE_INTS),
         decode_tiles=fake.entries(DECODE_INTS),
         decode_first=fake.entries(DECODE_INTS),
@@ -174,7 +171,7 @@ def schedule_fakes() -> tuple[Any, ...]:
     return (*arguments, fake.stream())
 
 
-def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -> tuple[Any, ...]:
+def prefill_fakes(config: PrefillConfig, part_floats: int) -> tuple[Any, ...]:
     """Arguments to trace a prefill kernel with, the stream behind them; shapes and strides stay symbolic. part_floats: 0: no parts."""
     fake = _Fakes()
     total_q, heads = fake.size(), fake.size()
@@ -189,8 +186,7 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
         mCuSeqlensK=fake.plain("int32", fake.size()) if is_ragged else None,
         mCuSeqlensQ=fake.plain("int32", fake.size()),
         mTiles=fake.entries(TILE_INTS),
-        mBegin=fake.plain("int32", fake.size()),
-        mQueue=fake.entries(QUEUE_INTS) if has_queue else None,
+        mQueue=fake.entries(QUEUE_INTS),
         mPartSlots=fake.entries(part_floats, "float32") if part_floats else None,
         mPartArrivals=fake.entries(PART_COUNTERS) if part_floats else None,
         mO=fake.heads(config.out_dtype, total_q, heads, config.head_dim_v),
@@ -205,6 +201,7 @@ def prefill_fakes(config: PrefillConfig, part_floats: int, *, has_queue: bool) -
         softcap=fake.float32(0.0),
         window_left=fake.int32(0),
         window_right=fake.int32(0),
+        num_groups=fake.int32(0),
     )
     return (*arguments, fake.stream())
 

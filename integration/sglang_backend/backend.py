@@ -93,7 +93,7 @@ class FA4Backend(AttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Recorded in the graph, so that each replay reads the runner's lengths and token slots. No host sync."""
         assert self.captured is not None, "init_cuda_graph_state comes before a capture"
-        self._take_over(forward_batch, self.captured.first(forward_batch.batch_size))
+        self._take_over(forward_batch, self.captured.first(forward_batch.batch_size), in_graph=True)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """KV length of padded rows: their own token, in SGLang's padding page."""
@@ -171,7 +171,7 @@ class FA4Backend(AttentionBackend):
             return tensors.window_page_table
         return tensors.page_table
 
-    def _take_over(self, batch: Any, tensors: StepTensors) -> None:
+    def _take_over(self, batch: Any, tensors: StepTensors, *, in_graph: bool = False) -> None:
         shape = describe_step(batch, draft_step=self.draft_step, draft_tokens=self.draft_tokens)
         self.forward_metadata = self.step = tensors if shape.num_seqs else None
         if self.step is None:
@@ -179,7 +179,8 @@ class FA4Backend(AttentionBackend):
         start.seal_warm_up()
         self.slots.write_tables(batch, shape.ahead, tensors)
         write_query_bounds(batch, shape, tensors.cu_seqlens_q)
-        self.steps.refresh(tensors.cu_seqlens_q, tensors.seqused_k, shape.max_seqlen_q)
+        # A graph's replays may have shorter queries than the batch that it is captured of.
+        self.steps.refresh(tensors.cu_seqlens_q, tensors.seqused_k, shape.max_seqlen_q, 1 if in_graph else shape.min_seqlen_q)
 
 
 def engine_facts(runner: Any, *, is_latent: bool = False) -> EngineFacts:

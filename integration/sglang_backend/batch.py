@@ -16,6 +16,7 @@ class StepShape(NamedTuple):
     max_seqlen_q: int  # upper bound of a query's length
     queries_each: int | None  # query tokens of every sequence; None: `extend_seq_lens` of the batch says
     ahead: int  # KV tokens that SGLang's `seq_lens` does not count yet
+    min_seqlen_q: int = 1  # lower bound of the length of a query that there is
 
 
 def describe_step(batch: Any, *, draft_step: int, draft_tokens: int) -> StepShape:
@@ -40,7 +41,8 @@ def describe_step(batch: Any, *, draft_step: int, draft_tokens: int) -> StepShap
         # Each row has as many tokens, on the device as on the host; a replay's view of a batch has no host lengths.
         return StepShape(num_seqs, batch.positions.numel() // max(num_seqs, 1), None, 0)
     if mode.is_extend_or_draft_extend_or_mixed():
-        return StepShape(num_seqs, max(batch.extend_seq_lens_cpu, default=0), None, 0)
+        lengths = [n for n in batch.extend_seq_lens_cpu if n > 0]
+        return StepShape(num_seqs, max(lengths, default=0), None, 0, min(lengths, default=1))
     raise UnsupportedProblem(f"forward mode: expected decode, extend, mixed, verification or draft, got {mode.name}")
 
 

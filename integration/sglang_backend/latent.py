@@ -81,13 +81,13 @@ class FA4LatentBackend(FA4Backend):
         )
         return out
 
-    def _take_over(self, batch: Any, tensors: Any) -> None:
+    def _take_over(self, batch: Any, tensors: Any, *, in_graph: bool = False) -> None:
         mode = batch.forward_mode
         if mode.is_extend_without_speculative():
             raise UnsupportedProblem(
                 f"step of latent attention: expected decode or verification, got {mode.name}; see --prefill-attention-backend"
             )
-        super()._take_over(batch, tensors)
+        super()._take_over(batch, tensors, in_graph=in_graph)
 
 
 def ask_for_parts(model_config: Any) -> None:

@@ -137,6 +137,8 @@ class FA4Impl(AttentionImpl):
             writer = layer if self.writer is None else self.writer
             k_scale, v_scale = writer._k_scale, writer._v_scale
         step = (attn_metadata.steps if output_scale is None else attn_metadata.fused_steps)[self.kind]
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            step.expect_short_queries()
         paged_attention(
             query[:num_tokens],
             k_cache,

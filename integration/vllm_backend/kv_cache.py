@@ -35,11 +35,16 @@ def split_kv_cache(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor,
     Args:
         kv_cache: (num_pages, num_kv_heads, page_size, 2 * head_dim), any strides with last stride 1.
     """
-    pages = kv_cache.transpose(1, 2)
-    if pages.shape[2] == 1:
+    num_pages, num_heads, page_size, row = kv_cache.shape
+    page_stride, head_stride, row_stride, stride = kv_cache.stride()
+    if num_heads == 1:
         # torch lets a dimension of size 1 have any stride; a TMA descriptor takes it at its word and wants multiples of 16 bytes.
-        pages = pages.as_strided(pages.shape, (pages.stride(0), pages.stride(1), 2 * head_dim, 1))
-    return pages[..., :head_dim], pages[..., head_dim:]
+        head_stride = row
+    begin, strides = kv_cache.storage_offset(), (page_stride, row_stride, head_stride, stride)
+    # One view each: a layer's call is host time wherever no graph replays it.
+    k_cache = kv_cache.as_strided((num_pages, page_size, num_heads, head_dim), strides, begin)
+    v_cache = kv_cache.as_strided((num_pages, page_size, num_heads, row - head_dim), strides, begin + head_dim * stride)
+    return k_cache, v_cache
 
 
 def write_kv(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -35,6 +36,7 @@ class FA4Metadata:
     slot_mapping: torch.Tensor  # (num_tokens,), where the step's keys and values were written
     max_seqlen_q: int  # host upper bounds of the step's lengths; in a captured graph the capture's
     max_seqlen_k: int
+    min_seqlen_q: int  # host lower bound of the query lengths of rows that have any; in a captured graph 1
     steps: dict[LayerKind, AttentionMetadata]  # refreshed for this step
     fused_steps: dict[LayerKind, AttentionMetadata]  # the same for layers that write FP8; empty where vLLM fuses no quantisation
 
@@ -113,6 +115,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             slot_mapping=batch.slot_mapping,
             max_seqlen_q=batch.max_query_len,
             max_seqlen_k=batch.max_seq_len,
+            min_seqlen_q=shortest_query(batch, self.reorder_batch_threshold or 1),
             steps=self.steps,
             fused_steps=self.fused_steps,
         )
@@ -133,6 +136,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 # A dummy or captured batch says that each sequence is as long as all its tokens together, a batch of drafts that it may
                 # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
                 max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
+                min_seqlen_q=metadata.min_seqlen_q,
             )
 
     def _limits(self) -> BatchLimits:
@@ -145,6 +149,14 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             scheduler.max_num_seqs * decode_query_len,
         )
         return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
+
+
+def shortest_query(batch: Any, decode_query_len: int) -> int:
+    """Host lower bound of a batch's query lengths, padding not counted; 1 where no query is above `decode_query_len`."""
+    if batch.max_query_len <= decode_query_len:
+        return 1
+    lengths = np.diff(batch.query_start_loc_cpu.numpy())
+    return int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
 
 
 def share_slopes(impls: list[Any], device: torch.device) -> list[DeviceSlopes]:

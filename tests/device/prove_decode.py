@@ -104,12 +104,12 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         assert plan.kernels is not None
         shape = plan.kernels.work
         work = empty_lists(shape, rows)
-        for name in ("prefill_tiles", "prefill_begin", "prefill_queue", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
+        for name in ("prefill_tiles", "prefill_queue", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
             setattr(work, name, getattr(work, name).to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
         load(plan.kernels.schedule, emulated=False)(*schedule_arguments(work, cu_seqlens_q, seqused_k))
-        for name in ("prefill_tiles", "prefill_begin", "prefill_queue", "decode_tiles", "decode_first"):
+        for name in ("prefill_tiles", "prefill_queue", "decode_tiles", "decode_first"):
             setattr(work, name, getattr(work, name).cpu())
         assert_same_lists(work, host_lists(shape, query_lens, kv_lens))
     return {"steps": steps}

@@ -26,7 +26,7 @@ from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.engine_lane import COMMON, Engine
-from tests.device.serve_matrix import Group, arch, lanes, rehearsed, report, run_lane, warm_imports
+from tests.device.serve_matrix import Group, arch, lanes, rehearsed, report, run_lane, warm_imports, without_answers
 from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, FP8_RUNS, SUITES, WRITE, compare, judge
 
@@ -99,7 +99,7 @@ def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, dea
                     answer["against_flash_attn"] = compare(answer, reference)
             if options.out:
                 stamp = None if options.rehearse else gpu_stamp()
-                options.out.write_text(json.dumps({"stamp": stamp, "runs": results}, indent=1) + "\n")
+                options.out.write_text(json.dumps({"stamp": stamp, "runs": without_answers(results)}, indent=1) + "\n")
     for run, answer in results.items():
         report(run, answer)
     return results

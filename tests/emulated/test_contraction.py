@@ -22,7 +22,7 @@ pytestmark = pytest.mark.emulated
 
 CHOICES = ["always", 0, 1]
 DECODE = PagedCase((2, 1), (300, 65), num_q_heads=8, num_kv_heads=2, head_dim=128, decode_query_len=2, arch="emulated-sm_90a")
-PREFILL = PagedCase((70, 5), (333, 65), num_q_heads=2, num_kv_heads=1, head_dim=128, page_size=64, arch="emulated-sm_90a")
+PREFILL = PagedCase((35, 5), (333, 65), num_q_heads=4, num_kv_heads=1, head_dim=128, arch="emulated-sm_90a")
 
 
 @pytest.mark.parametrize("choice", CHOICES)

@@ -80,8 +80,8 @@ class Prompt:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "window": {"window_left": 150},  # blocks that only other rows of a tile see
-    "soft cap": {"window_left": 150, "softcap": 2.0},  # scores share reciprocals, with those that the row sees alone
+    # Blocks that only other rows of a tile see; scores share reciprocals, with those that the row sees alone.
+    "window, soft cap": {"window_left": 150, "softcap": 2.0},
     "growing": {"growing": True},  # rows that move their maximum beside rows that need not
 }
 

@@ -14,13 +14,17 @@ import torch
 from fa4_backend.compile import CompileKey
 from fa4_backend.compile_cache import ensure_object
 from tests.support.contraction import contractible
+from tests.support.emulated_decode import run_decode
+from tests.support.emulated_prefill import run_built
 from tests.support.large_logits import CHANNELS, build, check
 from tests.support.paged_case import PagedCase
 
 pytestmark = pytest.mark.emulated
 ARCHS = ["sm_90a", "sm_100a"]
 DECODE = {"query_lens": (1, 1), "kv_lens": (700, 129), "num_q_heads": 4, "num_kv_heads": 1}
-PREFILL = {"query_lens": (70, 3), "kv_lens": (400, 129), "num_q_heads": 2, "num_kv_heads": 1}
+# Two query tiles, of heads of the kernels that the other tests here compile.
+TOKENS = 35
+PREFILL = {"query_lens": (TOKENS, 3), "kv_lens": (400, 129), "num_q_heads": 4, "num_kv_heads": 1}
 
 
 def keys_of(arch: str, **changes: object) -> list[CompileKey]:
@@ -34,9 +38,10 @@ def keys_of(arch: str, **changes: object) -> list[CompileKey]:
 FEATURES: dict[str, dict[str, object]] = {
     "plain": {},
     "batch invariant": {"batch_invariant": True},
-    "softcap, sinks": {"softcap": 30.0, "sinks": True},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": True},
     "alibi": {"alibi": True},
-    "softcap, alibi, window": {"softcap": 30.0, "alibi": True, "window_left": 64},
+    "all": {"softcap": 30.0, "sinks": True, "alibi": True, "window_left": 64},
 }
 
 
@@ -71,30 +76,33 @@ def test_what_may_be_fused_is_found() -> None:
 def test_decode(name: str, batch_invariant: bool, arch: str) -> None:
     """Two rows over 3 SMs: cuts inside the long one, so that its parts meet in slots."""
     built = build(name, arch=f"emulated-{arch}", batch_invariant=batch_invariant, **DECODE)
-    check(built, *built.run(built.case.plan(num_sms=3)))
+    run = run_decode(built.case, num_ctas=3, built=built)
+    assert all(report.races == [] for report in run.reports)
+    check(built, *run.rows)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", CHANNELS)
 def test_prefill(name: str, arch: str) -> None:
     built = build(name, arch=f"emulated-{arch}", **PREFILL)
-    check(built, *built.run(built.case.plan(num_sms=2)))
+    run = run_built(built)
+    assert run.report.races == []
+    check(built, run.out, run.lse)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ["fp16, largest", "-3e37"])
 def test_a_rows_bits_do_not_depend_on_large_ones_beside_it(name: str, arch: str) -> None:
     """A warp with a row of large scores takes another way; its other rows keep their bits."""
-    both = build(name, arch=f"emulated-{arch}", batch_invariant=True, **PREFILL)
-    small = slice(0, 70, 3)
+    both = build(name, arch=f"emulated-{arch}", **PREFILL)
+    small = slice(0, TOKENS, 3)
     both.arguments.q[small, :, 0] = both.arguments.q[small, :, 0].sign() * 2.0**-20
-    out, lse = both.run(both.case.plan(num_sms=2))
-    out, lse = out.clone(), lse.clone()
+    run = run_built(both)
+    out, lse = run.out[:TOKENS].clone(), run.lse[:, :TOKENS].clone()
     alone = replace(both, arguments=both.arguments._replace(q=both.arguments.q.clone()))
-    q = alone.arguments.q[:70]
-    large = torch.ones(70, dtype=torch.bool)
+    large = torch.ones(TOKENS, dtype=torch.bool)
     large[small] = False
-    q[large] = 0
-    alone_out, alone_lse = alone.run(alone.case.plan(num_sms=2))
-    assert torch.equal(alone_out[small], out[small]) and torch.equal(alone_lse[:, small], lse[:, small])
-    assert not torch.equal(alone_out[:70][large], out[:70][large])
+    alone.arguments.q[:TOKENS][large] = 0
+    run = run_built(alone)
+    assert torch.equal(run.out[small], out[small]) and torch.equal(run.lse[:, small], lse[:, small])
+    assert not torch.equal(run.out[:TOKENS][large], out[large])

@@ -40,6 +40,14 @@ def test_mixed_step_of_drafts_other_heads_and_fp8(changes: dict) -> None:
     run_mixed(replace(CASE, arch="emulated-sm_90a", **changes), seed=2).check()
 
 
+@pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])
+@pytest.mark.parametrize("launches_decode", [True, False])
+def test_a_step_of_prefill_rows_alone(arch: str, launches_decode: bool) -> None:
+    """The prefill kernel does without the decode kernel: it zeroes the rows of padding, and begins when what was before has ended."""
+    case = replace(CASE, query_lens=(5, 40, 0, 70), kv_lens=(700, 300, 0, 129), arch=arch)
+    run_mixed(case, seed=4, launches_decode=launches_decode).check()
+
+
 def test_cta_pairs_beside_decode() -> None:
     """(192, 128) on Blackwell: a decode CTA keeps a whole pair of prefill CTAs waiting."""
     case = replace(CASE, arch="emulated-sm_100a", head_dim=192, head_dim_v=128, num_q_heads=4, num_kv_heads=1)

@@ -20,26 +20,18 @@ from tests.support.paged_case import PagedCase
 pytestmark = pytest.mark.emulated
 
 ARCHS = ("sm_90a", "sm_100a")
-# The second sequence has keys that nobody sees, the last none at all; the third ends on a tile's edge.
-BASE = PagedCase((5, 0, 33, 4), (133, 30, 128, 0), num_q_heads=4, num_kv_heads=2, head_dim=128, kv_source=RAGGED)
+# The second sequence has keys that nobody sees, the last none at all; the third ends on a tile's edge. Heads and features are those of
+# paged kernels that other tests compile, where a case has the bits of pages.
+BASE = PagedCase((5, 0, 33, 4), (133, 30, 128, 0), num_q_heads=4, num_kv_heads=1, head_dim=128, kv_source=RAGGED)
 CASES = {
     "d128": replace(BASE, layout="nhd"),
     "d128, the last row is the tensor's": replace(BASE, query_lens=(9, 3), kv_lens=(20, 131), padding_rows=0, layout="hnd"),
-    "d192 and 128, windows on both sides": replace(
-        BASE,
-        query_lens=(40, 3),
-        kv_lens=(290, 20),
-        num_q_heads=2,
-        head_dim=192,
-        head_dim_v=128,
-        is_causal=False,
-        window_left=20,
-        window_right=9,
-    ),
-    "d64, all score features": replace(BASE, head_dim=64, window_left=60, sinks=True, alibi=True, softcap=20.0),
+    "d128, windows on both sides": replace(BASE, query_lens=(40, 3), kv_lens=(290, 20), is_causal=False, window_left=20, window_right=9),
+    "d192 and 128": replace(BASE, query_lens=(40, 3), kv_lens=(290, 20), num_q_heads=1, head_dim=192, head_dim_v=128, dtype="float16"),
     "d96, more queries than keys": replace(BASE, query_lens=(50, 2), kv_lens=(20, 3), head_dim=96),
-    "FP8": replace(BASE, query_lens=(5, 0, 9), kv_lens=(133, 30, 20), kv_dtype=FP8, window_left=100),
+    "FP8": replace(BASE, query_lens=(5, 0, 9), kv_lens=(133, 30, 20), kv_dtype=FP8),
 }
+ALL_FEATURES = replace(BASE, head_dim=64, window_left=60, sinks=True, alibi=True, softcap=20.0)
 HOPPER_ONLY = {"d256": replace(BASE, query_lens=(9, 0, 2), kv_lens=(90, 5, 81), num_q_heads=2, num_kv_heads=1, head_dim=256)}
 
 
@@ -53,6 +45,11 @@ def test_bits_are_those_of_pages(arch: str, name: str) -> None:
     assert torch.equal(ragged.out.nan_to_num(7.0), paged.out.nan_to_num(7.0 if paged.zeroes_padding else 0.0))
     rows = slice(0, ragged.built.total_q)
     assert torch.equal(ragged.lse[:, rows], paged.lse[:, rows])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_score_features(arch: str) -> None:
+    run_prefill(replace(ALL_FEATURES, arch=f"emulated-{arch}")).check()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -82,7 +79,7 @@ def test_lengths_past_the_tensor_are_cut(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_command_runs_it(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Schedule and operator included: no decode kernel, whatever the length of a row."""
-    shape = ["--heads", "2/2", "--head-dim", "192", "--head-dim-v", "128", "--q-lens", "1,40", "--kv-lens", "40,150"]
+    shape = ["--heads", "2/2", "--head-dim", "192", "--head-dim-v", "128", "--dtype", "fp16", "--q-lens", "1,40", "--kv-lens", "40,150"]
     with pytest.raises(SystemExit) as stopped:
         main(["emulate", "--kind", "ragged", "--arch", arch, *shape, "--seeds", "1", "--json"])
     text = capsys.readouterr().out

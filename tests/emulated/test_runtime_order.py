@@ -9,7 +9,7 @@ PROGRAM = """
 from fa4_backend.compile_cache import load_runtime
 load_runtime()
 from tests.support.paged_case import PagedCase
-case = PagedCase((5, 1), (40, 33), arch="emulated-sm_90a")
+case = PagedCase((5, 1), (40, 33), num_q_heads=8, head_dim=128, arch="emulated-sm_90a")
 built = case.build()
 built.check(*built.run(case.plan(num_sms=2)))
 """

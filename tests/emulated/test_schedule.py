@@ -22,6 +22,7 @@ from fa4_backend.kernels.schedule.work_list import (
     NUM_ENTRIES,
     NUM_PIECES,
     PARTIAL_SLOT,
+    QUEUE_TOTAL,
     WorkShape,
 )
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
@@ -73,6 +74,31 @@ def test_device_lists_are_the_hosts() -> None:
         report = run_schedule("sm_90a", key, work, query_lens, kv_lens, window_left=left, window_right=right, seed=seed)
         assert report.races == []
         assert_same_lists(work, want)
+
+
+# (CTAs, query lengths, KV lengths, parts of the last round's tiles; 1: not cut). Tiles are 32 tokens, blocks 128 keys, heads two.
+LAST_ROUNDS = {
+    "4 tiles of 28 on 12 CTAs": (12, [200, 200], [5000, 5000], 3),
+    "8 tiles of 20 on 12 CTAs, parts in two rounds": (12, [320], [5000], 3),
+    "tiles that end early": (12, [416], [416], 1),
+    "whole rounds": (14, [200, 200], [5000, 5000], 1),
+    "decode rows beside": (12, [200, 200, 1], [5000, 5000, 40], 1),
+    "tiles too short for parts": (12, [200, 200], [300, 300], 1),
+}
+
+
+@pytest.mark.parametrize("name", LAST_ROUNDS)
+def test_the_last_round_is_cut(name: str) -> None:
+    num_ctas, query_lens, kv_lens, parts = LAST_ROUNDS[name]
+    shape = replace(
+        BASE, prefill_groups=num_ctas, decode_num_ctas=num_ctas, num_sms=num_ctas, part_floats=8, min_part_blocks=2, most_part_quarters=10
+    )
+    want = host_lists(shape, query_lens, kv_lens)
+    assert set(want.prefill_tiles[:, NUM_PIECES]) == {1, parts}
+    work = empty_lists(shape, len(kv_lens))
+    report = run_schedule("sm_90a", ScheduleConfig("sm_90a", 256), work, query_lens, kv_lens, seed=num_ctas)
+    assert report.races == []
+    assert_same_lists(work, want)
 
 
 def test_more_rows_than_threads() -> None:
@@ -132,7 +158,7 @@ def test_sums_of_a_million_keys_a_row_do_not_wrap() -> None:
     run_schedule("sm_90a", ScheduleConfig("sm_90a", 4096), work, query_lens, kv_lens)
     entries = work.decode_tiles[: work.decode_first[:, NUM_ENTRIES].sum()].long()
     assert (entries[:, N_BLOCK_END] - entries[:, N_BLOCK_BEGIN]).sum() == 64 * sum(-(-n // 64) for n in kv_lens[:-6])
-    assert work.prefill_begin[0] == 0 and work.prefill_begin[-1] == 64 * 6 * 10 and (work.prefill_begin.diff() >= 0).all()
+    assert work.prefill_queue[0, QUEUE_TOTAL] == 64 * 6 * 10
 
 
 def test_counters_of_rows_that_are_cut_are_cleared() -> None:
@@ -172,23 +198,17 @@ def test_equal_rows_are_cut_into_as_many_parts_as_pay(slot_vectors: int) -> None
 
 
 def test_a_step_of_both_kinds_shares_the_sms() -> None:
-    """Some SMs decode, a CTA each; prefill CTAs that wait for them get fewer tiles than the others, which get about the same number."""
+    """Some SMs decode, a CTA each; alone, each kind has the whole chip."""
     shape = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192)
     lists = host_lists(shape, [1] * 32 + [2048], [4096] * 32 + [6144])
     decoding = int((lists.decode_first[:, 11] > 0).sum())
-    tiles = (lists.prefill_begin[1:] - lists.prefill_begin[:-1]).tolist()
-    early, late = tiles[: 132 - decoding], tiles[132 - decoding :]
-    assert 20 <= decoding <= 46 and sum(tiles) == 512
-    assert max(late) < min(early) and max(early) - min(early) <= 1
-    # Alone, each kind has the whole chip.
+    assert 20 <= decoding <= 46 and len(lists.prefill_tiles) == 512
     assert (host_lists(shape, [1] * 32, [4096] * 32).decode_first[:, 11] > 0).sum() == 256
-    alone = host_lists(shape, [2048], [6144]).prefill_begin
-    assert set((alone[1:] - alone[:-1]).tolist()) == {3, 4}
+    alone = host_lists(shape, [2048], [6144])
+    assert len(alone.prefill_tiles) == 512 and not alone.decode_first[:, 11].any()
 
 
-H100 = WorkShape(
-    8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2, has_queue=True
-)
+H100 = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2)
 PARTS = {
     # A new message over a long prefix: one round of CTAs where the tiles can fill it.
     "16 of 64K": ([16], [65536], 16),
@@ -217,7 +237,7 @@ def test_few_tiles_over_long_kv_are_cut(name: str) -> None:
     uncut = host_lists(replace(H100, part_floats=0), query_lens, kv_lens)
     assert (uncut.prefill_tiles[:, PARTIAL_SLOT] == -1).all()
     if parts == 1:
-        assert (uncut.prefill_tiles == lists.prefill_tiles).all() and (uncut.prefill_begin == lists.prefill_begin).all()
+        assert (uncut.prefill_tiles == lists.prefill_tiles).all()
 
 
 def test_the_devices_cuts_are_the_hosts() -> None:
@@ -228,7 +248,6 @@ def test_the_devices_cuts_are_the_hosts() -> None:
         shape = replace(
             H100, num_kv_heads=draw.choice((1, 2, 8)), prefill_groups=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
             min_part_blocks=draw.choice((1, 8)), decode_query_len=draw.choice((0, 1)), l2_tokens=draw.choice((1000, 49152)),
-            has_queue=draw.choice((False, True)),
         )  # fmt: skip
         rows = draw.choice((1, 2, 3, 12))
         query_lens = [draw.choice((1, 16, 33, draw.randint(2, 300))) for _ in range(rows)]

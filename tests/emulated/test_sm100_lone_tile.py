@@ -59,7 +59,7 @@ def test_its_key_is_of_pairs_of_lone_tiles() -> None:
 
 def rescaling() -> PagedCase:
     """Rows whose maximum moves in most blocks: O is rescaled beside the product with V of the block before."""
-    return wide(case((40, 5), (700, 300)), peaked=20.0, page_size=64)
+    return wide(case((40, 5), (700, 300)), peaked=20.0)
 
 
 @pytest.mark.parametrize("threshold", [8.0, 0.0])

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT
+from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, N_BLOCK_END, NUM_PIECES, PARTIAL_SLOT, QUEUE_TOTAL
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
 from tests.support import large_logits
@@ -106,7 +106,7 @@ def test_beside_decode() -> None:
     """Schedule, decode and prefill as the operator launches them; counters and the queue hold garbage before the schedule."""
     run = run_mixed(case((1, 30, 1, 9), (500, 1000, 64, 700)), num_sms=8, seed=0, min_part_blocks=1)
     run.check()
-    tiles = run.work.prefill_tiles[: run.work.prefill_begin[-1]]
+    tiles = run.work.prefill_tiles[: run.work.prefill_queue[0, QUEUE_TOTAL]]
     assert (tiles[:, NUM_PIECES] > 1).any() and run.decode_ctas > 0
     first_slots = tiles[tiles[:, PARTIAL_SLOT] >= 0, FIRST_SLOT]
     assert not run.work.part_arrivals[first_slots].any()

@@ -78,7 +78,7 @@ def own_parts() -> Target:
     case = PagedCase((17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
     built = case.build()
     key = case.plan(num_sms=3).kernels.prefill
-    assert key.has_queue and key.part_floats, key
+    assert key.part_floats, key
     library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
@@ -177,7 +177,6 @@ def own_schedule() -> Target:
         report = run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed)
         return [
             work.arrivals,
-            work.prefill_begin,
             work.prefill_queue,
             work.prefill_tiles,
             work.decode_first[:, :13].contiguous(),

@@ -13,6 +13,7 @@ from tests.emulator.programs.program import Buffer, Program, TensorMap, compare
 
 # Data type codes of the hardware's descriptor; `cuTensorMapEncodeTiled` numbers them otherwise.
 HARDWARE_DTYPES = {"u8": 0, "u16": 1, "u32": 2, "i32": 3, "u64": 4, "i64": 5, "f16": 6, "f32": 7, "f64": 9, "bf16": 10}
+STEP_LIMIT = 1_000_000
 
 
 def encode_tensor_map(tensor: TensorMap, address: int) -> bytes:
@@ -41,9 +42,13 @@ def encode_tensor_map(tensor: TensorMap, address: int) -> bytes:
 def run_program(
     program: Program, *, seed: int | None = None, detect_races: bool = True, **options: Any
 ) -> tuple[dict[str, np.ndarray], emulator.Report]:
-    """Run one program; returns the contents of its buffers by name, and the session's report. `options`: more of the session's."""
+    """Run one program; returns the contents of its buffers by name, and the session's report. `options`: more of the session's.
+
+    A schedule under which a program only spins ends after STEP_LIMIT instructions without progress, in seconds.
+    """
     buffers = {b.name: aligned_copy(b.data) for b in program.buffers}
     args: list[Any] = []
+    options.setdefault("step_limit", STEP_LIMIT)
     with emulator.session(arch=program.target, num_sms=max(program.grid, 1), seed=seed, detect_races=detect_races, **options) as session:
         for arg in program.args:
             if isinstance(arg, Buffer):

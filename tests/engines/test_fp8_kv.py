@@ -7,6 +7,7 @@ import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_gpu_cache_write_is_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("vllm._custom_ops.reshape_and_cache_flash", lambda *arguments: calls.append(arguments))
     cache = torch.zeros(5, 2, 16, 128, dtype=torch.uint8)
-    on_gpu = SimpleNamespace(is_cuda=True, transpose=cache.transpose)
+    on_gpu = Mock(wraps=cache, is_cuda=True, shape=cache.shape)
     layer, new, slots = SimpleNamespace(_k_scale=object(), _v_scale=object()), torch.zeros(3, 2, 64), torch.zeros(3)
     write_kv(layer, new, new, on_gpu, slots, "fp8_e4m3")  # type: ignore[arg-type]
     ((*tensors, name, k_scale, v_scale),) = calls

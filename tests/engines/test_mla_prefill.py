@@ -201,7 +201,7 @@ def test_the_member_survives_a_spawned_process() -> None:
     assert config.mla_prefill_backend is add_prefill_member()
     code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).mla_prefill_backend.get_class().__name__)"
     done = subprocess.run(
-        [sys.executable, "-c", code, pickle.dumps(config).hex()], env=dict(os.environ), text=True, capture_output=True, timeout=300
+        [sys.executable, "-c", code, pickle.dumps(config).hex()], env=dict(os.environ), text=True, capture_output=True, timeout=900
     )
     assert done.stdout.strip().splitlines()[-1:] == ["FA4PrefillBackend"], done.stderr[-2000:]
 

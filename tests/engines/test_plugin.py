@@ -22,7 +22,7 @@ from tests.engines.tiny_models import write_llama
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`code` in a fresh interpreter."""
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, text=True, capture_output=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, text=True, capture_output=True, timeout=900)
 
 
 def backends() -> Any:

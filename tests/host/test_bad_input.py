@@ -409,6 +409,8 @@ BAD_STEPS: dict[str, tuple[Callable, str]] = {
     "seqused_k is a list": (lambda a: {"seqused_k": [20, 33]}, "seqused_k: expected a tensor, got list"),
     "a length on the device": (lambda a: {"max_seqlen_k": a.seqused_k.max()}, "max_seqlen_k: expected a whole number .* got a Tensor"),
     "half a token": (lambda a: {"max_seqlen_q": 4.5}, "max_seqlen_q: expected a whole number as a Python int, got 4.5"),
+    "a shortest query of none": (lambda a: {"min_seqlen_q": 0}, "min_seqlen_q: expected 1 to max_seqlen_q=5, got 0"),
+    "a shortest query above one": (lambda a: {"min_seqlen_q": 5}, "min_seqlen_q: expected at most the shortest query, 1, got 5"),
     "a negative length": (lambda a: {"max_seqlen_q": -1}, "max_seqlen_q: expected 0 to 9, .*max_num_tokens, got -1"),
 }
 
@@ -418,7 +420,7 @@ def test_a_step_whose_lengths_are_numpys() -> None:
     built, plan = CASE.build(), CASE.plan()
     metadata, a = metadata_of(built, plan), built.arguments
     metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=np.int32(5), max_seqlen_k=np.int64(33))
-    assert metadata.bounds == (2, 5, 33)
+    assert metadata.bounds == (2, 5, 33, 1)
 
 
 @pytest.mark.parametrize("what", BAD_STEPS)

@@ -24,6 +24,7 @@ from fa4_backend.compile import CompileError, _check_whole
 from tests.support.stub_kernels import StubKey, call_stub, compile_stub
 
 NOBODY = 65534
+TIMEOUT = 600  # seconds that processes of a few seconds have, however many others the machine runs
 
 
 @pytest.fixture
@@ -303,7 +304,7 @@ def start(value: int, limit_bytes: int | None = None) -> subprocess.Popen[str]:
 def test_eight_processes_that_start_at_once_with_an_empty_cache(cache: Path) -> None:
     """Each ends with a working kernel; each key is compiled by one of them."""
     processes = [start(value) for value in (1, 2, 1, 2, 1, 2, 1, 2)]
-    answers = [process.communicate(timeout=120) for process in processes]
+    answers = [process.communicate(timeout=TIMEOUT) for process in processes]
     assert [out.strip() for out, _ in answers] == ["1", "2"] * 4, answers
     assert compiles(cache) == 2
     assert len(list(cache.glob("kernels/*/*/*"))) == 2 and not hidden(cache)
@@ -331,7 +332,7 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_looks_whole(cache: P
 @pytest.mark.parametrize("limit_bytes", [0, 100, 12_000])
 def test_a_limit_on_files_ends_in_a_named_error(cache: Path, limit_bytes: int) -> None:
     """Not even the C source fits, the library does not, only the PTX does not; the next process starts from nothing half-written."""
-    out, err = start(7, limit_bytes).communicate(timeout=60)
+    out, err = start(7, limit_bytes).communicate(timeout=TIMEOUT)
     assert out.startswith(("CacheWriteError", "CompileError")), (out, err)
     assert not list(cache.glob("kernels/*/*/*"))
     assert call_stub(object_of() / "kernel.so") == 7
@@ -355,7 +356,7 @@ def test_a_full_disk_ends_in_a_named_error(cache: Path, small_disk: Path, monkey
     monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(small_disk / "cache"))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(used_bytes))
-    answers = [process.communicate(timeout=120) for process in [start(7) for _ in range(2)]]
+    answers = [process.communicate(timeout=TIMEOUT) for process in [start(7) for _ in range(2)]]
     for out, err in answers:
         assert out.strip() == "7" or out.startswith(("CacheWriteError", "CompileError")), (out, err)
     if used_bytes == 65_536:
@@ -410,7 +411,7 @@ def test_the_least_recently_used_go(
     cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     object_of(0)
-    assert time.time() - (aged[0] / prune.RECORD).stat().st_mtime < 100, "a look-up is a use"
+    assert time.time() - (aged[0] / prune.RECORD).stat().st_mtime < 900, "a look-up is a use"
     entry._in_use.clear()
     _age(aged[0], 50 + prune.GRACE_SECONDS)
     _limit(monkeypatch, 3.5)

@@ -42,8 +42,8 @@ def test_what_is_served_on_both_chips() -> None:
 
 
 def test_strides_that_tma_cannot_take() -> None:
-    built = PagedCase((4,), (20,), head_dim=64, arch="emulated-sm_100a").build()
-    wide = torch.zeros(*built.arguments.k_cache.shape[:-1], 68, dtype=torch.bfloat16)  # rows 136 bytes apart: no multiple of 16
-    built.arguments = built.arguments._replace(k_cache=wide[..., :64])
+    built = PagedCase((4,), (20,), num_q_heads=8, head_dim=128, arch="emulated-sm_100a").build()
+    wide = torch.zeros(*built.arguments.k_cache.shape[:-1], 132, dtype=torch.bfloat16)  # rows 264 bytes apart: no multiple of 16
+    built.arguments = built.arguments._replace(k_cache=wide[..., :128])
     with pytest.raises(ValueError, match=r"k_cache: expected strides of a multiple of 16 bytes, got stride \d+ \(\d+ bytes\)"):
         built.run(built.case.plan(num_sms=1))

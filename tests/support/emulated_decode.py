@@ -102,7 +102,6 @@ def fill_with_garbage(work: WorkLists) -> None:
     generator = torch.Generator().manual_seed(0)
     for tensor in (
         work.prefill_tiles,
-        work.prefill_begin,
         work.prefill_queue,
         work.decode_tiles,
         work.decode_first,
@@ -146,7 +145,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
         return torch.full(size, UNWRITTEN, dtype=torch.int32)
 
     return WorkLists(
-        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(shape.prefill_groups + 1), ints(1, QUEUE_INTS),
+        shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(1, QUEUE_INTS),
         ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
         None, ints(max(1, shape.max_part_slots()), PART_COUNTERS),
     )  # fmt: skip
@@ -154,8 +153,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
 
 def assert_same_lists(work: WorkLists, want: HostLists) -> None:
     """The device's lists are the host's, entry by entry."""
-    assert np.array_equal(work.prefill_begin.numpy(), want.prefill_begin)
-    assert work.prefill_queue[0].tolist() == [0, len(want.prefill_tiles), 0, 0]
+    assert work.prefill_queue[0].tolist() == [0, len(want.prefill_tiles), 0, want.own_entries]
     assert np.array_equal(work.prefill_tiles[: len(want.prefill_tiles)].numpy(), want.prefill_tiles)
     counts, want_counts = work.decode_first[:, 11].numpy(), want.decode_first[:, 11]
     assert np.array_equal(counts, want_counts)

@@ -34,7 +34,13 @@ class MixedRun:
 
 
 def run_mixed(
-    case: PagedCase, *, num_sms: int = 4, seed: int | None = None, built: BuiltCase | None = None, min_part_blocks: int | None = None
+    case: PagedCase,
+    *,
+    num_sms: int = 4,
+    seed: int | None = None,
+    built: BuiltCase | None = None,
+    min_part_blocks: int | None = None,
+    launches_decode: bool = True,
 ) -> MixedRun:
     """Schedule and attend `case` (arch "emulated-..."); outputs are poisoned, work lists and workspaces hold garbage before.
 
@@ -42,6 +48,7 @@ def run_mixed(
         num_sms: of the pretended GPU.
         seed: of the emulator's schedule; None: deterministic.
         built: the case's tensors, where a test has changed them.
+        launches_decode: whether the decode kernel is launched, which a step without decode rows does without.
         min_part_blocks: n_blocks of the shortest part of a prefill tile, where it is to be others than the plan's.
     """
     built = built or case.build()
@@ -58,6 +65,7 @@ def run_mixed(
     scheduled = run_schedule(arch, kernels.schedule, work, a.cu_seqlens_q.diff().tolist(), a.seqused_k.tolist(), seed=seed)
     assert scheduled.races == []
     with emulator.session(arch=arch, num_sms=num_sms, seed=seed, detect_races=True) as emu, emu.stream():
-        emu.run(load_function(kernels.decode), *decode_arguments(a, work))
+        if launches_decode:
+            emu.run(load_function(kernels.decode), *decode_arguments(a, work))
         emu.run(load_function(kernels.prefill), *prefill_arguments(a, work))
     return MixedRun(built, work, emu.report)

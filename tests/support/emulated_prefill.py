@@ -13,7 +13,16 @@ from fa4_backend.emulator.kernels import load_function
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PART_COUNTERS, PARTIAL_SLOT, QUEUE_LEFT, QUEUE_NEXT, WorkLists, WorkShape
+from fa4_backend.kernels.schedule.work_list import (
+    NO_WINDOW,
+    PART_COUNTERS,
+    PARTIAL_SLOT,
+    QUEUE_LEFT,
+    QUEUE_NEXT,
+    QUEUE_OWN,
+    WorkLists,
+    WorkShape,
+)
 from tests.support import host_schedule
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
@@ -27,6 +36,7 @@ class Cuts:
     parts: tuple[int, ...]  # of each tile of every sequence
     window_left: int | None = -1  # that the lists are made for; -1: the case's
     is_reversed: bool = False  # the list's last entry is taken first, so that the first part of a tile comes last
+    is_all_taken: bool = False  # every entry is taken from the queue, as in a step with decode rows
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ def run_built(
         contraction=contraction,
     ) as emu:
         emu.run(load_function(chosen), *prefill_arguments(a, work))
-    return EmulatedRun(built, emu.report, work, zeroes_padding=not chosen.kernel.is_dependent)
+    is_alone = not chosen.kernel.is_dependent or int(work.prefill_queue[0, QUEUE_OWN]) > 0
+    return EmulatedRun(built, emu.report, work, zeroes_padding=is_alone)
 
 
 def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: int, cuts: Cuts | None) -> WorkLists:
@@ -111,7 +122,6 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=NO_WINDOW, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
-        has_queue=key.has_queue,
     )  # fmt: skip
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window
@@ -126,11 +136,11 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
     )
     tiles = lists.prefill_tiles[:: -1 if cuts is not None and cuts.is_reversed else 1]
     slots = int((lists.prefill_tiles[:, PARTIAL_SLOT] >= 0).sum()) if key.part_floats else 0
+    own = lists.own_entries if cuts is None or not cuts.is_all_taken else 0
     return WorkLists(
         shape,
         prefill_tiles=torch.from_numpy(tiles.copy()),
-        prefill_begin=torch.from_numpy(lists.prefill_begin.copy()),
-        prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, 0]], dtype=torch.int32),
+        prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, own]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
         part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,
         part_arrivals=torch.zeros(max(1, slots), PART_COUNTERS, dtype=torch.int32),

@@ -20,7 +20,7 @@ from fa4_backend import AttentionMetadata, AttentionPlan, AttentionProblem, Batc
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import LSE_RELATIVE, rounding_budget
 from fa4_backend.kernels.launch_abi import prefill_arguments, schedule_arguments
-from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW, PARTIAL_SLOT, QUEUE_TOTAL
 from fa4_backend.problem import FP8_MAX, RAGGED
 
 SCALES = ("k_scale", "v_scale")
@@ -347,8 +347,8 @@ class Fuzzer:
         work = self.metadata.work
         if work is None:
             return torch.zeros((), device=self.device)
-        tiles, begin = work.prefill_tiles, work.prefill_begin
-        return ((torch.arange(len(tiles), device=tiles.device) < begin[-1]) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
+        tiles, total = work.prefill_tiles, work.prefill_queue[0, QUEUE_TOTAL]
+        return ((torch.arange(len(tiles), device=tiles.device) < total) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
 
 
 def prefill_plan(plan: AttentionPlan) -> AttentionPlan:

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
 
 
 @dataclass(frozen=True)
 class HostLists:
-    """Both lists as arrays of int32: prefill tiles (n, TILE_INTS) and begin (ctas + 1,), decode tiles and first (.., DECODE_INTS).
+    """Both lists as arrays of int32: prefill tiles (n, TILE_INTS), decode tiles and first (.., DECODE_INTS).
 
     Unused ints of `decode_tiles` are 0; rows of `decode_first` without an entry hold `total_q` and zeros.
     """
 
     prefill_tiles: np.ndarray
-    prefill_begin: np.ndarray
     decode_tiles: np.ndarray
     decode_first: np.ndarray
+    own_entries: int  # entries of the prefill list that are not taken from the queue
 
 
 def make_lists(
@@ -33,7 +33,7 @@ def make_lists(
     window_right: int = 0,
     parts: tuple[int, ...] | None = None,
 ) -> HostLists:
-    """Lists for one step. KV lengths are cut to the limits. Where the kernel has a queue, its tiles are in the queue's order.
+    """Lists for one step. KV lengths are cut to the limits.
 
     Args:
         window_right: 0 for causal attention, NO_WINDOW for full attention.
@@ -47,27 +47,23 @@ def make_lists(
     order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
     seen = [_seen(shape, row, window_left, window_right) for row in order]
     best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
-    tiles = _prefill_tiles(shape, order, best if parts is None else [parts[row[0]] for row in order], window_left, window_right)
+    cuts = best if parts is None else [parts[row[0]] for row in order]
+    tiles = _prefill_tiles(shape, order, q_begins.tolist(), cuts, window_left, window_right)
+    if tiles and not decode and set(cuts) == {1}:
+        tiles = _cut_last_round(shape, tiles, max(s.longest for s in seen[:512]), parts is not None)
     blocks = sum(s.blocks for s in seen)
     groups = _row_groups(shape, decode, window_left)
     share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
-    dealt, begin = _deal(shape, tiles, share)
-    if shape.has_queue:
-        dealt = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
-    return HostLists(dealt, begin, *_decode(shape, decode, groups, q_begins, share))
+    queue = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
+    decode_tiles, decode_first = _decode(shape, decode, groups, q_begins, share)
+    own_entries = 0
+    if prefill and not decode:  # prefill CTAs all start at once, and zero the rows behind the step's queries
+        decode_first[:, TOTAL_Q], own_entries = ALL_ROWS, shape.prefill_groups
+    return HostLists(queue, decode_tiles, decode_first, own_entries)
 
 
-@dataclass(frozen=True)
-class HostShare:
-    """SMs for decode; prefill CTAs that do not wait for them, and tiles that each of those gets before the others get one."""
-
-    decode_sms: int
-    early_ctas: int
-    early_rounds: int
-
-
-def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> HostShare | None:
-    """The share of SMs that ends soonest, None where decode on all SMs and prefill behind it does.
+def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> int | None:
+    """The SMs for decode with which a step ends soonest, None where decode on all SMs and prefill behind it does.
 
     Args:
         decode_cost: KV tiles of all decode row groups.
@@ -90,7 +86,7 @@ def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> H
             late = decode_ticks(sms) + max(rounds - early_rounds, 0) * tile_ticks
             ticks = max(rounds * tile_ticks, late) + late // 16
             if ticks < best:
-                best, chosen = ticks, HostShare(sms, early, early_rounds)
+                best, chosen = ticks, sms
     return chosen
 
 
@@ -148,8 +144,15 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     return chosen
 
 
-def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left: int, window_right: int) -> list[tuple]:
-    """The prefill list's entries in the order in which they are dealt out; `parts` of each row's tiles."""
+def _prefill_tiles(
+    shape: WorkShape, order: list, q_begins: list[int], parts: list[int], window_left: int, window_right: int
+) -> list[tuple]:
+    """The prefill list's entries in the order in which they are taken.
+
+    Args:
+        q_begins: first row in q of each sequence.
+        parts: of each row's tiles, in order.
+    """
     tiles: list[tuple] = []
     row_slot = 0
     for row, count in zip(order, parts, strict=True):
@@ -166,20 +169,34 @@ def _prefill_tiles(shape: WorkShape, order: list, parts: list[int], window_left:
                 for part, head in itertools.product(range(count), heads):
                     first_slot = row_slot + (head * m_blocks + m_block) * count
                     where = (first_slot + part, first_slot, count) if count > 1 else (-1, 0, 1)
-                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, kv_len, 0, 0, 0))
+                    lengths = kv_len, q_begins[seq_idx], query_len, 0
+                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, *lengths))
         row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
     return tiles
 
 
-def _deal(shape: WorkShape, tiles: list[tuple], share: HostShare | None) -> tuple[np.ndarray, np.ndarray]:
-    """Dealt out back and forth, so that no CTA gets the longer tile of every round; the first rounds to early CTAs alone."""
-    ctas: list[list] = [[] for _ in range(shape.prefill_groups)]
-    early = 0 if share is None else share.early_ctas * share.early_rounds
-    for part, players in ((tiles[:early], 0 if share is None else share.early_ctas), (tiles[early:], shape.prefill_groups)):
-        for rank, tile in enumerate(part):
-            turn, place = divmod(rank, players)
-            ctas[place if turn % 2 == 0 else players - 1 - place].append(tile)
-    return _flatten(ctas)
+def _cut_last_round(shape: WorkShape, tiles: list[tuple], longest: int, is_told: bool) -> list[tuple]:
+    """Tiles beyond whole rounds of CTAs are cut, where tiles are about equally long: first parts of all, then second parts."""
+    ctas = shape.prefill_groups
+    count, (begin, end) = len(tiles) % ctas, tiles[-1][3:5]
+    shortest = end - begin
+    if is_told or len(tiles) <= ctas or count == 0 or longest - shortest > shortest // 8:
+        return tiles
+    best, parts = 4 * shortest + 4, 1
+    for rounds in (1, 2):
+        each = min(rounds * ctas // count, shortest // shape.min_part_blocks, 64)
+        if each > 1:
+            time = rounds * (4 * -(-shortest // each) + 4) + min(2 * each, shape.most_part_quarters)
+            if time < best:
+                best, parts = time, each
+    if parts == 1 or count * parts > shape.max_part_slots():
+        return tiles
+    cut = []
+    for part, (at, tile) in itertools.product(range(parts), enumerate(tiles[-count:])):
+        length, longer = divmod(tile[4] - tile[3], parts)
+        first = tile[3] + part * length + min(part, longer)
+        cut.append((*tile[:3], first, first + length + (part < longer), at * parts + part, at * parts, parts, *tile[8:]))
+    return tiles[:-count] + cut
 
 
 def _row_groups(shape: WorkShape, rows: list, window_left: int) -> list[tuple[int, int, int, int]]:
@@ -196,13 +213,13 @@ def _cost(shape: WorkShape, groups: list[tuple[int, int, int, int]]) -> list[int
 
 
 def _decode(
-    shape: WorkShape, rows: list, groups: list[tuple[int, int, int, int]], q_begins: np.ndarray, share: HostShare | None
+    shape: WorkShape, rows: list, groups: list[tuple[int, int, int, int]], q_begins: np.ndarray, share: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
     cost = _cost(shape, groups)
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total, ctas = int(starts[-1]), shape.decode_num_ctas
-    used = _usable_ctas(shape, cost) if share is None else share.decode_sms
+    used = _usable_ctas(shape, cost) if share is None else share
     cuts = []
     for c in range(ctas + 1):
         position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
@@ -298,8 +315,3 @@ def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
         if shape.decode_parts_ratio:
             parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
     return min(used, items * max(1, parts))
-
-
-def _flatten(ctas: list[list]) -> tuple[np.ndarray, np.ndarray]:
-    tiles = np.array([tile for cta in ctas for tile in cta], dtype=np.int32).reshape(-1, TILE_INTS)
-    return tiles, np.cumsum([0] + [len(cta) for cta in ctas]).astype(np.int32)

@@ -1,7 +1,8 @@
 """Rows of the call past its last query, which a padded batch of a captured graph has: zero in `out`, -inf in `lse`.
 
 So nothing that looks at all rows (the maximum of a dynamic quantisation) meets what the memory held before. One kernel of a call does
-it: decode where the plan has it, since it is always launched, else prefill; by a warp that has nothing else left to do.
+it: decode where the plan has it, but for a step of prefill rows alone, in which decode need not be launched; else prefill. By a warp that
+has nothing else left to do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ STORE_BYTES = 16
 
 @cute.jit
 def zero_rows(
-    first: Int32,  # query tokens of the step
+    first: Int32,  # query tokens of the step; ALL_ROWS and more than rows of `out`: nothing is left to zero
     mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v), rows and heads at multiples of 16 bytes
     mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
 ):
@@ -29,7 +30,7 @@ def zero_rows(
     zeros = cute.make_rmem_tensor(STORE_BYTES // 4, Int32)
     zeros.fill(0)
     first = cutlass.max(first, 0)
-    heads = (mO.shape[0] - first) * mO.shape[1]
+    heads = (mO.shape[0] - cutlass.min(first, mO.shape[0])) * mO.shape[1]
     # A row of 128 heads of 512 is 128 KiB, 3 us for one warp.
     for chunk in cutlass.range(cta * 32 + lane, heads * chunks, num_ctas * 32, unroll=1):
         head = chunk // chunks

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
 from fa4_backend.kernels.schedule.work_list import (
@@ -19,8 +19,13 @@ from fa4_backend.kernels.schedule.work_list import (
     PARTIAL_SLOT,
     QUEUE_LEFT,
     QUEUE_NEXT,
+    QUEUE_OWN,
+    QUEUE_TOTAL,
     SEQ_IDX,
+    TILE_INTS,
     TILE_KV_LEN,
+    TILE_Q_BEGIN,
+    TILE_QUERY_LEN,
 )
 
 
@@ -35,9 +40,39 @@ class WorkTile(NamedTuple):
     seqlen: SeqlenInfo
 
 
+class Queue(NamedTuple):
+    """What a launch's list is, as a warp knows it."""
+
+    total: Int32  # entries
+    own: Int32  # of them the first ones, which are not taken: CTA c, or pair c, begins with entry c. 0: every entry is taken
+
+    @property
+    def is_taken(self) -> Boolean:
+        """Whether CTAs take entries at all."""
+        return self.total > self.own
+
+
+@cute.jit
+def wait_alone(queue: Queue, is_dependent: cutlass.Constexpr[bool]):
+    """In a step of prefill rows alone, wait for the kernel before in the stream; before the first access to what kernels write but the
+    schedule. A warp calls; others that it hands data to need not.
+
+    A kernel that runs beside decode rows is launched programmatically, behind a decode kernel that waited itself. Where that one is left
+    out, it may be any kernel of the engine that lets its dependents go early.
+    """
+    if const_expr(is_dependent):
+        if queue.own > 0:
+            cute.arch.griddepcontrol_wait()
+
+
+def read_queue(mQueue: cute.Tensor) -> Queue:
+    """The queue of a launch; before its first `take_tile`, by a warp."""
+    return Queue(mQueue[0, QUEUE_TOTAL], mQueue[0, QUEUE_OWN])
+
+
 @cute.jit
 def take_tile(mQueue: cute.Tensor) -> Int32:
-    """Take the next entry; one warp of a CTA calls.
+    """Take the next entry, counted from those that are not taken; one warp of a CTA calls.
 
     Not before the CTA needs it: with one entry taken ahead, 128 tiles of equal length went to 64 of 132 CTAs (512 of 128K on an H100: 2704
     us for 1902). The ring of K and V tiles, full at that moment, hides the atomic's latency.
@@ -77,19 +112,18 @@ class TilePart(NamedTuple):
     num_parts: Int32
 
 
-def read_part(mTiles: cute.Tensor, tile_idx: Int32) -> TilePart:
-    """Which part entry `tile_idx` is. mTiles: (max_tiles, TILE_INTS) int32."""
-    return TilePart(mTiles[tile_idx, PARTIAL_SLOT], mTiles[tile_idx, FIRST_SLOT], mTiles[tile_idx, NUM_PIECES])
+def read_entry(mTiles: cute.Tensor, tile_idx: Int32) -> Int32:
+    """This lane's int of entry `tile_idx`, or of the last one there is room for. mTiles: (max_tiles, TILE_INTS) int32."""
+    return mTiles[cutlass.min(tile_idx, mTiles.shape[0] - 1), cute.arch.lane_idx() % TILE_INTS]
 
 
-def read_tile(mTiles: cute.Tensor, mCuSeqlensQ: cute.Tensor, tile_idx: Int32, bounds: SeqlenBounds) -> WorkTile:
-    """Entry `tile_idx`. mTiles: (max_tiles, TILE_INTS) int32; mCuSeqlensQ: (batch + 1,)."""
-    seq_idx = mTiles[tile_idx, SEQ_IDX]
-    return WorkTile(
-        seq_idx,
-        mTiles[tile_idx, KV_HEAD_IDX],
-        mTiles[tile_idx, M_BLOCK],
-        mTiles[tile_idx, N_BLOCK_BEGIN],
-        mTiles[tile_idx, N_BLOCK_END],
-        bounds.cut(mCuSeqlensQ[seq_idx], mCuSeqlensQ[seq_idx + 1], mTiles[tile_idx, TILE_KV_LEN], seq_idx),
-    )
+def part_of_entry(word: Int32) -> TilePart:
+    """Which part an entry is. word: the lane's, of `read_entry`; the warp calls."""
+    return TilePart(*(cute.arch.shuffle_sync(word, field) for field in (PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES)))
+
+
+def tile_of_entry(word: Int32, bounds: SeqlenBounds) -> WorkTile:
+    """The tile that an entry holds, or a part of. word: the lane's, of `read_entry`; the warp calls."""
+    seq_idx, *where = (cute.arch.shuffle_sync(word, field) for field in (SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END))
+    q_begin, query_len, kv_len = (cute.arch.shuffle_sync(word, field) for field in (TILE_Q_BEGIN, TILE_QUERY_LEN, TILE_KV_LEN))
+    return WorkTile(seq_idx, *where, bounds.cut(q_begin, q_begin + query_len, kv_len, seq_idx))

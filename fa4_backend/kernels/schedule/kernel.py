@@ -8,8 +8,7 @@ strictly inside a row group splits its KV between CTAs (`work_list`). Where a cu
 own length in batch-invariant mode, from balance alone otherwise.
 
 Prefill (`prefill_list`): longest sequences first and late query blocks first (they see most keys), heads in groups whose KV
-fits L2. CTAs take tiles from this list as from a queue, or the schedule deals them out back and forth, as the kernel asks for.
-Tiles that are few and see many keys are cut along KV (`prefill_parts`).
+fits L2. CTAs take tiles from this list as from a queue. Tiles that are few and see many keys are cut along KV (`prefill_parts`).
 
 Steps with both: decode waits for memory and prefill for the tensor cores, so they run side by side. `share_chip` gives some SMs
 to decode for a while; the prefill kernel's last CTAs, which start when those SMs are free again, get fewer tiles.
@@ -29,10 +28,10 @@ from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_list import PrefillList, sum_prefill, write_prefill
-from fa4_backend.kernels.schedule.prefill_parts import PartTables
+from fa4_backend.kernels.schedule.prefill_parts import LastRound, PartTables
 from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_range, order_by_length, read_row, scan_rows
-from fa4_backend.kernels.schedule.share import Share, share_chip
-from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, TOTAL_Q
+from fa4_backend.kernels.schedule.share import share_chip
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, NUM_ENTRIES, TOTAL_Q
 
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule.config import ScheduleConfig
@@ -65,7 +64,6 @@ class ScheduleKernel:
         cu_seqlens_q: cute.Tensor,  # (batch + 1,) int32
         seqused_k: cute.Tensor,  # (batch,) int32
         prefill_tiles: cute.Tensor,  # (max_prefill_tiles, TILE_INTS) int32
-        prefill_begin: cute.Tensor,  # (prefill_groups + 1,) int32
         prefill_queue: cute.Tensor,  # (1, QUEUE_INTS) int32
         decode_tiles: cute.Tensor,  # (max_decode_tiles, DECODE_INTS) int32
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
@@ -77,7 +75,7 @@ class ScheduleKernel:
         """Launch."""
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         lengths = StepLengths(cu_seqlens_q, seqused_k)
-        prefill = PrefillList(prefill_tiles, prefill_begin, prefill_queue, part_arrivals)
+        prefill = PrefillList(prefill_tiles, prefill_queue, part_arrivals)
         self.kernel(lengths, prefill, decode_tiles, decode_first, arrivals, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
@@ -103,20 +101,19 @@ class ScheduleKernel:
         parts = PartTables(cuts.item, cuts.block, ints(NUM_THREADS))
 
         rows = scan_rows(lengths, seqs, table, sums, params)
-        num_groups = cute.size(prefill.begin) - 1
-        share = Share(Int32(0), num_groups, Int32(0))
-        tiles = Int32(0)
+        decode_sms = Int32(0)
+        tiles, last = Int32(0), LastRound(Int32(0), Int32(1), Int32(1))
         if rows.num_prefill > 0:
             order_by_length(rows)
-            tiles, blocks = sum_prefill(lengths, rows, parts, sums, prefill.tiles.shape[0] // params.num_kv_heads, num_groups, params)
+            tiles, blocks, last = sum_prefill(lengths, rows, parts, sums, Int32(prefill.tiles.shape[0]), params)
             if rows.num_decode > 0:
-                share = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, num_groups, sums, params)
-        num_cuts = share.decode_sms
-        if share.decode_sms == 0:
+                decode_sms = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, sums, params)
+        num_cuts = decode_sms
+        if decode_sms == 0:
             num_cuts = self.usable_ctas(rows, sums, decode_first.shape[0], params)
         self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
         self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
-        write_prefill(lengths, rows, parts, prefill, tiles, share, params)
+        write_prefill(lengths, rows, parts, prefill, tiles, last, params)
 
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:
@@ -259,7 +256,7 @@ class ScheduleKernel:
             total_q = lengths.cu_seqlens_q[cute.size(lengths.seqused_k)]
             if count == 0 and lane == 0:
                 decode_first[cta, NUM_ENTRIES] = Int32(0)
-                decode_first[cta, TOTAL_Q] = total_q
+                decode_first[cta, TOTAL_Q] = cutlass.select_(rows.has_prefill_alone, Int32(ALL_ROWS), total_q)
             for entry in range(lane, count, 32):
                 item = first_item + entry
                 row = item // params.num_kv_heads

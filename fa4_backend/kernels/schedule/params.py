@@ -9,6 +9,7 @@ class ScheduleParams(NamedTuple):
     """The numbers of `WorkShape` that the device needs, and the step's mask: int on the host, Int32 on the device."""
 
     num_kv_heads: Any
+    prefill_groups: Any
     tokens_per_item: Any
     prefill_tile_n: Any
     decode_query_len: Any  # 0: no decode list
@@ -29,4 +30,3 @@ class ScheduleParams(NamedTuple):
     part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
     min_part_blocks: Any
     most_part_quarters: Any  # quarters of an n_block that adding up a prefill tile's parts takes at most
-    has_queue: Any  # 1: the prefill list is in the order of a queue; 0: dealt out to CTAs

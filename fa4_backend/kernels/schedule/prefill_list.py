@@ -11,16 +11,14 @@ from cutlass import Int32
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, store_tile, upper_bound
 from fa4_backend.kernels.schedule.limits import NUM_THREADS
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, PartTables, PrefillSum, cut_rows, part_length
+from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, LastRound, PartTables, PrefillSum, cut_rows, last_round, part_length
 from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, read_row
-from fa4_backend.kernels.schedule.share import Share, deal, deal_begin
 
 
 class PrefillList(NamedTuple):
     """What the schedule writes for the prefill kernel."""
 
     tiles: cute.Tensor  # (max_prefill_tiles, TILE_INTS) int32
-    begin: cute.Tensor  # (prefill_groups + 1,) int32
     queue: cute.Tensor  # (1, QUEUE_INTS) int32
     part_arrivals: cute.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32
 
@@ -32,13 +30,16 @@ def sum_prefill(
     parts: PartTables,
     sums: cute.Tensor,
     room: Int32,
-    num_groups: Int32,
     params: ScheduleParams,
-) -> tuple[Int32, Int32]:
+) -> tuple[Int32, Int32, LastRound]:
     """Sum up the entries of the ordered prefill rows, whose tiles may be cut; ends with a barrier.
 
-    Returns the entries of one head, and about how many n_blocks they see. The list has room for every step whose `cu_seqlens_q`
-    ascends; of one that does not, `room` entries of a head are dealt out.
+    Returns the entries of one head before the last round is cut, about how many n_blocks they see, and the cut of the last round, which
+    only steps without decode rows have. The list has room for every step whose `cu_seqlens_q` ascends; of one that does not, as many
+    entries as there is room for are written.
+
+    Args:
+        room: entries that the list has room for.
     """
     tidx, _, _ = cute.arch.thread_idx()
     # No more n_blocks of two query blocks than let the sum over all query blocks stay below 2^31.
@@ -67,10 +68,16 @@ def sum_prefill(
     if tidx == 0:
         rows.prefill_sum[rows.num_prefill] = done
     longest = -block_min(-longest, sums)
-    length = part_length(parts, PrefillSum(done, seen, longest), sums, num_groups, params)
+    length = part_length(parts, PrefillSum(done, seen, longest), sums, params)
     if length < longest:
         done += cut_rows(parts, rows.prefill_sum, rows.num_prefill, length, sums, params)
-    return cutlass.min(cutlass.max(done, 0), room), seen
+    done = cutlass.min(cutlass.max(done, 0), room // params.num_kv_heads)
+    entries = done * params.num_kv_heads
+    last = LastRound(entries, Int32(1), Int32(1))
+    if length == longest and rows.num_decode == 0:
+        begin, end = visible_blocks(Int32(0), read_row(lengths, rows.prefill_seq[rows.num_prefill - 1], params), params)
+        last = last_round(entries, end - begin, longest, room, params)
+    return done, seen, last
 
 
 @cute.jit
@@ -80,35 +87,35 @@ def write_prefill(
     parts: PartTables,
     out: PrefillList,
     tiles: Int32,
-    share: Share,
+    last: LastRound,
     params: ScheduleParams,
 ) -> None:
-    """Write the prefill list, a thread an entry; the place of entry `rank` follows from its rank alone. tiles: entries of one head.
+    """Write the prefill list, a thread an entry; what stands at a place follows from the place alone.
 
     Whoever writes a tile's first two parts clears the tile's arrival counters.
+
+    Args:
+        tiles: entries of one head, the last round's not cut.
     """
     tidx, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
     grid, _, _ = cute.arch.grid_dim()
     thread = bidx * NUM_THREADS + tidx
-    num_ctas = cute.size(out.begin) - 1
     heads = params.num_kv_heads
-    total = tiles * heads
-    # The first rounds go to the early CTAs, what is left to all.
-    early_total = cutlass.min(total, share.early_rounds * share.early_ctas)
-    late_total = total - early_total
-    if thread <= num_ctas:
-        early = deal_begin(cutlass.min(thread, share.early_ctas), early_total, share.early_ctas)
-        out.begin[thread] = early + deal_begin(thread, late_total, num_ctas)
+    total = tiles * heads + last.tiles * (last.parts - 1)
     if thread == 0:
-        store_tile(out.queue, 0, (Int32(0), total, Int32(0), Int32(0)))
+        own = cutlass.select_(rows.has_prefill_alone, params.prefill_groups, Int32(0))
+        store_tile(out.queue, 0, (Int32(0), total, Int32(0), own))
     for rank in range(thread, total, grid * NUM_THREADS):
-        row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, rank // heads) - 1
+        # Parts of the last round: the first ones of all tiles, then the second ones.
+        in_last = rank - last.first
+        uncut = cutlass.select_(in_last >= 0, last.first + in_last % last.tiles, rank)
+        row = upper_bound(rows.prefill_sum, rows.num_prefill + 1, uncut // heads) - 1
         seq_idx = rows.prefill_seq[row]
         row_lengths = read_row(lengths, seq_idx, params)
         m_blocks = query_blocks(row_lengths, params)
         num_parts = (rows.prefill_sum[row + 1] - rows.prefill_sum[row]) // m_blocks
-        within = rank - rows.prefill_sum[row] * heads
+        within = uncut - rows.prefill_sum[row] * heads
         group = cutlass.min(cutlass.max(params.l2_tokens // cutlass.max(row_lengths.kv_len, 1), 1), heads)
         head_begin = within // (group * m_blocks * num_parts) * group
         group = cutlass.min(group, heads - head_begin)
@@ -118,8 +125,12 @@ def write_prefill(
         head = head_begin + within % group
         begin, end = visible_blocks(m_block, row_lengths, params)
         slot, first_slot = Int32(-1), Int32(0)
-        if num_parts > 1:
+        if in_last >= 0:
+            part, num_parts = in_last // last.tiles, last.parts
+            first_slot = in_last % last.tiles * num_parts
+        elif num_parts > 1:
             first_slot = parts.slot[row] + (head * m_blocks + m_block) * num_parts
+        if num_parts > 1:
             slot = first_slot + part
             if part < 2:
                 # A tile has two rows of counters: its first two slots'.
@@ -128,16 +139,7 @@ def write_prefill(
             begin += part * length + cutlass.min(part, longer)
             end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
         tile = (seq_idx, head, m_block, begin, end, slot, first_slot, num_parts)
-        cta, turn = deal(rank, share.early_ctas)
-        early_begin = deal_begin(cta, early_total, share.early_ctas)
-        place = early_begin + deal_begin(cta, late_total, num_ctas) + turn
-        if rank >= early_total:
-            cta, turn = deal(rank - early_total, num_ctas)
-            early_end = deal_begin(cutlass.min(cta + 1, share.early_ctas), early_total, share.early_ctas)
-            place = early_end + deal_begin(cta, late_total, num_ctas) + turn
-        if params.has_queue == 1:
-            place = rank
-        store_tile(out.tiles, place, (*tile, row_lengths.kv_len, Int32(0), Int32(0), Int32(0)))
+        store_tile(out.tiles, rank, (*tile, row_lengths.kv_len, row_lengths.q_begin, row_lengths.query_len, Int32(0)))
 
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:

@@ -2,6 +2,9 @@
 
 All tiles of a row are cut into the same number of parts, each tile into equal ones. So the places of a row's entries still follow from
 its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
+
+Where that is not worth it, tiles may be a few more than whole rounds of CTAs: 672 equal tiles take 132 CTAs as long as 792. Then the tiles
+of the last round alone are cut (`last_round`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 
 CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
 MAX_SUM = 2**31 - 1
+EQUAL_SHARE = 8  # tiles count as equally long where they differ by this share of the shortest
 # Numbers are cut here before they are multiplied: above what a cut row may have, and no product or sum passes 2^31.
 MOST_M_BLOCKS, MOST_ROUNDS, MOST_QUARTERS, MOST_BLOCKS = 1 << 14, 1 << 12, 1 << 16, 1 << 28
 
@@ -40,13 +44,21 @@ class PrefillSum(NamedTuple):
     longest: Int32  # n_blocks of the longest
 
 
+class LastRound(NamedTuple):
+    """The tiles that stand last in the list, where they are cut into parts. Without: `first` is the list's end."""
+
+    first: Int32  # place of the first of them
+    tiles: Int32  # at least 1
+    parts: Int32  # of each
+
+
 def num_parts(longest: Int32, length: Int32) -> Int32:
     """Parts of each tile of a row whose longest sees `longest` n_blocks, where parts are to have `length` at most."""
     return cutlass.max((longest + length - 1) // length, 1)
 
 
 @cute.jit
-def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_groups: Int32, params: ScheduleParams) -> Int32:
+def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, params: ScheduleParams) -> Int32:
     """n_blocks that a part has at most; `longest` where nothing is cut. Every thread of the CTA must call.
 
     The longest tile is cut into 1 to MAX_PARTS parts, the others of the first rows into parts of that length; a warp a candidate, a lane
@@ -54,7 +66,7 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, num_
     """
     tidx, _, _ = cute.arch.thread_idx()
     lane, warp = tidx % 32, tidx // 32
-    heads, longest = params.num_kv_heads, prefill.longest
+    heads, longest, num_groups = params.num_kv_heads, prefill.longest, params.prefill_groups
     # No row sees more than an equal share of all: then all CTAs have work until the end.
     share = cutlass.min(prefill.blocks // num_groups, MAX_SUM // heads - 1) * heads + prefill.blocks % num_groups * heads // num_groups
     best, best_parts = Int32(MAX_SUM), Int32(MAX_PARTS)
@@ -100,6 +112,35 @@ def cut_rows(tables: PartTables, tile_sum: cute.Tensor, num_rows: Int32, length:
         tile_sum[at] += cutlass.select_(at < NUM_THREADS, before, added)
     cute.arch.sync_threads()
     return added
+
+
+def last_round(entries: Int32, shortest: Int32, longest: Int32, room: Int32, params: ScheduleParams) -> LastRound:
+    """How the last round's tiles are cut; `entries` are all whole.
+
+    They are dealt to all CTAs, once or twice. Tiles must be about equally long: of tiles that get shorter towards the list's end CTAs end
+    at many times, and the last ones fill what is left.
+
+    Args:
+        entries: of all heads.
+        shortest: n_blocks of the last tile.
+        longest: of the longest.
+        room: entries that the list has room for.
+    """
+    num_groups = params.prefill_groups
+    tiles = entries % num_groups
+    some = cutlass.max(tiles, 1)
+    most = cutlass.min(cutlass.min(shortest, MOST_QUARTERS) // params.min_part_blocks, MAX_PARTS)
+    best, parts = 4 * shortest + ENTRY_QUARTERS, Int32(1)
+    for rounds in (1, 2):
+        each = cutlass.min(rounds * num_groups // some, most)
+        time = rounds * (4 * ((shortest + cutlass.max(each, 1) - 1) // cutlass.max(each, 1)) + ENTRY_QUARTERS)
+        time += cutlass.min(PART_QUARTERS * each, params.most_part_quarters)
+        is_better = (each > 1) & (time < best)
+        best, parts = cutlass.select_(is_better, time, best), cutlass.select_(is_better, each, parts)
+    is_equal = longest - shortest <= shortest // EQUAL_SHARE
+    fits = (tiles * parts <= params.part_slots) & (entries + tiles * (parts - 1) <= room)
+    parts = cutlass.select_((entries > num_groups) & (tiles > 0) & is_equal & fits, parts, Int32(1))
+    return LastRound(entries - cutlass.select_(parts > 1, tiles, Int32(0)), some, parts)
 
 
 def warp_sum(value: Int32) -> Int32:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.schedule.block_ops import block_scan
 from fa4_backend.kernels.schedule.limits import NUM_THREADS
@@ -42,6 +42,11 @@ class RowTables(NamedTuple):
     prefill_sum: cute.Tensor  # (num_prefill + 1,) its KV tokens; once ordered: query blocks of all earlier rows
     num_decode: Int32
     num_prefill: Int32
+
+    @property
+    def has_prefill_alone(self) -> Boolean:
+        """Whether the step has rows, and no decode row."""
+        return (self.num_decode == 0) & (self.num_prefill > 0)
 
 
 def read_row(lengths: StepLengths, seq_idx: Int32, params: ScheduleParams) -> Row:

@@ -1,8 +1,8 @@
 """Work lists: which CTA does which tile. Made on the device once a step (`kernel.py`), read by every layer's kernels.
 
-A list is CTA-major: CTA `c` runs entries `begin[c] .. begin[c + 1]` of `tiles`. The prefill list of a kernel that takes its tiles
-from a queue (`has_queue`) is in the order in which they are taken, whoever is free first. An entry of the prefill list is TILE_INTS
-int32, one of the decode list DECODE_INTS (the names below index both; what stands behind the slots is one list's alone):
+The decode list is CTA-major: CTA `c` has `decode_first[c, NUM_ENTRIES]` entries, one behind the other. The prefill list is a queue, in the
+order in which its entries are taken, by whoever is free first. An entry of the prefill list is TILE_INTS int32, one of the decode list
+DECODE_INTS (the names below index both; what stands behind the slots is one list's alone):
 
     seq_idx, kv_head_idx     whose queries and keys
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
@@ -10,14 +10,16 @@ int32, one of the decode list DECODE_INTS (the names below index both; what stan
 
     partial_slot             -1: the entry holds its whole row group and writes `out`; else the first slot of the
                              split-KV workspace that it fills
-    first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which whoever arrives
-                             last at `arrivals[first_slot]` adds up in slot order; 0, 1 where partial_slot is -1. The prefill
-                             list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
+    first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which are added up in slot order
+                             when all have arrived at `arrivals[first_slot]` (`common/part_arrivals.py`); 0, 1 where partial_slot
+                             is -1. The prefill list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
 
-    tile_kv_len              only in the prefill list, whose last three ints nobody reads: the sequence's KV tokens
+    tile_kv_len, tile_q_begin, tile_query_len   only in the prefill list, whose last int nobody reads: the sequence's KV tokens, its first
+                             row in q and its query tokens: a kernel needs no second look-up
 
-    q_begin, query_len, kv_len   the sequence's first row in q, its query tokens and KV tokens: a kernel needs no second look-up
-    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed
+    q_begin, query_len, kv_len   the same in the decode list
+    total_q                  query tokens of the whole step: rows of `out` from there on are zeroed; ALL_ROWS where the prefill kernel does
+                             it, in a step of prefill rows alone
     num_entries, next_entry  only in `decode_first`, whose row c repeats the first entry of CTA c: how many entries it has and
                              where its second one stands. So a CTA reaches its first page with one look-up less. A CTA without
                              entries has a count of 0 and `total_q`, and nothing else.
@@ -45,17 +47,20 @@ if TYPE_CHECKING:
 
 SEQ_IDX, KV_HEAD_IDX, M_BLOCK, N_BLOCK_BEGIN, N_BLOCK_END, PARTIAL_SLOT, FIRST_SLOT, NUM_PIECES = range(8)
 TILE_INTS = 12
-TILE_KV_LEN = 8
+TILE_KV_LEN, TILE_Q_BEGIN, TILE_QUERY_LEN = range(8, 11)
 DECODE_INTS = 16
 Q_BEGIN, QUERY_LEN, KV_LEN, NUM_ENTRIES, NEXT_ENTRY, TOTAL_Q = range(8, 14)
 
 QUEUE_INTS = 4
-QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT = range(3)  # entry that is taken next; entries; CTAs that found no entry left
+# Entries that were taken; entries; CTAs that found no entry left; entries that are nobody's to take: CTA c, or pair c, begins with entry c.
+# That is an entry a CTA in a step of prefill rows alone, else 0: CTAs that start behind decode rows would hold up their entries.
+QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT, QUEUE_OWN = range(4)
 
 MAX_PARTS = 64  # of a prefill tile
 MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
+ALL_ROWS = 2**31 - 1  # more rows than `out` has
 NO_WINDOW = 1 << 30  # a window wider than any sequence; a position plus it stays below 2^31
 L2_SHARE_BYTES = 24 << 20  # about half of the L2 of an H100 (50 MB); KV of heads that prefill tiles stream together
 
@@ -87,7 +92,6 @@ class WorkShape:
     decode_share_vectors: int = 0  # parts times `slot_vectors` from which on all CTAs of a row group add up its parts
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
-    has_queue: bool = False  # prefill CTAs take entries from a queue; else each has its own, dealt out by the schedule
 
     def __post_init__(self) -> None:
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
@@ -96,7 +100,6 @@ class WorkShape:
     def params(self, window_left: int, window_right: int) -> ScheduleParams:
         """The numbers for a launch of the schedule, with the windows of a step."""
         others = {"window_left": window_left, "window_right": window_right, "part_slots": self.max_part_slots()}
-        others["has_queue"] = int(self.has_queue)
         return ScheduleParams(*(others[name] if name in others else getattr(self, name) for name in ScheduleParams._fields))
 
     def max_prefill_tiles(self, max_num_seqs: int) -> int:
@@ -137,14 +140,13 @@ class WorkLists:
 
     shape: WorkShape
     prefill_tiles: torch.Tensor  # (max_prefill_tiles, TILE_INTS) int32
-    prefill_begin: torch.Tensor  # (prefill_groups + 1,) int32
     prefill_queue: torch.Tensor  # (1, QUEUE_INTS) int32; a launch leaves QUEUE_NEXT and QUEUE_LEFT at 0
     decode_tiles: torch.Tensor  # (max_decode_tiles, DECODE_INTS) int32
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its row_max, then row_max and row_sum
-    arrivals: torch.Tensor  # (max_slots,) int32, pieces that arrived at a row group; cleared by the schedule, and 0 between launches
+    arrivals: torch.Tensor  # (max_slots,) int32: a row group's two counters in the places of its first two slots; 0 between launches
     part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
-    part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32, parts of a prefill tile that arrived, likewise
+    part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32: the same of a prefill tile, for each of its warpgroups
 
     @classmethod
     def allocate(cls, shape: WorkShape, limits: BatchLimits, device: torch.device | str) -> WorkLists:
@@ -158,7 +160,6 @@ class WorkLists:
         return cls(
             shape,
             prefill_tiles=ints(shape.max_prefill_tiles(limits.max_num_seqs), TILE_INTS),
-            prefill_begin=ints(shape.prefill_groups + 1),
             prefill_queue=ints(1, QUEUE_INTS),
             decode_tiles=ints(shape.max_decode_tiles(limits.max_num_seqs), DECODE_INTS),
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),

@@ -113,11 +113,6 @@ class Sm100Config:
         return -(-self.kernel.head_dim_v // self.o_columns)
 
     @property
-    def has_queue(self) -> bool:
-        """CTAs, or CTA pairs, take entries from a queue: items that see few and many keys then end together."""
-        return True
-
-    @property
     def slot_tiles(self) -> int:
         """Query tiles of a work item, of all its CTAs."""
         return self.q_tiles * self.ctas_per_item

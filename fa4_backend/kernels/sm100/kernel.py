@@ -19,8 +19,9 @@ from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
-from fa4_backend.kernels.common.tile_scheduler import PartTensors
+from fa4_backend.kernels.common.tile_scheduler import PartTensors, read_queue, wait_alone
 from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.convert_warps import ConvertWarps
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
@@ -54,7 +55,6 @@ class PrefillKernel:
         mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32, or of pairs: as many; its numbers are not read
         mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
         mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32; None: items are not cut along KV
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
@@ -70,9 +70,10 @@ class PrefillKernel:
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
+        num_groups: Int32,
         stream,
     ):
-        """Launch one CTA, or one CTA pair, for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        """Launch `num_groups` CTAs, or CTA pairs. Values that the config leaves out are ignored."""
         kernel, ctas = self.config.kernel, self.config.tuning.cta_group
         if const_expr(kernel.kv_source == RAGGED):
             pages, bounds = None, SeqlenBounds.of_ragged(mO, mK, mCuSeqlensK)
@@ -89,7 +90,7 @@ class PrefillKernel:
         work = WorkTensors(mTiles, mQueue, mCuSeqlensQ, values, bounds, PartTensors(mPartSlots, mPartArrivals))
         heads = HeadTensors(mLse, mSinks, mSlopes, mQScale, mKScale, mVScale, mOutScale)
         self.kernel(operands, work, heads, mO).launch(
-            grid=[(cute.size(mBegin, mode=[0]) - 1) * ctas, 1, 1],
+            grid=[num_groups * ctas, 1, 1],
             cluster=[ctas, 1, 1] if ctas > 1 else None,
             block=[ROLES.num_threads, 1, 1],
             smem=Geometry.of(self.config, O_STAGE).storage.num_bytes,
@@ -142,7 +143,8 @@ class PrefillKernel:
             else:
                 if const_expr(not self.config.converts):
                     ValueTailWarp(g).run(place, work)
-                if const_expr(not self.config.kernel.is_dependent):
+                wait_alone(read_queue(work.mQueue), self.config.kernel.is_dependent)
+                if const_expr(not self.config.kernel.is_dependent) or work.mQueue[0, QUEUE_OWN] > 0:
                     zero_rows(work.mCuSeqlensQ[cute.size(work.mCuSeqlensQ) - 1], mO, heads.mLse)
         tcgen05_ops.fence_before_sync()
         g.group.sync_all()
@@ -156,4 +158,4 @@ class PrefillKernel:
 
 def build(config: Sm100Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)
+    return PrefillKernel(config), prefill_fakes(config.kernel, config.part_floats)

@@ -14,7 +14,7 @@ from fa4_backend.kernels.common.cta_group import LEADER, CtaGroup
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
-from fa4_backend.kernels.common.tile_scheduler import leave_queue
+from fa4_backend.kernels.common.tile_scheduler import leave_queue, read_queue, wait_alone
 from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
@@ -121,6 +121,7 @@ class LoadWarp:
         k_share, v_share = self.shares(place)
         ring, q_phase, tail_phase = RingPosition(Int32(0), Int32(0)), Int32(0), Int32(0)
         feed = RingPosition(Int32(0), Int32(0))
+        wait_alone(read_queue(work.mQueue), g.config.kernel.is_dependent)
         self.tell(place, work, feed)
         has_tile = g.has_tile(place, feed)
         while has_tile:

@@ -20,7 +20,7 @@ from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart, WorkTile, take_tile
+from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart, WorkTile, take_tile, tile_of_entry
 from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
     KV_HEAD_IDX,
@@ -137,10 +137,7 @@ class Geometry:
         if index < work.mQueue[0, QUEUE_TOTAL]:
             if place.lane_idx < TILE_INTS:
                 value = work.mTiles[index, place.lane_idx]
-            seq_idx = cute.arch.shuffle_sync(value, SEQ_IDX)
-            bound = work.mCuSeqlensQ[seq_idx + place.lane_idx % 2]
-            kv_len = cute.arch.shuffle_sync(value, TILE_KV_LEN)
-            seqlen = work.bounds.cut(cute.arch.shuffle_sync(bound, 0), cute.arch.shuffle_sync(bound, 1), kv_len, seq_idx)
+            seqlen = tile_of_entry(value, work.bounds).seqlen
             for number, own in ((SEQLEN_K, seqlen.seqlen_k), (Q_BEGIN, seqlen.q_begin), (SEQLEN_Q, seqlen.seqlen_q), (IS_TILE, Int32(1))):
                 value = cutlass.select_(place.lane_idx == number, own, value)
         self.group.wait(self.empty(place, "tile_load_to_roles", feed.slot), feed.phase ^ 1)

@@ -55,11 +55,6 @@ class Sm90Config:
         return self.kernel.tokens_per_tile
 
     @property
-    def has_queue(self) -> bool:
-        """CTAs take entries from a queue: tiles that see few and many keys then end together, whatever the batch."""
-        return True
-
-    @property
     def part_floats(self) -> int:
         """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
         return part_floats(self.kernel) if self.kernel.has_parts else 0

@@ -10,7 +10,8 @@ One KV block j of the loop, with O in registers all along:
 So the tensor cores see two warpgroups in ping-pong, and each one overlaps its own softmax with its own second product.
 
 The blocks of all tiles of a CTA are one stream: the first scores of a tile take their turn together with the last product of the tile
-before, whose O is written while the other warpgroup's products run. Behind the last tile stands an empty one (`load_warp.py`).
+before, whose O is written while the other warpgroup's products run. Behind the last tile stands an empty one (`load_warp.py`), of which
+no scores are made.
 """
 
 from dataclasses import dataclass
@@ -165,14 +166,20 @@ class ConsumerWarpgroup:
                 after = advance(position, stages)
                 if const_expr(self.blocks.mask.has_left and not c.has_kv_scales):
                     self._clear_head(tiles, barriers, after, tile, values, thread)
-                rS = self._issue_turn(products, barriers, position, after, q_next, turn)
-                warpgroup.wait_group(1)
-                self._release(barriers.kv_empty + position.slot)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-                self._first_weights(fragment, rS, next_stats, next_tile, values)
-                warpgroup.wait_group(0)
-                self._release(barriers.kv_empty + after.slot)
-                fragment.to_operand(rS, products.rP)
+                for i in cutlass.range_constexpr(2):
+                    next_stats.row_max[i], next_stats.row_sum[i] = -Float32.inf, Float32(0.0)
+                if next_tile.is_tile == 1:
+                    rS = self._issue_turn(products, barriers, position, after, q_next, turn)
+                    warpgroup.wait_group(1)
+                    self._release(barriers.kv_empty + position.slot)
+                    self._first_weights(fragment, rS, next_stats, next_tile, values)
+                    warpgroup.wait_group(0)
+                    self._release(barriers.kv_empty + after.slot)
+                    fragment.to_operand(rS, products.rP)
+                else:
+                    self._issue_last(products, barriers, after, turn)
+                    warpgroup.wait_group(0)
                 if const_expr(c.has_parts):
                     is_last = next_tile.is_tile == 0
                     self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread)
@@ -257,6 +264,15 @@ class ConsumerWarpgroup:
         if const_expr(self.config.tile.ping_pong):
             self._give_turn(turn)
         return rS
+
+    def _issue_last(self, products: Products, barriers: Barriers, v: RingPosition, turn: Turn) -> None:
+        """`_issue_turn` where no scores are left to make."""
+        cute.arch.mbarrier_wait(barriers.kv_full + v.slot, v.phase)
+        if const_expr(self.config.tile.ping_pong):
+            self._take_turn(turn)
+        self._accumulate(products, v.slot)
+        if const_expr(self.config.tile.ping_pong):
+            self._give_turn(turn)
 
     def _first_weights(
         self,
@@ -547,12 +563,12 @@ class ConsumerWarpgroup:
                 barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
                 share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                self.parts.leave(outputs.parts, part, group, stayers)
                 if share != NOTHING:
                     factor = None
                     if const_expr(self.storage.has_factors):
                         factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
                     self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
-                self.parts.leave(outputs.parts, part, group, stayers)
 
     def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
         """An int32 of shared memory that is this warpgroup's."""

@@ -26,6 +26,7 @@ from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.common.tile_scheduler import PartTensors
 from fa4_backend.kernels.launch_abi import prefill_fakes
+from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
@@ -56,7 +57,6 @@ class PrefillKernel:
         mCuSeqlensK: cute.Tensor | None,  # (batch + 1,) int32; None with pages
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
-        mBegin: cute.Tensor,  # (num_ctas + 1,) int32: as many CTAs; its numbers are not read
         mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
         mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
@@ -72,9 +72,10 @@ class PrefillKernel:
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
+        num_groups: Int32,
         stream,
     ):
-        """Launch one CTA for each entry of `mBegin` but the last. Values that the config leaves out are ignored."""
+        """Launch `num_groups` CTAs. Values that the config leaves out are ignored."""
         c, storage = self.config, Storage(self.config)
         pack, k_boxes, v_boxes = self._geometry(storage)
         q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
@@ -99,7 +100,7 @@ class PrefillKernel:
             a_source=warpgroup.OperandSource.RMEM,
         )  # fmt: skip
         self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(
-            grid=[cute.size(mBegin, mode=[0]) - 1, 1, 1],
+            grid=[num_groups, 1, 1],
             block=[WarpRoles.of(c).threads, 1, 1],
             min_blocks_per_mp=1,
             use_pdl=c.is_dependent,
@@ -161,8 +162,9 @@ class PrefillKernel:
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()
-            elif warp == 2:
-                zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
+            if warp == 2:
+                if const_expr(not c.is_dependent) or step.mQueue[0, QUEUE_OWN] > 0:
+                    zero_rows(step.mCuSeqlensQ[cute.size(step.mCuSeqlensQ) - 1], outputs.mO, outputs.mLse)
         else:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
@@ -189,4 +191,4 @@ class PrefillKernel:
 
 def build(config: Sm90Config) -> tuple[PrefillKernel, tuple]:
     """Host function and fake arguments of `config` (see `fa4_backend.compile`)."""
-    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats, has_queue=config.has_queue)
+    return PrefillKernel(config.kernel), prefill_fakes(config.kernel, config.part_floats)

@@ -16,8 +16,18 @@ from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
 from fa4_backend.kernels.common.ragged_kv import RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile, leave_queue, read_part, read_tile, take_tile
-from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
+from fa4_backend.kernels.common.tile_scheduler import (
+    Queue,
+    TilePart,
+    WorkTile,
+    leave_queue,
+    part_of_entry,
+    read_entry,
+    read_queue,
+    take_tile,
+    tile_of_entry,
+    wait_alone,
+)
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots
@@ -55,8 +65,11 @@ class LoadWarp:
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
 
         Both load warps count every slot of the ring and fill their own. The one that loads K takes tiles from the queue, each when
-        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one, a block that holds
-        whatever its buffers held: consumers begin a tile's scores while they end the one before, and need not ask whether there is a next.
+        all of the one before is asked for, and tells the other. Behind the last tile stands an empty one: consumers begin a tile's scores
+        while they end the one before, and its numbers tell them that there are none to make.
+
+        Most CTAs of a small step have one short tile, whose first loads come as soon as memory allows: its entry is read beside the queue,
+        by its place, and pages are looked up a block ahead.
         """
         c = self.storage.config
         tiles = self.v_boxes if const_expr(loads_v) else self.k_boxes
@@ -72,43 +85,53 @@ class LoadWarp:
         is_first = Boolean(True)
         q_position = RingPosition(Int32(0), Int32(0))
         feed = RingPosition(Int32(0), Int32(0))
-        num_tiles = step.mQueue[0, QUEUE_TOTAL]
-        if const_expr(loads_v):
-            tile_idx = self._hear_tile(feed, barriers, sWork)
-        else:
-            tile_idx = take_tile(step.mQueue)
-            self._pass_tile(tile_idx, feed, barriers, sWork)
-        has_tile = tile_idx < num_tiles
-        while tile_idx < num_tiles:
+        tile_idx, _, _ = cute.arch.block_idx()
+        word = read_entry(step.mTiles, tile_idx)
+        queue = read_queue(step.mQueue)
+        wait_alone(queue, c.is_dependent)
+        if queue.own == 0:
+            tile_idx = self._next_tile(step, queue, feed, barriers, sWork, loads_v)
             feed = advance(feed, WORK_STAGE)
-            work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
+            word = read_entry(step.mTiles, tile_idx)
+        while tile_idx < queue.total:
+            work = tile_of_entry(word, step.bounds)
             blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
-            if const_expr(not loads_v):
-                self.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
-                q_position = advance(q_position, c.tile.q_stage)
             first_key = None
             if const_expr(self.blocks.mask.has_left):
                 first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
+            boxes = tiles.find_boxes(step.pages, step.bounds, work.seq_idx, blocks.end - 1, first_key, work.seqlen.seqlen_k)
+            if const_expr(not loads_v):
+                part = part_of_entry(word) if const_expr(c.has_parts) else None
+                self.load_query(step, query, work, part, q_position, barriers, sWork)
+                q_position = advance(q_position, c.tile.q_stage)
             num_blocks = blocks.end - blocks.begin
             for i in cutlass.range(num_blocks, unroll=1):
-                boxes = tiles.find_boxes(
-                    step.pages, step.bounds, work.seq_idx, blocks.end - 1 - i, first_key, work.seqlen.seqlen_k
-                )  # fmt: skip
+                ahead = tiles.find_boxes(
+                    step.pages, step.bounds, work.seq_idx, cutlass.max(blocks.end - 2 - i, blocks.begin), first_key, work.seqlen.seqlen_k
+                )
                 self._fill(operands[loads_v], tiles, boxes, work.kv_head_idx, position, barriers)
                 position = self._after(position, tiles.stages, loads_v, is_first)
                 is_first = Boolean(False)
-            if const_expr(loads_v):
-                tile_idx = self._hear_tile(feed, barriers, sWork)
-            else:
-                tile_idx = take_tile(step.mQueue)
-                self._pass_tile(tile_idx, feed, barriers, sWork)
+                boxes = ahead
+            tile_idx = queue.total
+            if queue.is_taken:
+                tile_idx = self._next_tile(step, queue, feed, barriers, sWork, loads_v)
+                feed = advance(feed, WORK_STAGE)
+                word = read_entry(step.mTiles, tile_idx)
         if const_expr(not loads_v):
-            leave_queue(step.mQueue)
             self.hand_over_empty(q_position, barriers, sWork)
-            if has_tile:
-                cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
-                if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive(barriers.kv_full + position.slot)
+            if queue.is_taken:
+                leave_queue(step.mQueue)
+
+    def _next_tile(
+        self, step: Step, queue: Queue, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor, loads_v: cutlass.Constexpr[int]
+    ) -> Int32:
+        """Take the next tile, or hear which one is taken."""
+        if loads_v:
+            return self._hear_tile(feed, barriers, sWork)
+        tile_idx = queue.own + take_tile(step.mQueue)
+        self._pass_tile(tile_idx, feed, barriers, sWork)
+        return tile_idx
 
     @cute.jit
     def _pass_tile(self, tile_idx: Int32, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor):
@@ -142,13 +165,12 @@ class LoadWarp:
         step: Step,
         query: QueryOperand,
         work: WorkTile,
-        tile_idx: Int32,
+        part: TilePart | None,  # None: tiles are whole
         position: RingPosition,
         barriers: Barriers,
         sWork: cute.Tensor,
     ):
-        """Hand over entry `tile_idx` of the work list and load its Q."""
-        part = read_part(step.mTiles, tile_idx) if const_expr(self.storage.config.has_parts) else None
+        """Hand over a tile and load its Q."""
         scales = None
         factor = result_factor(step.mVScale, step.mOutScale, work.kv_head_idx)
         if const_expr(factor is not None):

@@ -1,8 +1,12 @@
-"""A share of a tile whose parts are many: a warpgroup adds up some of its vectors over all slots, from memory, and writes them.
+"""A share of a tile whose parts are many: a warpgroup adds up some of its rows over all slots, from memory, and writes them.
 
-One warpgroup that adds up n slots reads n times 32 KiB at d128. All that made them (`tile_parts.py`) have n-th parts of the vectors. A
-warp adds up the vectors of 32 threads at once, a lane a vector. Where slots are so many that not every warp would have some, it adds up
-those of 8: four lanes share a vector's slots, and hand the running sum on. All that a lane reads is under way at once.
+One warpgroup that adds up n slots reads n times 32 KiB at d128. All that made them (`tile_parts.py`) have n-th parts of the rows. A warp
+adds up 8 vectors of each of the four threads that hold a pair of rows, a lane a vector: 64 columns of both rows. A lane knows one slot's
+maxima and sums, or two slots', and hands their weights to the others as it comes to that slot.
+
+Note [Short code]. This runs once a CTA, right after an L2 that a layer's weights have passed through, so its instructions come from
+memory, and each is fetched once: with all slots unrolled, 32 vectors a lane under way, adding up 16 slots took 7.3 us of 20 (71/1 d64
+8 x 4K, H200). Hence a loop over `SLOTS_AT_ONCE`, and the weights of a slot computed by one lane.
 
 The arithmetic is that of `TileParts._add_up`: weights relative to the largest maximum, parts one after the other. So the bits are the
 same whoever adds up.
@@ -13,13 +17,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.part_arrivals import MINE
-from fa4_backend.kernels.common.part_sums import Part, only_if
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import ScoreScale, row_of_thread
@@ -28,9 +31,20 @@ from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
-MOST_LANES = 4  # that share a vector's slots
-LANE_SLOTS = MAX_PARTS // MOST_LANES  # of a lane at most
+SLOTS_AT_ONCE = 8  # vectors that a lane has under way, while as many are added up
+UNIT_VECTORS = 8  # of a thread, in the unit of a warp
+QUAD = 4  # threads that hold a pair of rows
+PAIRS = WARPGROUP_THREADS // QUAD
+WARP = 32
 ROW_ELEMS = VEC // 2  # of a vector, of each of its two rows
+assert MAX_PARTS <= 2 * WARP and WARP % SLOTS_AT_ONCE == 0
+
+
+class SlotStats(NamedTuple):
+    """Of the slots with this lane's number, and with 32 more: row_max or weight, and row_sum, of both rows each."""
+
+    rows: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
+    sums: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
 
 
 class RowEnds(NamedTuple):
@@ -50,73 +64,89 @@ class PartShares:
     @cute.jit
     def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, lane: Int32):
         """Add up this warpgroup's share of its rows, or all of them, and write them. lane: thread of the warpgroup; nobody waits."""
-        warp, in_warp = lane // 32, lane % 32
-        lanes = cutlass.select_(part.num_parts > LANE_SLOTS, Int32(MOST_LANES), Int32(1))
-        width = 32 // lanes  # vectors of a unit
-        units = self.o_vectors * (WARPGROUP_THREADS // 32) * lanes
-        begin, end = Int32(0), units
+        warp, in_warp = lane // WARP, lane % WARP
+        begin, end = Int32(0), Int32(PAIRS * self.row_units)
         if share == MINE:
-            place = part.slot - part.first_slot
-            begin, end = (units * x // part.num_parts for x in (place, place + 1))
-        own = in_warp // width
-        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // 32, unroll=1):
-            index = unit * width + in_warp % width
-            v = index // WARPGROUP_THREADS
-            thread = index - v * WARPGROUP_THREADS
-            count = (part.num_parts + lanes - 1) // lanes  # slots of a lane
-            loaded = [self._load(outputs, part, own * count + k, k < count, group, v, thread) for k in range(LANE_SLOTS)]
-            total = self._sum([[rows[r] for rows in loaded] for r in range(2)], own, lanes)
-            if own == lanes - 1:
+            rank = part.slot - part.first_slot
+            begin, end = (PAIRS * self.row_units * x // part.num_parts for x in (rank, rank + 1))
+        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // WARP, unroll=1):
+            pair = unit // self.row_units
+            v = unit % self.row_units * UNIT_VECTORS + in_warp // QUAD
+            thread = pair * QUAD + in_warp % QUAD
+            place = self._slots(outputs, part, group)
+            # Where a row's vectors are no whole units (head dimension 96), the last lanes read a vector that is not theirs.
+            vector = place + (cutlass.min(v, self.o_vectors - 1) * WARPGROUP_THREADS + thread) * VEC
+            loaded = self._load(vector, part, Int32(0))
+            stats = self._stats(place + (self.o_vectors * WARPGROUP_THREADS + pair * QUAD) * VEC, part, in_warp)
+            total = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
+            total.fill(0.0)
+            for r in cutlass.range_constexpr(2):
+                total[2 * ROW_ELEMS + r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
+            weights = self._weights(stats, total)
+            for first in cutlass.range(0, part.num_parts, SLOTS_AT_ONCE, unroll=1):
+                ahead = self._load(vector, part, first + SLOTS_AT_ONCE)
+                self._add(total, loaded, weights, part, first)
+                loaded.store(ahead.load())
+            if v < self.o_vectors:
                 self._write(outputs, work, ends, total, v, thread, group)
 
-    @cute.jit
-    def _sum(self, parts: cutlass.Constexpr[list[list[Part]]], own: Int32, lanes: Int32) -> cute.Tensor:
-        """Both rows of a vector over all slots, in the last of the lanes that share it: O of each, then row_max, then row_sum."""
-        sums = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
-        sums.fill(0.0)
-        weights = []
-        for r in cutlass.range_constexpr(2):
-            row_max = parts[r][0].row_max
-            for part in parts[r][1:]:
-                row_max = cute.arch.fmax(row_max, part.row_max)
-            # Lanes that have a vector of their own are handed their own.
-            for offset in (16, 8):
-                other = cute.arch.shuffle_sync_bfly(row_max, offset)
-                row_max = cutlass.select_(lanes > 1, cute.arch.fmax(row_max, other), row_max)
-            finite = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
-            weights.append([cute.math.exp2(part.row_max - finite, fastmath=True) for part in parts[r]])
-            sums[2 * ROW_ELEMS + r] = row_max
-        self._chain(parts, weights, sums)
-        for turn in cutlass.range(1, lanes, unroll=1):
-            before = cute.make_rmem_tensor_like(sums)
-            for i in cutlass.range_constexpr(2 * ROW_ELEMS + 4):
-                before[i] = cute.arch.shuffle_sync_up(sums[i], 32 // MOST_LANES, mask_and_clamp=0)
-            self._chain(parts, weights, before)
-            if own == turn:
-                sums.store(before.load())
-        return sums
-
-    def _chain(self, parts: list[list[Part]], weights: list[list[Float32]], sums: cute.Tensor) -> None:
-        """Add this lane's slots to running sums, one after the other."""
-        for r in range(2):
-            for part, weight in zip(parts[r], weights[r], strict=True):
-                for e in range(ROW_ELEMS):
-                    sums[ROW_ELEMS * r + e] = cute.math.fma(part.o[e], weight, sums[ROW_ELEMS * r + e])
-                at = 2 * ROW_ELEMS + 2 + r
-                sums[at] = cute.math.fma(part.row_sum, weight, sums[at])
-
-    def _load(self, outputs: Outputs, part: TilePart, index: Int32, is_own: Boolean, group: Int32, v: Int32, thread: Int32) -> list[Part]:
-        """A vector of the `index`-th slot, a part of each row; of a slot that is not this lane's, or none, nothing without weight."""
+    def _slots(self, outputs: Outputs, part: TilePart, group: Int32) -> cute.Pointer:
+        """Where this warpgroup's vectors begin in the tile's first slot."""
         c = self.config
-        slot = part.first_slot + cutlass.min(index, part.num_parts - 1)
-        base = outputs.parts.mSlots.iterator + (Int64(slot) * part_floats(c) + group * (part_vectors(c) * WARPGROUP_THREADS * VEC))
-        values, stats = cute.make_rmem_tensor(VEC, Float32), cute.make_rmem_tensor(VEC, Float32)
-        # The first lane of a row has the sum of all.
-        places = (v * WARPGROUP_THREADS + thread, self.o_vectors * WARPGROUP_THREADS + thread // 4 * 4)
-        for place, target in zip(places, (values, stats), strict=True):
-            cute.autovec_copy(cute.make_tensor((base + place * VEC).align(4 * VEC), cute.make_layout(VEC)), target)
-        is_part = is_own & (index < part.num_parts)
-        return [only_if(is_part, Part([values[2 * r], values[2 * r + 1]], stats[r], stats[2 + r])) for r in range(2)]
+        offset = Int64(part.first_slot) * part_floats(c) + group * (part_vectors(c) * WARPGROUP_THREADS * VEC)
+        return outputs.parts.mSlots.iterator + offset
+
+    def _load(self, vector: cute.Pointer, part: TilePart, first: Int32) -> cute.Tensor:
+        """A vector of `SLOTS_AT_ONCE` slots from `first` on; past the last slot that one's again."""
+        loaded = cute.make_rmem_tensor(SLOTS_AT_ONCE * VEC, Float32)
+        for i in range(SLOTS_AT_ONCE):
+            slot = cutlass.min(first + i, part.num_parts - 1)
+            source = cute.make_tensor((vector + slot * part_floats(self.config)).align(4 * VEC), cute.make_layout(VEC))
+            cute.autovec_copy(source, cute.make_tensor(loaded.iterator + i * VEC, cute.make_layout(VEC)))
+        return loaded
+
+    def _stats(self, place: cute.Pointer, part: TilePart, in_warp: Int32) -> SlotStats:
+        """Maxima and sums of a pair of rows, this lane's slots; of slots that there are not, those of no key.
+
+        The first thread of a row has the sum of all.
+        """
+        rows, sums = [], []
+        for slot in (in_warp, in_warp + WARP):
+            values = cute.make_rmem_tensor(VEC, Float32)
+            source = place + cutlass.min(slot, part.num_parts - 1) * part_floats(self.config)
+            cute.autovec_copy(cute.make_tensor(source.align(4 * VEC), cute.make_layout(VEC)), values)
+            is_slot = slot < part.num_parts
+            rows.append(tuple(cutlass.select_(is_slot, values[r], -Float32.inf) for r in range(2)))
+            sums.append(tuple(cutlass.select_(is_slot, values[2 + r], Float32(0.0)) for r in range(2)))
+        return SlotStats(tuple(rows), tuple(sums))
+
+    def _largest(self, value: Float32) -> Float32:
+        """The largest of the warp's values."""
+        for offset in (16, 8, 4, 2, 1):
+            value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
+        return value
+
+    def _weights(self, stats: SlotStats, total: cute.Tensor) -> SlotStats:
+        """Weights in place of maxima."""
+        finite = []
+        for r in range(2):
+            row_max = total[2 * ROW_ELEMS + r]
+            finite.append(cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max))
+        rows = [tuple(cute.math.exp2(row[r] - finite[r], fastmath=True) for r in range(2)) for row in stats.rows]
+        return SlotStats(tuple(rows), stats.sums)
+
+    def _add(self, total: cute.Tensor, loaded: cute.Tensor, weights: SlotStats, part: TilePart, first: Int32) -> None:
+        """Add slots from `first` on, one after the other."""
+        for r in range(2):
+            weight, row_sum = (cutlass.select_(first < WARP, own[0][r], own[1][r]) for own in weights)
+            for i in range(SLOTS_AT_ONCE):
+                slot = first + i
+                w, s = (cute.arch.shuffle_sync(x, slot % WARP) for x in (weight, row_sum))
+                for e in range(ROW_ELEMS):
+                    o = cutlass.select_(slot < part.num_parts, loaded[i * VEC + ROW_ELEMS * r + e], Float32(0.0))
+                    total[ROW_ELEMS * r + e] = cute.math.fma(o, w, total[ROW_ELEMS * r + e])
+                at = 2 * ROW_ELEMS + 2 + r
+                total[at] = cute.math.fma(s, w, total[at])
 
     @cute.jit
     def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, sums: cute.Tensor, v: Int32, thread: Int32, group: Int32):
@@ -147,6 +177,11 @@ class PartShares:
                 if const_expr(c.has_lse):
                     if column == 0:
                         outputs.mLse[head, token] = result.lse
+
+    @property
+    def row_units(self) -> int:
+        """Units of a pair of rows."""
+        return -(-self.o_vectors // UNIT_VECTORS)
 
     @property
     def o_vectors(self) -> int:

@@ -8,12 +8,18 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 
 from fa4_backend.kernels.common.mask import MaskValues
-from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
-from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
+from fa4_backend.kernels.common.paged_kv import PageBoxes, TmaOperand
+from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile, leave_queue, read_tile, take_tile
-from fa4_backend.kernels.schedule.work_list import QUEUE_TOTAL
+from fa4_backend.kernels.common.tile_scheduler import (
+    leave_queue,
+    part_of_entry,
+    read_entry,
+    read_queue,
+    take_tile,
+    tile_of_entry,
+    wait_alone,
+)
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.staging import Note, Query, Staged
@@ -27,13 +33,6 @@ class KvBlock(NamedTuple):
     kv_head_idx: Int32
     first_row: Int32
     end_row: Int32
-
-
-class StagingOperand(NamedTuple):
-    """K or V on its way to staging."""
-
-    tiles: PagedKv | RaggedKv
-    tma: TmaOperand | RaggedOperand
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,20 @@ class StagingWarp:
         before = KvBlock(load.k_boxes.nowhere, Int32(0), Int32(0), Int32(0))
         is_first = Boolean(True)
         same_query, empty_query = Int32(int(Query.NOTHING)), Int32(int(Query.PASS))
-        num_tiles = step.mQueue[0, QUEUE_TOTAL]
-        tile_idx = take_tile(step.mQueue)
-        has_tile = tile_idx < num_tiles
-        nothing = Int32(0)
-        work = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-        if has_tile:
-            work = read_tile(step.mTiles, step.mCuSeqlensQ, tile_idx, step.bounds)
-        next_idx, next_work = tile_idx, work
-        while tile_idx < num_tiles:
+        tile_idx, _, _ = cute.arch.block_idx()
+        word = read_entry(step.mTiles, tile_idx)
+        queue = read_queue(step.mQueue)
+        wait_alone(queue, load.storage.config.is_dependent)
+        if queue.own == 0:
+            tile_idx = take_tile(step.mQueue)
+            word = read_entry(step.mTiles, tile_idx)
+        has_tile = tile_idx < queue.total
+        next_idx = tile_idx
+        while tile_idx < queue.total:
+            work = tile_of_entry(word, step.bounds)
             blocks = blocks_of.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
-            load.load_query(step, query, work, tile_idx, q_position, barriers, sWork)
+            part = part_of_entry(word) if const_expr(load.storage.config.has_parts) else None
+            load.load_query(step, query, work, part, q_position, barriers, sWork)
             q_position = advance(q_position, load.storage.config.tile.q_stage)
             first_key = None
             if const_expr(blocks_of.mask.has_left):
@@ -92,11 +94,13 @@ class StagingWarp:
                 is_first = Boolean(False)
                 # A block before the last: the slots of staging are too few to hide the queue's latency, and the work list's behind it.
                 if i == cutlass.max(blocks.end - blocks.begin - 2, 0):
-                    next_idx = take_tile(step.mQueue)
-                    if next_idx < num_tiles:
-                        next_work = read_tile(step.mTiles, step.mCuSeqlensQ, next_idx, step.bounds)
-            tile_idx, work = next_idx, next_work
-        leave_queue(step.mQueue)
+                    next_idx = queue.total
+                    if queue.is_taken:
+                        next_idx = queue.own + take_tile(step.mQueue)
+                        word = read_entry(step.mTiles, next_idx)
+            tile_idx = next_idx
+        if queue.is_taken:
+            leave_queue(step.mQueue)
         load.hand_over_empty(q_position, barriers, sWork)
         if has_tile:
             self._note(Staged.NOTHING, empty_query, before, position, barriers, sNotes, 0)

@@ -71,7 +71,7 @@ class TileParts:
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
         stayers = Int32(0)
-        if lane == 0:
+        if lane == WARPGROUP_THREADS - 1:  # one of the last warp, which adds up least: it leaves while the others' loads fly
             share, stayers = arrive(self._counter(tensors, part, group), Int32(1), part.num_parts, looks)
             sFlag[0] = share
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import NamedTuple
@@ -47,6 +48,7 @@ FORMATS = {
 }
 
 
+@functools.cache
 def decode(bits: int, fmt: Format) -> Value:
     """The value of a bit pattern."""
     negative, magnitude = bool(bits & fmt.sign), bits & (fmt.sign - 1)
@@ -59,7 +61,8 @@ def decode(bits: int, fmt: Format) -> Value:
     exponent, mantissa = magnitude >> fmt.mantissa_bits, magnitude & ((1 << fmt.mantissa_bits) - 1)
     if exponent:
         mantissa |= 1 << fmt.mantissa_bits
-    value = Fraction(mantissa) * Fraction(2) ** (max(exponent, 1) - fmt.bias - fmt.mantissa_bits)
+    shift = max(exponent, 1) - fmt.bias - fmt.mantissa_bits
+    value = Fraction(mantissa << shift) if shift >= 0 else Fraction(mantissa, 1 << -shift)
     return -value if negative else value
 
 
@@ -79,16 +82,21 @@ def encode(value: Value, fmt: Format, mode: str = "rn", *, saturate: bool = Fals
     if value == 0:
         return 0
     negative = value < 0
-    magnitude = -value if negative else value
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    if Fraction(2) ** exponent > magnitude:
+    numerator, denominator = abs(value.numerator), value.denominator
+    exponent = numerator.bit_length() - denominator.bit_length()
+    # Integers are scaled and compared, not fractions: these would be brought to lowest terms each time.
+    if (denominator << exponent > numerator) if exponent >= 0 else (denominator > numerator << -exponent):
         exponent -= 1
     exponent = max(exponent, 1 - fmt.bias)
-    scaled = magnitude / Fraction(2) ** (exponent - fmt.mantissa_bits)
-    whole, rest = divmod(scaled.numerator, scaled.denominator)
+    shift = exponent - fmt.mantissa_bits
+    if shift >= 0:
+        denominator <<= shift
+    else:
+        numerator <<= -shift
+    whole, rest = divmod(numerator, denominator)
     if rest:
         up = {
-            "rn": 2 * rest > scaled.denominator or (2 * rest == scaled.denominator and whole & 1),
+            "rn": 2 * rest > denominator or (2 * rest == denominator and whole & 1),
             "rz": False,
             "rm": negative,
             "rp": not negative,
