@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ FUZZ_SHAPES = (
 )  # fmt: skip
 PAGES = (16, 32, 64, 128, 48)
 GRAPH_SHAPE = Shape(128, 2)
-PROCESSES = 2  # that compile
+PROCESSES = os.cpu_count() or 1  # that compile
 # (rows, longest KV) of a batch, and the chance of it
 LONG_ROWS = {(1, 131072): 1}
 SMALL_ROWS = {(3, 200): 1, (2, 330): 1}

@@ -162,8 +162,7 @@ def cuda_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     from fa4_integration.vllm_backend.selection import wrap_platform
 
     plugin.register()
-    for module in ("backend", "mla_backend"):
-        monkeypatch.setattr(f"fa4_integration.vllm_backend.{module}.serving_arch", lambda capability=None: "cpu")
+    monkeypatch.setattr("fa4_integration.vllm_backend.answers.serving_arch", lambda capability=None: "cpu")
 
     class Hopper(CudaPlatformBase):
         @classmethod

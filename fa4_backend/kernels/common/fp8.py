@@ -7,12 +7,12 @@ below is off by at most 2^-39 of that: far below a float32 sum of such products,
 function of the row alone.
 
 Note [Two terms]. Where a product takes operands of 8 bits only, a 16-bit number x of at most 2^8 is x = hi + lo: hi is x rounded to e4m3
-(4 significand bits), lo = x - hi rounded to e5m2 (3 bits, numbers down to 2^-16). A bfloat16 has 8 bits: |lo| is at most 8 units of its
-last place, which 3 bits hold, so a row of Q that is multiplied by a power of 2 to have its largest element at 2^7 .. 2^8 is exact down to
-2^-16 of that, and an element below is off by at most 2^-24 of it. A weight of the softmax, a float32, is rounded as to bfloat16. Two
-products, A in e4m3 and in e5m2, add up in one accumulator; at twice the rate of 16 bits they take its time, with half of B's bytes. With
-both terms in e4m3, numbers down to 2^-9, an element or weight would be off by 2^-18 of the row's largest: 100,000 keys beside one peak
-would be felt.
+(4 significand bits from 2^-6 on), lo = x - hi rounded to e5m2 (3 bits, numbers down to 2^-16). A bfloat16 has 8 bits: |lo| is at most 8
+units of its last place, which 3 bits hold. So of a row of Q that is multiplied by a power of 2 to have its largest element at 2^7 .. 2^8,
+elements are exact down to 2^-13 of that, and one below is off by at most 2^-21 of it. A weight of the softmax, a float32, is rounded as to
+bfloat16 where it is 2^-6 or more, else by at most 2^-14. Two products, A in e4m3 and in e5m2, add up in one accumulator; at twice the rate
+of 16 bits they take its time, with half of B's bytes. Were lo e4m3 too, whose numbers end at 2^-9, elements would be exact down to 2^-9 of
+the largest only, and off by 2^-17 below. `tests/host/test_two_terms.py` has the arithmetic.
 """
 
 from __future__ import annotations
