@@ -31,6 +31,11 @@ def falling(keys: torch.Tensor) -> torch.Tensor:
     return growing(keys).flip(0)
 
 
+def crossing(keys: torch.Tensor) -> torch.Tensor:
+    """From 1 to -1: the last keys' logits are at the lower end of a soft cap, the first keys' at the upper."""
+    return 1.0 - 2.0 * keys / max(len(keys) - 1, 1)
+
+
 @dataclass(frozen=True)
 class Channel:
     """Channel 0 of q and k, and what the others hold."""
@@ -56,6 +61,8 @@ CHANNELS = {
     "sink": Channel(448, -544, is_random=True, sink=-21540.0),
     "sink above": Channel(448, -544, is_random=True, sink=30000.0),
     "softcap": Channel(448, 544, growing, is_random=True, case={"softcap": 6000.0}),
+    "softcap, end to end": Channel(448, 544, crossing, is_random=True, case={"softcap": 55.0}),
+    "softcap, other end": Channel(448, -544, crossing, is_random=True, case={"softcap": 55.0}),
     "alibi": Channel(448, -544, is_random=True, case={"alibi": True}),
     "fp16, largest": Channel(60000, 60000, growing, is_random=True, case={"dtype": "float16"}),
     "fp16, lowest": Channel(60000, -60000, signs=True, case={"dtype": "float16"}),

@@ -18,8 +18,8 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
-SHARED_RECIPROCAL = 4  # scores whose soft cap takes one reciprocal: RowFragment.softcap
-LARGEST_EXPONENT = 30.0
+FIXED_CAP = 55.0  # largest cap of which rows keep their first reference: Note [Fixed references]
+LOWEST_REFERENCE = -16.0  # log2 units, of a fixed one
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -92,6 +92,12 @@ class RowFragment:
     where P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the
     row's largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks,
     parts and lse, so nothing is scaled back. It must not be lower: below `HUGE` it is rounded by up to 8, and 2^(7 + 8) still is a float16.
+
+    Note [Fixed references]. Capped scores are bounded, so where weights have float32's exponents (P in bfloat16) and the cap is
+    `FIXED_CAP` at most, a row keeps the reference of the first block in which it sees a key: blocks that all rows see whole need no
+    maximum and no factor, and O is never rescaled. The largest weight of that block is 1, which keeps rows of few keys as exact as a
+    running maximum does. Later ones reach 2^(80 + 16), since no reference is below `LOWEST_REFERENCE`: 2^17 of them, all logits at the
+    upper end of the cap, leave O a float32 for |V| up to 2^15. A weight is lost where it is below 2^-126 beside one of 1.
     """
 
     n: int
@@ -148,6 +154,29 @@ class RowFragment:
             stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
         return factors
 
+    def bounded_softmax(self, rS: cute.Tensor, stats: RowStats, scale: CapScale, *, finds_reference: bool, is_first: bool) -> None:
+        """The same of capped scores, relative to a reference that stays: Note [Fixed references].
+
+        Args:
+            finds_reference: a row may have seen no key yet.
+        """
+        s = flat(rS)
+        for i in range(2):
+            row = self._row(i)
+            offset = stats.row_max[i]
+            if const_expr(finds_reference):
+                largest = cute.math.fma(self.row_max(rS, i), scale.slope, scale.bias)
+                found = cutlass.select_(largest == -Float32.inf, largest, cute.arch.fmax(largest, LOWEST_REFERENCE))
+                if const_expr(not is_first):
+                    found = cutlass.select_(offset == -Float32.inf, found, offset)
+                stats.row_max[i] = found
+                offset = cutlass.select_(found == -Float32.inf, Float32(0.0), found)
+            zero = scale.bias - offset
+            for j in row:
+                s[j] = cute.math.exp2(cute.math.fma(s[j], scale.slope, zero), fastmath=True)
+            total = _tree([s[j] for j in row], lambda a, b: a + b)
+            stats.row_sum[i] = total if const_expr(is_first) else stats.row_sum[i] + total
+
     def row_max(self, rS: cute.Tensor, i: int) -> Float32:
         """Largest score of row half `i`."""
         s = flat(rS)
@@ -180,23 +209,18 @@ class RowFragment:
             s[j] = s[j] * factors[j // 2 % 2]
 
     def softcap(self, rS: cute.Tensor, softmax_scales: tuple[Float32, Float32], softcap: Float32) -> None:
-        """cap * tanh(s * scale / cap) as `CapScale` reads it; columns that a row does not see are -inf, not foreign.
+        """cap * tanh(s * scale / cap) as `CapScale` reads it.
 
-        Note [Shared reciprocals]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 7e-7, where tanh.approx has 5e-4, but takes two
-        operations of the special-function unit beside the softmax's one, and three a score are nearly as long as a block's products. So
-        four scores of a row share a reciprocal: 1/a = b * 1/(a b). Exponents end at 30, where tanh is 1 in float32 and the product of four
-        denominators is still a float32. A score's last bits then depend on the other three, so these must be the row's own; NaN spreads
-        among them, in a row of which it makes NaN anyway.
+        Note [Soft cap]. tanh(x) = 1 - 2 / (1 + exp2(2 log2(e) x)) is exact to 6e-7, where tanh.approx has 5e-4: 0.02 in a logit at a cap
+        of 50. It takes two operations of the special-function unit beside the softmax's one. What a block costs is its instructions, not
+        that unit: reciprocals that four scores share (2.25 operations, 2.5 instructions more) and an odd polynomial on the FMA units (one
+        operation, five more, a second form for |x| > 1) were slower (docs/sm90.md, "Soft cap").
         """
         s = flat(rS)
         for i in range(2):
-            row, inner = self._row(i), softmax_scales[i] / softcap * (2.0 * LOG2_E)
-            for first in range(0, len(row), SHARED_RECIPROCAL):
-                group = row[first : first + SHARED_RECIPROCAL]
-                exponents = [cute.arch.fmin(s[j] * inner, LARGEST_EXPONENT, nan=True) for j in group]
-                denominators = [cute.math.exp2(x, fastmath=True) + 1.0 for x in exponents]
-                for j, inverse in zip(group, _negative_reciprocals(denominators), strict=True):
-                    s[j] = inverse
+            inner = softmax_scales[i] / softcap * (2.0 * LOG2_E)
+            for j in self._row(i):
+                s[j] = cute.arch.rcp_approx(-1.0 - cute.math.exp2(s[j] * inner, fastmath=True))
 
     def to_log2(self, rS: cute.Tensor, scale: CapScale) -> None:
         """Capped scores to log2 units."""
@@ -261,15 +285,6 @@ def _tree(values: list, combine) -> Float32:
     while len(chains) > 1:
         chains = [combine(*chains[i : i + 2]) if len(chains[i : i + 2]) == 2 else chains[i] for i in range(0, len(chains), 2)]
     return chains[0]
-
-
-def _negative_reciprocals(values: list) -> list:
-    """-1 / value of each of four, from one reciprocal of their product."""
-    a, b, c, d = values
-    ab, cd = a * b, c * d
-    inverse = cute.arch.rcp_approx(-(ab * cd))
-    of_ab, of_cd = inverse * cd, inverse * ab
-    return [of_ab * b, of_ab * a, of_cd * d, of_cd * c]
 
 
 def _quad_max(value: Float32) -> Float32:

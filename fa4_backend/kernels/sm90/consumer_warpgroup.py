@@ -34,9 +34,10 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
+from fa4_backend.kernels.common.wgmma_fragment import FIXED_CAP, FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
+from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
@@ -96,6 +97,7 @@ class ConsumerWarpgroup:
     output: OutputStore
     parts: TileParts
     shares: PartShares
+    query_rows: QueryRows
 
     @cute.jit
     def run(
@@ -148,6 +150,9 @@ class ConsumerWarpgroup:
                 n_block = blocks.end - 1
                 full_end = cutlass.max(blocks.full_end, blocks.begin)
                 full_begin = cutlass.min(cutlass.max(blocks.full_begin, blocks.begin), full_end)
+                if const_expr(c.may_fix_reference):
+                    # A row may see its first key in the first whole block, unless that is the tile's first.
+                    full_end = cutlass.select_(full_end < blocks.end, cutlass.max(full_end - 1, full_begin), full_end)
                 num_right = cutlass.max(n_block - full_end, 0)
                 for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
@@ -244,10 +249,13 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=is_masked, is_first=False)
+        factors = self._weights(fragment, rS, stats, tile, values, may_be_empty=is_masked, is_first=False)
+        moves = Boolean(True)
+        if const_expr(self.config.may_skip_rescale):
+            moves = cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0))
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        fragment.rescale(products.rO, factors)
+        self._rescale(products, factors, moves)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -284,7 +292,55 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=True, is_first=True)
+        self._weights(fragment, rS, stats, tile, values, may_be_empty=True, is_first=True)
+
+    def _weights(
+        self,
+        fragment: RowFragment,
+        rS: cute.Tensor,
+        stats: RowStats,
+        tile: TileState,
+        values: MaskValues,
+        *,
+        may_be_empty: bool,
+        is_first: bool,
+    ) -> cute.Tensor:
+        """What `_transform` leaves to weights, in place, and the statistics. Returns (2,) factors of O."""
+        if not self.config.may_fix_reference:
+            return fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=may_be_empty, is_first=is_first)
+        factors = cute.make_rmem_tensor(2, Float32)
+        factors.fill(1.0)
+        self._capped_weights(fragment, rS, stats, factors, values, may_be_empty, is_first)
+        return factors
+
+    @cute.jit
+    def _capped_weights(
+        self,
+        fragment: cutlass.Constexpr,
+        rS: cute.Tensor,
+        stats: RowStats,
+        factors: cute.Tensor,
+        values: MaskValues,
+        may_be_empty: cutlass.Constexpr[bool],
+        is_first: cutlass.Constexpr[bool],
+    ):
+        """Relative to the first block's reference, or to a running one where the cap is too wide for that."""
+        scale = CapScale.of_call(values.softcap)
+        if values.softcap <= FIXED_CAP:
+            fragment.bounded_softmax(rS, stats, scale, finds_reference=may_be_empty, is_first=is_first)
+        else:
+            made = fragment.softmax(rS, stats, scale, may_be_empty=may_be_empty, is_first=is_first)
+            factors[0], factors[1] = made[0], made[1]
+
+    @cute.jit
+    def _rescale(self, products: Products, factors: cute.Tensor, moves: Boolean):
+        """Multiply O's rows by their factors; where few blocks move a reference, only if a row of the warp `moves`."""
+        fragment = RowFragment(self.config.head_dim_v, 0.0)
+        if const_expr(self.config.may_skip_rescale):
+            if moves:
+                fragment.rescale(products.rO, factors)
+        else:
+            fragment.rescale(products.rO, factors)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
         """Of raw logits of both rows; None where something is added to them or bounds them first."""
@@ -347,6 +403,10 @@ class ConsumerWarpgroup:
     ) -> TileState:
         """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
+        if const_expr(tiles.sRowScales is not None):
+            lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
+            is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
+            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
         n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
@@ -399,9 +459,6 @@ class ConsumerWarpgroup:
         c = self.config
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            if const_expr(is_masked):
-                # Scores share reciprocals, so a row's bits would depend on keys that it does not see.
-                fragment.mask(rS, first_column, state.columns)
             fragment.softcap(rS, state.softmax_scales, values.softcap)
             if const_expr(c.mask.has_alibi):
                 fragment.to_log2(rS, CapScale.of_call(values.softcap))

@@ -10,6 +10,7 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #     tile_n 128 in turns 580 / 626 / 648, without turns 564 / 620 / 640; without turns 144: 543 / 597 / 624, 160: 550 / 596 / 621
 #     192 rows with tile_n 64 or 80 (three consumers), Q in registers, skipping the rescale by a vote: 3 to 10 % slower each
 #     threshold 8 against 0, without turns: 564 / 620 / 640 against 573 / 618 / 645; nothing is gained where the rescale is not skipped
+#   (then; with one stream over all tiles a vote gains, see below)
 #   d64, 16/16 heads, FA3 379 / 465 (8 x 4K / 2 x 16K)
 #     192 rows in turns 404 / 467, without turns 381 / 448; 128 rows, tile_n 128: 363 / 399, tile_n 192: 354 / 406
 # On an H100 (page 16, causal, tiles from the queue, medians of 6 rounds in turns, TFLOP/s), FA3 beside it in the same run:
@@ -21,12 +22,20 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #     pages 8 x 4K, 2 x 16K, 128/128 heads 1 x 8K 0.98, 0.92, 0.94 against 0.98, 0.91, 0.92, full 4 x 2K of 8K 1.00 against 0.96
 #   d96 32/8 heads 8 x 4K / 2 x 16K, FA3 507 / 561 (tiles dealt out, not from a queue)
 #     tile_n 128 504 / 526; 160 457 / 492; 192 rows, tile_n 96 474 / 516; one buffer of Q and 8 slots 460 / 526
+# Threshold 8 and a vote that skips the rescale against a rescale a block, on an H200, TFLOP/s (FA3 beside it), 2026-11-28:
+#   d256 16/2 1 x 16K 748, 715 (718), 4 x 512 of 8K 725, 681 (642); the vote alone, threshold 0: 727, 699
+#   d128 32/8 2 x 16K 606, 599 (561), 8 x 4K 573, 561 (510), full 2 x 16K 649, 641 (585)
+#   d96 32/32 2 x 16K 544, 532 (562), 8 x 4K 509, 488 (449). Tiles with a rescale a block, 2 x 16K / 8 x 4K / 32 x 1K / 4 x 512 of 8K,
+#     128 rows, tile_n 128 532 / 488 / 401 / 517; tile_n 144, 5 slots 544 / 495 / 364 / 520; 192 rows, tile_n 112, 6 slots
+#     574 / 468 / 286 / 493, tile_n 96, 7 slots 561 / 481 / 319 / 481, tile_n 128, 5 slots 307 / 278 / 200 / 270 (FA3 562 / 449 / 266 / 477)
+# d64 and (192, 128) were not timed with it. Soft cap, d256: docs/sm90.md. The share of L2 (8, 16, 24, 36 MiB) changes d96, d128 and d256
+# at 16K by less than two runs differ.
 TILES: dict[tuple[int, int], TileShape] = {
     (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
-    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=0.0),
-    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=0.0),
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=8.0),
+    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=8.0),
     (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
-    (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
+    (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=8.0),
 }
 
 # The same for K and V in e4m3: tiles wait for their conversion in slots of half the size, which take their place out of the ring
@@ -42,14 +51,6 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
     (192, 128): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
     (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
-
-# Where a bfloat16 Q becomes float16 once a tile, so that K costs one instruction for two values, not four. Share of our bf16 kernel's
-# TFLOP/s in the same run, H100, with it and without:
-#   d128 (seven warps convert), tiles taken a block early: 8 x 4K 0.84 and 0.82, 2 x 16K 0.91 and 0.82, 4 x 512 of 8K 0.88 and 0.82,
-#     32 x 1K 0.80 and 0.83: Q's conversion stands between two tiles
-#   three warps convert: d256 8 x 4K 0.68 and 0.61, d64 8 x 4K 0.85 and 0.90
-# d96 and (192, 128) were timed without it only.
-FLOAT16_QUERY_DIMS = (128, 256)
 
 # Parts of a tile from which on all CTAs that made them add them up.
 SHARE_PARTS = 4
