@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,6 +89,9 @@ def emulate(
                 softcap=softcap, sinks=sinks, num_sms=num_sms, q_dtype=full_dtype(q_dtype),
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
+    except ProgramError as error:
+        typer.echo(f"{error}fa4 emulate: {program} raised", err=True)
+        raise typer.Exit(1) from None
     except (EmulatorError, CacheError, CompileError) as error:
         typer.echo(f"fa4 emulate: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
@@ -330,11 +335,31 @@ def run_program(name: str, arch: str, num_sms: int, seeds: int, timeline: Trace 
     reports = []
     for seed in (None, *range(seeds)):
         with emulator.session(arch=arch, num_sms=num_sms, seed=seed, trace=timeline if seed is None else None) as session:
-            function(session)
+            _call(function, session)
         reports.append(session.report)
     alone = {symbol: name for report in reports for symbol in report.kernels if len(report.kernels) == 1}
     result = {"case": name, **collect(reports, alone), "schedules": 1 + seeds}
     return result | {"ok": not result["races"] and not result["faults"]}
+
+
+class ProgramError(Exception):
+    """The user's function raised; the text is its traceback, and what to do where that is known."""
+
+
+def _call(function: Callable[[Any], Any], session: Any) -> None:
+    """Raises what the emulator finds as it is, anything else as a `ProgramError`."""
+    from fa4_backend.emulator import EmulatorError
+
+    try:
+        function(session)
+    except EmulatorError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        text = "".join(traceback.format_exception(type(error), error, trace))
+        if "cudaError" in str(error):
+            text += "What is called directly goes to the CUDA driver: launch with session.run(compiled, ...) instead of compiled(...).\n"
+        raise ProgramError(text) from None
 
 
 # -- reports --------------------------------------------------------------------------------------------------------------

@@ -169,6 +169,15 @@ class Builder:
             return lambda warp, lane: (int(warp.r64[slot * 16 + lane]) + offset) & 0xFFFFFFFF
         return lambda warp, lane: (int(warp.r[slot, lane]) + offset) & 0xFFFFFFFF
 
+    def smem_addresses(self, operand: Operand) -> Callable[[Warp], list[int]]:
+        """Reader of the same for all 32 lanes at once: many times faster than lane by lane."""
+        slot, offset, wide = self.address(operand)
+        if slot == 0:
+            return lambda warp: [offset & 0xFFFFFFFF] * 32
+        if wide:
+            return lambda warp: (warp.r64[slot * 16 : slot * 16 + 32].astype(np.uint32) + np.uint32(offset & 0xFFFFFFFF)).tolist()
+        return lambda warp: (warp.r[slot] + np.uint32(offset & 0xFFFFFFFF)).tolist()
+
     def global_address(self, operand: Operand) -> Callable[[Warp, int], int]:
         slot, offset, wide = self.address(operand)
         if not wide:

@@ -107,6 +107,22 @@ def value_reader(b: Builder, operand: Operand) -> Reader:
     return lambda warp, lane: int(warp.r[slot, lane])
 
 
+def values_reader(b: Builder, operand: Operand) -> Callable[[Warp], list[int]]:
+    """Reader of an unsigned 32-bit operand for all 32 lanes."""
+    if isinstance(operand, Immediate):
+        values = [operand.bits & 0xFFFFFFFF] * 32
+        return lambda warp: values
+    slot = b.u32(operand)
+    return lambda warp: warp.r[slot].tolist()
+
+
+def _barriers(warp: Warp, lanes: list[int], addresses: list[int]) -> list[MBarrier]:
+    """The barriers that these lanes name, each looked up once; `addresses` are those of all 32 lanes."""
+    wanted = [addresses[lane] for lane in lanes]
+    found = {address: find_barrier(warp, address) for address in dict.fromkeys(wanted)}
+    return [found[address] for address in wanted]
+
+
 def value_reader_16(b: Builder, operand: Operand) -> Reader:
     """Reader of an unsigned 16-bit operand for one lane."""
     if isinstance(operand, Immediate):
@@ -192,12 +208,14 @@ def _state_writer(b: Builder, operand: Operand) -> Callable[[Warp, int, int], No
     return write
 
 
-def _arrival(b: Builder, operands: tuple[Operand, ...]) -> tuple[Callable[[Warp, int, int], None] | None, Reader, Reader | None]:
-    """(state writer, address, third operand): the state result is left out by remote arrivals and by the short form."""
+def _arrival(
+    b: Builder, operands: tuple[Operand, ...]
+) -> tuple[Callable[[Warp, int, int], None] | None, Callable[[Warp], list[int]], Reader | None]:
+    """(state writer, addresses of all lanes, third operand): the state result is left out by remote arrivals and by the short form."""
     write = None
     if not isinstance(operands[0], Address):
         write, operands = _state_writer(b, operands[0]), operands[1:]
-    return write, b.smem_address(operands[0]), value_reader(b, operands[1]) if len(operands) > 1 else None
+    return write, b.smem_addresses(operands[0]), value_reader(b, operands[1]) if len(operands) > 1 else None
 
 
 @handles("mbarrier.arrive", "mbarrier.arrive_drop")
@@ -210,7 +228,7 @@ def _arrive(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
 
     def handler(warp: Warp) -> None:
         lanes = warp.lanes()
-        barriers = [find_barrier(warp, where(warp, lane)) for lane in lanes]
+        barriers = _barriers(warp, lanes, where(warp))
         if warp.races:
             for barrier, some in _by_barrier(lanes, barriers):
                 warp.races.release(warp, barrier, some, relaxed)
@@ -281,25 +299,21 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
     relaxed = "relaxed" in mods.parts
     _scope(mods) if "b64" in mods.parts else mods.done()
     result = b.dest(ins.operands[0], "pred")
-    where = b.smem_address(ins.operands[1])
+    where = b.smem_addresses(ins.operands[1])
     state = ins.operands[2]
     if parity:
-        expected = value_reader(b, state)
+        expected = values_reader(b, state)
     elif isinstance(state, Register):
         slot = b.u64(state)
-        expected = lambda warp, lane: int(warp.r64[slot * 16 + lane])  # noqa: E731
+        expected = lambda warp: warp.r64[slot * 16 : slot * 16 + 32].tolist()  # noqa: E731
     else:
         raise UnsupportedInstruction(f"{ins.opcode} with state {state!r}")
-
-    def done(warp: Warp, lane: int, barrier: MBarrier) -> bool:
-        if parity:
-            return (barrier.phase & 1) != expected(warp, lane) & 1
-        return barrier.phase != expected(warp, lane) & 0xFFFFFFFF
+    phase_bits = 1 if parity else 0xFFFFFFFF
 
     def handler(warp: Warp) -> bool | None:
-        lanes = warp.lanes()
-        barriers = [find_barrier(warp, where(warp, lane)) for lane in lanes]
-        passed = sum(1 << lane for lane, barrier in zip(lanes, barriers, strict=True) if done(warp, lane, barrier))
+        lanes, phases = warp.lanes(), expected(warp)
+        barriers = _barriers(warp, lanes, where(warp))
+        passed = sum(1 << lane for lane, barrier in zip(lanes, barriers, strict=True) if (barrier.phase ^ phases[lane]) & phase_bits)
         if warp.races:
             for barrier, some in _by_barrier(lanes, barriers):
                 if some & passed:
@@ -308,7 +322,7 @@ def _wait(b: Builder, ins: Instruction, mods: Modifiers) -> Handler:
         if waiting and suspends and not warp.timed_out and not warp.cta.cluster.gives_up():
             first = (waiting & -waiting).bit_length() - 1
             barrier = barriers[lanes.index(first)]
-            warp.wait(f"{'parity ' + str(expected(warp, first)) if parity else 'state'} of {barrier}", may_time_out=True)
+            warp.wait(f"{'parity ' + str(phases[first]) if parity else 'state'} of {barrier}", may_time_out=True)
             barrier.waiters.append((warp, warp.waiting_lanes))
             return True
         if waiting:

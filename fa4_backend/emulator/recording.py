@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta, Warp
 
 WARPGROUP = 4  # warps
+MATRIX_BYTES = 128  # of one 8 x 8 matrix of 16 bits
 PIPES = ("issue", "mufu", "fma", "alu", "tmem")
 # Cycles a warp instruction occupies its scheduler's share of a pipe, from lanes a clock and SM: MUFU 16 (32 on sm_103a), FMA 128, minimum,
 # maximum, integer and conversions to 16 bits 64 (CUDA programming guide, "Throughput of Native Arithmetic Instructions"). A column of
@@ -31,7 +32,24 @@ LAGS = {"shfl": "shuffle", "tcgen05.wait": "tensor_memory", "ld.": "far_memory",
 # What a role is known by: the first row whose instruction one of its warps executed.
 ROLES = (("wgmma", "consumer"), ("ex2.", "softmax"), ("tcgen05.mma", "mma"), ("cp.async.bulk.tensor", "load"), ("tcgen05.ld", "correction"))
 FREE = ("mov", "cvta", "ld.param")  # the assembler removes nearly all of them
-ISSUE_ONLY = ("ld", "st", "bra", "exit", "ret", "mbarrier", "bar", "barrier", "fence", "elect", "vote", "tcgen05", "cp", "setmaxnreg")
+ISSUE_ONLY = (
+    "ld",
+    "st",
+    "bra",
+    "exit",
+    "ret",
+    "mbarrier",
+    "bar",
+    "barrier",
+    "fence",
+    "elect",
+    "vote",
+    "tcgen05",
+    "cp",
+    "setmaxnreg",
+    "stmatrix",
+    "ldmatrix",
+)
 
 
 def tmem_columns(opcode: str) -> int:
@@ -66,6 +84,8 @@ def lag(opcode: str) -> str:
 def port_bytes(opcode: str) -> int:
     """Bytes of shared memory that a warp's load or store reads or writes, of all 32 lanes."""
     parts = opcode.split(".")
+    if parts[0] in ("stmatrix", "ldmatrix"):
+        return MATRIX_BYTES * next(int(part[1:]) for part in parts if part in ("x1", "x2", "x4"))
     if parts[0] not in ("ld", "st") or not parts[-1][1:].isdigit() or not any(part.startswith("shared") for part in parts):
         return 0
     vector = next((int(part[1:]) for part in parts if part in ("v2", "v4")), 1)
@@ -76,7 +96,7 @@ def port_bytes(opcode: str) -> int:
 class Step:
     """Work of a warp, then one event. `edges`: (number of a barrier, its phase) that the event arrives on, or the one it waits for."""
 
-    kind: str  # arrive, wait, mma, wgmma, commit, wgmma commit, copy, end
+    kind: str  # arrive, wait, mma, wgmma, commit, wgmma commit, copy, store, end
     work: np.ndarray  # cycles of PIPES
     port: int  # bytes of shared memory that the warp's own instructions read and write
     edges: list[tuple[int, int]] = field(default_factory=list)
@@ -143,6 +163,9 @@ class RecordedRaces(Races):
         self.report = cluster.grid.session.report
         self.product: tuple[Step, int] | None = None  # the wgmma issued last, and the report's flops before it
         self.groups = [0] * cluster.num_warps  # wgmma groups that each warp has committed
+        self.storing: tuple[Access, Warp] | None = None  # a bulk store whose bytes are about to be named
+        self.stores: set[tuple[int, ...]] = set()  # warp, instruction, its how manieth execution, first piece
+        self.stored: set[tuple[int, int]] = set()  # edges of bulk groups that hold a store
         recording.warps = [[] for _ in range(cluster.num_warps)]
 
     def step(self, warp: Warp, kind: str) -> Step:
@@ -223,6 +246,31 @@ class RecordedRaces(Races):
         if (done := self.groups[warp.actor] - allowed) > 0:
             self.step(warp, "wait").edges.append(self.group(warp, done - 1))
 
+    def bulk_group(self, warp: Warp, epoch: int) -> tuple[int, int]:
+        """The edge of a warp's bulk group, which ends when its stores have read their sources."""
+        return -1 - self.cluster.num_warps - warp.actor, epoch
+
+    def issue_bulk_read(self, warp: Warp) -> Access:
+        access = super().issue_bulk_read(warp)
+        self.storing = access, warp
+        return access
+
+    def store(self, access: Access, warp: Warp, cta: Cta, chunks: np.ndarray) -> None:
+        """A bulk store. What all lanes of a warp store alike is one: the machine has one instruction for the warp, not one a lane."""
+        pc = warp.state.pc
+        key = warp.actor, pc, int(warp.counts[pc]), int(chunks.flat[0])
+        if key not in self.stores:
+            step = self.step(warp, "store")
+            step.edges.append(self.bulk_group(warp, int(self.counters[access.actor])))
+            step.smem_bytes[cta.rank] = 16 * np.size(chunks)
+            self.stores.add(key)
+            self.stored.add(step.edges[0])
+
+    def acquire_bulk(self, warp: Warp, epoch: int, only_read: bool) -> None:
+        super().acquire_bulk(warp, epoch, only_read)
+        if (edge := self.bulk_group(warp, epoch)) in self.stored:
+            self.step(warp, "wait").edges.append(edge)
+
     def issue_copy(self, warp: Warp, barrier: Any) -> Access:
         access = super().issue_copy(warp, barrier)
         step = self.open[id(access)] = self.step(warp, "copy")
@@ -238,6 +286,9 @@ class RecordedRaces(Races):
 
     def smem_chunks(self, access: Access, cta: Cta, chunks: np.ndarray, write: bool) -> None:
         super().smem_chunks(access, cta, chunks, write)
+        if self.storing is not None and self.storing[0] is access:
+            self.store(*self.storing, cta, chunks)
+            self.storing = None
         step = self.open.get(id(access))
         if step is not None:
             step.smem_bytes[cta.rank] = step.smem_bytes.get(cta.rank, 0) + 16 * np.size(chunks)

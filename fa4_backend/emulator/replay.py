@@ -7,7 +7,8 @@ A discrete-event model, not a measurement. Every constant and its source is in `
   (`issue_stalls.py`), and what it waits for by scoreboard (`recording.LAGS`) comes on top.
 * A tensor core runs its products one after the other, each for its flops over the arch's rate, or longer if the shared-memory port does
   not bring the operands in that time. Products of warpgroups (wgmma) take a quarter of the core a warp. Copies go one after the other too,
-  in pieces that the port writes; they arrive `copy_latency` later.
+  in pieces that the port writes; they arrive `copy_latency` later. Bulk stores do likewise beside them, in pieces that the port reads, and
+  are waited for until their sources are read.
 * A wait ends `barrier` cycles after the last arrival of its phase, arrivals from another SM come `remote` later, and commits arrive when
   the products before them have left the tensor core's pipeline.
 No bank conflicts, caches, or clocks that fall: those of a whole kernel are in `kernel_model.py`.
@@ -67,11 +68,11 @@ class Pipe:
 
 @dataclass
 class Engine:
-    """Works through what warps gave it, in order, beside them: the tensor core of a CTA or CTA pair, the copies of a CTA."""
+    """Works through what warps gave it, in order, beside them: the tensor core of a CTA or CTA pair, the copies or the stores of a CTA."""
 
     queue: deque[tuple[Moment, int, Step]] = field(default_factory=deque)  # issued when, by which warp, what
     now: Moment = START
-    left: int = 0  # bytes of the copy under way
+    left: int = 0  # bytes of the copy or store under way
     drain: float = 0.0  # of the last product
     ends: dict[int, Moment] = field(default_factory=dict)  # warp -> end of its last product
 
@@ -191,6 +192,8 @@ class Replay:
             self.give(("tensor core", cta, warp % SCHEDULERS), warp, step)
         elif step.kind == "copy":
             self.give(("copies", cta), warp, step)
+        elif step.kind == "store":
+            self.give(("stores", cta), warp, step)
 
     def note(self, warp: int, begin: float, what: str) -> None:
         if self.recording.roles[warp] == "mma" and warp < self.recording.warps_per_cta:
@@ -218,7 +221,7 @@ class Replay:
         engine = self.engines[name]  # type: ignore[index]
         issued, warp, step = engine.queue[0]
         ready = later(issued, engine.now)
-        if step.kind == "copy":
+        if step.kind in ("copy", "store"):
             over = self.copy_piece(engine, step, ready)
         else:
             over = True
@@ -256,15 +259,17 @@ class Replay:
         return later(*ends)
 
     def copy_piece(self, engine: Engine, step: Step, ready: Moment) -> bool:
-        """Write one piece; whether it was the last."""
+        """Write one piece of a copy or read one of a store; whether it was the last."""
         ((cta, num_bytes),) = step.smem_bytes.items()
         engine.left = engine.left or num_bytes
         piece = min(engine.left, COPY_PIECE_BYTES)
         engine.left -= piece
         written = self.pipes[cta, "smem"].serve(ready, piece / self.timing.smem_bytes_a_cycle, "shared-memory port")
         engine.now = later(ready.then(piece / self.timing.copy_bytes_a_cycle, "copies"), written)
-        if not engine.left:
+        if not engine.left and step.kind == "copy":
             self.arrive(step, engine.now.then(self.timing.copy_latency, "copy latency"), "copies")
+        elif not engine.left:
+            self.arrive(step, engine.now, "stores")
         return not engine.left
 
     # -- results ------------------------------------------------------------------------------------------------

@@ -66,6 +66,18 @@ class Report:
         """Warp instructions executed."""
         return int(sum(k.executed.sum() for k in self.kernels.values()))
 
+    def add(self, other: Report) -> None:
+        """Take in what another session found and executed."""
+        self.findings.update(other.findings)
+        self.seconds += other.seconds
+        self.tensor_flops += other.tensor_flops
+        self.tma_bytes += other.tma_bytes
+        self.unwritten.update(other.unwritten)
+        for name, counts in other.kernels.items():
+            mine = self.kernels.setdefault(name, KernelCounts(counts.program, executed=np.zeros_like(counts.executed)))
+            mine.launches, mine.ctas = mine.launches + counts.launches, mine.ctas + counts.ctas
+            mine.executed += counts.executed
+
     def add_counts(self, warp: Warp) -> None:
         counts = self.kernels.setdefault(warp.program.name, KernelCounts(warp.program))
         if counts.executed.size == 0:

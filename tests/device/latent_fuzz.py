@@ -109,7 +109,7 @@ class LatentFuzzer:
         queries, lens = self._lengths()
         cu = torch.nn.functional.pad(queries.cumsum(0), (1, 0)).int()
         num_rows = self.kind.rows * s.query_len + PADDING_ROWS
-        peak = torch.where(torch.rand(1, device=device) < 1 / 3, 20.0, 1.0)
+        peak = 1 + 19 * (torch.rand(1, device=device) < 1 / 3).float()
         is_row = torch.arange(num_rows, device=device) < cu[-1]
         rows = (torch.randn(num_rows, s.heads, DIM, device=device) * peak).masked_fill(~is_row[:, None, None], math.nan).to(self.dtype)
         out = torch.full((num_rows, s.heads, LATENT_DIM), math.nan, device=device, dtype=self.dtype)

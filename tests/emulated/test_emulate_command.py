@@ -194,6 +194,12 @@ def racy(session):
 
 def stuck(session):
     launch(session, "bar.sync 0, 96;")
+
+def own_mistake(session):
+    raise ValueError("rows of unlike length")
+
+def direct(session):
+    raise RuntimeError("cudaErrorInsufficientDriver")
 '''
 
 
@@ -206,6 +212,11 @@ def test_a_program_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert code == 1 and "race" in text and "WRONG" in text
     code, text = emulate(capsys, "own_program:stuck", "--arch", "sm_90a")
     assert code == 1 and "Deadlock" in text
+    # What the user's own code raises is no wrong call, and its place is shown.
+    code, text = emulate(capsys, "own_program:own_mistake", "--arch", "sm_90a")
+    assert code == 1 and "own_program.py" in text and "rows of unlike length" in text and "session.run" not in text
+    code, text = emulate(capsys, "own_program:direct", "--arch", "sm_90a")
+    assert code == 1 and "session.run(compiled, ...)" in text
 
 
 README = Path(__file__).parents[2] / "fa4_backend/emulator/README.md"

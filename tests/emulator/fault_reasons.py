@@ -59,8 +59,18 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "wgmma.fence" in mutant.text:
         if other_fence_covers(target, mutant):
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
+    if mutant.kind == "registers unlike the warpgroup's" and warpgroups_run_it(target, mutant):
+        return f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement"
+    if mutant.kind == "shuffle from elsewhere" and same_values(target, mutant):
+        return f"both lanes hold the same, in {len(SEEDS)} random schedules"
+    if dead_result(target, mutant):
+        return "nothing reads what it computes"
+    if mutant.kind == "drop barrier" and barrier_beside_reads(target, mutant):
+        return "from the same barrier before it to the same barrier behind it, no memory is written that the other side reads or writes"
     if mutant.kind == "read-only load":
         return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
+    if mutant.kind == "drop warp sync" and only_copies_are_announced(target, mutant):
+        return "beside it there are only copies and the announcement of their bytes, whose order is free"
     if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
         return (
             f"one lane at most accesses memory, arrives or fences between the synchronisations beside it, in {len(SEEDS)} random schedules"
@@ -140,6 +150,87 @@ def other_fence_covers(target: Target, mutant: Mutant) -> bool:
     )
 
 
+def warpgroups_run_it(target: Target, mutant: Mutant) -> bool:
+    """Of each warpgroup, all warps or none execute the statement in the right program."""
+    with planted(target, one_statement_a_line(target.ptx)):
+        counts = target.run(None)[1].kernels[target.kernel]
+    _, pc = _at(target, mutant)
+    runs = counts.executed[:, pc] > 0
+    return len(runs) % 4 == 0 and all(len(set(runs[i : i + 4])) == 1 for i in range(0, len(runs), 4))
+
+
+def same_values(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where the shuffle and the changed one give different bits, never fires."""
+    lines = one_statement_a_line(target.ptx).split("\n")
+    changed = mutant.ptx.split("\n")[mutant.line - 1]
+    match = re.match(r"\s*shfl[\w.:]*\s+(%\w+)", changed)
+    if match is None:
+        return False
+    other = changed.replace(match.group(1), "fi_o", 1)
+    check = f"setp.ne.u32 fi_q, fi_o, {match.group(1)}; @fi_q trap;"
+    # The changed one comes first: the result may take the place of the source.
+    lines[mutant.line - 1] = "{ .reg .pred fi_q; .reg .b32 fi_o; " + other + lines[mutant.line - 1] + check + " }"
+    with planted(target, "\n".join(lines)):
+        for seed in (None, *SEEDS):
+            try:
+                target.run(seed)
+            except emulator.KernelFault:
+                return False
+    return True
+
+
+def dead_result(target: Target, mutant: Mutant) -> bool:
+    """A register instruction whose result no statement names."""
+    words = re.match(r"\s*(?:shfl|vote|min|max|add|sub|mul|mad|fma|cvt|selp)[\w.:]*\s+(%\w+)[,|]", mutant.text)
+    return words is not None and len(re.findall(rf"{words.group(1)}\b", target.ptx)) == 1
+
+
+Touched = tuple[frozenset[str], frozenset[str]]
+
+
+def touched(instructions: list[Instruction]) -> Touched:
+    """State spaces that these instructions read and write; what is no plain load or store is taken to write all."""
+    reads: set[str] = set()
+    writes: set[str] = set()
+    for instruction in instructions:
+        plain = re.match(r"(ld|st)\.(?:\w+\.)*?(shared|global)\b", instruction.opcode)
+        if plain:
+            (reads if plain.group(1) == "ld" else writes).add(plain.group(2))
+        elif not instruction.opcode.startswith("ld.param") and (ACTS.search(instruction.text) or "mbarrier" in instruction.opcode):
+            writes |= {"shared", "global"}
+    return frozenset(reads), frozenset(writes)
+
+
+def barrier_beside_reads(target: Target, mutant: Mutant) -> bool:
+    """What the barrier orders and its neighbours of the same threads do not: accesses between it and them, of which none conflict."""
+    kernel, site = _at(target, mutant)
+    instructions = kernel.instructions
+    words = " ".join(instructions[site].text.split())
+    if instructions[site].guard is not None or not re.match(r"bar\.sync \d+(, \d+)?;?$", words):
+        return False
+    leads_to: list[list[int]] = [[] for _ in instructions]
+    for pc in range(len(instructions)):
+        for after in successors(kernel, pc):
+            leads_to[after].append(pc)
+
+    def is_neighbour(pc: int) -> bool:
+        return pc != site and instructions[pc].guard is None and " ".join(instructions[pc].text.split()) == words
+
+    def between(begin: list[int], following: Callable[[int], list[int]]) -> list[Instruction]:
+        seen: set[int] = set()
+        work = begin
+        while work:
+            pc = work.pop()
+            if pc not in seen and not is_neighbour(pc):
+                seen.add(pc)
+                work += following(pc)
+        return [instructions[pc] for pc in seen]
+
+    reads, writes = touched(between(list(leads_to[site]), lambda pc: list(leads_to[pc])))
+    reads_behind, writes_behind = touched(between(successors(kernel, site), lambda pc: successors(kernel, pc)))
+    return not (writes & (reads_behind | writes_behind) or reads & writes_behind)
+
+
 def atomics_order(target: Target, mutant: Mutant) -> bool:
     """Without this fence, the kernel races as soon as its atomics are relaxed: theirs is the order. PTX ISA 8.9.5, causality order."""
     assert ".acq_rel" in mutant.ptx
@@ -181,9 +272,8 @@ ACTS = re.compile(
 )
 
 
-def one_lane_acts(target: Target, mutant: Mutant) -> bool:
-    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
-    kernel, site = _at(target, mutant)
+def beside(kernel: Kernel, site: int) -> set[int]:
+    """Instructions from the synchronisations before this one to those behind it."""
     instructions = kernel.instructions
 
     def no_sync(instruction: Instruction) -> bool:
@@ -199,6 +289,26 @@ def one_lane_acts(target: Target, mutant: Mutant) -> bool:
         if pc not in near and no_sync(instructions[pc]):
             near.add(pc)
             work += before[pc]
+    return near
+
+
+def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
+    """Nothing but copies that signal an mbarrier, what announces their bytes, and loads from global memory stand beside it.
+
+    A phase ends when its bytes and its arrivals have come, in whatever order (PTX ISA 9.7.13.16.5), and every lane has waited for the
+    buffer itself, since waits are no lane's alone.
+    """
+    kernel, site = _at(target, mutant)
+    harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)")
+    acts = [kernel.instructions[pc] for pc in beside(kernel, site) if ACTS.search(kernel.instructions[pc].text)]
+    return any("complete_tx" in i.opcode for i in acts) and all(harmless.match(i.opcode) for i in acts)
+
+
+def one_lane_acts(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
+    kernel, site = _at(target, mutant)
+    instructions = kernel.instructions
+    near = beside(kernel, site)
     lines = one_statement_a_line(target.ptx).split("\n")
     for pc in near:
         if ACTS.search(instructions[pc].text):

@@ -13,6 +13,7 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.emulator.host_calls import handles
 from fa4_backend.emulator.programs import LoadedKernel, forget_programs
+from fa4_backend.kernel_stamp import families_of
 from fa4_backend.problem import FP8, SAME_AS_Q
 
 
@@ -23,7 +24,8 @@ class Target:
     name: str
     ptx: str  # as it was compiled
     run: Callable[[int | None], tuple[list[torch.Tensor], emulator.Report]]
-    plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that it does not reach count
+    families: tuple[str, ...] = ()  # of `kernel_stamp.FAMILIES`, of which the kernel is
+    plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that run more often here count
     sample: int | None = None  # faults of each class; None: all
 
     @property
@@ -35,10 +37,11 @@ class Target:
 
 
 def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
-    """This package's prefill kernel for `arch`: three sequences over pages, causal.
+    """This package's prefill kernel for `arch`: sequences over pages, causal.
 
-    One CTA (or pair) has all tiles, so that every ring wraps. The last sequence has a single whole KV tile: only the epilogue's own
-    barriers order it behind the tile before.
+    One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
+    with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
+    comes last readies the queue for the next launch.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
@@ -46,8 +49,8 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
     from tests.support.paged_case import PagedCase
 
     case = PagedCase(
-        query_lens=(300, 200, 70),
-        kv_lens=(500, 450, 128),
+        query_lens=(300, 200, 70, 3, 1, 2, 4),
+        kv_lens=(500, 450, 128, 40, 1, 130, 17),
         num_q_heads=2,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -58,14 +61,20 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         kv_dtype=kv_dtype,
     )
     built, plain = case.build(), replace(case, peaked=1.0).build()
-    library = ensure_object(case.plan(num_sms=1).kernels.prefill)
+    tiny = replace(case, query_lens=(3, 1), kv_lens=(300, 200)).build()
+    key = case.plan(num_sms=1).kernels.prefill
+    library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
-        result = run_built(built, num_ctas=1, seed=seed)
-        return [result.out.clone(), result.lse.clone()], result.report
+        outputs, total = [], emulator.Report()
+        for batch, num_ctas in ((built, 1), (tiny, 2)):
+            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key)
+            outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue]
+            total.add(result.report)
+        return outputs, total
 
-    reach = (lambda: run_built(plain, num_ctas=1).report) if peaked != 1.0 else None
-    return Target(name, library.with_suffix(".ptx").read_text(), run, reach)
+    reach = (lambda: run_built(plain, num_ctas=1, key=key).report) if peaked != 1.0 else None
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach)
 
 
 def own_parts() -> Target:
@@ -85,7 +94,7 @@ def own_parts() -> Target:
         result = run_built(built, num_ctas=3, seed=seed, cuts=Cuts((3, 1, 1, 1)))
         return [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue], result.report
 
-    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run)
+    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run, ("sm90",))
 
 
 def own_mla() -> Target:
@@ -104,7 +113,7 @@ def own_mla() -> Target:
         result = run_mla(case, num_sms=3, seed=seed, arguments=arguments)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run)
+    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run, ("mla_decode",))
 
 
 def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS_Q) -> Target:
@@ -117,9 +126,10 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
     from tests.support.emulated_decode import run_decode
     from tests.support.paged_case import PagedCase
 
+    # More entries a CTA than the ring of entries holds, and more tiles of one than a page table look-up covers; maxima that move.
     case = PagedCase(
-        (4, 1, 3), (700, 65, 300), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48, decode_query_len=4, arch=f"emulated-{arch}",
-        kv_dtype=kv_dtype,
+        (4, 1, 3) + (1, 2) * 6, (1300, 65, 300) + (17, 64) * 6, num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=48,
+        decode_query_len=4, arch=f"emulated-{arch}", kv_dtype=kv_dtype, peaked=8.0,
     )  # fmt: skip
     if batch_invariant:
         case = replace(
@@ -134,9 +144,8 @@ def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS
         result = run_decode(case, seed=seed)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target(
-        f"{arch} decode{', pieces' * batch_invariant}{', FP8 K and V' * (kv_dtype == FP8)}", library.with_suffix(".ptx").read_text(), run
-    )
+    name = f"{arch} decode{', pieces' * batch_invariant}{', FP8 K and V' * (kv_dtype == FP8)}"
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("decode",))
 
 
 def own_latent_decode(kv_dtype: str = SAME_AS_Q) -> Target:
@@ -146,7 +155,7 @@ def own_latent_decode(kv_dtype: str = SAME_AS_Q) -> Target:
     from tests.support.emulated_mla import MlaCase, run_mla
 
     case = MlaCase(
-        (4, 1, 3), (390, 65, 300), num_heads=32, decode_query_len=4, kv_dtype=kv_dtype, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
+        (4, 1, 3), (650, 65, 300), num_heads=32, decode_query_len=4, kv_dtype=kv_dtype, page_size=16, one_q=True, peaked=8.0, arch="sm_100a"
     )  # fmt: skip
     library = ensure_object(case.kernels(4).decode)
 
@@ -155,35 +164,44 @@ def own_latent_decode(kv_dtype: str = SAME_AS_Q) -> Target:
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
     name = "sm_100a latent decode, CTA pairs" + ", FP8 latents" * (kv_dtype == FP8)
-    return Target(name, library.with_suffix(".ptx").read_text(), run)
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("mla_decode/sm100",))
 
 
 def own_schedule() -> Target:
-    """The kernel that makes the work lists: decode rows of unequal length, more than it has threads, and prefill rows, on few CTAs."""
+    """The kernel that makes the work lists: steps of few CTAs and of many, with rows in one warp, in all and in one of the odd ones."""
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from fa4_backend.kernels.schedule.config import ScheduleConfig
-    from fa4_backend.kernels.schedule.work_list import WorkShape
+    from fa4_backend.kernels.schedule.work_list import TOTAL_Q, WorkShape
     from tests.support.emulated_decode import empty_lists, run_schedule
 
-    shape = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
-    query_lens = [1 + i % 4 for i in range(600)] + [300, 0, 70]
-    kv_lens = [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]
+    few = WorkShape(2, 12, 24, 32, 128, 4, 64, 520, 0, 1, 1000, 12, 20, 5, 1 << 17, 8192)
+    many = replace(few, prefill_groups=70, decode_num_ctas=140, num_sms=70, max_num_tokens=1 << 15)
+    parts = replace(few, prefill_groups=40, decode_num_ctas=80, num_sms=40, part_floats=8, min_part_blocks=2)
+    steps = [
+        # More decode rows of unequal length than there are threads, and few prefill rows.
+        (few, [1 + i % 4 for i in range(600)] + [300, 0, 70], [100 + 7 * i * (i % 5) % 900 for i in range(600)] + [700, 90, 70]),
+        # Cuts at fixed pieces, for CTAs of several warps; prefill rows in every warp.
+        (replace(many, split_blocks=3), [1] * 90 + [5 + i for i in range(150)], [3000 - 13 * i for i in range(240)]),
+        # Decode rows that are equal but for one, which an odd warp reads.
+        (many, [1] * 60, [1000] * 40 + [500] + [1000] * 19),
+        # Few tiles over long KV, of unlike lengths in an odd warp, are cut along it, beside equal decode rows.
+        (parts, [17] + [1] * 36 + [40, 9], [9000] + [640] * 36 + [5000, 700]),
+        (parts, [7 + i % 3 for i in range(70)], [200] * 45 + [8000] + [200] * 24),
+    ]
     key = ScheduleConfig("sm_90a", 1024)
     library = ensure_object(key)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
-        work = empty_lists(shape, len(kv_lens))
-        report = run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed)
-        return [
-            work.arrivals,
-            work.prefill_queue,
-            work.prefill_tiles,
-            work.decode_first[:, :13].contiguous(),
-            work.decode_tiles[:, :11].contiguous(),
-        ], report
+        outputs, total = [], emulator.Report()
+        for shape, query_lens, kv_lens in steps:
+            work = empty_lists(shape, len(kv_lens))
+            total.add(run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed))
+            outputs += [work.arrivals, work.part_arrivals, work.prefill_queue, work.prefill_tiles]
+            outputs += [entries[:, : TOTAL_Q + 1] for entries in (work.decode_first, work.decode_tiles)]
+        return outputs, total
 
-    return Target("schedule", library.with_suffix(".ptx").read_text(), run)
+    return Target("schedule", library.with_suffix(".ptx").read_text(), run, ("schedule",))
 
 
 def own_step(arch: str, plant_in_decode: bool) -> Target:
@@ -205,7 +223,8 @@ def own_step(arch: str, plant_in_decode: bool) -> Target:
         a = built.arguments
         return [a.out.clone(), a.lse.clone()], result.report
 
-    return Target(f"{arch} step, {'decode' if plant_in_decode else 'prefill'}", library.with_suffix(".ptx").read_text(), run)
+    name = f"{arch} step, {'decode' if plant_in_decode else 'prefill'}"
+    return Target(name, library.with_suffix(".ptx").read_text(), run, families_of(arch))
 
 
 def upstream(name: str, folder: Path) -> Target:
@@ -242,8 +261,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     "sm90_decode_fp8": lambda: own_decode("sm_90a", kv_dtype=FP8),
     "sm90_mla": own_mla,
     "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
-    # Queries so large that a row's maximum moves: O is rescaled.
-    "sm90_peaked": lambda: own_prefill("sm_90a prefill, peaked", "sm_90a", num_kv_heads=2, head_dim=128, peaked=20.0),
+    # Queries so large that a row's maximum moves block after block: O is rescaled. Hopper's kernel rescales it in any case.
     "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
     "sm100_mla": own_latent_decode,
     "sm100_mla_fp8": lambda: own_latent_decode(FP8),

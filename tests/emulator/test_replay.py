@@ -8,6 +8,8 @@ import pytest
 from fa4_backend.emulator.recording import Recording, Step, lag, pipe_cycles, port_bytes
 from fa4_backend.emulator.replay import Replay
 from fa4_backend.emulator.timing import TIMINGS
+from tests.emulator.harness import run_program
+from tests.emulator.programs import load_family
 
 # Round figures, so that sums by hand name what went in.
 TIMING = replace(
@@ -75,6 +77,8 @@ def test_cycles_of_an_instruction(opcode: str, expected: tuple[int, ...]) -> Non
         ("st.shared.v2.b64", 512),
         ("st.shared.b32", 128),
         ("ld.shared.b16", 64),
+        ("stmatrix.sync.aligned.m8n8.x4.shared.b16", 512),
+        ("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16", 256),
         ("ld.global.v4.b32", 0),
         ("shl.b32", 0),
     ],
@@ -91,6 +95,36 @@ def test_what_warps_load_and_store_takes_the_port() -> None:
     recording = Recording(work, ["warp"] * 2, warps_per_cta=2)
     times = Replay(recording, TIMING).run()
     assert (times.total, times.smem_busy) == pytest.approx((64, 64)) and recording.port_bytes() == 8192
+
+
+def test_bulk_stores_are_waited_for_until_the_port_has_read_them() -> None:
+    """4096 bytes at 64 a cycle beside a copy of as many; the port serves both, and no latency is waited for."""
+    copy, store, wait = steps(("copy", 1, [(0, 0)]), ("store", 0, [(-5, 0)]), ("wait", 0, [(-5, 0)]))
+    copy.smem_bytes, store.smem_bytes = {0: 4096}, {0: 4096}
+    times = Replay(Recording([[copy, store, wait]], ["epilogue"], warps_per_cta=1), TIMING).run()
+    assert times.total == pytest.approx(1 + 64, rel=0.2) and times.smem_busy == pytest.approx(64)
+    assert times.waits["epilogue"]["stores"] == pytest.approx(times.total - 1)
+
+
+def test_a_recording_keeps_bulk_stores_and_who_waits_for_them() -> None:
+    """A step of the store's bytes and a wait for its group, in the replay as well."""
+    program = next(p for p in load_family("bulk") if p.name == "cp.async.bulk.global.shared::cta wait_group.read")
+    recording = Recording()
+    run_program(program, trace=recording)
+    (store,) = (step for steps in recording.warps for step in steps if step.kind == "store")
+    waits = [step for steps in recording.warps for step in steps if step.kind == "wait" and step.edges == store.edges]
+    assert store.smem_bytes == {0: next(b for b in program.buffers if b.name == "d").data.nbytes} and len(waits) == 1
+    assert Replay(recording, TIMING).run().waits["other"]["stores"] > 0
+
+
+def test_a_store_that_all_lanes_issue_alike_is_one() -> None:
+    """flash-attn-4 stores its tiles by whole warps."""
+    program = next(p for p in load_family("bulk") if p.name == "cp.async.bulk.global.shared::cta wait_group.read")
+    recording, body = Recording(), program.body.replace("setp.ne.u32 %q0, %t, 0;", "setp.ge.u32 %q0, %t, 32;")
+    assert body != program.body
+    run_program(replace(program, body=body), trace=recording, detect_races=True)
+    (store,) = (step for steps in recording.warps for step in steps if step.kind == "store")
+    assert store.smem_bytes == {0: 2048}
 
 
 def test_an_arrival_from_another_sm_comes_later() -> None:

@@ -49,6 +49,21 @@ def test_a_step_launches_and_nothing_else(arch: str, launches: list[tuple[str, t
                 assert any(argument is getattr(a, name) for argument in arguments), name
 
 
+def test_a_step_whose_shortest_query_is_long_launches_no_decode(launches: list[tuple[str, tuple]]) -> None:
+    """Where the host says that no row is a decode row; not once the bound is taken back, before a capture."""
+    built = PagedCase(**{**vars(CASE), "query_lens": (2, 9), "arch": "emulated-sm_90a"}).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    names = ("window_left", "softcap", "sinks", "alibi_slopes", "out", "lse")
+    lengths: dict[str, Any] = {"cu_seqlens_q": a.cu_seqlens_q, "seqused_k": a.seqused_k, "max_seqlen_q": 9, "max_seqlen_k": 70}
+    for shortest, is_captured, want in ((1, False, True), (2, False, False), (2, True, True)):
+        metadata.refresh(**lengths, min_seqlen_q=shortest)
+        if is_captured:
+            metadata.expect_short_queries()
+        launches.clear()
+        paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
+        assert [name.split("-")[0] for name, _ in launches] == ["decode"] * want + ["prefill"]
+
+
 @pytest.mark.parametrize("kv_dtype", ["auto", "float8_e4m3fn"])
 def test_a_step_of_latent_attention_launches_and_nothing_else(kv_dtype: str, launches: list[tuple[str, tuple]]) -> None:
     """One kernel beside the schedule, whatever rows the step has."""

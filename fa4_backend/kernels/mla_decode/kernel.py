@@ -21,14 +21,15 @@ from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import mla_decode_fakes
-from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PARTS, TILE_M, TILE_N, MlaDecodeConfig, slot_floats
+from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, TILE_M, TILE_N, MlaDecodeConfig, slot_floats
 from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup, Mmas
 from fa4_backend.kernels.mla_decode.convert_warps import ConvertWarps
-from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp, TensorMaps, query_modes
+from fa4_backend.kernels.mla_decode.load_warp import FirstEntry, LoadWarp
 from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors
 from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
 from fa4_backend.kernels.mla_decode.shared_rows import SharedRows
 from fa4_backend.kernels.mla_decode.storage import SIDES, MlaStorage
+from fa4_backend.kernels.mla_decode.tensor_maps import MapMaker, TensorMaps
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
@@ -70,7 +71,7 @@ class MlaDecodeKernel:
         stream,
     ):
         """Launch one CTA, or one cluster, for each range of the work list."""
-        maps = TensorMaps(self._query_tma(mQ, LATENT_PARTS), self._query_tma(mQRope, 1), self._latent_tma(mLatent))
+        maps = MapMaker(self.config).make(mQ, mQRope, mLatent)
         page_size = Int32(mLatent.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = MaskSpec(self.config.mask).values(softmax_scale, Float32(0.0), Int32(0), Int32(0))
@@ -95,37 +96,6 @@ class MlaDecodeKernel:
             min_blocks_per_mp=1,
             stream=stream,
         )
-
-    def _query_tma(self, q: cute.Tensor, parts: int) -> cute.CopyAtom:
-        """TMA of a box of packed rows, one part of each: heads of a token, or all heads of several tokens. Rows past a sequence's end are
-        another's or zeros; nothing of theirs is stored."""
-        c = self.config
-        modes = {
-            "head": (c.box_heads, PART_DIM, q.shape[1], q.stride[1]),
-            "token": (c.box_tokens, PART_DIM * c.box_heads, q.shape[0], q.stride[0]),
-            "part": (1, PART_DIM * c.box_heads * c.box_tokens, parts, PART_DIM),
-        }
-        chosen = [modes[mode] for mode in query_modes(self.storage, parts > 1)]
-        boxes, box_strides, extents, strides = zip(*chosen, strict=True)
-        return self._part_tma(q, boxes, box_strides, extents, strides, cute.make_swizzle(3, 4, 3))
-
-    def _latent_tma(self, latent: cute.Tensor) -> cute.CopyAtom:
-        """TMA of a box of a page's rows, one part of each; e4m3 numbers row by row as they are."""
-        rows = self.config.box_rows
-        swizzle = cute.make_swizzle(self.config.latent_swizzle_bits, 4, 3)
-        return self._part_tma(
-            latent, (rows, 1, 1), (PART_DIM, PART_DIM * rows, PART_DIM * rows), (latent.shape[1], PARTS, latent.shape[0]),
-            (latent.stride[1], PART_DIM, latent.stride[0]), swizzle,
-        )  # fmt: skip
-
-    def _part_tma(
-        self, tensor: cute.Tensor, boxes: tuple, box_strides: tuple, extents: tuple, strides: tuple, swizzle: cute.Swizzle
-    ) -> cute.CopyAtom:
-        """TMA whose boxes are rows of a part, one behind the other."""
-        rows_first = cute.make_tensor(tensor.iterator, cute.make_layout((PART_DIM, *extents), stride=(1, *strides)))
-        shape = (PART_DIM, *boxes)
-        box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     @cute.kernel
     def kernel(

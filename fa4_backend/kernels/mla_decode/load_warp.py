@@ -21,16 +21,9 @@ from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PART_DIM, PART_ELEMS, PARTS, TILE_ELEMS, TILE_M, TILE_N
 from fa4_backend.kernels.mla_decode.storage import GROUPS, LEFT, RIGHT, ROPE, MlaStorage, SharedTensors
+from fa4_backend.kernels.mla_decode.tensor_maps import TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NEXT_ENTRY, NUM_ENTRIES
-
-
-class TensorMaps(NamedTuple):
-    """TMA atoms: boxes of a part of Q's rows, of both its tensors, and boxes of a part of a page's rows."""
-
-    q: cute.CopyAtom
-    q_rope: cute.CopyAtom
-    latent: cute.CopyAtom
 
 
 class FirstEntry(NamedTuple):
@@ -150,7 +143,7 @@ class LoadWarp:
                     ptx.tma_load(descriptors[1], where, full.toint(), self._query_coords(at, False))
 
     def _query_coords(self, at: dict[str, Int32 | int], has_parts: bool) -> tuple[Int32 | int, ...]:
-        return (0, *(at[name] for name in query_modes(self.storage, has_parts)))
+        return (0, *(at[name] for name in query_modes(self.storage.config, has_parts)))
 
     @cute.jit
     def _load_block(self, descriptor: ir.Value, place: BoxPlace, kv: RingPosition, shared: SharedTensors):
@@ -225,13 +218,6 @@ class LoadWarp:
             tile = shared.kv.toint() + kv.slot * (TILE_ELEMS * c.element_bytes)
             where = tile + part * part_bytes + lane % self.row_boxes * (c.box_rows * PART_DIM * c.element_bytes)
             tma_load(descriptor, where, full.toint(), (0, row, part, page), c.cluster_size)
-
-
-def query_modes(storage: MlaStorage, has_parts: bool) -> list[str]:
-    """Dimensions 1, 2, ... of a tensor map of Q. The compiler moves those that a box has one of behind the others: so does this."""
-    c = storage.config
-    counts = {"head": c.box_heads, "token": c.box_tokens} | ({"part": 1} if has_parts else {})
-    return sorted(counts, key=lambda mode: counts[mode] == 1)
 
 
 assert TILE_M == TILE_N, "parts of Q and of KV are of one size"

@@ -24,43 +24,21 @@ from cutlass.cute.nvgpu import warpgroup
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
-from fa4_backend.kernels.common.fragment_store import store_fragment, store_fragment_fp8
-from fa4_backend.kernels.common.mask import Columns, MaskValues
-from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
-from fa4_backend.kernels.common.output_store import OutputStore
+from fa4_backend.kernels.common.mask import MaskValues
+from fa4_backend.kernels.common.online_softmax import LOG2_E
 from fa4_backend.kernels.common.pack_gqa import PackGqa
-from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FIXED_CAP, FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale, quad_sum
+from fa4_backend.kernels.common.tile_scheduler import WorkTile
+from fa4_backend.kernels.common.wgmma_fragment import FIXED_CAP, FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, WORK_FLAGS, Barriers, Storage, tensor_at
-from fa4_backend.kernels.sm90.tile_parts import TileParts
+from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
+from fa4_backend.kernels.sm90.query_rows import QueryRows
+from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.tile_end import TileEnd
+from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
-
-
-class SharedTiles(NamedTuple):
-    """Shared memory as a consumer sees it."""
-
-    q: cute.Pointer  # q_stage buffers
-    kv: cute.Pointer
-    sWork: cute.Tensor  # (WORK_INTS, WORK_STAGE) int32
-    sRowScales: cute.Tensor | None  # (tile_m, WORK_STAGE) float32: what a row of Q was divided by; None: Q is as it came
-
-
-class Products(NamedTuple):
-    """Operands of both products of this warpgroup."""
-
-    qk: cute.TiledMma
-    pv: cute.TiledMma
-    tSrQ: cute.Tensor  # last mode: Q buffer
-    tSrK: cute.Tensor  # last mode: slot
-    tOrVt: cute.Tensor  # last mode: slot
-    rP: cute.Tensor  # A operand of the second product, 16 bits
-    rO: cute.Tensor  # float32
 
 
 class Turn(NamedTuple):
@@ -68,20 +46,6 @@ class Turn(NamedTuple):
 
     mine: Int32  # named barrier I wait on
     next: Int32  # named barrier of the warpgroup after me
-
-
-class TileState(NamedTuple):
-    """A tile, its KV blocks, and what its rows need of the sequence: their keys and their bias."""
-
-    is_tile: Int32  # 0: the empty one behind the last
-    work: WorkTile
-    blocks: BlockRange
-    columns: tuple[Columns, Columns]  # of this thread's two rows
-    diagonals: tuple[Int32, Int32]  # key on the diagonal of each row
-    slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
-    softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
-    log2_scales: tuple[Float32, Float32]  # the same times log2(e), where K and V are FP8
-    scale: ScoreScale  # of the call: no other scale included
 
 
 @dataclass(frozen=True)
@@ -93,9 +57,9 @@ class ConsumerWarpgroup:
     storage: Storage
     blocks: BlockInfo
     pack: PackGqa
-    output: OutputStore
-    parts: TileParts
-    shares: PartShares
+    value_rows: ValueRows
+    tile_end: TileEnd
+    query_rows: QueryRows
 
     @cute.jit
     def run(
@@ -141,7 +105,7 @@ class ConsumerWarpgroup:
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             if const_expr(not c.has_kv_scales):
-                self._clear_tail(tiles, barriers, position, tile, thread)
+                self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             while tile.is_tile == 1:
                 # From the tile's second block down to its first key: masked on the right, whole, masked on the left.
                 blocks = tile.blocks
@@ -168,7 +132,7 @@ class ConsumerWarpgroup:
                 next_tile = self._next_tile(tiles, barriers, q_next, values, scale, outputs, group, thread)
                 after = advance(position, stages)
                 if const_expr(self.blocks.mask.has_left and not c.has_kv_scales):
-                    self._clear_head(tiles, barriers, after, tile, values, thread)
+                    self.value_rows.clear_head(tiles, barriers, after, tile, values, thread)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
                 for i in cutlass.range_constexpr(2):
                     next_stats.row_max[i], next_stats.row_sum[i] = -Float32.inf, Float32(0.0)
@@ -185,9 +149,11 @@ class ConsumerWarpgroup:
                     warpgroup.wait_group(0)
                 if const_expr(c.has_parts):
                     is_last = next_tile.is_tile == 0
-                    self._finish_part(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread)
+                    self.tile_end.finish_part(
+                        products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
+                    )
                 else:
-                    self._finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
+                    self.tile_end.finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -197,11 +163,11 @@ class ConsumerWarpgroup:
                     stats.row_max[i], stats.row_sum[i] = next_stats.row_max[i], next_stats.row_sum[i]
                 position, q, tile = advance(after, stages), q_next, next_tile
                 if const_expr(not c.has_kv_scales):
-                    self._clear_tail(tiles, barriers, position, tile, thread)
+                    self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             if const_expr(c.share_parts > 0):
                 scales = self._score_scales(tile)
                 work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
-                self._share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
+                self.tile_end.share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -401,6 +367,10 @@ class ConsumerWarpgroup:
     ) -> TileState:
         """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
+        if const_expr(tiles.sRowScales is not None):
+            lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
+            is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
+            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
         n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
         # The sequence's index is not needed here.
         work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
@@ -412,7 +382,7 @@ class ConsumerWarpgroup:
         blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
         columns, diagonals, slopes = [], [], []
         for i in range(2):
-            packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
+            packed = self.pack.row(row_of_tile(group, thread, i), work.m_block, work.seqlen)
             seen = self.blocks.mask.columns(packed.token, work.seqlen, values)
             if const_expr(key_end is not None):
                 seen = seen._replace(end=cutlass.min(seen.end, key_end))
@@ -430,7 +400,7 @@ class ConsumerWarpgroup:
             k_scale = ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])
             softmax_scales, log2_scales = (values.softmax_scale * k_scale,) * 2, (log2_scale(values.softmax_scale, k_scale),) * 2
             if const_expr(tiles.sRowScales is not None):
-                of_query = [tiles.sRowScales[_row_of_thread(group, thread, i), work_slot] for i in range(2)]
+                of_query = [tiles.sRowScales[row_of_tile(group, thread, i), work_slot] for i in range(2)]
                 softmax_scales, log2_scales = (
                     tuple(x * y for x, y in zip(scales, of_query, strict=True)) for scales in (softmax_scales, log2_scales)
                 )
@@ -462,253 +432,6 @@ class ConsumerWarpgroup:
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
             fragment.mask(rS, first_column, state.columns)
-
-    @cute.jit
-    def _clear_tail(
-        self,
-        tiles: SharedTiles,
-        barriers: Barriers,
-        position: RingPosition,  # of the K tile after the tile's first; its first V stands behind it
-        tile: TileState,
-        thread: Int32,
-    ):
-        """Zero the V rows past the sequence's last token in the tile's last block: a weight of 0 times NaN would be NaN.
-
-        Boxes that begin past the end hold zeros already; only the box that the sequence ends in has foreign rows.
-        """
-        c = self.config
-        first = cutlass.max(tile.work.seqlen.seqlen_k - (tile.blocks.end - 1) * c.tile.tile_n, 0)
-        end = cutlass.min((first + c.box_rows - 1) // c.box_rows * c.box_rows, c.tile.tile_n)
-        if first < end:
-            value = advance(position, c.tile.kv_stage)
-            cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
-            self._clear_rows(tiles, value.slot, first, end, thread, self.roles.consumer_threads)
-            cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
-
-    @cute.jit
-    def _clear_head(
-        self,
-        tiles: SharedTiles,
-        barriers: Barriers,
-        value: RingPosition,  # of the V tile of the tile's first block
-        tile: TileState,
-        values: MaskValues,
-        thread: Int32,
-    ):
-        """Zero the V rows before the first key that a row of the tile sees, in the tile's first block, as `_clear_tail` does at the end.
-
-        Boxes that end before that key hold zeros already. The first warpgroup clears before its turn, and the turn that it gives tells
-        the others, so nobody waits for anybody else; without turns all clear and meet.
-        """
-        c = self.config
-        first_key = self.blocks.first_key(tile.work.m_block, tile.work.seqlen, values)
-        end = cutlass.max(first_key - tile.blocks.begin * c.tile.tile_n, 0)
-        first = end // c.box_rows * c.box_rows
-        clearing = const_expr(WARPGROUP_THREADS if c.tile.ping_pong else self.roles.consumer_threads)
-        if first < end and thread < clearing:
-            cute.arch.mbarrier_wait(barriers.kv_full + value.slot, value.phase)
-            self._clear_rows(tiles, value.slot, first, end, thread, clearing)
-            if const_expr(not c.tile.ping_pong):
-                cute.arch.barrier(barrier_id=self.roles.consumers_barrier, number_of_threads=self.roles.consumer_threads)
-
-    @cute.jit
-    def _clear_rows(self, tiles: SharedTiles, slot: Int32, first: Int32, end: Int32, thread: Int32, threads: cutlass.Constexpr[int]):
-        """Zero rows `first .. end` of one box of the V tile in `slot`, by `threads` threads; a barrier then shows it to the products."""
-        c = self.config
-        part = c.part_elems(c.head_dim_v)
-        chunk = 16 // c.element_bytes
-        row_chunks = part // chunk
-        zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
-        zeros.fill(0.0)
-        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
-        box = tiles.kv + self.storage.tile_slots.offset(slot) + first // c.box_rows * c.box_rows * c.head_dim_v
-        # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
-        for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
-            line = box + (part_idx * c.box_rows + first % c.box_rows) * part
-            for i in cutlass.range(thread, (end - first) * row_chunks, threads, unroll=1):
-                target = (line + i * chunk).align(16)
-                cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
-        cute.arch.fence_proxy("async.shared", space="cta")
-
-    @cute.jit
-    def _finish_part(
-        self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
-        tiles: SharedTiles,
-        outputs: Outputs,
-        work: WorkTile,
-        q: RingPosition,
-        is_last: Boolean,  # the CTA has no tile left
-        group: Int32,
-        thread: Int32,
-    ):
-        """`_finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
-        work_slot = self.storage.work_slot(q)
-        part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
-        if const_expr(self.config.has_kv_scales):
-            # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
-            thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-            is_whole = Int32(1)
-            if part.slot >= 0:
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, thread)
-            if is_whole == 1:
-                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
-        else:
-            if part.slot >= 0:
-                # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
-                part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, part_thread)
-                if is_whole == 1:
-                    self._finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
-            else:
-                # Apart, though the same: whole tiles pay for nothing that parts need.
-                self._finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
-
-    @cute.jit
-    def _join(
-        self,
-        part: TilePart,
-        products: Products,
-        stats: RowStats,
-        tiles: SharedTiles,
-        outputs: Outputs,
-        work: WorkTile,
-        work_slot: Int32,
-        is_last: Boolean,
-        group: Int32,
-        thread: Int32,
-    ) -> Int32:
-        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile. The last tile's part is left to
-        `_share_last` where all add up."""
-        is_whole = Int32(0)
-        if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
-            is_left = Boolean(False)
-            if const_expr(self.config.share_parts > 0):
-                is_left = is_last & (part.num_parts >= self.config.share_parts)
-            if is_left:
-                self.parts.lay_down(outputs.parts, part.slot, products.rO, stats, group, lane)
-            else:
-                flag = self._flag(tiles, work_slot, group)
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
-        return is_whole
-
-    @cute.jit
-    def _share_last(
-        self,
-        tiles: SharedTiles,
-        outputs: Outputs,
-        scale: ScoreScale | None,  # of raw scores
-        work_slot: Int32,  # of the CTA's last tile
-        group: Int32,
-        thread: Int32,
-    ):
-        """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
-        share."""
-        n = [tiles.sWork[i, work_slot] for i in range(10)]
-        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
-        if part.slot >= 0 and part.num_parts >= self.config.share_parts:
-            if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
-                flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
-                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
-                self.parts.leave(outputs.parts, part, group, stayers)
-                if share != NOTHING:
-                    factor = None
-                    if const_expr(self.storage.has_factors):
-                        factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
-                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
-
-    def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
-        """An int32 of shared memory that is this warpgroup's."""
-        return tiles.sWork.iterator + (work_slot * cute.size(tiles.sWork, mode=[0]) + WORK_FLAGS + group)
-
-    @cute.jit
-    def _finish(
-        self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
-        tiles: SharedTiles,
-        outputs: Outputs,
-        work: WorkTile,
-        q: RingPosition,  # the tile's Q buffer, whose rows of this warpgroup nobody needs any more
-        group: Int32,
-        thread: Int32,
-    ):
-        """Divide O by its denominator, write O and the LSE of the rows that are valid."""
-        c = self.config
-        lane = thread % WARPGROUP_THREADS
-        scales = cute.make_rmem_tensor(2, Float32)
-        for i in cutlass.range_constexpr(2):
-            packed = self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen)
-            head = work.kv_head_idx * self.pack.q_per_kv + packed.head
-            sink = None
-            if const_expr(c.mask.has_sinks):
-                sink = Float32(outputs.mSinks[cutlass.min(head, cute.size(outputs.mSinks, mode=[0]) - 1)])
-            row_sum = quad_sum(stats.row_sum[i])
-            row_max = stats.row_max[i]
-            if const_expr(score_scales is not None and (c.has_lse or c.mask.has_sinks)):
-                row_max = score_scales[i].true_max(row_max)
-            result = finalize_row(row_max, row_sum, sink)
-            scales[i] = result.o_scale
-            if const_expr(self.storage.has_factors):
-                scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
-            if const_expr(c.has_lse):
-                if packed.is_valid and lane % 4 == 0:
-                    outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
-        RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
-        if const_expr(c.has_out_scale):
-            rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
-            store_fragment_fp8(outputs.mO, products.rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
-        else:
-            rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
-            rO.store(products.rO.load().to(self.storage.dtype))
-            if const_expr(self.storage.o_through_q):
-                self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
-            else:
-                rows = tuple(self.pack.row(_row_of_thread(group, thread, i), work.m_block, work.seqlen) for i in range(2))
-                store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
-
-    @cute.jit
-    def _store_through_q(
-        self,
-        products: Products,
-        rO: cute.Tensor,  # finished rows in 16 bits
-        tiles: SharedTiles,
-        outputs: Outputs,
-        work: WorkTile,
-        q: RingPosition,
-        group: Int32,
-        lane: Int32,
-    ):
-        """Finished rows to `out` through their rows of Q's buffer."""
-        c = self.config
-        first_row = group * WGMMA_ROWS
-        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(1024)
-        sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))
-        matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
-        copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), _one_group(products.pv))
-        thread_copy = copy.get_slice(lane)
-        barrier = self.roles.output_barrier + group
-        # Every warp has read its rows of Q.
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        self.output.store(outputs.mO, sO_ptr, lane, first_row, work.kv_head_idx, work.m_block, work.seqlen)
-
-
-def _one_group(mma: cute.TiledMma) -> cute.TiledMma:
-    """The same product for a single warpgroup."""
-    return cute.make_tiled_mma(cute.make_mma_atom(mma.op), (1, 1, 1))
-
-
-def _row_of_thread(group: Int32, thread: Int32, i: int) -> Int32:
-    """Tile row of a thread's accumulators of half `i` (PTX ISA, wgmma: D fragment layout)."""
-    in_group = thread % WARPGROUP_THREADS
-    return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:

@@ -1,9 +1,7 @@
-"""The convert warps: K and V tiles from e4m3 in staging to the 16 bits that wgmma reads from the ring.
+"""The convert warps: K and V tiles from e4m3 in staging to float16 in the ring, which wgmma reads.
 
-V becomes float16, the type of P: every e4m3 value is exact in it, and one instruction makes two. K takes the type of Q; bfloat16 costs four
-instructions for two values, so at some head dimensions a bfloat16 Q becomes float16 in its buffer first (`tuning.FLOAT16_QUERY_DIMS`;
-`common/fp8.py`, Note [bfloat16 Q]), and what a row was divided by goes into the scale of its scores. A warp works on 32 chunks of 16 bytes
-of staging at a time, of which each lane makes two of the ring:
+Every e4m3 value is exact in float16, the type of P, and one instruction makes two; a bfloat16 Q becomes float16 too (`query_rows`). A warp
+works on 32 chunks of 16 bytes of staging at a time, of which each lane makes two of the ring:
 
     staging  row after row, whole heads              16 e4m3 a chunk
     ring     part after part, row after row          8 elements a chunk, chunks swizzled as TMA does
@@ -20,14 +18,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
-from cutlass._mlir import ir
+from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
-from fa4_backend.kernels.common.fp8 import e4m3_to_float16, float16_to_bfloat16, scaled_to_float16
+from fa4_backend.kernels.common.fp8 import e4m3_to_float16
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Query, Staged, converts_query, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Staged, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
 CHUNK_BYTES = 16  # of a shared-memory access of a lane
@@ -38,11 +35,9 @@ PARTS_AT_ONCE = 2  # chunks that a lane loads before it converts the first: regi
 class SharedBuffers(NamedTuple):
     """Shared memory as a convert warp sees it."""
 
-    q: cute.Pointer  # q_stage buffers
     staging: cute.Pointer  # slots of e4m3
-    ring: cute.Pointer  # slots of 16 bits
+    ring: cute.Pointer  # slots of float16
     sNotes: cute.Tensor  # (STAGE_INTS, slots of staging) int32
-    sRowScales: cute.Tensor | None  # (tile_m, WORK_STAGE) float32; None: Q has float16
 
 
 @dataclass(frozen=True)
@@ -56,43 +51,31 @@ class ConvertWarps:
     def run(self, shared: SharedBuffers, barriers: Barriers, warp: Int32):
         """Convert tile after tile until a note says that none follows: waits for a tile and for its slot of the ring, hands on both.
 
-        A tile's Q comes before its first K. warp: 0 .. num_warps.
+        warp: 0 .. num_warps.
         """
         c = self.storage.config
         elems = const_expr(tile_elems(c))
         origin = RingPosition(Int32(0), Int32(0))
-        staged, position, q = origin, origin, origin
+        staged, position = origin, origin
         kind = Int32(int(Staged.NOTHING))
         notes = shared.sNotes.iterator.toint()
         while kind != int(Staged.END):
             cute.arch.mbarrier_wait(barriers.fp8_full + staged.slot, staged.phase)
             note = [Int32(word) for word in vectors.elements(ptx.load_shared_v4(notes + staged.slot * (4 * STAGE_INTS)))]
-            kind, first, end, query = (note[int(field)] for field in (Note.KIND, Note.FIRST_ROW, Note.END_ROW, Note.QUERY))
-            if const_expr(converts_query(c)):
-                if query != int(Query.NOTHING):
-                    cute.arch.mbarrier_wait(barriers.bf16q_full + q.slot, q.phase)
-                    if query == int(Query.CONVERT):
-                        self._convert_query(shared, q, warp)
-                    else:
-                        # What consumers compute with the numbers of no tile is thrown away, but it is not of memory that nobody wrote.
-                        for row in cutlass.range(warp * LANES + cute.arch.lane_idx(), c.tile.tile_m, self.num_warps * LANES, unroll=1):
-                            shared.sRowScales[row, self.storage.work_slot(q)] = Float32(1.0)
-                    self._hand_on(barriers.q_full + q.slot)
-                    q = advance(q, c.tile.q_stage)
+            kind, first, end = (note[int(field)] for field in (Note.KIND, Note.FIRST_ROW, Note.END_ROW))
             if kind != int(Staged.END):
                 cute.arch.mbarrier_wait(barriers.kv_empty + position.slot, position.phase ^ 1)
                 source = shared.staging.toint() + staged.slot * elems
                 target = shared.ring.toint() + position.slot * (elems * c.element_bytes)
-                if kind == int(Staged.KEYS):
-                    self._convert(source, target, warp, c.head_dim, "float16" if converts_query(c) else c.dtype, None, None)
-                if kind == int(Staged.VALUES):
-                    if (first > 0) | (end < c.tile.tile_n):
-                        self._convert(source, target, warp, c.head_dim_v, "float16", first, end)
-                    else:
-                        self._convert(source, target, warp, c.head_dim_v, "float16", None, None)
+                has_edge = (kind == int(Staged.VALUES)) & ((first > 0) | (end < c.tile.tile_n))
+                if has_edge:
+                    self._convert(source, target, warp, c.head_dim_v, first, end)
+                elif kind == int(Staged.KEYS):
+                    self._convert(source, target, warp, c.head_dim, None, None)
+                elif kind == int(Staged.VALUES):
+                    self._convert(source, target, warp, c.head_dim_v, None, None)
                 self._hand_on(barriers.kv_full + position.slot)
-                if cute.arch.lane_idx() == 0:
-                    cute.arch.mbarrier_arrive(barriers.fp8_empty + staged.slot)
+                self._arrive(barriers.fp8_empty + staged.slot)
                 position = advance(position, c.tile.kv_stage)
                 staged = advance(staged, staging_slots(c))
                 # Groups of rows are not a multiple of the warps: who begins changes from tile to tile.
@@ -103,27 +86,13 @@ class ConvertWarps:
         """This warp's part of a buffer is there for wgmma."""
         ptx.fence_proxy_async_shared()
         cute.arch.sync_warp()
-        if cute.arch.lane_idx() == 0:
-            cute.arch.mbarrier_arrive(full)
+        self._arrive(full)
 
     @cute.jit
-    def _convert_query(self, shared: SharedBuffers, q: RingPosition, warp: Int32):
-        """This warp's rows of a buffer of Q, in place. A row of a part is a line of chunks, in whatever order."""
-        c = self.storage.config
-        part = const_expr(c.part_elems(c.head_dim))
-        chunks = const_expr(2 * part // CHUNK_BYTES)
-        rows = const_expr(LANES // chunks)
-        lane = cute.arch.lane_idx()
-        row, chunk = lane // chunks, lane % chunks
-        buffer = shared.q.toint() + q.slot * (2 * self.storage.q_elems) + row * (2 * part) + chunk * CHUNK_BYTES
-        for group in cutlass.range(warp, c.tile.tile_m // rows, self.num_warps, unroll=1):
-            lines = [buffer + (group * rows + i * c.tile.tile_m) * (2 * part) for i in range(c.head_dim // part)]
-            words = [Int32(word) for line in lines for word in vectors.elements(ptx.load_shared_v4(line))]
-            scaled, divided_by = scaled_to_float16(words, chunks)
-            for i, line in enumerate(lines):
-                ptx.store_shared_v4(line, [word.ir_value() for word in scaled[4 * i : 4 * i + 4]])
-            if chunk == 0:
-                shared.sRowScales[group * rows + row, self.storage.work_slot(q)] = divided_by
+    def _arrive(self, barrier: cute.Pointer):
+        """One arrival for the warp, whose lanes have met."""
+        if cute.arch.lane_idx() == 0:
+            cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
     def _convert(
@@ -132,7 +101,6 @@ class ConvertWarps:
         target: Int32,  # shared address of the slot of the ring
         warp: Int32,
         head_dim: cutlass.Constexpr[int],
-        dtype: cutlass.Constexpr[str],  # of the ring
         first: Int32 | None,  # rows `first .. end` are seen, others become zeros: a weight of 0 times NaN would be NaN
         end: Int32 | None,
     ):
@@ -158,12 +126,6 @@ class ConvertWarps:
                 if const_expr(first is not None):
                     words = vectors.select_words((row_in_tile >= first) & (row_in_tile < end), words)
                 line = writes[i] + group * (rows * 2 * part)
-                converted = [half for word in vectors.elements(words) for half in _two_pairs(word, dtype)]
+                converted = [half.ir_value() for word in vectors.elements(words) for half in e4m3_to_float16(Int32(word))]
                 ptx.store_shared_v4(line, converted[:4])
                 ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike
-
-
-def _two_pairs(word: ir.Value, dtype: str) -> list[ir.Value]:
-    """The four e4m3 of a word, two words of a 16-bit type."""
-    halves = e4m3_to_float16(Int32(word))
-    return [(half if dtype == "float16" else float16_to_bfloat16(half)).ir_value() for half in halves]

@@ -29,14 +29,18 @@ from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup, SharedTiles
+from fa4_backend.kernels.sm90.consumer_state import SharedTiles
+from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
 from fa4_backend.kernels.sm90.convert_warps import ConvertWarps, SharedBuffers
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
 from fa4_backend.kernels.sm90.part_shares import PartShares
+from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
 from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.tile_end import TileEnd
 from fa4_backend.kernels.sm90.tile_parts import TileParts
+from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
 from fa4_backend.problem import RAGGED
 
@@ -96,7 +100,8 @@ class PrefillKernel:
             storage.key_dtype, storage.key_dtype, major.K, major.K, Float32, groups, (WGMMA_ROWS, c.tile.tile_n)
         )  # fmt: skip
         pv = make_trivial_tiled_mma(
-            storage.value_dtype, storage.value_dtype, major.K, major.MN, Float32, groups, (WGMMA_ROWS, c.head_dim_v),
+            storage.value_dtype, storage.value_dtype, major.K, major.MN, Float32, groups,
+            (WGMMA_ROWS, min(c.head_dim_v, c.tile.value_columns)),
             a_source=warpgroup.OperandSource.RMEM,
         )  # fmt: skip
         self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(
@@ -153,7 +158,7 @@ class PrefillKernel:
                     operands = k_boxes.partition(k_atom, mK, sFp8), v_boxes.partition(v_atom, mV, sFp8)
                     StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
                 else:
-                    ConvertWarps(storage, roles.convert_warps).run(SharedBuffers(sQ, sFp8, sKV, sNotes, sRowScales), barriers, warp - 1)
+                    ConvertWarps(storage, roles.convert_warps).run(SharedBuffers(sFp8, sKV, sNotes), barriers, warp - 1)
             else:
                 operands = k_boxes.partition(k_atom, mK, sKV), v_boxes.partition(v_atom, mV, sKV)
                 for loads_v in cutlass.range_constexpr(2):
@@ -169,7 +174,9 @@ class PrefillKernel:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
-            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, output, TileParts(c), PartShares(c, pack))
+            tile_end = TileEnd(c, roles, storage, pack, output, TileParts(c), PartShares(c, pack))
+            value_rows = ValueRows(c, roles, storage, blocks)
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, value_rows, tile_end, QueryRows(storage))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv | RaggedKv, PagedKv | RaggedKv]:

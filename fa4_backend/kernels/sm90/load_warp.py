@@ -178,11 +178,7 @@ class LoadWarp:
         self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
         first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
         sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(1024)
-        self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, self._loaded_query(barriers) + position.slot)
-
-    def _loaded_query(self, barriers: Barriers) -> cute.Pointer:
-        """Barriers that TMA completes when Q is there, for whoever takes it next."""
-        return barriers.q_full if barriers.bf16q_full is None else barriers.bf16q_full
+        self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
 
     @cute.jit
     def hand_over_empty(self, position: RingPosition, barriers: Barriers, sWork: cute.Tensor):
@@ -220,7 +216,7 @@ class LoadWarp:
                 sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
                 sWork[O_FACTOR, work_slot] = ptx.float_to_bits(scales[1])
             sWork[IS_TILE, work_slot] = Int32(int(is_tile))
-            cute.arch.mbarrier_arrive_and_expect_tx(self._loaded_query(barriers) + position.slot, q_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()
 
     @cute.jit

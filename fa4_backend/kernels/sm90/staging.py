@@ -9,7 +9,6 @@ from enum import IntEnum
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm90.tuning import FLOAT16_QUERY_DIMS
 
 ALIGN_BYTES = 1024  # of every buffer
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
@@ -21,18 +20,9 @@ class Note(IntEnum):
     KIND = 0  # a `Staged`
     FIRST_ROW = 1  # rows of V that a row of the tile sees: FIRST_ROW .. END_ROW
     END_ROW = 2
-    QUERY = 3  # a `Query`
 
 
 STAGE_INTS = 4  # one vector of 16 bytes
-
-
-class Query(IntEnum):
-    """What becomes of the next buffer of Q before the tile of a note."""
-
-    NOTHING = 0
-    CONVERT = 1
-    PASS = 2  # it goes on as it is: that of the empty tile behind the last
 
 
 class Staged(IntEnum):
@@ -45,8 +35,8 @@ class Staged(IntEnum):
 
 
 def converts_query(config: PrefillConfig) -> bool:
-    """Whether a bfloat16 Q is brought to float16 so that K may be: see `convert_warps`."""
-    return config.has_kv_scales and config.dtype == "bfloat16" and config.head_dim in FLOAT16_QUERY_DIMS
+    """Whether a bfloat16 Q is brought to float16, which K is: see `query_rows`."""
+    return config.has_kv_scales and config.dtype == "bfloat16"
 
 
 def header_bytes(config: PrefillConfig) -> int:

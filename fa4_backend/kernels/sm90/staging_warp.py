@@ -22,7 +22,7 @@ from fa4_backend.kernels.common.tile_scheduler import (
 )
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.load_warp import LoadWarp, QueryOperand
-from fa4_backend.kernels.sm90.staging import Note, Query, Staged
+from fa4_backend.kernels.sm90.staging import Note, Staged
 from fa4_backend.kernels.sm90.storage import Barriers
 
 
@@ -58,7 +58,6 @@ class StagingWarp:
         position, q_position = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
         before = KvBlock(load.k_boxes.nowhere, Int32(0), Int32(0), Int32(0))
         is_first = Boolean(True)
-        same_query, empty_query = Int32(int(Query.NOTHING)), Int32(int(Query.PASS))
         tile_idx, _, _ = cute.arch.block_idx()
         word = read_entry(step.mTiles, tile_idx)
         queue = read_queue(step.mQueue)
@@ -84,11 +83,10 @@ class StagingWarp:
                 if const_expr(first_key is not None):
                     first_row = first_key - n_block * blocks_of.tile_n
                 block = KvBlock(boxes, work.kv_head_idx, first_row, work.seqlen.seqlen_k - n_block * blocks_of.tile_n)
-                new_query = cutlass.select_(i == 0, Int32(int(Query.CONVERT)), Int32(int(Query.NOTHING)))
-                self._fill(load.k_boxes, operands[0], block, Staged.KEYS, new_query, position, barriers, sNotes)
+                self._fill(load.k_boxes, operands[0], block, Staged.KEYS, position, barriers, sNotes)
                 position = advance(position, load.k_boxes.stages)
                 if not is_first:
-                    self._fill(load.v_boxes, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
+                    self._fill(load.v_boxes, operands[1], before, Staged.VALUES, position, barriers, sNotes)
                     position = advance(position, load.k_boxes.stages)
                 before = block
                 is_first = Boolean(False)
@@ -103,12 +101,11 @@ class StagingWarp:
             leave_queue(step.mQueue)
         load.hand_over_empty(q_position, barriers, sWork)
         if has_tile:
-            self._note(Staged.NOTHING, empty_query, before, position, barriers, sNotes, 0)
+            self._note(Staged.NOTHING, before, position, barriers, sNotes, 0)
             position = advance(position, load.k_boxes.stages)
-            self._fill(load.v_boxes, operands[1], before, Staged.VALUES, same_query, position, barriers, sNotes)
+            self._fill(load.v_boxes, operands[1], before, Staged.VALUES, position, barriers, sNotes)
             position = advance(position, load.k_boxes.stages)
-            empty_query = same_query
-        self._note(Staged.END, empty_query, before, position, barriers, sNotes, 0)
+        self._note(Staged.END, before, position, barriers, sNotes, 0)
 
     @cute.jit
     def _fill(
@@ -117,20 +114,18 @@ class StagingWarp:
         operand: TmaOperand | RaggedOperand,
         block: KvBlock,
         kind: cutlass.Constexpr,
-        query: Int32,
         position: RingPosition,
         barriers: Barriers,
         sNotes: cute.Tensor,
     ):
         """Fill the slot at `position` once it was converted."""
-        self._note(kind, query, block, position, barriers, sNotes, tiles.tile_elems)
+        self._note(kind, block, position, barriers, sNotes, tiles.tile_elems)
         tiles.load(operand, block.boxes, block.kv_head_idx, position.slot, barriers.fp8_full + position.slot)
 
     @cute.jit
     def _note(
         self,
         kind: cutlass.Constexpr,
-        query: Int32,
         block: KvBlock,
         position: RingPosition,
         barriers: Barriers,
@@ -143,6 +138,5 @@ class StagingWarp:
             sNotes[int(Note.KIND), position.slot] = Int32(int(kind))
             sNotes[int(Note.FIRST_ROW), position.slot] = block.first_row
             sNotes[int(Note.END_ROW), position.slot] = block.end_row
-            sNotes[int(Note.QUERY), position.slot] = query
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.fp8_full + position.slot, num_bytes)
         cute.arch.sync_warp()

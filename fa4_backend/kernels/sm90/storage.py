@@ -43,7 +43,6 @@ class Barriers(NamedTuple):
     kv_empty: cute.Pointer
     fp8_full: cute.Pointer | None = None  # slots of staging
     fp8_empty: cute.Pointer | None = None
-    bf16q_full: cute.Pointer | None = None  # Q before its conversion, and the tile's numbers
     tile_full: cute.Pointer | None = None  # taken tiles
     tile_empty: cute.Pointer | None = None
 

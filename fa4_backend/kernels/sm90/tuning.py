@@ -52,13 +52,5 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
     (256, 256): TileShape(tile_m=128, tile_n=64, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
 }
 
-# Where a bfloat16 Q becomes float16 once a tile, so that K costs one instruction for two values, not four. Share of our bf16 kernel's
-# TFLOP/s in the same run, H100, with it and without:
-#   d128 (seven warps convert), tiles taken a block early: 8 x 4K 0.84 and 0.82, 2 x 16K 0.91 and 0.82, 4 x 512 of 8K 0.88 and 0.82,
-#     32 x 1K 0.80 and 0.83: Q's conversion stands between two tiles
-#   three warps convert: d256 8 x 4K 0.68 and 0.61, d64 8 x 4K 0.85 and 0.90
-# d96 and (192, 128) were timed without it only.
-FLOAT16_QUERY_DIMS = (128, 256)
-
 # Parts of a tile from which on all CTAs that made them add them up.
 SHARE_PARTS = 4

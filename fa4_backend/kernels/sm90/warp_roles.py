@@ -1,7 +1,7 @@
 """Who does what in a CTA: warpgroup 0 loads, the others compute 64 query rows each; registers move from the first to the others.
 
 16-bit K and V:  load --q, kv--> consumers
-FP8 K and V:     load --fp8--> convert --kv--> consumers,  load --q--> consumers, by way of convert where Q is bfloat16
+FP8 K and V:     load --fp8--> convert --kv--> consumers,  load --q--> consumers
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
-from fa4_backend.kernels.sm90.staging import converts_query, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.staging import staging_slots, tile_elems
 
 WARPGROUP_THREADS = 128
 WORK_STAGE = 2  # tiles whose numbers are in shared memory: the one being finished and the next
@@ -37,7 +37,9 @@ class WarpRoles:
         """
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         num_consumers = config.tile.tile_m // WGMMA_ROWS
-        return WarpRoles(num_consumers, int(config.has_kv_scales and num_consumers == 2 and config.head_dim_v < 256))
+        return WarpRoles(
+            num_consumers, int(config.has_kv_scales and num_consumers == 2 and min(config.head_dim_v, config.tile.value_columns) < 256)
+        )
 
     @property
     def convert_warps(self) -> int:
@@ -112,15 +114,9 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
             PipelineEdge("tile_k_to_v", WORK_STAGE, (Party("k", Signal.WARPS),), (Party("v", Signal.WARPS),)),
         )
     convert = Party("convert", Signal.WARPS, WarpRoles.of(config).convert_warps)
-    edges = (
+    return (
+        q,
         PipelineEdge("kv_convert_to_consumers", config.tile.kv_stage, (convert,), (consumers,)),
         # A tile in FP8 and its note.
         PipelineEdge("fp8_load_to_convert", staging_slots(config), (load,), (convert,), kv_bytes),
-    )
-    if not converts_query(config):
-        return q, *edges
-    return (
-        PipelineEdge("q_convert_to_consumers", config.tile.q_stage, (convert,), (consumers,)),
-        PipelineEdge("bf16q_load_to_convert", config.tile.q_stage, (load,), tx_bytes=q_bytes, drained_by="q_convert_to_consumers"),
-        *edges,
     )

@@ -18,9 +18,7 @@ from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.launch_abi import mla_decode_fakes
-from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, slot_floats
-from fa4_backend.kernels.mla_decode.kernel import MlaDecodeKernel
-from fa4_backend.kernels.mla_decode.load_warp import TensorMaps
+from fa4_backend.kernels.mla_decode.config import slot_floats
 from fa4_backend.kernels.mla_decode.merge import ResultTensors
 from fa4_backend.kernels.mla_decode.sm100.config import PAIR, MlaSm100Config
 from fa4_backend.kernels.mla_decode.sm100.load_warp import LoadWarp
@@ -30,6 +28,7 @@ from fa4_backend.kernels.mla_decode.sm100.softmax_warps import SoftmaxWarps
 from fa4_backend.kernels.mla_decode.sm100.storage import ALL_COLUMNS, SOFTMAX_WARPS, PairStorage
 from fa4_backend.kernels.mla_decode.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.mla_decode.sm100.work import PairWork
+from fa4_backend.kernels.mla_decode.tensor_maps import MapMaker, TensorMaps
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
 LOAD, MMA, VALUE_TAIL, PADDING, SOFTMAX = range(5)  # warps; softmax from there on
@@ -37,8 +36,8 @@ NUM_THREADS = 32 * (SOFTMAX + SOFTMAX_WARPS)
 OTHER_REGISTERS, SOFTMAX_REGISTERS = 56, 224  # a thread after setmaxnreg: 128 * (56 + 2 * 224) of 65536
 
 
-class MlaSm100Kernel(MlaDecodeKernel):
-    """One compiled kernel; construct with its frozen config, then call under `cute.compile`. Tensor maps are made as on Hopper."""
+class MlaSm100Kernel:
+    """One compiled kernel; construct with its frozen config, then call under `cute.compile`."""
 
     def __init__(self, config: MlaSm100Config):
         self.config = config
@@ -68,7 +67,7 @@ class MlaSm100Kernel(MlaDecodeKernel):
         stream,
     ):
         """Launch one pair for each range of the work list."""
-        maps = TensorMaps(self._query_tma(mQ, LATENT_PARTS), self._query_tma(mQRope, 1), self._latent_tma(mLatent))
+        maps = MapMaker(self.config).make(mQ, mQRope, mLatent)
         page_size = Int32(mLatent.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
         values = MaskSpec(self.config.mask).values(softmax_scale, Float32(0.0), Int32(0), Int32(0))

@@ -18,7 +18,6 @@ from fa4_backend.kernels.common.decode_entry import Entry, StepTensors
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.mla_decode.config import LATENT_PARTS, PARTS
-from fa4_backend.kernels.mla_decode.load_warp import TensorMaps, query_modes
 from fa4_backend.kernels.mla_decode.sm100.config import BLOCK_KEYS, CTA_KEYS, K_PARTS, K_STAGE, PAIR, V_PARTS, V_STAGE
 from fa4_backend.kernels.mla_decode.sm100.storage import (
     Q_PART_BYTES,
@@ -27,6 +26,7 @@ from fa4_backend.kernels.mla_decode.sm100.storage import (
     Place,
 )
 from fa4_backend.kernels.mla_decode.sm100.work import PairWork
+from fa4_backend.kernels.mla_decode.tensor_maps import TensorMaps, query_modes
 
 
 class Source(NamedTuple):
@@ -101,7 +101,7 @@ class LoadWarp:
                     s.group.tma_load(rope_map, where, full, self._query_coords(at, False))
 
     def _query_coords(self, at: dict[str, Int32 | int], has_parts: bool) -> tuple[Int32 | int, ...]:
-        return (0, *(at[name] for name in query_modes(self.storage, has_parts)))
+        return (0, *(at[name] for name in query_modes(self.storage.config, has_parts)))
 
     @cute.jit
     def load_k(self, place: Place, source: Source, n_block: Int32, latent_map: ir.Value, k: RingPosition):
