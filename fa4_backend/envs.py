@@ -38,9 +38,9 @@ def set_default(name: str, value: str) -> str:
     return os.environ.setdefault(name, value)
 
 
-def environment_of_child(more: dict[str, str]) -> dict[str, str]:
-    """This process's whole environment, with `more` on top: for a process that it starts."""
-    return {**os.environ, **more}
+def environment_of_child(more: dict[str, str], defaults: dict[str, str] | None = None) -> dict[str, str]:
+    """This process's whole environment, with `more` on top, and `defaults` where it has nothing: for a process that it starts."""
+    return {**(defaults or {}), **os.environ, **more}
 
 
 def settings() -> dict[str, str | None]:

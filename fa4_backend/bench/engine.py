@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -93,13 +92,12 @@ class RunningEngine:
         place.write_text(json.dumps(request))
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "2"),  # of each of several engines
             "PYTHONUNBUFFERED": "1", "FA4_BACKEND_TRACE_FILE": str(folder / "trace"), **more_environment,
         }  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*COMMAND, str(place)],
-                env=envs.environment_of_child(environment),
+                env=envs.environment_of_child(environment, {"TORCHINDUCTOR_COMPILE_THREADS": "2"}),  # of each of several engines
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

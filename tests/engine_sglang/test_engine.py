@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from tests.engine_sglang.planted import plant
 from tests.engines.tiny_models import write_llama
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 400  # seconds; an engine is up after 25 on two idle cores, and most of that is imports
+PATIENCE = 1500  # seconds; an engine is up after 25 on two idle cores, and most of that is imports
 
 
 class Started(NamedTuple):
@@ -48,7 +50,7 @@ def start(backend: str, model: Path, folder: Path, **variables: str) -> Started:
     environment = {**os.environ, "FA4_BACKEND_TRACE_FILE": str(trace), "HF_HUB_OFFLINE": "1", **variables}
     command = [sys.executable, "-m", "tests.engine_sglang.engine", backend, str(model), str(out)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     return Started(process, out, trace, log)
 
 
@@ -64,7 +66,8 @@ def engines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     started = {backend: start(backend, model, folder / backend) for backend in (NAME, "torch_native")}
     yield started
     for engine in started.values():
-        engine.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and all that it started
+            os.killpg(engine.process.pid, signal.SIGKILL)
 
 
 def test_tokens_are_those_of_torch_native(engines: dict[str, Started]) -> None:

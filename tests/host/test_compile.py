@@ -153,10 +153,7 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
         code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
         loops = product_loops(code, num_wgmma)
         assert len(loops) == 2, "over masked and over whole blocks"
-        assert not any(re.search(r"\bSTL\b", text) for body in loops for text in body)
-        # At d64 three consumers have 160 registers: a number or two of a tile may be read again each block.
-        reads = [sum(bool(re.search(r"\bLDL\b", text)) for text in body) for body in loops]
-        assert max(reads) <= (4 if kv_dtype == FP8 and dims == (64, 64) else 0), reads
+        assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
         if kv_dtype == FP8:
             # An instruction for two values of K and of V, of which a lane has 16 of a part.
             conversions = product_loops(code, 8 * (dims[1] // key.kernel.part_elems(dims[1])), "F2FP.F16.E4M3.UNPACK_B")
