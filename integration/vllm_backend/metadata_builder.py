@@ -36,7 +36,6 @@ class FA4Metadata:
     slot_mapping: torch.Tensor  # (num_tokens,), where the step's keys and values were written
     max_seqlen_q: int  # host upper bounds of the step's lengths; in a captured graph the capture's
     max_seqlen_k: int
-    min_seqlen_q: int  # host lower bound of the query lengths of rows that have any; in a captured graph 1
     steps: dict[LayerKind, AttentionMetadata]  # refreshed for this step
     fused_steps: dict[LayerKind, AttentionMetadata]  # the same for layers that write FP8; empty where vLLM fuses no quantisation
 
@@ -115,19 +114,21 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             slot_mapping=batch.slot_mapping,
             max_seqlen_q=batch.max_query_len,
             max_seqlen_k=batch.max_seq_len,
-            min_seqlen_q=shortest_query(batch, self.reorder_batch_threshold or 1),
             steps=self.steps,
             fused_steps=self.fused_steps,
         )
-        self.update_draft_decode_metadata(metadata)
+        self._refresh(metadata, shortest_query(batch, self.reorder_batch_threshold or 1))
         return metadata
 
     def update_draft_decode_metadata(self, metadata: FA4Metadata) -> None:
         """Take over the lengths that `metadata`'s tensors hold at this moment.
 
         A drafter's loop lengthens its sequences on the device and calls this before each of its steps. vLLM records it in the loop's CUDA
-        graph: one launch a plan, at fixed addresses, with no host sync and no allocation.
+        graph: one launch a plan, at fixed addresses, with no host sync and no allocation. Rows may be shorter than at `build`.
         """
+        self._refresh(metadata, 1)
+
+    def _refresh(self, metadata: FA4Metadata, min_seqlen_q: int) -> None:
         for step in self.steps.values():
             step.refresh(
                 cu_seqlens_q=metadata.cu_seqlens_q,
@@ -136,7 +137,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 # A dummy or captured batch says that each sequence is as long as all its tokens together, a batch of drafts that it may
                 # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
                 max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
-                min_seqlen_q=metadata.min_seqlen_q,
+                min_seqlen_q=min_seqlen_q,
             )
 
     def _limits(self) -> BatchLimits:

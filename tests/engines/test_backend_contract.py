@@ -134,10 +134,20 @@ def test_build_reads_no_tensor_and_allocates_none() -> None:
     built = VllmStep((1, 1, 7), (40, 16, 39)).build()
     with Operations() as operations:
         metadata = built.builder.build(0, built.description)
-    assert operations.names == []
+    assert operations.names == ["aten.detach.default"], "numpy's view of the host's offsets, of which the shortest query follows"
     assert metadata.cu_seqlens_q is built.description.query_start_loc, "the metadata must hold vLLM's persistent tensors"
     assert metadata.seqused_k is built.description.seq_lens
     assert metadata.page_table is built.description.block_table_tensor
+
+
+def test_a_drafts_rows_may_be_shorter_than_the_steps() -> None:
+    """A step of prefill rows alone needs no decode kernel; what a drafter's loop makes of its metadata may."""
+    built = VllmStep((9, 7), (40, 39)).build()
+    metadata = built.builder.build(0, built.description)
+    (step,) = metadata.steps.values()
+    assert step.bounds is not None and step.bounds.min_seqlen_q == 7
+    built.builder.update_draft_decode_metadata(metadata)
+    assert step.bounds is not None and step.bounds.min_seqlen_q == 1
 
 
 def test_buffers_stay_from_step_to_step() -> None:
