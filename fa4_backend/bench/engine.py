@@ -145,6 +145,7 @@ class RunningEngine:
 
 
 def label(backend: str, kv_cache_dtype: str) -> str:
+    """What lines and errors call an engine."""
     return backend if kv_cache_dtype == "auto" else f"{backend} {kv_cache_dtype}"
 
 

@@ -159,6 +159,17 @@ def warpgroups_run_it(target: Target, mutant: Mutant) -> bool:
     return len(runs) % 4 == 0 and all(len(set(runs[i : i + 4])) == 1 for i in range(0, len(runs), 4))
 
 
+def _runs_without_a_trap(target: Target, lines: list[str]) -> bool:
+    """Whether the target, with this text, ends under every schedule."""
+    with planted(target, "\n".join(lines)):
+        for seed in (None, *SEEDS):
+            try:
+                target.run(seed)
+            except emulator.KernelFault:
+                return False
+    return True
+
+
 def same_values(target: Target, mutant: Mutant) -> bool:
     """A trap, taken where the shuffle and the changed one give different bits, never fires."""
     lines = one_statement_a_line(target.ptx).split("\n")
@@ -170,13 +181,7 @@ def same_values(target: Target, mutant: Mutant) -> bool:
     check = f"setp.ne.u32 fi_q, fi_o, {match.group(1)}; @fi_q trap;"
     # The changed one comes first: the result may take the place of the source.
     lines[mutant.line - 1] = "{ .reg .pred fi_q; .reg .b32 fi_o; " + other + lines[mutant.line - 1] + check + " }"
-    with planted(target, "\n".join(lines)):
-        for seed in (None, *SEEDS):
-            try:
-                target.run(seed)
-            except emulator.KernelFault:
-                return False
-    return True
+    return _runs_without_a_trap(target, lines)
 
 
 def dead_result(target: Target, mutant: Mutant) -> bool:
@@ -315,13 +320,7 @@ def one_lane_acts(target: Target, mutant: Mutant) -> bool:
             number = instructions[pc].line - 1
             check = "{ .reg .pred fi_q; .reg .b32 fi_m; activemask.b32 fi_m; popc.b32 fi_m, fi_m; setp.gt.u32 fi_q, fi_m, 1; @fi_q trap; }"
             lines[number] = check + "\n" + lines[number]
-    with planted(target, "\n".join(lines)):
-        for seed in (None, *SEEDS):
-            try:
-                target.run(seed)
-            except emulator.KernelFault:
-                return False
-    return True
+    return _runs_without_a_trap(target, lines)
 
 
 def nobody_waits(target: Target, mutant: Mutant) -> bool:
