@@ -31,7 +31,16 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FIXED_CAP, FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
+from fa4_backend.kernels.common.wgmma_fragment import (
+    FIXED_CAP,
+    FP8_LIFT,
+    HEADROOM,
+    CapScale,
+    RowFragment,
+    RowStats,
+    ScoreScale,
+    log2_scale,
+)
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
 from fa4_backend.kernels.sm90.query_rows import QueryRows
@@ -76,7 +85,8 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, FP8_LIFT if c.has_kv_scales else 0.0)
+        lift = FP8_LIFT if c.has_kv_scales else -HEADROOM if c.may_fix_reference else 0.0
+        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, lift)
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -213,13 +223,11 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = self._weights(fragment, rS, stats, tile, values, may_be_empty=is_masked, is_first=False)
-        moves = Boolean(True)
-        if const_expr(self.config.may_skip_rescale):
-            moves = cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0))
+        factors = cute.make_rmem_tensor(2, Float32)
+        moves = self._weights(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        self._rescale(products, factors, moves)
+        self._rescale(products, fragment, rS, stats, factors, moves, values)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -256,26 +264,57 @@ class ConsumerWarpgroup:
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
         self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        self._weights(fragment, rS, stats, tile, values, may_be_empty=True, is_first=True)
+        factors = cute.make_rmem_tensor(2, Float32)
+        self._weights(fragment, rS, stats, factors, tile, values, may_be_empty=True, is_first=True)
 
     def _weights(
         self,
         fragment: RowFragment,
         rS: cute.Tensor,
         stats: RowStats,
+        factors: cute.Tensor,
         tile: TileState,
         values: MaskValues,
         *,
         may_be_empty: bool,
         is_first: bool,
-    ) -> cute.Tensor:
-        """What `_transform` leaves to weights, in place, and the statistics. Returns (2,) factors of O."""
-        if not self.config.may_fix_reference:
-            return fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=may_be_empty, is_first=is_first)
-        factors = cute.make_rmem_tensor(2, Float32)
+    ) -> Boolean:
+        """What `_transform` leaves to weights, in place, and the statistics; `factors`, (2,), receives what `_rescale` wants. Returns
+        whether a row of the warp needs it."""
+        c = self.config
+        if c.may_fix_reference:
+            moves = self._capped_weights(fragment, rS, stats, factors, values, may_be_empty, is_first)
+        elif c.tile.asks_first and not may_be_empty:
+            return self._stable_weights(fragment, rS, stats, factors, tile, values)
+        else:
+            scales = self._weight_scales(tile, values)
+            made = fragment.softmax(
+                rS, stats, scales, may_be_empty=may_be_empty, is_first=is_first, by_reference=c.tile.asks_first and not c.mask.has_softcap
+            )
+            factors[0], factors[1] = made[0], made[1]
+            moves = (factors[0] != 1.0) | (factors[1] != 1.0)
+        return cute.arch.vote_any_sync(moves) if c.may_skip_rescale and not is_first else Boolean(True)
+
+    @cute.jit
+    def _stable_weights(
+        self,
+        fragment: cutlass.Constexpr,
+        rS: cute.Tensor,
+        stats: RowStats,
+        factors: cute.Tensor,
+        tile: TileState,
+        values: MaskValues,
+    ) -> Boolean:
+        """Of a block that all rows see whole: the warp asks whether a lane's largest score moves a reference before quads compare theirs,
+        since few blocks do."""
+        scales = self._weight_scales(tile, values)
+        maxima = cute.make_rmem_tensor(2, Float32)
+        moves = cute.arch.vote_any_sync(fragment.growth(rS, stats, scales, maxima))
         factors.fill(1.0)
-        self._capped_weights(fragment, rS, stats, factors, values, may_be_empty, is_first)
-        return factors
+        if moves:
+            fragment.move(stats, scales, maxima, factors)
+        fragment.weigh(rS, stats, scales, factors)
+        return moves
 
     @cute.jit
     def _capped_weights(
@@ -287,24 +326,39 @@ class ConsumerWarpgroup:
         values: MaskValues,
         may_be_empty: cutlass.Constexpr[bool],
         is_first: cutlass.Constexpr[bool],
-    ):
-        """Relative to the first block's reference, or to a running one where the cap is too wide for that."""
+    ) -> Boolean:
+        """Relative to the first block's reference, or to a running one where the cap is too wide for that. `factors` receives sums of a
+        lane's weights, or factors of O; returns whether a row of the lane needs them."""
         scale = CapScale.of_call(values.softcap)
+        moves = Boolean(False)
         if values.softcap <= FIXED_CAP:
-            fragment.bounded_softmax(rS, stats, scale, finds_reference=may_be_empty, is_first=is_first)
+            moves = fragment.bounded_softmax(rS, stats, scale, factors, finds_reference=may_be_empty, is_first=is_first)
         else:
             made = fragment.softmax(rS, stats, scale, may_be_empty=may_be_empty, is_first=is_first)
             factors[0], factors[1] = made[0], made[1]
+            moves = (factors[0] != 1.0) | (factors[1] != 1.0)
+        return moves
 
     @cute.jit
-    def _rescale(self, products: Products, factors: cute.Tensor, moves: Boolean):
+    def _rescale(
+        self,
+        products: Products,
+        fragment: cutlass.Constexpr,
+        rS: cute.Tensor,
+        stats: RowStats,
+        factors: cute.Tensor,
+        moves: Boolean,
+        values: MaskValues,
+    ):
         """Multiply O's rows by their factors; where few blocks move a reference, only if a row of the warp `moves`."""
-        fragment = RowFragment(self.config.head_dim_v, 0.0)
-        if const_expr(self.config.may_skip_rescale):
-            if moves:
-                fragment.rescale(products.rO, factors)
-        else:
-            fragment.rescale(products.rO, factors)
+        rows = RowFragment(self.config.head_dim_v, 0.0)
+        if const_expr(not self.config.may_skip_rescale):
+            rows.rescale(products.rO, factors)
+        elif moves:
+            if const_expr(self.config.may_fix_reference):
+                if values.softcap <= FIXED_CAP:
+                    fragment.lower(rS, stats, factors)
+            rows.rescale(products.rO, factors)
 
     def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
         """Of raw logits of both rows; None where something is added to them or bounds them first."""
@@ -431,7 +485,7 @@ class ConsumerWarpgroup:
         if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
-            fragment.mask(rS, first_column, state.columns)
+            fragment.mask(rS, first_column, state.columns, has_begin=self.blocks.mask.has_left)
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
