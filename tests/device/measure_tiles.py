@@ -20,27 +20,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
-from fa4_backend.bench.ours import Ours, asked
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import FA3, prepare, ready
 from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, matmul_tflop_per_s
+from fa4_backend.compile import CompileError
 from fa4_backend.compile_cache import ensure_object
+from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.kernels.common.prefill_config import TileShape
+from fa4_backend.kernels.schedule.work_list import WorkShape
 from fa4_backend.kernels.sm90.tuning import TILES
 from fa4_backend.plan import plan_attention
 from tests.device.compare_versions import OTHER, borrow
 
 IN_USE = "in use"
+Shape = TypeVar("Shape", TileShape, WorkShape)
 
 
 @contextmanager
@@ -48,12 +52,18 @@ def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
     """Plans made inside have a tile with other fields: "tile_n=144,kv_stage=5"."""
     dims = batch.head_dim, batch.value_dim
     kept = TILES[dims]
-    fields: dict[str, Any] = {} if changes == IN_USE else {name: float(x) for name, x in (item.split("=") for item in changes.split(","))}
-    TILES[dims] = replace(kept, **{name: x if name == "rescale_threshold" else type(getattr(kept, name))(x) for name, x in fields.items()})
+    TILES[dims] = changed(kept, changes)
     try:
         yield
     finally:
         TILES[dims] = kept
+
+
+def changed(shape: Shape, changes: str) -> Shape:
+    """`shape` with those of the fields "tile_n=144,decode_full_sms=100" that are its own."""
+    pairs = [] if changes == IN_USE else [item.split("=") for item in changes.split(",")]
+    types = {f.name: type(getattr(shape, f.name)) for f in fields(shape)}
+    return replace(shape, **{name: types[name](float(value)) for name, value in pairs if name in types})
 
 
 def cells(kind_names: str, pattern: str) -> list[BatchShape]:
@@ -68,12 +78,17 @@ def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[
         return prepare(FA3, batch, tensors)
     if variant == OTHER:
         return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
+    problem, limits = asked(batch, gpu_arch())
     with tile_of(batch, variant):
-        return Ours.make(batch, tensors).call
+        plan = plan_on(problem, limits, tensors.q.device)
+    assert plan.kernels is not None
+    plan = replace(plan, kernels=replace(plan.kernels, work=changed(plan.kernels.work, variant)))
+    return Ours.of_plan(plan, batch, tensors).call
 
 
 def compile_kernels(job: tuple[str, str, str, str, str, int]) -> None:
-    """Compile a cell's kernels of one variant, in a process of its own; kernels are those for `num_sms`."""
+    """Compile a cell's kernels of one variant, in a process of its own; kernels are those for `num_sms`. A tile that does not compile is
+    named and left out."""
     folder, variant, arch, kind_names, title, num_sms = job
     batch = next(b for b in cells(kind_names, "") if b.title == title)
     plan, ask, ensure = plan_attention, asked, ensure_object
@@ -84,24 +99,27 @@ def compile_kernels(job: tuple[str, str, str, str, str, int]) -> None:
         ensure = importlib.import_module(f"{OTHER}.compile_cache").ensure_object
     with tile_of(batch, IN_USE if variant == OTHER else variant):
         kernels = plan(*ask(batch, arch), num_sms=num_sms).kernels
-    for key in kernels.keys if kernels else ():
-        ensure(key)
+    try:
+        for key in kernels.keys if kernels else ():
+            ensure(key)
+    except CompileError as error:
+        print(f"{batch.title}, {variant}: {str(error)[-300:]}", flush=True)
 
 
 def time_cell(batch: BatchShape, variants: list[str], rounds: int) -> dict[str, tuple[float, float]]:
     """Variant -> (microseconds, largest error); FA3's last, where it is installed.
 
     Raises:
-        RuntimeError: a variant is wrong.
+        RuntimeError: the tile in use or the other checkout is wrong.
     """
     torch.manual_seed(0)
     tensors = BatchTensors.make(batch)
     replays, kept, errors = {}, [], {}
     for variant in [*variants, FA3]:
         tensors.out.fill_(float("nan"))
-        call = ready(variant, batch.label, partial(call_of, variant, batch, tensors), must_run=variant != FA3)
+        call = ready(variant, batch.label, partial(call_of, variant, batch, tensors), must_run=variant in (IN_USE, OTHER))
         if call is not None:
-            errors[variant] = tensors.worst_error(batch, variant, must_hold=variant != FA3)
+            errors[variant] = tensors.worst_error(batch, variant, must_hold=variant in (IN_USE, OTHER))
             kept.append(call)
             replays[variant] = capture(call)
     return {name: (us, errors[name]) for name, us in cold_in_turns(replays, rounds, Flush.READ).items()}
@@ -111,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes` or sets of `fa4 bench prefill`")
     parser.add_argument("--only", default="", help="cells whose title matches this regular expression")
-    parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape: tile_n=144,kv_stage=5")
+    parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape or of the lists' shape: tile_n=144,kv_stage=5")
     parser.add_argument("--other", type=Path, help="another checkout, timed beside this one")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -126,7 +144,7 @@ def main() -> None:
             borrow(options.other, Path(folder))
         arch, num_sms = options.compile_for, options.num_sms
         if not arch:
-            arch = arch_of_capability(*torch.cuda.get_device_capability()) or "none"
+            arch = gpu_arch()
             num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             list(pool.map(compile_kernels, [(folder, v, arch, options.kinds, b.title, num_sms) for b in chosen for v in variants]))

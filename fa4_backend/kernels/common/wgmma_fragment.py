@@ -109,8 +109,8 @@ class RowFragment:
     at most 1 and keep that. Where the cap is larger the reference is the running maximum plus `HEADROOM`, and weights are 2^(8 - 40) at
     most: the same bound. It does not hold where the largest weight is 1: two such keys whose V is the largest bfloat16 are no float32.
     What it costs is at the lower end: products below 2^-126 are lost, that is what is below 2^-86 in out, and weights below 2^-86 of the
-    first block's largest. Weights are rounded to bfloat16, so a row may end 2^-8 above the largest |V|: infinite only where that is one
-    of the two largest bfloat16.
+    first block's largest. Weights are rounded to bfloat16, so a row may end 2^-8 above the largest |V|: infinite only where that is the
+    largest bfloat16 itself.
     """
 
     n: int
