@@ -328,7 +328,7 @@ class ConsumerWarpgroup:
     @cute.jit
     def _mask(self, fragment: cutlass.Constexpr, rS: cute.Tensor, n_block: Int32, rows: Rows):
         if n_block >= rows.full_end:
-            fragment.mask(rS, n_block * TILE_N, rows.columns, has_begin=self.work.mask.has_left)
+            fragment.mask(rS, n_block * TILE_N, rows.columns)
 
     @cute.jit
     def _publish(self, products: Products, stats: RowStats, kv: RingPosition, shared: SharedTensors, side: cutlass.Constexpr[int]):

@@ -485,7 +485,7 @@ class ConsumerWarpgroup:
         if const_expr(c.mask.has_alibi):
             fragment.alibi(rS, first_column, state.diagonals, state.slopes)
         if const_expr(is_masked):
-            fragment.mask(rS, first_column, state.columns, has_begin=self.blocks.mask.has_left)
+            fragment.mask_by_bits(rS, first_column, state.columns, has_begin=self.blocks.mask.has_left)
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:

@@ -211,8 +211,7 @@ class SoftmaxWarps:
         rS = cute.make_rmem_tensor(WARP_ROWS * CTA_KEYS // 32, Float32)
         self._load(rS, 0, Int32(S_COL) + buffer.slot * S_COLUMNS + mine.lanes())
         if n_block >= rows.full_end:
-            first_column = n_block * BLOCK_KEYS + mine.sum_index() * CTA_KEYS
-            RowFragment(CTA_KEYS, 0.0).mask(rS, first_column, rows.columns, has_begin=self.work.mask.has_left)
+            RowFragment(CTA_KEYS, 0.0).mask(rS, n_block * BLOCK_KEYS + mine.sum_index() * CTA_KEYS, rows.columns)
         return rS
 
     @cute.jit
