@@ -17,6 +17,9 @@ for part in d96 d64 d128 d256 d192 mixed one; do
   declare -n args=$part
   $m "${args[@]}" --compile-for sm_90a --processes 5 > "$out/compile_$part.txt" 2>&1 &
 done
+# While the CPUs compile: decode in every mode, L2 clean, and prefill beside cuDNN's dense kernel. Device times alone count.
+(CUDA_VISIBLE_DEVICES=0 python -m fa4_backend.cli bench decode --flush read --batches grid,ragged --csv "$out/decode_read.csv" > "$out/decode_read.txt" 2>&1) &
+(CUDA_VISIBLE_DEVICES=1 python -m fa4_backend.cli bench prefill --batches heads,full --csv "$out/prefill.csv" > "$out/prefill.txt" 2>&1) &
 wait
 timed() { for part in "$@"; do declare -n args=$part; $m "${args[@]}" --json "$out/$part.json" > "$out/$part.txt" 2>&1; done; }
 (CUDA_VISIBLE_DEVICES=0 timed d96 mixed d128 one) &
@@ -24,4 +27,4 @@ timed() { for part in "$@"; do declare -n args=$part; $m "${args[@]}" --json "$o
  CUDA_VISIBLE_DEVICES=1 python -m tests.device.read_counters --kinds d96,d256,windows,mixed,one-kv-head --json "$out/counters.json" \
    --only "32/32 d96.*2 x 16K|32/8 d96.*8 x 4K|soft cap: (8 x 4K|1 x 16K)|window 128.*4 x 512|64 x 8K|48/1 d64" > "$out/counters.txt" 2>&1) &
 wait
-tail -n 200 "$out"/compile_*.txt "$out"/{d96,d64,mixed,d128,d256,d192,one,counters}.txt
+tail -n 200 "$out"/compile_*.txt "$out"/{d96,d64,mixed,d128,d256,d192,one,counters,decode_read,prefill}.txt
