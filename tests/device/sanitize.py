@@ -4,7 +4,7 @@
 
 Every head dimension, dtype, ratio, page size, mask feature and kind of scale that is fuzzed, one short batch each, in processes side by
 side (`sanitize_cases`); "lanes" is FP8 prefill with arrivals of every lane (`racecheck_lanes`), "plant" a read past the end of an
-allocation, which the tool has to see. Kernels are compiled first. Prints a line a process; logs and `sanitizer.json` are in FOLDER.
+allocation, which the tool has to see. Kernels are compiled first. Prints a line a process; logs and results are in FOLDER.
 """
 
 from __future__ import annotations
