@@ -21,7 +21,7 @@ LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
 FIXED_CAP = 55.0  # largest cap of which rows keep their first reference: Note [Fixed references]
 HEADROOM = 40  # log2 units that the reference of a capped row in bfloat16 lies above its largest score
 MOST_WEIGHT = 2.0**-32  # of a lane's columns of a row and block together, from which on the row's reference moves
-MASK_BITS = 24  # scores of a row that a word says of whether they are seen: ptxas makes predicates of three bytes at once
+MASK_BITS = 32  # scores of a row that a word says of whether they are seen
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -320,7 +320,7 @@ class RowFragment:
 
     def mask_by_bits(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns], *, has_begin: bool) -> None:
         """The same for kernels whose time is instructions: a word has a bit for each of `MASK_BITS` scores, which ptxas turns into
-        predicates seven at once. A block of 128 columns then has 574 instructions of 690 (d96), or 582 of 691 with windows (d64).
+        predicates seven at once. A block of 128 columns with windows then has 547 instructions of 691 (d64).
 
         Args:
             has_begin: `columns` begin behind the first key.
@@ -336,7 +336,7 @@ class RowFragment:
                 if const_expr(has_begin):
                     seen = seen & ptx.shift_ones(_values_below(columns[i].begin - word))
                 for bit, j in enumerate(row[first : first + MASK_BITS]):
-                    s[j] = cutlass.select_((seen & Int32(1 << bit)) != 0, s[j], -Float32.inf)
+                    s[j] = cutlass.select_((seen & _bit(bit)) != 0, s[j], -Float32.inf)
 
 
 def log2_scale(softmax_scale: Float32, k_scale: Float32) -> Float32:
@@ -344,6 +344,11 @@ def log2_scale(softmax_scale: Float32, k_scale: Float32) -> Float32:
     product = ptx.mul_rn(softmax_scale, k_scale)
     rest = cute.math.fma(softmax_scale, k_scale, -product)
     return cute.math.fma(product, Float32(LOG2_E), cute.math.fma(product, Float32(LOG2_E_REST), rest * Float32(LOG2_E)))
+
+
+def _bit(i: int) -> Int32:
+    """A word with bit `i` alone."""
+    return Int32((1 << i) - (1 << 32) * (i == 31))
 
 
 def _values_below(column: Int32) -> Int32:
