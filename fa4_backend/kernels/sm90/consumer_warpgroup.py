@@ -31,17 +31,9 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import (
-    FIXED_CAP,
-    FP8_LIFT,
-    HEADROOM,
-    CapScale,
-    RowFragment,
-    RowStats,
-    ScoreScale,
-    log2_scale,
-)
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
+from fa4_backend.kernels.sm90.block_weights import BlockWeights
 from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
 from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, Barriers, Storage, tensor_at
@@ -66,6 +58,7 @@ class ConsumerWarpgroup:
     storage: Storage
     blocks: BlockInfo
     pack: PackGqa
+    weights: BlockWeights
     value_rows: ValueRows
     tile_end: TileEnd
     query_rows: QueryRows
@@ -85,8 +78,7 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        lift = FP8_LIFT if c.has_kv_scales else -HEADROOM if c.may_fix_reference else 0.0
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, lift)
+        fragment = self.weights.fragment
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -111,7 +103,7 @@ class ConsumerWarpgroup:
             if const_expr(has_own_slots(c)):
                 self._release(barriers.kv_empty + position.slot)  # the stage that stays empty once
                 position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values)
+            self.weights.first(fragment, rS, stats, tile, values)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             if const_expr(not c.has_kv_scales):
@@ -150,7 +142,7 @@ class ConsumerWarpgroup:
                     rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                     warpgroup.wait_group(1)
                     self._release(barriers.kv_empty + position.slot)
-                    self._first_weights(fragment, rS, next_stats, next_tile, values)
+                    self.weights.first(fragment, rS, next_stats, next_tile, values)
                     warpgroup.wait_group(0)
                     self._release(barriers.kv_empty + after.slot)
                     fragment.to_operand(rS, products.rP)
@@ -160,10 +152,10 @@ class ConsumerWarpgroup:
                 if const_expr(c.has_parts):
                     is_last = next_tile.is_tile == 0
                     self.tile_end.finish_part(
-                        products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
+                        products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
                     )
                 else:
-                    self.tile_end.finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
+                    self.tile_end.finish(products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -175,7 +167,7 @@ class ConsumerWarpgroup:
                 if const_expr(not c.has_kv_scales):
                     self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             if const_expr(c.share_parts > 0):
-                scales = self._score_scales(tile)
+                scales = self.weights.score_scales(tile)
                 work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
                 self.tile_end.share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
         if const_expr(c.tile.ping_pong):
@@ -222,12 +214,12 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
-        self._transform(fragment, rS, n_block, values, tile, is_masked)
+        self.weights.transform(fragment, rS, n_block, values, tile, is_masked)
         factors = cute.make_rmem_tensor(2, Float32)
-        moves = self._weights(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
+        moves = self.weights.weigh(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        self._rescale(products, fragment, rS, stats, factors, moves, values)
+        self.weights.rescale(products, fragment, rS, stats, factors, moves, values)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -253,124 +245,6 @@ class ConsumerWarpgroup:
         self._accumulate(products, v.slot)
         if const_expr(self.config.tile.ping_pong):
             self._give_turn(turn)
-
-    def _first_weights(
-        self,
-        fragment: RowFragment,
-        rS: cute.Tensor,
-        stats: RowStats,
-        tile: TileState,
-        values: MaskValues,
-    ) -> None:
-        """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
-        self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        factors = cute.make_rmem_tensor(2, Float32)
-        self._weights(fragment, rS, stats, factors, tile, values, may_be_empty=True, is_first=True)
-
-    def _weights(
-        self,
-        fragment: RowFragment,
-        rS: cute.Tensor,
-        stats: RowStats,
-        factors: cute.Tensor,
-        tile: TileState,
-        values: MaskValues,
-        *,
-        may_be_empty: bool,
-        is_first: bool,
-    ) -> Boolean:
-        """What `_transform` leaves to weights, in place, and the statistics; `factors`, (2,), receives what `_rescale` wants. Returns
-        whether a row of the warp needs it."""
-        c = self.config
-        if c.may_fix_reference:
-            moves = self._capped_weights(fragment, rS, stats, factors, values, may_be_empty, is_first)
-        elif c.tile.asks_first and not may_be_empty:
-            return self._stable_weights(fragment, rS, stats, factors, tile, values)
-        else:
-            scales = self._weight_scales(tile, values)
-            made = fragment.softmax(
-                rS, stats, scales, may_be_empty=may_be_empty, is_first=is_first, by_reference=c.tile.asks_first and not c.mask.has_softcap
-            )
-            factors[0], factors[1] = made[0], made[1]
-            moves = (factors[0] != 1.0) | (factors[1] != 1.0)
-        return cute.arch.vote_any_sync(moves) if c.may_skip_rescale and not is_first else Boolean(True)
-
-    @cute.jit
-    def _stable_weights(
-        self,
-        fragment: cutlass.Constexpr,
-        rS: cute.Tensor,
-        stats: RowStats,
-        factors: cute.Tensor,
-        tile: TileState,
-        values: MaskValues,
-    ) -> Boolean:
-        """Of a block that all rows see whole: the warp asks whether a lane's largest score moves a reference before quads compare theirs,
-        since few blocks do."""
-        scales = self._weight_scales(tile, values)
-        maxima = cute.make_rmem_tensor(2, Float32)
-        moves = cute.arch.vote_any_sync(fragment.growth(rS, stats, scales, maxima))
-        factors.fill(1.0)
-        if moves:
-            fragment.move(stats, scales, maxima, factors)
-        fragment.weigh(rS, stats, scales, factors)
-        return moves
-
-    @cute.jit
-    def _capped_weights(
-        self,
-        fragment: cutlass.Constexpr,
-        rS: cute.Tensor,
-        stats: RowStats,
-        factors: cute.Tensor,
-        values: MaskValues,
-        may_be_empty: cutlass.Constexpr[bool],
-        is_first: cutlass.Constexpr[bool],
-    ) -> Boolean:
-        """Relative to the first block's reference, or to a running one where the cap is too wide for that. `factors` receives sums of a
-        lane's weights, or factors of O; returns whether a row of the lane needs them."""
-        scale = CapScale.of_call(values.softcap)
-        moves = Boolean(False)
-        if values.softcap <= FIXED_CAP:
-            moves = fragment.bounded_softmax(rS, stats, scale, factors, finds_reference=may_be_empty, is_first=is_first)
-        else:
-            made = fragment.softmax(rS, stats, scale, may_be_empty=may_be_empty, is_first=is_first)
-            factors[0], factors[1] = made[0], made[1]
-            moves = (factors[0] != 1.0) | (factors[1] != 1.0)
-        return moves
-
-    @cute.jit
-    def _rescale(
-        self,
-        products: Products,
-        fragment: cutlass.Constexpr,
-        rS: cute.Tensor,
-        stats: RowStats,
-        factors: cute.Tensor,
-        moves: Boolean,
-        values: MaskValues,
-    ):
-        """Multiply O's rows by their factors; where few blocks move a reference, only if a row of the warp `moves`."""
-        rows = RowFragment(self.config.head_dim_v, 0.0)
-        if const_expr(not self.config.may_skip_rescale):
-            rows.rescale(products.rO, factors)
-        elif moves:
-            if const_expr(self.config.may_fix_reference):
-                if values.softcap <= FIXED_CAP:
-                    fragment.lower(rS, stats, factors)
-            rows.rescale(products.rO, factors)
-
-    def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
-        """Of raw logits of both rows; None where something is added to them or bounds them first."""
-        c = self.config
-        if c.mask.has_softcap or c.mask.has_alibi:
-            return None
-        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
-
-    def _weight_scales(self, tile: TileState, values: MaskValues) -> tuple[ScoreScale, ScoreScale] | CapScale | None:
-        """From what `_transform` leaves to log2 units; None: there already."""
-        is_capped = self.config.mask.has_softcap and not self.config.mask.has_alibi
-        return CapScale.of_call(values.softcap) if is_capped else self._score_scales(tile)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -469,23 +343,6 @@ class ConsumerWarpgroup:
             log2_scales,
             scale,
         )
-
-    def _transform(
-        self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
-    ) -> None:
-        """Soft cap, ALiBi and mask, in place; biased scores leave in log2 units, capped ones as `CapScale` reads them."""
-        c = self.config
-        first_column = n_block * c.tile.tile_n
-        if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scales, values.softcap)
-            if const_expr(c.mask.has_alibi):
-                fragment.to_log2(rS, CapScale.of_call(values.softcap))
-        elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, state.softmax_scales)
-        if const_expr(c.mask.has_alibi):
-            fragment.alibi(rS, first_column, state.diagonals, state.slopes)
-        if const_expr(is_masked):
-            fragment.mask_by_bits(rS, first_column, state.columns, has_begin=self.blocks.mask.has_left)
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
