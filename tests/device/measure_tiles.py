@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from fa4_backend.bench.batch import BatchShape, BatchTensors
+from fa4_backend.bench.decode_batches import issue_batches
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import FA3, prepare, ready
 from fa4_backend.bench.prefill_batches import named_batches
@@ -39,7 +40,7 @@ from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.schedule.work_list import WorkShape
-from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
 from fa4_backend.plan import plan_attention
 from tests.device.compare_versions import OTHER, borrow
 
@@ -51,12 +52,13 @@ Shape = TypeVar("Shape", TileShape, WorkShape)
 def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
     """Plans made inside have a tile with other fields: "tile_n=144,kv_stage=5"."""
     dims = batch.head_dim, batch.value_dim
-    kept = TILES[dims]
-    TILES[dims] = changed(kept, changes)
+    table = WINDOW_TILES if batch.mask.window and dims in WINDOW_TILES else TILES
+    kept = table[dims]
+    table[dims] = changed(kept, changes)
     try:
         yield
     finally:
-        TILES[dims] = kept
+        table[dims] = kept
 
 
 def changed(shape: Shape, changes: str) -> Shape:
@@ -67,8 +69,9 @@ def changed(shape: Shape, changes: str) -> Shape:
 
 
 def cells(kind_names: str, pattern: str) -> list[BatchShape]:
-    """The cells of the kinds and sets whose title matches."""
+    """The cells of the kinds and sets whose title matches; sets of `fa4 bench decode` are called decode-NAME."""
     every = {name: list(kind.batches) for name, kind in kinds().items()} | {name: list(b) for name, b in named_batches().items()}
+    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()}
     return [b for name in kind_names.split(",") for b in every[name] if re.search(pattern, b.title)]
 
 
@@ -127,7 +130,9 @@ def time_cell(batch: BatchShape, variants: list[str], rounds: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes` or sets of `fa4 bench prefill`")
+    parser.add_argument(
+        "--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes`, sets of `fa4 bench prefill`, decode-SET"
+    )
     parser.add_argument("--only", default="", help="cells whose title matches this regular expression")
     parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape or of the lists' shape: tile_n=144,kv_stage=5")
     parser.add_argument("--other", type=Path, help="another checkout, timed beside this one")

@@ -28,7 +28,7 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 # go into the JSON.
 SHOWN = {
     "us": (r"gpu__time_duration\.(sum|avg)",),
-    "tensor %": (r"sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_active", r"sm__pipe_tensor_.*cycles_active\.avg\.pct_of_peak.*"),
+    "tensor %": (r"sm__pipe_tensor_cycles_active\.avg\.pct_of_peak.*", r"sm__pipe_tensor_.*cycles_active\.avg\.pct_of_peak.*"),
     "MUFU %": (r"sm__inst_executed_pipe_xu\.avg\.pct_of_peak.*",),
     "FMA %": (r"sm__(inst_executed_)?pipe_fma_cycles_active\.avg\.pct_of_peak.*", r"sm__inst_executed_pipe_fma\.avg\.pct_of_peak.*"),
     "ALU %": (r"sm__(inst_executed_)?pipe_alu_cycles_active\.avg\.pct_of_peak.*", r"sm__inst_executed_pipe_alu\.avg\.pct_of_peak.*"),
