@@ -4,12 +4,12 @@ set -u
 other=$1 out=$2
 mkdir -p "$out"
 m="python -m tests.device.measure_tiles"
-d96=(--kinds d96 --only "prompts|512 of" --tiles tile_m=128,tile_n=128,kv_stage=6 --other "$other")
-d64=(--kinds windows,heads,one-kv-head --only "d64" --other "$other")
+d96=(--kinds d96 --only "prompts|512 of" --tiles tile_m=128,tile_n=128,kv_stage=6 frees_first=1 --other "$other")
+d64=(--kinds windows,heads,one-kv-head --only "d64" --tiles frees_first=1 --other "$other")
 window=(--kinds windows --only "window 128.*(prompts|512 of)|sinks: 8 x 4K" --tiles tile_n=80,kv_stage=12 rescale_threshold=8,asks_first=1 tile_n=64,kv_stage=16)
-d128=(--kinds whole,chunked --only "prompts|512 of|2K of" --other "$other" --rounds 8)
-d256=(--kinds d256 --only "32/16|soft cap" --other "$other" --rounds 10)
-d192=(--kinds d192 --other "$other")
+d128=(--kinds whole,chunked --only "prompts|512 of|2K of" --tiles frees_first=1 --other "$other" --rounds 6)
+d256=(--kinds d256 --tiles frees_first=1 --other "$other" --rounds 8)
+d192=(--kinds d192 --tiles frees_first=1 --other "$other")
 mixed=(--kinds mixed --other "$other")
 for part in d96 d64 window d128 d256 d192 mixed; do
   declare -n args=$part
