@@ -18,6 +18,8 @@ done
 # While the CPUs compile: decode in every mode, L2 clean, and prefill beside cuDNN's dense kernel. Device times alone count.
 (CUDA_VISIBLE_DEVICES=0 python -m fa4_backend.cli bench decode --flush read --batches grid,ragged --csv "$out/decode_read.csv" > "$out/decode_read.txt" 2>&1) &
 (CUDA_VISIBLE_DEVICES=1 python -m fa4_backend.cli bench prefill --batches heads,full --csv "$out/prefill.csv" > "$out/prefill.txt" 2>&1) &
+(CUDA_VISIBLE_DEVICES=1 timeout 120 python -m tests.device.prove_prefill --parts cases,pages,fuzz --batches 6000 --seconds 45 --repeats 3 --processes 10 \
+   --json "$out/prove.json" > "$out/prove.txt" 2>&1) &
 wait
 timed() { for part in "$@"; do declare -n args=$part; $m "${args[@]}" --json "$out/$part.json" > "$out/$part.txt" 2>&1; done; }
 (CUDA_VISIBLE_DEVICES=0 timed d96 mixed d128) &
@@ -26,4 +28,4 @@ timed() { for part in "$@"; do declare -n args=$part; $m "${args[@]}" --json "$o
    --json "$out/counters.json" > "$out/counters.txt" 2>&1 \
    --only "d96.*2 x 16K|16/8.*soft cap: (8 x 4K|1 x 16K)|(48|71)/1 d64.*8 x 4K|full: 2 x 16K|16/16 d64.*32 x 1K|32/8.*: (1 x 1K|1 x 16K|8 x 4K)\$|7 x 512|31 x 1K|32 x 4K, 4") &
 wait
-tail -n 200 "$out"/compile_*.txt "$out"/{d96,d64,window,mixed,d128,d256,d192,counters,decode_read,prefill}.txt
+tail -n 200 "$out"/compile_*.txt "$out"/{d96,d64,window,mixed,d128,d256,d192,counters,decode_read,prefill,prove}.txt
