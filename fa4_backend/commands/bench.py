@@ -150,7 +150,8 @@ def shapes(
 
 @bench.command()
 def engine(
-    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
+    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM; default: the model's four")] = None,
+    model: Annotated[str, typer.Option(help="llama (8B's shape), or DeepSeek's with so many heads: mla16, mla128")] = "llama",
     context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "default",
     rounds: Annotated[int, typer.Option(help="turns of every engine")] = 3,
@@ -172,9 +173,10 @@ def engine(
     if mode not in module.MODES:
         typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
         raise typer.Exit(2)
+    (of_model,) = _chosen("--model", module.MODELS, model).values()
     chosen = tuple(_chosen("--groups", dict.fromkeys(module.GROUPS), groups))
     if compile_for:
-        print(*module.compile_kernels(dtypes, compile_for), sep="\n")
+        print(*module.compile_kernels(dtypes, compile_for, model), sep="\n")
         return
     _require_gpu()
     # A command that `timeout` ends has to end its engines too.
@@ -182,8 +184,8 @@ def engine(
     every: list[Any] = []
     try:
         options: dict[str, Any] = {"kv_cache_dtypes": dtypes, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
-        options |= {"seconds": seconds, "num_layers": layers, "groups": chosen, "logs": logs}
-        for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
+        options |= {"seconds": seconds, "model": model, "num_layers": layers, "groups": chosen, "logs": logs}
+        for figures in module.run([*of_model.backends] if backends is None else backends.split(","), **options):
             every += figures
             if figures and not json_output:
                 print(module.format_line(figures), flush=True)
