@@ -19,8 +19,9 @@ from fa4_backend.bench.engine import FP8_SHARE_GOAL
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
 from tests import conftest
 from tests.device import proofs, serve_mla, serve_sglang
+from tests.device.engine_groups import GROUPS
 from tests.device.proofs import Proof
-from tests.device.serve_matrix import APART, GROUPS, METRICS, suite_of
+from tests.device.serve_matrix import APART, METRICS, suite_of
 from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
