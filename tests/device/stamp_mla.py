@@ -1,7 +1,7 @@
 """Where the time of a short latent decode goes, by the SMs' clocks: `python -m tests.device.stamp_mla [--compile-only] [--json FILE]`.
 
 The kernel of 16-bit latents is compiled with stamps: a thread of the load warp and one of the consumers write the SM's cycle counter and
-the global timer behind the work list as they pass. Given are medians over launches, L2 cold, of the CTAs' medians: cycles since
+the global timer behind the work list as they pass. Given are medians over launches, L2 cold and warm, of the CTAs' medians: cycles since
 the CTA's first instruction, in microseconds of the mean clock; and how far apart CTAs begin and end.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import replace
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cutlass import Int32
 from cutlass._mlir.extras import types as T
 
 from fa4_backend import envs
-from fa4_backend.bench.timing import Flush, cold_in_turns
+from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup
 from fa4_backend.kernels.mla_decode.load_warp import LoadWarp
@@ -113,17 +114,22 @@ def change_kernels() -> None:
         watch(*watched)
 
 
-def stamps_of(step: Step) -> np.ndarray:
-    """(CTAs that stamped, places, 2): cycles and nanoseconds of one launch, L2 cold; zeros where a CTA did not pass."""
+def stamps_of(step: Step, is_cold: bool) -> np.ndarray:
+    """(CTAs that stamped, places, 2): cycles and nanoseconds of one launch; zeros where a CTA did not pass."""
     stamped = step.work.decode_tiles[-STAMP_ROWS:]
     stamped.zero_()
-    cold_in_turns({"": step.run}, 1, Flush.READ)
+    if is_cold:
+        cold_in_turns({"": step.run}, 1, Flush.READ)
+    else:
+        for _ in range(8):
+            step.run()
+        torch.cuda.synchronize()
     every = stamped.flatten()[: MAX_CTAS * len(PLACES) * 2].view(MAX_CTAS, len(PLACES), 2).cpu().numpy()
     return every[every[:, 0, 0] != 0]
 
 
-def measure(heads: int, keys: int) -> dict[str, Any]:
-    """One row: us since a CTA's begin, of its places; the launch's span, and when CTAs that have work begin."""
+def measure(heads: int, keys: int, is_cold: bool) -> dict[str, Any]:
+    """One row, L2 cold or warm: us since a CTA's begin, of its places; the launch's span, and when CTAs that have work begin."""
     shape = Shape(heads)
     a = draw(shape, [1], [keys], 1)
     step = Step(shape, a, max(keys, 64))
@@ -134,7 +140,7 @@ def measure(heads: int, keys: int) -> dict[str, Any]:
     judge(a)
     found: dict[str, list[float]] = {}
     for _ in range(LAUNCHES):
-        every = stamps_of(step).astype(np.int64)
+        every = stamps_of(step, is_cold).astype(np.int64)
         last = every[:, :, 1].max(axis=1)
         busy = every[(every[:, PLACES.index("Q there"), 0] != 0)]
         rate = 1e-3 * 1980  # cycles a ns at the highest clock; short kernels run near it
@@ -145,8 +151,13 @@ def measure(heads: int, keys: int) -> dict[str, Any]:
         found.setdefault("first CTA begins to last stamp", []).append(float(last.max() - every[:, 0, 1].min()) / 1e3)
         found.setdefault("last CTA begins after the first", []).append(float(every[:, 0, 1].max() - every[:, 0, 1].min()) / 1e3)
         found.setdefault("CTAs with work", []).append(len(busy))
-    us = cold_in_turns({"stamped": step.run}, 2, Flush.READ)["stamped"]
-    return {"name": f"h{heads} 1 x {keys}", "us": us, **{name: round(float(np.median(values)), 2) for name, values in found.items()}}
+    calls = {"": capture(step.run)}
+    us = cold_in_turns(calls, 2, Flush.READ)[""] if is_cold else in_turns(calls, 3)[""]
+    return {
+        "name": f"h{heads} 1 x {keys} {'cold' if is_cold else 'warm'}",
+        "us": us,
+        **{name: round(float(np.median(values)), 2) for name, values in found.items()},
+    }
 
 
 def main() -> None:
@@ -161,8 +172,8 @@ def main() -> None:
     if args.compile_only:
         return
     rows = []
-    for heads, kv_len in SHAPES:
-        rows.append(measure(heads, kv_len))
+    for (heads, kv_len), is_cold in product(SHAPES, (True, False)):
+        rows.append(measure(heads, kv_len, is_cold))
         print(*(f"{name}: {value}" for name, value in rows[-1].items()), sep="\n  ", flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
