@@ -2,7 +2,7 @@
 
 The kernel of 16-bit latents is compiled with stamps: a thread of the load warp and one of the consumers write the SM's cycle counter and
 the global timer behind the work list as they pass. Given are medians over launches, L2 cold and warm, of the CTAs' medians: cycles since
-the CTA's first instruction, in microseconds of the mean clock; and how far apart CTAs begin and end.
+the CTA's first instruction, in microseconds at `MHZ`; and how far apart CTAs begin and end.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ WATCHED: tuple[tuple[type, str, str, str], ...] = (
 PLACES = ("begin", "roles", *(name for _, _, *both in WATCHED for name in both if name))
 SHAPES = ((128, 0), (128, 64), (128, 1024), (128, 4096), (128, 16384), (16, 0), (16, 64), (16, 4096))
 MAX_CTAS, LAUNCHES = 256, 9
+MHZ = 1980.0  # the highest clock, near which short kernels run
 STAMP_ROWS = -(-MAX_CTAS * len(PLACES) * 2 // DECODE_INTS)  # of the work list, at its end
 STEPS: list[Any] = []  # of the kernel that is being traced
 BEGIN: list[tuple[Int32, Int32]] = []
@@ -143,11 +144,10 @@ def measure(heads: int, keys: int, is_cold: bool) -> dict[str, Any]:
         every = stamps_of(step, is_cold).astype(np.int64)
         last = every[:, :, 1].max(axis=1)
         busy = every[(every[:, PLACES.index("Q there"), 0] != 0)]
-        rate = 1e-3 * 1980  # cycles a ns at the highest clock; short kernels run near it
         for place, name in enumerate(PLACES):
             passed = busy[busy[:, place, 0] != 0]
             if len(passed):
-                found.setdefault(name, []).append(float(np.median((passed[:, place, 0] - passed[:, 0, 0]) % 2**32)) / rate / 1e3)
+                found.setdefault(name, []).append(float(np.median((passed[:, place, 0] - passed[:, 0, 0]) % 2**32)) / MHZ)
         found.setdefault("first CTA begins to last stamp", []).append(float(last.max() - every[:, 0, 1].min()) / 1e3)
         found.setdefault("last CTA begins after the first", []).append(float(every[:, 0, 1].max() - every[:, 0, 1].min()) / 1e3)
         found.setdefault("CTAs with work", []).append(len(busy))
