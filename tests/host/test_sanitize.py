@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.device.prove_prefill import check_large_pool
-from tests.device.sanitize import SHARDS, SUMMARY, jobs
+from tests.device.sanitize import SHARDS, SUMMARY, ended, is_as_it_has_to_be, jobs
 from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
 from tests.support.paged_case import BuiltCase, PagedCase
 
@@ -40,6 +42,25 @@ def test_jobs_are_told_apart_and_their_verdict_is_found() -> None:
     assert all("--kernel-name kns=fa4_backend" in " ".join(job.command) for job in found)
     seen = "x\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
     assert SUMMARY.findall(seen) == ["RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)"]
+
+
+def test_a_verdict_needs_an_end_batches_and_a_summary() -> None:
+    job, planted = jobs()[0], next(job for job in jobs() if job.is_planted)
+    clean = {"ended": "exit 0", "batches": 2, "wrong": [], "summary": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}
+    assert is_as_it_has_to_be(job, clean) and not is_as_it_has_to_be(planted, clean)
+    changes = ({"ended": "exit 9"}, {"batches": 0}, {"wrong": [{}]}, {"summary": "none"}, {"summary": "ERROR SUMMARY: 10 errors"})
+    assert not any(is_as_it_has_to_be(job, {**clean, **change}) for change in changes)
+    assert is_as_it_has_to_be(planted, {**clean, "summary": "ERROR SUMMARY: 10 errors"})
+    assert not is_as_it_has_to_be(planted, {**clean, "summary": "none"})
+
+
+def test_a_process_that_does_not_end_is_killed_with_its_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert ended(["sh", "-c", "echo a; exit 3"], log, dict(os.environ), 60) == "exit 3" and log.read_text() == "a\n"
+    script = "sleep 600 & echo $!; wait"
+    assert ended(["sh", "-c", script], log, dict(os.environ), 1) == "no end within 1 s"
+    state = Path(f"/proc/{log.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_a_large_pool_is_right_on_a_cpu() -> None:
