@@ -32,10 +32,10 @@ LENGTHS = (5, 128, 1, 0, 300, 33, 127), (133, 128, 77, 50, 700, 33, 129)  # of q
 LARGE_POOLS = ("d128 page 16", "d64 ratio 3 page 16", "d256 page 784")
 
 
-def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callable[[], None]:
-    """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup."""
+def prepare_case(built: BuiltCase, min_part_blocks: int | None = None, num_sms: int | None = None) -> Callable[[], None]:
+    """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup; for all SMs by default."""
     case, a = built.case, built.arguments
-    plan = prefill_plan(case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count))
+    plan = prefill_plan(case.plan(num_sms=num_sms or torch.cuda.get_device_properties(0).multi_processor_count))
     metadata = AttentionMetadata.allocate(plan, "cuda")
     work = metadata.work
     assert work is not None
