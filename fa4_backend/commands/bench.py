@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend.commands.shapes import check_chip
 from fa4_backend.problem import FP8, PAGED, RAGGED
 
 bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -133,6 +134,7 @@ def shapes(
     from fa4_backend.bench import shapes as module
 
     if compile_for:
+        _require_chip(compile_for)
         print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
         return
     _require_gpu()
@@ -167,6 +169,7 @@ def engine(
         raise typer.Exit(2)
     chosen = tuple(_chosen("--groups", dict.fromkeys(module.GROUPS), groups))
     if compile_for:
+        _require_chip(compile_for)
         print(*module.compile_kernels(dtypes, compile_for), sep="\n")
         return
     _require_gpu()
@@ -209,6 +212,14 @@ def _require_gpu() -> None:
     if not torch.cuda.is_available():
         typer.echo("fa4 bench: expected a CUDA GPU, found none", err=True)
         raise typer.Exit(2)
+
+
+def _require_chip(arch: str) -> None:
+    try:
+        check_chip(arch, "--compile-for")
+    except ValueError as error:
+        typer.echo(f"fa4 bench: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _chosen(option: str, sets: dict[str, Any], names: str) -> dict[str, Any]:
