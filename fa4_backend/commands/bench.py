@@ -30,6 +30,20 @@ QDtype = Annotated[str, typer.Option(help=f"of q: {', '.join(KV_DTYPES)}; fp8 be
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+def _chip(arch: str) -> str:
+    """The value of --compile-for, checked; empty: measure."""
+    try:
+        if arch:
+            check_chip(arch, "--compile-for")
+    except ValueError as error:
+        typer.echo(f"fa4 bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    return arch
+
+
+CompileFor = Annotated[str, typer.Option(help="compile our kernels for this arch and time none; needs no GPU", callback=_chip)]
+
+
 @bench.command()
 def prefill(
     batches: Sets = "",
@@ -40,6 +54,7 @@ def prefill(
     kv_dtype: KvDtype = "auto",
     q_dtype: QDtype = "auto",
     kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
+    compile_for: CompileFor = "",
 ) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
     from fa4_backend.bench import prefill as module
@@ -49,10 +64,12 @@ def prefill(
     if kind not in sets:
         typer.echo(f"fa4 bench: --kind: expected one of {', '.join(sets)}, got {kind}", err=True)
         raise typer.Exit(2)
+    chosen = _with_queries(_chosen("--batches", sets[kind](_stored(kv_dtype)), batches), q_dtype)
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
-    chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
-    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers))
-    _report(module, timings, csv_path, plot, json_output)
+    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -65,19 +82,22 @@ def decode(
     kv_dtype: KvDtype = "auto",
     q_dtype: QDtype = "auto",
     flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
+    compile_for: CompileFor = "",
 ) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
     from fa4_backend.bench import decode as module
     from fa4_backend.bench.decode_batches import issue_batches
     from fa4_backend.bench.timing import Flush
 
-    _require_gpu()
     if flush not in list(Flush):
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
-    chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
-    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers), flush=Flush(flush))
-    _report(module, timings, csv_path, plot, json_output)
+    chosen = _with_queries(_chosen("--batches", issue_batches(_stored(kv_dtype)), batches), q_dtype)
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
+    _require_gpu()
+    _report(module, module.run(chosen, peers=_listed(peers), flush=Flush(flush)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -112,7 +132,7 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
-    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
+    compile_for: CompileFor = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
     seconds: Annotated[
         float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
@@ -134,7 +154,6 @@ def shapes(
     from fa4_backend.bench import shapes as module
 
     if compile_for:
-        _require_chip(compile_for)
         print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
         return
     _require_gpu()
@@ -145,7 +164,8 @@ def shapes(
 
 @bench.command()
 def engine(
-    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
+    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM; default: the model's four")] = None,
+    model: Annotated[str, typer.Option(help="llama (8B's shape), or DeepSeek's with so many heads: mla16, mla128")] = "llama",
     context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "default",
     rounds: Annotated[int, typer.Option(help="turns of every engine")] = 3,
@@ -157,7 +177,7 @@ def engine(
     json_output: Json = False,
     kv_dtype: Annotated[str, typer.Option(help=f"comma-separated, an engine each: {', '.join(KV_DTYPES)}")] = "auto",
     logs: Annotated[Path | None, typer.Option(help="folder that keeps the engines' logs, with the longest kernels of each case")] = None,
-    compile_for: Annotated[str, typer.Option(help="compile our kernels for this arch and measure nothing; needs no GPU")] = "",
+    compile_for: CompileFor = "",
 ) -> None:
     """A whole vLLM engine: time to first token, decode steps and ragged load on host and device, attention's share, seconds to start."""
     from fa4_backend.bench import engine as module
@@ -167,10 +187,10 @@ def engine(
     if mode not in module.MODES:
         typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
         raise typer.Exit(2)
+    (of_model,) = _chosen("--model", module.MODELS, model).values()
     chosen = tuple(_chosen("--groups", dict.fromkeys(module.GROUPS), groups))
     if compile_for:
-        _require_chip(compile_for)
-        print(*module.compile_kernels(dtypes, compile_for), sep="\n")
+        print(*module.compile_kernels(dtypes, compile_for, model), sep="\n")
         return
     _require_gpu()
     # A command that `timeout` ends has to end its engines too.
@@ -178,8 +198,8 @@ def engine(
     every: list[Any] = []
     try:
         options: dict[str, Any] = {"kv_cache_dtypes": dtypes, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
-        options |= {"seconds": seconds, "num_layers": layers, "groups": chosen, "logs": logs}
-        for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
+        options |= {"seconds": seconds, "model": model, "num_layers": layers, "groups": chosen, "logs": logs}
+        for figures in module.run([*of_model.backends] if backends is None else backends.split(","), **options):
             every += figures
             if figures and not json_output:
                 print(module.format_line(figures), flush=True)
@@ -212,14 +232,6 @@ def _require_gpu() -> None:
     if not torch.cuda.is_available():
         typer.echo("fa4 bench: expected a CUDA GPU, found none", err=True)
         raise typer.Exit(2)
-
-
-def _require_chip(arch: str) -> None:
-    try:
-        check_chip(arch, "--compile-for")
-    except ValueError as error:
-        typer.echo(f"fa4 bench: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _chosen(option: str, sets: dict[str, Any], names: str) -> dict[str, Any]:
