@@ -7,7 +7,7 @@ import math
 import torch
 
 from fa4_backend.arguments import AttentionArguments, CallTensors, RaggedTensors
-from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
+from fa4_backend.kernels.launch_abi import convert_arguments, converted_arguments, decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
@@ -208,8 +208,16 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
     assert kernels is not None and work is not None and bounds is not None, metadata.plan
     decode_query_len = metadata.plan.limits.decode_query_len
+    if bounds.converts:
+        # Before the decode kernel, beside which the prefill kernel runs: that one then begins when both K and V are there.
+        assert kernels.convert is not None and metadata.converted is not None, metadata.plan
+        kernels.convert(*convert_arguments(arguments, work, *metadata.converted))
     if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
-        assert kernels.prefill is not None, metadata.plan
-        kernels.prefill(*prefill_arguments(arguments, work))
+        if bounds.converts:
+            assert kernels.converted is not None and metadata.converted is not None, metadata.plan
+            kernels.converted(*converted_arguments(arguments, work, *metadata.converted))
+        else:
+            assert kernels.prefill is not None, metadata.plan
+            kernels.prefill(*prefill_arguments(arguments, work))

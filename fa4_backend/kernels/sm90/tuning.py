@@ -54,3 +54,6 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
 
 # Parts of a tile from which on all CTAs that made them add them up.
 SHARE_PARTS = 4
+
+# Query blocks of a row (of those that see a key) from which on K and V in FP8 are converted once a call, not once a tile. Provisional.
+CONVERT_BLOCKS: dict[tuple[int, int], int] = {(64, 64): 16, (96, 96): 16, (128, 128): 16, (192, 128): 8, (256, 256): 4}
