@@ -42,9 +42,7 @@ class ConvertedKv(NamedTuple):
 
         p = plan.problem
         dims = (p.head_dim, p.head_dim_v)
-        return cls(
-            *(torch.empty(plan.limits.convert_keys, p.num_kv_heads, n, dtype=getattr(torch, p.dtype), device=device) for n in dims)
-        )
+        return cls(*(torch.empty(plan.limits.convert_keys, p.num_kv_heads, n, dtype=getattr(torch, p.dtype), device=device) for n in dims))
 
 
 @dataclass
@@ -110,7 +108,13 @@ class AttentionMetadata:
             assert self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         follower = AttentionMetadata(
-            plan, self.device, kernels, self.work, converted=self.converted, kv_lens=self.kv_lens, unit_scale=self.unit_scale,
+            plan,
+            self.device,
+            kernels,
+            self.work,
+            converted=self.converted,
+            kv_lens=self.kv_lens,
+            unit_scale=self.unit_scale,
             window_left=self.window_left,
         )
         self.followers.append(follower)

@@ -18,7 +18,7 @@ from cutlass._mlir.dialects import llvm
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
 from fa4_backend.kernels.common.search import upper_bound
-from fa4_backend.kernels.convert_kv.config import CTAS_PER_SM, THREADS, ConvertConfig
+from fa4_backend.kernels.convert_kv.config import THREADS, ConvertConfig
 from fa4_backend.kernels.launch_abi import convert_fakes
 
 LANES = 32
@@ -65,9 +65,7 @@ class ConvertKernel:
     ):
         """Launch `num_ctas` CTAs."""
         sources = Sources(mPageTable, mKeyStarts, mCuSeqlensQ, Int32(mK.shape[0]), Int32(mK.shape[1]))
-        self.kernel(mK, mV, sources, mKeys, mValues, window_left).launch(
-            grid=(num_ctas, 1, 1), block=(THREADS, 1, 1), stream=stream
-        )
+        self.kernel(mK, mV, sources, mKeys, mValues, window_left).launch(grid=(num_ctas, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     @cute.kernel
     def kernel(
