@@ -20,7 +20,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_FP8_QUERY": ("0", "1: beside K and V in FP8, vLLM quantises queries too (faster, less exact; Blackwell's kernels)"),
     "FA4_BACKEND_CONVERT_KEYS": (
         "32768",
-        "keys of a step's K and V in FP8 that prefill on Hopper may convert once a call (room for each); 0: none",
+        "room for keys of a step whose K and V in FP8 Hopper's prefill converts once a call; 0: it never does",
     ),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
     "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),

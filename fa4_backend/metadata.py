@@ -146,9 +146,10 @@ class AttentionMetadata:
             max_seqlen_q, max_seqlen_k: host upper bounds of the step's query and KV lengths.
             min_seqlen_q: host lower bound of the query lengths of rows that have queries. Above the plan's `decode_query_len` the decode
                 kernel, which would find no row, is not launched (3 to 12 us on an H200). In a captured graph it must hold for every replay.
-            prefill_keys: host upper bound of the KV tokens of all rows with more than `decode_query_len` queries together. Where it is within
-                the plan's `convert_keys`, and rows are long enough, each call converts K and V in FP8 to 16 bits once, in place of once a
-                tile. The lists fit one way only: not to be given for a step that is captured or replayed, since a graph keeps its own.
+            prefill_keys: host upper bound of the KV tokens of all rows with more than `decode_query_len` queries, together. Where it is
+                within the plan's `convert_keys`, and rows are long enough, each call brings K and V in FP8 to 16 bits once, in place of
+                once a tile; page tables then hold `max_seqlen_k` tokens. Lists are made for one way only, and a graph keeps the way of its
+                capture: not to be given for a step that is captured or replayed.
 
         Raises:
             ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.

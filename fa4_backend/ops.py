@@ -11,7 +11,7 @@ from fa4_backend.kernels.launch_abi import convert_arguments, converted_argument
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
-from fa4_backend.validation import check_no_backward, check_tensors, check_values, clamp_window
+from fa4_backend.validation import check_no_backward, check_tensors, check_values, check_whole_tables, clamp_window
 
 
 def paged_attention(
@@ -86,6 +86,7 @@ def paged_attention(
         check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
+    check_whole_tables(metadata, page_table)
     left, right = clamp_window(window_left), clamp_window(window_right)
     out, lse = _results(plan, q, out, lse)
     if q.shape[0] == 0:

@@ -13,16 +13,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fa4_backend import AttentionMetadata
+from fa4_backend import AttentionMetadata, AttentionPlan
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
+from fa4_backend.kernels.families import CONVERTED
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
-from tests.support.fuzz import FuzzSetup, prefill_alone, prefill_plan
+from tests.support.fuzz import FuzzSetup, converting_plan, prefill_alone, prefill_plan
 from tests.support.fuzz_setups import prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
@@ -30,9 +32,16 @@ LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77,
 
 
 def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callable[[], None]:
-    """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup."""
+    """The schedule and the prefill kernel alone, over all rows of a case, or the operator where it converts.
+
+    Args:
+        min_part_blocks: as in a FuzzSetup.
+    """
     case, a = built.case, built.arguments
-    plan = prefill_plan(case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count))
+    plan = case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count)
+    if case.converts:
+        return partial(_run_converting, built, converting_plan(plan, min_part_blocks))
+    plan = prefill_plan(plan)
     metadata = AttentionMetadata.allocate(plan, "cuda")
     work = metadata.work
     assert work is not None
@@ -46,6 +55,12 @@ def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callab
         torch.cuda.synchronize()
 
     return run
+
+
+def _run_converting(built: BuiltCase, plan: AttentionPlan) -> None:
+    built.arguments.out.fill_(math.nan)
+    built.run(plan)
+    torch.cuda.synchronize()
 
 
 def run_case(built: BuiltCase) -> None:
@@ -64,7 +79,7 @@ def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
             is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
             window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0,
             sinks=p.mask.has_sinks, alibi=p.mask.has_alibi,
-            layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant,
+            layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant, converts=setup.converts,
         )  # fmt: skip
     first = out["d128 page 16"]
     out["d128 empty rows"] = replace(first, query_lens=(40, 3, 7, 200), kv_lens=(9, 0, 7, 100))
@@ -97,10 +112,16 @@ def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]
     return results
 
 
-def check_page_sizes(arch: str, kv_dtype: str) -> dict:
+def plain_cases(arch: str, kv_dtype: str) -> list[PagedCase]:
+    """A case without features for each way to serve its K and V."""
+    drawn = cases(arch, kv_dtype)
+    return [drawn[name] for name in ("d128 page 16", "once a call: d128 page 16") if name in drawn]
+
+
+def check_page_sizes(case: PagedCase) -> dict:
     """One batch in pages of 16 to 256 tokens: the same bits."""
     outs = []
-    base = cases(arch, kv_dtype)["d128 page 16"].build("cuda")
+    base = case.build("cuda")
     for page_size in (16, 32, 48, 64, 128, 256):
         built = repage(base, page_size)
         run_case(built)
@@ -158,22 +179,23 @@ def main() -> None:
     arch = arch_of_capability(device.major, device.minor) or "none"
     schedule, _, prefill = families_of(arch)
     kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
-    report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
+    families = (schedule, prefill, *(["convert_kv"] if kv_dtype == FP8 and arch in CONVERTED else []))
+    report: dict = {"stamp": gpu_stamp(families), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
     parts = options.parts.split(",")
     setups = [setup for setup in prefill_setups(arch, kv_dtype) if setup.name.startswith(tuple(options.only.split(";")))]
     print(f"compiled in {compile_all(setup_plans(setups), options.processes):.0f} s", flush=True)
     if "cases" in parts:
         report["cases"] = check_cases(arch, kv_dtype, options.repeats, options.only)
     if "pages" in parts:
-        report["page_sizes"] = check_page_sizes(arch, kv_dtype)
+        report["page_sizes"] = [check_page_sizes(case) for case in plain_cases(arch, kv_dtype)]
     if "pool" in parts:
-        report["large_pool"] = check_large_pool(cases(arch, kv_dtype)["d128 page 16"], run_case)
+        report["large_pool"] = [check_large_pool(case, run_case) for case in plain_cases(arch, kv_dtype)]
     if "fuzz" in parts:
         report["fuzz"] = check_fuzz(setups, options)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
-    failed += [report[part] for part in ("page_sizes", "large_pool") if part in report and not report[part]["ok"]]
+    failed += [r for part in ("page_sizes", "large_pool") for r in report.get(part, []) if not r["ok"]]
     fuzzed = [sum(r[count] for r in report.get("fuzz", [])) for count in ("batches", "cut")]
     print(f"{len(failed)} failed checks; {fuzzed[0]} fuzzed batches, {fuzzed[1]} of them with tiles cut along KV", flush=True)
     sys.exit(1 if failed else 0)

@@ -105,7 +105,8 @@ class PagedCase:
             decode_query_len=self.decode_query_len,
             convert_keys=max(self.prefill_keys, 1) if self.converts else 0,
         )
-        return plan_attention(self.problem(), limits, num_sms=num_sms)
+        plan = plan_attention(self.problem(), limits, num_sms=num_sms)
+        return plan.always_converting() if self.converts else plan
 
     def build(self, device: torch.device | str = "cpu") -> BuiltCase:
         """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN.

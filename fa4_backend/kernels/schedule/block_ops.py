@@ -1,4 +1,4 @@
-"""What the threads of a schedule CTA do together, and small searches: scans, minima, broadcasts, roots, entries written with wide stores."""
+"""What the threads of a schedule CTA do together, and small helpers: scans, minima, broadcasts, entries written with wide stores."""
 
 from __future__ import annotations
 
