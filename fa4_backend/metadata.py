@@ -156,7 +156,7 @@ class AttentionMetadata:
         """
         num_seqs = check_step(self, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         check_least(cu_seqlens_q, min_seqlen_q, max_seqlen_q)
-        converts = self._converts(max_seqlen_q, prefill_keys)
+        converts = self._converts(max_seqlen_q, max_seqlen_k, prefill_keys)
         self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts)
         if self.kv_lens is not None and cu_seqlens_k is not None:
             import torch
@@ -175,11 +175,15 @@ class AttentionMetadata:
                 *schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right, shape=shape)
             )
 
-    def _converts(self, max_seqlen_q: int, prefill_keys: int | None) -> bool:
-        """Whether the step's K and V are converted once a call: they fit, and enough query blocks of a row see a key."""
+    def _converts(self, max_seqlen_q: int, max_seqlen_k: int, prefill_keys: int | None) -> bool:
+        """Whether the step's K and V are converted once a call: they fit, and enough query blocks see a key of the longest row."""
         converted = None if self.plan.kernels is None else self.plan.kernels.converted
         limits = self.plan.limits
         if converted is None or prefill_keys is None or prefill_keys > limits.convert_keys or max_seqlen_q <= limits.decode_query_len:
             return False
-        tokens = max_seqlen_q if self.window_left is None else min(max_seqlen_q, self.window_left + 1)
-        return -(-tokens // converted.work.tokens_per_item) >= converted.least_blocks
+        queries = max_seqlen_q  # that see a key, on average
+        if self.plan.problem.mask.is_causal:
+            queries -= queries * queries // (2 * max(max_seqlen_k, queries))
+        if self.window_left is not None:
+            queries = min(queries, self.window_left + 1)
+        return queries >= converted.least_visits * converted.work.tokens_per_item

@@ -32,7 +32,7 @@ class AttentionPlan:
         """
         if self.kernels is None or self.kernels.converted is None:
             raise ValueError(f"plan: expected one with room for converted keys, got {self.describe()}")
-        converted = replace(self.kernels.converted, least_blocks=0)
+        converted = replace(self.kernels.converted, least_visits=0)
         return replace(self, kernels=replace(self.kernels, converted=converted))
 
     def describe(self) -> str:

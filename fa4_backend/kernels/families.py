@@ -69,10 +69,10 @@ PREFILL: dict[str, Callable[..., PrefillKey]] = {
     "sm_103a": sm100_family.resolve,
 }
 
-# arch -> the compile key of the prefill kernel that reads what `convert_kv` made of a problem's K and V, and from how many query blocks of
-# a row on it is taken; archs that are not here convert in the prefill kernel itself
+# arch -> the compile key of the prefill kernel that reads what `convert_kv` made of a problem's K and V, and from how many query blocks
+# that see a key on it is taken; archs that are not here convert in the prefill kernel itself
 CONVERTED: dict[str, tuple[Callable[..., PrefillKey], Callable[[AttentionProblem], int]]] = {
-    "sm_90a": (sm90_family.resolve_converted, sm90_family.least_converted_blocks),
+    "sm_90a": (sm90_family.resolve_converted, sm90_family.least_converted_visits),
 }
 
 # arch -> the compile key of a latent problem's decode kernel
@@ -90,7 +90,7 @@ class ConvertedPrefill:
     convert: ConvertConfig
     prefill: PrefillKey
     work: WorkShape  # of the step's lists
-    least_blocks: int  # query blocks of a row that see a key, from which on it pays
+    least_visits: int  # query blocks of a KV head that see a key, from which on it pays
 
 
 @dataclass(frozen=True)
@@ -135,14 +135,14 @@ def _converted(
         return None
     if not problem.has_kv_scales or problem.has_q_scale or problem.kv_source != PAGED:
         return None
-    resolve, least_blocks = CONVERTED[problem.target_arch]
+    resolve, least_visits = CONVERTED[problem.target_arch]
     prefill = resolve(problem, is_dependent=decode is not None)
     shape = _work_shape(problem, limits, num_sms, memory_gb, decode, prefill)
     wide = replace(problem, kv_dtype=problem.dtype)
     shape = replace(shape, convert_keys=limits.convert_keys, l2_tokens=L2_SHARE_BYTES // wide.kv_token_bytes)
     # Steps of both ways share the lists and the slots.
     assert (shape.tokens_per_item, shape.part_floats) == (work.tokens_per_item, work.part_floats), f"{shape=} {work=}"
-    return ConvertedPrefill(convert_family.resolve(problem), prefill, shape, least_blocks(problem))
+    return ConvertedPrefill(convert_family.resolve(problem), prefill, shape, least_visits(problem))
 
 
 def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:

@@ -3,7 +3,7 @@
     python -m tests.device.measure_convert --compile   # on any machine, in many processes
     python -m tests.device.measure_convert [--only "d128.*4K"] [--json FILE]
 
-What `CONVERT_BLOCKS` of `kernels/sm90/tuning.py` comes from: here steps convert however short their rows are. The last columns are the
+What `CONVERT_VISITS` of `kernels/sm90/tuning.py` comes from: here steps convert however short their rows are. The last columns are the
 conversion alone, us and GB/s of bytes read and written, with one, two, four and eight CTAs an SM.
 """
 
@@ -28,7 +28,7 @@ from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernels.launch_abi import convert_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import WorkLists
-from fa4_backend.kernels.sm90.tuning import CONVERT_BLOCKS
+from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS
 from fa4_backend.metadata import ConvertedKv
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
@@ -183,8 +183,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    for dims in CONVERT_BLOCKS:
-        CONVERT_BLOCKS[dims] = 1
+    for dims in CONVERT_VISITS:
+        CONVERT_VISITS[dims] = 0
     batches = [batch for batch in cells() if re.search(options.only, batch.label)]
     if options.compile:
         keys = all_keys(batches)

@@ -15,6 +15,7 @@ from fa4_backend import AttentionMetadata, paged_attention
 from fa4_backend.emulator.kernels import observed
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.problem import FP8
+from tests.support import large_logits
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
 BASE = PagedCase(
@@ -60,16 +61,17 @@ def test_bits_do_not_depend_on_schedule_or_page_size() -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-def test_tiles_in_parts() -> None:
-    """A head's scale of K reaches the rows that all CTAs add up together, and V's comes once."""
-    case = replace(BASE, query_lens=(5,), kv_lens=(2100,))
-    built = case.build()
-    plan = case.plan(num_sms=18)
-    assert plan.kernels is not None and plan.kernels.converted is not None
+@pytest.mark.parametrize("name", ["growing", "-3e37"])
+def test_tiles_in_parts(name: str) -> None:
+    """A head's scale of K reaches the rows that all CTAs add up together, and V's comes once; also where weights take another scale."""
+    drawn = large_logits.build(
+        name, query_lens=(5,), kv_lens=(2100,), num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=FP8, arch=BASE.arch, converts=True
+    )
+    plan = drawn.case.plan(num_sms=18)
     with observed(3, None, "never") as seen:
-        out, lse = built.run(plan)
+        out, lse = drawn.run(plan)
     assert all(report.races == [] for report in seen.reports)
-    built.check(out, lse)
+    large_logits.check(drawn, out, lse)
 
 
 def test_lengths_past_their_bound_leave_other_memory_alone() -> None:

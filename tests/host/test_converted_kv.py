@@ -27,15 +27,21 @@ def converts(plan: AttentionPlan, queries: int, keys: int | None, window_left: i
     return metadata.bounds.converts
 
 
-def test_a_step_converts_where_its_keys_fit_and_its_rows_are_long() -> None:
+def test_a_step_converts_where_its_keys_fit_and_many_queries_see_each() -> None:
     plan = plan_of()
     assert plan.kernels is not None and plan.kernels.converted is not None
-    long = plan.kernels.converted.least_blocks * plan.kernels.converted.work.tokens_per_item
-    assert converts(plan, long, 4096) and not converts(plan, long, 4097)
-    assert not converts(plan, long - plan.kernels.converted.work.tokens_per_item, 4096)
-    assert not converts(plan, long, None), "a graph may replay it"
+    # Queries that must see a key: all of a late chunk nearly do, of a whole prompt half.
+    least = plan.kernels.converted.least_visits * plan.kernels.converted.work.tokens_per_item
+    whole, late = 2 * least, least + least**2 // 4096
+    assert converts(plan, whole, whole) and not converts(plan, whole - 2, whole - 2)
+    assert converts(plan, late, 4096) and not converts(plan, least, 4096)
+    assert not converts(plan, whole, 4097), "no room"
+    assert not converts(plan, whole, None), "a graph may replay it"
     # A key is seen by the queries of its window alone.
-    assert not converts(plan, long, 4096, window_left=31)
+    windowed = plan_of(has_window_left=True)
+    assert converts(windowed, whole, 4096, window_left=least - 1) and not converts(windowed, whole, 4096, window_left=least - 2)
+    full = plan_of(is_causal=False)
+    assert converts(full, least, least) and not converts(full, least - 1, least - 1)
 
 
 def test_no_decode_row_is_worth_it() -> None:

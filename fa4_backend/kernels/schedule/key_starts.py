@@ -13,7 +13,7 @@ from fa4_backend.kernels.schedule.rows import StepLengths, read_row
 
 
 @cute.jit
-def write_key_starts(lengths: StepLengths, key_starts: cute.Tensor, sums: cute.Tensor, params: ScheduleParams):
+def write_key_starts(lengths: StepLengths, key_starts: cute.Tensor, sums: cute.Tensor, params: ScheduleParams) -> None:
     """Exclusive prefix sum of the prefill rows' KV tokens, other rows having none; cut to the workspace. By all threads of one CTA.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import CONVERT_BLOCKS, SHARE_PARTS, TILES, TILES_FP8
+from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, SHARE_PARTS, TILES, TILES_FP8
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import RAGGED, AttentionProblem
 
@@ -60,9 +60,9 @@ class Sm90Config:
         return part_floats(self.kernel) if self.kernel.has_parts else 0
 
 
-def least_converted_blocks(problem: AttentionProblem) -> int:
-    """Query blocks of a row from which on its K and V are converted before."""
-    return CONVERT_BLOCKS[problem.head_dim, problem.head_dim_v]
+def least_converted_visits(problem: AttentionProblem) -> int:
+    """Query tiles that see a key from which on K and V are converted before."""
+    return CONVERT_VISITS[problem.head_dim, problem.head_dim_v]
 
 
 def resolve_converted(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
