@@ -29,6 +29,8 @@ CASES = {
     "d256, left window, hnd": replace(
         BASE, query_lens=(40, 3), kv_lens=(130, 65), head_dim=256, num_q_heads=2, num_kv_heads=1, window_left=5, layout="hnd"
     ),
+}  # fmt: skip
+SLOW_CASES = {
     # K's rows and V's differ, in the other 16 bits, and no decode kernel goes before.
     "(192, 128) in fp16, sinks": replace(
         BASE, query_lens=(10, 70), kv_lens=(230, 300), head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2, dtype="float16",
@@ -51,6 +53,12 @@ def run(built: BuiltCase, seed: int | None = None) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("name", CASES)
 def test_edges(name: str) -> None:
     run(CASES[name].build(), seed=len(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_other_heads(name: str) -> None:
+    run(SLOW_CASES[name].build(), seed=len(name))
 
 
 def test_bits_do_not_depend_on_schedule_or_page_size() -> None:
