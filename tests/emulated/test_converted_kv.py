@@ -31,7 +31,7 @@ CASES = {
     ),
 }  # fmt: skip
 SLOW_CASES = {
-    # K's rows and V's differ, in the other 16 bits, and no decode kernel goes before.
+    # K's rows and V's differ, in the other 16 bits.
     "(192, 128) in fp16, sinks": replace(
         BASE, query_lens=(10, 70), kv_lens=(230, 300), head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2, dtype="float16",
         sinks=True,
@@ -40,7 +40,7 @@ SLOW_CASES = {
 
 
 def run(built: BuiltCase, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The call's results, judged; no race, nothing read that nobody wrote."""
+    """The call's results, judged; no race."""
     built.oracle = None
     with observed(seed, None, "never") as seen:
         out, lse = built.run(built.case.plan(num_sms=3))
