@@ -1,24 +1,20 @@
 """Races of Blackwell's latent decode kernel under random schedules: shapes of every kind, results against the oracle.
 
-    python -m scripts.mla_sm100_races [seeds [name ...]]
+    python -m scripts.mla_sm100_races [seeds [name ...]] > docs/data/mla_sm100_races.json
 
 Each seed draws when warps run and when TMA, MMAs and commits finish. A run counts as right when it has no race, no misuse of a barrier, no
-deadlock, and the output is within the error budget with bits equal to the deterministic schedule's. Prints a line a shape.
+deadlock, and the output is within the error budget with bits equal to the deterministic schedule's.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from fa4_backend.emulator import EmulatorError
 from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
+from tests.support.seeded_runs import SeededCase, main
 
 FEW = MlaCase((1, 1, 1, 0, 1, 1), (130, 64, 0, 70, 1, 300), arch="sm_100a")
 DRAFTS = MlaCase((4, 1, 3, 2), (200, 65, 3, 1), num_heads=32, decode_query_len=4, page_size=16, one_q=True, arch="sm_100a")
@@ -42,31 +38,18 @@ CASES = {
 CASES |= {f"FP8, {name}": replace(case, kv_dtype=FP8) for name, case in CASES.items() if case.dtype == "bfloat16"}
 
 
-def run_case(case: MlaCase, seeds: int) -> dict[str, Any]:
-    """Seeds that failed, and why the first one did."""
-    want, failed, reason = run_mla(case, num_sms=6), [], ""
-    want.check()
-    bits = [tensor.clone() for tensor in want.rows]
-    for seed in range(seeds):
-        try:
-            run = run_mla(case, num_sms=6, seed=seed)
-            run.check()
-            if not all(torch.equal(got.nan_to_num(), kept.nan_to_num()) for got, kept in zip(run.rows, bits, strict=True)):
-                raise AssertionError("other bits than the deterministic schedule's")
-        except (AssertionError, EmulatorError) as error:
-            failed.append(seed)
-            reason = reason or f"{type(error).__name__}: {error}"
-    return {"seeds": seeds, "failed": failed, "reason": reason}
+def seeded(case: MlaCase) -> SeededCase:
+    """The case on six CTAs."""
+
+    def run(seed: int | None) -> list[torch.Tensor]:
+        done = run_mla(case, num_sms=6, seed=seed)
+        done.check()
+        return list(done.rows)
+
+    return SeededCase(run, ("schedule", "mla_decode/sm100"))
 
 
-def main() -> None:
-    """Run the shapes that are named, or all."""
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    for name in sys.argv[2:] or CASES:
-        begin = time.time()
-        result = run_case(CASES[name], seeds)
-        print(json.dumps({"case": name, **result, "seconds": round(time.time() - begin)}), flush=True)
-
+SEEDED = {name: seeded(case) for name, case in CASES.items()}
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(SEEDED))

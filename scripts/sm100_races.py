@@ -1,6 +1,6 @@
 """Races of the Blackwell prefill kernel under random schedules: every compile key of the tests, 100 seeds each, results against the oracle.
 
-    python -m scripts.sm100_races [seeds] > docs/data/sm100_races.json
+    python -m scripts.sm100_races [seeds [name ...]] > docs/data/sm100_races.json
 
 Each seed draws when warps run and when TMA, MMAs and commits finish. A run counts as right when it has no race, no misuse of a barrier, no
 deadlock, and the output is within the error budget with bits equal to the deterministic schedule's.
@@ -8,17 +8,14 @@ deadlock, and the output is within the error budget with bits equal to the deter
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from dataclasses import replace
 
 import torch
 
-from fa4_backend.kernel_stamp import make_stamp
 from fa4_backend.problem import FP8
 from tests.support.emulated_prefill import Cuts, run_prefill
 from tests.support.paged_case import PagedCase
+from tests.support.seeded_runs import SeededCase, main
 
 # Two items on one CTA, more K and V tiles than the ring holds, tails in both: every barrier goes through several phases.
 BASE = PagedCase((5, 40), (301, 17), num_q_heads=2, num_kv_heads=1, head_dim=128, page_size=16, arch="emulated-sm_100a")
@@ -78,6 +75,30 @@ FP8_PAIRED = {
 }
 
 
+# Form (b): e4m3 in both products, whose tiles have swizzles of 128, 64 and 32 bytes.
+FP8_PRODUCTS = {
+    f"Q, K and V in FP8, {name}": replace(BASE, kv_dtype=FP8, q_dtype=FP8, **changes)
+    for name, changes in {
+        "d128": {},
+        "d64, page 64": {"head_dim": 64, "page_size": 64},
+        "d96, 3 to 1, page 48": {"head_dim": 96, "num_q_heads": 3, "page_size": 48},
+        "one block an item": {"query_lens": (40, 4, 3), "kv_lens": (120, 0, 17)},
+        "windows": {"is_causal": False, "window_left": 90, "window_right": 20},
+        "fp16, all score features": {"dtype": "float16", "sinks": True, "alibi": True, "softcap": 20.0, "window_left": 60},
+        "peaked rows": {"peaked": 20.0},
+        "sm_103a": {"arch": "emulated-sm_103a"},
+    }.items()
+}
+FP8_PRODUCTS_PAIRED = {
+    f"Q, K and V in FP8, CTA pairs, {name}": replace(BASE, kv_dtype=FP8, q_dtype=FP8, **changes)
+    for name, changes in {
+        "d192 and 128, page 256": {"query_lens": (300, 40), "head_dim": 192, "head_dim_v": 128, "num_q_heads": 1, "page_size": 256},
+        "d256": {"query_lens": (140, 40), "head_dim": 256},
+        "d256, peaked rows": {"query_lens": (70, 40), "head_dim": 256, "peaked": 20.0},
+    }.items()
+}
+
+
 # Items cut along KV, on several CTAs or pairs: slots, counters and whoever comes last.
 CUT = {
     "parts": replace(BASE, query_lens=(70, 17, 3), kv_lens=(700, 300, 20), page_size=64),
@@ -86,51 +107,34 @@ CUT = {
     ),
 }
 CUT_PAIRED = {
+    "parts, CTA pairs, d192 and 128": replace(
+        BASE, query_lens=(140, 17), kv_lens=(500, 300), head_dim=192, head_dim_v=128, num_q_heads=1, page_size=64
+    ),
     "parts, CTA pairs, d256": replace(BASE, query_lens=(140, 17), kv_lens=(500, 300), head_dim=256),
     "parts, FP8 K and V, CTA pairs": replace(BASE, kv_dtype=FP8, query_lens=(70, 17), kv_lens=(500, 300)),
 }
 CUTS = Cuts((3, 2, 2))
 
 
-def run_case(case: PagedCase, seeds: int, cta_group: int = 1, cuts: Cuts | None = None) -> dict[str, object]:
-    """One case under all seeds."""
-    started = time.process_time()
+ALONE = CASES | FP8_CASES | FP8_PRODUCTS | CUT
+PAIRS = PAIRED | FP8_PAIRED | FP8_PRODUCTS_PAIRED | CUT_PAIRED
+
+
+def seeded(case: PagedCase, cta_group: int, is_cut: bool) -> SeededCase:
+    """The case on one CTA, or pair, or on three where its tiles are cut."""
     key = case.plan().kernels.prefill.with_tuning(cta_group=cta_group)
-    if cuts is not None:
-        cuts = replace(cuts, parts=cuts.parts[: len(case.query_lens)])
-    num_ctas = 1 if cuts is None else 3
-    first = run_prefill(case, num_ctas=num_ctas, key=key, cuts=cuts)
-    first.check()
-    rows = first.built.total_q
-    races = different = instructions = 0
-    for seed in range(seeds):
-        done = run_prefill(case, num_ctas=num_ctas, seed=seed, key=key, cuts=cuts)
-        races += len(done.report.races)
-        instructions += done.report.instructions
-        done.built.check(done.out, done.lse, padding_is_zero=done.zeroes_padding)
-        different += not (torch.equal(done.out[:rows], first.out[:rows]) and torch.equal(done.lse[:, :rows], first.lse[:, :rows]))
-    return {
-        "key": key.name,
-        "seeds": seeds,
-        "races": races + len(first.report.races),
-        "runs with other bits": different,
-        "warp instructions": instructions,
-        "cpu_seconds": round(time.process_time() - started, 1),
-    }
+    cuts = Cuts(CUTS.parts[: len(case.query_lens)]) if is_cut else None
+
+    def run(seed: int | None) -> list[torch.Tensor]:
+        done = run_prefill(case, num_ctas=3 if is_cut else 1, seed=seed, key=key, cuts=cuts)
+        done.check()
+        rows = done.built.total_q
+        return [done.out[:rows], done.lse[:, :rows]]
+
+    return SeededCase(run, ("sm100",), key.name)
 
 
-def main() -> int:
-    """Print the results as JSON; exit 1 when a run had a race or other bits."""
-    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    results = {}
-    for name, case in (CASES | PAIRED | FP8_CASES | FP8_PAIRED | CUT | CUT_PAIRED).items():
-        cuts = CUTS if name in CUT | CUT_PAIRED else None
-        results[name] = run_case(case, seeds, cta_group=2 if name in PAIRED | FP8_PAIRED | CUT_PAIRED else 1, cuts=cuts)
-        print(name, results[name], file=sys.stderr, flush=True)
-    json.dump({"stamp": make_stamp("emulator", ("sm100",)), **results}, sys.stdout, indent=1)
-    print()
-    return int(any(r["races"] or r["runs with other bits"] for r in results.values()))
-
+SEEDED = {name: seeded(case, 2 if name in PAIRS else 1, name in CUT | CUT_PAIRED) for name, case in (ALONE | PAIRS).items()}
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(SEEDED))

@@ -1,5 +1,6 @@
 """The SM clock under each kernel's load on this GPU, and so its cycles: what the timing model's clock is taken from.
 
+    python -m tests.device.measure_clocks --compile                        (first: our kernels, on all cores)
     python -m tests.device.measure_clocks --out FILE [--seconds 50]
 
 Between two stamps of every SM's cycle counter and the global timer a captured kernel runs again and again; their differences are the mean
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from fa4_backend import plan_attention
 from fa4_backend.bench.batch import BatchTensors
 from fa4_backend.bench.dense_peers import FLASH_ATTN_4, prepare
-from fa4_backend.bench.ours import Ours
+from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.timing import capture
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device import cuda_driver
+from tests.device.fuzz_all import compile_all
 
 STAMP = """
 .version 8.0
@@ -107,18 +112,31 @@ def measure(clock: Clock, replay: Callable[[], object]) -> dict[str, float]:
 def cells() -> Iterator[tuple[str, str, Any]]:
     """(kernel, name, batch) of what is measured."""
     sets = named_batches()
-    for batch in [*sets["heads"], *sets["whole"], *sets["chunked"], *sets["full"]]:
+    few_kv_heads = replace(sets["wide"][-1], rows=4, query_len=4096, kv_len=4096, num_kv_heads=2)
+    for batch in [*sets["heads"], *sets["wide"], few_kv_heads, *sets["whole"], *sets["chunked"], *sets["full"]]:
         yield "fa4", batch.label, batch
-        if batch.query_len == batch.kv_len:
+        if batch.query_len == batch.kv_len and batch.head_dim <= 128:
             yield "flash-attn-4", batch.label, batch
+
+
+def compile_ours() -> None:
+    """All kernels of our cells on sm_90a, side by side; needs no GPU."""
+    plans = [plan_attention(*asked(batch, "sm_90a")) for kernel, _, batch in cells() if kernel == "fa4"]
+    print(f"compiled in {compile_all(plans, processes=os.cpu_count() or 1):.0f} s")
 
 
 def main() -> int:
     """Write what was measured; exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="needed unless --compile")
+    parser.add_argument("--compile", action="store_true", help="only compile our kernels; needs no GPU")
     parser.add_argument("--seconds", type=float, default=50.0, help="start no further cell after this time")
     options = parser.parse_args()
+    if options.compile:
+        compile_ours()
+        return 0
+    if options.out is None:
+        parser.error("--out: expected a file")
     begin = time.monotonic()
     torch.manual_seed(0)
     torch.zeros(1, device="cuda")

@@ -146,6 +146,19 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def judged(target: Target, mutant: Mutant, right: Right, seeds: list[int | None]) -> dict[str, Any]:
+    """A fault's entry in the results: how it shows, or else why it changes nothing, or else why it is missed."""
+    how, seed = verdict(target, mutant, right, seeds)
+    print(f"{target.name}, {mutant.name}: {how or 'survived'}", flush=True)
+    fault = {"line": mutant.line, "text": mutant.text.strip()[:160], "caught": how, "seed": seed}
+    if not how:
+        fault["vacuous"] = vacuous(target, mutant)
+        if not fault["vacuous"]:
+            fault["missed"] = why_missed(target, mutant)
+        print(f"    {fault['vacuous'] or 'MISSED: ' + fault['missed']}", flush=True)
+    return fault
+
+
 def inject(
     target: Target, seeds: list[int | None], pick: Callable[[Mutant], bool] = lambda _: True, share: tuple[int, int] = (0, 1)
 ) -> dict[str, Any]:
@@ -157,16 +170,9 @@ def inject(
         right = run_right(target)
     faults: dict[str, list[dict[str, Any]]] = {}
     for mutant in itertools.islice(filter(pick, mutants(split, right.reached, target.sample)), share[0], None, share[1]):
-        how, seed = verdict(target, mutant, right, seeds)
-        if how == ILLEGAL:
+        fault = judged(target, mutant, right, seeds)
+        if fault["caught"] == ILLEGAL:
             continue
-        print(f"{target.name}, {mutant.name}: {how or 'survived'}", flush=True)
-        fault = {"line": mutant.line, "text": mutant.text.strip()[:160], "caught": how, "seed": seed}
-        if not how:
-            fault["vacuous"] = vacuous(target, mutant)
-            if not fault["vacuous"]:
-                fault["missed"] = why_missed(target, mutant)
-            print(f"    {fault['vacuous'] or 'MISSED: ' + fault['missed']}", flush=True)
         faults.setdefault(mutant.kind, []).append(fault)
     return {"kernel": target.name, "cpu_seconds": round(cpu_seconds() - start), "classes": faults}
 

@@ -21,25 +21,26 @@ import torch
 
 from fa4_backend.emulator import EmulatorError
 from fa4_backend.kernel_stamp import make_stamp
-from tests.emulator.fault_injection import cpu_seconds, remarks, run_right, same
+from tests.emulator.fault_injection import Right, cpu_seconds, remarks, run_right, same
 from tests.emulator.fault_targets import OWN_TARGETS, Target
+
+
+def alarm_of(target: Target, right: Right, seed: int) -> str:
+    """What the right program is accused of under one schedule; "" for nothing."""
+    try:
+        outputs, report = target.run(seed)
+    except EmulatorError as error:
+        return f"seed {seed}: {type(error).__name__}: {error}"
+    new = report.races + sorted(remarks(report) - right.notes)
+    if new:
+        return f"seed {seed}: {new[0]}"
+    return "" if same(outputs, right.outputs) else f"seed {seed}: other output bits than the deterministic schedule"
 
 
 def alarms_of(target: Target, seeds: Iterable[int]) -> list[str]:
     """What the right program is accused of over these schedules."""
-    right, alarms = run_right(target), []
-    for seed in seeds:
-        try:
-            outputs, report = target.run(seed)
-        except EmulatorError as error:
-            alarms.append(f"seed {seed}: {type(error).__name__}: {error}")
-            continue
-        new = report.races + sorted(remarks(report) - right.notes)
-        if new:
-            alarms.append(f"seed {seed}: {new[0]}")
-        if not same(outputs, right.outputs):
-            alarms.append(f"seed {seed}: other output bits than the deterministic schedule")
-    return alarms
+    right = run_right(target)
+    return [alarm for seed in seeds if (alarm := alarm_of(target, right, seed))]
 
 
 def run_share(name: str, seeds: range) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Processes that take tasks of one list until it is empty or time is up, each keeping to the group of tasks that it has prepared."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """`cost` is a guess in seconds; of the lowest rank that has tasks left, those of a group with much left go first."""
+
+    group: str
+    rank: int
+    cost: float
+    arguments: tuple[Any, ...]
+
+
+class TaskList:
+    """What is left to do, and which worker has prepared which groups."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.left = sorted(tasks, key=lambda task: -task.cost)
+        self.prepared: dict[int, set[str]] = {}
+
+    def take(self, worker: int) -> Task | None:
+        """The best task for a worker: of a group that it has prepared, else of the one with most left for each that has."""
+        if not self.left:
+            return None
+        mine = self.prepared.setdefault(worker, set())
+        rank = min(task.rank for task in self.left)
+        left: Counter[str] = Counter()
+        for task in self.left:
+            if task.rank == rank:
+                left[task.group] += task.cost  # type: ignore[assignment]
+        shared = Counter(group for groups in self.prepared.values() for group in groups)
+        group = max(left, key=lambda name: (name in mine, left[name] / (1 + shared[name])))
+        mine.add(group)
+        task = next(task for task in self.left if task.rank == rank and task.group == group)
+        self.left.remove(task)
+        return task
+
+
+def _serve(pipe: Connection, act: Callable[..., None], log: str) -> None:
+    """A worker's life: a task, an answer, until there is none."""
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    while (arguments := pipe.recv()) is not None:
+        failure = ""
+        try:
+            act(*arguments)
+        except Exception:  # one task's failure is reported and ends no other's
+            failure = traceback.format_exc()
+        pipe.send(failure)
+
+
+def run_tasks(tasks: list[Task], act: Callable[..., None], jobs: int, seconds: float, logs: list[str]) -> list[str]:
+    """Run `act(*task.arguments)` of every task in `jobs` processes for at most so many seconds; what is under way then is given up.
+
+    Args:
+        act: a function of a module, called in the workers; it keeps its results itself.
+        logs: files for the workers' output.
+
+    Returns a line for each task that failed, and one for what was left.
+    """
+    begin, todo, problems = time.monotonic(), TaskList(tasks), []
+    context, workers, running = get_context("spawn"), {}, {}
+    for number in range(min(jobs, len(tasks))):
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, act, logs[number]), daemon=True)
+        process.start()
+        theirs.close()
+        workers[pipe] = number, process
+        running[pipe] = todo.take(number)
+        pipe.send(running[pipe].arguments)
+    while running and (left := seconds - (time.monotonic() - begin)) > 0:
+        for pipe in wait(list(running), timeout=left):
+            number, _ = workers[pipe]
+            done = running.pop(pipe)
+            try:
+                failure = pipe.recv()
+            except EOFError:
+                problems.append(f"{done.arguments}: the process ended")
+                continue
+            if failure:
+                problems.append(f"{done.arguments}: {failure}")
+            task = todo.take(number)
+            pipe.send(None if task is None else task.arguments)
+            if task is not None:
+                running[pipe] = task
+    for pipe, task in running.items():
+        problems.append(f"{task.arguments}: under way when time was up")
+        workers[pipe][1].terminate()
+    problems += [f"{task.arguments}: not begun when time was up" for task in todo.left]
+    return problems
