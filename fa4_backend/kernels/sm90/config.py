@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import SHARE_PARTS, TILES, TILES_FP8
+from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, SHARE_PARTS, TILES, TILES_FP8
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
-from fa4_backend.problem import AttentionProblem
+from fa4_backend.problem import RAGGED, AttentionProblem
 
 CTAS_PER_ITEM = 1
 VEC = 4  # float32 of a vector of a part's slot: 16 bytes
@@ -58,6 +58,18 @@ class Sm90Config:
     def part_floats(self) -> int:
         """float32 of a slot for a part of a tile; 0: the kernel takes whole tiles only."""
         return part_floats(self.kernel) if self.kernel.has_parts else 0
+
+
+def least_converted_visits(problem: AttentionProblem) -> int:
+    """Query tiles that see a key from which on K and V are converted before."""
+    return CONVERT_VISITS[problem.head_dim, problem.head_dim_v]
+
+
+def resolve_converted(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
+    """The compile key of the kernel that serves `problem`, K and V in FP8 pages, from what `kernels/convert_kv` made of them."""
+    wide = replace(problem, kv_dtype=problem.dtype, kv_source=RAGGED, page_size=1)
+    key = resolve(wide, is_dependent=is_dependent)
+    return Sm90Config(replace(key.kernel, is_converted=True))
 
 
 def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
