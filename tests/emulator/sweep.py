@@ -243,6 +243,8 @@ def main() -> None:
     for folder in ("lines", "logs"):
         (options.out / folder).mkdir(parents=True, exist_ok=True)
     out = str(options.out.resolve())
+    emulator.install()  # built here, so that no worker waits for another's build
+    print(f"the emulator is built after {time.monotonic() - begin:.0f} s", flush=True)
     tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds)
     print(f"{len(tasks)} tasks after {time.monotonic() - begin:.0f} s", flush=True)
     seconds = options.seconds - (time.monotonic() - begin)

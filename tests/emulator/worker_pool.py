@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SILENCE_S = 60
+SILENCE_S, TELL_S = 60, 15
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,12 @@ def run_tasks(tasks: list[Task], act: Callable[..., None], jobs: int, seconds: f
         workers[pipe] = number, process
         running[pipe] = todo.take(number)
         pipe.send(running[pipe].arguments)
+    told = begin
     while running and (left := seconds - (time.monotonic() - begin)) > 0:
-        for pipe in wait(list(running), timeout=left):
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            print(f"{told - begin:.0f} s: {len(todo.left)} tasks left, load {os.getloadavg()[0]:.0f}", flush=True)
+        for pipe in wait(list(running), timeout=min(left, TELL_S)):
             number, _ = workers[pipe]
             done = running.pop(pipe)
             try:
