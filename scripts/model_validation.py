@@ -2,9 +2,9 @@
 
     python -m scripts.model_validation --chip H200 --recordings FOLDER     (then H100, B200, B300; a process serves one arch)
 
-Reads `docs/data/model_cells_*.json`, which were fixed before the first comparison, and writes tile costs, modelled and measured figures to `docs/data/model_validation.json`. flash-attn-4's kernels and ours are recorded on the emulator, one
-head and a few KV blocks at a time (minutes); recordings are kept in FOLDER. `--fit` prints the fit cells under several `beside_products`, and the
-lines of the clock.
+Reads `docs/data/model_cells_*.json`, which were fixed before the first comparison, and writes tile costs, modelled and measured figures to
+`docs/data/model_validation.json`. flash-attn-4's kernels and ours are recorded on the emulator, one head and a few KV blocks at a time
+(minutes); recordings are kept in FOLDER. `--fit` prints the fit cells under several `beside_products`, and the lines of the clock.
 """
 
 from __future__ import annotations
