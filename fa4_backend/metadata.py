@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +9,7 @@ from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
-from fa4_backend.validation import check_least, check_step
+from fa4_backend.step_validation import Passed, check_shortest_query, check_step
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,7 @@ class AttentionMetadata:
     kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
     unit_scale: torch.Tensor | None = None  # (1,) float32, one: the scale of K and V in FP8 where a call gives none
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
-    passed: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # facts of calls that `validation` found to fit; bytes of tensors
+    passed: Passed = field(default_factory=dict)  # facts of steps and calls that need no second check
     is_announced: bool = False  # the plan's log line was written
     followers: list[AttentionMetadata] = field(default_factory=list)  # made by `sharing`
 
@@ -123,8 +122,8 @@ class AttentionMetadata:
         Raises:
             ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
         """
-        num_seqs = check_step(self, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        check_least(cu_seqlens_q, min_seqlen_q, max_seqlen_q)
+        num_seqs = check_step(self.plan, self.device, self.passed, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        check_shortest_query(cu_seqlens_q, min_seqlen_q, max_seqlen_q)
         self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q)
         if self.kv_lens is not None and cu_seqlens_k is not None:
             import torch

@@ -1,4 +1,4 @@
-"""The tensors and values of a step and of a call against their plan. Every refusal says what was expected and what it got.
+"""The tensors and values of a call against its plan and its step. Every refusal says what was expected and what it got.
 
 Only shapes, strides, dtypes, devices, addresses and host numbers are looked at: values on the device are the kernels' to clamp.
 """
@@ -23,6 +23,7 @@ from fa4_backend.expectations import (
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.memory_spans import num_bytes, share_memory
 from fa4_backend.problem import DTYPE_BYTES, LATENT, PAGED, RAGGED
+from fa4_backend.step_validation import remember
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from fa4_backend.problem import AttentionProblem
 
 Tensors = CallTensors | RaggedTensors | LatentTensors
-
-MAX_PASSED = 1024  # remembered facts of calls; layers and steps repeat theirs
 
 
 def _apart(fields: tuple[str, ...], read: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -52,77 +51,6 @@ OPERATORS = {CallTensors: (PAGED, "paged_attention"), RaggedTensors: (RAGGED, "r
 FLOAT32_MIN = 1.1754943508222875e-38  # smallest normal number
 # Kernels multiply softmax_scale, softcap and their ratio by up to 2 log2(e) = 2.89 and need a finite float32.
 LARGEST_FACTOR = 2.0**126
-
-
-def check_least(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:
-    """Check the lower bound of a step's query lengths; against the lengths themselves where they are on the CPU.
-
-    Raises:
-        ValueError: it is no whole number, below 1, above the upper bound of a step that has queries, or above a query.
-    """
-    expect_whole("min_seqlen_q", min_seqlen_q)
-    if not 1 <= min_seqlen_q <= max(max_seqlen_q, 1):
-        raise ValueError(f"min_seqlen_q: expected 1 to max_seqlen_q={max_seqlen_q}, got {min_seqlen_q}")
-    if min_seqlen_q > 1 and cu_seqlens_q.device.type == "cpu":
-        lengths = cu_seqlens_q.diff()
-        shortest = min((n for n in lengths.tolist() if n > 0), default=min_seqlen_q)
-        if shortest < min_seqlen_q:
-            raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
-
-
-def check_step(
-    metadata: AttentionMetadata,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> int:
-    """Check the lengths of a step; returns its number of sequences.
-
-    Raises:
-        ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
-    """
-    limits, source = metadata.plan.limits, metadata.plan.problem.kv_source
-    name, lengths, other_name, other = "seqused_k", seqused_k, "cu_seqlens_k", cu_seqlens_k
-    if source == RAGGED:
-        name, lengths, other_name, other = other_name, other, name, lengths
-    if lengths is None or other is not None:
-        raise ValueError(f"{name}, {other_name}: expected the first alone for {source} K and V, got {_describe_given(lengths, other)}")
-    try:
-        facts = ("step", _facts(cu_seqlens_q), _facts(lengths))
-    except AttributeError:
-        expect_tensors({"cu_seqlens_q": cu_seqlens_q, name: lengths})
-        raise
-    ends = 1 if source == RAGGED else 0
-    if facts not in metadata.passed:
-        expect_shape(name, lengths, (None,))
-        num_seqs = lengths.shape[0] - ends
-        if not 0 <= num_seqs <= limits.max_num_seqs:
-            raise ValueError(f"{name}: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
-        expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
-        for tensor_name, tensor in (("cu_seqlens_q", cu_seqlens_q), (name, lengths)):
-            expect_dtype(tensor_name, tensor, "int32")
-            expect_dense(tensor_name, tensor)
-            expect_device(tensor_name, tensor, metadata.device, "the metadata")
-        _remember(metadata, facts, ())
-    for bound_name, got, limit_name, limit in (
-        ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
-        ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
-    ):
-        expect_whole(bound_name, got)
-        if not 0 <= got <= limit:
-            raise ValueError(f"{bound_name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
-    if source == LATENT and max_seqlen_q > limits.decode_query_len:
-        raise ValueError(
-            f"max_seqlen_q: expected at most {limits.decode_query_len}, the plan's decode_query_len, since latent attention serves short "
-            f"rows only, got {max_seqlen_q}"
-        )
-    return int(lengths.shape[0]) - ends
-
-
-def _describe_given(lengths: object, other: object) -> str:
-    return {(True, False): "neither", (True, True): "the second alone"}.get((lengths is None, other is not None), "both")
 
 
 def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Tensors) -> None:
@@ -148,7 +76,7 @@ def check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, tensors: Ten
     if sizes is None:
         _check_tensors(plan, metadata, tensors)
         sizes = tuple(0 if t is None else num_bytes(t) for t in tensors)
-        _remember(metadata, key, sizes)
+        remember(metadata.passed, key, sizes)
     _expect_apart(tensors, addresses, sizes)
 
 
@@ -161,16 +89,6 @@ def check_no_backward(tensors: Tensors) -> None:
     for name, tensor in tensors._asdict().items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name}: expected a call under torch.no_grad(), since there is no backward pass, got requires_grad=True")
-
-
-def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _remember(metadata: AttentionMetadata, facts: tuple[object, ...], sizes: tuple[int, ...]) -> None:
-    if len(metadata.passed) >= MAX_PASSED:
-        metadata.passed.clear()
-    metadata.passed[facts] = sizes
 
 
 def _expect_apart(t: Tensors, addresses: list[int], sizes: tuple[int, ...]) -> None:

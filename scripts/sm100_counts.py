@@ -95,13 +95,13 @@ def steady_state(run: Any) -> dict[str, dict[str, int]]:
     return {role: {unit: (number - short[role][unit]) // ctas for unit, number in sorted(long[role].items())} for role in ROLES}
 
 
-def ours(kv_dtype: str = SAME_AS_Q, **tuning: float) -> Any:
+def ours(kv_dtype: str = SAME_AS_Q, q_dtype: str = SAME_AS_Q, arch: str = "sm_100a", **tuning: float) -> Any:
     """A runner of our kernel."""
 
     def run(num_keys: int) -> emulator.Report:
         case = PagedCase(
-            (ROWS * run.ctas,), (num_keys,), num_q_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, page_size=128, arch="emulated-sm_100a",
-            kv_dtype=kv_dtype,
+            (ROWS * run.ctas,), (num_keys,), num_q_heads=1, num_kv_heads=1, head_dim=HEAD_DIM, page_size=128,
+            arch=f"emulated-{arch}", kv_dtype=kv_dtype, q_dtype=q_dtype,
         )  # fmt: skip
         key = case.plan().kernels.prefill
         if "rescale_threshold" in tuning:
@@ -138,6 +138,8 @@ def main() -> int:
         "ours, CTA pairs": ours(cta_group=2),
         "ours, FP8 K and V, CTA pairs": ours(FP8, cta_group=2),
         "ours, FP8 K and V, one CTA": ours(FP8, cta_group=1),
+        "ours, FP8 Q, K and V": ours(FP8, FP8),
+        "ours, FP8 Q, K and V, sm_103a": ours(FP8, FP8, "sm_103a"),
     }
     counts = {name: steady_state(run) for name, run in kernels.items()}
     json.dump({"stamp": make_stamp("emulator", ("sm100",)), **counts}, sys.stdout, indent=1)

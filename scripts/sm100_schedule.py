@@ -1,6 +1,8 @@
 """Modelled cycles of one KV block in steady state, ours beside upstream flash-attn-4's: where the tensor core idles, and for whom.
 
-    python -m scripts.sm100_schedule [shape ...] > docs/data/sm100_schedule.json
+    python -m scripts.sm100_schedule [shape ...] > schedule.json
+
+`docs/data/sm100_schedule.json` has all shapes, each with the stamp of the kernels that it was made of.
 
 The deterministic emulated run of each kernel is recorded (`emulator.recording`) and replayed with modelled times (`emulator.replay`,
 which states the rules). Each kernel works on 256 query rows a CTA, at d256 on 128 (one head, bf16, page 128), against 8 and against 24 KV
@@ -143,7 +145,7 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     for name in sys.argv[1:] or SHAPES:
         shape = SHAPES[name]
-        results[name] = {"upstream": report(upstream, shape)}
+        results[name] = {"stamp": make_stamp("emulator", ("sm100",)), "upstream": report(upstream, shape)}
         if shape.head_dim_v <= 128:
             results[name]["ours"] = report(ours, shape)
         if shape.head_dim_v >= 128:
@@ -156,7 +158,8 @@ def main() -> int:
         ctas = 2 if shape.head_dim_v > 128 else 1
         for arch in (ARCH, "sm_103a"):
             results[name][f"ours, FP8 Q, K and V, {arch}"] = report(partial(ours, cta_group=ctas, kv_dtype=FP8, q_dtype=FP8), shape, arch)
-    json.dump({"stamp": make_stamp("emulator", ("sm100",)), "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
+    stamp = results[next(iter(results))]["stamp"]
+    json.dump({"stamp": stamp, "note": "modelled cycles, not measured", **results}, sys.stdout, indent=1)
     print()
     return 0
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from fa4_backend.bench import ours
 from fa4_backend.bench.batch import BatchTensors
 from fa4_backend.bench.decode_batches import DecodeBatch
 from fa4_backend.bench.figures import Cell, write_overview
-from fa4_backend.bench.ours import Ours
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import INVARIANT, WIDE, installed, prepare, ready
 from fa4_backend.bench.timing import Flush, capture, copy_bandwidth, median_us
 from fa4_backend.problem import FP8
@@ -46,6 +47,7 @@ def run(
     Raises:
         RuntimeError: a kernel of ours is wrong on a batch.
     """
+    compile_all(batches)
     copy = copy_bandwidth()
     torch.manual_seed(0)
     for batch in batches:
@@ -69,6 +71,11 @@ def run(
         yield timings
 
 
+def compile_all(batches: list[DecodeBatch], arch: str | None = None) -> int:
+    """Compile what the batches need for `arch`, by default that of the GPU present; how many kernels that are."""
+    return ours.compile_all(asked(batch, arch or gpu_arch(), **flags) for batch in batches for flags in OURS.values())
+
+
 def format_line(timings: list[Timing]) -> str:
     """One batch on one line."""
     parts = [f"{t.kernel} {t.us:.1f} us {t.gb_per_s:.0f} GB/s {100 * t.share_of_copy:.0f}%" for t in timings]
@@ -79,7 +86,5 @@ def format_line(timings: list[Timing]) -> str:
 
 def write_plot(path: Path, timings: list[Timing]) -> None:
     """Best peer over ours, and the share of the copy's bandwidth."""
-    ours = [t for t in timings if t.kernel == "fa4"]
-    write_overview(
-        path, [Cell("", t.batch, t.ratio_to_best_peer, t.share_of_copy) for t in ours], ceiling="copy's bandwidth (K and V only)"
-    )
+    own = [t for t in timings if t.kernel == "fa4"]
+    write_overview(path, [Cell("", t.batch, t.ratio_to_best_peer, t.share_of_copy) for t in own], ceiling="copy's bandwidth (K and V only)")

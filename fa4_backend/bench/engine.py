@@ -1,6 +1,7 @@
 """`fa4 bench engine`: a whole vLLM engine on FA4 and on its own attention backends, each in a process of its own.
 
-A Llama of 8B shape with few layers and random weights, so that attention is the only part that differs. All engines start at the same time
+A Llama of 8B shape, or DeepSeek-V3's layers with dense MLPs (`engine_models.py`), with few layers and random weights, so that attention is
+the only part that differs. All engines start at the same time
 and live until the end; of each group of cases each has its turn while the others hold their memory and wait, then comes the next group,
 then the next round. What an engine answers is given on at once, and the time set ends the run wherever it is: what was measured is kept. A
 start with an empty cache of our kernels and one with a full one come last, when vLLM's own caches are warm.
@@ -23,15 +24,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fa4_backend import AttentionProblem, BatchLimits, envs, plan_attention
-from fa4_backend.bench.engine_steps import BATCHES, CHUNK, GROUPS, MAX_LEN, PREFIX, PROMPT, STEPS_BESIDE, VOCAB, EngineFigure
+from fa4_backend import envs, plan_attention
+from fa4_backend.bench.engine_models import MODELS, asked_of
+from fa4_backend.bench.engine_steps import BATCHES, CHUNK, GROUPS, PREFIX, PROMPT, STEPS_BESIDE, EngineFigure
 from fa4_backend.compile_cache import library_of
-from fa4_backend.problem import FP8, SAME_AS_Q
 
-BACKENDS = ("FA4", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 MODES = ("0", "default")
-NUM_LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 4, 32, 8, 128
-PAGE_SIZE = 16  # vLLM's default
+MODEL, NUM_LAYERS = "llama", 4
 COMMAND = [sys.executable, "-m", "fa4_backend.bench.engine_steps"]
 PATIENCE = 240.0  # seconds for an engine's start, or for one group of cases
 LEAST_FOR_A_START = 30.0  # seconds that have to be left for one
@@ -44,38 +43,28 @@ class EngineBenchError(RuntimeError):
     """An engine did not start or answer, or ran other kernels than it was to; the message holds the end of its log."""
 
 
-def write_config(folder: Path, num_layers: int = NUM_LAYERS) -> Path:
-    """A Llama-3-8B's config.json with so many layers; vLLM makes up the weights."""
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": num_layers, "num_attention_heads": Q_HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2 * PREFIX, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
-    }  # fmt: skip
+def write_config(folder: Path, num_layers: int = NUM_LAYERS, model: str = MODEL) -> Path:
+    """A model's config.json with so many layers; vLLM makes up the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(MODELS[model].config_of(num_layers)))
     return folder
 
 
-def kv_cache_bytes(context: int, kv_cache_dtype: str, num_layers: int = NUM_LAYERS) -> int:
+def kv_cache_bytes(context: int, kv_cache_dtype: str, num_layers: int = NUM_LAYERS, model: str = MODEL) -> int:
     """What the cache keeps at most: the largest batch's contexts and what its rows generate, prompts beside them, and a cached prefix."""
     rows = max(BATCHES)
     generated = rows * context // (CHUNK - rows) + 16 + STEPS_BESIDE
-    token = num_layers * 2 * KV_HEADS * HEAD_DIM * (2 if kv_cache_dtype == "auto" else 1)
-    return (rows * (context + generated) + 2 * PROMPT + PREFIX) * token
+    return (rows * (context + generated) + 2 * PROMPT + PREFIX) * num_layers * MODELS[model].token_bytes(kv_cache_dtype)
 
 
-def compile_kernels(kv_cache_dtypes: list[str], arch: str) -> list[str]:
+def compile_kernels(kv_cache_dtypes: list[str], arch: str, model: str = MODEL) -> list[str]:
     """Fill the cache with our kernels for the engines; needs neither GPU nor vLLM. Their names."""
     keys: dict[Any, None] = {}
     for kv_cache_dtype in kv_cache_dtypes:
-        stored = SAME_AS_Q if kv_cache_dtype == "auto" else FP8
-        problem = AttentionProblem(Q_HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, "bfloat16", PAGE_SIZE, arch, kv_dtype=stored)
-        kernels = plan_attention(problem, BatchLimits(max(BATCHES) + 1, CHUNK, MAX_LEN)).kernels
-        assert kernels is not None
-        keys |= dict.fromkeys(kernels.keys)
+        for problem, limits in asked_of(model, kv_cache_dtype, arch):
+            kernels = plan_attention(problem, limits).kernels
+            assert kernels is not None
+            keys |= dict.fromkeys(kernels.keys)
     for key in keys:
         library_of(key)
     return [key.name for key in keys]
@@ -133,7 +122,7 @@ class RunningEngine:
             time.sleep(POLL_SECONDS)
         self.answered += 1
         read = json.loads(lines[self.answered - 1])
-        wanted = "FA4: " if self.request["kv_cache_dtype"] == "auto" else "(K and V float8_e4m3fn)"
+        wanted = "FA4: " if self.request["kv_cache_dtype"] == "auto" else self.request["fp8_words"]
         if self.request["backend"] == "FA4" and is_asked and not any(wanted in line for line in read["kernels"]):
             raise EngineBenchError(f"{self.label}: expected our kernels with {wanted!r} in their line, got {read['kernels']}")
         return [EngineFigure(**figure) for figure in read["figures"]]
@@ -165,15 +154,16 @@ class Clock:
 class Engines:
     """Processes of one run: started, asked within its time, ended with it."""
 
-    def __init__(self, clock: Clock, model: Path, folder: Path, context: int, mode: str, num_layers: int) -> None:
-        self.clock, self.folder, self.context, self.num_layers = clock, folder, context, num_layers
-        self.common = {"model": str(model), "context": context, "mode": mode}
+    def __init__(self, clock: Clock, folder: Path, context: int, mode: str, num_layers: int, model: str) -> None:
+        self.clock, self.folder, self.context, self.num_layers, self.model = clock, folder, context, num_layers, model
+        place = write_config(folder / "model", num_layers, model)
+        self.common = {"model": str(place), "context": context, "mode": mode, "fp8_words": MODELS[model].fp8_words}
         self.every: list[RunningEngine] = []
         self.failures: list[EngineBenchError] = []  # of FA4's
 
     def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
         """An engine that begins to start; its files lie in the folder `where`."""
-        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers)
+        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers, self.model)
         request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
         engine = RunningEngine(request, self.folder / where, environment)
         self.every.append(engine)
@@ -206,6 +196,7 @@ def run(
     mode: str,
     rounds: int,
     starts: bool,
+    model: str = MODEL,
     num_layers: int = NUM_LAYERS,
     groups: tuple[str, ...] = GROUPS,
     seconds: float = math.inf,
@@ -215,6 +206,7 @@ def run(
 
     Args:
         kv_cache_dtypes: vLLM's names; every backend has an engine of each.
+        model: of `MODELS`.
         starts: after the rounds, start FA4 with an empty cache of our kernels and with a full one.
         seconds: after these the run ends.
         logs: folder that keeps each engine's log.
@@ -224,8 +216,7 @@ def run(
     """
     clock = Clock(seconds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as at_end:
-        model = write_config(Path(name) / "model", num_layers)
-        engines = Engines(clock, model, logs or Path(name), context, mode, num_layers)
+        engines = Engines(clock, logs or Path(name), context, mode, num_layers, model)
         at_end.callback(engines.end)
         for kv_cache_dtype, backend in product(kv_cache_dtypes, backends):
             engines.start(backend, kv_cache_dtype, f"{backend}-{kv_cache_dtype}")

@@ -35,9 +35,11 @@ PROMPTS_A_CASE, MESSAGES_A_CASE = 3, 5
 STEPS_BESIDE = 256
 # Lengths of prompts and answers of the ragged load: log-uniform between these.
 RAGGED_REQUESTS, RAGGED_PROMPTS, RAGGED_ANSWERS = 96, (32, 4096), (16, 256)
-# Ours, FLASH_ATTN's with its schedule and the merging of parts, FlashInfer's, Triton's; not the write to the cache.
+# Ours, FLASH_ATTN's with its schedule and the merging of parts, FlashInfer's, Triton's; of latent attention FlashMLA's, Triton's, and
+# vLLM's merging of what new tokens and their context give; not the write to the cache.
 ATTENTION_KERNELS = re.compile(
     r"kernel_cutlass_kernel_|flash::|BatchDecode|BatchPrefill|MergeStates|kernel_unified_attention|reduce_segments"
+    r"|flash_fwd|get_mla_metadata|_fwd_grouped_kernel_stage|_fwd_kernel_stage|merge_attn_states"
 )
 RAGGED = "ragged"
 GROUPS = ("0", "1", "32", "128", RAGGED)  # of cases: rows that decode meanwhile, and the ragged load

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, ragged_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention, ragged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
+from fa4_backend.compile import CompileKey
+from fa4_backend.compile_cache import ensure_object
 from fa4_backend.device import plan_on
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import PAGED
@@ -32,6 +38,21 @@ def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact:
 def gpu_arch() -> str:
     """The arch of the GPU present; "none" where there are no kernels for it, which plans refuse."""
     return arch_of_capability(*torch.cuda.get_device_capability()) or "none"
+
+
+def compile_all(requests: Iterable[tuple[AttentionProblem, BatchLimits]]) -> int:
+    """Compile what the plans of `asked` need and the cache lacks, in several processes: one after the other would take minutes.
+
+    Returns:
+        how many kernels they need.
+    """
+    keys: dict[CompileKey, None] = {}
+    for request in requests:
+        plan = plan_attention(*request)
+        keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, keys))
+    return len(keys)
 
 
 @dataclass(frozen=True)

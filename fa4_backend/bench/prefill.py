@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from fa4_backend.bench import dense_peers
+from fa4_backend.bench import ours as own_calls
 from fa4_backend.bench.batch import BatchTensors
 from fa4_backend.bench.figures import Cell, write_overview
-from fa4_backend.bench.ours import Ours
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import PAGED, Call, installed, prepare, ready
 from fa4_backend.bench.prefill_batches import PrefillBatch
 from fa4_backend.bench.timing import capture, in_turns, matmul_tflop_per_s
@@ -46,8 +47,12 @@ def ours(batch: PrefillBatch, t: BatchTensors) -> Call:
     return Ours.make(batch, t).call
 
 
+def _in_bf16(batch: PrefillBatch) -> PrefillBatch:
+    return replace(batch, kv_dtype="bfloat16", q_dtype="bfloat16")
+
+
 def _ours_in_bf16(batch: PrefillBatch, t: BatchTensors) -> Call:
-    return ours(replace(batch, kv_dtype="bfloat16", q_dtype="bfloat16"), t.in_bf16())
+    return ours(_in_bf16(batch), t.in_bf16())
 
 
 def _peer(name: str, batch: PrefillBatch, t: BatchTensors) -> Call | None:
@@ -66,6 +71,7 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
     Raises:
         RuntimeError: a kernel of ours is wrong on a batch.
     """
+    compile_all(batches)
     matmul = matmul_tflop_per_s()
     torch.manual_seed(0)
     for batch in batches:
@@ -93,6 +99,12 @@ def run(batches: list[PrefillBatch], *, peers: list[str] | None = None, rounds: 
             Timing(batch.label, name, us[name], rates[name], rates[name] / matmul, None if best is None else best / us[name], errors[name])
             for name in us
         ]
+
+
+def compile_all(batches: list[PrefillBatch], arch: str | None = None) -> int:
+    """Compile what the batches need for `arch`, by default that of the GPU present; how many kernels that are."""
+    every = [*batches, *(_in_bf16(batch) for batch in batches if batch.kv_dtype == FP8)]
+    return own_calls.compile_all(asked(batch, arch or gpu_arch()) for batch in every)
 
 
 def format_line(timings: list[Timing]) -> str:

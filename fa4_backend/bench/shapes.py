@@ -7,29 +7,24 @@ kernel can be shorter than: the bytes it must move at a copy's bandwidth, and it
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from fa4_backend import plan_attention
+from fa4_backend.bench import ours
 from fa4_backend.bench.batch import PROMPT_ERROR, BatchShape, BatchTensors
 from fa4_backend.bench.figures import Cell, write_overview
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import Call, installed, prepare, ready
 from fa4_backend.bench.shape_cells import Kind
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, copy_bandwidth, matmul_tflop_per_s
-from fa4_backend.compile import CompileKey
-from fa4_backend.compile_cache import ensure_object
 
 OURS = "fa4"
 ROUNDS = 6
@@ -152,23 +147,8 @@ def _time(batch: BatchShape, peers: list[str], rounds: int) -> tuple[dict[str, f
 
 
 def compile_all(kinds: Mapping[str, Kind], arch: str | None = None) -> int:
-    """Compile what the cells need and the cache lacks, in several processes: one after the other would take minutes.
-
-    Args:
-        arch: default: of the GPU present.
-
-    Returns:
-        how many kernels the cells need.
-    """
-    arch = arch or gpu_arch()
-    keys: dict[CompileKey, None] = {}
-    for kind in kinds.values():
-        for batch in kind.batches:
-            plan = plan_attention(*asked(batch, arch))
-            keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
-    return len(keys)
+    """Compile what the cells need for `arch`, by default that of the GPU present; how many kernels that are."""
+    return ours.compile_all(asked(batch, arch or gpu_arch()) for kind in kinds.values() for batch in kind.batches)
 
 
 def format_line(timings: list[Timing]) -> str:
@@ -181,21 +161,19 @@ def format_line(timings: list[Timing]) -> str:
 
 def summary(timings: list[Timing]) -> str:
     """Our cells, those furthest behind first; cells without a peer last."""
-    ours = sorted(
-        (t for t in timings if t.kernel == OURS), key=lambda t: math.inf if t.ratio_to_best_peer is None else t.ratio_to_best_peer
-    )
+    own = sorted((t for t in timings if t.kernel == OURS), key=lambda t: math.inf if t.ratio_to_best_peer is None else t.ratio_to_best_peer)
     lines = [f"{'ratio':>5}  {'fa4 us':>8}  {'best us':>8}  roofline  cell"]
-    for t in ours:
+    for t in own:
         ratio = "" if t.ratio_to_best_peer is None else f"{t.ratio_to_best_peer:.2f}"
         peer = "" if t.ratio_to_best_peer is None else f"{t.us * t.ratio_to_best_peer:.1f}"
         lines.append(f"{ratio:>5}  {t.us:8.1f}  {peer:>8}  {100 * t.share_of_roofline:6.0f} %  {t.kind}: {t.batch}")
-    behind = sum(round(t.ratio_to_best_peer, 2) < 1 for t in ours if t.ratio_to_best_peer is not None)
-    return "\n".join([*lines, f"{len(ours)} cells, {behind} below 1.00"])
+    behind = sum(round(t.ratio_to_best_peer, 2) < 1 for t in own if t.ratio_to_best_peer is not None)
+    return "\n".join([*lines, f"{len(own)} cells, {behind} below 1.00"])
 
 
 def write_plot(path: Path, timings: list[Timing]) -> None:
     """Best peer over ours, and our share of the roofline."""
     # Kinds stand together, whatever the order in which they were timed.
     order = list(dict.fromkeys(t.kind for t in timings))
-    ours = sorted((t for t in timings if t.kernel == OURS), key=lambda t: order.index(t.kind))
-    write_overview(path, [Cell(t.kind, t.batch, t.ratio_to_best_peer, t.share_of_roofline) for t in ours], ceiling="roofline")
+    own = sorted((t for t in timings if t.kernel == OURS), key=lambda t: order.index(t.kind))
+    write_overview(path, [Cell(t.kind, t.batch, t.ratio_to_best_peer, t.share_of_roofline) for t in own], ceiling="roofline")

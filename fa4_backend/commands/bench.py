@@ -27,6 +27,7 @@ Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matpl
 KvDtype = Annotated[str, typer.Option(help=f"of K and V: {', '.join(KV_DTYPES)}; auto is that of q, bfloat16")]
 QDtype = Annotated[str, typer.Option(help=f"of q: {', '.join(KV_DTYPES)}; fp8 beside K and V in fp8, auto is bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+CompileFor = Annotated[str, typer.Option(help="compile the batches' kernels for this arch and time none; needs no GPU")]
 
 
 @bench.command()
@@ -39,6 +40,7 @@ def prefill(
     kv_dtype: KvDtype = "auto",
     q_dtype: QDtype = "auto",
     kind: Annotated[str, typer.Option(help="of K and V: paged or ragged")] = PAGED,
+    compile_for: CompileFor = "",
 ) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
     from fa4_backend.bench import prefill as module
@@ -48,10 +50,12 @@ def prefill(
     if kind not in sets:
         typer.echo(f"fa4 bench: --kind: expected one of {', '.join(sets)}, got {kind}", err=True)
         raise typer.Exit(2)
+    chosen = _with_queries(_chosen("--batches", sets[kind](_stored(kv_dtype)), batches), q_dtype)
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
     _require_gpu()
-    chosen = _chosen("--batches", sets[kind](_stored(kv_dtype)), batches)
-    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers))
-    _report(module, timings, csv_path, plot, json_output)
+    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -64,19 +68,22 @@ def decode(
     kv_dtype: KvDtype = "auto",
     q_dtype: QDtype = "auto",
     flush: Annotated[str, typer.Option(help="L2 before each call: write (full of dirty lines, as do_bench leaves it) or read")] = "write",
+    compile_for: CompileFor = "",
 ) -> None:
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
     from fa4_backend.bench import decode as module
     from fa4_backend.bench.decode_batches import issue_batches
     from fa4_backend.bench.timing import Flush
 
-    _require_gpu()
     if flush not in list(Flush):
         typer.echo(f"fa4 bench: --flush: expected one of {', '.join(Flush)}, got {flush}", err=True)
         raise typer.Exit(2)
-    chosen = _chosen("--batches", issue_batches(_stored(kv_dtype)), batches)
-    timings = module.run(_with_queries(chosen, q_dtype), peers=_listed(peers), flush=Flush(flush))
-    _report(module, timings, csv_path, plot, json_output)
+    chosen = _with_queries(_chosen("--batches", issue_batches(_stored(kv_dtype)), batches), q_dtype)
+    if compile_for:
+        print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
+        return
+    _require_gpu()
+    _report(module, module.run(chosen, peers=_listed(peers), flush=Flush(flush)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -111,7 +118,7 @@ def shapes(
     plot: Plot = None,
     json_output: Json = False,
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
-    compile_for: Annotated[str, typer.Option(help="compile the cells' kernels for this arch and time none; needs no GPU")] = "",
+    compile_for: CompileFor = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
     seconds: Annotated[
         float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
@@ -143,7 +150,8 @@ def shapes(
 
 @bench.command()
 def engine(
-    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM, in their turns; default: all four")] = None,
+    backends: Annotated[str | None, typer.Option(help="comma-separated backends of vLLM; default: the model's four")] = None,
+    model: Annotated[str, typer.Option(help="llama (8B's shape), or DeepSeek's with so many heads: mla16, mla128")] = "llama",
     context: Annotated[int, typer.Option(help="tokens of a decoding request")] = 2048,
     mode: Annotated[str, typer.Option(help="0 (no torch.compile, full graphs of decode steps) or default (vLLM's)")] = "default",
     rounds: Annotated[int, typer.Option(help="turns of every engine")] = 3,
@@ -165,9 +173,10 @@ def engine(
     if mode not in module.MODES:
         typer.echo(f"fa4 bench: --mode: expected one of {', '.join(module.MODES)}, got {mode}", err=True)
         raise typer.Exit(2)
+    (of_model,) = _chosen("--model", module.MODELS, model).values()
     chosen = tuple(_chosen("--groups", dict.fromkeys(module.GROUPS), groups))
     if compile_for:
-        print(*module.compile_kernels(dtypes, compile_for), sep="\n")
+        print(*module.compile_kernels(dtypes, compile_for, model), sep="\n")
         return
     _require_gpu()
     # A command that `timeout` ends has to end its engines too.
@@ -175,8 +184,8 @@ def engine(
     every: list[Any] = []
     try:
         options: dict[str, Any] = {"kv_cache_dtypes": dtypes, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
-        options |= {"seconds": seconds, "num_layers": layers, "groups": chosen, "logs": logs}
-        for figures in module.run([*module.BACKENDS] if backends is None else backends.split(","), **options):
+        options |= {"seconds": seconds, "model": model, "num_layers": layers, "groups": chosen, "logs": logs}
+        for figures in module.run([*of_model.backends] if backends is None else backends.split(","), **options):
             every += figures
             if figures and not json_output:
                 print(module.format_line(figures), flush=True)

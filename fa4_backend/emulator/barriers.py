@@ -8,58 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fa4_backend.emulator.barrier_state import NUM_NAMED_BARRIERS
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import BarrierMisuse, KernelFault, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
 from fa4_backend.emulator.syntax import Immediate, Instruction, Not, Operand
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta
     from fa4_backend.emulator.warp import Warp
 
-NUM_NAMED_BARRIERS = 16
 Votes = list[tuple[int, int]]
-
-
-class NamedBarrier:
-    """One of the 16 barriers of a CTA. Warps arrive as a whole: a barrier counts 32 threads a warp."""
-
-    __slots__ = ("arrived", "clock", "cta", "done_clock", "expected", "generation", "index", "result", "votes", "waiters")
-
-    def __init__(self, cta: Cta, index: int) -> None:
-        self.cta, self.index = cta, index
-        self.expected = self.arrived = self.generation = 0
-        self.waiters: list[tuple[Warp, int]] = []
-        self.votes: list[tuple[int, int]] = []  # (lanes with a true predicate, lanes) of each warp, for barrier.red
-        self.result: list[tuple[int, int]] = []  # the votes of the last complete use
-        self.clock: object = None
-        self.done_clock: object = None
-
-    def __str__(self) -> str:
-        return f"barrier {self.index} of {self.cta.name} ({self.arrived} of {self.expected} threads arrived)"
-
-    def arrive(self, warp: Warp, threads: int) -> None:
-        if threads % 32 or not threads:
-            raise BarrierMisuse(f"barrier {self.index} with {threads} threads: not a multiple of the warp size")
-        if self.arrived and threads != self.expected:
-            raise BarrierMisuse(f"{self}: now used with {threads} threads")
-        self.expected = threads
-        self.arrived += 32
-        if self.arrived > threads:
-            raise BarrierMisuse(f"over-arrival: {self}")
-        self.cta.cluster.progress += 1
-        if warp.races:
-            warp.races.release(warp, self, warp.exec)
-        if self.arrived == threads:
-            self.arrived = self.expected = 0
-            self.generation += 1
-            self.result, self.votes = self.votes, []
-            if self.clock is not None:
-                self.done_clock = self.cta.cluster.races.snapshot(self)
-            waiters, self.waiters = self.waiters, []
-            for other, lanes in waiters:
-                other.wake(lanes)
 
 
 @handles("bar", "barrier", aligned=True)

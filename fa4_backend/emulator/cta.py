@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
-from fa4_backend.emulator.barriers import NamedBarrier
+from fa4_backend.emulator.barrier_state import NUM_NAMED_BARRIERS, MBarrier, NamedBarrier
 from fa4_backend.emulator.errors import Deadlock, MemoryFault
-from fa4_backend.emulator.mbarrier import MBarrier
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Cta:
         self.tmem_waiters: list[tuple[Warp, int]] = []
         self.pair_calls: list[tuple[str, int]] = []  # what the CTA did with tensor memory of a pair, which its peer must do, too
         self.mbarriers: dict[int, MBarrier] = {}
-        self.barriers = [NamedBarrier(self, i) for i in range(16)]
+        self.barriers = [NamedBarrier(self, i) for i in range(NUM_NAMED_BARRIERS)]
         self.free_registers = self.grid.register_pool - self.grid.registers_per_thread * 32 * self.num_warps
         self.register_waiters: list[tuple[Warp, int]] = []
         self.register_moves: dict[int, list[int]] = {}  # registers that each setmaxnreg of a warpgroup asks for, in order
@@ -320,7 +319,7 @@ class Cluster:
             self.races.check_exits()
             self.races.close()
         for warp in self.warps():
-            self.grid.session.report.add_counts(warp)
+            self.grid.session.report.add_counts(warp.program, warp.cta.num_warps, warp.index, warp.counts)
             self.grid.give_registers(warp.r)
 
     def check_warpgroups(self, cta: Cta) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,12 +15,36 @@ from fa4_backend.emulator.syntax import Variable
 from fa4_backend.emulator.warp import Warp
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.global_races import LaunchOrder
-    from fa4_backend.emulator.session import Session
+    import random
+
+    from fa4_backend.emulator.global_races import GlobalRaces, LaunchOrder
+    from fa4_backend.emulator.memory import GlobalMemory
+    from fa4_backend.emulator.races import Races
+    from fa4_backend.emulator.report import Report
 
 MAX_DYNAMIC_SMEM = 232448  # 227 KiB, CUDA programming guide, compute capabilities 9.0 and 10.x
 REGISTERS_PER_SM = 65536
 MAX_BLOCK, MAX_GRID = (1024, 1024, 64), (2**31 - 1, 65535, 65535)
+
+
+class Device(Protocol):
+    """What a launch and its clusters ask of the session that they run in."""
+
+    arch: str
+    num_sms: int
+    isa_order: bool  # products of different shape or accumulator are not in order (`tcgen05.py`)
+    max_resident: int  # CTAs that run side by side
+    step_limit: int  # warp instructions without progress that are a livelock
+    num_launches: int
+    memory: GlobalMemory
+    report: Report
+    global_races: GlobalRaces
+
+    def rng_for(self, launch: int, cluster: int) -> random.Random | None: ...
+
+    def in_order(self, grid: Grid) -> list[tuple[int, tuple[int, int, int]]]: ...
+
+    def new_races(self, cluster: Cluster) -> Races | None: ...
 
 
 class Grid:
@@ -28,7 +52,7 @@ class Grid:
 
     def __init__(
         self,
-        session: Session,
+        session: Device,
         program: Program,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],

@@ -11,18 +11,16 @@ import os
 import struct
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from fa4_backend.emulator.contraction import Contraction
 from fa4_backend.emulator.errors import EmulatorError, LaunchError, UnknownProgram
-from fa4_backend.emulator.grid import MAX_DYNAMIC_SMEM, REGISTERS_PER_SM, Grid, three
+from fa4_backend.emulator.grid import MAX_DYNAMIC_SMEM, REGISTERS_PER_SM, Device, Grid, three
 from fa4_backend.emulator.memory import host_array
 from fa4_backend.emulator.native_core import core, library_path
 from fa4_backend.emulator.programs import LoadedKernel, known_ptx, load_program, read_cubin, register_count
-
-if TYPE_CHECKING:
-    from fa4_backend.emulator.session import Session
 
 ARCHS = {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_103a": (10, 3)}  # compute capabilities
 _LAUNCH_CLUSTER_DIMENSION = 4  # cudaLaunchAttributeClusterDimension
@@ -32,7 +30,17 @@ _SET_NON_PORTABLE_CLUSTER = 14  # cudaFuncAttributeNonPortableClusterSizeAllowed
 _GET_STATIC_SMEM = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _ERROR_EMULATOR = 999
 
-open_sessions: list[Session] = []  # launches go to the last
+
+class Launcher(Device, Protocol):
+    """What host code asks of the session that its launches go to."""
+
+    contraction: Contraction
+    error: BaseException | None  # what the call that is running raised: generated host code hands on a number only
+
+    def execute(self, grid: Grid) -> None: ...
+
+
+open_sessions: list[Launcher] = []  # launches go to the last
 handles: list[Any] = [None]  # what the library and kernel handles given to host code stand for
 _callbacks: list[Any] = []
 
@@ -54,7 +62,7 @@ def _guard(function: Any) -> Any:
     return call
 
 
-def _on_load(session: Session, image: int, library: Any) -> None:
+def _on_load(session: Launcher, image: int, library: Any) -> None:
     cubin = read_cubin(image)
     ptx = known_ptx(cubin)
     if ptx is None:
@@ -65,13 +73,13 @@ def _on_load(session: Session, image: int, library: Any) -> None:
     handles.append((ptx, cubin))
 
 
-def _on_kernel(session: Session, library: int, name: bytes, kernel: Any) -> None:
+def _on_kernel(session: Launcher, library: int, name: bytes, kernel: Any) -> None:
     ptx, cubin = handles[library]
     kernel[0] = len(handles)
     handles.append(LoadedKernel(ptx, cubin, name.decode()))
 
 
-def _on_launch(session: Session, config: int, kernel: int, args: int) -> None:
+def _on_launch(session: Launcher, config: int, kernel: int, args: int) -> None:
     loaded: LoadedKernel = handles[kernel]
     numbers = struct.unpack("<6IQQQI", host_array(config, 52).tobytes())
     grid, block, smem, attributes, count = numbers[:3], numbers[3:6], numbers[6], numbers[8], numbers[9]
@@ -102,7 +110,7 @@ def _on_launch(session: Session, config: int, kernel: int, args: int) -> None:
     )
 
 
-def _device_attribute(session: Session, number: int) -> int:
+def _device_attribute(session: Launcher, number: int) -> int:
     major, minor = ARCHS[session.arch]
     known = {
         1: 1024, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535, 8: 49152, 10: 32, 12: REGISTERS_PER_SM, 16: session.num_sms,
@@ -113,7 +121,7 @@ def _device_attribute(session: Session, number: int) -> int:
     return known[number]
 
 
-def _on_attribute(session: Session, kind: int, attribute: int, kernel: int, value: Any) -> None:
+def _on_attribute(session: Launcher, kind: int, attribute: int, kernel: int, value: Any) -> None:
     if kind == 0:
         value[0] = _device_attribute(session, attribute)
     elif kind == 2:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.mbarrier import find_barrier
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
 from fa4_backend.emulator.syntax import Instruction, Vector

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from fa4_backend.emulator.opcodes import Handler
 from fa4_backend.emulator.syntax import Address, Kernel
 from fa4_backend.emulator.undefined import registers_in
 
@@ -36,7 +37,7 @@ class Program:
     kernel: Kernel
     code: np.ndarray
     aux: np.ndarray
-    handlers: list[Handler | None]
+    handlers: list[Callable[[Any], bool | None] | None]  # `opcodes.Handler` of each instruction that the native loop does not run
     num_slots: int
     const_start: int  # slots from here on are set for each warp from `constants`, specials and symbols
     constants: np.ndarray  # (num_slots - const_start, 32) uint32

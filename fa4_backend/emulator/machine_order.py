@@ -15,7 +15,7 @@ import numpy as np
 from fa4_backend.emulator.issue_stalls import loops, parse
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.recording import Step
+    from fa4_backend.emulator.recorded_step import Step
 
 
 class Early(NamedTuple):

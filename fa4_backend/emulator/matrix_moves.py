@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import MemoryFault, UnsupportedInstruction
 from fa4_backend.emulator.lowered_program import SHARED_WINDOW
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
 from fa4_backend.emulator.syntax import Instruction, Vector
 

@@ -1,88 +1,20 @@
-"""mbarrier objects. PTX ISA 9.0, 9.7.13.16 (mbarrier), 5.5 of the memory model for what arrive and wait order."""
+"""Instructions of mbarrier objects. PTX ISA 9.0, 9.7.13.16 (mbarrier), 5.5 of the memory model for what arrive and wait order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fa4_backend.emulator.barrier_state import MAX_COUNT, MBarrier
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import BarrierMisuse, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
 from fa4_backend.emulator.syntax import Address, Immediate, Instruction, Operand, Register, Sink
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.cta import Cta
     from fa4_backend.emulator.warp import Warp
 
-MAX_COUNT = (1 << 20) - 1
 Reader = Callable[["Warp", int], int]
-
-
-class MBarrier:
-    """State of one barrier: `pending` arrivals and `tx` bytes are missing in the phase numbered `phase`."""
-
-    __slots__ = (
-        "clock",
-        "count",
-        "cta",
-        "done_clock",
-        "fenced",
-        "init_by",
-        "init_epoch",
-        "init_known",
-        "offset",
-        "pending",
-        "phase",
-        "tx",
-        "waiters",
-    )
-
-    def __init__(self, cta: Cta, offset: int, count: int) -> None:
-        self.cta, self.offset, self.count = cta, offset, count
-        self.pending, self.tx, self.phase = count, 0, 0
-        self.waiters: list[tuple[Warp, int]] = []
-        self.init_by = -1  # generic actor and epoch of the init, and whether a fence made it visible to asynchronous operations
-        self.init_epoch, self.fenced = 0, False
-        self.init_known: set[int] = set()  # warps whose lanes all know of the init
-        self.clock: object = None  # what the arrivals of this phase released (race detector)
-        self.done_clock: object = None  # what a waiter of the last complete phase acquires
-
-    def __str__(self) -> str:
-        text = f"mbarrier {self.cta.name} smem+{self.offset:#x} (phase {self.phase}, pending {self.pending} of {self.count}"
-        return text + (f", tx {self.tx} bytes)" if self.tx else ")")
-
-    def arrive(self, count: int, tx: int = 0) -> None:
-        """Count arrivals; `tx` bytes are expected besides."""
-        self.tx += tx
-        if not -MAX_COUNT <= self.tx <= MAX_COUNT:
-            raise BarrierMisuse(f"tx-count out of range: {self}")
-        if count > self.pending:
-            raise BarrierMisuse(f"over-arrival: {count} arrivals on {self}")
-        self.pending -= count
-        self.cta.cluster.progress += 1
-        self.check()
-
-    def expect(self, num_bytes: int) -> None:
-        self.tx += num_bytes
-        if self.tx > MAX_COUNT:
-            raise BarrierMisuse(f"tx-count out of range: {self}")
-
-    def complete_tx(self, num_bytes: int) -> None:
-        self.tx -= num_bytes
-        if self.tx < -MAX_COUNT:
-            raise BarrierMisuse(f"tx-count out of range: {self}")
-        self.cta.cluster.progress += 1
-        self.check()
-
-    def check(self) -> None:
-        if self.pending == 0 and self.tx == 0:
-            self.phase += 1
-            self.pending = self.count
-            if self.clock is not None:
-                self.done_clock = self.cta.cluster.races.snapshot(self)
-            waiters, self.waiters = self.waiters, []
-            for warp, lanes in waiters:
-                warp.wake(lanes)
 
 
 def find_barrier(warp: Warp, address: int, asynchronous: bool = False) -> MBarrier:

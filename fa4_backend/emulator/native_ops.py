@@ -6,10 +6,10 @@ Each function turns one family into a record for `native/interp.c`; the section 
 from __future__ import annotations
 
 from fa4_backend.emulator import alu
+from fa4_backend.emulator.builder import Builder, immediate_bits
 from fa4_backend.emulator.errors import UnsupportedInstruction
 from fa4_backend.emulator.global_races import SEM_ACQUIRE, SEM_CTA, SEM_NON_COHERENT, SEM_RELEASE, SEM_STRONG
 from fa4_backend.emulator.lowered_program import LOCAL_WINDOW, SHARED_WINDOW, SINK_SLOT
-from fa4_backend.emulator.lowering import Builder, immediate_bits
 from fa4_backend.emulator.opcodes import Modifiers, NativeMaker, register_native
 from fa4_backend.emulator.syntax import TYPE_BYTES, Immediate, Instruction, Not, Pair, Register, Sink, Symbol, Vector
 

@@ -9,7 +9,7 @@ from fa4_backend.emulator.errors import UnsupportedInstruction
 from fa4_backend.emulator.syntax import Instruction
 
 if TYPE_CHECKING:
-    from fa4_backend.emulator.lowering import Builder
+    from fa4_backend.emulator.builder import Builder
     from fa4_backend.emulator.warp import Warp
 
 Handler = Callable[["Warp"], "bool | None"]  # True: blocked, run the same instruction again later

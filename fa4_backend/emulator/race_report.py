@@ -1,4 +1,4 @@
-"""What the race detectors say of a conflict that `native/races.c` found."""
+"""What the race detectors say of a conflict that `native/shadow.c` found."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Epochs: a generic epoch ends when the warp releases or fences; an asynchronous o
 Cells are 4 bytes of shared memory, and 16 lanes x 1 column of TMEM. Lanes of one warp are actors of their own where they load, store,
 arrive, wait and fence (`lanes.py`); what the warp does as a whole is its generic actor's. Global memory is covered by `global_races.py`,
 with the clocks kept here.
-Shadow memory lies in `native/races.c`. PTX ISA 9.0: 8 (memory consistency model), 9.7.16.6 (tcgen05 memory consistency).
+Shadow memory: `native/shadow.c`, `native/races.c`. PTX ISA 9.0: 8 (memory consistency model), 9.7.16.6 (tcgen05 memory consistency).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 from fa4_backend.emulator.issue_stalls import FALLBACK, disassembly, ratios_of
 from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.races import Access, Races
+from fa4_backend.emulator.recorded_step import Step
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.cta import Cluster, Cta, Warp
@@ -90,21 +91,6 @@ def port_bytes(opcode: str) -> int:
         return 0
     vector = next((int(part[1:]) for part in parts if part in ("v2", "v4")), 1)
     return 32 * vector * int(parts[-1][1:]) // 8
-
-
-@dataclass(slots=True)
-class Step:
-    """Work of a warp, then one event. `edges`: (number of a barrier, its phase) that the event arrives on, or the one it waits for."""
-
-    kind: str  # arrive, wait, mma, wgmma, commit, wgmma commit, copy, store, end
-    work: np.ndarray  # cycles of PIPES
-    port: int  # bytes of shared memory that the warp's own instructions read and write
-    edges: list[tuple[int, int]] = field(default_factory=list)
-    flops: dict[int, int] = field(default_factory=dict)  # by CTA of the cluster
-    smem_bytes: dict[int, int] = field(default_factory=dict)
-    lags: dict[str, int] = field(default_factory=dict)  # waits by scoreboard in the work, by the name that `timing.Timing` has for each
-    is_remote: bool = False  # an arrival at a barrier of another CTA
-    is_ts: bool = False  # a product whose A is in tensor memory or registers
 
 
 @dataclass

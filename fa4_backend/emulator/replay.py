@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fa4_backend.emulator.recording import PIPES, Recording, Step
+from fa4_backend.emulator.recorded_step import Step
+from fa4_backend.emulator.recording import PIPES, Recording
 from fa4_backend.emulator.timing import TIMINGS, Timing
 
 QUANTUM = 16

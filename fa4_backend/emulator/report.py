@@ -10,7 +10,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.lowered_program import Program
-    from fa4_backend.emulator.warp import Warp
 
 
 FAULTS = ("tmem-leak", "tmem-pair", "registers", "uninitialised", "dependency", "exit")  # kinds of notes that matter
@@ -78,12 +77,13 @@ class Report:
             mine.launches, mine.ctas = mine.launches + counts.launches, mine.ctas + counts.ctas
             mine.executed += counts.executed
 
-    def add_counts(self, warp: Warp) -> None:
-        counts = self.kernels.setdefault(warp.program.name, KernelCounts(warp.program))
+    def add_counts(self, program: Program, num_warps: int, warp_idx: int, executed: np.ndarray) -> None:
+        """Take in how often a warp, of `num_warps` of its CTA, ran each instruction."""
+        counts = self.kernels.setdefault(program.name, KernelCounts(program))
         if counts.executed.size == 0:
-            counts.executed = np.zeros((warp.cta.num_warps, len(warp.program.code)), np.int64)
-        counts.executed[warp.index] += warp.counts
-        counts.ctas += warp.index == 0
+            counts.executed = np.zeros((num_warps, len(program.code)), np.int64)
+        counts.executed[warp_idx] += executed
+        counts.ctas += warp_idx == 0
 
     def opcodes(self, kernel: str | None = None) -> dict[str, int]:
         """Executed warp instructions by opcode, of all kernels or of one."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import KernelFault, MemoryFault, UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.matrices import canonical
 from fa4_backend.emulator.mbarrier import value_reader
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles

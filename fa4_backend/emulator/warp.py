@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator import native_core as native
-from fa4_backend.emulator.barriers import NamedBarrier
+from fa4_backend.emulator.barrier_state import NamedBarrier
 from fa4_backend.emulator.errors import Deadlock, EmulatorError, KernelFault, MemoryFault
 from fa4_backend.emulator.lanes import LaneClocks
 from fa4_backend.emulator.wgmma_registers import ProductRegisters

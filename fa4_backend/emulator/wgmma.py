@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fa4_backend.emulator.barriers import predicate_source
+from fa4_backend.emulator.builder import Builder
 from fa4_backend.emulator.errors import UnsupportedInstruction
-from fa4_backend.emulator.lowering import Builder
 from fa4_backend.emulator.matrices import ELEMENT_BYTES, RAW_TYPES, canonical, load_operand, matrix_product, to_float32, wgmma_descriptor
 from fa4_backend.emulator.opcodes import Handler, Modifiers, handles
 from fa4_backend.emulator.syntax import Immediate, Instruction, Operand, Vector

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fa4_backend.problem import UnsupportedProblem
+from fa4_integration.sglang_backend.factory import create_backend
+from fa4_integration.sglang_backend.names import served_names
 
 LOOK_UP = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
 
@@ -24,14 +26,12 @@ def add_ours(
     look_up: Any, factory: Any, backend_name: str, backend_map: dict[str, Any], error_template: str, stamps_children: bool = False
 ) -> Any:
     """SGLang's look-up with our names in the table: the several steps of a chain, or the step after a verification."""
-    from fa4_integration.sglang_backend import plugin
-
     runner, steps, topk = factory.draft_model_runner, factory.speculative_num_steps, factory.topk
 
     def create(name: str) -> Any:
-        return name, (DraftSteps(runner, topk, steps) if stamps_children else plugin.create_backend(runner))
+        return name, (DraftSteps(runner, topk, steps) if stamps_children else create_backend(runner))
 
-    ours = {name: lambda name=name: create(name) for name in plugin.served_names()}
+    ours = {name: lambda name=name: create(name) for name in served_names()}
     return look_up(factory, backend_name, {**backend_map, **ours}, error_template, stamps_children)
 
 

@@ -12,7 +12,7 @@ import torch
 from fa4_backend import mla_decode
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.sglang_backend.backend import FA4Backend, refuse_arguments
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 
 
 class FA4LatentBackend(FA4Backend):

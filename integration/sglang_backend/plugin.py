@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from fa4_backend import envs
-
-NAME = "fa4_plugin"
-STOCK_NAME = "fa4"  # SGLang's own backend of this family, on its lists of backends that a model or a drafter may have
+from fa4_integration.sglang_backend.factory import create_backend
+from fa4_integration.sglang_backend.names import NAME, served_names
 
 
 def register() -> None:
@@ -37,11 +36,6 @@ def register() -> None:
         take_name(ATTENTION_BACKENDS, name)
     resolution.install()
     extend_draft_backends()
-
-
-def served_names() -> tuple[str, ...]:
-    """Names of `--attention-backend` that mean this backend."""
-    return (NAME, STOCK_NAME) if envs.sglang_override_fa4() else (NAME,)
 
 
 def names_lists(choices: Any) -> list[list[str]]:
@@ -70,18 +64,3 @@ def take_name(registry: dict[str, Any], name: str) -> None:
     if name == NAME and there not in (None, create_backend):
         raise RuntimeError(f"attention backend {NAME}: expected no such backend in SGLang, got {there}; see SGLANG_PLUGINS")
     registry[name] = create_backend
-
-
-def create_backend(runner: Any) -> Any:
-    """The backend of one of SGLang's model runners. What is heavy is imported here.
-
-    Raises:
-        RuntimeError: something that the backend needs cannot be imported.
-        UnsupportedProblem: no kernel here serves the model.
-    """
-    try:
-        from fa4_integration.sglang_backend.backend import FA4Backend
-        from fa4_integration.sglang_backend.latent import FA4LatentBackend
-    except ImportError as error:
-        raise RuntimeError(f"{NAME}: expected an importable backend (`fa4 doctor` looks for what is missing), got {error}") from error
-    return FA4LatentBackend(runner) if runner.use_mla_backend else FA4Backend(runner)

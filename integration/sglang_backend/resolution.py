@@ -10,7 +10,7 @@ from typing import Any
 
 from fa4_backend.problem import UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE
-from fa4_integration.sglang_backend import plugin
+from fa4_integration.sglang_backend.names import NAME, served_names
 
 STEP = "handle_attention_backend_compatibility"  # SGLang's step that settles backend and page size
 # Tokens. Results do not depend on it and decode hardly (docs/benchmarks.md, pages of 16 and 64), while the radix cache shares whole pages
@@ -39,20 +39,20 @@ def resolve(server_args: Any, previous: Any) -> None:
     wanted = resolved_view(server_args).page_size
     previous(server_args)
     view = resolved_view(server_args)
-    ours = [name in plugin.served_names() for name in attention_backends_of(view)]  # prefill, decode
+    ours = [name in served_names() for name in attention_backends_of(view)]  # prefill, decode
     if not any(ours):
         return
     if use_mla_backend(view) and ours[0]:
         raise UnsupportedProblem(
-            f"prefill of a model with MLA: expected another backend, got {plugin.NAME}, which serves its decode steps; "
-            f"use --decode-attention-backend {plugin.NAME} beside another --prefill-attention-backend"
+            f"prefill of a model with MLA: expected another backend, got {NAME}, which serves its decode steps; "
+            f"use --decode-attention-backend {NAME} beside another --prefill-attention-backend"
         )
     # SGLang forces pages of 128 on its own fa4; whose name we may have. Where the other phase is not ours its wish stands.
     page_size = (wanted or DEFAULT_PAGE_SIZE) if all(ours) else (view.page_size or DEFAULT_PAGE_SIZE)
     check_page_size(page_size)
     if page_size != view.page_size:
-        logger.info("%s: pages of %d tokens.", plugin.NAME, page_size)
-        declare_resolution(server_args, plugin.NAME, page_size=page_size)
+        logger.info("%s: pages of %d tokens.", NAME, page_size)
+        declare_resolution(server_args, NAME, page_size=page_size)
 
 
 def check_page_size(page_size: int) -> None:

@@ -15,7 +15,7 @@ from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal
 from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
-from fa4_integration.vllm_backend.plugin import NAME
+from fa4_integration.vllm_backend.names import NAME
 
 ORDINARY = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
 

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-from fa4_integration.vllm_backend.plugin import NAME, PATHS
+from fa4_integration.vllm_backend.names import NAME, PATHS
 
 DRAFTER = f"drafter: vLLM picks its backend apart, set attention_backend to {NAME} in --speculative-config"
 MLA = "MLA, whose backend was selected apart"

@@ -14,7 +14,7 @@ from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
 from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
 from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
-from fa4_integration.vllm_backend.plugin import MLA_NAME
+from fa4_integration.vllm_backend.names import MLA_NAME
 
 DEEPSEEK = {
     "num_q_heads": 16, "num_kv_heads": 1, "head_dim": 576, "head_dim_v": 512, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE,

@@ -17,7 +17,7 @@ from fa4_backend.problem import RAGGED, UnsupportedProblem
 from fa4_backend.support import check_problem
 from fa4_integration.common import start
 from fa4_integration.vllm_backend.answers import dtype_name, refusal_of
-from fa4_integration.vllm_backend.plugin import NAME
+from fa4_integration.vllm_backend.names import NAME
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fa4_integration.vllm_backend.plugin import NAME
-
-PREFILL_PATH = "fa4_integration.vllm_backend.mla_prefill.FA4PrefillBackend"
+from fa4_integration.vllm_backend.names import NAME, PREFILL_PATH
 
 
 def add_prefill_member() -> Any:
@@ -30,16 +28,8 @@ def add_prefill_member() -> Any:
     return member
 
 
-def load_prefill_member() -> Any:
-    """What the pickled member calls in the process that unpickles it."""
-    from fa4_integration.vllm_backend.plugin import register
-
-    register()
-    return add_prefill_member()
-
-
 def _reduce(protocol: int) -> tuple[Any, tuple[()]]:
-    return load_prefill_member, ()
+    return add_prefill_member, ()
 
 
 def choose_prefill(vllm_config: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from fa4_backend.problem import UnsupportedProblem
 from fa4_integration.vllm_backend.mla_prefill_selection import choose_prefill, forget_cpu_answer, honour_prefill_on_cpu
+from fa4_integration.vllm_backend.names import MLA_NAME, NAME
 from fa4_integration.vllm_backend.owned_models import owner_of
-from fa4_integration.vllm_backend.plugin import MLA_NAME, NAME
 
 
 def honour_selection(members: dict[str, Any]) -> None:

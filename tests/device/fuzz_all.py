@@ -36,13 +36,22 @@ def setup_plans(setups: Iterable[FuzzSetup], num_sms: int | None = None) -> list
     return [setup.plan(num_sms) for setup in setups]
 
 
-def fuzz_all(setups: list[FuzzSetup], batches: int, seconds: float, seed: int, *, has_graphs: bool) -> list[dict[str, Any]]:
-    """`batches` fuzzed batches, the same number for each setup, or as many as begin within `seconds`; a line and a dict a setup."""
+def fuzz_all(
+    setups: list[FuzzSetup], batches: int, seconds: float = math.inf, seed: int = 0, *, has_graphs: bool = True, shard: str = "0/1"
+) -> list[dict[str, Any]]:
+    """`batches` fuzzed batches, the same number for each setup, or as many as begin within `seconds`; a line and a dict a setup.
+
+    Args:
+        shard: "i/n": of the setups every n-th from the i-th on, and their share of the batches; for n processes side by side.
+    """
+    first, step = map(int, shard.split("/"))
+    chosen = setups[first::step]
+    each = max(1, -(-batches // max(1, len(setups))))
     begin, results = time.perf_counter(), []
-    for index, setup in enumerate(setups):
-        left = (seconds - (time.perf_counter() - begin)) / (len(setups) - index) if seconds < math.inf else math.inf
+    for index, setup in enumerate(chosen):
+        left = (seconds - (time.perf_counter() - begin)) / (len(chosen) - index) if seconds < math.inf else math.inf
         fuzzer = Fuzzer(setup, "cuda", seed + index, has_graphs=has_graphs)
-        results.append(asdict(fuzzer.run(max(1, -(-batches // len(setups))), left)))
+        results.append(asdict(fuzzer.run(each, left)))
         print(f"{time.perf_counter() - begin:.0f} s, {sum(r['batches'] for r in results)} batches, fuzz", results[-1], flush=True)
         del fuzzer
         torch.cuda.empty_cache()

@@ -33,8 +33,7 @@ class Kind(NamedTuple):
     weight: int  # of 100 batches, so many are of this kind
 
 
-# A batch of one row of 131,072 keys, which `prove_mla` draws besides, is left to it.
-KINDS = (Kind(1, 20000, 20), Kind(3, 6000, 26), Kind(20, 1500, 25), Kind(150, 200, 25), Kind(200, 64, 4))
+KINDS = (Kind(1, 131072, 1), Kind(1, 20000, 19), Kind(3, 6000, 26), Kind(20, 1500, 25), Kind(150, 200, 25), Kind(200, 64, 4))
 
 
 @dataclass

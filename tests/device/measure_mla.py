@@ -11,17 +11,15 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
-from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernels.mla_decode.config import NARROW_ROWS
 from fa4_backend.problem import FP8
 from tests.device.mla_batches import Shape, Step, draw, judge
+from tests.device.prove_mla import compile_lacking
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PARTS_RATIOS = (1, 4, 8, 16, 32, 64)
@@ -88,10 +86,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile-only", action="store_true", help="compile the kernels, and do no more; needs no GPU")
     args = parser.parse_args()
     shapes = {Shape(16), Shape(128)} | {shape for heads, queries, _, _ in STORED for shape in kinds(heads, queries).values()}
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, {key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}))
+    compile_lacking(list({key for shape in shapes for key in shape.kernels(64, 16384)[0].keys}))
+    if args.compile_only:
+        return
     table = []
     for rows in (short(128), short(16), stored()):
         for row in rows:

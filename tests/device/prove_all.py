@@ -1,13 +1,13 @@
 """The proofs of K and V in FP8, and of 16-bit prefill with parts, in one command: `python -m tests.device.prove_all --out FOLDER`.
 
-Fuzzed poisoned batches, bits, large pools, memcheck and racecheck, several processes at a time, each with a time limit. Prints the last
-lines of each and writes whole logs and results to FOLDER. `--only` chooses by name.
+Fuzzed poisoned batches, bits and large pools, several processes at a time, each with a time limit. Prints the last lines of each and
+writes whole logs and results to FOLDER. `--only` chooses by name. memcheck and racecheck: `tests.device.sanitize`, which needs the same
+kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import time
@@ -38,7 +38,7 @@ FEW = {
 
 
 def runs(batches: int, seconds: float, of_kind: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
-    """Name -> the kind whose kernels it needs, and its arguments; those of a sanitizer begin with its tool.
+    """Name -> the kind whose kernels it needs, and its module with its arguments.
 
     Args:
         of_kind: names of the problems of each kind; "": all.
@@ -51,9 +51,8 @@ def runs(batches: int, seconds: float, of_kind: dict[str, str]) -> dict[str, tup
         return ["prove_decode", *FP8_KV, "--only", of_kind[kind], "--processes", "1", *parts]
 
     fuzz = ["--parts", "fuzz", "--seconds", str(seconds), "--batches"]
-    cases, once = ["--parts", "cases,pages,pool", "--repeats", "5"], ["--parts", "cases", "--repeats", "1"]
-    few, few_mixed = ["--eager", "--parts", "fuzz", "--batches", "34"], ["--eager", "--parts", "mixed", "--mixed-batches", "14"]
-    out: dict[str, tuple[str, list[str]]] = {
+    cases = ["--parts", "cases,pages,pool", "--repeats", "5"]
+    return {
         "fuzz prefill": (PREFILL, prefill(PREFILL, *fuzz, str(batches))),
         "fuzz decode": (DECODE, decode(DECODE, *fuzz, str(batches))),
         "fuzz mixed": (MIXED, decode(MIXED, "--parts", "mixed", "--seconds", str(seconds), "--mixed-batches", str(batches))),
@@ -62,17 +61,7 @@ def runs(batches: int, seconds: float, of_kind: dict[str, str]) -> dict[str, tup
         "cases prefill": (PREFILL, prefill(PREFILL, *cases)),
         "cases prefill bf16": (PREFILL_BF16, prefill(PREFILL_BF16, *cases)),
         "cases decode": (DECODE, decode(DECODE, "--parts", "lists,pool,bits,exact")),
-        "memcheck prefill": (PREFILL, ["memcheck", *prefill(PREFILL, *once)]),
-        "memcheck decode": (DECODE, ["memcheck", *decode(DECODE, *few)]),
-        "memcheck mixed": (MIXED, ["memcheck", *decode(MIXED, *few_mixed)]),
-        "racecheck prefill bf16": (PREFILL_BF16, ["racecheck", *prefill(PREFILL_BF16, *once, "--only", "d128 page 16")]),
-        "racecheck decode": (DECODE, ["racecheck", *decode(DECODE, *few)]),
     }
-    for only in ("d128 page 16", "d64 ratio 3", "d192/128", "d256 page 784"):
-        out[f"racecheck prefill {only}"] = (PREFILL, ["racecheck", *prefill(PREFILL, *once, "--only", only)])
-    for only in ("mixed 9/3", "mixed 8/2 d128 q2"):
-        out[f"racecheck {only}"] = (MIXED, ["racecheck", *decode(MIXED, *few_mixed, "--mixed-batches", "2", "--only", only)])
-    return out
 
 
 def plans_of(kind: str, arch: str, of_kind: dict[str, str], num_sms: int | None) -> list[AttentionPlan]:
@@ -89,14 +78,9 @@ def plans_of(kind: str, arch: str, of_kind: dict[str, str], num_sms: int | None)
 
 def run(name: str, arguments: list[str], folder: Path, limit_s: float) -> bool:
     """One process; True where it ended well within its limit."""
-    tool = arguments[0] if not arguments[0].startswith("prove_") else None
-    module, *rest = arguments[1:] if tool else arguments
+    module, *rest = arguments
     stem = folder / name.replace(" ", "_")
-    command = [sys.executable, "-m", f"tests.device.{module}", *rest]
-    if tool:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
-    else:
-        command += ["--json", f"{stem}.json"]
+    command = [sys.executable, "-m", f"tests.device.{module}", *rest, "--json", f"{stem}.json"]
     begin = time.perf_counter()
     with Path(f"{stem}.log").open("w") as log:
         try:
@@ -105,7 +89,7 @@ def run(name: str, arguments: list[str], folder: Path, limit_s: float) -> bool:
             status = f"no end within {limit_s:.0f} s"
     lines = Path(f"{stem}.log").read_text().splitlines()
     print(f"== {name}: exit {status}, {time.perf_counter() - begin:.0f} s: {' '.join(arguments)}")
-    print("\n".join(f"   {line[:300]}" for line in lines[-6 if not tool else -2 :]), flush=True)
+    print("\n".join(f"   {line[:300]}" for line in lines[-6:]), flush=True)
     return status == "0"
 
 
@@ -130,8 +114,6 @@ def main() -> int:
         arch = arch_of_capability(*torch.cuda.get_device_capability())
         assert arch is not None, torch.cuda.get_device_name()
         options.out.mkdir(parents=True, exist_ok=True)
-        if shutil.which("compute-sanitizer") is None:
-            print("no compute-sanitizer on the path: memcheck and racecheck will fail")
     with ThreadPoolExecutor(options.at_once) as pool:
         for kind in KINDS:  # the first runs while the next one's kernels are compiled
             mine = {name: arguments for name, (needs, arguments) in chosen.items() if needs == kind}

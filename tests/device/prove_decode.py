@@ -2,7 +2,7 @@
 
 Prints one line a part. Parts: the device's lists against the host's; fuzzed poisoned batches of many short rows (several entries a
 CTA) and of long ones; batches of decode and prefill rows; the same bits for every page size, alone and in a batch (batch invariance),
-and from a replayed graph; rows of a pool above 2^31 elements.
+and from a replayed graph; rows of pools above 2^32 elements, alone and beside prefill rows.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         )  # fmt: skip
         out.append(setup)
         if not problem.batch_invariant:
-            out.append(replace(setup, name=f"{setup.name} in parts", max_seqs=6, decode_share=0.5, min_part_blocks=1))
+            cut = replace(setup, name=f"{setup.name} in parts", max_seqs=6, decode_share=0.5, min_part_blocks=1, per_head_scales=False)
+            out.append(cut)
     return out
 
 
@@ -115,12 +116,9 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def check_fuzz(setups_of_arch: list[FuzzSetup], batches: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`batches` fuzzed batches over all setups, against the float32 oracle; of the setups, every n-th from the i-th on."""
-    begin, step = map(int, options.shard.split("/"))
-    chosen = setups_of_arch[begin::step]
-    own = math.ceil(batches * len(chosen) / max(len(setups_of_arch), 1))
-    results = fuzz_all(chosen, own, options.seconds, options.seed, has_graphs=not options.eager)
+def check_fuzz(setups_of_arch: list[FuzzSetup], batches: int, **how: Any) -> dict[str, Any]:
+    """`batches` fuzzed batches over all setups, against the float32 oracle; `how`: as for `fuzz_all`."""
+    results = fuzz_all(setups_of_arch, batches, **how)
     failed = [r for r in results if r["failures"]]
     assert not failed, "\n".join(str(r) for r in failed)
     return {"batches": sum(r["batches"] for r in results), "setups": results}
@@ -166,13 +164,15 @@ def check_exact(arch: str, kv_dtype: str, rounds: int) -> dict[str, Any]:
 
 
 def check_pool(arch: str, kv_dtype: str) -> dict[str, Any]:
-    """Decode rows, split along KV, whose pages lie past 2^31 elements of a pool."""
-    case = PagedCase(
-        (1, 2, 2, 1), (3000, 17, 8000, 0), num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, arch=arch, decode_query_len=2
-    )  # fmt: skip
-    seen = check_large_pool(case, lambda built: built.run(case_plan(built.case)))
-    assert seen["ok"], seen
-    return {"elements": seen["elements"]}
+    """Decode rows, split along KV, alone and beside prefill rows, whose pages lie past 2^31 and 2^32 elements of a pool."""
+    seen = []
+    for query_lens, kv_lens in (((1, 2, 2, 1), (3000, 17, 8000, 0)), ((1, 2, 70, 33), (3000, 17, 8000, 500))):
+        case = PagedCase(
+            query_lens, kv_lens, num_q_heads=8, num_kv_heads=2, head_dim=128, kv_dtype=kv_dtype, arch=arch, decode_query_len=2
+        )  # fmt: skip
+        seen.append(check_large_pool(case, lambda built: built.run(case_plan(built.case))))
+    assert all(pool["ok"] for pool in seen), seen
+    return {"pools": seen}
 
 
 def _check_exact(arch: str, kv_dtype: str, rounds: int, window_left: int | None) -> int:
@@ -317,10 +317,11 @@ def main() -> int:
     }
     fuzzed = [setup for of_arch in of_part.values() for setup in of_arch]
     print(f"compiled in {compile_all(setup_plans(fuzzed), options.processes):.0f} s", flush=True)
+    how = {"seconds": options.seconds, "seed": options.seed, "has_graphs": not options.eager, "shard": options.shard}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "lists": lambda: check_lists(arch, 200),
-        "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, options),
-        "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, options),
+        "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, **how),
+        "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, **how),
         "pool": lambda: check_pool(arch, kv_dtype),
         "bits": lambda: check_bits(arch, kv_dtype, 100),
         "exact": lambda: check_exact(arch, kv_dtype, 100),

@@ -5,9 +5,11 @@ row of up to 131,072 keys, one by one; `bits`, the same bits for every page size
 `graphs`, a captured step replayed with other lengths; `small`, a batch of every shape, drawn and judged on the CPU. Many batches:
 `--parts fuzz --batches 20000 --seconds 90`. Times: `fa4 bench mla`, and `tests.device.measure_mla`.
 
+Shapes are dealt out to `--processes`, over all visible GPUs in turns: while one makes its graphs the others replay theirs.
+
 For compute-sanitizer, which makes everything slow that it watches: `compute-sanitizer --tool memcheck --kernel-name kns=fa4_backend python
--m tests.device.prove_mla --parts small --seconds 45`, and racecheck likewise; `--first 11` begins with another shape. With the filter it
-watches our two kernels alone; batches have 2 and 3 rows and CTAs without work.
+-m tests.device.prove_mla --parts small --seconds 45`, and racecheck likewise (`racecheck_mla.py` says what of it is a false alarm);
+`--first 11` begins with another shape. With the filter it watches our two kernels alone; batches have 1 to 3 rows and CTAs without work.
 """
 
 from __future__ import annotations
@@ -44,13 +46,16 @@ FUZZ_SHAPES = (
     Shape(16, kv_dtype=FP8), Shape(128, 2, 16, kv_dtype=FP8), Shape(8, 8, 32), Shape(40, 5), Shape(96, 6, 16), Shape(128, 8, 32),
     Shape(64, 7), Shape(16, 2, kv_dtype=FP8), Shape(8, 1, 16, kv_dtype=FP8), Shape(64, 3, 128, kv_dtype=FP8),
     Shape(16, 1, 32, dtype="float16", kv_dtype=FP8), Shape(16, 1, batch_invariant=True, kv_dtype=FP8),
+    Shape(48, 1, 32), Shape(56, 3, 16), Shape(72, 2, 128), Shape(80, 4, kv_dtype=FP8), Shape(88, 5, 16), Shape(104, kv_dtype=FP8),
+    Shape(112, 7, 32), Shape(120, 1, 16, dtype="float16"), Shape(20, 2), Shape(33, 1, 16), Shape(100, kv_dtype=FP8),
 )  # fmt: skip
 PAGES = (16, 32, 64, 128, 48)
 GRAPH_SHAPE = Shape(128, 2)
 PROCESSES = os.cpu_count() or 1  # that compile
 # (rows, longest KV) of a batch, and the chance of it
 LONG_ROWS = {(1, 131072): 1}
-SMALL_ROWS = {(3, 200): 1, (2, 330): 1}
+SMALL_ROWS = {(3, 200): 1, (2, 330): 1, (1, 700): 1}
+FEW_PARTS = 1  # `WorkShape.decode_parts_ratio`: CTAs of a short row have several blocks
 
 
 def lengths(shape: Shape, rng: random.Random, rows_of: dict[tuple[int, int], int]) -> tuple[list[int], list[int]]:
@@ -65,11 +70,19 @@ def lengths(shape: Shape, rng: random.Random, rows_of: dict[tuple[int, int], int
     return query_lens, kv_lens
 
 
-def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int], int], device: str = DEVICE) -> dict[str, Any]:
+def fuzz(
+    first: int,
+    batches: int,
+    seconds: float,
+    rows_of: dict[tuple[int, int], int],
+    device: str = DEVICE,
+    parts_ratio: int | None = None,
+) -> dict[str, Any]:
     """Random batches `first .. first + batches` of every shape in turns, each run twice, or as many as `seconds` allow.
 
     Args:
         device: that draws and judges; on a CPU nothing but copies and our kernels runs on the GPU.
+        parts_ratio: as `Step` has it.
 
     Raises:
         AssertionError: a batch is wrong; the message has all that makes it.
@@ -81,7 +94,7 @@ def fuzz(first: int, batches: int, seconds: float, rows_of: dict[tuple[int, int]
         rng = random.Random(index)
         query_lens, kv_lens = lengths(shape, rng, rows_of)
         a = on(DEVICE, draw(shape, query_lens, kv_lens, index, peaked=rng.choice((1.0, 1.0, 20.0)), device=device))
-        step = Step(shape, a, max(*kv_lens, 1))
+        step = Step(shape, a, max(*kv_lens, 1), parts_ratio)
         step.refresh()
         for _ in range(2):  # counters are back at 0
             a.out.fill_(math.nan)
@@ -172,11 +185,56 @@ def graphs() -> dict[str, Any]:
     return {"replays": count}
 
 
+def fuzz_side_by_side(processes: int, batches: int, seconds: float, seed: int) -> dict[str, Any]:
+    """`fuzz_graphs` of all shapes, which processes share; each draws from a seed of its own.
+
+    Raises:
+        AssertionError: a batch was wrong.
+    """
+    begin = time.monotonic()
+    shares = [FUZZ_SHAPES[i::processes] for i in range(processes)]
+    counts = [-(-batches * len(share) // len(FUZZ_SHAPES)) for share in shares]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(fuzz_share, range(processes), shares, counts, [seconds] * processes, [seed + i for i in range(processes)]))
+    summed = ("batches", "rows", "rows without a key", "rows of one token", "rows without a query", "failures")
+    highest = ("longest row", "worst_share_out", "worst_share_lse")
+    return {
+        **{name: sum(result[name] for result in results) for name in summed}, **{name: max(r[name] for r in results) for name in highest},
+        "seeds": [result["seed"] for result in results], "seconds": round(time.monotonic() - begin),
+        "seen": {shape: count for result in results for shape, count in result["seen"].items()},
+    }  # fmt: skip
+
+
+def fuzz_share(index: int, shapes: tuple[Shape, ...], batches: int, seconds: float, seed: int) -> dict[str, Any]:
+    """One process's shapes, on the GPU whose turn it is."""
+    torch.cuda.set_device(index % torch.cuda.device_count())
+    return fuzz_graphs(shapes, batches, seconds, seed)
+
+
 def all_keys() -> list[CompileKey]:
     """Of every part."""
     shapes = (*FUZZ_SHAPES, *(Shape(128, 1, page) for page in PAGES), GRAPH_SHAPE)
     limits = [(kind.rows, kind.longest) for kind in KINDS] + [*LONG_ROWS, *SMALL_ROWS]
     return list(dict.fromkeys(key for shape in shapes for limit in limits for key in shape.kernels(*limit)[0].keys))
+
+
+def small_keys() -> list[CompileKey]:
+    """Of part `small`."""
+    return list(dict.fromkeys(key for shape in FUZZ_SHAPES for limit in SMALL_ROWS for key in shape.kernels(*limit)[0].keys))
+
+
+def compile_lacking(keys: list[CompileKey], prepare: Callable[[], None] | None = None) -> None:
+    """Fill the cache, many processes side by side; `prepare` runs in each first."""
+    begin = time.monotonic()
+    lacking = [key for key in keys if find_fault(object_entry(key)) is not None]
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=prepare) as pool:
+        list(pool.map(ensure_object, lacking))
+    print(f"compiled {len(lacking)} of {len(keys)} kernels in {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def small(first: int, seconds: float) -> dict[str, Any]:
+    """A batch of every shape, rows in few parts: what a sanitizer can watch."""
+    return fuzz(first, len(FUZZ_SHAPES), seconds, SMALL_ROWS, "cpu", FEW_PARTS)
 
 
 def main() -> None:
@@ -185,24 +243,20 @@ def main() -> None:
     parser.add_argument("--parts", default="fuzz,long,bits,graphs", help="of fuzz, long, bits, graphs, small; comma-separated")
     parser.add_argument("--batches", type=int, default=2200, help="of fuzz")
     parser.add_argument("--seconds", type=float, default=60.0, help="after which fuzz, or small, starts no batch")
+    parser.add_argument("--processes", type=int, default=3, help="that share fuzz")
     parser.add_argument("--first", type=int, default=0, help="seed of fuzz; number of the first batch of small")
     parser.add_argument("--compile-only", action="store_true", help="compile all kernels for sm_90a, and do no more; needs no GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     names = args.parts.split(",")
-    keys = all_keys()
-    begin = time.monotonic()
-    lacking = [key for key in keys if find_fault(object_entry(key)) is not None]
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, lacking))
-    print(f"compiled {len(lacking)} of {len(keys)} kernels in {time.monotonic() - begin:.0f} s", flush=True)
+    compile_lacking(all_keys())
     if args.compile_only:
         return
     results: dict[str, Any] = {"stamp": gpu_stamp(("schedule", "mla_decode"))}
     parts: dict[str, Callable[[], Any]] = {
-        "fuzz": lambda: fuzz_graphs(FUZZ_SHAPES, args.batches, args.seconds, args.first), "bits": same_bits, "graphs": graphs,
+        "fuzz": lambda: fuzz_side_by_side(args.processes, args.batches, args.seconds, args.first), "bits": same_bits, "graphs": graphs,
         "long": lambda: fuzz(0, 2 * len(FUZZ_SHAPES), args.seconds, LONG_ROWS),
-        "small": lambda: fuzz(args.first, len(FUZZ_SHAPES), args.seconds, SMALL_ROWS, "cpu"),
+        "small": lambda: small(args.first, args.seconds),
     }  # fmt: skip
     for name in names:
         begin = time.monotonic()

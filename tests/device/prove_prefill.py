@@ -1,7 +1,7 @@
 """Proof of the prefill kernel on a GPU: `python -m tests.device.prove_prefill --batches 20000 --json FILE`.
 
 Prints one line a check and writes all of it as data. Parts: poisoned cases against the oracle and bits over repeats; bits over page sizes;
-a pool above 2^31 elements; fuzzed ragged batches. Under compute-sanitizer run it with `--parts cases`.
+pools above 2^32 elements; fuzzed ragged batches. compute-sanitizer has short cases of its own: `tests.device.sanitize`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +23,13 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
-from tests.support.fuzz import FuzzSetup, prefill_alone, prefill_plan
-from tests.support.fuzz_setups import prefill_setups
+from tests.support.fuzz import prefill_alone, prefill_plan
+from tests.support.fuzz_setups import case_of, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
-LENGTHS = {"query_lens": (5, 128, 1, 0, 300, 33, 127), "kv_lens": (133, 128, 77, 50, 700, 33, 129)}
+LENGTHS = (5, 128, 1, 0, 300, 33, 127), (133, 128, 77, 50, 700, 33, 129)  # of queries, of keys
+
+LARGE_POOLS = ("d128 page 16", "d64 ratio 3 page 16", "d256 page 784")
 
 
 def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callable[[], None]:
@@ -57,15 +60,7 @@ def cases(arch: str, kv_dtype: str) -> dict[str, PagedCase]:
     """A poisoned case for each fuzzed problem (same compile keys), with lengths at the edges of tiles and pages."""
     out = {}
     for setup in prefill_setups(arch, kv_dtype):
-        p = setup.problem
-        out[setup.name] = PagedCase(
-            **LENGTHS, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v, dtype=p.dtype,
-            kv_dtype=p.kv_dtype, out_dtype=p.out_dtype, per_head_scales=setup.per_head_scales, page_size=p.page_size, arch=arch,
-            is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
-            window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0,
-            sinks=p.mask.has_sinks, alibi=p.mask.has_alibi,
-            layout=("nhd", "hnd", "separate")[len(out) % 3], batch_invariant=p.batch_invariant,
-        )  # fmt: skip
+        out[setup.name] = case_of(setup, *LENGTHS, layout=("nhd", "hnd", "separate")[len(out) % 3])
     first = out["d128 page 16"]
     out["d128 empty rows"] = replace(first, query_lens=(40, 3, 7, 200), kv_lens=(9, 0, 7, 100))
     out["d128 one dominant key"] = replace(first, peaked=20.0)
@@ -110,33 +105,40 @@ def check_page_sizes(arch: str, kv_dtype: str) -> dict:
     return result
 
 
-def check_large_pool(case: PagedCase, run: Callable[[BuiltCase], object]) -> dict:
-    """A pool above 2^31 elements, NaN but for the pages in use, which lie at its end: the bits of a small one."""
-    case = replace(case, layout="nhd")
-    built = case.build("cuda")
+def check_large_pool(
+    case: PagedCase, run: Callable[[BuiltCase], object], elements: int = 2**32, device: torch.device | str = "cuda"
+) -> dict[str, Any]:
+    """Pages past half of `elements` and past all of them in a pool that is NaN elsewhere: the oracle's values, a small pool's bits.
+
+    An offset of 32 bits, signed or not, would end outside of the pool or at its NaN.
+    """
+    built = replace(case, layout="nhd").build(device)
     a = built.arguments
-    used = a.k_cache.shape[0]
-    per_page = case.page_size * case.num_kv_heads * 2 * case.head_dim
-    num_pages = 2**31 // per_page + 4096
-    pool = torch.full((num_pages, case.page_size, case.num_kv_heads, 2 * case.head_dim), math.nan, dtype=a.k_cache.dtype, device="cuda")
-    k, v = pool.split(case.head_dim, dim=-1)
-    k[-used:], v[-used:] = a.k_cache, a.v_cache
-    table = torch.where(a.page_table < used, a.page_table + (num_pages - used), a.page_table)
-    large = BuiltCase(case, a._replace(k_cache=k, v_cache=v, page_table=table), built.total_q)
+    assert a.lse is not None
+    used, width = torch.arange(a.k_cache.shape[0], device=device), a.k_cache.shape[-1] + a.v_cache.shape[-1]
+    per_page = case.page_size * case.num_kv_heads * width
+    num_pages = elements // per_page + len(used) + 1
+    at = torch.where(used % 2 == 0, elements // 2 // per_page + 1 + used, num_pages - 1 - used)
+    pool = torch.empty((num_pages, case.page_size, case.num_kv_heads, width), dtype=a.k_cache.dtype, device=device)
+    pool.view(torch.int8).fill_(-1)  # NaN in every format
+    k, v = pool.split([a.k_cache.shape[-1], a.v_cache.shape[-1]], dim=-1)
+    for page, place in enumerate(at.tolist()):
+        k[place], v[place] = a.k_cache[page], a.v_cache[page]
+    is_page = (a.page_table >= 0) & (a.page_table < len(used))
+    table = torch.where(is_page, at[a.page_table.clamp(0, len(used) - 1)], a.page_table).int()
     run(built)
     want = a.out[: built.total_q].clone()
-    run(large)
-    result = {"ok": torch.equal(want, a.out[: built.total_q]) and bool(want.isfinite().all()), "elements": pool.numel()}
+    a.out.fill_(math.nan)
+    a.lse.fill_(math.nan)
+    run(BuiltCase(case, a._replace(k_cache=k, v_cache=v, page_table=table), built.total_q))
+    result: dict[str, Any] = {"ok": True, "elements": pool.numel(), "bytes": pool.nbytes}
+    try:
+        result |= asdict(built.check(a.out, a.lse))
+        assert torch.equal(want, a.out[: built.total_q]), "bits differ from those of a small pool"
+    except AssertionError as error:
+        result |= {"ok": False, "why": str(error)[:200]}
     print("large pool", result, flush=True)
     return result
-
-
-def check_fuzz(setups: list[FuzzSetup], options: argparse.Namespace) -> list[dict]:
-    """Fuzzed ragged batches, the same number for each problem; of the problems, every `shard[1]`-th from `shard[0]` on."""
-    begin, step = map(int, options.shard.split("/"))
-    share = len(setups[begin::step]) / len(setups)
-    batches = math.ceil(options.batches * share)
-    return fuzz_all(setups[begin::step], batches, options.seconds, options.seed, has_graphs=not options.eager)
 
 
 def main() -> None:
@@ -167,13 +169,16 @@ def main() -> None:
     if "pages" in parts:
         report["page_sizes"] = check_page_sizes(arch, kv_dtype)
     if "pool" in parts:
-        report["large_pool"] = check_large_pool(cases(arch, kv_dtype)["d128 page 16"], run_case)
+        of_name = cases(arch, kv_dtype)
+        report["large_pool"] = [check_large_pool(of_name[name], run_case) for name in LARGE_POOLS]
     if "fuzz" in parts:
-        report["fuzz"] = check_fuzz(setups, options)
+        report["fuzz"] = fuzz_all(
+            setups, options.batches, options.seconds, options.seed, has_graphs=not options.eager, shard=options.shard
+        )  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
-    failed += [report[part] for part in ("page_sizes", "large_pool") if part in report and not report[part]["ok"]]
+    failed += [r for r in [*report.get("large_pool", []), report.get("page_sizes", {"ok": True})] if not r["ok"]]
     fuzzed = [sum(r[count] for r in report.get("fuzz", [])) for count in ("batches", "cut")]
     print(f"{len(failed)} failed checks; {fuzzed[0]} fuzzed batches, {fuzzed[1]} of them with tiles cut along KV", flush=True)
     sys.exit(1 if failed else 0)

@@ -1,18 +1,20 @@
-"""Are `racecheck`'s hazards in FP8 prefill false alarms? Its cases with a kernel in which every lane arrives for itself.
+"""Are `racecheck`'s hazards in FP8 prefill false alarms? Its batches with a kernel in which every lane arrives for itself.
 
-    compute-sanitizer --tool racecheck python -m tests.device.racecheck_lanes [arguments of prove_prefill]
+    python -m tests.device.sanitize --only "racecheck lanes,racecheck prefill fp8"
 
 In the kernel as it is, one lane arrives for a warp behind `bar.warp.sync`, which orders the accesses of all lanes before it. `racecheck`
 does not follow that. Here convert and consumer warps arrive lane by lane, and barriers count 32 times as many; all else is the same code.
-If there is no hazard here, those of `python -m tests.device.prove_prefill` under the same tool are of that form alone.
+If there is no hazard here, those of the kernel as it is are of that form alone. Arguments are those of `sanitize_cases`; objects come from
+and go to `--cache`, since the kernel has the key of the real one.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cutlass.cute as cute
@@ -22,9 +24,9 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.sm90 import storage, warp_roles
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
 from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
+from tests.device import sanitize_cases
 
 LANES = 32
-DEFAULT = ["--kv-dtype", "fp8", "--only", "d128 page 16", "--parts", "cases", "--repeats", "1", "--processes", "1"]
 
 
 def all_lanes(parties: tuple[Party, ...]) -> tuple[Party, ...]:
@@ -46,21 +48,23 @@ def arrive(_: Any, barrier: cute.Pointer) -> None:
 
 
 def let_all_lanes_arrive() -> None:
-    """Change the kernel that this process compiles; its objects go to a cache of their own."""
-    os.environ["FA4_BACKEND_CACHE_DIR"] = tempfile.mkdtemp()
+    """Change the kernel that this process compiles."""
     storage.pipeline_edges = edges
     ConvertWarps._arrive = arrive  # type: ignore[method-assign]
     ConsumerWarpgroup._release = arrive  # type: ignore[method-assign]
 
 
-def main() -> None:
-    """`prove_prefill` with that kernel."""
+def main() -> int:
+    """`sanitize_cases` with that kernel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of these objects alone")
+    options, rest = parser.parse_known_args()
+    options.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["FA4_BACKEND_CACHE_DIR"] = str(options.cache.resolve())
     let_all_lanes_arrive()
-    from tests.device import prove_prefill
-
-    sys.argv = [sys.argv[0], *(sys.argv[1:] or DEFAULT)]
-    prove_prefill.main()
+    sys.argv = [sys.argv[0], *rest]
+    return sanitize_cases.main()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -25,8 +25,9 @@ from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attent
 from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
+from tests.device.engine_groups import Group, rehearsed
 from tests.device.engine_lane import COMMON, Engine
-from tests.device.serve_matrix import Group, arch, lanes, rehearsed, report, run_lane, warm_imports, without_answers
+from tests.device.serve_matrix import arch, lanes, report, run_lane, warm_imports, without_answers
 from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, FP8_RUNS, SUITES, WRITE, compare, judge
 

@@ -1,6 +1,7 @@
 """vLLM on a GPU with `--attention-backend FA4` on models with MLA, 16 and 128 heads: log-probabilities beside FLASH_ATTN_MLA.
 
     python -m tests.device.serve_mla --out results.json [--heads 16,128] [--only "FLASH_ATTN_MLA;TRITON_MLA;FA4"]
+    python -m tests.device.serve_mla --compile-for sm_90a      # needs neither GPU nor vLLM
 
 Each engine runs in a process of its own on a small random model whose MLPs are dense (`tests.engines.tiny_mla_models`). What is judged is
 the root mean square difference of log-probabilities from FLASH_ATTN_MLA's: of tokens that each engine is made to generate, the same ones
@@ -136,18 +137,18 @@ def judge(results: dict[str, dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def keys_of(num_heads: int) -> list[Any]:
+def keys_of(num_heads: int, arch: str) -> list[Any]:
     """Compile keys of our kernels for all engines of a model, as they ask for them."""
     problems = []
     for backend, arguments, _ in RUNS.values():
         if backend == "FA4":
             stored = FP8_ELEMENTS if "kv_cache_dtype" in arguments else "bfloat16"
             page_size = arguments.get("block_size", 16)
-            latent = AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch(), kv_dtype=stored, kv_source=LATENT)
+            latent = AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch, kv_dtype=stored, kv_source=LATENT)
             problems.append((latent, 1 + arguments.get("speculative_config", {}).get("num_speculative_tokens", 0)))
     for is_causal in (True, False):
         mask = MaskFeatures(is_causal=is_causal)
-        ragged = AttentionProblem(num_heads, num_heads, 192, 128, "bfloat16", 1, arch(), mask=mask, kv_source=RAGGED, has_lse=True)
+        ragged = AttentionProblem(num_heads, num_heads, 192, 128, "bfloat16", 1, arch, mask=mask, kv_source=RAGGED, has_lse=True)
         problems.append((ragged, 1))
     keys: dict[Any, None] = {}
     for problem, num_queries in problems:
@@ -202,15 +203,16 @@ def main() -> int:
     parser = serve_parser(__doc__, runs="engines", side_by_side=5, seconds=200)
     parser.add_argument("--heads", default="16,128")
     parser.add_argument("--only", help="which runs, separated by semicolons; the reference and the yardsticks belong to it")
-    parser.add_argument("--compile-only", action="store_true", help="stop once our kernels are in the cache; needs no vLLM")
+    parser.add_argument("--compile-for", metavar="ARCH", help="fill the cache with the kernels that these engines need, and do no more")
     parser.add_argument("--request", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.request:
         (options.request.parent / "answers.json").write_text(json.dumps(answer(json.loads(options.request.read_text()))))
         return 0
     heads = [int(number) for number in options.heads.split(",")]
-    compile_missing([*dict.fromkeys(key for num_heads in heads for key in keys_of(num_heads))])
-    if options.compile_only:
+    target = options.compile_for or arch()
+    compile_missing([*dict.fromkeys(key for num_heads in heads for key in keys_of(num_heads, target))])
+    if options.compile_for:
         return 0
     wrong = run_all(heads, options.only.split(";") if options.only else [*RUNS], options)
     print(*(wrong or ["all as it has to be"]), sep="\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from fa4_backend.problem import FP8
 from tests.device import prove_decode, prove_large_logits
+from tests.support.fuzz import FuzzSetup
 
 pytestmark = pytest.mark.gpu
 
@@ -18,16 +21,16 @@ def test_the_devices_lists_are_the_hosts(arch: str) -> None:
 
 
 @kv_dtypes
-def test_fuzzed_batches(arch: str, kv_dtype: str) -> None:
-    seen = prove_decode.check_fuzz(arch, kv_dtype, FUZZED, (0, 1), "")
-    assert seen["batches"] >= FUZZED // 2 and not any(setup["failures"] for setup in seen["setups"])
+@pytest.mark.parametrize("setups_of", [prove_decode.setups, prove_decode.mixed_setups], ids=["alone", "beside prefill"])
+def test_fuzzed_batches(arch: str, kv_dtype: str, setups_of: Callable[[str, str], list[FuzzSetup]]) -> None:
+    setups = setups_of(arch, kv_dtype)
+    seen = prove_decode.check_fuzz(setups, FUZZED, seed=1)
+    assert seen["batches"] >= FUZZED and len(seen["setups"]) == len(setups)
 
 
 @kv_dtypes
-def test_fuzzed_batches_beside_prefill(arch: str, kv_dtype: str) -> None:
-    setups = prove_decode.mixed_setups(arch, kv_dtype)
-    seen = prove_decode.check_mixed(FUZZED, setups)
-    assert seen["batches"] >= FUZZED // 2 and len(seen["setups"]) == len(setups)
+def test_pools_above_2_to_the_32_elements(arch: str, kv_dtype: str) -> None:
+    assert all(pool["elements"] > 2**32 for pool in prove_decode.check_pool(arch, kv_dtype)["pools"])
 
 
 @kv_dtypes

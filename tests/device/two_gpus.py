@@ -23,8 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.device.engine_groups import EAGER, TP_2
 from tests.device.engine_lane import Engine, run_process, write_request
-from tests.device.serve_matrix import EAGER, NO_MULTICAST, TP_2
+from tests.device.serve_matrix import NO_MULTICAST
 from tests.engines.tiny_models import write_llama
 
 MEBI = 1 << 20

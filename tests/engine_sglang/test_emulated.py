@@ -11,7 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import dense_attention as dense
 from sglang.test.kits.attention_unittest.runner_modes import cuda_graph_decode_runner as decode_graphs
 
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 from tests.engine_sglang.pools import StridedPool
 from tests.engine_sglang.test_kit import SKIPS
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 from tests.engine_sglang.engine import FIRST, NEW_TOKENS, SECOND
 from tests.engine_sglang.planted import plant
 from tests.engines.tiny_models import write_llama

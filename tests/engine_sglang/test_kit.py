@@ -18,7 +18,7 @@ from sglang.test.kits.attention_unittest.runner_modes import speculative_draft_e
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verifications
 
 from fa4_backend import UnsupportedProblem
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 
 # Layouts of a request's pages in the pool. SGLang's fourth, "non_monotonic_extend", scatters the tokens of a page within it, which no page
 # table says; the kit's cases for fa3 and fa4 list it as a known failure too.

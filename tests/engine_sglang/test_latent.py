@@ -19,7 +19,7 @@ from sglang.test.kits.attention_unittest.runner_modes import cuda_graph_decode_r
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verifications
 
 from fa4_backend import UnsupportedProblem
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 
 LAYOUTS = ("contiguous", "shuffled_pages", "interleaved_pages")
 CASES = {case.name: case for case in mla.make_mla_cases(NAME)}

@@ -15,7 +15,7 @@ from sglang.test.kits.attention_unittest.runner_modes import speculative_target_
 from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend, kv_pool
 from fa4_integration.sglang_backend.draft import DraftSteps
-from fa4_integration.sglang_backend.plugin import NAME
+from fa4_integration.sglang_backend.names import NAME
 from tests.engine_sglang.pools import Fp8Runner, StridedPool, WindowPool
 from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES, run_peaked, window_decode
 

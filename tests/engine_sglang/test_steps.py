@@ -21,8 +21,8 @@ from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend as backend_module
 from fa4_integration.sglang_backend import plugin
 from fa4_integration.sglang_backend.draft import DraftSteps
+from fa4_integration.sglang_backend.names import NAME
 from fa4_integration.sglang_backend.page_tables import StepTensors
-from fa4_integration.sglang_backend.plugin import NAME
 from tests.engine_sglang.pools import WindowPool
 from tests.engine_sglang.test_kit import CASES, SKIPS, window_decode
 

@@ -16,7 +16,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from fa4_integration.vllm_backend import plugin
+from fa4_integration.vllm_backend import names, plugin
 from tests.engines.tiny_models import write_llama
 
 
@@ -82,7 +82,7 @@ def test_enum_without_register_is_extended() -> None:
 
     member = plugin.add_member(OldEnum)
     assert plugin.add_member(OldEnum) is member
-    assert OldEnum["FA4"] is member and OldEnum(plugin.BACKEND_PATH) is member and OldEnum.FA4 is member  # type: ignore[attr-defined]
+    assert OldEnum["FA4"] is member and OldEnum(names.BACKEND_PATH) is member and OldEnum.FA4 is member  # type: ignore[attr-defined]
     assert list(OldEnum) == [OldEnum.FLASH_ATTN, member] and isinstance(member, OldEnum)
 
 
@@ -123,7 +123,7 @@ def test_cpu_platform_honours_fa4() -> None:
 
     plugin.register()
     plugin.register()
-    assert current_platform.get_attn_backend_cls(backends()["FA4"], selector()) == plugin.BACKEND_PATH
+    assert current_platform.get_attn_backend_cls(backends()["FA4"], selector()) == names.BACKEND_PATH
 
 
 MLA = {"use_mla": True, "head_size": 576}
@@ -136,8 +136,8 @@ def test_the_kind_of_a_layer_chooses_the_backend(name: str) -> None:
 
     plugin.register()
     member = backends()[name]
-    assert current_platform.get_attn_backend_cls(member, selector()) == plugin.BACKEND_PATH
-    assert current_platform.get_attn_backend_cls(member, selector(**MLA)) == plugin.MLA_BACKEND_PATH
+    assert current_platform.get_attn_backend_cls(member, selector()) == names.BACKEND_PATH
+    assert current_platform.get_attn_backend_cls(member, selector(**MLA)) == names.MLA_BACKEND_PATH
     assert pickle.loads(pickle.dumps(member)) is member and backends()["FA4_MLA"].get_class().get_name() == "FA4_MLA"
 
 
@@ -169,14 +169,14 @@ def cuda_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
         def get_device_capability(cls, device_id: int = 0) -> Any:
             return DeviceCapability(9, 0)
 
-    wrap_platform(Hopper, {name: backends()[name] for name in plugin.PATHS})
+    wrap_platform(Hopper, {name: backends()[name] for name in names.PATHS})
     return Hopper
 
 
 def test_cuda_platform_chooses_by_kind_too(cuda_platform: Any) -> None:
-    for name in plugin.PATHS:
-        assert cuda_platform.get_attn_backend_cls(backends()[name], selector()) == plugin.BACKEND_PATH
-        assert cuda_platform.get_attn_backend_cls(backends()[name], selector(**MLA)) == plugin.MLA_BACKEND_PATH
+    for name in names.PATHS:
+        assert cuda_platform.get_attn_backend_cls(backends()[name], selector()) == names.BACKEND_PATH
+        assert cuda_platform.get_attn_backend_cls(backends()[name], selector(**MLA)) == names.MLA_BACKEND_PATH
 
 
 def test_cuda_platform_refuses_what_the_backend_of_the_kind_refuses(cuda_platform: Any) -> None:

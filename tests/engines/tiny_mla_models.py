@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from tests.engines.tiny_models import VOCAB, _write_tokenizer
 
@@ -61,6 +60,8 @@ def write_deepseek(
             f"{layer}.post_attention_layernorm.weight": torch.ones(hidden),
         }
     weights["model.norm.weight"] = torch.randint(0, 2, (hidden,), generator=generator) * 2.0 - 1.0
+    from safetensors.torch import save_file
+
     save_file({name: weight.to(dtype) for name, weight in weights.items()}, folder / "model.safetensors")
     facts = {
         "architectures": ["DeepseekV3ForCausalLM"],

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 VOCAB = 512
 HIDDEN, INTERMEDIATE, HEAD_DIM = 256, 512, 64
@@ -48,6 +47,8 @@ def _llama_config(heads: tuple[int, int], num_layers: int) -> dict[str, Any]:
 def write_eagle(folder: Path, heads: tuple[int, int] = (4, 2)) -> Path:
     """An EAGLE head for `write_llama`'s model: a layer over the target's hidden state and the next token's embedding, which is the
     target's, as its output matrix is. Its weights are random, so that what it drafts is mostly rejected."""
+    from safetensors.torch import load_file, save_file
+
     config = _llama_config(heads, 1)
     _write(folder, config, norms=("post_attention_layernorm",), embedding_std=1.0)
     weights = load_file(folder / "model.safetensors")
@@ -59,6 +60,8 @@ def write_eagle(folder: Path, heads: tuple[int, int] = (4, 2)) -> Path:
 
 def write_lora(folder: Path, seed: int, heads: tuple[int, int] = (4, 2), num_layers: int = 2, rank: int = 8) -> Path:
     """A LoRA adapter of `write_llama`'s model, on all its projections, large enough to change what the model says."""
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(seed)
     query, kv = heads[0] * HEAD_DIM, heads[1] * HEAD_DIM
     attention = {"q_proj": (query, HIDDEN), "k_proj": (kv, HIDDEN), "v_proj": (kv, HIDDEN), "o_proj": (HIDDEN, query)}
@@ -157,6 +160,8 @@ def _write(
     # Random signs: with tied embeddings (Gemma-2's always are) a plain norm would let the last token predict itself.
     signs = torch.randint(0, 2, (HIDDEN,), generator=generator) * 2.0 - 1.0
     weights["model.norm.weight"] = signs + norm_offset
+    from safetensors.torch import save_file
+
     save_file(weights | (more or {}), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fa4_backend import plan_attention
-from fa4_backend.bench import figures, shapes
+from fa4_backend.bench import figures, ours, shapes
 from fa4_backend.bench.batch import BatchShape, BatchTensors, Mask
 from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches
 from fa4_backend.bench.figures import write_csv
@@ -194,3 +194,18 @@ def test_cells_are_chosen_by_their_titles() -> None:
     assert {name: len(kind.batches) for name, kind in chosen.items()} == {"long-row": 2}
     with pytest.raises(ValueError, match="expected a regular expression"):
         matching(kinds(), "no such cell")
+
+
+@pytest.mark.parametrize(
+    ("command", "batches", "requests"),
+    # As it is planned, batch-invariant and exact; FP8, and the same values in bfloat16.
+    [("decode", "quantised", 3 * 11), ("prefill", "whole,chunked", 2 * 6)],
+)
+def test_kernels_of_a_benchmark_are_compiled_for_a_machine_that_cannot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, batches: str, requests: int
+) -> None:
+    monkeypatch.setattr(ours, "compile_all", lambda asked_of: len([plan_attention(*request) for request in asked_of]))
+    with pytest.raises(SystemExit) as end:
+        main(["bench", command, "--batches", batches, "--kv-dtype", "fp8", "--compile-for", "sm_90a"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"{requests} kernels for sm_90a\n"

@@ -154,6 +154,23 @@ def test_kernels_are_compiled_for_a_machine_that_has_no_compiler(monkeypatch: py
     assert [sum(word in name for name in names) for word in ("schedule", "decode", "prefill", "kve4m3")] == [1, 2, 2, 2]
 
 
+def test_kernels_of_latent_attention_are_those_of_decode_and_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "library_of", lambda key: None)
+    names = engine.compile_kernels(["auto", "fp8"], "sm_90a", "mla128")
+    assert [sum(word in name for name in names) for word in ("schedule", "mladecode", "h128", "ragged", "kve4m3")] == [1, 2, 2, 2, 1]
+    assert engine.kv_cache_bytes(2048, "auto", model="mla128") * 2 * 8 * 128 == engine.kv_cache_bytes(2048, "auto") * 576
+    config = engine.MODELS["mla128"].config_of(3)
+    assert config["first_k_dense_replace"] == config["num_hidden_layers"] == 3, "no layer has experts"
+
+
+def test_latents_in_fp8_are_told_by_their_line(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = LINE.replace("32/8 heads", "16 heads of latent attention") + " (latents float8_e4m3fn)"
+    monkeypatch.setenv("FA4_TEST_ANSWERS", json.dumps([{"fp8": [line]}, ATTENTION_US]))
+    assert len(figures_of(["FA4"], kv_cache_dtypes=["fp8"], groups=("1",), model="mla16")) == 2
+    with pytest.raises(EngineBenchError, match=r"expected our kernels with '\(K and V float8_e4m3fn\)'"):
+        figures_of(["FA4"], kv_cache_dtypes=["fp8"], groups=("1",))
+
+
 def test_a_case_without_a_peer_has_no_ratio() -> None:
     alone = [EngineFigure("FA4", 0, "ragged load", device_ms=6e3, attention_us=5e6)]
     assert engine.summary(alone).splitlines()[1] == "ragged load: FA4 nan / 6000.00 ms / 5,000,000 us"
@@ -172,7 +189,14 @@ def test_kernels_that_run_side_by_side_count_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kernel_cutlass_kernel_fa4_backendkernelsdecode", "void flash::FlashAttnFwdCombine", "kernel_unified_attention_2d"]
+    "name",
+    [
+        "kernel_cutlass_kernel_fa4_backendkernelsdecode",
+        "void flash::FlashAttnFwdCombine",
+        "kernel_unified_attention_2d",
+        "void smxx::decode::flash_fwd_mla_combine_kernel",
+        "_fwd_grouped_kernel_stage1",
+    ],
 )
 def test_attention_is_told_by_its_kernels_names(name: str) -> None:
     assert ATTENTION_KERNELS.search(name)

@@ -1,4 +1,4 @@
-"""The cache trusts nothing it finds: damaged, foreign, half-written, too many, many processes, a full disk."""
+"""The cache trusts nothing it finds: damaged, half-written, many processes, a full disk; and where it lies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import json
 import logging
 import os
 import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,39 +16,12 @@ from pathlib import Path
 import pytest
 
 from fa4_backend import compile_cache, envs
-from fa4_backend.cache import entry, prune, trust
+from fa4_backend.cache import entry, prune
 from fa4_backend.cache.errors import BrokenObjectError, CacheError, CacheWriteError, UntrustedCacheError
 from fa4_backend.compile import CompileError, _check_whole
-from tests.support.stub_kernels import StubKey, call_stub, compile_stub
+from tests.support.stub_kernels import StubKey, call_stub, compile_stub, compiles, hidden, object_of
 
-NOBODY = 65534
 TIMEOUT = 600  # seconds that processes of a few seconds have, however many others the machine runs
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of its own whose kernels the C compiler makes; `compiles` tells how often."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(folder))
-    monkeypatch.setenv("STUB_COMPILES", str(tmp_path / "compiles"))
-    monkeypatch.setattr(compile_cache, "compile_to_object", compile_stub)
-    monkeypatch.setattr(compile_cache, "_sealed", False)
-    monkeypatch.setattr(entry, "_in_use", set())
-    return folder
-
-
-def compiles(cache: Path) -> int:
-    return len((cache.parent / "compiles").read_text().splitlines())
-
-
-def object_of(value: int = 7) -> Path:
-    """Folder of a stub's entry, compiled if need be."""
-    return compile_cache.ensure_object(StubKey(value)).parent
-
-
-def hidden(cache: Path) -> list[Path]:
-    """Folders on their way in or out, which must not stay."""
-    return [path for path in cache.rglob(".*") if path.is_dir()]
 
 
 # -- what does not fit its record ---------------------------------------------------------------------------------------------------
@@ -170,123 +141,6 @@ def test_checks_cost_less_than_a_fifth_of_a_second_of_start(cache: Path) -> None
     assert time.process_time() - begin < 0.2
 
 
-# -- whose files ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])
-@pytest.mark.parametrize("part", ["cache", "kernels", "entry", "kernel.so", "kernel.ptx", "entry.json"])
-def test_what_others_may_write_is_refused(cache: Path, part: str, mode: int) -> None:
-    folder = object_of()
-    path = {"cache": cache, "kernels": cache / "kernels", "entry": folder}.get(part, folder / part)
-    before = path.stat().st_mode & 0o7777
-    path.chmod(mode)
-    with pytest.raises(UntrustedCacheError, match=rf"{path}: expected .* mode {mode:04o}.*FA4_BACKEND_CACHE_DIR.*chmod go-w"):
-        object_of()
-    assert compiles(cache) == 1, "neither used nor built over"
-    path.chmod(before)
-    object_of()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("part", ["above", "cache", "kernels", "entry", "kernel.so", "entry.json"])
-def test_what_another_user_owns_is_refused(cache: Path, part: str) -> None:
-    folder = object_of()
-    path = {"above": cache.parent, "cache": cache, "kernels": cache / "kernels", "entry": folder}.get(part, folder / part)
-    os.chown(path, NOBODY, -1)
-    with pytest.raises(UntrustedCacheError, match=rf"{path}: expected .* of root that .* got owner .*{NOBODY}.*FA4_BACKEND_CACHE_DIR"):
-        object_of()
-    assert compiles(cache) == 1
-    os.chown(path, 0, -1)
-
-
-def test_nothing_is_built_in_a_folder_that_others_may_write(cache: Path) -> None:
-    cache.mkdir()
-    cache.chmod(0o777)
-    with pytest.raises(UntrustedCacheError):
-        object_of()
-    assert not list(cache.iterdir())
-
-
-def test_folders_above_may_be_sticky_but_not_open(cache: Path) -> None:
-    """In /tmp nobody else can rename our folder; in a folder open to all anybody can put another in its place."""
-    object_of()
-    cache.parent.chmod(0o1777)
-    object_of()
-    cache.parent.chmod(0o777)
-    with pytest.raises(UntrustedCacheError, match=f"{cache.parent}: expected a folder"):
-        object_of()
-    cache.parent.chmod(0o700)
-
-
-def test_folders_above_may_be_open_to_a_private_group_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """umask 002, the default of some systems, makes ~/.cache so."""
-    object_of()
-    cache.parent.chmod(0o770)
-    monkeypatch.setattr(trust, "_is_private_group", lambda status: True)
-    object_of()
-    monkeypatch.setattr(trust, "_is_private_group", lambda status: False)
-    with pytest.raises(UntrustedCacheError):
-        object_of()
-    cache.parent.chmod(0o700)
-
-
-def test_a_link_out_of_the_cache_is_refused_and_the_cache_itself_may_be_one(cache: Path) -> None:
-    folder = object_of()
-    elsewhere = cache.parent / "elsewhere"
-    shutil.move(folder, elsewhere)
-    folder.symlink_to(elsewhere)
-    with pytest.raises(UntrustedCacheError, match="expected a path inside the cache folder"):
-        object_of()
-    folder.unlink()
-    shutil.move(elsewhere, folder)
-    moved = cache.parent / "moved"
-    shutil.move(cache, moved)
-    cache.symlink_to(moved)
-    assert object_of().is_relative_to(moved) and compiles(cache) == 1
-
-
-def test_an_open_umask_does_not_open_the_cache(cache: Path) -> None:
-    before = os.umask(0o002)
-    try:
-        object_of()
-    finally:
-        os.umask(before)
-    assert all(not path.stat().st_mode & 0o022 for path in cache.rglob("*"))
-    object_of()
-    assert compiles(cache) == 1
-
-
-def as_nobody(answers: Path) -> None:
-    """In a child process: loads one stub that is there and one that is not, as a user without rights; a line each in `answers`."""
-    file = answers.open("w")
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
-    for value in (7, 8):
-        try:
-            print(call_stub(compile_cache.ensure_object(StubKey(value))), file=file)
-        except Exception as error:
-            print(type(error).__name__, error, file=file)
-    file.close()
-    os._exit(0)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_other_users_load_what_root_made_and_cannot_add_to_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prebuilt objects for a whole machine: no write right is needed to load them, and a missing one is a named error."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
-        Path(name).chmod(0o755)
-        monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", f"{name}/shared")
-        object_of()
-        child = os.fork()
-        if child == 0:
-            as_nobody(tmp_path / "answers")
-        assert os.waitpid(child, 0)[1] == 0
-    first, second = (tmp_path / "answers").read_text().splitlines()
-    assert first == "7"
-    assert second.startswith("CacheWriteError") and "Permission denied" in second and "FA4_BACKEND_CACHE_DIR" in second
-
-
 # -- several processes, a full disk -----------------------------------------------------------------------------------------------
 
 
@@ -382,78 +236,6 @@ def test_no_space_for_the_record(cache: Path, monkeypatch: pytest.MonkeyPatch) -
             object_of()
     assert not list(cache.glob("kernels/*/*/*"))
     assert call_stub(object_of() / "kernel.so") == 7
-
-
-# -- how much ------------------------------------------------------------------------------------------------------------------------
-
-
-def _age(folder: Path, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(folder / prune.RECORD, (then, then))
-
-
-@pytest.fixture
-def aged(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Four entries of an old version, the first used longest ago, that no process uses."""
-    folders = [object_of(value) for value in range(4)]
-    entry._in_use.clear()
-    for number, folder in enumerate(folders):
-        _age(folder, 1000 - 100 * number)
-    return folders
-
-
-def _limit(monkeypatch: pytest.MonkeyPatch, num_entries: float) -> None:
-    size = max(item.num_bytes for item in prune.items())
-    monkeypatch.setenv("FA4_BACKEND_CACHE_GIB", repr(num_entries * size / 2**30))
-
-
-def test_the_least_recently_used_go(
-    cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    object_of(0)
-    assert time.time() - (aged[0] / prune.RECORD).stat().st_mtime < 900, "a look-up is a use"
-    entry._in_use.clear()
-    _age(aged[0], 50 + prune.GRACE_SECONDS)
-    _limit(monkeypatch, 3.5)
-    with caplog.at_level(logging.INFO):
-        new = object_of(5)
-    assert [folder.exists() for folder in aged] == [True, False, False, True] and new.exists()
-    (line,) = [message for message in caplog.messages if "removed" in message]
-    assert line.startswith("cache: 2 entries") and aged[1].name in line and aged[2].name in line
-    assert not hidden(cache)
-
-
-def test_what_this_process_uses_and_what_was_just_used_stays(cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    object_of(0)  # this process uses it, however long ago
-    _age(aged[0], 5000)
-    _age(aged[1], prune.GRACE_SECONDS / 2)  # another process may be about to load it
-    _limit(monkeypatch, 0.5)
-    new = object_of(5)
-    assert [folder.exists() for folder in aged] == [True, True, False, False] and new.exists()
-
-
-def test_another_process_that_prunes_is_not_waited_for(cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    _limit(monkeypatch, 0.5)
-    with prune.FileLock(cache / "locks" / "prune.lock"):
-        object_of(5)
-    assert all(folder.exists() for folder in aged)
-
-
-def test_objects_of_another_layout_are_pruned_too(cache: Path, aged: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = aged[0].parent / "prefill-old.so"
-    flat.write_bytes(bytes(100))
-    os.utime(flat, (0, 0))
-    _limit(monkeypatch, 4.9)
-    object_of(5)
-    assert not flat.exists() and aged[1].exists()
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "much", "inf", "nan"])
-def test_a_limit_that_is_no_size_is_refused_before_the_work(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("FA4_BACKEND_CACHE_GIB", text)
-    with pytest.raises(ValueError, match=f"FA4_BACKEND_CACHE_GIB: expected a positive number of GiB, got '{text}'"):
-        object_of()
-    assert not (cache.parent / "compiles").exists()
 
 
 # -- one folder ----------------------------------------------------------------------------------------------------------------------

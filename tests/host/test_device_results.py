@@ -18,9 +18,10 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
 from tests import conftest
-from tests.device import proofs, serve_mla, serve_sglang
+from tests.device import proofs, prove_mla, serve_mla, serve_sglang
+from tests.device.engine_groups import GROUPS
 from tests.device.proofs import Proof
-from tests.device.serve_matrix import APART, GROUPS, METRICS, suite_of
+from tests.device.serve_matrix import APART, METRICS, suite_of
 from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
@@ -48,9 +49,18 @@ def test_decode() -> None:
 
 def test_latent_decode() -> None:
     """What docs/mla.md says of errors, bits and peers, of the kernel as it is tuned: CTAs apart ("c1" where clusters were timed beside)."""
+    proof = load("mla_h200.json")
+    fuzz = proof["fuzz"]
+    assert fuzz["batches"] >= 20000 and fuzz["failures"] == 0 and fuzz["longest row"] == 131072
+    assert 0 < fuzz["worst_share_out"] <= 1 and 0 < fuzz["worst_share_lse"] <= 1
+    assert min(fuzz[f"rows {what}"] for what in ("without a key", "of one token", "without a query")) > 100000
+    assert set(fuzz["seen"]) == {str(shape) for shape in prove_mla.FUZZ_SHAPES} and min(fuzz["seen"].values()) > 500
+    assert proof["bits"]["page_sizes"] == 5 and proof["graphs"]["replays"] == 20
+    memcheck, as_it_is, told = proof["sanitizer"]
+    assert "SUMMARY: 0 errors" in memcheck["summary"] and "SUMMARY: 0 hazards" in told["summary"]
+    assert as_it_is["batches"] == told["batches"] == len(prove_mla.FUZZ_SHAPES)
+    assert "SUMMARY: 240 hazards" in as_it_is["summary"], "the batches have what the other form ends"
     seen = load("mla_h100.json")
-    assert seen["fuzz"]["batches"] >= 200 and max(seen["fuzz"]["worst_share_out"], seen["fuzz"]["worst_share_lse"]) <= 1
-    assert seen["bits"]["page_sizes"] == 5 and seen["graphs"]["replays"] == 20
     cells = {(t["heads"], t["batch"], t["keys"], t["queries"]): t for t in seen["times"] if t["kv_dtype"] == "auto"}
     behind = [cell for cell, t in cells.items() if t.get("c1", t["fa4"]) > min(t["fa3"], t["flashmla"])]
     assert len(cells) == 13 and behind == [(128, 1, 1024, 1)]
@@ -96,7 +106,7 @@ def test_latent_decode_beside_peers() -> None:
         assert re.search(rf"{where} {min(of_part):.2f} to {max(of_part):.2f} times", readme), part
     wide = [ratio for name, ratio in ratios.items() if "e4m3" not in name]
     assert f"{min(wide):.2f} to {max(wide):.2f} times FlashAttention-3 and ahead of FlashMLA in {len(wide)} cells" in readme
-    said = f"{fuzz['batches']:,} random batches of {sum(name.startswith('Shape') for name in fuzz['seen'])} shapes in {fuzz['seconds']} s"
+    said = f"{fuzz['batches']:,} random batches of {len(fuzz['seen'])} shapes in {fuzz['seconds']} s"
     assert said in " ".join(document.split()) and f"{fuzz['batches']:,} fuzzed batches, 0 failures" in readme
     worst = f"worst error {fuzz['worst_share_out']:.2f} of its budget (out) and {fuzz['worst_share_lse']:.2f} (lse)"
     assert worst in " ".join(document.split()) and fuzz["worst_share_out"] <= 1

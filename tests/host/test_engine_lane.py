@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.device import engine_lane, serve_long
+from tests.device.engine_groups import BOTH, GROUPS, PEERS, Group
 from tests.device.engine_lane import Engine, faults, run_process, slow_parts
-from tests.device.serve_matrix import BOTH, GROUPS, NO_MULTICAST, PEERS, Group, lanes, lone_references, run_lane, suite_of
+from tests.device.serve_matrix import NO_MULTICAST, lanes, lone_references, run_lane, suite_of
 from tests.device.serve_tokens import compare, judge
 from tests.engines.random_load import RandomLoad
 from tests.engines.tiny_models import write_llama

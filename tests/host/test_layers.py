@@ -6,6 +6,7 @@ An engine's adapter knows its engine, the operator and what adapters share.
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,14 @@ SHARED_FACTS = {"fa4_backend.kernels.schedule.work_list"}
 INTEGRATION = ROOT / "integration"
 # Folder or module below integration/ -> the engine that it alone may import.
 ENGINES = {"vllm_backend": "vllm", "sglang_backend": "sglang", "transformers_attention": "transformers"}
+# The emulated machine: a warp knows its CTA and the CTA its warps, and so on up to the launch and across to what watches them for races.
+MACHINE = frozenset(
+    f"fa4_backend.emulator.{name}" for name in ("warp", "cta", "grid", "barrier_state", "wgmma_registers", "races", "global_races")
+)
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Every module that a file imports, at its top or inside a function; those for type checkers alone are left out."""
+def imported_modules(path: Path, for_checkers: bool = False) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function; those for type checkers alone only where asked."""
     tree = ast.parse(path.read_text())
     checkers_only = {
         node
@@ -32,7 +37,7 @@ def imported_modules(path: Path) -> Iterator[str]:
         for node in ast.walk(block)
     }
     for node in ast.walk(tree):
-        if node in checkers_only:
+        if node in checkers_only and not for_checkers:
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
@@ -97,3 +102,33 @@ def test_an_adapter_knows_its_own_engine(path: Path) -> None:
 def test_every_adapter_is_known() -> None:
     names = {path.name.removesuffix(".py") for path in INTEGRATION.iterdir() if path.is_dir() or path.suffix == ".py"}
     assert names - {"common", "__pycache__", "__init__"} == set(ENGINES)
+
+
+def module_names() -> dict[str, Path]:
+    """Modules of the package and the adapters, by the name under which they are imported."""
+    names = {}
+    for folder, name in ((PACKAGE, "fa4_backend"), (INTEGRATION, "fa4_integration")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            names[".".join((name, *parts)).removesuffix(".__init__")] = path
+    return names
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Arrows run one way for a reader too, so imports for type checkers count; a package's face only hands names on."""
+    modules = module_names()
+    faces = {name for name, path in modules.items() if path.name == "__init__.py"}
+    assert modules.keys() >= MACHINE
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        if name in faces:
+            continue
+        below = {other for other in imported_modules(path, for_checkers=True) if other in modules and other not in faces}
+        if name in MACHINE:
+            graph.setdefault("the machine", set()).update(below - MACHINE)
+        else:
+            graph[name] = {"the machine" if other in MACHINE else other for other in below}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"files import each other in a circle: {' <- '.join(error.args[1])}")

@@ -6,7 +6,20 @@ from dataclasses import replace
 
 from fa4_backend.problem import FP8, RAGGED, SAME_AS_Q
 from tests.support.fuzz import FuzzSetup
+from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
+
+
+def case_of(setup: FuzzSetup, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], layout: str = "separate") -> PagedCase:
+    """One poisoned case of a setup's problem, with the same compile keys."""
+    p = setup.problem
+    return PagedCase(
+        query_lens, kv_lens, num_q_heads=p.num_q_heads, num_kv_heads=p.num_kv_heads, head_dim=p.head_dim, head_dim_v=p.head_dim_v,
+        dtype=p.dtype, kv_dtype=p.kv_dtype, out_dtype=p.out_dtype, per_head_scales=setup.per_head_scales, page_size=p.page_size,
+        arch=p.arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
+        window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0, sinks=p.mask.has_sinks,
+        alibi=p.mask.has_alibi, layout=layout, batch_invariant=p.batch_invariant, decode_query_len=setup.decode_query_len,
+    )  # fmt: skip
 
 
 def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:

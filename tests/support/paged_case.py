@@ -234,11 +234,18 @@ class BuiltCase:
     oracle: Judge | None = field(default=None)
     is_decoded: bool = False  # the decode kernel serves every row
 
-    def run(self, plan: AttentionPlan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the operator as a user would; returns out and lse, padding rows included."""
+    def run(self, plan: AttentionPlan | None = None, min_part_blocks: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the operator as a user would; returns out and lse, padding rows included.
+
+        Args:
+            min_part_blocks: n_blocks of the shortest part of a prefill tile; None: the plan's.
+        """
         a = self.arguments
         plan = plan or self.case.plan()
         metadata = AttentionMetadata.allocate(plan, a.q.device)
+        if min_part_blocks is not None:
+            assert metadata.work is not None, f"min_part_blocks: expected a plan with kernels, got {self.case.arch=}"
+            metadata.work.shape = replace(metadata.work.shape, min_part_blocks=min_part_blocks)
         bounds = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
         if self.case.kv_source == PAGED:
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)

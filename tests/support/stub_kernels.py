@@ -44,6 +44,21 @@ def call_stub(library: Path) -> int:
     return getattr(ctypes.CDLL(str(library)), OBJECT_FUNCTION)()
 
 
+def compiles(cache: Path) -> int:
+    """How many stubs were compiled for the folder of the fixture `cache`."""
+    return len((cache.parent / "compiles").read_text().splitlines())
+
+
+def object_of(value: int = 7) -> Path:
+    """Folder of a stub's entry, compiled if need be."""
+    return compile_cache.ensure_object(StubKey(value)).parent
+
+
+def hidden(cache: Path) -> list[Path]:
+    """Folders on their way in or out, which must not stay."""
+    return [path for path in cache.rglob(".*") if path.is_dir()]
+
+
 if __name__ == "__main__":
     import sys
 

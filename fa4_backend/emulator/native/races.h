@@ -1,4 +1,4 @@
-// Happens-before detector: see races.c, global_races.c, races.py and global_races.py.
+// Happens-before detector: see shadow.c, races.c, global_races.c, races.py and global_races.py.
 #pragma once
 #include "core.h"
 
@@ -68,9 +68,13 @@ typedef struct {
   u32 read_by;
 } Memo;
 
+// shadow.c
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo);
+void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Accessor* who);
 u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes);
 enum { ACCESS_STRONG = 1, ACCESS_NON_COHERENT = 2, ACCESS_MODIFIES = 4 };
 Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int flags);
+// races.c
 void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int flags);
+// global_races.c
 void global_lanes(Warp* w, const u64* addresses, u32 mask, u32 bytes, int kind, int flags);

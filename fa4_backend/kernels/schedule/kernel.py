@@ -36,11 +36,11 @@ from fa4_backend.kernels.schedule.work_list import ALL_ROWS, NUM_ENTRIES, TOTAL_
 if TYPE_CHECKING:
     from fa4_backend.kernels.schedule.config import ScheduleConfig
 
-# Parts of a row group cost the CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
+# Parts of a row group cost the one CTA that adds them up about 0.05 us for each vector a thread has of a slot, and a KV tile costs a
 # CTA 0.5 us (clock stamps in the decode kernel, H100, 32/8 d128): n parts of b tiles take least where n * n * vectors is some ten times b.
 # 1 x 1K / 1 x 4K / 1 x 4K with 4 queries / 16/2 heads 1 x 4K on an H100, us: 5: 11.5 / 17.9 / 19.5 / 13.8, 10: 11.9 / 18.8 / 19.2 / 13.5,
 # 20: 11.7 / 18.7 / 19.5 / 14.0, no limit: 11.9 / 18.8 / 22.8 / 17.3.
-PARTS_RATIO = 5
+LONE_PARTS_RATIO = 5
 
 
 class CutTables(NamedTuple):
@@ -138,7 +138,7 @@ class ScheduleKernel:
         if usable * 8 < num_ctas * 7:
             usable = num_ctas
         if equal == 1 and items > 0 and params.split_blocks == 0:
-            parts = square_root(PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
+            parts = square_root(LONE_PARTS_RATIO * rows.decode_cost[1] // params.slot_vectors)
             if params.decode_part_blocks > 0 and parts * params.slot_vectors >= params.decode_share_vectors:
                 parts = rows.decode_cost[1] // params.decode_part_blocks
                 if params.decode_parts_ratio > 0:

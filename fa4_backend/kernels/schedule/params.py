@@ -21,7 +21,7 @@ class ScheduleParams(NamedTuple):
     slot_vectors: Any
     decode_share_vectors: Any  # parts that pay, times `slot_vectors`, from which on the two below say how many there are
     decode_parts_ratio: Any  # with it: the square of a row group's parts over its n_blocks, at most; 0: no such bound
-    decode_part_blocks: Any  # n_blocks that a part of a decode row group has at least; 0: as few parts as pay (`kernel.PARTS_RATIO`)
+    decode_part_blocks: Any  # n_blocks that a part of a decode row group has at least; 0: as few parts as pay (`kernel.LONE_PARTS_RATIO`)
     num_sms: Any
     decode_tile_ticks: Any
     decode_full_sms: Any

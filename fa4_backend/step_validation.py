@@ -1,0 +1,101 @@
+"""The lengths of a step against their plan. Every refusal says what was expected and what it got."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from fa4_backend.expectations import expect_dense, expect_device, expect_dtype, expect_shape, expect_tensors, expect_whole
+from fa4_backend.problem import LATENT, RAGGED
+
+if TYPE_CHECKING:
+    import torch
+
+    from fa4_backend.plan import AttentionPlan
+
+Passed = dict[Hashable, tuple[int, ...]]  # facts of steps and calls that were found to fit, and the bytes of a call's tensors
+MAX_PASSED = 1024  # remembered facts; layers and steps repeat theirs
+
+
+def check_shortest_query(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:
+    """Check the lower bound of a step's query lengths; against the lengths themselves where they are on the CPU.
+
+    Raises:
+        ValueError: it is no whole number, below 1, above the upper bound of a step that has queries, or above a query.
+    """
+    expect_whole("min_seqlen_q", min_seqlen_q)
+    if not 1 <= min_seqlen_q <= max(max_seqlen_q, 1):
+        raise ValueError(f"min_seqlen_q: expected 1 to max_seqlen_q={max_seqlen_q}, got {min_seqlen_q}")
+    if min_seqlen_q > 1 and cu_seqlens_q.device.type == "cpu":
+        lengths = cu_seqlens_q.diff()
+        shortest = min((n for n in lengths.tolist() if n > 0), default=min_seqlen_q)
+        if shortest < min_seqlen_q:
+            raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
+
+
+def check_step(
+    plan: AttentionPlan,
+    device: torch.device,
+    passed: Passed,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> int:
+    """Check the lengths of a step, which are on `device`; returns its number of sequences. `passed`: facts of steps that were found to fit.
+
+    Raises:
+        ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
+    """
+    limits, source = plan.limits, plan.problem.kv_source
+    name, lengths, other_name, other = "seqused_k", seqused_k, "cu_seqlens_k", cu_seqlens_k
+    if source == RAGGED:
+        name, lengths, other_name, other = other_name, other, name, lengths
+    if lengths is None or other is not None:
+        raise ValueError(f"{name}, {other_name}: expected the first alone for {source} K and V, got {_describe_given(lengths, other)}")
+    try:
+        facts = ("step", _facts(cu_seqlens_q), _facts(lengths))
+    except AttributeError:
+        expect_tensors({"cu_seqlens_q": cu_seqlens_q, name: lengths})
+        raise
+    ends = 1 if source == RAGGED else 0
+    if facts not in passed:
+        expect_shape(name, lengths, (None,))
+        num_seqs = lengths.shape[0] - ends
+        if not 0 <= num_seqs <= limits.max_num_seqs:
+            raise ValueError(f"{name}: expected at most max_num_seqs={limits.max_num_seqs} sequences, got {num_seqs}")
+        expect_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+        for tensor_name, tensor in (("cu_seqlens_q", cu_seqlens_q), (name, lengths)):
+            expect_dtype(tensor_name, tensor, "int32")
+            expect_dense(tensor_name, tensor)
+            expect_device(tensor_name, tensor, device, "the metadata")
+        remember(passed, facts, ())
+    for bound_name, got, limit_name, limit in (
+        ("max_seqlen_q", max_seqlen_q, "max_num_tokens", limits.max_num_tokens),
+        ("max_seqlen_k", max_seqlen_k, "max_seqlen_k (an engine's max_model_len)", limits.max_seqlen_k),
+    ):
+        expect_whole(bound_name, got)
+        if not 0 <= got <= limit:
+            raise ValueError(f"{bound_name}: expected 0 to {limit}, the plan's {limit_name}, got {got}")
+    if source == LATENT and max_seqlen_q > limits.decode_query_len:
+        raise ValueError(
+            f"max_seqlen_q: expected at most {limits.decode_query_len}, the plan's decode_query_len, since latent attention serves short "
+            f"rows only, got {max_seqlen_q}"
+        )
+    return int(lengths.shape[0]) - ends
+
+
+def _describe_given(lengths: object, other: object) -> str:
+    return {(True, False): "neither", (True, True): "the second alone"}.get((lengths is None, other is not None), "both")
+
+
+def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def remember(passed: Passed, facts: Hashable, sizes: tuple[int, ...]) -> None:
+    """These facts need no second look."""
+    if len(passed) >= MAX_PASSED:
+        passed.clear()
+    passed[facts] = sizes

@@ -1,0 +1,149 @@
+"""memcheck and racecheck over prefill, decode and mixed steps, 16-bit and FP8 K and V, in one command.
+
+    python -m tests.device.sanitize --out FOLDER
+
+Every head dimension, dtype, ratio, page size, mask feature and kind of scale that is fuzzed, one short batch each, in processes side by
+side (`sanitize_cases`); "lanes" is FP8 prefill with arrivals of every lane (`racecheck_lanes`), "plant" a read past the end of an
+allocation, which the tool has to see. Kernels are compiled first. Prints a line a process; logs and results are in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa4_backend.arch import arch_of_capability
+from fa4_backend.kernel_stamp import gpu_stamp
+from tests.device.fuzz_all import compile_all
+from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
+
+TOOLS = ("memcheck", "racecheck")
+SHARDS = {"prefill": 4, "decode": 2, "mixed": 2}  # processes of a kind
+LANES = ("d128 page 16", "d64 ratio 3 page 16", "d256 page 784")
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process under a tool."""
+
+    name: str
+    tool: str
+    arguments: tuple[str, ...]  # of the module
+    module: str = "sanitize_cases"
+
+    @property
+    def command(self) -> list[str]:
+        """As it is run; exit status 0 says that every batch is right and that the tool saw nothing, 9 that it saw something."""
+        tool = ["compute-sanitizer", "--tool", self.tool, "--kernel-name", "kns=fa4_backend", "--error-exitcode", "9"]
+        return [*tool, "python", "-m", f"tests.device.{self.module}", *self.arguments]
+
+    @property
+    def is_planted(self) -> bool:
+        """Whether the tool has to see something."""
+        return "--plant" in self.arguments
+
+    @property
+    def has_own_kernel(self) -> bool:
+        """Whether it compiles another kernel under the real one's key."""
+        return self.module == "racecheck_lanes"
+
+
+def jobs() -> list[Job]:
+    """All of them, the longest first."""
+    found = [Job(f"racecheck lanes {only}", "racecheck", ("--kv-dtype", "fp8", "--only", only), "racecheck_lanes") for only in LANES]
+    for tool in reversed(TOOLS):
+        for kind in KINDS:
+            for kv_dtype in KV_DTYPES:
+                for shard in range(SHARDS[kind]):
+                    arguments = ("--kind", kind, "--kv-dtype", kv_dtype, "--shard", f"{shard}/{SHARDS[kind]}")
+                    found.append(Job(f"{tool} {kind} {kv_dtype} {shard}", tool, arguments))
+    return [*found, Job("memcheck plant", "memcheck", ("--plant", "--only", "d128 page 16"))]
+
+
+def ended(command: list[str], log: Path, environment: dict[str, str], limit_s: float) -> str:
+    """How a process ended that wrote to `log`: "exit 0" and the like. At its limit its whole group is killed: the tool leaves a child."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            return f"exit {process.wait(limit_s)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"no end within {limit_s:.0f} s"
+
+
+def run(job: Job, folder: Path, limit_s: float) -> dict[str, Any]:
+    """One process to its end, or its limit."""
+    stem = folder / job.name.replace(" ", "_").replace(",", "")
+    log, of_run = Path(f"{stem}.log"), [] if job.is_planted else ["--json", f"{stem}.json"]
+    environment, begin = {**os.environ, "OMP_NUM_THREADS": "1"}, time.perf_counter()
+    how = "exit 0"
+    if job.has_own_kernel:
+        of_run += ["--cache", f"{stem}.cache"]
+        compile_it = [sys.executable, "-m", f"tests.device.{job.module}", *job.arguments, *of_run, "--compile"]
+        how = ended(compile_it, log, environment, limit_s)
+    if how == "exit 0":
+        how = ended([*job.command, *of_run], log, environment, limit_s)
+    seen = SUMMARY.findall(log.read_text())
+    batches = json.loads(Path(f"{stem}.json").read_text()) if Path(f"{stem}.json").exists() else []
+    row: dict[str, Any] = {
+        "name": job.name, "command": shlex.join(job.command), "batches": len(batches), "wrong": [b for b in batches if not b["ok"]],
+        "summary": seen[-1] if seen else "none", "ended": how, "seconds": round(time.perf_counter() - begin),
+    }  # fmt: skip
+    row["ok"] = is_as_it_has_to_be(job, row)
+    print(f"{'ok ' if row['ok'] else 'BAD'} {job.name}: {row['batches']} batches, {row['summary']}, {how}, {row['seconds']} s", flush=True)
+    return row
+
+
+def is_as_it_has_to_be(job: Job, row: dict[str, Any]) -> bool:
+    """Right batches and nothing seen; of a planted fault, that it was seen."""
+    if job.is_planted:
+        return "SUMMARY" in row["summary"] and "SUMMARY: 0 " not in row["summary"]
+    return row["ended"] == "exit 0" and row["batches"] > 0 and not row["wrong"] and "SUMMARY: 0 " in row["summary"]
+
+
+def main() -> int:
+    """Compile, then run the chosen jobs; exit status 1 when one was not as it has to be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("sanitized"))
+    parser.add_argument("--only", default="", help="jobs whose name begins so; several apart by commas")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a process")
+    parser.add_argument("--at-once", type=int, default=14, help="processes on the GPU")
+    parser.add_argument("--processes", type=int, default=28, help="that compile kernels side by side")
+    parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs no GPU")
+    options = parser.parse_args()
+    begin, chosen = time.perf_counter(), [job for job in jobs() if job.name.startswith(tuple(options.only.split(",")))]
+    arch = options.compile_only or arch_of_capability(*torch.cuda.get_device_capability())
+    assert arch is not None, torch.cuda.get_device_name()
+    kinds = [(kind, kv_dtype) for kind in KINDS for kv_dtype in KV_DTYPES if any(f" {kind} {kv_dtype} " in job.name for job in chosen)]
+    plans = [plan for kind, kv_dtype in kinds for plan in plans_of(kind, chosen_cases(kind, arch, kv_dtype))]
+    compile_all(plans, options.processes)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    if options.compile_only:
+        return 0
+    assert shutil.which("compute-sanitizer"), "expected compute-sanitizer on the path"
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        rows = list(pool.map(lambda job: run(job, options.out, options.limit), chosen))
+    (options.out / "sanitizer.json").write_text(json.dumps({"stamp": gpu_stamp(), "runs": rows}, indent=1) + "\n")
+    print(f"{sum(not row['ok'] for row in rows)} of {len(rows)} not as they have to be; {time.perf_counter() - begin:.0f} s", flush=True)
+    return int(not all(row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
