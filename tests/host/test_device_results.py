@@ -66,6 +66,15 @@ def test_latent_decode() -> None:
     assert len(cells) == 13 and behind == [(128, 1, 1024, 1)]
 
 
+def test_large_pools() -> None:
+    """Prefill of three head dimensions; decode rows alone and beside prefill rows: 16-bit and FP8 K and V."""
+    pools = {name: found for name, found in load("large_pools_h200.json").items() if name != "stamp"}
+    assert [len(found) for found in pools.values()] == [3, 3, 2, 2]
+    for pool in (pool for found in pools.values() for pool in found):
+        assert pool["ok"] and pool["elements"] > 2**32, pool
+        assert 0 < pool["out"] <= pool["out_budget"] and 0 < pool["lse"] <= pool["lse_budget"], pool
+
+
 def test_fuzzed_batches() -> None:
     """README's row "right": batches, cut ones and failures of each kind."""
     counts = {

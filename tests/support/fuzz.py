@@ -46,11 +46,15 @@ class FuzzSetup:
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
     is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
+    converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
         """A plan whose limits hold every batch of the setup; its prefill kernel alone where nothing else is to run."""
-        limits = BatchLimits(self.max_seqs, self.max_seqs * self.max_query + 8, self.max_kv, self.decode_query_len)
+        room = self.max_seqs * self.max_kv if self.converts else 0
+        limits = BatchLimits(self.max_seqs, self.max_seqs * self.max_query + 8, self.max_kv, self.decode_query_len, room)
         plan = plan_attention(self.problem, limits, num_sms=num_sms)
+        if self.converts:
+            return converting_plan(plan, self.min_part_blocks)
         return prefill_plan(plan) if self.prefill_only else plan
 
 
@@ -273,7 +277,8 @@ class Fuzzer:
             tensors = (a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k)
             ragged_attention(*tensors, plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
         else:
-            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            prefill_keys = self.plan.limits.convert_keys if self.setup.converts else None
+            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
             paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
 
     def _stands_for(self, stored: torch.Tensor, scale: torch.Tensor, table_pages: torch.Tensor) -> torch.Tensor:
@@ -354,6 +359,17 @@ class Fuzzer:
             return torch.zeros((), device=self.device)
         tiles, total = work.prefill_tiles, work.prefill_queue[0, QUEUE_TOTAL]
         return ((torch.arange(len(tiles), device=tiles.device) < total) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
+
+
+def converting_plan(plan: AttentionPlan, min_part_blocks: int | None = None) -> AttentionPlan:
+    """The same plan, whose steps always convert K and V once a call; `min_part_blocks` as in a FuzzSetup."""
+    plan = plan.always_converting()
+    assert plan.kernels is not None and plan.kernels.converted is not None
+    if min_part_blocks is None:
+        return plan
+    converted = plan.kernels.converted
+    converted = replace(converted, work=replace(converted.work, min_part_blocks=min_part_blocks))
+    return replace(plan, kernels=replace(plan.kernels, converted=converted))
 
 
 def prefill_plan(plan: AttentionPlan) -> AttentionPlan:

@@ -24,7 +24,7 @@ class BlockWeights:
     def fragment(self) -> RowFragment:
         """The arithmetic of a block's scores."""
         c = self.config
-        lift = FP8_LIFT if c.has_kv_scales else -HEADROOM if c.may_fix_reference else 0.0
+        lift = FP8_LIFT if c.converts_kv else -HEADROOM if c.may_fix_reference else 0.0
         assert lift == 0.0 or not self._asks_first, f"{lift=} {c.tile=}"
         return RowFragment(c.tile.tile_n, c.tile.rescale_threshold, lift)
 
@@ -142,7 +142,7 @@ class BlockWeights:
         c = self.config
         if c.mask.has_softcap or c.mask.has_alibi:
             return None
-        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.has_kv_scales else (tile.scale, tile.scale)
+        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.converts_kv else (tile.scale, tile.scale)
 
     def _weight_scales(self, tile: TileState, values: MaskValues) -> tuple[ScoreScale, ScoreScale] | CapScale | None:
         """From what `transform` leaves to log2 units; None: there already."""

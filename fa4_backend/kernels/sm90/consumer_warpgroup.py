@@ -86,7 +86,7 @@ class ConsumerWarpgroup:
         if const_expr(c.tile.ping_pong):
             if group == self.roles.num_consumers - 1:
                 self._give_turn(turn)
-        # Where K and V are FP8 each tile has its own.
+        # Where K and V have scales each tile has its own.
         scale = ScoreScale.of_call(values.softmax_scale)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
         q = RingPosition(Int32(0), Int32(0))
@@ -106,7 +106,7 @@ class ConsumerWarpgroup:
             self.weights.first(fragment, rS, stats, tile, values)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
-            if const_expr(not c.has_kv_scales):
+            if const_expr(not c.converts_kv):
                 self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             while tile.is_tile == 1:
                 # From the tile's second block down to its first key: masked on the right, whole, masked on the left.
@@ -133,7 +133,7 @@ class ConsumerWarpgroup:
                 q_next = advance(q, c.tile.q_stage)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, scale, outputs, group, thread)
                 after = advance(position, stages)
-                if const_expr(self.blocks.mask.has_left and not c.has_kv_scales):
+                if const_expr(self.blocks.mask.has_left and not c.converts_kv):
                     self.value_rows.clear_head(tiles, barriers, after, tile, values, thread)
                 next_stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
                 for i in cutlass.range_constexpr(2):
@@ -164,12 +164,11 @@ class ConsumerWarpgroup:
                 for i in cutlass.range_constexpr(2):
                     stats.row_max[i], stats.row_sum[i] = next_stats.row_max[i], next_stats.row_sum[i]
                 position, q, tile = advance(after, stages), q_next, next_tile
-                if const_expr(not c.has_kv_scales):
+                if const_expr(not c.converts_kv):
                     self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             if const_expr(c.share_parts > 0):
-                scales = self.weights.score_scales(tile)
                 work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
-                self.tile_end.share_last(tiles, outputs, None if scales is None else scales[0], work_slot, group, thread)
+                self.tile_end.share_last(tiles, outputs, self._last_scale(tiles, work_slot, tile, values), work_slot, group, thread)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -332,6 +331,8 @@ class ConsumerWarpgroup:
                 softmax_scales, log2_scales = (
                     tuple(x * y for x, y in zip(scales, of_query, strict=True)) for scales in (softmax_scales, log2_scales)
                 )
+        if const_expr(self.config.is_converted):
+            scale = self._tile_scale(tiles, self.storage.work_slot(q), values)
         return TileState(
             tiles.sWork[IS_TILE, self.storage.work_slot(q)],
             work,
@@ -343,6 +344,17 @@ class ConsumerWarpgroup:
             log2_scales,
             scale,
         )
+
+    def _last_scale(self, tiles: SharedTiles, work_slot: Int32, empty: TileState, values: MaskValues) -> ScoreScale | None:
+        """`score_scales` of the CTA's last tile, behind the empty one."""
+        scales = self.weights.score_scales(empty)
+        if scales is None or not self.config.is_converted:
+            return None if scales is None else scales[0]
+        return self._tile_scale(tiles, work_slot, values)
+
+    def _tile_scale(self, tiles: SharedTiles, work_slot: Int32, values: MaskValues) -> ScoreScale:
+        """Of a tile whose keys have a scale, which is the same in all its rows."""
+        return ScoreScale.of_log2(log2_scale(values.softmax_scale, ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])))
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:

@@ -72,3 +72,21 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
 
 # Parts of a tile from which on all CTAs that made them add them up.
 SHARE_PARTS = 4
+
+# Where K and V in FP8 are converted once a call, in place of a row of TILES: such steps share lists and slots of parts with those whose
+# tiles are converted one at a time, so tiles have as many rows.
+CONVERTED_TILES: dict[tuple[int, int], TileShape] = {
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, asks_first=True),
+}
+
+# Query tiles of a KV head that see a key from which on K and V in FP8 are converted once a call, not once a tile. On an H200 (page 16,
+# causal, medians of 5 rounds in turns, 2026-11-28), us converted once, a tile at a time, and in bf16; in brackets the tiles that see a key:
+#   d128 32/8 heads 4 x 128 of 8K (4) 157, 123, 103; 4 x 256 of 8K (8) 259, 232, 198; 4 x 512 of 8K (15.5) 430, 461, 391; 32 x 1K (16) 597,
+#     675, 554; 8 x 4K (64) 1738, 2092, 1755; 2 x 16K (256) 6296, 7720, 6448; 8 x 4K window 1024 (32) 964, 1085, 927
+#   d96 32/8 heads 4 x 512 of 8K (15.5) 379, 385, 362; 32 x 1K (16) 513, 586, 474; 8 x 4K (64) 1494, 1750, 1605
+#   d256 16/2 heads 4 x 128 of 8K (8) 124, 146, 96; 4 x 256 of 8K (16) 196, 271, 168; 4 x 512 of 8K (31) 360, 565, 336; 32 x 1K (32) 474,
+#     645, 447; 8 x 4K (128) 1502, 2467, 1482; 2 x 16K (512) 5316, 9559, 5376
+#   d64 16/16 heads 4 x 512 of 8K (2.6) 210, 169, 153; 32 x 1K (2.7) 296, 266, 242; 8 x 4K (10.7) 649, 653, 602
+#   (192, 128) 16/16 heads 4 x 512 of 8K (3.9) 383, 335, 245; 32 x 1K (4) 470, 444, 336; 8 x 4K (16) 1160, 1468, 1042
+# What lies between is interpolated: the conversion costs a key as much whatever sees it.
+CONVERT_VISITS: dict[tuple[int, int], int] = {(64, 64): 12, (96, 96): 15, (128, 128): 12, (192, 128): 6, (256, 256): 5}
