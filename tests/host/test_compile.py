@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 
 from fa4_backend import compile_cache
 from fa4_backend.arch import ARCHS
-from fa4_backend.compile import CompileError, find_c_compiler, link_shared
+from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
@@ -82,6 +83,22 @@ def test_a_compile_after_warm_up_is_an_error_in_strict_mode(stub_compiler: list[
     compile_cache.ensure_object(StubKey(1))  # in the cache: no compile
     with pytest.raises(RuntimeError, match="before the end of warm-up"):
         compile_cache.ensure_object(StubKey(2))
+
+
+def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the DSL's own search for a chip, a compile on a machine whose GPUs are hidden does not end."""
+    seen: list[str | None] = []
+
+    def no_kernel(key: StubKey) -> None:
+        seen.append(os.environ.get("CUTE_DSL_ARCH"))
+        raise CompileError("far enough")
+
+    monkeypatch.delenv("CUTE_DSL_ARCH", raising=False)
+    monkeypatch.setattr("tests.support.stub_kernels.no_kernel", no_kernel, raising=False)
+    with pytest.raises(CompileError, match="far enough"):
+        trace_and_compile(StubKey(1, builder="tests.support.stub_kernels:no_kernel"), tmp_path)
+    monkeypatch.delenv("CUTE_DSL_ARCH")
+    assert seen == ["sm_90a"]
 
 
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ class FuzzSetup:
     min_part_blocks: int | None = None  # n_blocks of the shortest part of a prefill tile; None: the plan's
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
-    is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
     converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
+    is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
         """A plan whose limits hold every batch of the setup; its prefill kernel alone where nothing else is to run."""
