@@ -50,6 +50,7 @@ def test_every_class_of_fault_is_made() -> None:
         "change descriptor",
         "change copy target",
         "move up",
+        "fence too late",
     }
     for mutant in made:
         assert mutant.ptx != split, mutant.name
@@ -104,6 +105,8 @@ add.f32 %r1, %r2, %r3;
 sub.f32 %r1, %r2, %r3;
 cvt.rn.bf16x2.f32 %r1, %r2, %r3;
 ld.acquire.gpu.global.b32 %r1, [%rd1];
+stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2, %r3, %r4, %r5};
+mov.b32 %r1, %r2;
 elect.sync _|issue, 0xffffffff;
 bar.warp.sync -1;
 mapa.shared::cluster.u32 remote, %r1, %r2;
