@@ -7,20 +7,21 @@ import sys
 
 import typer
 
-# verb -> its module in fa4_backend.commands; the function has the module's name, a typer.Typer is a group of verbs.
+# A verb and what it does. Its module in fa4_backend.commands and the function there have its name; a typer.Typer is a group of verbs.
 VERBS: dict[str, str] = {
-    "doctor": "doctor",
-    "features": "features",
-    "plan": "plan",
-    "compile": "compile",
-    "bench": "bench",
-    "emulate": "emulate",
-    "model": "model",
+    "doctor": "what is installed, what would run on this machine, and why not",
+    "features": "which chip serves what, found by asking the code that refuses",
+    "plan": "the kernels that a model needs on a chip, or why it is not served",
+    "compile": "compile kernels into the cache on disk, for any chip, without a GPU",
+    "bench": "measure beside every peer that is installed; needs a GPU",
+    "emulate": "run a case on the emulator, without a GPU: result, races, instructions",
+    "model": "modelled time of a step on a chip, with every constant and its source",
 }
 
 
 def _usage() -> str:
-    return f"usage: fa4 VERB [options]\n\nverbs: {', '.join(VERBS)}\n\n`fa4 VERB --help` lists a verb's options; every verb has --json."
+    verbs = "\n".join(f"  {verb:10}{what}" for verb, what in VERBS.items())
+    return f"usage: fa4 VERB [options]\n       fa4 --version\n\n{verbs}\n\n`fa4 VERB --help` lists a verb's options; every verb has --json."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     if verb not in VERBS:
         print(f"fa4: expected a verb of {', '.join(VERBS)}, got {verb!r}", file=sys.stderr)
         raise SystemExit(2)
-    module = importlib.import_module(f"fa4_backend.commands.{VERBS[verb]}")
-    command = getattr(module, VERBS[verb])
+    module = importlib.import_module(f"fa4_backend.commands.{verb}")
+    command = getattr(module, verb)
     if isinstance(command, typer.Typer):
         app = command
     else:

@@ -135,6 +135,9 @@ def read_layers(path: Path, *, text_only: bool = False) -> ModelLayers:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        what = "a config.json or the folder that holds it (of a model on the Hub: download its config.json)"
+        raise ModelConfigError(f"{path}: expected {what}, got no such file") from None
     except OSError as error:
         raise ModelConfigError(f"{path}: expected a readable file, got {error.strerror}") from error
     except json.JSONDecodeError as error:

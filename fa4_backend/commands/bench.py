@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend.commands.shapes import check_chip
 from fa4_backend.problem import FP8, PAGED, RAGGED
 
 bench = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -27,7 +28,20 @@ Plot = Annotated[Path | None, typer.Option(help="write a plot there (needs matpl
 KvDtype = Annotated[str, typer.Option(help=f"of K and V: {', '.join(KV_DTYPES)}; auto is that of q, bfloat16")]
 QDtype = Annotated[str, typer.Option(help=f"of q: {', '.join(KV_DTYPES)}; fp8 beside K and V in fp8, auto is bfloat16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-CompileFor = Annotated[str, typer.Option(help="compile the batches' kernels for this arch and time none; needs no GPU")]
+
+
+def _chip(arch: str) -> str:
+    """The value of --compile-for, checked; empty: measure."""
+    try:
+        if arch:
+            check_chip(arch, "--compile-for")
+    except ValueError as error:
+        typer.echo(f"fa4 bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    return arch
+
+
+CompileFor = Annotated[str, typer.Option(help="compile our kernels for this arch and time none; needs no GPU", callback=_chip)]
 
 
 @bench.command()
@@ -163,7 +177,7 @@ def engine(
     json_output: Json = False,
     kv_dtype: Annotated[str, typer.Option(help=f"comma-separated, an engine each: {', '.join(KV_DTYPES)}")] = "auto",
     logs: Annotated[Path | None, typer.Option(help="folder that keeps the engines' logs, with the longest kernels of each case")] = None,
-    compile_for: Annotated[str, typer.Option(help="compile our kernels for this arch and measure nothing; needs no GPU")] = "",
+    compile_for: CompileFor = "",
 ) -> None:
     """A whole vLLM engine: time to first token, decode steps and ragged load on host and device, attention's share, seconds to start."""
     from fa4_backend.bench import engine as module

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend import envs
 from fa4_backend.cache.errors import CacheError
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
+from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
@@ -37,17 +39,16 @@ def compile(
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
-    limits = BatchLimits(max_num_seqs, 8192, 32768)
     modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact, "q_dtype": full_dtype(q_dtype)}
     kv_dtype = None if kv_dtype is None else full_dtype(kv_dtype)
     try:
+        check_chip(arch)
+        limits = BatchLimits(max_num_seqs, 8192, 32768, convert_keys=envs.convert_keys())
         if model is not None:
             problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, **modes))
         else:
-            num_q_heads, num_kv_heads = (int(part) for part in heads.split("/"))
-            dims = [int(part) for part in head_dim.split("/")]
             shape = AttentionProblem(
-                num_q_heads, num_kv_heads, dims[0], dims[-1], full_dtype(dtype), 1 if kind == RAGGED else page_size, arch,
+                *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), 1 if kind == RAGGED else page_size, arch,
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
             problems = [shape]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, full_dtype
+from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
 
 if TYPE_CHECKING:
     from fa4_backend.emulator.chip import Chip
@@ -21,9 +22,9 @@ PREFILL, DECODE, LATENT = "prefill", "decode", "latent"
 
 def model(
     arch: Annotated[str, typer.Option(help="sm_90a (an H100), sm_100a (B200) or sm_103a (B300)")] = "sm_100a",
-    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, 576,512; FP8 on Blackwell)")] = PREFILL,
+    kind: Annotated[str, typer.Option(help="prefill, decode or latent (decode of MLA: 128/1 heads, 576/512; FP8 on Blackwell)")] = PREFILL,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
-    head_dim: Annotated[str, typer.Option(help="elements of a row of Q and K, or of K,V such as 192,128")] = "128",
+    head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
     batch: Annotated[str, typer.Option(help="groups of equal rows such as 8x4K or 4x512of8K, between commas")] = "8x4K",
     page_size: Annotated[int, typer.Option(help="tokens a page")] = 16,
     kv_dtype: Annotated[str, typer.Option(help=KV_DTYPE_HELP)] = "auto",
@@ -40,10 +41,10 @@ def model(
     from fa4_backend.emulator.model_latent import LatentStep
 
     try:
-        if arch not in CHIP_OF_ARCH or kind not in (PREFILL, DECODE, LATENT):
-            kinds = f"{PREFILL}, {DECODE} or {LATENT}"
-            raise ValueError(f"--arch, --kind: expected one of {', '.join(CHIP_OF_ARCH)} and {kinds}, got {arch!r} and {kind!r}")
-        shape = (arch, *_numbers("--heads", heads, "/"), *_dims(head_dim), *rows_of(batch, kind), page_size)
+        check_chip(arch)
+        if kind not in (PREFILL, DECODE, LATENT):
+            raise ValueError(f"--kind: expected one of {PREFILL}, {DECODE}, {LATENT}, got {kind!r}")
+        shape = (arch, *heads_of(heads), *dims_of(head_dim), *rows_of(batch, kind), page_size)
         chip = CHIPS[CHIP_OF_ARCH[arch]]
         if kind == LATENT:
             result = latent(LatentStep(*shape, kv_dtype=full_dtype(kv_dtype)), chip)
@@ -55,17 +56,6 @@ def model(
         raise typer.Exit(2) from None
     result = {"modelled": True, "chip": CHIP_OF_ARCH[arch], "kind": kind, **result}
     print(json.dumps(result, indent=2)) if json_output else print_table(result)
-
-
-def _numbers(option: str, text: str, separator: str) -> tuple[int, int]:
-    parts = text.split(separator)
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"{option}: expected two numbers such as 32{separator}8, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
-def _dims(text: str) -> tuple[int, int]:
-    return _numbers("--head-dim", text if "," in text else f"{text},{text}", ",")
 
 
 def rows_of(text: str, kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

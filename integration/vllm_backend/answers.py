@@ -15,6 +15,22 @@ from fa4_backend.support import PAGE_MULTIPLE, check_problem
 from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
+# How a reason of vLLM's begins -> what to do about it. vLLM says what it misses; a user wants to know what to start instead.
+ADVICE = {
+    "partial multimodal token full attention": "image tokens of this model see each other: --language-model-only serves its text on FA4",
+    "non-causal attention": "FA4 serves causal decoder layers",
+    "attention type": "FA4 serves decoder layers; encoders and cross attention want another --attention-backend",
+    "DCP": "FA4 wants all KV of a sequence's heads on one GPU: --decode-context-parallel-size 1",
+    "PCP": "FA4 wants all tokens of a prompt on one GPU: --prefill-context-parallel-size 1",
+    "R-SWA": "FA4's windows are of one width for all tokens: start without --attention-backend",
+}
+
+
+def with_advice(reasons: list[str]) -> list[str]:
+    """Why vLLM cannot have a backend for a layer, each with what to do where that is known."""
+    found = [next((advice for start, advice in ADVICE.items() if reason.startswith(start)), None) for reason in reasons]
+    return [reason if advice is None else f"{reason}: {advice}" for reason, advice in zip(reasons, found, strict=True)]
+
 
 def refusal_of(ordinary: Mapping[str, Any], capability: Any = None, **facts: Any) -> str | None:
     """Why no kernel serves a problem with these facts, the rest being `ordinary`; None if one does.

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from fa4_backend import MaskFeatures
 from fa4_backend.problem import FP8, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE
-from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of
+from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of, with_advice
 from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
@@ -89,6 +89,10 @@ class FA4Backend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return refusal(capability) is None
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        return with_advice(super().validate_configuration(*args, **kwargs))
 
     @classmethod
     def supports_combination(

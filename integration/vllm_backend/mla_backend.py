@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import MultipleOf
 
 from fa4_backend.problem import FP8, LATENT, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE
-from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of
+from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of, with_advice
 from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
 from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
 from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
@@ -71,6 +71,10 @@ class FA4MLABackend(MLACommonBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return latent_refusal(capability) is None
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        return with_advice(super().validate_configuration(*args, **kwargs))
 
     @classmethod
     def supports_combination(

@@ -230,6 +230,11 @@ OWNED = {
         {"model_type": "minimax_m3", "sparse_attention_config": {"block": 128}},
         "the model's own code in vLLM, with MINIMAX_M3",
     ),
+    "MiMo-V2-Flash": (
+        {"model_type": "mimo_v2_flash", "head_dim": 192, "v_head_dim": 128},
+        r"values narrower than keys belongs to .* \*_DIFFKV backends",
+    ),
+    "openPangu": ({"model_type": "PanguEmbedded", "head_dim": 128, "param_sink_number": 128}, r"\*_DIFFKV backends"),
 }
 
 
@@ -241,7 +246,8 @@ def test_whose_a_models_attention_is(name: str) -> None:
 
 
 def test_a_dense_models_attention_is_nobodys() -> None:
-    assert owner_of(SimpleNamespace(model_type="deepseek_v3", kv_lora_rank=512)) is None
+    assert owner_of(SimpleNamespace(model_type="deepseek_v3", kv_lora_rank=512, head_dim=64, v_head_dim=128)) is None
+    assert owner_of(SimpleNamespace(model_type="mimo_v2", head_dim=128, v_head_dim=128)) is None
 
 
 def test_an_owned_model_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from fa4_backend import envs
 from fa4_backend.arch import ARCHS
-from fa4_backend.cli import main
+from fa4_backend.cli import VERBS, main
 from fa4_backend.commands import compile as compile_command
 from fa4_backend.commands import features
 from fa4_backend.plan import AttentionPlan
@@ -196,3 +197,33 @@ def test_plan_of_a_bad_config(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "dance")
     assert code == 2 and "expected a verb of doctor" in err
+
+
+def test_help_says_what_each_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", out, re.MULTILINE))
+    assert code == 0 and listed == VERBS
+
+
+CHIPS = "expected one of sm_90a (H100, H200, GH200), sm_100a (B200, GB200), sm_103a (B300, GB300), got"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compile --arch cpu", f"fa4 compile: --arch: {CHIPS} 'cpu'"),
+        ("compile --arch sm_90a --heads 32", "fa4 compile: --heads: expected query heads / KV heads such as 32/8, got '32'"),
+        ("compile --arch sm_90a --head-dim 128x128", "fa4 compile: --head-dim: expected elements such as 128, or of keys/values"),
+        ("emulate --arch sm_80", f"fa4 emulate: --arch: {CHIPS} 'sm_80'"),
+        ("emulate --softcap -1", "fa4 emulate: --softcap: expected 0 (off) or more, got -1.0"),
+        ("emulate --dtype fp32", "fa4 emulate: dtype"),
+        ("model --arch h100", f"fa4 model: --arch: {CHIPS} 'h100'"),
+        ("model --kind mla", "fa4 model: --kind: expected one of prefill, decode, latent, got 'mla'"),
+        ("plan --model meta/llama", "fa4 plan: meta/llama: expected a config.json or the folder that holds it"),
+        ("bench shapes --compile-for h100", f"fa4 bench: --compile-for: {CHIPS} 'h100'"),
+        ("bench prefill --kind latent", "fa4 bench: --kind: expected one of paged, ragged, got latent"),
+    ],
+)
+def test_a_wrong_call_is_told_what_was_expected(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *command.split())
+    assert (code, out) == (2, "") and err.startswith(message)

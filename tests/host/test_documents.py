@@ -67,7 +67,7 @@ def words() -> frozenset[str]:
 @cache
 def options(verb: str) -> frozenset[str]:
     """What a verb of `fa4`, or a verb of its group, takes."""
-    command = getattr(importlib.import_module(f"fa4_backend.commands.{VERBS[verb]}"), VERBS[verb])
+    command = getattr(importlib.import_module(f"fa4_backend.commands.{verb}"), verb)
     app = command if isinstance(command, typer.Typer) else typer.Typer()
     if app is not command:
         app.command()(command)
