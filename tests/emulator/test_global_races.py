@@ -421,6 +421,6 @@ end:
 
 
 def test_what_happens_between_two_atomics_is_drawn_often() -> None:
-    """It is a race where the other CTA took its number last and left first: one schedule in five, one in twelve if warps never stop there."""
+    """It is a race where the other CTA took its number last and left first: one schedule in five; one in twelve without stops."""
     p = program(LAST_SETS_BACK, grid=2, block=128)
     assert sum(bool(report_of(p, seed=seed).races) for seed in range(60)) >= 9
