@@ -133,7 +133,12 @@ def _changes(lines: list[str], index: int) -> Iterator[tuple[str, list[str]]]:
             yield "move up", [*lines[:earlier], line, *lines[earlier:index], *lines[index + 1 :]]
     if "fence.proxy.async" in line:
         later = next((i for i in range(index + 1, min(index + 40, len(lines))) if HANDS_OVER.search(lines[i])), None)
-        if later is not None and not any(re.match(r"\s*(\$?\w+:|@?.*\bbra\b)", between) for between in lines[index:later]):
+        # Behind a barrier, whoever issues a copy then fences what it has learnt of.
+        if (
+            later is not None
+            and "bar." not in lines[later]
+            and not any(re.match(r"\s*(\$?\w+:|@?.*\bbra\b)", between) for between in lines[index:later])
+        ):
             yield "fence too late", [*lines[:index], *lines[index + 1 : later + 1], line, *lines[later + 1 :]]
 
 
