@@ -75,10 +75,11 @@ test-slow: setup
 # The emulator's whole proof. Other people's kernels need flash-attn-4.
 test-emulator-full: setup
 	$(PY) -m pytest -q -m "not gpu" tests/emulator tests/emulated
-	$(PY) -m tests.emulator.fault_injection --kernel all --jobs $(shell nproc) --clean-seeds 200 --out build
+	$(PY) -m tests.emulator.sweep --out build/sweep
+	$(PY) -m tests.emulator.sweep --collect build/sweep
 	@if $(PY) -c "import flash_attn.cute" 2>/dev/null; then \
 		$(PY) -m tests.device.upstream_sm90 compile --folder build/upstream_objects && \
-		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --clean-seeds 200 --out build; \
+		$(PY) -m tests.emulator.fault_injection --kernel upstream_causal --folder build/upstream_objects --out build; \
 	else echo "flash-attn-4 is not installed: its kernel is left out"; fi
 
 wheel: setup

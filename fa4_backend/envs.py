@@ -10,12 +10,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fa4_backend.problem import MAX_CONVERT_KEYS
+
 # name -> (default, what it does); `fa4 doctor` prints this table.
 VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_STRICT": ("0", "1: a compile after an engine's start is an error instead of a warning; the one degradation that there is"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
     "FA4_BACKEND_FP8_QUERY": ("0", "1: beside K and V in FP8, vLLM quantises queries too (faster, less exact; Blackwell's kernels)"),
+    "FA4_BACKEND_CONVERT_KEYS": (
+        "32768",
+        "room for keys of a step whose K and V in FP8 Hopper's prefill converts once a call; 0: it never does",
+    ),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
     "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),
     "FA4_BACKEND_SGLANG_OVERRIDE_FA4": ("0", "1: SGLang's own name fa4 means this backend too, for models whose lists of backends hold it"),
@@ -62,6 +68,18 @@ def exact() -> bool:
 def fp8_query() -> bool:
     """Whether an engine that can shall hand over queries in FP8, where K and V are."""
     return _read("FA4_BACKEND_FP8_QUERY") == "1"
+
+
+def convert_keys() -> int:
+    """Keys of a step's prefill rows that there shall be room for to bring from FP8 to 16 bits once a call.
+
+    Raises:
+        ValueError: the variable holds no number of keys.
+    """
+    text = _read("FA4_BACKEND_CONVERT_KEYS")
+    if not text.isdecimal() or int(text) > MAX_CONVERT_KEYS:
+        raise ValueError(f"FA4_BACKEND_CONVERT_KEYS: expected 0 to {MAX_CONVERT_KEYS}, got {text!r}")
+    return int(text)
 
 
 def sglang_override_fa4() -> bool:

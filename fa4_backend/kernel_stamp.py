@@ -18,7 +18,7 @@ from fa4_backend.kernels.families import PREFILL
 
 PACKAGE = Path(__file__).parent
 KERNELS = PACKAGE / "kernels"
-FAMILIES = ("schedule", "decode", "mla_decode", "mla_decode/sm100", "sm90", "sm100")  # folders of `kernels`
+FAMILIES = ("schedule", "decode", "mla_decode", "mla_decode/sm100", "sm90", "sm100", "convert_kv")  # folders of `kernels`
 # Change no instruction that a GPU runs: the CPU's kernel, and what is noted of a compiled one.
 NOT_ON_A_GPU = ("kernels/torch_reference.py", "kernel_facts.py")
 UNKNOWN = "unknown"  # in place of fingerprints: made before results had any

@@ -25,6 +25,23 @@ class StepBounds(NamedTuple):
     max_seqlen_q: int  # longest query of the step
     max_seqlen_k: int  # longest KV of the step
     min_seqlen_q: int  # shortest query of the step's rows that have any
+    converts: bool = False  # K and V of its prefill rows are brought from FP8 to 16 bits once a call
+
+
+class ConvertedKv(NamedTuple):
+    """Workspace of a call's converted K and V; each call overwrites it."""
+
+    keys: torch.Tensor  # (convert_keys, num_kv_heads, head_dim) in the model's dtype
+    values: torch.Tensor  # (convert_keys, num_kv_heads, head_dim_v)
+
+    @classmethod
+    def allocate(cls, plan: AttentionPlan, device: torch.device) -> ConvertedKv:
+        """Room for `plan.limits.convert_keys` keys."""
+        import torch
+
+        p = plan.problem
+        dims = (p.head_dim, p.head_dim_v)
+        return cls(*(torch.empty(plan.limits.convert_keys, p.num_kv_heads, n, dtype=getattr(torch, p.dtype), device=device) for n in dims))
 
 
 @dataclass
@@ -39,6 +56,7 @@ class AttentionMetadata:
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = None
+    converted: ConvertedKv | None = None  # None where no step converts
     kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
     unit_scale: torch.Tensor | None = None  # (1,) float32, one: the scale of K and V in FP8 where a call gives none
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
@@ -71,7 +89,8 @@ class AttentionMetadata:
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
         device = work.prefill_tiles.device  # "cuda" alone has become one GPU
-        return cls(plan, device, kernels, work, kv_lens=kv_lens, unit_scale=unit_scale)
+        converted = ConvertedKv.allocate(plan, device) if plan.kernels.converted is not None else None
+        return cls(plan, device, kernels, work, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
         """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
@@ -88,7 +107,14 @@ class AttentionMetadata:
             assert self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         follower = AttentionMetadata(
-            plan, self.device, kernels, self.work, kv_lens=self.kv_lens, unit_scale=self.unit_scale, window_left=self.window_left
+            plan,
+            self.device,
+            kernels,
+            self.work,
+            converted=self.converted,
+            kv_lens=self.kv_lens,
+            unit_scale=self.unit_scale,
+            window_left=self.window_left,
         )
         self.followers.append(follower)
         return follower
@@ -107,6 +133,7 @@ class AttentionMetadata:
         max_seqlen_q: int,
         max_seqlen_k: int,
         min_seqlen_q: int = 1,
+        prefill_keys: int | None = None,
     ) -> None:
         """Take over the lengths of a step. Launches the scheduling kernel on a GPU; no sync, no allocation.
 
@@ -118,13 +145,18 @@ class AttentionMetadata:
             max_seqlen_q, max_seqlen_k: host upper bounds of the step's query and KV lengths.
             min_seqlen_q: host lower bound of the query lengths of rows that have queries. Above the plan's `decode_query_len` the decode
                 kernel, which would find no row, is not launched (3 to 12 us on an H200). In a captured graph it must hold for every replay.
+            prefill_keys: host upper bound of the KV tokens of all rows with more than `decode_query_len` queries, together. Where it is
+                within the plan's `convert_keys`, and rows are long enough, each call brings K and V in FP8 to 16 bits once, in place of
+                once a tile; page tables then hold `max_seqlen_k` tokens. Lists are made for one way only, and a graph keeps the way of its
+                capture: not to be given for a step that is captured or replayed.
 
         Raises:
             ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected.
         """
         num_seqs = check_step(self.plan, self.device, self.passed, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         check_shortest_query(cu_seqlens_q, min_seqlen_q, max_seqlen_q)
-        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q)
+        converts = self._converts(max_seqlen_q, max_seqlen_k, prefill_keys)
+        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts)
         if self.kv_lens is not None and cu_seqlens_k is not None:
             import torch
 
@@ -134,4 +166,23 @@ class AttentionMetadata:
         if self.work is not None and self.kernels is not None:
             left = NO_WINDOW if self.window_left is None else int(min(self.window_left, NO_WINDOW))
             right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
-            self.kernels.schedule(*schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right))
+            shape = self.work.shape
+            if converts:
+                assert self.plan.kernels is not None and self.plan.kernels.converted is not None
+                shape = self.plan.kernels.converted.work
+            self.kernels.schedule(
+                *schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right, shape=shape)
+            )
+
+    def _converts(self, max_seqlen_q: int, max_seqlen_k: int, prefill_keys: int | None) -> bool:
+        """Whether the step's K and V are converted once a call: they fit, and enough query blocks see a key of the longest row."""
+        converted = None if self.plan.kernels is None else self.plan.kernels.converted
+        limits = self.plan.limits
+        if converted is None or prefill_keys is None or prefill_keys > limits.convert_keys or max_seqlen_q <= limits.decode_query_len:
+            return False
+        queries = max_seqlen_q  # that see a key, on average
+        if self.plan.problem.mask.is_causal:
+            queries -= queries * queries // (2 * max(max_seqlen_k, queries))
+        if self.window_left is not None:
+            queries = min(queries, self.window_left + 1)
+        return queries >= converted.least_visits * converted.work.tokens_per_item

@@ -7,11 +7,11 @@ import math
 import torch
 
 from fa4_backend.arguments import AttentionArguments, CallTensors, RaggedTensors
-from fa4_backend.kernels.launch_abi import decode_arguments, prefill_arguments
+from fa4_backend.kernels.launch_abi import convert_arguments, converted_arguments, decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.trace import announce
-from fa4_backend.validation import check_no_backward, check_tensors, check_values, clamp_window
+from fa4_backend.validation import check_no_backward, check_tensors, check_values, check_whole_tables, clamp_window
 
 
 def paged_attention(
@@ -45,6 +45,10 @@ def paged_attention(
     What no row of a sequence sees may hold anything, NaN and infinity included, and reaches no result: page rows past `seqused_k` or left
     of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
     past the plan's limit or the page table is cut to it.
+
+    Weighted values are added up in float32 before they are divided by their weights' sum. Results are finite where the largest |V| times
+    the number of keys that a row sees is below 2^113, which float16 and FP8 cannot pass, and on Hopper under a soft cap for every finite V
+    (docs/numerics.md, "Large values").
 
     Args:
         q: (total_q, num_q_heads, head_dim) in the plan's `q_dtype`, last stride 1; may be longer than `cu_seqlens_q[-1]`.
@@ -86,6 +90,7 @@ def paged_attention(
         check_no_backward(tensors)
     scale = plan.problem.head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_values(plan, metadata, seqused_k.shape[0], scale, window_left, window_right, softcap)
+    check_whole_tables(metadata, page_table)
     left, right = clamp_window(window_left), clamp_window(window_right)
     out, lse = _results(plan, q, out, lse)
     if q.shape[0] == 0:
@@ -208,8 +213,16 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
     assert kernels is not None and work is not None and bounds is not None, metadata.plan
     decode_query_len = metadata.plan.limits.decode_query_len
+    if bounds.converts:
+        # Before the decode kernel, beside which the prefill kernel runs: that one then begins when both K and V are there.
+        assert kernels.convert is not None and metadata.converted is not None, metadata.plan
+        kernels.convert(*convert_arguments(arguments, work, *metadata.converted))
     if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
-        assert kernels.prefill is not None, metadata.plan
-        kernels.prefill(*prefill_arguments(arguments, work))
+        if bounds.converts:
+            assert kernels.converted is not None and metadata.converted is not None, metadata.plan
+            kernels.converted(*converted_arguments(arguments, work, *metadata.converted))
+        else:
+            assert kernels.prefill is not None, metadata.plan
+            kernels.prefill(*prefill_arguments(arguments, work))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
@@ -23,6 +23,17 @@ class AttentionPlan:
     def kernel_names(self) -> tuple[str, ...]:
         """Names of all compiled kernels, in the order of their launches."""
         return () if self.kernels is None else tuple(key.name for key in self.kernels.keys)
+
+    def always_converting(self) -> AttentionPlan:
+        """The same plan, whose steps bring K and V in FP8 to 16 bits once a call however short rows are: to measure and to test.
+
+        Raises:
+            ValueError: its steps never do.
+        """
+        if self.kernels is None or self.kernels.converted is None:
+            raise ValueError(f"plan: expected one with room for converted keys, got {self.describe()}")
+        converted = replace(self.kernels.converted, least_visits=0)
+        return replace(self, kernels=replace(self.kernels, converted=converted))
 
     def describe(self) -> str:
         """One line for a log: which kernels run, where, for what."""

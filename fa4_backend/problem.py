@@ -8,6 +8,7 @@ from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # by torch's names
 FP8 = "float8_e4m3fn"  # 1 sign, 4 exponent, 3 mantissa bits
+MAX_CONVERT_KEYS = 1 << 21  # sums of lengths that are cut to it are int32 (`kernels/schedule/key_starts.py`)
 FP8_MAX = 448.0  # the largest finite number
 SHORT_NAMES = {FP8: "e4m3"}  # in the names of kernels
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # of a model
@@ -194,17 +195,20 @@ class BatchLimits:
     """The largest batch that a plan's buffers are sized for.
 
     Raises:
-        ValueError: a limit is not positive, or `decode_query_len` is above `max_num_tokens`.
+        ValueError: a limit is not positive, `decode_query_len` is above `max_num_tokens`, or `convert_keys` is out of range.
     """
 
     max_num_seqs: int
     max_num_tokens: int  # query tokens of a step, all sequences together
     max_seqlen_k: int  # KV tokens of one sequence
     decode_query_len: int = 1  # longest query that counts as a decode row: 1 + speculative tokens
+    convert_keys: int = 0  # keys of a step's prefill rows that may be brought from FP8 to 16 bits once a call; 0: there is no room for it
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_tokens", "max_seqlen_k", "decode_query_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not 0 <= self.convert_keys <= MAX_CONVERT_KEYS:
+            raise ValueError(f"convert_keys: expected 0 to {MAX_CONVERT_KEYS}, got {self.convert_keys}")
         if self.decode_query_len > self.max_num_tokens:
             raise ValueError(f"decode_query_len: expected at most max_num_tokens={self.max_num_tokens}, got {self.decode_query_len}")

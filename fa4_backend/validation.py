@@ -307,6 +307,20 @@ def check_values(
         raise ValueError(f"metadata: expected a refresh for {num_seqs} sequences, got one for {metadata.bounds.num_seqs}")
 
 
+def check_whole_tables(metadata: AttentionMetadata, page_table: torch.Tensor) -> None:
+    """Check that no length of a step that converts K and V is cut to the page table, which its prefill kernel does not see.
+
+    Raises:
+        ValueError: a row of the page table holds fewer tokens than the step's longest sequence may have.
+    """
+    bounds, page_size = metadata.bounds, metadata.plan.problem.page_size
+    if bounds is not None and bounds.converts and page_table.shape[1] * page_size < bounds.max_seqlen_k:
+        raise ValueError(
+            f"page_table: expected room for max_seqlen_k={bounds.max_seqlen_k} tokens a row in a step refreshed with prefill_keys, got "
+            f"{page_table.shape[1]} pages of {page_size}"
+        )
+
+
 def clamp_window(window: int | None) -> int | None:
     """The same window for every sequence there can be, in a range in which no position overflows."""
     return None if window is None else int(min(window, NO_WINDOW))

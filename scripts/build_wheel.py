@@ -42,6 +42,7 @@ COMMON = (
     "64/8,128:fp8", "48/8,128:fp8", "16/2,256:fp8",
 )  # fmt: skip
 DECODE_QUERY_LENS = (1, 2, 4, 8)  # one token, and 1, 3 and 7 drafts
+CONVERT_KEYS = 1  # room for any converts: how much there is, is in no kernel
 FEATURES = {"window": "has_window_left", "sinks": "has_sinks", "softcap": "has_softcap"}
 
 
@@ -71,7 +72,7 @@ def keys_of(shapes: list[str], archs: list[str], query_lens: list[int]) -> list[
         for shape in shapes:
             try:
                 for query_len in query_lens:
-                    kernels = plan_attention(problem_of(shape, arch), BatchLimits(256, 8192, 131072, query_len)).kernels
+                    kernels = plan_attention(problem_of(shape, arch), BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)).kernels
                     assert kernels is not None
                     keys |= dict.fromkeys(kernels.keys)
             except UnsupportedProblem as reason:

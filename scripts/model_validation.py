@@ -1,10 +1,10 @@
-"""The timing model beside measured H100 cells and published Blackwell figures.
+"""The timing model beside measured Hopper cells and published Blackwell figures.
 
-    python -m scripts.model_validation --chip H100 --recordings FOLDER     (then B200; a process serves one arch)
+    python -m scripts.model_validation --chip H200 --recordings FOLDER     (then H100, B200, B300; a process serves one arch)
 
-Reads `docs/data/model_cells_h100.json` and `model_cells_blackwell.json`, which were fixed before the first comparison, and writes tile
-costs, modelled and measured figures to `docs/data/model_validation.json`. flash-attn-4's kernels and ours are recorded on the emulator, one
-head and a few KV blocks at a time (minutes); recordings are kept in FOLDER. `--fit` prints the fit cells under several `beside_products`.
+Reads `docs/data/model_cells_*.json`, which were fixed before the first comparison, and writes tile costs, modelled and measured figures to
+`docs/data/model_validation.json`. flash-attn-4's kernels and ours are recorded on the emulator, one head and a few KV blocks at a time
+(minutes); recordings are kept in FOLDER. `--fit` prints the fit cells under several `beside_products`, and the lines of the clock.
 """
 
 from __future__ import annotations
@@ -136,21 +136,45 @@ class Modelled:
         return float(self.step(cell).flops)
 
 
-def measured_cycles(cell: Cell) -> float | None:
-    """Of the measured clock and time of the same kernel and batch, rested and sustained, where both are known."""
-    rows = json.loads(Path("tests/device/results/clocks_h100.json").read_text())["rows"]
-    name = f"{cell['heads']} d{cell['head_dim']} page 16{' full' if cell['mask'] == 'full' else ''}: {cell['batch']}"
-    found = [row for row in rows if (row["kernel"], row["cell"]) == (cell["kernel"], name)]
-    return (found[0]["rested us"] * found[0]["rested mhz"] + found[0]["sustained us"] * found[0]["sustained mhz"]) / 2 if found else None
+def clocks_of(cell: Cell, chip: str) -> dict[str, Any] | None:
+    """The measured clocks and times of the same kernel and batch, rested and sustained, where they are known."""
+    rows = json.loads(Path(f"tests/device/results/clocks_{chip.lower()}.json").read_text())["rows"]
+    dims, mask = cell["head_dim"].replace(",", "/"), " full" if cell["mask"] == "full" else ""
+    wanted = cell["kernel"], f"{cell['heads']} d{dims} page 16{mask}: {cell['batch']}"
+    return next((row for row in rows if (row["kernel"], row["cell"]) == wanted), None)
 
 
-def h100(model: Modelled) -> dict[str, Any]:
+def measured_cycles(cell: Cell, chip: str) -> float | None:
+    """Mean of a rested and a sustained run."""
+    row = clocks_of(cell, chip)
+    return row and (row["rested us"] * row["rested mhz"] + row["sustained us"] * row["sustained mhz"]) / 2
+
+
+def hopper_cells(chip: str) -> list[Cell]:
+    """The list of a chip."""
+    return list(json.loads((DATA / f"model_cells_{chip.lower()}.json").read_text())["cells"])
+
+
+def fit_clock(model: Modelled, chip: str) -> None:
+    """Print the lines of clock over utilisation that fit the measured cells best, and their worst residuals."""
+    import numpy as np
+
+    cells = [cell for cell in hopper_cells(chip) if cell["kind"] == "prefill" and clocks_of(cell, chip)]
+    load = [model.time(cell).utilisation for cell in cells]
+    for name in ("rested", "sustained"):
+        mhz = [clocks_of(cell, chip)[f"{name} mhz"] for cell in cells]  # type: ignore[index]
+        slope, base = np.polyfit(load, mhz, 1)
+        worst = max(abs(np.polyval((slope, base), load) - mhz))
+        print(f"{name}: {base:.0f} MHz and {slope:.0f} MHz a utilisation, {len(mhz)} cells, worst residual {worst:.0f} MHz")
+
+
+def hopper(model: Modelled, chip: str) -> dict[str, Any]:
     """Every cell of the list."""
     from fa4_backend.emulator import kernel_model
     from fa4_backend.emulator.model_case import Step
 
     rows = []
-    for cell in json.loads((DATA / "model_cells_h100.json").read_text())["cells"]:
+    for cell in hopper_cells(chip):
         if cell["kind"] == "decode":
             count, kv_len = numbers(cell["batch"])
             step = Step("sm_90a", *numbers(cell["heads"]), 128, 128, (1,) * count, (kv_len,) * count)
@@ -159,11 +183,11 @@ def h100(model: Modelled) -> dict[str, Any]:
             continue
         time = model.time(cell)
         row = cell | {"modelled us": round(time.us, 1), "ratio": round(time.us / cell["us"], 3), "modelled MHz": round(time.mhz)}
-        if cycles := measured_cycles(cell):
+        if cycles := measured_cycles(cell, chip):
             row |= {
                 "modelled cycles": round(time.cycles),
                 "measured cycles": round(cycles),
-                "ratio of cycles": round(time.cycles / cycles, 3),
+                "ratio of cycles": round(float(time.cycles / cycles), 3),
             }
         rows.append(row)
     return {"rows": rows}
@@ -201,11 +225,13 @@ def main() -> int:
     timing = TIMINGS[chip.arch]
     for factor in (1.4, 1.5, 1.6, 1.7, 1.8) if options.fit else ():
         model = Modelled(chip, options.recordings, replace(timing, beside_products=factor))
-        cells = [c for c in json.loads((DATA / "model_cells_h100.json").read_text())["cells"] if c["use"] == "fit"]
-        errors = [model.time(cell).cycles / (measured_cycles(cell) or 1) - 1 for cell in cells]
+        cells = [c for c in hopper_cells(options.chip) if c["use"] == "fit"]
+        errors = [model.time(cell).cycles / (measured_cycles(cell, options.chip) or 1) - 1 for cell in cells]
         print(factor, [round(e, 3) for e in errors], "root mean square", round((sum(e * e for e in errors) / len(errors)) ** 0.5, 4))
     model = Modelled(chip, options.recordings, timing)
-    result = (h100 if options.chip == "H100" else blackwell)(model)
+    if options.fit:
+        fit_clock(model, options.chip)
+    result = hopper(model, options.chip) if chip.arch == "sm_90a" else blackwell(model)
     for row in result["rows"]:
         print({k: v for k, v in row.items() if k not in ("source", "kind", "gpu")})
     found = json.loads(OUT.read_text()) if OUT.exists() else {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention, ragged_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, envs, paged_attention, plan_attention, ragged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
@@ -22,8 +22,14 @@ from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import PAGED
 
 
-def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact: bool = False) -> tuple[AttentionProblem, BatchLimits]:
-    """What a server would plan for whose largest step is at least this batch."""
+def asked(
+    batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact: bool = False, convert_keys: int | None = None
+) -> tuple[AttentionProblem, BatchLimits]:
+    """What a server would plan for whose largest step is at least this batch.
+
+    Args:
+        convert_keys: of `BatchLimits`; default: as the environment says.
+    """
     rows = batch.row_lens
     problem = AttentionProblem(
         num_q_heads=batch.num_q_heads, num_kv_heads=batch.num_kv_heads, head_dim=batch.head_dim, head_dim_v=batch.value_dim,
@@ -32,7 +38,8 @@ def asked(batch: BatchShape, arch: str, *, batch_invariant: bool = False, exact:
         sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
-    return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len)
+    convert_keys = envs.convert_keys() if convert_keys is None else convert_keys
+    return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len, convert_keys)
 
 
 def gpu_arch() -> str:
@@ -63,9 +70,11 @@ class Ours:
     call: Call
 
     @classmethod
-    def make(cls, batch: BatchShape, t: BatchTensors, *, batch_invariant: bool = False, exact: bool = False) -> Ours:
+    def make(
+        cls, batch: BatchShape, t: BatchTensors, *, batch_invariant: bool = False, exact: bool = False, convert_keys: int | None = None
+    ) -> Ours:
         """Plan for the GPU present, allocate and refresh."""
-        problem, limits = asked(batch, gpu_arch(), batch_invariant=batch_invariant, exact=exact)
+        problem, limits = asked(batch, gpu_arch(), batch_invariant=batch_invariant, exact=exact, convert_keys=convert_keys)
         return cls.of_plan(plan_on(problem, limits, t.q.device), batch, t)
 
     @classmethod
@@ -75,6 +84,7 @@ class Ours:
         metadata.window_left = batch.mask.window_left
 
         bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
+        bounds["prefill_keys"] = sum(kv_len for query_len, kv_len in batch.row_lens if query_len > batch.decode_query_len)
         bounds["min_seqlen_q"] = min(query_len for query_len, _ in batch.row_lens)
         values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
         page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend import envs
 from fa4_backend.cache.errors import CacheError
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
 from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
@@ -38,11 +39,11 @@ def compile(
     json_output: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
-    limits = BatchLimits(max_num_seqs, 8192, 32768)
     modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact, "q_dtype": full_dtype(q_dtype)}
     kv_dtype = None if kv_dtype is None else full_dtype(kv_dtype)
     try:
         check_chip(arch)
+        limits = BatchLimits(max_num_seqs, 8192, 32768, convert_keys=envs.convert_keys())
         if model is not None:
             problems = attention_problems(layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, **modes))
         else:

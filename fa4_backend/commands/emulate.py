@@ -60,6 +60,7 @@ def emulate(
     window_left: Annotated[int | None, typer.Option(help="keys visible before the diagonal")] = None,
     softcap: Annotated[float, typer.Option(help="logits become softcap * tanh(logits / softcap)")] = 0.0,
     sinks: Annotated[bool, typer.Option("--sinks", help="attention sinks")] = False,
+    converted: Annotated[bool, typer.Option("--converted", help="K and V in FP8 are brought to 16 bits once a call (sm_90a)")] = False,
     num_sms: Annotated[int, typer.Option(min=1, help="CTAs of a persistent launch")] = 2,
     seeds: Annotated[int, typer.Option(min=0, help="random schedules, after the deterministic one")] = 0,
     trace: Annotated[Path | None, typer.Option(help="write a timeline that ui.perfetto.dev opens (modelled cycles)")] = None,
@@ -85,7 +86,7 @@ def emulate(
                 arch=arch, kind=kind, heads=heads, head_dim=head_dim, head_dim_v=head_dim_v,
                 q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
                 page_size=page_size, dtype=full_dtype(dtype), kv_dtype=full_dtype(kv_dtype), causal=causal, window_left=window_left,
-                softcap=softcap, sinks=sinks, num_sms=num_sms, q_dtype=full_dtype(q_dtype),
+                softcap=softcap, sinks=sinks, num_sms=num_sms, q_dtype=full_dtype(q_dtype), converted=converted,
             )  # fmt: skip
             result = run_case(plan, arguments, seeds, timeline)
     except ProgramError as error:
@@ -120,7 +121,7 @@ def _numbers(text: str, option: str) -> list[int]:
 def build_case(
     *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, kv_dtype: str,
     causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int, kind: str = PAGED, head_dim_v: int | None = None,
-    q_dtype: str = SAME_AS_Q,
+    q_dtype: str = SAME_AS_Q, converted: bool = False,
 ) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
     """Random tensors of one step, over scattered pages or without; whatever the kernel must not use holds NaN.
 
@@ -147,9 +148,12 @@ def build_case(
         kv_dtype=kv_dtype, q_dtype=q_dtype, kv_source=kind, has_lse=True,
     )  # fmt: skip
     limits = BatchLimits(
-        len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1), decode_query_len=max(*q_lens, 1) if kind == LATENT else 1
+        len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1), decode_query_len=max(*q_lens, 1) if kind == LATENT else 1,
+        convert_keys=max(sum(kv_lens), 1) if converted else 0,
     )  # fmt: skip
     plan = plan_attention(problem, limits, num_sms=num_sms)
+    if converted:
+        plan = plan.always_converting()
     generator = torch.Generator().manual_seed(0)
     dtype_of_out, q_kind, kv_kind = (getattr(torch, name) for name in (problem.dtype, problem.q_dtype, problem.kv_dtype))
     scales = None
@@ -243,7 +247,8 @@ def run_case(plan: AttentionPlan, arguments: AttentionArguments, seeds: int, tim
                 metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)
                 ragged_attention(a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k, plan=plan, metadata=metadata, **values)
             else:
-                metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+                prefill_keys = plan.limits.convert_keys or None
+                metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
                 if is_latent:
                     q, q_rope = a.q.tensor_split([plan.problem.head_dim_v], dim=-1)
                     batch = (a.page_table, a.cu_seqlens_q, a.seqused_k)

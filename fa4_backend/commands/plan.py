@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fa4_backend import envs
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
 from fa4_backend.model_config import LayerGroup, layer_groups
@@ -36,7 +37,7 @@ def plan(
 ) -> None:
     """Show the kernel of each group of layers. Exits 1 unless all attention layers are served, 2 when the config cannot be read."""
     try:
-        limits = BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens)
+        limits = BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens, envs.convert_keys())
         modes: dict[str, Any] = {"batch_invariant": batch_invariant or exact, "exact": exact, "q_dtype": full_dtype(q_dtype)}
         dtypes = {name: full_dtype(given) for name, given in (("dtype", dtype), ("kv_dtype", kv_dtype)) if given is not None}
         groups = layer_groups(model, arch=arch, page_size=page_size, tp=tp, text_only=text_only, **dtypes, **modes)

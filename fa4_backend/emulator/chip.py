@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fa4_backend.emulator.timing import Fact, known
 
@@ -42,22 +42,32 @@ _MERGE = Fact(2.9, 2.4, 3.4, f"{_STAMPS}: 1.5 + 1.4")
 _CHAIN_OF_H100 = _CHAIN._replace(low=2.5, high=6.0, source=f"assumed: as on an H100 ({_CHAIN.source})")
 _MERGE_OF_H100 = _MERGE._replace(low=1.5, high=4.0, source=f"assumed: as on an H100 ({_MERGE.source})")
 _HBM3E = Fact(7260, 7060, 7260, "published: SemiAnalysisAI/microbench-blackwell, tma2d_throughput (B200), 64 KiB or more in flight an SM")
+_H100 = Chip(
+    arch="sm_90a",
+    num_sms=132,
+    gb_per_s=Fact(3030, 3000, 3060, "measured: a copy kernel, docs/benchmarks.md"),
+    launch_us=_LAUNCH,
+    cta_start=_CTA_START,
+    decode_chain_us=_CHAIN,
+    decode_merge_us=_MERGE,
+    most_mhz=known(1980, "documented: nvidia-smi's highest SM clock"),
+    rested=(1980, -303),
+    sustained=(1964, -616),
+    clock_source="fitted: least squares over 18 pairs of clocks measured on an H100 on 2026-11-28 "
+    "(tests/device/results/clocks_h100.json; worst residuals 61 and 126 MHz) against the modelled utilisation; "
+    "no kernel's time takes part",
+)
 CHIPS = {
-    "H100": Chip(
-        arch="sm_90a",
-        num_sms=132,
-        gb_per_s=Fact(3030, 3000, 3060, "measured: a copy kernel, docs/benchmarks.md"),
-        launch_us=_LAUNCH,
-        cta_start=_CTA_START,
-        decode_chain_us=_CHAIN,
-        decode_merge_us=_MERGE,
-        most_mhz=known(1980, "documented: nvidia-smi's highest SM clock"),
-        rested=(1980, -303),
-        sustained=(1964, -616),
-        clock_source="fitted: least squares over 18 pairs of clocks measured on an H100 on 2026-11-28 "
-        "(tests/device/results/clocks_h100.json; worst residuals 61 and 126 MHz) against the modelled utilisation; "
+    "H200": replace(
+        _H100,
+        gb_per_s=Fact(4110, 4070, 4110, "measured: torch's add of 128 MiB of int16, tests/device/results/clocks_h200.json"),
+        rested=(1945, -252),
+        sustained=(1843, -460),
+        clock_source="fitted: least squares over 27 pairs of clocks measured on an H200 on 2026-11-28 "
+        "(tests/device/results/clocks_h200.json; worst residuals 106 and 112 MHz) against the modelled utilisation; "
         "no kernel's time takes part",
     ),
+    "H100": _H100,
     "B200": Chip(
         arch="sm_100a",
         num_sms=148,
@@ -87,4 +97,4 @@ CHIPS = {
         "the line from 2070 MHz to there is assumed",
     ),
 }
-CHIP_OF_ARCH = {chip.arch: name for name, chip in CHIPS.items()}
+CHIP_OF_ARCH = {chip.arch: name for name, chip in CHIPS.items()}  # the last one: H100 for sm_90a

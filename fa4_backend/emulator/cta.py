@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 POISON = 0xFF  # shared memory, TMEM and registers start as NaN
 TMEM_LANES, TMEM_COLUMNS = 128, 512
 SPIN_LIMIT = 300_000  # warp instructions without progress before other clusters get a turn
+NAP_SHARE, NAPS = 0.25, (1, 3, 8)  # of the strong accesses behind which a warp stops, with a seed, and for how many turns of its grid
 
 
 class Cta:
@@ -92,6 +93,7 @@ class Cluster:
         self.progress = 0  # events that can let another warp go on
         self.pending: dict[Any, deque[Callable[[], None]]] = {}
         self.ready: deque[Warp] = deque()
+        self.asleep: list[tuple[int, Warp]] = []  # until that turn of the grid
         self.barrier_generation = self.barrier_arrived = 0
         self.barrier_waiters: list[tuple[Warp, int]] = []
         self.state = native.ClusterState()
@@ -203,13 +205,18 @@ class Cluster:
     def run(self, picks: int | None = None) -> bool:
         """Run warps until all have exited (True), or until they only spin, perhaps on another cluster (False).
 
+        With a seed, a warp may stop for some turns behind a strong access of global memory: what other CTAs do next to it is what matters.
+
         `picks`: or until so many warps had their turns (False); only beside other launches. False, too, when all wait for the one before.
         """
         rng = self.rng
         self.spinning = self.is_blocked = False
         started = self.steps
+        self.wake_sleepers()
         while self.live:
             if not self.ready:
+                if self.asleep and not self.pending:
+                    return False
                 if self.stalled():
                     return False
                 continue
@@ -232,7 +239,10 @@ class Cluster:
             if self.races:
                 self.races.collect()
             if warp.ready:
-                self.ready.append(warp)
+                if warp.was_strong and picks is not None and rng is not None and rng.random() < NAP_SHARE:
+                    self.asleep.append((self.grid.turns + rng.choice(NAPS), warp))
+                else:
+                    self.ready.append(warp)
             self.steps += warp.state.steps - steps
             if self.progress != progress:
                 self.steps_at_progress = self.steps
@@ -242,8 +252,13 @@ class Cluster:
         self.finish()
         return True
 
+    def wake_sleepers(self) -> None:
+        """Warps whose time has come go on."""
+        self.ready.extend(warp for until, warp in self.asleep if until <= self.grid.turns)
+        self.asleep = [(until, warp) for until, warp in self.asleep if until > self.grid.turns]
+
     def exhausted(self) -> bool:
-        return self.steps - self.steps_at_progress > self.grid.session.step_limit
+        return not self.asleep and self.steps - self.steps_at_progress > self.grid.session.step_limit
 
     def stalled(self) -> bool:
         """Nothing is ready: let an asynchronous operation finish, then let suspended waits give up, else report.

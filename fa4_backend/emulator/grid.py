@@ -94,6 +94,7 @@ class Grid:
         self.globals: dict[str, np.ndarray] = {}
         self.waiting: deque[tuple[int, tuple[int, int, int]]] = deque()  # clusters that have not started
         self.active: deque[Cluster] = deque()
+        self.turns = 0  # of clusters
 
     def check(self, registers: int | None, non_portable: bool) -> None:
         """What the CUDA driver refuses (CUDA programming guide, compute capabilities 9.0 and 10.x), and one rule of the kernel's text.
@@ -208,6 +209,7 @@ class Grid:
                 f"livelock in kernel {self.program.name[:80]}: no progress in {self.session.step_limit} warp instructions\n{places}"
             )
         cluster = active[0]
+        self.turns += 1
         if cluster.run(picks):
             active.remove(cluster)
             for other in active:

@@ -234,7 +234,7 @@ class Accessor(ctypes.Structure):
         ("clock", ctypes.c_void_p),
         *(
             (n, ctypes.c_uint32)
-            for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "lanes", "non_coherent", "pad")
+            for n in ("actor", "epoch", "pc", "warp", "through_async", "partial", "strong", "lanes", "non_coherent", "modifies")
         ),
         ("cluster", ctypes.c_void_p),
     )

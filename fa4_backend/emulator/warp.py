@@ -51,7 +51,7 @@ class Warp:
         self.waiting_for: dict[int, tuple[str, bool]] = {}  # lane mask -> what it waits for, and whether it may time out
         self.waiting_lanes = 0
         self.timed_out = False
-        self.yields = False
+        self.yields = self.was_strong = False
         self.barrier_ticket: tuple[NamedBarrier, int] | None = None
         self.cluster_ticket: int | None = None
         self.num_registers = cta.grid.registers_per_thread
@@ -181,6 +181,7 @@ class Warp:
     def run(self, quantum: int) -> None:
         """Run until the warp exits, waits, or has used `quantum` instructions."""
         state, handlers, ptr = self.state, self.program.handlers, self.ptr
+        self.was_strong = False
         emu_run = native.core().emu_run
         cluster = self.cta.cluster
         end = state.steps + quantum
@@ -224,7 +225,7 @@ class Warp:
                     return
             elif event == native.EV_STRONG:
                 self.strong_access()
-                if state.steps >= end:
+                if self.was_strong or state.steps >= end:
                     return
             elif event == native.EV_EXIT:
                 self.finish()
@@ -246,6 +247,7 @@ class Warp:
         row = self.program.code[self.state.pc_now]
         semantics = int(row["e"]) >> 4 if row["op"] == native.OP["ATOMIC"] else int(row["f"])
         self.races.in_global.strong_access(self, semantics)
+        self.was_strong = self.cta.cluster.rng is not None
 
     def finish(self) -> None:
         self.exited, self.ready = True, False

@@ -6,6 +6,7 @@
 | decode | short queries, KV split over CTAs | `decode/` |
 | latent decode | the same of multi-head latent attention, which has no other rows | `mla_decode/`, on Blackwell `mla_decode/sm100/` |
 | prefill | the rest, on the chip's own tensor cores | `sm90/`, `sm100/` |
+| conversion | of the rest's K and V from FP8 to 16 bits, once a call where that pays | `convert_kv/` |
 
 A family is a folder with a `config` (its compile key, and how it follows from a problem) and a `kernel` (what the key's `builder` names).
 """
@@ -13,10 +14,12 @@ A family is a folder with a `config` (its compile key, and how it follows from a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.convert_kv import config as convert_family
+from fa4_backend.kernels.convert_kv.config import ConvertConfig
 from fa4_backend.kernels.decode import config as decode_family
 from fa4_backend.kernels.decode.config import DecodeConfig
 from fa4_backend.kernels.mla_decode import config as mla_family
@@ -27,7 +30,7 @@ from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS, SHARED_QUARTERS, d
 from fa4_backend.kernels.schedule.work_list import L2_SHARE_BYTES, WorkShape
 from fa4_backend.kernels.sm90 import config as sm90_family
 from fa4_backend.kernels.sm100 import config as sm100_family
-from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
+from fa4_backend.problem import LATENT, PAGED, AttentionProblem, BatchLimits
 
 
 class PrefillKey(Protocol):
@@ -66,12 +69,28 @@ PREFILL: dict[str, Callable[..., PrefillKey]] = {
     "sm_103a": sm100_family.resolve,
 }
 
+# arch -> the compile key of the prefill kernel that reads what `convert_kv` made of a problem's K and V, and from how many query blocks
+# that see a key on it is taken; archs that are not here convert in the prefill kernel itself
+CONVERTED: dict[str, tuple[Callable[..., PrefillKey], Callable[[AttentionProblem], int]]] = {
+    "sm_90a": (sm90_family.resolve_converted, sm90_family.least_converted_visits),
+}
+
 # arch -> the compile key of a latent problem's decode kernel
 LATENT_DECODE: dict[str, Callable[[AttentionProblem, BatchLimits], MlaDecodeConfig]] = {
     "sm_90a": mla_family.resolve,
     "sm_100a": mla_sm100_family.resolve,
     "sm_103a": mla_sm100_family.resolve,
 }
+
+
+@dataclass(frozen=True)
+class ConvertedPrefill:
+    """What serves prefill rows in place of `KernelSet.prefill` in a step that converts their K and V first."""
+
+    convert: ConvertConfig
+    prefill: PrefillKey
+    work: WorkShape  # of the step's lists
+    least_visits: int  # query blocks of a KV head that see a key, from which on it pays
 
 
 @dataclass(frozen=True)
@@ -82,11 +101,13 @@ class KernelSet:
     decode: DecodeConfig | MlaDecodeConfig | None  # None: the prefill kernel serves every row
     prefill: PrefillKey | None  # None: the decode kernel does, as in latent attention
     work: WorkShape
+    converted: ConvertedPrefill | None = None  # None: no step does
 
     @property
-    def keys(self) -> tuple[ScheduleConfig | DecodeConfig | MlaDecodeConfig | PrefillKey, ...]:
-        """In the order of their launches."""
-        return tuple(key for key in (self.schedule, self.decode, self.prefill) if key is not None)
+    def keys(self) -> tuple[ScheduleConfig | ConvertConfig | DecodeConfig | MlaDecodeConfig | PrefillKey, ...]:
+        """In the order of their launches; what steps that convert have in addition comes last."""
+        others = () if self.converted is None else (self.converted.convert, self.converted.prefill)
+        return tuple(key for key in (self.schedule, self.decode, self.prefill, *others) if key is not None)
 
 
 def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int, memory_gb: float | None = None) -> KernelSet:
@@ -102,7 +123,26 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
     if decode is None:
         prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
-    return KernelSet(schedule, decode, prefill, _work_shape(problem, limits, num_sms, memory_gb, decode, prefill))
+    work = _work_shape(problem, limits, num_sms, memory_gb, decode, prefill)
+    return KernelSet(schedule, decode, prefill, work, _converted(problem, limits, num_sms, memory_gb, decode, work))
+
+
+def _converted(
+    problem: AttentionProblem, limits: BatchLimits, num_sms: int, memory_gb: float | None, decode: DecodeConfig | None, work: WorkShape
+) -> ConvertedPrefill | None:
+    """The other way to serve prefill rows. Not where a row's bits must not depend on the batch, which decides between both."""
+    if problem.batch_invariant or not limits.convert_keys or problem.target_arch not in CONVERTED:
+        return None
+    if not problem.has_kv_scales or problem.has_q_scale or problem.kv_source != PAGED:
+        return None
+    resolve, least_visits = CONVERTED[problem.target_arch]
+    prefill = resolve(problem, is_dependent=decode is not None)
+    shape = _work_shape(problem, limits, num_sms, memory_gb, decode, prefill)
+    wide = replace(problem, kv_dtype=problem.dtype)
+    shape = replace(shape, convert_keys=limits.convert_keys, l2_tokens=L2_SHARE_BYTES // wide.kv_token_bytes)
+    # Steps of both ways share the lists and the slots.
+    assert (shape.tokens_per_item, shape.part_floats) == (work.tokens_per_item, work.part_floats), f"{shape=} {work=}"
+    return ConvertedPrefill(convert_family.resolve(problem), prefill, shape, least_visits(problem))
 
 
 def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: BatchLimits, num_sms: int) -> KernelSet:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa4_backend.kernels.convert_kv.config import CTAS_PER_SM
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS, NO_WINDOW, PART_COUNTERS, QUEUE_INTS, TILE_INTS, WorkLists
-from fa4_backend.problem import DTYPE_BYTES, RAGGED
+from fa4_backend.problem import DTYPE_BYTES, FP8, RAGGED
 
 if TYPE_CHECKING:
     from fa4_backend.arguments import AttentionArguments, LatentArguments
     from fa4_backend.kernels.common.prefill_config import PrefillConfig
+    from fa4_backend.kernels.convert_kv.config import ConvertConfig
     from fa4_backend.kernels.decode.config import DecodeConfig
     from fa4_backend.kernels.mla_decode.config import MlaDecodeConfig
+    from fa4_backend.kernels.schedule.work_list import WorkShape
 
 
 class ScheduleArguments(NamedTuple):
@@ -31,7 +34,22 @@ class ScheduleArguments(NamedTuple):
     decode_first: Any  # (decode_num_ctas, DECODE_INTS) int32
     arrivals: Any  # (max_slots,) int32
     part_arrivals: Any  # (max(1, max_part_slots), PART_COUNTERS) int32
+    key_starts: Any  # (max_num_seqs + 1,) int32, written where `params.convert_keys` is not 0
     params: ScheduleParams
+
+
+class ConvertArguments(NamedTuple):
+    """A conversion of the K and V of a step's prefill rows, before its prefill launch."""
+
+    mK: Any  # (num_pages, page_size, num_kv_heads, head_dim) e4m3
+    mV: Any  # (num_pages, page_size, num_kv_heads, head_dim_v) e4m3
+    mPageTable: Any  # (batch, max_pages_per_seq) int32
+    mKeyStarts: Any  # (batch + 1,) int32
+    mCuSeqlensQ: Any  # (batch + 1,) int32
+    mKeys: Any  # (max_keys, num_kv_heads, head_dim)
+    mValues: Any  # (max_keys, num_kv_heads, head_dim_v)
+    window_left: Any  # int32; NO_WINDOW: none
+    num_ctas: Any  # int32
 
 
 class PrefillArguments(NamedTuple):
@@ -51,8 +69,8 @@ class PrefillArguments(NamedTuple):
     mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse
     mSinks: Any  # (num_q_heads,); None where the config has no sinks
     mSlopes: Any  # (num_q_heads,) float32; None where the config has no ALiBi
-    mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
-    mVScale: Any  # (num_kv_heads,) float32, any stride; None where K and V are not FP8
+    mKScale: Any  # (num_kv_heads,) float32, any stride; None where K and V neither are FP8 nor were
+    mVScale: Any  # (num_kv_heads,) float32, any stride; likewise
     mOutScale: Any  # (1,) float32; None where out is not FP8
     mQScale: Any  # (num_kv_heads,) float32, any stride; None where q is not FP8
     softmax_scale: Any  # float32, multiplies raw logits
@@ -107,7 +125,13 @@ class MlaDecodeArguments(NamedTuple):
 
 
 def schedule_arguments(
-    work: WorkLists, cu_seqlens_q: Any, seqused_k: Any, *, window_left: int = NO_WINDOW, window_right: int = 0
+    work: WorkLists,
+    cu_seqlens_q: Any,
+    seqused_k: Any,
+    *,
+    window_left: int = NO_WINDOW,
+    window_right: int = 0,
+    shape: WorkShape | None = None,
 ) -> ScheduleArguments:
     """A call of the schedule, which makes both lists of `work` from a step's lengths.
 
@@ -117,12 +141,30 @@ def schedule_arguments(
         window_left: keys before the diagonal that any row of the step sees. A window wider than a layer's is correct for it, since the
             kernels apply their own.
         window_right: keys after the diagonal, likewise; 0 for causal attention.
+        shape: what the step's kernels ask of the lists; default: what the lists were made for.
     """
-    params = work.shape.params(window_left, window_right)
+    params = (shape or work.shape).params(window_left, window_right)
     return ScheduleArguments(
         cu_seqlens_q, seqused_k, work.prefill_tiles, work.prefill_queue, work.decode_tiles,
-        work.decode_first, work.arrivals, work.part_arrivals, params,
+        work.decode_first, work.arrivals, work.part_arrivals, work.key_starts, params,
     )  # fmt: skip
+
+
+def convert_arguments(a: AttentionArguments, work: WorkLists, keys: Any, values: Any) -> ConvertArguments:
+    """A call of the conversion; keys, values: the workspace."""
+    assert work.key_starts is not None and a.page_table is not None
+    key_starts = work.key_starts[: a.page_table.shape[0] + 1]
+    window_left = NO_WINDOW if a.window_left is None else a.window_left
+    return ConvertArguments(
+        a.k_cache, a.v_cache, a.page_table, key_starts, a.cu_seqlens_q, keys, values, window_left, CTAS_PER_SM * work.shape.num_sms
+    )
+
+
+def converted_arguments(a: AttentionArguments, work: WorkLists, keys: Any, values: Any) -> PrefillArguments:
+    """A call of a prefill kernel over what the conversion wrote."""
+    assert work.key_starts is not None and a.page_table is not None
+    key_starts = work.key_starts[: a.page_table.shape[0] + 1]
+    return prefill_arguments(a._replace(k_cache=keys, v_cache=values, page_table=None, cu_seqlens_k=key_starts), work)
 
 
 def prefill_arguments(a: AttentionArguments, work: WorkLists) -> PrefillArguments:
@@ -166,7 +208,26 @@ def schedule_fakes() -> tuple[Any, ...]:
         decode_first=fake.entries(DECODE_INTS),
         arrivals=fake.numbers(),
         part_arrivals=fake.entries(PART_COUNTERS),
+        key_starts=fake.numbers(),
         params=ScheduleParams(*(fake.int32(0) for _ in ScheduleParams._fields)),
+    )
+    return (*arguments, fake.stream())
+
+
+def convert_fakes(config: ConvertConfig) -> tuple[Any, ...]:
+    """Arguments to trace a conversion with, the stream behind them; shapes and strides stay symbolic."""
+    fake = _Fakes()
+    pages, page_size, heads, keys = fake.size(), fake.size(), fake.size(), fake.size()
+    arguments = ConvertArguments(
+        mK=fake.heads(FP8, pages, page_size, heads, config.head_dim),
+        mV=fake.heads(FP8, pages, page_size, heads, config.head_dim_v),
+        mPageTable=fake.plain("int32", fake.size(), fake.size()),
+        mKeyStarts=fake.plain("int32", fake.size()),
+        mCuSeqlensQ=fake.plain("int32", fake.size()),
+        mKeys=fake.heads(config.dtype, keys, heads, config.head_dim),
+        mValues=fake.heads(config.dtype, keys, heads, config.head_dim_v),
+        window_left=fake.int32(0),
+        num_ctas=fake.int32(0),
     )
     return (*arguments, fake.stream())
 

@@ -18,6 +18,8 @@ class LoadedKernels(NamedTuple):
     schedule: Launcher
     decode: Launcher | None  # None: the prefill kernel serves every row
     prefill: Launcher | None  # None: the decode kernel does
+    convert: Launcher | None = None  # None: no step converts K and V before
+    converted: Launcher | None = None  # the prefill kernel of steps that do
 
 
 def load_kernels(kernels: KernelSet, *, emulated: bool) -> LoadedKernels:
@@ -28,7 +30,10 @@ def load_kernels(kernels: KernelSet, *, emulated: bool) -> LoadedKernels:
         RuntimeError: strict mode, warm-up is over and the cache lacks a kernel.
     """
     decode, prefill = (None if key is None else load(key, emulated=emulated) for key in (kernels.decode, kernels.prefill))
-    return LoadedKernels(load(kernels.schedule, emulated=emulated), decode, prefill)
+    convert = converted = None
+    if kernels.converted is not None:
+        convert, converted = (load(key, emulated=emulated) for key in (kernels.converted.convert, kernels.converted.prefill))
+    return LoadedKernels(load(kernels.schedule, emulated=emulated), decode, prefill, convert, converted)
 
 
 def load(key: CompileKey, *, emulated: bool) -> Launcher:

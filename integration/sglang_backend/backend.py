@@ -179,8 +179,9 @@ class FA4Backend(AttentionBackend):
         start.seal_warm_up()
         self.slots.write_tables(batch, shape.ahead, tensors)
         write_query_bounds(batch, shape, tensors.cu_seqlens_q)
-        # A graph's replays may have shorter queries than the batch that it is captured of.
-        self.steps.refresh(tensors.cu_seqlens_q, tensors.seqused_k, shape.max_seqlen_q, 1 if in_graph else shape.min_seqlen_q)
+        # A graph's replays may have shorter queries, and more keys, than the batch that it is captured of.
+        known = (1, None) if in_graph else (shape.min_seqlen_q, shape.prefill_keys)
+        self.steps.refresh(tensors.cu_seqlens_q, tensors.seqused_k, shape.max_seqlen_q, *known)
 
 
 def engine_facts(runner: Any, *, is_latent: bool = False) -> EngineFacts:

@@ -17,6 +17,7 @@ class StepShape(NamedTuple):
     queries_each: int | None  # query tokens of every sequence; None: `extend_seq_lens` of the batch says
     ahead: int  # KV tokens that SGLang's `seq_lens` does not count yet
     min_seqlen_q: int = 1  # lower bound of the length of a query that there is
+    prefill_keys: int | None = None  # KV tokens of all sequences with prompts; None: the host does not know
 
 
 def describe_step(batch: Any, *, draft_step: int, draft_tokens: int) -> StepShape:
@@ -42,7 +43,8 @@ def describe_step(batch: Any, *, draft_step: int, draft_tokens: int) -> StepShap
         return StepShape(num_seqs, batch.positions.numel() // max(num_seqs, 1), None, 0)
     if mode.is_extend_or_draft_extend_or_mixed():
         lengths = [n for n in batch.extend_seq_lens_cpu if n > 0]
-        return StepShape(num_seqs, max(lengths, default=0), None, 0, min(lengths, default=1))
+        keys = sum(batch.extend_prefix_lens_cpu) + sum(lengths)
+        return StepShape(num_seqs, max(lengths, default=0), None, 0, min(lengths, default=1), keys)
     raise UnsupportedProblem(f"forward mode: expected decode, extend, mixed, verification or draft, got {mode.name}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fa4_backend import BatchLimits
+from fa4_backend import BatchLimits, envs
 
 
 def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
@@ -23,4 +23,4 @@ def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
     # Without chunks a prompt comes whole. SGLang may let a chunk grow by a quarter, pads it to whole pages, and mixes decode rows in.
     prompt = max(schedule.max_prefill_tokens or 0, math.ceil(1.25 * max(schedule.chunked_prefill_size or 0, 0)), max_seqlen_k)
     rows = max_num_seqs * max(draft_tokens, 1)
-    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, decode_query_len=max(draft_tokens, 1))
+    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), envs.convert_keys())

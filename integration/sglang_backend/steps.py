@@ -59,13 +59,16 @@ class LayerSteps:
             self.by_layer[layer, sinks_dtype] = found
         return found
 
-    def refresh(self, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int, min_seqlen_q: int) -> None:
+    def refresh(
+        self, cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int, min_seqlen_q: int, prefill_keys: int | None
+    ) -> None:
         """Take over the lengths of a step, for all layers. No host sync, no allocation: may be recorded in a graph."""
         self.refreshed = {
             "cu_seqlens_q": cu_seqlens_q,
             "seqused_k": seqused_k,
             "max_seqlen_q": max_seqlen_q,
             "min_seqlen_q": min_seqlen_q,
+            "prefill_keys": prefill_keys,
             "max_seqlen_k": self.limits.max_seqlen_k,  # SGLang keeps the lengths on the device
         }
         for step in self.by_kind.values():

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend import BatchLimits, MaskFeatures, UnsupportedProblem, envs
 from fa4_integration.common import start
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.layers import announce_layers
@@ -117,7 +117,8 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             steps=self.steps,
             fused_steps=self.fused_steps,
         )
-        self._refresh(metadata, shortest_query(batch, self.reorder_batch_threshold or 1))
+        keys = None if self._captures_prompts() else prefill_keys(batch, self.reorder_batch_threshold or 1)
+        self._refresh(metadata, shortest_query(batch, self.reorder_batch_threshold or 1), keys)
         return metadata
 
     def update_draft_decode_metadata(self, metadata: FA4Metadata) -> None:
@@ -128,7 +129,11 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         """
         self._refresh(metadata, 1)
 
-    def _refresh(self, metadata: FA4Metadata, min_seqlen_q: int) -> None:
+    def _captures_prompts(self) -> bool:
+        """Whether graphs hold attention of steps with prompts. They keep the way in which their capture converted K and V."""
+        return bool(self.vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL)
+
+    def _refresh(self, metadata: FA4Metadata, min_seqlen_q: int, prefill_keys: int | None = None) -> None:
         for step in self.steps.values():
             step.refresh(
                 cu_seqlens_q=metadata.cu_seqlens_q,
@@ -138,6 +143,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 # grow by them: above max_model_len. No page table holds more than that, and kernels read no further.
                 max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
                 min_seqlen_q=min_seqlen_q,
+                prefill_keys=prefill_keys,
             )
 
     def _limits(self) -> BatchLimits:
@@ -149,7 +155,8 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             compilation.max_cudagraph_capture_size or 0,
             scheduler.max_num_seqs * decode_query_len,
         )
-        return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)
+        max_model_len = self.vllm_config.model_config.max_model_len
+        return BatchLimits(scheduler.max_num_seqs, max_num_tokens, max_model_len, decode_query_len, envs.convert_keys())
 
 
 def shortest_query(batch: Any, decode_query_len: int) -> int:
@@ -158,6 +165,15 @@ def shortest_query(batch: Any, decode_query_len: int) -> int:
         return 1
     lengths = np.diff(batch.query_start_loc_cpu.numpy())
     return int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
+
+
+def prefill_keys(batch: Any, decode_query_len: int) -> int | None:
+    """Host upper bound of the KV tokens of a batch's rows above `decode_query_len`; None where there are none, or vLLM does not say."""
+    bounds = batch.seq_lens_cpu_upper_bound
+    if bounds is None or batch.max_query_len <= decode_query_len:
+        return None
+    is_prompt = np.diff(batch.query_start_loc_cpu.numpy()) > decode_query_len
+    return int(bounds.numpy()[: len(is_prompt)].sum(where=is_prompt))
 
 
 def share_slopes(impls: list[Any], device: torch.device) -> list[DeviceSlopes]:

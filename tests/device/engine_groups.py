@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.device.engine_lane import Engine
-from tests.engines.tiny_models import write_gemma2, write_llama
+from tests.engines.tiny_models import write_gemma2, write_llama, write_quantised_llama
 
 EAGER: dict[str, Any] = {"enforce_eager": True}
 SIZES = [1, 2, 4, 8, 16, 64, 256]
@@ -86,6 +86,22 @@ LORA = Group(
 )
 
 
+# vLLM's default for quantised models, without graphs, of which not every peer has full ones; TRITON_ATTN writes FP8 as ours does.
+FUSED: dict[str, Any] = {"compilation_config": {"cudagraph_mode": "NONE", "pass_config": {"fuse_attn_quant": True}}}
+FUSED_GRAPHS: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": SIZES, "pass_config": {"fuse_attn_quant": True}}}
+FUSED_OUTPUT = Group(
+    write_quantised_llama,
+    (
+        *peers(FUSED),
+        ours("FA4", FUSED, writes_fp8=True),
+        ours("FA4, full graphs", FUSED_GRAPHS, writes_fp8=True, graphs="FULL"),
+        # 5% would hardly stand out from what rounding to FP8 moves.
+        ours("FA4, scale 25% off", FUSED, writes_fp8=True, scale_error=1.25),
+    ),
+    per_lane=2,  # each compiles
+)
+
+
 def drafts(heads: tuple[int, int], num_tokens: int) -> Group:
     """Engines that draft: by n-grams, by the model itself, by an EAGLE head of random weights; the last two on FA4 as well."""
 
@@ -136,6 +152,7 @@ GROUPS: dict[str, Group] = {
     "gemma2_default": GEMMA2_DEFAULT,
     "sinks": SINKS,
     "lora": LORA,
+    "fused_output": FUSED_OUTPUT,
     "two_gpus": TWO_GPUS,
     **{f"drafts_{q}_{kv}_{num}": drafts((q, kv), num) for q, kv in ((64, 8), (16, 1)) for num in (3, 7)},
 }

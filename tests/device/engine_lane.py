@@ -51,6 +51,7 @@ class Engine:
     drafts: bool = False  # tokens have to be drafted, some accepted and some rejected
     drafts_at_random: bool = False  # none may be accepted
     sinks: bool = False  # layers have attention sinks
+    writes_fp8: bool = False  # the quantisation behind its layers is fused: our kernels have to write FP8
     dummies: bool = False  # batches that vLLM makes up for a data-parallel rank without work run before each question
     adapters: tuple[str, ...] = ()  # folders of LoRA adapters, for the prompts in turn, and none for each third
 
@@ -193,6 +194,8 @@ def faults(engine: Engine, result: dict[str, Any]) -> list[str]:
         wrong.append(f"CUDA graphs: expected {engine.graphs}, got {result['config']['graphs']}")
     if "async_scheduling" in engine.arguments and result["config"]["is_async"] != engine.arguments["async_scheduling"]:
         wrong.append(f"async scheduling: expected {engine.arguments['async_scheduling']}")
+    if engine.writes_fp8 and not any("(out float8_e4m3fn)" in kernel for kernel in result["kernels"]):
+        wrong.append(f"expected kernels that write FP8, got {result['kernels']}")
     if engine.preempts and not result["preemptions"]:
         wrong.append("no request was preempted")
     is_caching = engine.arguments.get("enable_prefix_caching", True)

@@ -13,29 +13,40 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata
+from fa4_backend import AttentionMetadata, AttentionPlan
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
+from fa4_backend.kernels.families import CONVERTED
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
-from tests.support.fuzz import prefill_alone, prefill_plan
+from tests.support.fuzz import converting_plan, prefill_alone, prefill_plan
 from tests.support.fuzz_setups import case_of, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
 
 LENGTHS = (5, 128, 1, 0, 300, 33, 127), (133, 128, 77, 50, 700, 33, 129)  # of queries, of keys
 
 LARGE_POOLS = ("d128 page 16", "d64 ratio 3 page 16", "d256 page 784")
+ONCE = ("once a call: d128 page 16",)  # drawn where K and V in FP8 are converted once a call
 
 
-def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callable[[], None]:
-    """The schedule and the prefill kernel alone, over all rows of a case; `min_part_blocks` as in a FuzzSetup."""
+def prepare_case(built: BuiltCase, min_part_blocks: int | None = None, num_sms: int | None = None) -> Callable[[], None]:
+    """The schedule and the prefill kernel alone, over all rows of a case, or the operator where it converts.
+
+    Args:
+        min_part_blocks: as in a FuzzSetup.
+        num_sms: as planned for so many; all of the device by default.
+    """
     case, a = built.case, built.arguments
-    plan = prefill_plan(case.plan(num_sms=torch.cuda.get_device_properties(0).multi_processor_count))
+    plan = case.plan(num_sms=num_sms or torch.cuda.get_device_properties(0).multi_processor_count)
+    if case.converts:
+        return partial(_run_converting, built, converting_plan(plan, min_part_blocks))
+    plan = prefill_plan(plan)
     metadata = AttentionMetadata.allocate(plan, "cuda")
     work = metadata.work
     assert work is not None
@@ -49,6 +60,12 @@ def prepare_case(built: BuiltCase, min_part_blocks: int | None = None) -> Callab
         torch.cuda.synchronize()
 
     return run
+
+
+def _run_converting(built: BuiltCase, plan: AttentionPlan) -> None:
+    built.arguments.out.fill_(math.nan)
+    built.run(plan)
+    torch.cuda.synchronize()
 
 
 def run_case(built: BuiltCase) -> None:
@@ -92,10 +109,16 @@ def check_cases(arch: str, kv_dtype: str, repeats: int, only: str) -> list[dict]
     return results
 
 
-def check_page_sizes(arch: str, kv_dtype: str) -> dict:
+def plain_cases(arch: str, kv_dtype: str) -> list[PagedCase]:
+    """A case without features for each way to serve its K and V."""
+    drawn = cases(arch, kv_dtype)
+    return [drawn[name] for name in (*LARGE_POOLS[:1], *ONCE) if name in drawn]
+
+
+def check_page_sizes(case: PagedCase) -> dict:
     """One batch in pages of 16 to 256 tokens: the same bits."""
     outs = []
-    base = cases(arch, kv_dtype)["d128 page 16"].build("cuda")
+    base = case.build("cuda")
     for page_size in (16, 32, 48, 64, 128, 256):
         built = repage(base, page_size)
         run_case(built)
@@ -160,17 +183,18 @@ def main() -> None:
     arch = arch_of_capability(device.major, device.minor) or "none"
     schedule, _, prefill = families_of(arch)
     kv_dtype = {"auto": SAME_AS_Q, "fp8": FP8}[options.kv_dtype]
-    report: dict = {"stamp": gpu_stamp((schedule, prefill)), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
+    families = (schedule, prefill, *(["convert_kv"] if kv_dtype == FP8 and arch in CONVERTED else []))
+    report: dict = {"stamp": gpu_stamp(families), "torch": torch.__version__, "seed": options.seed, "kv_dtype": kv_dtype}
     parts = options.parts.split(",")
     setups = [setup for setup in prefill_setups(arch, kv_dtype) if setup.name.startswith(tuple(options.only.split(";")))]
     print(f"compiled in {compile_all(setup_plans(setups), options.processes):.0f} s", flush=True)
     if "cases" in parts:
         report["cases"] = check_cases(arch, kv_dtype, options.repeats, options.only)
     if "pages" in parts:
-        report["page_sizes"] = check_page_sizes(arch, kv_dtype)
+        report["page_sizes"] = [check_page_sizes(case) for case in plain_cases(arch, kv_dtype)]
     if "pool" in parts:
         of_name = cases(arch, kv_dtype)
-        report["large_pool"] = [check_large_pool(of_name[name], run_case) for name in LARGE_POOLS]
+        report["large_pool"] = [check_large_pool(of_name[name], run_case) for name in LARGE_POOLS + ONCE if name in of_name]
     if "fuzz" in parts:
         report["fuzz"] = fuzz_all(
             setups, options.batches, options.seconds, options.seed, has_graphs=not options.eager, shard=options.shard
@@ -178,7 +202,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
-    failed += [r for r in [*report.get("large_pool", []), report.get("page_sizes", {"ok": True})] if not r["ok"]]
+    failed += [r for part in ("page_sizes", "large_pool") for r in report.get(part, []) if not r["ok"]]
     fuzzed = [sum(r[count] for r in report.get("fuzz", [])) for count in ("batches", "cut")]
     print(f"{len(failed)} failed checks; {fuzzed[0]} fuzzed batches, {fuzzed[1]} of them with tiles cut along KV", flush=True)
     sys.exit(1 if failed else 0)

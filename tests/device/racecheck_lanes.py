@@ -1,32 +1,51 @@
-"""Are `racecheck`'s hazards in FP8 prefill false alarms? Its batches with a kernel in which every lane arrives for itself.
+"""Are `racecheck`'s hazards in FP8 prefill and in decode false alarms? Batches of `sanitize_cases` by kernels whose lanes all arrive.
 
-    python -m tests.device.sanitize --only "racecheck lanes,racecheck prefill fp8"
+    python -m tests.device.sanitize --only "racecheck lanes,racecheck prefill fp8,racecheck mixed"
 
-In the kernel as it is, one lane arrives for a warp behind `bar.warp.sync`, which orders the accesses of all lanes before it. `racecheck`
-does not follow that. Here convert and consumer warps arrive lane by lane, and barriers count 32 times as many; all else is the same code.
-If there is no hazard here, those of the kernel as it is are of that form alone. Arguments are those of `sanitize_cases`; objects come from
-and go to `--cache`, since the kernel has the key of the real one.
+In the kernels as they are, one lane arrives for a warp behind `bar.warp.sync`, which orders the accesses of all lanes before it.
+`racecheck` does not follow that where ptxas, which sees that a warp has not diverged, leaves a no-operation of it. Here convert and
+consumer warps of FP8 prefill and consumer warps of decode arrive lane by lane, and barriers count 32 times as many; all else is the same
+code. If there is no hazard here, those of the kernels as they are are of that form alone. Arguments are those of `sanitize_cases`; objects
+come from and go to `--cache`, since the kernels have the keys of the real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cutlass.cute as cute
 
-from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
+from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.decode import consumer_warps
+from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.sm90 import storage, warp_roles
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
 from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
 from tests.device import sanitize_cases
 
 LANES = 32
+DECODE_EDGES = DecodeStorage.edges.fget  # type: ignore[attr-defined]
+PREFILL_EDGES, RELEASE = warp_roles.pipeline_edges, ConsumerWarpgroup._release
+# What decode's consumers say of their arrivals, and what they say here.
+ONE_LANE = {
+    """                    if lane == 0:
+                        cute.arch.mbarrier_arrive(shared.kv_empty + slot)
+""": """                    cute.arch.mbarrier_arrive(shared.kv_empty + slot)
+""",
+    """            if lane == 0:
+                cute.arch.mbarrier_arrive(shared.entry_empty + stage)
+""": """            cute.arch.mbarrier_arrive(shared.entry_empty + stage)
+""",
+}
 
 
 def all_lanes(parties: tuple[Party, ...]) -> tuple[Party, ...]:
@@ -34,12 +53,20 @@ def all_lanes(parties: tuple[Party, ...]) -> tuple[Party, ...]:
     return tuple(replace(x, warps=x.warps * LANES) if x.signal is Signal.WARPS else x for x in parties)
 
 
-def edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
-    """The kernel's pipelines with those counts."""
-    assert config.has_kv_scales, f"expected FP8 K and V, got {config.kv_dtype}"
-    return tuple(
-        replace(edge, full_by=all_lanes(edge.full_by), empty_by=all_lanes(edge.empty_by)) for edge in warp_roles.pipeline_edges(config)
-    )
+def of_lanes(edges: tuple[PipelineEdge, ...]) -> tuple[PipelineEdge, ...]:
+    """Pipelines with those counts."""
+    return tuple(replace(edge, full_by=all_lanes(edge.full_by), empty_by=all_lanes(edge.empty_by)) for edge in edges)
+
+
+def prefill_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
+    """Of the prefill kernel; with 16-bit K and V as they are, since TMA writes what its consumers read."""
+    edges = PREFILL_EDGES(config)
+    return of_lanes(edges) if config.has_kv_scales else edges
+
+
+def decode_edges(of: DecodeStorage) -> EdgeBarriers:
+    """Of the decode kernel."""
+    return EdgeBarriers(of_lanes(tuple(DECODE_EDGES(of).edges.values())), 0)
 
 
 def arrive(_: Any, barrier: cute.Pointer) -> None:
@@ -47,21 +74,46 @@ def arrive(_: Any, barrier: cute.Pointer) -> None:
     cute.arch.mbarrier_arrive(barrier)
 
 
-def let_all_lanes_arrive() -> None:
-    """Change the kernel that this process compiles."""
-    storage.pipeline_edges = edges
+def release(self: ConsumerWarpgroup, barrier: cute.Pointer) -> None:
+    """The prefill kernel's consumers are done with a buffer."""
+    (arrive if self.storage.config.has_kv_scales else RELEASE)(self, barrier)
+
+
+def changed(module: ModuleType, changes: dict[str, str], folder: Path) -> ModuleType:
+    """A copy of a module, kept in `folder`, whose source says something else: each of `changes` once."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
+    for old, new in changes.items():
+        assert source.count(old) == 1, f"{module.__name__}: expected once, found {source.count(old)} times: {old!r}"
+        source = source.replace(old, new)
+    path = folder / f"{module.__name__.rsplit('.', 1)[-1]}_changed.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = copy
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def let_all_lanes_arrive(folder: Path) -> None:
+    """Change the kernels that this process compiles; `folder` keeps the source."""
+    storage.pipeline_edges = prefill_edges
     ConvertWarps._arrive = arrive  # type: ignore[method-assign]
-    ConsumerWarpgroup._release = arrive  # type: ignore[method-assign]
+    ConsumerWarpgroup._release = release  # type: ignore[method-assign]
+    DecodeStorage.edges = property(decode_edges)  # type: ignore[assignment, method-assign]
+    run: Callable[..., None] = changed(consumer_warps, ONE_LANE, folder).ConsumerWarps.run
+    consumer_warps.ConsumerWarps.run = run  # type: ignore[method-assign]
 
 
 def main() -> int:
-    """`sanitize_cases` with that kernel."""
+    """`sanitize_cases` with those kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder of these objects alone")
     options, rest = parser.parse_known_args()
     options.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["FA4_BACKEND_CACHE_DIR"] = str(options.cache.resolve())
-    let_all_lanes_arrive()
+    let_all_lanes_arrive(options.cache)
     sys.argv = [sys.argv[0], *rest]
     return sanitize_cases.main()
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -43,11 +42,11 @@ FORMS = ("lanes", "meetings")
 ENTRY_EDGE, MEETING_EDGE = "entry_load_to_consumers", "meeting_consumers_to_consumers"
 EDGES = MlaStorage.edges.fget  # type: ignore[attr-defined]
 LOAD_QUERY = LoadWarp._load_query
-RUNS = {role: role.run for role in (ConsumerWarpgroup, NarrowWarps)}
+ALLOCATE = MlaStorage.allocate
 
 
 class Meeting(NamedTuple):
-    """Where the consumers whose code is being traced meet."""
+    """Where the consumers of the kernel that is being traced meet."""
 
     barrier: cute.Pointer
     phase: cute.Tensor  # (1,) int32
@@ -94,14 +93,12 @@ def load_query(self: Any, descriptors: Any, entry: Any, shared: Any):
     LOAD_QUERY(self, descriptors, entry, shared)
 
 
-def run(original: Callable[..., None], self: Any, *arguments: Any) -> None:
-    """A consumers' role with a place to meet."""
-    shared, phase = arguments[-1], cute.make_rmem_tensor(1, Int32)
+def allocate(self: MlaStorage) -> SharedTensors:
+    """Shared memory with a place to meet."""
+    shared, phase = ALLOCATE(self), cute.make_rmem_tensor(1, Int32)
     phase.fill(0)
-    offset = self.storage.edges.full_offset(MEETING_EDGE) // MBARRIER_BYTES
-    MEETINGS.append(Meeting(shared.barriers.kv_full[0] + offset, phase))
-    original(self, *arguments)
-    MEETINGS.pop()
+    MEETINGS.append(Meeting(shared.barriers.kv_full[0] + self.edges.full_offset(MEETING_EDGE) // MBARRIER_BYTES, phase))
+    return shared
 
 
 def meet(_: Merge) -> None:
@@ -125,8 +122,7 @@ def change_kernels(forms: tuple[str, ...]) -> None:
         LoadWarp._load_query = load_query  # type: ignore[method-assign]
     if "meetings" in forms:
         Merge.meet = meet  # type: ignore[method-assign]
-        for role, original in RUNS.items():
-            role.run = lambda self, *arguments, original=original: run(original, self, *arguments)  # type: ignore[attr-defined]
+        MlaStorage.allocate = allocate  # type: ignore[method-assign]
 
 
 def main() -> None:

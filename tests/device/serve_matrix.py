@@ -26,6 +26,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.cache.entry import find_fault
 from fa4_backend.compile_cache import find_prebuilt, library_of, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.engine_groups import DEFAULT_GROUPS, GROUPS, OFF, PEERS, Group, rehearsed
 from tests.device.engine_lane import COMMON, Engine, answers_name, run_process, write_request
 from tests.device.serve_options import serve_parser
@@ -144,15 +146,18 @@ def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
         if config.get("sliding_window"):
             masks.append(replace(cap, has_window_left=True))
         drafted = {engine.arguments.get("speculative_config", {}).get("num_speculative_tokens", 0) for engine in group.engines}
-        for mask in masks:
-            heads, head_dim = (config["num_attention_heads"], config["num_key_value_heads"]), config["head_dim"]
-            sinks_dtype = "bfloat16" if mask.has_sinks else "float32"
-            problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", 16, arch(), mask=mask, sinks_dtype=sinks_dtype)
-            for num_tokens in drafted:
-                limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num_tokens)
-                kernels = plan_attention(problem, limits).kernels
-                assert kernels is not None
-                keys |= dict.fromkeys(kernels.keys)
+        # Which layers write FP8 is seen at their first call: both kernels are there then.
+        outs = {SAME_AS_Q, *(FP8 for engine in group.engines if engine.writes_fp8)}
+        heads, head_dim = (config["num_attention_heads"], config["num_key_value_heads"]), config["head_dim"]
+        for mask, out_dtype, num_tokens in product(masks, outs, drafted):
+            problem = AttentionProblem(
+                *heads, head_dim, head_dim, "bfloat16", 16, arch(), mask=mask, out_dtype=out_dtype,
+                sinks_dtype="bfloat16" if mask.has_sinks else "float32",
+            )  # fmt: skip
+            limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num_tokens)
+            kernels = plan_attention(problem, limits).kernels
+            assert kernels is not None
+            keys |= dict.fromkeys(kernels.keys)
     return [*keys]
 
 

@@ -46,6 +46,13 @@ def _offset(amount: int) -> Change:
     return lambda match: f"{match.group(1)}[{match.group(2)}+{int(match.group(3) or 0) + amount}]{match.group(4)}"
 
 
+def _only_where(register: str, test: str) -> Change:
+    """The statement in group 1, executed only where a special register, or some bits of it, passes a test: "and 96 eq 0"."""
+    _, bits, how, value = test.split()
+    setup = f".reg .pred fi_p; .reg .b32 fi_w; mov.u32 fi_w, {register}; and.b32 fi_w, fi_w, {bits}; setp.{how}.u32 fi_p, fi_w, {value};"
+    return lambda match: f"{{ {setup} @fi_p {match.group(1)} }}"
+
+
 _ADDRESS = r"\[([%\w$]+)(?:\+(-?\d+))?\]"
 _DROP = r""
 
@@ -64,6 +71,10 @@ EDITS = (
     _edit("wait once", r"bra(?:\.uni)?\s+(LAB_WAIT|AGAIN)\s*;", _DROP, 8),
     _edit("arrive at a named barrier only", r"bar\.sync\s+([%\w]+, *\d+;)", r"bar.arrive \1"),
     _edit("drop dependency wait", r"griddepcontrol\.wait;", _DROP),
+    _edit("relax acquire load", r"\bld\.acquire", "ld.relaxed"),
+    _edit("weak load of a flag", r"\bld\.(?:acquire|relaxed)\.\w+\.global", "ld.global"),
+    _edit("narrow an atomic", r"(atom\.global\.acq_rel)\.(add|cas)", r"\1.cta.\2"),
+    _edit("fence by another lane", r"^\s*(fence\.proxy[^;]*;)", _only_where("%laneid", "and 31 eq 7"), 6),
     # counts and targets of barriers
     _edit("initial count + 1", r"(mbarrier\.init[\w.:]*\s+\[[^\]]*\],\s*)(\d+)(;)", _number(1)),
     _edit("initial count - 1", r"(mbarrier\.init[\w.:]*\s+\[[^\]]*\],\s*)([2-9]|\d\d+)(;)", _number(-1)),
@@ -78,7 +89,11 @@ EDITS = (
     _edit("named barrier - 32", r"(bar\.(?:sync|arrive)\s+[%\w]+,\s*)(\d+)(;)", _number(-32)),
     _edit("drop guard of an operation", r"@(?!%)\w+ (tcgen05|mbarrier|cp\.async)", r"\1", 6),
     _edit("negate guard of an operation", r"^(\s*)@(%\w+) (st|ld|atom|red|mbarrier|cp|tcgen05|bar)", r"\1@!\2 \3", 6),
+    _edit("own barrier for the peer's", r"mapa\.shared::cluster\.u32\s+([%\w]+),\s*([%\w]+),[^;]*;", r"mov.u32 \1, \2;"),
+    _edit("arrive without lane 0", r"^\s*(mbarrier\.arrive(?!\.expect_tx)[^;]*;)", _only_where("%laneid", "and 31 ne 0"), 6),
     # lanes
+    _edit("every lane elected", r"elect\.sync\s+[_%\w]+\|([%\w]+),[^;]*;", r"setp.eq.u32 \1, 0, 0;", 6),
+    _edit("warp sync without a lane", r"(bar\.warp\.sync\s+)(?:-1|0xffffffff);", r"\g<1>-2;"),
     _edit("shuffle from elsewhere", r"(shfl\.sync\.\w+\.b32\s+[^,]+,\s*[^,]+,\s*)(\d+)(,)", _number(1)),
     _edit("members without a lane", r"((?:shfl|vote|redux|elect|match)[^;]*,\s*)-1;", r"\g<1>-2;"),
     _edit("vote all for any", r"vote\.sync\.any", r"vote.sync.all"),
@@ -104,8 +119,11 @@ EDITS = (
     _edit("drop dealloc", r"tcgen05\.dealloc[^;]*;", _DROP),
     _edit("drop alloc", r"tcgen05\.alloc[^;]*;", _DROP),
     _edit("other group of CTAs", r"(tcgen05\.(?:alloc|dealloc|commit|relinquish)[\w.:]*cta_group)::1", r"\1::2"),
+    _edit("other group of a pair", r"(tcgen05\.(?:alloc|dealloc|commit|relinquish)[\w.:]*cta_group)::2", r"\1::1"),
+    _edit("allocation by one CTA", r"^\s*(tcgen05\.alloc[\w.:]*cta_group::2[^;]*;)", _only_where("%cluster_ctarank", "and 1 eq 0")),
     _edit("commit to one CTA", r"mov\.b16 ranks, 3;", r"mov.b16 ranks, 1;"),
     _edit("registers unlike the warpgroup's", r"(setmaxnreg\.\w+\.sync\.aligned\.u32\s+)(\d+)(;)", _number(-8), 3),
+    _edit("setmaxnreg by one warp", r"^\s*(setmaxnreg[^;]*;)", _only_where("%tid.x", "and 96 eq 0"), 3),
     _edit("drop setmaxnreg", r"setmaxnreg[^;]*;", _DROP, 3),
     # arithmetic
     _edit("maximum as minimum", r"\bmax\.(f32|s32|NaN)", r"min.\1", 3),

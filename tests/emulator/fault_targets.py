@@ -41,7 +41,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
 
     One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
     with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
-    comes last readies the queue for the next launch.
+    comes last readies the queue for the next launch. It asked for its last tile before the other did, its long one's ring being full.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
@@ -61,7 +61,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         kv_dtype=kv_dtype,
     )
     built, plain = case.build(), replace(case, peaked=1.0).build()
-    tiny = replace(case, query_lens=(3, 1), kv_lens=(300, 200)).build()
+    tiny = replace(case, query_lens=(3, 1), kv_lens=(900, 40)).build()
     key = case.plan(num_sms=1).kernels.prefill
     library = ensure_object(key)
 

@@ -103,6 +103,11 @@ min.s32 %r1, %r2, %r3;
 add.f32 %r1, %r2, %r3;
 sub.f32 %r1, %r2, %r3;
 cvt.rn.bf16x2.f32 %r1, %r2, %r3;
+ld.acquire.gpu.global.b32 %r1, [%rd1];
+elect.sync _|issue, 0xffffffff;
+bar.warp.sync -1;
+mapa.shared::cluster.u32 remote, %r1, %r2;
+tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r1], %r2;
 """.strip().split("\n")
 
 

@@ -339,3 +339,63 @@ def test_split_rows_of_the_decode_kernel(decode: fi.Target, atomic: str, fence: 
         for seed in (None, 1):
             _, report = decode.run(seed)
             assert bool(report.races) == races, report.races[:1]
+
+
+# CTAs 0 and 1 access a word; CTA 2 has heard of what CTA 1 did, not of what CTA 0 did, and accesses the word plainly.
+UNHEARD = """
+mov.u32 %r1, %ctaid.x;
+setp.eq.u32 %q0, %r1, 0;
+setp.eq.u32 %q1, %r1, 1;
+setp.eq.u32 %q2, %r1, 2;
+@%q0 {first}
+@%q0 {release_first}
+@%q1 {second}
+@%q1 st.release.gpu.global.u32 [%p1], 1;
+@%q2 ld.acquire.gpu.global.u32 %r3, [%p1];
+@%q2 ld.acquire.gpu.global.u32 %r3, [%p1+4];
+@%q2 {third}
+"""
+STRONG_STORE, STRONG_LOAD = "st.relaxed.gpu.global.u32 [%p0], 1;", "ld.relaxed.gpu.global.u32 %r2, [%p0];"
+RELAXED_ATOMIC, PLAIN_STORE, PLAIN_LOAD = (
+    "atom.relaxed.gpu.global.add.u32 %r2, [%p0], 1;",
+    "st.global.u32 [%p0], 2;",
+    "ld.global.u32 %r2, [%p0];",
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "third", "races"),
+    [
+        (STRONG_STORE, STRONG_STORE, PLAIN_LOAD, True),
+        (STRONG_STORE, STRONG_STORE, PLAIN_STORE, True),
+        (RELAXED_ATOMIC, STRONG_STORE, PLAIN_LOAD, True),
+        (STRONG_LOAD, STRONG_STORE, PLAIN_STORE, True),
+        (STRONG_LOAD, RELAXED_ATOMIC, PLAIN_STORE, True),
+        (STRONG_LOAD, RELAXED_ATOMIC, PLAIN_LOAD, False),  # two reads
+        (STRONG_STORE, STRONG_STORE, STRONG_STORE, False),
+        # What an atomic has read is behind whoever hears of it: PTX ISA 8.10.4 and 8.10.6.
+        (RELAXED_ATOMIC, RELAXED_ATOMIC, PLAIN_STORE, False),
+        (STRONG_STORE, RELAXED_ATOMIC, PLAIN_LOAD, False),
+    ],
+)
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_the_later_of_two_strong_accesses_does_not_hide_the_earlier(
+    first: str, second: str, third: str, races: bool, is_heard: bool
+) -> None:
+    release = "st.release.gpu.global.u32 [%p1+4], 1;" if is_heard else "mov.u32 %r4, 0;"
+    body = UNHEARD.format(first=first, release_first=release, second=second, third=third)
+    report = report_of(program(body, grid=3, block=1))
+    assert bool(report.races) == (races and not is_heard), report.races
+
+
+def test_an_atomic_follows_what_it_read_and_not_what_that_replaced() -> None:
+    """CTA 0 stores, CTA 1 stores over it, CTA 2 counts up and then stores plainly: CTA 0 may still be about to store."""
+    body = """
+mov.u32 %r1, %ctaid.x;
+setp.eq.u32 %q2, %r1, 2;
+@!%q2 st.relaxed.gpu.global.u32 [%p0], 1;
+@%q2 atom.relaxed.gpu.global.add.u32 %r2, [%p0], 1;
+@%q2 st.global.u32 [%p0], 2;
+"""
+    races = report_of(program(body, grid=3, block=1)).races
+    assert len(races) == 1 and "CTA (0,0,0)" in races[0], races

@@ -18,7 +18,6 @@ from fa4_backend.emulator.model_case import Step, visible_blocks
 from fa4_backend.emulator.recording import Recording
 from fa4_backend.emulator.recording import Step as Event
 from fa4_backend.emulator.timing import TIMINGS, extremes
-from fa4_backend.kernel_stamp import fingerprints
 from fa4_backend.kernels.schedule import work_list as wl
 
 DATA = Path(__file__).parents[2] / "docs" / "data"
@@ -165,22 +164,30 @@ def validation(chip: str) -> dict[str, Any]:
     return json.loads((DATA / "model_validation.json").read_text())[chip]
 
 
+def cells(chip: str) -> list[dict[str, Any]]:
+    return list(json.loads((DATA / f"model_cells_{chip}.json").read_text())["cells"])
+
+
 def test_the_cells_compared_are_those_fixed_beforehand() -> None:
     """In their order, with nothing left out: a comparison that drops what it misses proves nothing."""
-    cells = json.loads((DATA / "model_cells_h100.json").read_text())["cells"]
-    rows = validation("H100")["rows"]
-    assert [{k: row[k] for k in cells[0]} for row in rows] == cells
-    published = json.loads((DATA / "model_cells_blackwell.json").read_text())["cells"]
+    for chip in ("H200", "H100"):
+        fixed = cells(chip.lower())
+        assert [{k: row[k] for k in fixed[0]} for row in validation(chip)["rows"]] == fixed
+    published = cells("blackwell")
     rows = [row for chip in ("B200", "B300") for row in validation(chip)["rows"]]
     assert [{k: row[k] for k in published[0]} for row in rows] == published
+    names = ("kernel", "heads", "head_dim", "mask", "batch", "use")
+    of_both = [[tuple(c[k] for k in names) for c in cells(chip) if c["kernel"] != "fa4"] for chip in ("h200", "h100")]
+    assert of_both[0] == of_both[1], "the H200's cells are the H100's"
 
 
-def test_committed_times_follow_from_committed_costs() -> None:
+@pytest.mark.parametrize("chip", ["H200", "H100"])
+def test_committed_times_follow_from_committed_costs(chip: str) -> None:
     """Today's constants and arithmetic give the figures on file, from the tile costs on file."""
     from scripts.model_validation import Modelled
 
-    part = validation("H100")
-    model = Modelled(CHIPS["H100"], Path("none"), TIMINGS["sm_90a"])
+    part = validation(chip)
+    model = Modelled(CHIPS[chip], Path("none"), TIMINGS["sm_90a"])
     model.costs = {name: TileCosts(**costs, busy={}, critical={}) for name, costs in part["tile costs"].items()}
     for row in part["rows"]:
         if row["kind"] == "prefill":
@@ -188,20 +195,38 @@ def test_committed_times_follow_from_committed_costs() -> None:
             assert row["ratio"] == pytest.approx(row["modelled us"] / row["us"], abs=1e-3)
 
 
-def test_at_least_ten_prefill_cells_and_every_decode_cell_are_within_ten_per_cent() -> None:
-    """Cells that a constant was fitted on do not count. No cell is off by more than a quarter."""
+def test_the_model_is_within_ten_per_cent_of_most_cells() -> None:
+    """Cells that a constant was fitted on do not count. flash-attn-4's d64 is known to be a quarter too slow; every other cell is near."""
+    rows = [row for row in validation("H200")["rows"] if row["use"] == "check"]
+    assert len(rows) == 22 and sum(abs(row["ratio"] - 1) <= 0.1 for row in rows) >= 18
+    assert sum(abs(row["ratio of cycles"] - 1) <= 0.1 for row in rows) >= 14
+    for row in rows:
+        bound = 0.27 if row["kernel"] != "fa4" and row["head_dim"] == "64" else 0.11
+        assert abs(row["ratio"] - 1) <= bound, row
     rows = [row for row in validation("H100")["rows"] if row["use"] == "check"]
     ratios = {kind: [row["ratio"] for row in rows if row["kind"] == kind] for kind in ("prefill", "decode")}
-    assert (len(ratios["prefill"]), len(ratios["decode"])) == (22, 10)
-    assert sum(abs(ratio - 1) <= 0.1 for ratio in ratios["prefill"]) >= 10
+    assert (len(ratios["prefill"]), len(ratios["decode"])) == (10, 10)
+    assert sum(abs(ratio - 1) <= 0.1 for ratio in ratios["prefill"]) >= 7
     assert all(abs(ratio - 1) <= 0.1 for ratio in ratios["decode"])
     assert all(abs(ratio - 1) <= 0.25 for ratio in ratios["prefill"])
 
 
+def test_a_kernel_takes_as_many_cycles_on_an_h100_as_on_an_h200() -> None:
+    """flash-attn-4's, measured on both: what one says of the model in cycles holds for the other. Short prompts
+    also wait for memory, which differs."""
+    cycles = [
+        {tuple(row[k] for k in ("heads", "head_dim", "mask", "batch")): row["measured cycles"] for row in validation(chip)["rows"]
+         if row["kernel"] != "fa4" and "measured cycles" in row}
+        for chip in ("H200", "H100")
+    ]  # fmt: skip
+    assert len(cycles[1]) == 10
+    assert all(cycles[0][cell] == pytest.approx(of_h100, rel=0.05) for cell, of_h100 in cycles[1].items())
+
+
 @pytest.mark.emulated
 def test_recorded_costs_of_our_kernel_are_those_on_file() -> None:
-    """Hopper, 64/8 heads d128: two recordings, replayed; their cycles a block are what the comparison above rests on. (The rows on file of
-    16/16 heads were recorded otherwise, see docs/timing-model.md.)"""
+    """Hopper, 64/8 heads d128: two recordings, replayed; their cycles a block are what the comparison above rests on. Where they are not,
+    the kernel is another one: measure it (`tests.device.measure_clocks`) and record it (`scripts.model_validation`)."""
     from fa4_backend.emulator.issue_stalls import find_cuda_tool
     from fa4_backend.emulator.model_case import record_tiles
     from fa4_backend.emulator.replay import Replay
@@ -211,11 +236,7 @@ def test_recorded_costs_of_our_kernel_are_those_on_file() -> None:
     step = Step("sm_90a", 64, 8, 128, 128, (4096,), (4096,))
     short, long = (Replay(record_tiles(step, 1, blocks), "sm_90a").run().total for blocks in (kernel_model.SHORT, kernel_model.LONG))
     block = (long - short) / (kernel_model.LONG - kernel_model.SHORT)
-    recorded = validation("H100")["tile costs"]["fa4 64-8 d128 causal"]["block"]
-    stamped = json.loads((DATA / "model_validation.json").read_text())["stamp"]["kernels"]["sm90"]
-    if stamped != fingerprints(["sm90"])["sm90"] and block != pytest.approx(recorded, rel=0.02):
-        pytest.xfail(f"a block of the kernel on file takes {recorded:.0f} cycles, of this one {block:.0f}: both must be measured again")
-    assert block == pytest.approx(recorded, rel=0.02)
+    assert block == pytest.approx(validation("H200")["tile costs"]["fa4 64-8 d128 causal"]["block"], rel=0.02)
 
 
 @pytest.mark.emulated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 import traceback
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+SILENCE_S, TELL_S = 60, 15
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,18 @@ class TaskList:
         return task
 
 
-def _serve(pipe: Connection, act: Callable[..., None], log: str) -> None:
+def _serve(pipe: Connection, act: Callable[..., None], log: str, begin: float) -> None:
     """A worker's life: a task, an answer, until there is none."""
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    faulthandler.dump_traceback_later(SILENCE_S, repeat=True, exit=False)  # where a worker is that gets nowhere
+    print(f"{time.monotonic() - begin:.1f} s to start", flush=True)
     while (arguments := pipe.recv()) is not None:
         failure = ""
         try:
             act(*arguments)
+            print(f"{time.monotonic() - begin:.1f} s: done {arguments[1:]}", flush=True)
         except Exception:  # one task's failure is reported and ends no other's
             failure = traceback.format_exc()
         pipe.send(failure)
@@ -75,14 +81,18 @@ def run_tasks(tasks: list[Task], act: Callable[..., None], jobs: int, seconds: f
     context, workers, running = get_context("spawn"), {}, {}
     for number in range(min(jobs, len(tasks))):
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, act, logs[number]), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, act, logs[number], begin), daemon=True)
         process.start()
         theirs.close()
         workers[pipe] = number, process
         running[pipe] = todo.take(number)
         pipe.send(running[pipe].arguments)
+    told = begin
     while running and (left := seconds - (time.monotonic() - begin)) > 0:
-        for pipe in wait(list(running), timeout=left):
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            print(f"{told - begin:.0f} s: {len(todo.left)} tasks left, load {os.getloadavg()[0]:.0f}", flush=True)
+        for pipe in wait(list(running), timeout=min(left, TELL_S)):
             number, _ = workers[pipe]
             done = running.pop(pipe)
             try:

@@ -11,12 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.config.cache import CacheDType
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsKVCacheMethod
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fa4_backend import UnsupportedProblem
+from fa4_backend import AttentionMetadata, UnsupportedProblem
 from fa4_backend.problem import FP8
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.impl import FA4Impl
@@ -188,6 +189,26 @@ def test_scales_are_those_of_the_call(change: str) -> None:
     second = built.run()
     built.check(second)
     assert (first - second).abs().max() > 0.1, "the new scales change nothing: this test would not see old ones"
+
+
+@pytest.mark.parametrize(
+    ("mode", "drafts", "query_lens", "keys"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), 117),
+        (CUDAGraphMode.FULL_DECODE_ONLY, 8, (1, 9, 40), 77),  # 9 tokens are a decode row
+        (CUDAGraphMode.NONE, 0, (1, 1, 1), None),
+        (CUDAGraphMode.FULL, 0, (1, 9, 40), None),  # graphs hold steps with prompts
+    ],
+)
+def test_keys_of_prompts_are_told_where_no_graph_holds_them(
+    mode: CUDAGraphMode, drafts: int, query_lens: tuple[int, ...], keys: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int | None] = []
+    step = VllmStep(query_lens, (300, 40, 77), kv_cache_dtype="fp8", cudagraph_mode=mode, num_speculative_tokens=drafts, padding_rows=2)
+    built = step.build()
+    monkeypatch.setattr(AttentionMetadata, "refresh", lambda self, *, prefill_keys, **others: told.append(prefill_keys))
+    built.builder.build(0, built.description)
+    assert told == [keys]
 
 
 CHECKPOINTS: dict[str, tuple[type[BaseKVCacheMethod], Any, list[float], list[float]]] = {

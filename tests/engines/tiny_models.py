@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from fa4_backend.problem import FP8_MAX
+
 VOCAB = 512
 HIDDEN, INTERMEDIATE, HEAD_DIM = 256, 512, 64
+LARGEST_INPUT = 8.0  # of a linear layer in FP8
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -37,6 +40,26 @@ def write_llama(
             for name, factor in (("k_scale", 1.0), ("v_scale", 2.0)):
                 weights[f"model.layers.{index}.self_attn.{name}"] = torch.tensor(scales).mul(factor).view(-1, *[1] * 2 * per_head)
     return _write(folder, config, norms=("input_layernorm", "post_attention_layernorm"), embedding_std=1.0, more=weights)
+
+
+def write_quantised_llama(folder: Path) -> Path:
+    """`write_llama` with the layers' weights and inputs in FP8, a scale each: what follows a layer's attention is a static quantisation,
+    which vLLM fuses where a backend writes FP8. For a GPU: vLLM's CPU build has no such linear layers."""
+    from safetensors.torch import load_file, save_file
+
+    write_llama(folder)
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        weights[name] = weight
+        if "_proj." in name:
+            scale = weight.abs().max() / FP8_MAX
+            weights |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+            weights[name.replace("weight", "input_scale")] = torch.tensor(LARGEST_INPUT / FP8_MAX)
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
 
 
 def _llama_config(heads: tuple[int, int], num_layers: int) -> dict[str, Any]:

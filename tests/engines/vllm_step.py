@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -65,6 +66,7 @@ class VllmStep:
     fuses_quantisation: bool = False  # vLLM replaced the quantisation of the layer's outputs by a scale for the layer
     num_speculative_tokens: int = 0
     max_model_len: int = 1024
+    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.NONE
 
     def config(self) -> Any:
         """The parts of a VllmConfig that the builder reads."""
@@ -73,6 +75,7 @@ class VllmStep:
             scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=512),
             compilation_config=SimpleNamespace(
                 max_cudagraph_capture_size=None,
+                cudagraph_mode=self.cudagraph_mode,
                 static_forward_context={},
                 pass_config=SimpleNamespace(fuse_attn_quant=self.fuses_quantisation),
             ),
@@ -177,6 +180,7 @@ class VllmStep:
             max_seq_len=max(self.kv_lens),
             block_table_tensor=page_table,
             slot_mapping=slots,
+            seq_lens_cpu_upper_bound=lens.clone(),
         )
         return description, cache, q, k, v
 

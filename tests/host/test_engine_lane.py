@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from fa4_backend.problem import FP8
 from tests.device import engine_lane, serve_long
 from tests.device.engine_groups import BOTH, GROUPS, PEERS, Group
 from tests.device.engine_lane import Engine, faults, run_process, slow_parts
-from tests.device.serve_matrix import NO_MULTICAST, lanes, lone_references, run_lane, suite_of
+from tests.device.serve_matrix import NO_MULTICAST, keys_of, lanes, lone_references, run_lane, suite_of
 from tests.device.serve_tokens import compare, judge
 from tests.engines.random_load import RandomLoad
-from tests.engines.tiny_models import write_llama
+from tests.engines.tiny_models import write_llama, write_quantised_llama
 
 RIGHT: dict[str, Any] = {
     "pids": [7], "config": {"graphs": BOTH, "is_async": True}, "preemptions": 2, "cached_tokens": [0, 128], "failed_kinds": {},
@@ -120,6 +121,32 @@ def test_idle_ranks_have_to_run_dummy_batches(tmp_path: Path, monkeypatch: pytes
     ports = re.findall(r"VLLM_DP_SIZE=2 VLLM_DP_MASTER_IP=127.0.0.1 VLLM_DP_MASTER_PORT=(\d+) VLLM_DP_RANK=([01]) ", line)
     assert (shell, flag, [rank for _, rank in ports]) == ("bash", "-c", ["0", "1"])
     assert ports[0][0] == ports[1][0]
+
+
+def test_kernels_of_a_fused_quantisation_are_compiled_and_have_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.device.serve_matrix.arch", lambda: "sm_90a")
+    groups = {"fused_output": GROUPS["fused_output"]}
+    lanes(groups, tmp_path)
+    written = {key.out_dtype for key in keys_of(groups, tmp_path) if hasattr(key, "out_dtype")}
+    assert written == {"bfloat16", FP8}
+    engine = next(engine for engine in groups["fused_output"].engines if engine.writes_fp8)
+    result = {"config": {"graphs": "NONE"}, "cached_tokens": [1], "failed_kinds": {}, "structured": [[4] * 5], "preemptions": 0}
+    for out, words in ((" (out float8_e4m3fn)", []), ("", ["expected kernels that write FP8, got ['FA4: sm90 kernels']"])):
+        assert faults(engine, {**result, "pids": [1], "kernels": [f"FA4: sm90 kernels{out}"]}) == words
+
+
+def test_a_model_in_fp8_has_a_scale_for_each_linear_layer_and_keeps_its_values(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(write_quantised_llama(tmp_path / "fp8") / "model.safetensors")
+    wanted = load_file(write_llama(tmp_path / "llama") / "model.safetensors")
+    linear = [name for name in wanted if "_proj." in name]
+    assert len(linear) == 14 and set(stored) == set(wanted) | {
+        other for name in linear for other in (f"{name}_scale", name.replace("weight", "input_scale"))
+    }
+    for name in linear:
+        back = stored[name].float() * stored[f"{name}_scale"]
+        assert ((back - wanted[name]).abs() <= wanted[name].abs() / 16 + stored[f"{name}_scale"] / 1024).all()
 
 
 def runs_of(distances: dict[str, float]) -> dict[str, Any]:

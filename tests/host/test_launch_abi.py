@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from fa4_backend.kernels.launch_abi import DecodeArguments, MlaDecodeArguments, PrefillArguments, ScheduleArguments
+from fa4_backend.kernels.launch_abi import ConvertArguments, DecodeArguments, MlaDecodeArguments, PrefillArguments, ScheduleArguments
 
 
 def parameters(host_function: object) -> list[str]:
@@ -29,6 +29,12 @@ def test_decode_takes_what_a_call_passes() -> None:
     from fa4_backend.kernels.decode.kernel import DecodeKernel
 
     assert parameters(DecodeKernel.__call__) == list(DecodeArguments._fields)
+
+
+def test_the_conversion_takes_what_a_call_passes() -> None:
+    from fa4_backend.kernels.convert_kv.kernel import ConvertKernel
+
+    assert parameters(ConvertKernel.__call__) == list(ConvertArguments._fields)
 
 
 def test_latent_decode_takes_what_a_call_passes() -> None:

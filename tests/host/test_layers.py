@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fa4_backend"
 KERNELS = PACKAGE / "kernels"
-FAMILIES = ("sm90", "sm100", "decode", "mla_decode", "schedule")
+FAMILIES = ("sm90", "sm100", "decode", "mla_decode", "schedule", "convert_kv")
 # Facts of a family that another one builds on: what a list holds, and no code that runs on the device.
 SHARED_FACTS = {"fa4_backend.kernels.schedule.work_list"}
 INTEGRATION = ROOT / "integration"

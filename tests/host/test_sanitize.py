@@ -11,10 +11,11 @@ import torch
 
 from tests.device.prove_prefill import check_large_pool
 from tests.device.sanitize import SHARDS, SUMMARY, ended, is_as_it_has_to_be, jobs
-from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
+from tests.device.sanitize_cases import FEW_SMS, KINDS, KV_DTYPES, chosen_cases, plans_of
 from tests.support.paged_case import BuiltCase, PagedCase
 
 ELEMENTS = 2**20
+NAMES = ("racecheck lanes mixed", "memcheck plant", "racecheck mixed")
 CASE = PagedCase((1, 40), (70, 45), kv_dtype="float8_e4m3fn")
 
 
@@ -25,9 +26,11 @@ def test_every_fuzzed_problem_has_a_short_batch_of_its_own_kernels(kind: str, kv
     setups = KINDS[kind]("sm_90a", KV_DTYPES[kv_dtype])
     assert {setup.name for shard in shards for setup, _ in shard} == {setup.name for setup in setups}
     for shard in shards:
-        for (setup, _), plan in zip(shard, plans_of(kind, shard), strict=True):
+        for (setup, _), plan in zip(shard, plans_of(shard), strict=True):
             own = setup.plan(132).kernels
             assert plan.kernels is not None and own is not None and set(plan.kernels.keys) <= set(own.keys), setup.name
+            few = setup.plan(FEW_SMS).kernels
+            assert few is not None and few.keys == own.keys, setup.name
 
 
 def test_a_short_batch_is_right_on_a_cpu() -> None:
@@ -45,11 +48,14 @@ def test_jobs_are_told_apart_and_their_verdict_is_found() -> None:
 
 
 def test_a_verdict_needs_an_end_batches_and_a_summary() -> None:
-    job, planted = jobs()[0], next(job for job in jobs() if job.is_planted)
+    job, planted, of_decode = (next(job for job in jobs() if job.name.startswith(name)) for name in NAMES)
     clean = {"ended": "exit 0", "batches": 2, "wrong": [], "summary": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}
     assert is_as_it_has_to_be(job, clean) and not is_as_it_has_to_be(planted, clean)
     changes = ({"ended": "exit 9"}, {"batches": 0}, {"wrong": [{}]}, {"summary": "none"}, {"summary": "ERROR SUMMARY: 10 errors"})
     assert not any(is_as_it_has_to_be(job, {**clean, **change}) for change in changes)
+    seen = {**clean, "ended": "exit 9", "summary": "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"}
+    assert is_as_it_has_to_be(of_decode, seen) and not is_as_it_has_to_be(job, seen)
+    assert not any(is_as_it_has_to_be(of_decode, {**seen, **change}) for change in ({"ended": "exit 1"}, {"batches": 0}, {"wrong": [{}]}))
     assert is_as_it_has_to_be(planted, {**clean, "summary": "ERROR SUMMARY: 10 errors"})
     assert not is_as_it_has_to_be(planted, {**clean, "summary": "none"})
 

@@ -10,6 +10,7 @@ import torch
 
 from fa4_backend import AttentionMetadata, mla_decode, paged_attention
 from fa4_backend.kernels import loading
+from fa4_backend.problem import FP8
 from tests.support.latent_case import LatentCase
 from tests.support.operations import Operations
 from tests.support.paged_case import PagedCase
@@ -62,6 +63,22 @@ def test_a_step_whose_shortest_query_is_long_launches_no_decode(launches: list[t
         launches.clear()
         paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
         assert [name.split("-")[0] for name, _ in launches] == ["decode"] * want + ["prefill"]
+
+
+def test_a_step_that_converts_launches_one_kernel_more(launches: list[tuple[str, tuple]]) -> None:
+    """Before the decode kernel, beside which the prefill kernel reads what it wrote; and nothing else, no allocation either."""
+    facts = {**vars(CASE), "kv_dtype": FP8, "arch": "emulated-sm_90a", "converts": True}
+    built = PagedCase(**facts).build()
+    a, metadata = built.arguments, AttentionMetadata.allocate(built.case.plan(), "cpu")
+    names = ("window_left", "softcap", "sinks", "alibi_slopes", "k_scale", "v_scale", "out", "lse")
+    for keys in (built.case.prefill_keys, None):
+        launches.clear()
+        with Operations() as operations:
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, max_seqlen_q=9, max_seqlen_k=70, prefill_keys=keys)
+            paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **{name: getattr(a, name) for name in names})
+        assert not [name for name in operations.names if "empty" in name or "copy" in name]
+        assert [name.split("-")[0] for name, _ in launches] == ["schedule", *["convert"] * (keys is not None), "decode", "prefill"]
+        assert launches[-1][0].endswith("-converted") == (keys is not None)
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "float8_e4m3fn"])

@@ -147,7 +147,7 @@ def empty_lists(shape: WorkShape, num_seqs: int) -> WorkLists:
     return WorkLists(
         shape, ints(max(shape.max_prefill_tiles(num_seqs), 1), TILE_INTS), ints(1, QUEUE_INTS),
         ints(shape.max_decode_tiles(num_seqs), 16), ints(shape.decode_num_ctas, 16), torch.empty(0), ints(shape.max_slots()),
-        None, ints(max(1, shape.max_part_slots()), PART_COUNTERS),
+        None, ints(max(1, shape.max_part_slots()), PART_COUNTERS), ints(num_seqs + 1),
     )  # fmt: skip
 
 

@@ -45,11 +45,16 @@ class FuzzSetup:
     min_part_blocks: int | None = None  # n_blocks of the shortest part of a prefill tile; None: the plan's
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
+    converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
+    is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
         """A plan whose limits hold every batch of the setup; its prefill kernel alone where nothing else is to run."""
-        limits = BatchLimits(self.max_seqs, self.max_seqs * self.max_query + 8, self.max_kv, self.decode_query_len)
+        room = self.max_seqs * self.max_kv if self.converts else 0
+        limits = BatchLimits(self.max_seqs, self.max_seqs * self.max_query + 8, self.max_kv, self.decode_query_len, room)
         plan = plan_attention(self.problem, limits, num_sms=num_sms)
+        if self.converts:
+            return converting_plan(plan, self.min_part_blocks)
         return prefill_plan(plan) if self.prefill_only else plan
 
 
@@ -111,6 +116,8 @@ class Fuzzer:
         if not setup.per_head_scales:
             self.scales = self.scales[:, :1]
         self.k, self.v = (self._draw((*shape, n), scale) for n, scale in zip((p.head_dim, p.head_dim_v), self.scales, strict=True))
+        if setup.is_extreme:
+            self.v = self.v.clamp(-7, 7) * 2.0**123
         self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.kv_dtype, device=device)
         self.nan = torch.full((), math.nan, device=device).to(self.kv_dtype).view(_bits(self.kv_dtype))
         # Of all batches so far: how many, rows, batches with cut tiles, failures, the first of them.
@@ -149,7 +156,7 @@ class Fuzzer:
             kv_rows=max(1, int(num_seqs * s.max_kv * draw.uniform(0.3, 1.0))),
             window_left=int(draw.integers(0, 200)) if mask.has_window_left else None,
             window_right=int(draw.integers(0, 60)) if mask.has_window_right else None,
-            softcap=float(draw.uniform(5, 50)) if mask.has_softcap else 0.0,
+            softcap=float(draw.uniform(5, 300 if s.is_extreme and index % 3 == 2 else 55)) if mask.has_softcap else 0.0,
         )
 
     def _capture(self, host: HostDraw) -> Callable[[], object]:
@@ -198,6 +205,8 @@ class Fuzzer:
         num_rows = host.num_seqs * self.setup.max_query + PADDING_ROWS
         is_row = torch.arange(num_rows, device=device) < cu_seqlens_q[-1]
         peak = 1 + 3 * self._chance(0.2).float()
+        if self.setup.is_extreme:
+            peak = peak * (1 + 60 * self._chance(0.7).float())
         q = (torch.randn(num_rows, p.num_q_heads, p.head_dim, device=device) * peak).masked_fill(~is_row[:, None, None], math.nan)
         out = torch.full((num_rows, p.num_q_heads, p.head_dim_v), math.nan, device=device).to(getattr(torch, p.out_dtype))
         lse = torch.full((p.num_q_heads, num_rows), math.nan, device=device) if p.has_lse else None
@@ -268,7 +277,8 @@ class Fuzzer:
             tensors = (a.q, a.k_cache, a.v_cache, a.cu_seqlens_q, a.cu_seqlens_k)
             ragged_attention(*tensors, plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
         else:
-            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            prefill_keys = self.plan.limits.convert_keys if self.setup.converts else None
+            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
             paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
 
     def _stands_for(self, stored: torch.Tensor, scale: torch.Tensor, table_pages: torch.Tensor) -> torch.Tensor:
@@ -349,6 +359,17 @@ class Fuzzer:
             return torch.zeros((), device=self.device)
         tiles, total = work.prefill_tiles, work.prefill_queue[0, QUEUE_TOTAL]
         return ((torch.arange(len(tiles), device=tiles.device) < total) & (tiles[:, PARTIAL_SLOT] >= 0)).any()
+
+
+def converting_plan(plan: AttentionPlan, min_part_blocks: int | None = None) -> AttentionPlan:
+    """The same plan, whose steps always convert K and V once a call; `min_part_blocks` as in a FuzzSetup."""
+    plan = plan.always_converting()
+    assert plan.kernels is not None and plan.kernels.converted is not None
+    if min_part_blocks is None:
+        return plan
+    converted = plan.kernels.converted
+    converted = replace(converted, work=replace(converted.work, min_part_blocks=min_part_blocks))
+    return replace(plan, kernels=replace(plan.kernels, converted=converted))
 
 
 def prefill_plan(plan: AttentionPlan) -> AttentionPlan:

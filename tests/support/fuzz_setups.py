@@ -19,6 +19,7 @@ def case_of(setup: FuzzSetup, query_lens: tuple[int, ...], kv_lens: tuple[int, .
         arch=p.arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
         window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0, sinks=p.mask.has_sinks,
         alibi=p.mask.has_alibi, layout=layout, batch_invariant=p.batch_invariant, decode_query_len=setup.decode_query_len,
+        converts=setup.converts,
     )  # fmt: skip
 
 
@@ -56,10 +57,18 @@ def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
         setup("d192/128 page 64 fp16, out FP8", (4, 1), (192, 128), 64, "float16", out_dtype=FP8),
         setup("d256 page 16, out FP8", (4, 2), (256, 256), 16, out_dtype=FP8),
     ]
+    if arch.endswith("sm_90a") and kv_dtype == SAME_AS_Q:
+        # Whose weights are bounded for every V (`wgmma_fragment.py`, Note [Fixed references]).
+        capped = next(s for s in setups if s.name == "d256 page 16 soft cap")
+        setups.append(replace(capped, name="d256 page 16 soft cap, end to end", is_extreme=True))
     # The same kernels where few tiles are cut along KV: into parts of single blocks, and as the plan cuts long rows.
     cut = [parts(s) for s in setups if not s.problem.batch_invariant]
     long = replace(setups[0], name="d128 page 16, long rows", max_seqs=3, max_query=60, max_kv=9000)
-    return [*setups, *cut, long]
+    drawn = [*setups, *cut, long]
+    if kv_dtype != FP8 or not arch.endswith("sm_90a"):
+        return drawn
+    once = [s for s in drawn if not s.problem.batch_invariant]
+    return [*drawn, *(replace(s, name=f"once a call: {s.name}", prefill_only=False, converts=True) for s in once)]
 
 
 def ragged_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:

@@ -51,6 +51,7 @@ class PagedCase:
     alibi: bool = False
     batch_invariant: bool = False
     decode_query_len: int = 1
+    converts: bool = False  # K and V in FP8 are converted once a call, however short rows are
     layout: str = "separate"  # "separate": two pools (NHD); "nhd": K and V adjacent, token-major; "hnd": adjacent, head-major
     kv_source: str = PAGED  # RAGGED: the same values without pages
     padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1], and of k and v without pages past cu_seqlens_k[-1]
@@ -63,6 +64,11 @@ class PagedCase:
         if self.window_left is None and query_len:
             return 0
         return kv_len if not query_len else min(max(0, kv_len - query_len - (self.window_left or 0)), kv_len)
+
+    @property
+    def prefill_keys(self) -> int:
+        """Keys of the rows that are no decode rows."""
+        return sum(kv for q, kv in zip(self.query_lens, self.kv_lens, strict=True) if q > self.decode_query_len)
 
     def problem(self) -> AttentionProblem:
         """The case's compile-time facts."""
@@ -97,8 +103,10 @@ class PagedCase:
             max_num_tokens=max(sum(self.query_lens) + self.padding_rows, self.decode_query_len),
             max_seqlen_k=max(*self.kv_lens, 1),
             decode_query_len=self.decode_query_len,
+            convert_keys=max(self.prefill_keys, 1) if self.converts else 0,
         )
-        return plan_attention(self.problem(), limits, num_sms=num_sms)
+        plan = plan_attention(self.problem(), limits, num_sms=num_sms)
+        return plan.always_converting() if self.converts else plan
 
     def build(self, device: torch.device | str = "cpu") -> BuiltCase:
         """Draw the batch. Unused page rows, unused pages, padding rows and outputs hold NaN.
@@ -248,7 +256,8 @@ class BuiltCase:
             metadata.work.shape = replace(metadata.work.shape, min_part_blocks=min_part_blocks)
         bounds = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
         if self.case.kv_source == PAGED:
-            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
+            prefill_keys = self.case.prefill_keys if self.case.converts else None
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
             operator, tensors = paged_attention, a[:6]
         else:
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)

@@ -175,6 +175,6 @@ int atomic_access(Warp* w, const Inst* inst, u32 mask) {
       if (inst->d) memcpy(w->regs + (i64)inst->d * SLOT_BYTES + lane * lane_bytes, &old, lane_bytes);
     }
   }
-  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, ACCESS_STRONG);
+  if (w->cluster->race) race_lanes(w, inst->b, addresses, mask, bytes * inst->count, RACE_WRITE, ACCESS_STRONG | ACCESS_MODIFIES);
   return 1;
 }

@@ -13,7 +13,8 @@ typedef struct {
   u32 partial;        // covers less than a cell
   u32 strong;         // strong (atomics, relaxed, acquire, release): two of these do not race. PTX ISA 8.7
   u32 lanes;          // lanes that access, each as actor + lane; 0: the actor itself does
-  u32 non_coherent, pad;  // ld.global.nc
+  u32 non_coherent;  // ld.global.nc
+  u32 modifies;      // reads the old value too (atomics), and so follows the strong write that made it. PTX ISA 8.10.4, observation order
   const Cluster* cluster;
 } Accessor;
 
@@ -33,7 +34,7 @@ typedef struct {
 
 typedef struct {
   u32 actor, epoch, pc, warp, cluster;
-  u32 next;   // reads only: the rest of the list, 0 at its end
+  u32 next;   // the rest of the list, 0 at its end
   u32 lanes;  // as in Accessor
   u16 strong, partial;
 } Record;
@@ -71,7 +72,7 @@ typedef struct {
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo);
 void conflict(Race* race, u32 kind, u32 cell, const Record* old, const Accessor* who);
 u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes);
-enum { ACCESS_STRONG = 1, ACCESS_NON_COHERENT = 2 };
+enum { ACCESS_STRONG = 1, ACCESS_NON_COHERENT = 2, ACCESS_MODIFIES = 4 };
 Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int flags);
 // races.c
 void race_lanes(Warp* w, int space, const u64* addresses, u32 mask, u32 bytes, int kind, int flags);

@@ -1,4 +1,5 @@
-// Cells of the race detector. Each remembers its last write and the reads since, as numbers of records. Vector clocks are kept by races.py;
+// Cells of the race detector. Each remembers its last write and the reads since, as numbers of records. Behind a strong write stand strong
+// ones before it that it neither follows nor races with. Vector clocks are kept by races.py;
 // shared memory and TMEM have their cells in races.c, global memory in global_races.c.
 #include "races.h"
 
@@ -109,6 +110,19 @@ static u32 with_reader(Race* race, u32 list, const Accessor* who, u32 most) {
   return add_record(race, added);
 }
 
+// Of a list, the strong accesses that a strong write does not follow: they do not race with it, and may with what follows it.
+static u32 unordered(Race* race, u32 list, const Accessor* who) {
+  u32 kept = 0;
+  for (u32 i = list, n = 0; i && n < MOST_GLOBAL_READERS; i = race->records[i].next) {
+    Record old = race->records[i];
+    if (!old.strong || ordered(&old, who, NULL)) continue;
+    old.next = kept;
+    kept = add_record(race, old);
+    n++;
+  }
+  return kept;
+}
+
 void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, int kind, Memo* memo) {
   for (u32 end = cell + span; cell < end; cell++) {
     if (cell >= shadow->num_cells) return;
@@ -116,11 +130,12 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
     if (write != memo->write || !memo->checked) {
       if (write && who->non_coherent && race->records[write].cluster >= who->cluster->first_of_launch)
         conflict(race, CONFLICT_NON_COHERENT, cell, &race->records[write], who);
-      if (write) {
+      for (u32 i = write; i; i = race->records[i].next) {
         // Of lanes that write one cell by one instruction, one wins.
-        if (!(memo->first && write >= memo->first) && !after_write(race, &race->records[write], who))
-          conflict(race, kind == RACE_READ ? CONFLICT_WRITE_READ : CONFLICT_WRITE_WRITE, cell, &race->records[write], who);
-      } else if (kind == RACE_READ && !shadow->is_global) {
+        if (!(memo->first && i >= memo->first) && !after_write(race, &race->records[i], who))
+          conflict(race, kind == RACE_READ ? CONFLICT_WRITE_READ : CONFLICT_WRITE_WRITE, cell, &race->records[i], who);
+      }
+      if (!write && kind == RACE_READ && !shadow->is_global) {
         conflict(race, CONFLICT_UNWRITTEN, cell, NULL, who);
       }
       memo->write = write;
@@ -139,9 +154,12 @@ void touch(Race* race, Shadow* shadow, u32 cell, u32 span, const Accessor* who, 
         if (!after_read(&race->records[i], who)) conflict(race, CONFLICT_READ_WRITE, cell, &race->records[i], who);
       memo->read_by = reads;
     }
-    if (!memo->record) memo->record = add_record(race, record_of(who, 0));
+    // An atomic has read what the last write left, and so follows that one.
+    const u32 last = who->modifies ? race->records[write].next : write;
+    const u32 before = who->strong && write ? unordered(race, last, who) : 0;
+    if (!memo->record || before || race->records[memo->record].next) memo->record = add_record(race, record_of(who, before));
     shadow->writes[cell] = memo->record;
-    shadow->reads[cell] = 0;
+    shadow->reads[cell] = who->strong ? unordered(race, reads, who) : 0;
   }
 }
 
@@ -158,5 +176,6 @@ u32 lanes_together(const Warp* w, const u64* addresses, u32 lanes) {
 
 Accessor accessor_of(Warp* w, u32 lanes, u32 bytes, int flags) {
   const u32* clock = (const u32*)w->lane_clocks[__builtin_ctz(lanes)];
-  return (Accessor){clock, w->actor, w->epoch, w->pc_now, w->warp_in_cluster, 0, bytes < 4, flags & ACCESS_STRONG, lanes, (flags & ACCESS_NON_COHERENT) != 0, 0, w->cluster};
+  return (Accessor){clock, w->actor, w->epoch, w->pc_now, w->warp_in_cluster, 0, bytes < 4, flags & ACCESS_STRONG, lanes, (flags & ACCESS_NON_COHERENT) != 0,
+                    (flags & ACCESS_MODIFIES) != 0, w->cluster};
 }

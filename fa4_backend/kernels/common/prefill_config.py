@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
-from fa4_backend.problem import PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
+from fa4_backend.problem import FP8, PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
 
 ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
 SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
@@ -25,6 +25,7 @@ class TileShape:
     ping_pong: bool = False  # sm90: warpgroups take turns in issuing products
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
     value_columns: int = 256  # sm90: of V, that one wgmma of the second product takes at most
+    asks_first: bool = False  # sm90: a vote before the exponentials of whole blocks; lanes meet only where a reference moves
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
@@ -35,7 +36,7 @@ class PrefillConfig(OperandDtypes):
     arch: str
     dtype: str  # of the model
     q_dtype: str  # of q
-    kv_dtype: str  # of K and V in memory
+    kv_dtype: str  # of K and V as the kernel reads them
     out_dtype: str  # of out
     head_dim: int
     head_dim_v: int
@@ -48,6 +49,7 @@ class PrefillConfig(OperandDtypes):
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
     kv_source: str = PAGED  # where K and V lie: PAGED or RAGGED
+    is_converted: bool = False  # K and V were brought from FP8 to 16 bits before (`kernels/convert_kv`), and have scales as in FP8
     share_parts: int = 0  # parts of a tile from which on all CTAs that made them add them up; 0: always the one that comes last
     arrival_looks: int = ARRIVAL_LOOKS
 
@@ -55,6 +57,7 @@ class PrefillConfig(OperandDtypes):
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
         assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
         assert self.kv_source in (PAGED, RAGGED), f"{self.kv_source=}"
+        assert not (self.is_converted and self.converts_kv), f"{self.kv_dtype=}"
 
     @property
     def name(self) -> str:
@@ -63,17 +66,29 @@ class PrefillConfig(OperandDtypes):
         features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent + "-parts" * self.has_parts
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
+        tile += "-asks" if self.tile.asks_first else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
         tile += f"-v{self.tile.value_columns}" if self.tile.value_columns < self.head_dim_v else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)
         source = "" if self.kv_source == PAGED else f"-{self.kv_source}"
+        source += "-converted" * self.is_converted
         return f"prefill-{self.arch}-{dtypes}-{dims}-g{self.q_per_kv}-b{self.box_rows}-{tile}{features}{source}"
+
+    @property
+    def converts_kv(self) -> bool:
+        """Whether the kernel itself brings K and V from FP8 to what its products take."""
+        return self.kv_dtype == FP8
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether K and V stand for what is read times a scale, one of K and one of V a KV head."""
+        return self.converts_kv or self.is_converted
 
     @property
     def may_fix_reference(self) -> bool:
         """Whether rows whose cap is small enough keep their first block's reference: scores are bounded, and weights have float32's
         exponents (Hopper)."""
-        return self.mask.has_softcap and not self.mask.has_alibi and self.dtype == "bfloat16" and not self.has_kv_scales
+        return self.mask.has_softcap and not self.mask.has_alibi and self.dtype == "bfloat16" and not self.converts_kv
 
     @property
     def may_skip_rescale(self) -> bool:

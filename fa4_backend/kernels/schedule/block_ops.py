@@ -1,4 +1,4 @@
-"""What the threads of a schedule CTA do together, and small searches: scans, minima, broadcasts, entries written with wide stores."""
+"""What the threads of a schedule CTA do together, and small helpers: scans, minima, broadcasts, entries written with wide stores."""
 
 from __future__ import annotations
 
@@ -65,19 +65,6 @@ def broadcast(value: Int32, thread: Int32, sums: cute.Tensor) -> Int32:
     value = sums[0]
     cute.arch.sync_threads()
     return value
-
-
-@cute.jit
-def upper_bound(table: cute.Tensor, length: Int32, value: Int32) -> Int32:
-    """Number of entries of the ascending `table[0 .. length]` that are at most `value`."""
-    low, high = Int32(0), length
-    while low < high:
-        middle = (low + high) // 2
-        if table[middle] <= value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 @cute.jit

@@ -23,8 +23,10 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
+from fa4_backend.kernels.common.search import upper_bound
 from fa4_backend.kernels.launch_abi import schedule_fakes
-from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile, upper_bound
+from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, square_root, store_tile
+from fa4_backend.kernels.schedule.key_starts import write_key_starts
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_list import PrefillList, sum_prefill, write_prefill
@@ -69,6 +71,7 @@ class ScheduleKernel:
         decode_first: cute.Tensor,  # (decode_num_ctas, DECODE_INTS) int32
         arrivals: cute.Tensor,  # (max_slots,) int32
         part_arrivals: cute.Tensor,  # (max(1, max_part_slots), PART_COUNTERS) int32
+        key_starts: cute.Tensor,  # (max_num_seqs + 1,) int32, written where `params.convert_keys` is not 0
         params: ScheduleParams,
         stream,
     ):
@@ -76,7 +79,7 @@ class ScheduleKernel:
         num_ctas = cute.ceil_div(decode_first.shape[0], NUM_WARPS)
         lengths = StepLengths(cu_seqlens_q, seqused_k)
         prefill = PrefillList(prefill_tiles, prefill_queue, part_arrivals)
-        self.kernel(lengths, prefill, decode_tiles, decode_first, arrivals, params).launch(
+        self.kernel(lengths, prefill, decode_tiles, decode_first, arrivals, key_starts, params).launch(
             grid=(num_ctas, 1, 1), block=(NUM_THREADS, 1, 1), stream=stream
         )
 
@@ -88,6 +91,7 @@ class ScheduleKernel:
         decode_tiles: cute.Tensor,
         decode_first: cute.Tensor,
         arrivals: cute.Tensor,
+        key_starts: cute.Tensor,
         params: ScheduleParams,
     ):
         smem = cutlass.utils.SmemAllocator()
@@ -114,6 +118,8 @@ class ScheduleKernel:
         self.cut_decode(lengths, rows, cuts, sums, arrivals, num_cuts, params)
         self.write_decode(lengths, rows, cuts, decode_tiles, decode_first, num_cuts, params)
         write_prefill(lengths, rows, parts, prefill, tiles, last, params)
+        if params.convert_keys > 0 and cute.arch.block_idx()[0] == 0:
+            write_key_starts(lengths, key_starts, sums, params)
 
     @cute.jit
     def usable_ctas(self, rows: RowTables, sums: cute.Tensor, num_ctas: Int32, params: ScheduleParams) -> Int32:

@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, store_tile, upper_bound
+from fa4_backend.kernels.common.search import upper_bound
+from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, store_tile
 from fa4_backend.kernels.schedule.limits import NUM_THREADS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, LastRound, PartTables, PrefillSum, cut_rows, last_round, part_length

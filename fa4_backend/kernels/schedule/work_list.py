@@ -91,6 +91,7 @@ class WorkShape:
     decode_parts_ratio: int = 0  # with it: n n_blocks have at most the root of `decode_parts_ratio * n` parts; 0: no such bound
     decode_share_vectors: int = 0  # parts times `slot_vectors` from which on all CTAs of a row group add up its parts
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
+    convert_keys: int = 0  # keys of a workspace where a step's K and V are converted before (`kernels/convert_kv`); 0: they are not
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
 
     def __post_init__(self) -> None:
@@ -147,6 +148,7 @@ class WorkLists:
     arrivals: torch.Tensor  # (max_slots,) int32: a row group's two counters in the places of its first two slots; 0 between launches
     part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
     part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32: the same of a prefill tile, for each of its warpgroups
+    key_starts: torch.Tensor | None = None  # (max_num_seqs + 1,) int32: where a prefill row's keys begin in the workspace of converted ones
 
     @classmethod
     def allocate(cls, shape: WorkShape, limits: BatchLimits, device: torch.device | str) -> WorkLists:
@@ -167,4 +169,5 @@ class WorkLists:
             arrivals=ints(slots),
             part_slots=torch.empty(part_slots, shape.part_floats, dtype=torch.float32, device=device) if part_slots else None,
             part_arrivals=ints(max(1, part_slots), PART_COUNTERS),
+            key_starts=ints(limits.max_num_seqs + 1),
         )

@@ -44,7 +44,7 @@ class TileState(NamedTuple):
     slopes: tuple[Float32, Float32]  # ALiBi slope of each row, times log2(e)
     softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
     log2_scales: tuple[Float32, Float32]  # the same times log2(e), where K and V are FP8
-    scale: ScoreScale  # of the call: no other scale included
+    scale: ScoreScale  # of all rows of the call; where K and V were FP8 of all rows of the tile, K's scale included
 
 
 def row_of_tile(group: Int32, thread: Int32, i: int) -> Int32:

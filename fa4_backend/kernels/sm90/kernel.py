@@ -28,6 +28,7 @@ from fa4_backend.kernels.common.tile_scheduler import PartTensors
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
+from fa4_backend.kernels.sm90.block_weights import BlockWeights
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_state import SharedTiles
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
@@ -83,7 +84,7 @@ class PrefillKernel:
         c, storage = self.config, Storage(self.config)
         pack, k_boxes, v_boxes = self._geometry(storage)
         q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
-        swizzles = [cute.make_swizzle(0, 4, 3) if c.has_kv_scales else storage.row_atom(d).inner for d in (c.head_dim, c.head_dim_v)]
+        swizzles = [cute.make_swizzle(0, 4, 3) if c.converts_kv else storage.row_atom(d).inner for d in (c.head_dim, c.head_dim_v)]
         k_atom, mK_tma = k_boxes.make_tma(mK, swizzles[0])
         v_atom, mV_tma = v_boxes.make_tma(mV, swizzles[1])
         if const_expr(c.kv_source == RAGGED):
@@ -151,7 +152,7 @@ class PrefillKernel:
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
             load = LoadWarp(storage, blocks, pack, k_boxes, v_boxes)
-            if const_expr(c.has_kv_scales):
+            if const_expr(c.converts_kv):
                 sFp8 = shared.fp8.data_ptr()
                 sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
                 if warp == 0:
@@ -176,7 +177,8 @@ class PrefillKernel:
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             tile_end = TileEnd(c, roles, storage, pack, output, TileParts(c), PartShares(c, pack))
             value_rows = ValueRows(c, roles, storage, blocks)
-            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, value_rows, tile_end, QueryRows(storage))
+            weights = BlockWeights(c, blocks)
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, weights, value_rows, tile_end, QueryRows(storage))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv | RaggedKv, PagedKv | RaggedKv]:
@@ -186,9 +188,9 @@ class PrefillKernel:
         for head_dim, is_v in ((c.head_dim, False), (c.head_dim_v, True)):
             # FP8 is staged row after row, whole heads.
             part, slots = c.part_elems(head_dim), storage.tile_slots
-            if c.has_kv_scales:
+            if c.converts_kv:
                 part, slots = head_dim, RingSlots(staging_slots(c), storage.slot_elems, storage.slot_elems)
-            parts, whole_rows = head_dim // part, is_v or c.has_kv_scales
+            parts, whole_rows = head_dim // part, is_v or c.converts_kv
             if c.kv_source == RAGGED:
                 boxes.append(RaggedKv(c.tile.tile_n, part, parts, slots))
             else:

@@ -36,7 +36,7 @@ class Staged(IntEnum):
 
 def converts_query(config: PrefillConfig) -> bool:
     """Whether a bfloat16 Q is brought to float16, which K is: see `query_rows`."""
-    return config.has_kv_scales and config.dtype == "bfloat16"
+    return config.converts_kv and config.dtype == "bfloat16"
 
 
 def header_bytes(config: PrefillConfig) -> int:
@@ -56,7 +56,7 @@ def tile_elems(config: PrefillConfig) -> int:
 
 def staging_slots(config: PrefillConfig) -> int:
     """Slots of staging: those that fit beside Q and the ring. 0 where K and V have 16 bits."""
-    if not config.has_kv_scales:
+    if not config.converts_kv:
         return 0
     taken = (
         header_bytes(config)

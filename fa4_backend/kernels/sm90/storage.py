@@ -27,8 +27,8 @@ from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots, pipel
 ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
 WORK_FLAGS = 10  # the first of those: one a consumer
-K_SCALE = 13  # bits of the scale of the tile's KV head, where K and V are FP8
-O_FACTOR = 14  # bits of `fp8.result_factor`, where K and V or out are FP8
+K_SCALE = 13  # bits of the scale of the tile's KV head, where K and V have scales
+O_FACTOR = 14  # bits of `fp8.result_factor`, where K and V have scales, or out is FP8
 
 IS_TILE = 15  # 1; 0: the empty tile behind the last one
 TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
@@ -74,7 +74,7 @@ class Storage:
     @property
     def value_dtype(self) -> type[cutlass.Numeric]:
         """Element type of P and V: float16 holds every e4m3 value, and one instruction makes two of them."""
-        return cutlass.Float16 if self.config.has_kv_scales else self.dtype
+        return cutlass.Float16 if self.config.converts_kv else self.dtype
 
     @property
     def has_factors(self) -> bool:
@@ -123,7 +123,7 @@ class Storage:
     def struct(self) -> type:
         """The DSL's struct of this layout."""
         c = self.config
-        if not c.has_kv_scales:
+        if not c.converts_kv:
 
             @cute.struct
             class SharedStorage:
@@ -192,7 +192,7 @@ class Storage:
         A tile that was converted is one box.
         """
         c = self.config
-        rows = c.tile.tile_n if c.has_kv_scales else c.box_rows
+        rows = c.tile.tile_n if c.converts_kv else c.box_rows
         part = c.part_elems(c.head_dim_v)
         parts, slots = c.head_dim_v // part, self.tile_slots.layout
         outer = cute.make_layout(

@@ -54,7 +54,7 @@ class TileEnd:
         """`finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
         part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
-        if const_expr(self.config.has_kv_scales):
+        if const_expr(self.config.converts_kv):
             # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
             thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
             is_whole = Int32(1)

@@ -38,7 +38,7 @@ class WarpRoles:
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         num_consumers = config.tile.tile_m // WGMMA_ROWS
         return WarpRoles(
-            num_consumers, int(config.has_kv_scales and num_consumers == 2 and min(config.head_dim_v, config.tile.value_columns) < 256)
+            num_consumers, int(config.converts_kv and num_consumers == 2 and min(config.head_dim_v, config.tile.value_columns) < 256)
         )
 
     @property
@@ -95,7 +95,7 @@ class WarpRoles:
 
 def has_own_slots(config: PrefillConfig) -> bool:
     """Whether K and V tiles take turns in stages of different size. Where K and V are FP8 what is converted takes any."""
-    return config.head_dim != config.head_dim_v and config.tile.kv_stage % 2 == 0 and not config.has_kv_scales
+    return config.head_dim != config.head_dim_v and config.tile.kv_stage % 2 == 0 and not config.converts_kv
 
 
 def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
@@ -106,7 +106,7 @@ def pipeline_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     # Q and the tile's numbers; where there are two buffers, O leaves through Q's before it is released.
     q = PipelineEdge("q_load_to_consumers", config.tile.q_stage, (load,), (consumers,), q_bytes)
     # K and V tiles share the ring; a narrower one announces its own bytes.
-    if not config.has_kv_scales:
+    if not config.converts_kv:
         return (
             q,
             PipelineEdge("kv_load_to_consumers", config.tile.kv_stage, (load,), (consumers,), kv_bytes),
