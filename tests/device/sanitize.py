@@ -33,7 +33,7 @@ from tests.device.fuzz_all import compile_all
 from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
 
 TOOLS = ("memcheck", "racecheck")
-SHARDS = {"prefill": 4, "decode": 2, "mixed": 2}  # processes of a kind
+SHARDS = {"prefill": 6, "decode": 2, "mixed": 2}  # processes of a kind
 # Kind, dtype of K and V, problems.
 LANES = (
     ("prefill", "fp8", "d128 page 16"), ("prefill", "fp8", "d64 ratio 3 page 16;d256 page 784"),
@@ -152,7 +152,7 @@ def main() -> int:
         for kv_dtype in KV_DTYPES
         if any(f" {kind} {kv_dtype} " in job.name for job in chosen if not job.has_own_kernel)
     ]
-    plans = [plan for kind, kv_dtype in kinds for plan in plans_of(kind, chosen_cases(kind, arch, kv_dtype))]
+    plans = [plan for kind, kv_dtype in kinds for plan in plans_of(chosen_cases(kind, arch, kv_dtype))]
     compile_all(plans, options.processes)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     if options.compile_only:

@@ -61,10 +61,10 @@ def chosen_cases(kind: str, arch: str, kv_dtype: str, only: str = "", shard: str
     return [(setup, short_case(kind, setup, LAYOUTS[index % 3])) for index, setup in enumerate(setups)][first::step]
 
 
-def plans_of(kind: str, chosen: Sequence[tuple[FuzzSetup, PagedCase]]) -> list[AttentionPlan]:
+def plans_of(chosen: Sequence[tuple[FuzzSetup, PagedCase]]) -> list[AttentionPlan]:
     """What the batches need compiled."""
-    plans = [case.plan() for _, case in chosen]
-    return [prefill_plan(plan) for plan in plans] if kind == "prefill" else plans
+    plans = [(setup, case.plan()) for setup, case in chosen]
+    return [prefill_plan(plan) if setup.prefill_only else plan for setup, plan in plans]
 
 
 def run(kind: str, setup: FuzzSetup, case: PagedCase) -> dict[str, float]:
@@ -121,7 +121,7 @@ def main() -> int:
     assert arch is not None, torch.cuda.get_device_name()
     chosen = chosen_cases(options.kind, arch, options.kv_dtype, options.only, options.shard)
     assert chosen, f"--only: expected the beginning of a setup's name, got {options.only!r}"
-    compile_all(plans_of(options.kind, chosen), 1)
+    compile_all(plans_of(chosen), 1)
     if options.compile:
         return 0
     if options.plant:

@@ -26,7 +26,7 @@ def test_every_fuzzed_problem_has_a_short_batch_of_its_own_kernels(kind: str, kv
     setups = KINDS[kind]("sm_90a", KV_DTYPES[kv_dtype])
     assert {setup.name for shard in shards for setup, _ in shard} == {setup.name for setup in setups}
     for shard in shards:
-        for (setup, _), plan in zip(shard, plans_of(kind, shard), strict=True):
+        for (setup, _), plan in zip(shard, plans_of(shard), strict=True):
             own = setup.plan(132).kernels
             assert plan.kernels is not None and own is not None and set(plan.kernels.keys) <= set(own.keys), setup.name
             few = setup.plan(FEW_SMS).kernels
