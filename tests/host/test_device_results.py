@@ -274,8 +274,9 @@ def test_sanitizer() -> None:
         for kv_dtype, stored in KV_DTYPES.items():
             for tool in TOOLS:
                 batches = sum(run["batches"] for name, run in runs.items() if name.startswith(f"{tool} {kind} {kv_dtype} "))
-                # Those of K and V converted once a call came after this run.
-                assert batches == sum(not setup.converts for setup in setups_of("sm_90a", stored)), (tool, kind, kv_dtype)
+                # Those of K and V converted once a call, and of extreme soft caps, came after this run.
+                expected = sum(not setup.converts and not setup.is_extreme for setup in setups_of("sm_90a", stored))
+                assert batches == expected, (tool, kind, kv_dtype)
     seen = {name for name, run in runs.items() if "SUMMARY: 0 " not in run["summary"]}
     # The planted fault, and what racecheck cannot follow in decode: docs/sm90.md.
     assert {name.rsplit(" ", 1)[0] for name in seen} == {"memcheck", "racecheck mixed auto", "racecheck mixed fp8"}
