@@ -52,6 +52,8 @@ def cpu_seconds() -> float:
 
 def trace_and_compile(key: CompileKey, dump_dir: Path) -> Any:
     """The DSL's compiled function for `key`; PTX and cubin are kept in `dump_dir`."""
+    # Named, the DSL need not ask a driver for it, which without a visible GPU takes a thousand nested tries of its error report.
+    envs.set_default("CUTE_DSL_ARCH", key.arch)
     import cutlass.cute as cute
 
     module_name, function_name = key.builder.split(":")

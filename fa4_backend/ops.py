@@ -46,6 +46,10 @@ def paged_attention(
     of a window, and rows of `q` past `cu_seqlens_q[-1]`. Page-table entries of which no row sees a key are never followed. A KV length
     past the plan's limit or the page table is cut to it.
 
+    Weighted values are added up in float32 before they are divided by their weights' sum. Results are finite where the largest |V| times
+    the number of keys that a row sees is below 2^113, which float16 and FP8 cannot pass, and on Hopper under a soft cap for every finite V
+    (docs/numerics.md, "Large values").
+
     Args:
         q: (total_q, num_q_heads, head_dim) in the plan's `q_dtype`, last stride 1; may be longer than `cu_seqlens_q[-1]`.
         k_cache: (num_pages, page_size, num_kv_heads, head_dim), any page, row and head strides, last stride 1.

@@ -1,65 +1,128 @@
-"""Tiles of the Hopper prefill kernel in turns, FA3 beside them: what the rows of `kernels/sm90/tuning.py` come from.
+"""Tiles of the Hopper prefill kernel in turns, FA3 and another checkout beside them: what the rows of `kernels/sm90/tuning.py` come from.
 
     python -m tests.device.measure_tiles --kinds d96 --only "16K|32 x 1K" --tiles "tile_n=144,kv_stage=5" "tile_m=192,tile_n=112,kv_stage=6"
+    python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
-Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of the tile in use. Kernels that the cache
-lacks are compiled.
+Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of the tile in use. FOLDER is as in
+`compare_versions`. Kernels that the cache lacks are compiled by several processes first.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import multiprocessing
+import os
 import re
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from fa4_backend.bench.batch import BatchTensors
-from fa4_backend.bench.ours import Ours, asked
+from fa4_backend.bench.batch import BatchShape, BatchTensors
+from fa4_backend.bench.decode_batches import issue_batches
+from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import FA3, prepare, ready
-from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
+from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, matmul_tflop_per_s
+from fa4_backend.compile import CompileError
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.device import plan_on
+from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.kernels.common.prefill_config import TileShape
+from fa4_backend.kernels.schedule.work_list import WorkShape
+from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
 from fa4_backend.plan import plan_attention
+from tests.device.compare_versions import OTHER, borrow
 
 IN_USE = "in use"
+Shape = TypeVar("Shape", TileShape, WorkShape)
 
 
 @contextmanager
-def tile_of(batch: PrefillBatch, changes: str) -> Iterator[None]:
+def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
     """Plans made inside have a tile with other fields: "tile_n=144,kv_stage=5"."""
     dims = batch.head_dim, batch.value_dim
-    kept = TILES[dims]
-    fields: dict[str, Any] = {} if changes == IN_USE else {name: float(x) for name, x in (item.split("=") for item in changes.split(","))}
-    TILES[dims] = replace(kept, **{name: x if name == "rescale_threshold" else type(getattr(kept, name))(x) for name, x in fields.items()})
+    table = WINDOW_TILES if batch.mask.window and dims in WINDOW_TILES else TILES
+    kept = table[dims]
+    table[dims] = changed(kept, changes)
     try:
         yield
     finally:
-        TILES[dims] = kept
+        table[dims] = kept
 
 
-def time_cell(batch: PrefillBatch, variants: list[str], rounds: int) -> dict[str, tuple[float, float]]:
-    """Variant -> (microseconds, largest error); FA3's last.
+def changed(shape: Shape, changes: str) -> Shape:
+    """`shape` with those of the fields "tile_n=144,decode_full_sms=100" that are its own."""
+    pairs = [] if changes == IN_USE else [item.split("=") for item in changes.split(",")]
+    types = {f.name: type(getattr(shape, f.name)) for f in fields(shape)}
+    return replace(shape, **{name: types[name](float(value)) for name, value in pairs if name in types})
+
+
+def cells(kind_names: str, pattern: str) -> list[BatchShape]:
+    """The cells of the kinds and sets whose title matches; sets of `fa4 bench decode` are called decode-NAME."""
+    every = {name: list(kind.batches) for name, kind in kinds().items()} | {name: list(b) for name, b in named_batches().items()}
+    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()}
+    return [b for name in kind_names.split(",") for b in every[name] if re.search(pattern, b.title)]
+
+
+def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object]:
+    """A variant's call of the operator."""
+    if variant == FA3:
+        return prepare(FA3, batch, tensors)
+    if variant == OTHER:
+        return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
+    problem, limits = asked(batch, gpu_arch())
+    with tile_of(batch, variant):
+        plan = plan_on(problem, limits, tensors.q.device)
+    assert plan.kernels is not None
+    plan = replace(plan, kernels=replace(plan.kernels, work=changed(plan.kernels.work, variant)))
+    return Ours.of_plan(plan, batch, tensors).call
+
+
+def compile_kernels(job: tuple[str, str, str, str, str, int]) -> None:
+    """Compile a cell's kernels of one variant, in a process of its own; kernels are those for `num_sms`. A tile that does not compile is
+    named and left out."""
+    folder, variant, arch, kind_names, title, num_sms = job
+    batch = next(b for b in cells(kind_names, "") if b.title == title)
+    plan, ask, ensure = plan_attention, asked, ensure_object
+    if variant == OTHER:
+        sys.path.insert(0, folder)
+        plan = importlib.import_module(f"{OTHER}.plan").plan_attention
+        ask = importlib.import_module(f"{OTHER}.bench.ours").asked
+        ensure = importlib.import_module(f"{OTHER}.compile_cache").ensure_object
+    with tile_of(batch, IN_USE if variant == OTHER else variant):
+        kernels = plan(*ask(batch, arch), num_sms=num_sms).kernels
+    try:
+        for key in kernels.keys if kernels else ():
+            ensure(key)
+    except CompileError as error:
+        print(f"{batch.title}, {variant}: {str(error)[-300:]}", flush=True)
+
+
+def time_cell(batch: BatchShape, variants: list[str], rounds: int) -> dict[str, tuple[float, float]]:
+    """Variant -> (microseconds, largest error); FA3's last, where it is installed.
 
     Raises:
-        RuntimeError: a variant is wrong.
+        RuntimeError: the tile in use or the other checkout is wrong.
     """
     torch.manual_seed(0)
     tensors = BatchTensors.make(batch)
     replays, kept, errors = {}, [], {}
     for variant in [*variants, FA3]:
         tensors.out.fill_(float("nan"))
-        with tile_of(batch, IN_USE if variant == FA3 else variant):
-            maker = partial(prepare, FA3, batch, tensors) if variant == FA3 else lambda: Ours.make(batch, tensors).call
-            call = ready(variant, batch.label, maker, must_run=variant != FA3)
+        call = ready(variant, batch.label, partial(call_of, variant, batch, tensors), must_run=variant in (IN_USE, OTHER))
         if call is not None:
-            errors[variant] = tensors.worst_error(batch, variant, must_hold=variant != FA3)
+            errors[variant] = tensors.worst_error(batch, variant, must_hold=variant in (IN_USE, OTHER))
             kept.append(call)
             replays[variant] = capture(call)
     return {name: (us, errors[name]) for name, us in cold_in_turns(replays, rounds, Flush.READ).items()}
@@ -67,30 +130,49 @@ def time_cell(batch: PrefillBatch, variants: list[str], rounds: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes` or sets of `fa4 bench prefill`")
+    parser.add_argument(
+        "--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes`, sets of `fa4 bench prefill`, decode-SET"
+    )
     parser.add_argument("--only", default="", help="cells whose title matches this regular expression")
-    parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape: tile_n=144,kv_stage=5")
+    parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape or of the lists' shape: tile_n=144,kv_stage=5")
+    parser.add_argument("--other", type=Path, help="another checkout, timed beside this one")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--compile-for", default="", help="compile for this arch and time nothing")
+    parser.add_argument("--num-sms", type=int, default=132, help="of the GPU that --compile-for compiles for")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    every = {name: list(kind.batches) for name, kind in kinds().items()} | {name: list(b) for name, b in named_batches().items()}
-    cells = [b for name in options.kinds.split(",") for b in every[name] if re.search(options.only, b.title)]
-    variants = [IN_USE, *options.tiles]
-    if not options.compile_for:
-        print(f"{torch.cuda.get_device_name()}, matmul {matmul_tflop_per_s():.0f} TFLOP/s", flush=True)
-    for batch in (b for b in cells if isinstance(b, PrefillBatch)):
-        if options.compile_for:
-            for variant in variants:
-                with tile_of(batch, variant):
-                    kernels = plan_attention(*asked(batch, options.compile_for)).kernels
-                for key in kernels.keys if kernels else ():
-                    ensure_object(key)
-            continue
-        times = time_cell(batch, variants, options.rounds)
+    chosen = cells(options.kinds, options.only)
+    variants = [IN_USE, *options.tiles, *([OTHER] if options.other else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.other:
+            borrow(options.other, Path(folder))
+        arch, num_sms = options.compile_for, options.num_sms
+        if not arch:
+            arch = gpu_arch()
+            num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_kernels, [(folder, v, arch, options.kinds, b.title, num_sms) for b in chosen for v in variants]))
+        if not options.compile_for:
+            rows = measure(chosen, variants, options.rounds)
+            if options.json:
+                options.json.write_text(json.dumps({"stamp": gpu_stamp(), "rows": rows}, indent=1) + "\n")
+
+
+def measure(chosen: list[BatchShape], variants: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Time and print every cell; a row a cell."""
+    matmul, rows = matmul_tflop_per_s(), []
+    print(f"{torch.cuda.get_device_name()}, matmul {matmul:.0f} TFLOP/s", flush=True)
+    for batch in chosen:
+        times = time_cell(batch, variants, rounds)
+        base = FA3 if FA3 in times else OTHER if OTHER in times else IN_USE
         print(batch.title)
         for name, (us, error) in times.items():
-            ratio = f"{times[FA3][0] / us:.3f} of FA3, " if FA3 in times else ""
-            print(f"  {name:34s} {us:8.1f} us {batch.flops / us / 1e6:6.1f} TFLOP/s, {ratio}error {error:.1e}", flush=True)
+            rate = batch.flops / us / 1e6
+            share = f"{rate:6.1f} TFLOP/s, {rate / matmul:.2f} of the matmul"
+            print(f"  {name:34s} {us:8.1f} us {share}, {times[base][0] / us:.3f} of {base}, error {error:.1e}", flush=True)
+        rows.append({"cell": batch.title, "us": {name: round(us, 2) for name, (us, _) in times.items()}, "matmul_tflop_per_s": matmul})
+    return rows
 
 
 if __name__ == "__main__":

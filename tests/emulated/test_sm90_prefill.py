@@ -11,7 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fa4_backend.error_budget import LSE_RELATIVE
+from fa4_backend.reference import attention_oracle
 from tests.support.emulated_prefill import run_built, run_prefill
+from tests.support.large_logits import Channel, crossing, fill
 from tests.support.paged_case import PagedCase, repage
 
 pytestmark = pytest.mark.emulated
@@ -59,6 +62,41 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_and_dtypes(name: str) -> None:
     run_prefill(HEADS[name]).check()
+
+
+def jumping(keys: torch.Tensor) -> torch.Tensor:
+    """From one end of a cap to the other between two blocks of 80 keys that all rows see whole."""
+    return torch.where(keys < 160, 1.0, -1.0)
+
+
+CAPS = {
+    "end to end": (50.0, 1.0, crossing),  # each block moves the reference
+    "end to end at once": (55.0, 1.0, jumping),  # by 159 log2 units, more than float32's exponents below 1
+    "other end": (55.0, -1.0, crossing),  # weights of 2^-159 beside the first
+    "a running maximum": (56.0, 1.0, jumping),
+}
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_the_largest_values_under_a_soft_cap(name: str) -> None:
+    """V of all but the largest finite bfloat16: sums of weighted values must not leave float32, wherever a row's reference begins.
+
+    What rounding to bfloat16 moves a result by: 2^-8 of the largest value in the weights, and as much in `out`. The largest number
+    itself may so end beyond itself.
+    """
+    softcap, sign, factor = CAPS[name]
+    shape = case((3, 40), (300, 170), head_dim=256, num_q_heads=2, num_kv_heads=1, softcap=softcap, window_left=1000)
+    built = fill(shape.build(), Channel(448, sign * 544, factor, is_random=True))
+    a, largest = built.arguments, torch.finfo(torch.bfloat16).max - 2.0**120
+    is_drawn = a.v_cache.isfinite()
+    a.v_cache[is_drawn] = (a.v_cache[is_drawn].float().sign() * largest).bfloat16()
+    a.v_cache[..., :2][is_drawn[..., :2]] = largest  # all of one sign, so that out is as large
+    run = run_built(built)
+    want, want_lse = attention_oracle(a, is_causal=True, dtype=torch.float64, accumulate=torch.float64)
+    rows = slice(0, built.total_q)
+    assert run.report.races == [] and run.out[rows].isfinite().all()
+    assert (run.out[rows].double() - want[rows]).abs().max() <= 2.0**-7 * largest
+    assert (run.lse[:, rows].double() - want_lse[:, rows]).abs().max() <= LSE_RELATIVE * want_lse[:, rows].abs().max()
 
 
 def test_bits_do_not_depend_on_schedule_or_page_size() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,12 +13,12 @@ import pytest
 
 from fa4_backend import compile_cache
 from fa4_backend.arch import ARCHS
-from fa4_backend.compile import CompileError, find_c_compiler, link_shared
+from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8
+from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8, AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
@@ -84,6 +85,22 @@ def test_a_compile_after_warm_up_is_an_error_in_strict_mode(stub_compiler: list[
         compile_cache.ensure_object(StubKey(2))
 
 
+def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the DSL's own search for a chip, a compile on a machine whose GPUs are hidden does not end."""
+    seen: list[str | None] = []
+
+    def no_kernel(key: StubKey) -> None:
+        seen.append(os.environ.get("CUTE_DSL_ARCH"))
+        raise CompileError("far enough")
+
+    monkeypatch.delenv("CUTE_DSL_ARCH", raising=False)
+    monkeypatch.setattr("tests.support.stub_kernels.no_kernel", no_kernel, raising=False)
+    with pytest.raises(CompileError, match="far enough"):
+        trace_and_compile(StubKey(1, builder="tests.support.stub_kernels:no_kernel"), tmp_path)
+    monkeypatch.delenv("CUTE_DSL_ARCH")
+    assert seen == ["sm_90a"]
+
+
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:
     (tmp_path / "broken.o").write_text("not an object")
     with pytest.raises(CompileError, match=r"broken\.o"):
@@ -139,21 +156,26 @@ def test_the_hopper_kernel_is_what_it_claims(has_parts: bool, tmp_path: Path, mo
             assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2
 
 
+SPILL_CASES = {
+    **{f"{dims} {dtype}": (dims, dtype, False) for dims in TILES for dtype in (KERNEL.dtype, FP8)},
+    **{f"{dims} window": (dims, KERNEL.dtype, True) for dims in WINDOW_TILES},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_dtype", [KERNEL.dtype, FP8])
-@pytest.mark.parametrize("dims", list(TILES))
-def test_every_hopper_tile_compiles_without_spilling_in_its_loop(
-    dims: tuple[int, int], kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tile = (TILES_FP8 if kv_dtype == FP8 else TILES)[dims]
-    key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile))
+@pytest.mark.parametrize("name", SPILL_CASES)
+def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dims, kv_dtype, has_window = SPILL_CASES[name]
+    tile = (WINDOW_TILES if has_window else TILES_FP8 if kv_dtype == FP8 else TILES)[dims]
+    mask = MaskFeatures(has_window_left=has_window)
+    key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile, mask=mask))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     if sass:
         num_wgmma = dims[0] // 16 + tile.tile_n // 16
         code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
         loops = product_loops(code, num_wgmma)
-        assert len(loops) == 2, "over masked and over whole blocks"
+        assert len(loops) == 2 + has_window, "over masked and over whole blocks"
         assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
         if kv_dtype == FP8:
             # An instruction for two values of K and of V, of which a lane has 16 of a part.

@@ -46,6 +46,7 @@ class FuzzSetup:
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
     converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
+    is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
         """A plan whose limits hold every batch of the setup; its prefill kernel alone where nothing else is to run."""
@@ -115,6 +116,8 @@ class Fuzzer:
         if not setup.per_head_scales:
             self.scales = self.scales[:, :1]
         self.k, self.v = (self._draw((*shape, n), scale) for n, scale in zip((p.head_dim, p.head_dim_v), self.scales, strict=True))
+        if setup.is_extreme:
+            self.v = self.v.clamp(-7, 7) * 2.0**123
         self.pool = torch.empty(*shape, p.head_dim + p.head_dim_v, dtype=self.kv_dtype, device=device)
         self.nan = torch.full((), math.nan, device=device).to(self.kv_dtype).view(_bits(self.kv_dtype))
         # Of all batches so far: how many, rows, batches with cut tiles, failures, the first of them.
@@ -153,7 +156,7 @@ class Fuzzer:
             kv_rows=max(1, int(num_seqs * s.max_kv * draw.uniform(0.3, 1.0))),
             window_left=int(draw.integers(0, 200)) if mask.has_window_left else None,
             window_right=int(draw.integers(0, 60)) if mask.has_window_right else None,
-            softcap=float(draw.uniform(5, 50)) if mask.has_softcap else 0.0,
+            softcap=float(draw.uniform(5, 300 if s.is_extreme and index % 3 == 2 else 55)) if mask.has_softcap else 0.0,
         )
 
     def _capture(self, host: HostDraw) -> Callable[[], object]:
@@ -202,6 +205,8 @@ class Fuzzer:
         num_rows = host.num_seqs * self.setup.max_query + PADDING_ROWS
         is_row = torch.arange(num_rows, device=device) < cu_seqlens_q[-1]
         peak = 1 + 3 * self._chance(0.2).float()
+        if self.setup.is_extreme:
+            peak = peak * (1 + 60 * self._chance(0.7).float())
         q = (torch.randn(num_rows, p.num_q_heads, p.head_dim, device=device) * peak).masked_fill(~is_row[:, None, None], math.nan)
         out = torch.full((num_rows, p.num_q_heads, p.head_dim_v), math.nan, device=device).to(getattr(torch, p.out_dtype))
         lse = torch.full((p.num_q_heads, num_rows), math.nan, device=device) if p.has_lse else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fa4_backend.kernels.schedule.rates import ALONE_THIRDS
 from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
 
 
@@ -74,9 +75,11 @@ def share_chip(shape: WorkShape, decode_cost: int, tiles: int, blocks: int) -> i
 
     def decode_ticks(sms: int) -> int:
         fifths = min(5 * sms, 2 * (shape.decode_full_sms + sms), 5 * shape.decode_full_sms)
+        if sms == 0:
+            fifths = ALONE_THIRDS * shape.decode_full_sms // 3
         return (5 * decode_cost // fifths + 1) * shape.decode_tile_ticks
 
-    late = (decode_cost // shape.decode_full_sms + 1) * shape.decode_tile_ticks + -(-tiles // shape.prefill_groups) * tile_ticks
+    late = decode_ticks(0) + -(-tiles // shape.prefill_groups) * tile_ticks
     best, chosen = late + late // 16, None
     for sms in range(1, min(shape.num_sms - shape.num_sms // 4, 255) + 1):
         early = shape.prefill_groups - -(-sms // (shape.num_sms // shape.prefill_groups))

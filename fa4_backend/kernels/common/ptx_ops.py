@@ -216,6 +216,11 @@ def mul_rn(a: Float32, b: Float32) -> Float32:
     return cute.math.mul(Float32(a), Float32(b), rounding=cute.math.RoundingMode.NEAREST_EVEN)
 
 
+def shift_ones(count: Int32) -> Int32:
+    """A word whose `count` low bits are 0 and whose others are 1: all 0 from 32 on, where a shift of LLVM's is undefined."""
+    return Int32(inline_asm("shl.b32 $0, -1, $1;", [count], T.i32(), "=r", pure=True))
+
+
 def keep_here(value: Int32) -> Int32:
     """The same value, which LLVM takes for a new one: keeps what is computed from it inside a branch that is seldom taken."""
     return Int32(inline_asm("mov.b32 $0, $1;", [value], T.i32(), "=r"))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.mask import Columns
@@ -19,7 +19,9 @@ FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
 LOG2_E_REST = 1.92596299e-08  # log2(e) less its float32
 FIXED_CAP = 55.0  # largest cap of which rows keep their first reference: Note [Fixed references]
-LOWEST_REFERENCE = -16.0  # log2 units, of a fixed one
+HEADROOM = 40  # log2 units that the reference of a capped row in bfloat16 lies above its largest score
+MOST_WEIGHT = 2.0**-32  # of a lane's columns of a row and block together, from which on the row's reference moves
+MASK_BITS = 32  # scores of a row that a word says of whether they are seen
 CHAINS = 2  # independent sums and maxima a row, to hide the latency of a dependent add
 
 
@@ -66,6 +68,10 @@ class ScoreScale(NamedTuple):
             return cutlass.select_(ptx.absolute(largest * self.log2) >= HUGE, self.power, self.log2)
         return cutlass.select_(ptx.absolute(largest) >= self.huge, self.power, self.log2)
 
+    def of_reference(self, row_max: Float32) -> Float32:
+        """The scale of a row whose reference this is: that of the score it was made of."""
+        return cutlass.select_(ptx.absolute(row_max) >= HUGE, self.power, self.log2)
+
     def true_max(self, row_max: Float32) -> Float32:
         """A row's reference maximum in log2 units, whichever scale it was made with."""
         return cutlass.select_(ptx.absolute(row_max) >= HUGE, ptx.mul_rn(row_max, self.log2 / self.power), row_max)
@@ -95,9 +101,16 @@ class RowFragment:
 
     Note [Fixed references]. Capped scores are bounded, so where weights have float32's exponents (P in bfloat16) and the cap is
     `FIXED_CAP` at most, a row keeps the reference of the first block in which it sees a key: blocks that all rows see whole need no
-    maximum and no factor, and O is never rescaled. The largest weight of that block is 1, which keeps rows of few keys as exact as a
-    running maximum does. Later ones reach 2^(80 + 16), since no reference is below `LOWEST_REFERENCE`: 2^17 of them, all logits at the
-    upper end of the cap, leave O a float32 for |V| up to 2^15. A weight is lost where it is below 2^-126 beside one of 1.
+    maximum, no shuffles and no factor. That reference is the block's largest score plus `HEADROOM`: the largest weight is 2^-40, which
+    bfloat16 holds exactly, and no later one is above 2^(2 * 55 log2(e) - 40) = 2^118.7, so that a lane's sum of 64 is a float32. A block
+    whose sum in a lane is above `MOST_WEIGHT` is brought down before its weights are used (`lower`): the row's reference moves up by a
+    whole number, and weights, row_sum and O take that power of two. So weights that are multiplied with V are 2^-32 at most, those of n
+    keys add up to n * 2^-32, and |O| stays below the largest |V| for every finite V and up to 2^32 keys; parts are weighed by factors of
+    at most 1 and keep that. Where the cap is larger the reference is the running maximum plus `HEADROOM`, and weights are 2^(8 - 40) at
+    most: the same bound. It does not hold where the largest weight is 1: two such keys whose V is the largest bfloat16 are no float32.
+    What it costs is at the lower end: products below 2^-126 are lost, that is what is below 2^-86 in out, and weights below 2^-86 of the
+    first block's largest. Weights are rounded to bfloat16, so a row may end 2^-8 above the largest |V|: infinite only where that is the
+    largest bfloat16 itself.
     """
 
     n: int
@@ -117,12 +130,14 @@ class RowFragment:
         may_be_empty: bool,
         is_first: bool,
         maxima: tuple[Float32, Float32] | None = None,
+        by_reference: bool = False,
     ) -> cute.Tensor:
         """Turn scores into weights and update the statistics. Returns (2,) factors for O of earlier blocks.
 
         Args:
             scales: of the raw scores of each row, or of capped ones; None: they are in log2 units already.
             maxima: largest score of each row where other warps hold more of its columns; None: that of this fragment.
+            by_reference: a row's scale follows from its reference, as in `weigh`, in place of the block's largest score.
         """
         s = flat(rS)
         factors = cute.make_rmem_tensor(2, Float32)
@@ -147,6 +162,8 @@ class RowFragment:
                 factor, zero = scales.slope, scales.bias - update.offset
             else:
                 zero = -update.offset
+                if const_expr(by_reference and scales is not None):
+                    factor = scales[i].of_reference(update.row_max)
             for j in row:
                 exponent = s[j] + zero if const_expr(scales is None) else cute.math.fma(s[j], factor, zero)
                 s[j] = cute.math.exp2(exponent, fastmath=True)
@@ -154,19 +171,55 @@ class RowFragment:
             stats.row_sum[i] = total if const_expr(is_first) else cute.math.fma(stats.row_sum[i], update.factor, total)
         return factors
 
-    def bounded_softmax(self, rS: cute.Tensor, stats: RowStats, scale: CapScale, *, finds_reference: bool, is_first: bool) -> None:
+    def growth(self, rS: cute.Tensor, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, maxima: cute.Tensor) -> Boolean:
+        """Whether a lane's largest score moves the reference of one of its rows, which sees a key before; fills `maxima`, (2,)."""
+        s = flat(rS)
+        moves = []
+        for i in range(2):
+            maxima[i] = _tree([s[j] for j in self._row(i)], cute.arch.fmax)
+            largest = maxima[i]
+            if const_expr(scales is not None):
+                largest = ptx.mul_rn(largest, scales[i].of(largest))
+            moves.append(largest - stats.row_max[i] > self.rescale_threshold)
+        return moves[0] | moves[1]
+
+    def move(self, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, maxima: cute.Tensor, factors: cute.Tensor) -> None:
+        """Move references of a warp's rows, each as `softmax` would; `maxima` of lanes, `factors` for O."""
+        for i in range(2):
+            largest = _quad_max(maxima[i])
+            if const_expr(scales is not None):
+                largest = ptx.mul_rn(largest, scales[i].of(largest))
+            update = update_max(largest, stats.row_max[i], may_be_empty=False, is_first=False, threshold=self.rescale_threshold)
+            stats.row_max[i], factors[i] = update.row_max, update.factor
+
+    def weigh(self, rS: cute.Tensor, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, factors: cute.Tensor) -> None:
+        """Turn scores into weights relative to references that stand."""
+        s = flat(rS)
+        for i in range(2):
+            row, zero = self._row(i), -stats.row_max[i]
+            factor = None if scales is None else scales[i].of_reference(stats.row_max[i])
+            for j in row:
+                exponent = s[j] + zero if const_expr(scales is None) else cute.math.fma(s[j], factor, zero)
+                s[j] = cute.math.exp2(exponent, fastmath=True)
+            stats.row_sum[i] = cute.math.fma(stats.row_sum[i], factors[i], _tree([s[j] for j in row], lambda a, b: a + b))
+
+    def bounded_softmax(
+        self, rS: cute.Tensor, stats: RowStats, scale: CapScale, totals: cute.Tensor, *, finds_reference: bool, is_first: bool
+    ) -> Boolean:
         """The same of capped scores, relative to a reference that stays: Note [Fixed references].
 
         Args:
+            totals: (2,) receives the sum of this lane's weights of each row.
             finds_reference: a row may have seen no key yet.
+
+        Returns whether a row weighs too much, so that `lower` has to follow.
         """
         s = flat(rS)
         for i in range(2):
             row = self._row(i)
             offset = stats.row_max[i]
             if const_expr(finds_reference):
-                largest = cute.math.fma(self.row_max(rS, i), scale.slope, scale.bias)
-                found = cutlass.select_(largest == -Float32.inf, largest, cute.arch.fmax(largest, LOWEST_REFERENCE))
+                found = cute.math.fma(self.row_max(rS, i), scale.slope, scale.bias + HEADROOM)
                 if const_expr(not is_first):
                     found = cutlass.select_(offset == -Float32.inf, found, offset)
                 stats.row_max[i] = found
@@ -174,8 +227,25 @@ class RowFragment:
             zero = scale.bias - offset
             for j in row:
                 s[j] = cute.math.exp2(cute.math.fma(s[j], scale.slope, zero), fastmath=True)
-            total = _tree([s[j] for j in row], lambda a, b: a + b)
-            stats.row_sum[i] = total if const_expr(is_first) else stats.row_sum[i] + total
+            totals[i] = _tree([s[j] for j in row], lambda a, b: a + b)
+            stats.row_sum[i] = totals[i] if const_expr(is_first) else stats.row_sum[i] + totals[i]
+        return (totals[0] > MOST_WEIGHT) | (totals[1] > MOST_WEIGHT)
+
+    def lower(self, rS: cute.Tensor, stats: RowStats, factors: cute.Tensor) -> None:
+        """Move up the references of rows that weigh too much, by whole numbers: a lane's weights of the block then add up to 2^-39 at
+        most. All lanes of the warp call; `factors` brings the lane's sums and receives what O of earlier blocks takes."""
+        for i in range(2):
+            largest = _quad_max(factors[i])
+            exponent = (ptx.float_to_bits(largest) >> 23) - 127
+            # Twice a half: the whole factor may be 2^-164, which O of earlier blocks then takes for 0.
+            half = Int32(cutlass.select_(largest > MOST_WEIGHT, (exponent + (HEADROOM + 1)) >> 1, Int32(0)))
+            factor = ptx.bits_to_float((127 - half) << 23)
+            stats.row_max[i] = stats.row_max[i] + (2 * half).to(Float32)
+            stats.row_sum[i] = stats.row_sum[i] * factor * factor
+            factors[i] = factor * factor
+            s = flat(rS)
+            for j in self._row(i):
+                s[j] = s[j] * factor * factor
 
     def row_max(self, rS: cute.Tensor, i: int) -> Float32:
         """Largest score of row half `i`."""
@@ -248,12 +318,43 @@ class RowFragment:
                 column = 8 * (j // 4) + j % 2
                 s[j] = cutlass.select_((Int32(column) >= begin) & (Int32(column) < end), s[j], -Float32.inf)
 
+    def mask_by_bits(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns], *, has_begin: bool) -> None:
+        """The same for kernels whose time is instructions: a word has a bit for each of `MASK_BITS` scores, which ptxas turns into
+        predicates seven at once. A block of 128 columns with windows then has 547 instructions of 691 (d64).
+
+        Args:
+            has_begin: `columns` begin behind the first key.
+        """
+        s = flat(rS)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        for i in range(2):
+            row = self._row(i)
+            for first in range(0, len(row), MASK_BITS):
+                # Value `first` of a row lies 4 * first columns behind the lane's own first one.
+                word = lane_column + 4 * first
+                seen = ~ptx.shift_ones(_values_below(columns[i].end - word))
+                if const_expr(has_begin):
+                    seen = seen & ptx.shift_ones(_values_below(columns[i].begin - word))
+                for bit, j in enumerate(row[first : first + MASK_BITS]):
+                    s[j] = cutlass.select_((seen & _bit(bit)) != 0, s[j], -Float32.inf)
+
 
 def log2_scale(softmax_scale: Float32, k_scale: Float32) -> Float32:
     """softmax_scale * k_scale * log2(e), rounded once: an lse of 2e4 shows each rounding of what made it."""
     product = ptx.mul_rn(softmax_scale, k_scale)
     rest = cute.math.fma(softmax_scale, k_scale, -product)
     return cute.math.fma(product, Float32(LOG2_E), cute.math.fma(product, Float32(LOG2_E_REST), rest * Float32(LOG2_E)))
+
+
+def _bit(i: int) -> Int32:
+    """A word with bit `i` alone."""
+    return Int32((1 << i) - (1 << 32) * (i == 31))
+
+
+def _values_below(column: Int32) -> Int32:
+    """How many of a row's values, of a lane whose first column is 0, lie below `column`: two in eight columns."""
+    positive = cutlass.max(column, 0)
+    return (positive >> 3) * 2 + cutlass.min(positive & 7, 2)
 
 
 def _next_power(value: Float32) -> Float32:

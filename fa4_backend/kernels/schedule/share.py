@@ -9,7 +9,7 @@ from cutlass import Int32
 from fa4_backend.kernels.schedule.block_ops import block_min, broadcast
 from fa4_backend.kernels.schedule.limits import NUM_THREADS
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.rates import TICKS
+from fa4_backend.kernels.schedule.rates import ALONE_THIRDS, TICKS
 
 # Where times are compared, decode tiles of a CTA, decode tiles of a step and ticks of all prefill rounds are cut here: above what real
 # steps have, and no product passes 2^31.
@@ -35,10 +35,11 @@ def share_chip(decode_cost: Int32, tiles: Int32, blocks: Int32, sums: cute.Tenso
     tile_ticks = TICKS * (blocks // tiles + 1)  # one n_block for beginning and end
     tile_ticks = cutlass.min(tile_ticks, MOST_TICKS // (4 * (total // num_groups) + 8))  # early CTAs are a quarter or more of all
     candidate = cutlass.min(tidx // 2, most)
-    fifths = 5 * params.decode_full_sms
+    # All SMs, two CTAs each, read a little faster than those that keep the memory busy with one: ALONE_THIRDS.
+    fifths = ALONE_THIRDS * params.decode_full_sms // 3
     if candidate > 0:
         # Two thirds of the SMs that keep the memory busy are as fast each as one alone, the next ones two fifths as fast.
-        fifths = cutlass.min(cutlass.min(5 * candidate, 2 * (params.decode_full_sms + candidate)), fifths)
+        fifths = cutlass.min(cutlass.min(5 * candidate, 2 * (params.decode_full_sms + candidate)), 5 * params.decode_full_sms)
     decode_tiles = cutlass.min(decode_cost, MOST_STEP_TILES // params.num_kv_heads) * params.num_kv_heads
     decode_tiles = decode_tiles // fifths * 5 + decode_tiles % fifths * 5 // fifths + 1
     decode_ticks = cutlass.min(decode_tiles, MOST_TILES) * params.decode_tile_ticks

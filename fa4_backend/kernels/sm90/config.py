@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, SHARE_PARTS, TILES, TILES_FP8
+from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import RAGGED, AttentionProblem
 
@@ -77,7 +77,10 @@ def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
 
     Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
-    tile = (TILES_FP8 if problem.has_kv_scales else TILES)[problem.head_dim, problem.head_dim_v]
+    dims = problem.head_dim, problem.head_dim_v
+    tile = (TILES_FP8 if problem.has_kv_scales else TILES)[dims]
+    if problem.mask.has_window_left and not problem.has_kv_scales:
+        tile = WINDOW_TILES.get(dims, tile)
     config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant)
     # Where K and V are FP8 a row's reference depends on the scale of its Q, which only who works on the row has at hand.
     share_parts = SHARE_PARTS if config.has_parts and not problem.has_kv_scales else 0

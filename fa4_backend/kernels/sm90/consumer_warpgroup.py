@@ -31,8 +31,9 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import FIXED_CAP, FP8_LIFT, CapScale, RowFragment, RowStats, ScoreScale, log2_scale
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
+from fa4_backend.kernels.sm90.block_weights import BlockWeights
 from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
 from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, Barriers, Storage, tensor_at
@@ -57,6 +58,7 @@ class ConsumerWarpgroup:
     storage: Storage
     blocks: BlockInfo
     pack: PackGqa
+    weights: BlockWeights
     value_rows: ValueRows
     tile_end: TileEnd
     query_rows: QueryRows
@@ -76,7 +78,7 @@ class ConsumerWarpgroup:
         thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
         products = self._operands(qk, pv, tiles, group)
-        fragment = RowFragment(c.tile.tile_n, c.tile.rescale_threshold, FP8_LIFT if c.converts_kv else 0.0)
+        fragment = self.weights.fragment
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -101,7 +103,7 @@ class ConsumerWarpgroup:
             if const_expr(has_own_slots(c)):
                 self._release(barriers.kv_empty + position.slot)  # the stage that stays empty once
                 position = advance(position, stages)
-            self._first_weights(fragment, rS, stats, tile, values)
+            self.weights.first(fragment, rS, stats, tile, values)
             fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             if const_expr(not c.converts_kv):
@@ -140,7 +142,7 @@ class ConsumerWarpgroup:
                     rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                     warpgroup.wait_group(1)
                     self._release(barriers.kv_empty + position.slot)
-                    self._first_weights(fragment, rS, next_stats, next_tile, values)
+                    self.weights.first(fragment, rS, next_stats, next_tile, values)
                     warpgroup.wait_group(0)
                     self._release(barriers.kv_empty + after.slot)
                     fragment.to_operand(rS, products.rP)
@@ -150,10 +152,10 @@ class ConsumerWarpgroup:
                 if const_expr(c.has_parts):
                     is_last = next_tile.is_tile == 0
                     self.tile_end.finish_part(
-                        products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
+                        products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
                     )
                 else:
-                    self.tile_end.finish(products, stats, self._score_scales(tile), tiles, outputs, tile.work, q, group, thread)
+                    self.tile_end.finish(products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, group, thread)
                 if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -211,14 +213,16 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
-        self._transform(fragment, rS, n_block, values, tile, is_masked)
-        factors = self._weights(fragment, rS, stats, tile, values, may_be_empty=is_masked, is_first=False)
-        moves = Boolean(True)
-        if const_expr(self.config.may_skip_rescale):
-            moves = cute.arch.vote_any_sync((factors[0] != 1.0) | (factors[1] != 1.0))
-        warpgroup.wait_group(0)
-        self._release(barriers.kv_empty + after.slot)
-        self._rescale(products, factors, moves)
+        self.weights.transform(fragment, rS, n_block, values, tile, is_masked)
+        if const_expr(self.config.tile.frees_first):
+            warpgroup.wait_group(0)
+            self._release(barriers.kv_empty + after.slot)
+        factors = cute.make_rmem_tensor(2, Float32)
+        moves = self.weights.weigh(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
+        if const_expr(not self.config.tile.frees_first):
+            warpgroup.wait_group(0)
+            self._release(barriers.kv_empty + after.slot)
+        self.weights.rescale(products, fragment, rS, stats, factors, moves, values)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
@@ -244,78 +248,6 @@ class ConsumerWarpgroup:
         self._accumulate(products, v.slot)
         if const_expr(self.config.tile.ping_pong):
             self._give_turn(turn)
-
-    def _first_weights(
-        self,
-        fragment: RowFragment,
-        rS: cute.Tensor,
-        stats: RowStats,
-        tile: TileState,
-        values: MaskValues,
-    ) -> None:
-        """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
-        self._transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
-        self._weights(fragment, rS, stats, tile, values, may_be_empty=True, is_first=True)
-
-    def _weights(
-        self,
-        fragment: RowFragment,
-        rS: cute.Tensor,
-        stats: RowStats,
-        tile: TileState,
-        values: MaskValues,
-        *,
-        may_be_empty: bool,
-        is_first: bool,
-    ) -> cute.Tensor:
-        """What `_transform` leaves to weights, in place, and the statistics. Returns (2,) factors of O."""
-        if not self.config.may_fix_reference:
-            return fragment.softmax(rS, stats, self._weight_scales(tile, values), may_be_empty=may_be_empty, is_first=is_first)
-        factors = cute.make_rmem_tensor(2, Float32)
-        factors.fill(1.0)
-        self._capped_weights(fragment, rS, stats, factors, values, may_be_empty, is_first)
-        return factors
-
-    @cute.jit
-    def _capped_weights(
-        self,
-        fragment: cutlass.Constexpr,
-        rS: cute.Tensor,
-        stats: RowStats,
-        factors: cute.Tensor,
-        values: MaskValues,
-        may_be_empty: cutlass.Constexpr[bool],
-        is_first: cutlass.Constexpr[bool],
-    ):
-        """Relative to the first block's reference, or to a running one where the cap is too wide for that."""
-        scale = CapScale.of_call(values.softcap)
-        if values.softcap <= FIXED_CAP:
-            fragment.bounded_softmax(rS, stats, scale, finds_reference=may_be_empty, is_first=is_first)
-        else:
-            made = fragment.softmax(rS, stats, scale, may_be_empty=may_be_empty, is_first=is_first)
-            factors[0], factors[1] = made[0], made[1]
-
-    @cute.jit
-    def _rescale(self, products: Products, factors: cute.Tensor, moves: Boolean):
-        """Multiply O's rows by their factors; where few blocks move a reference, only if a row of the warp `moves`."""
-        fragment = RowFragment(self.config.head_dim_v, 0.0)
-        if const_expr(self.config.may_skip_rescale):
-            if moves:
-                fragment.rescale(products.rO, factors)
-        else:
-            fragment.rescale(products.rO, factors)
-
-    def _score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
-        """Of raw logits of both rows; None where something is added to them or bounds them first."""
-        c = self.config
-        if c.mask.has_softcap or c.mask.has_alibi:
-            return None
-        return tuple(ScoreScale.of_row(x) for x in tile.log2_scales) if c.converts_kv else (tile.scale, tile.scale)
-
-    def _weight_scales(self, tile: TileState, values: MaskValues) -> tuple[ScoreScale, ScoreScale] | CapScale | None:
-        """From what `_transform` leaves to log2 units; None: there already."""
-        is_capped = self.config.mask.has_softcap and not self.config.mask.has_alibi
-        return CapScale.of_call(values.softcap) if is_capped else self._score_scales(tile)
 
     def _scores(self, products: Products, q_slot: Int32, slot: Int32) -> cute.Tensor:
         """Start S = Q K^T for the K tile in `slot`; S is a new float32 fragment."""
@@ -418,8 +350,8 @@ class ConsumerWarpgroup:
         )
 
     def _last_scale(self, tiles: SharedTiles, work_slot: Int32, empty: TileState, values: MaskValues) -> ScoreScale | None:
-        """`_score_scales` of the CTA's last tile, behind the empty one."""
-        scales = self._score_scales(empty)
+        """`score_scales` of the CTA's last tile, behind the empty one."""
+        scales = self.weights.score_scales(empty)
         if scales is None or not self.config.is_converted:
             return None if scales is None else scales[0]
         return self._tile_scale(tiles, work_slot, values)
@@ -427,23 +359,6 @@ class ConsumerWarpgroup:
     def _tile_scale(self, tiles: SharedTiles, work_slot: Int32, values: MaskValues) -> ScoreScale:
         """Of a tile whose keys have a scale, which is the same in all its rows."""
         return ScoreScale.of_log2(log2_scale(values.softmax_scale, ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])))
-
-    def _transform(
-        self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
-    ) -> None:
-        """Soft cap, ALiBi and mask, in place; biased scores leave in log2 units, capped ones as `CapScale` reads them."""
-        c = self.config
-        first_column = n_block * c.tile.tile_n
-        if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scales, values.softcap)
-            if const_expr(c.mask.has_alibi):
-                fragment.to_log2(rS, CapScale.of_call(values.softcap))
-        elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, state.softmax_scales)
-        if const_expr(c.mask.has_alibi):
-            fragment.alibi(rS, first_column, state.diagonals, state.slopes)
-        if const_expr(is_masked):
-            fragment.mask(rS, first_column, state.columns)
 
 
 def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:

@@ -28,6 +28,7 @@ from fa4_backend.kernels.common.tile_scheduler import PartTensors
 from fa4_backend.kernels.launch_abi import prefill_fakes
 from fa4_backend.kernels.schedule.work_list import QUEUE_OWN
 from fa4_backend.kernels.sm90.arguments import Outputs, Step
+from fa4_backend.kernels.sm90.block_weights import BlockWeights
 from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.kernels.sm90.consumer_state import SharedTiles
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
@@ -176,7 +177,8 @@ class PrefillKernel:
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
             tile_end = TileEnd(c, roles, storage, pack, output, TileParts(c), PartShares(c, pack))
             value_rows = ValueRows(c, roles, storage, blocks)
-            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, value_rows, tile_end, QueryRows(storage))
+            weights = BlockWeights(c, blocks)
+            consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, weights, value_rows, tile_end, QueryRows(storage))
             consumer.run(qk, pv, SharedTiles(sQ, sKV, sWork, sRowScales), barriers, values, outputs)
 
     def _geometry(self, storage: Storage) -> tuple[PackGqa, PagedKv | RaggedKv, PagedKv | RaggedKv]:

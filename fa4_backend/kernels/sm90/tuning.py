@@ -28,14 +28,32 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #   d96 32/32 2 x 16K 544, 532 (562), 8 x 4K 509, 488 (449). Tiles with a rescale a block, 2 x 16K / 8 x 4K / 32 x 1K / 4 x 512 of 8K,
 #     128 rows, tile_n 128 532 / 488 / 401 / 517; tile_n 144, 5 slots 544 / 495 / 364 / 520; 192 rows, tile_n 112, 6 slots
 #     574 / 468 / 286 / 493, tile_n 96, 7 slots 561 / 481 / 319 / 481, tile_n 128, 5 slots 307 / 278 / 200 / 270 (FA3 562 / 449 / 266 / 477)
-# d64 and (192, 128) were not timed with it. Soft cap, d256: docs/sm90.md. The share of L2 (8, 16, 24, 36 MiB) changes d96, d128 and d256
-# at 16K by less than two runs differ.
+# Soft cap, d256: docs/sm90.md. The share of L2 (8, 16, 24, 36 MiB) changes d96, d128 and d256 at 16K by less than two runs differ.
+# A vote before the exponentials (`asks_first`), on an H200, us in turns, 2026-11-28; threshold 8 with each:
+#   d64 16/16 8 x 4K, 2 x 16K, 32 x 1K, 64/8 sinks 8 x 4K: a rescale a block 598, 2153, 226, 2291; behind a vote 596, 2136, 228, 2305; the
+#     vote first 584, 2085, 225, 2222
+#   d96 32/32 8 x 4K, 2 x 16K, 32 x 1K, 4 x 512 of 8K, 32/8 8 x 4K: 128 rows, tile_n 128 1714, 6509, 524, 394, 1669, the vote first 1678,
+#     6394, 517, 393, 1618; tile_n 144, 5 slots 1722, 6288, 582, 389, 1621; 192 rows, tile_n 112, 6 slots 1577, 5436, 629, 378, 1474 (a
+#     rescale a block 1662, 5700, 651, 397, 1523), tile_n 96, 7 slots 1578, 5531, 590, 387, 1436: the only ones that are ahead of FA3 in
+#     every cell (1673, 5930, 777, 431, 1554 in another run), at the price of short prompts
+#   (192, 128) 16/16 8 x 4K, 2 x 16K, 16 x 1K, 4 x 512 of 8K, 16/2 4 x 4K: 1099, 4083, 179, 254, 510; behind a vote 1100, 4008, 180, 252,
+#     505; the vote first 1043, 3857, 178, 247, 500
+#   d128 32/8 8 x 4K, 2 x 16K, 1 x 32K, full 2 x 16K: behind a vote 1752, 6631, 13301, 13404, the vote first 1737, 6965, 13909, 13798
+#   d256 8/4 8 x 4K, 1 x 16K, 16/2 1 x 16K: 760, 1389, 2937, the vote first 759, 1385, 2935
 TILES: dict[tuple[int, int], TileShape] = {
-    (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, rescale_threshold=0.0),
-    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, rescale_threshold=8.0),
-    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True, rescale_threshold=8.0),
-    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=0.0),
-    (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1, rescale_threshold=8.0),
+    (64, 64): TileShape(tile_m=192, tile_n=128, kv_stage=8, ping_pong=True, asks_first=True),
+    (96, 96): TileShape(tile_m=192, tile_n=96, kv_stage=7, ping_pong=True, asks_first=True),
+    (128, 128): TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True),
+    (192, 128): TileShape(tile_m=128, tile_n=128, kv_stage=4, ping_pong=True, q_stage=1, asks_first=True),
+    (256, 256): TileShape(tile_m=128, tile_n=80, kv_stage=4, ping_pong=True, q_stage=1),
+}
+
+# Where a layer has a left window, in place of the row above. Windows of 128 leave a tile of 24 tokens 152 keys, two or three blocks of 128
+# that are all masked: 64/8 heads with sinks, window 128, 8 x 4K and 4 x 512 of 8K on an H200, us, 2026-11-28: tile_n 128 465, 44.3; 96
+# 393, 38.2; 64, 16 slots 370, 35.5; 128 rows 497, 43.5 (FA3 546, 48.6 in another run). Wide windows are like none, 8 x 4K 2291, 2364, 2567:
+# hence 96.
+WINDOW_TILES: dict[tuple[int, int], TileShape] = {
+    (64, 64): TileShape(tile_m=192, tile_n=96, kv_stage=10, ping_pong=True, rescale_threshold=0.0),
 }
 
 # The same for K and V in e4m3: tiles wait for their conversion in slots of half the size, which take their place out of the ring
