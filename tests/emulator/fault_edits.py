@@ -95,6 +95,7 @@ EDITS = (
     _edit("every lane elected", r"elect\.sync\s+[_%\w]+\|([%\w]+),[^;]*;", r"setp.eq.u32 \1, 0, 0;", 6),
     _edit("warp sync without a lane", r"(bar\.warp\.sync\s+)(?:-1|0xffffffff);", r"\g<1>-2;"),
     _edit("shuffle from elsewhere", r"(shfl\.sync\.\w+\.b32\s+[^,]+,\s*[^,]+,\s*)(\d+)(,)", _number(1)),
+    _edit("shuffle among 16", r"(shfl\.sync\.\w+\.b32\s[^;]*,\s*)31(,\s*[-\w]+;)", r"\g<1>4127\2"),
     _edit("members without a lane", r"((?:shfl|vote|redux|elect|match)[^;]*,\s*)-1;", r"\g<1>-2;"),
     _edit("vote all for any", r"vote\.sync\.any", r"vote.sync.all"),
     # memory
@@ -109,11 +110,14 @@ EDITS = (
     _edit("swap copy coordinates", r"(cp\.async\.bulk\.tensor[^{]*\{[^,]*,\s*)([%\w]+),\s*([%\w]+)", r"\1\3, \2", 4),
     _edit("misaligned copy", rf"(cp\.async\.bulk\.tensor[\w.:]*shared::[\w.:]*global[\w.:]*\s+){_ADDRESS}(.*)", _offset(16), 3),
     _edit("transposed matrices", r"ldmatrix\.sync\.aligned\.m8n8\.(x\d)\.shared", r"ldmatrix.sync.aligned.m8n8.\1.trans.shared", 3),
+    _edit("transposed store of matrices", r"(stmatrix\.sync\.aligned\.m8n8\.x\d)\.shared", r"\1.trans.shared", 3),
+    _edit("drop a move", r"^\s*mov\.[bufs]32\s+%[rf]\d+,[^;]*;", _DROP, 6),
     _edit("untransposed matrices", r"(ldmatrix[\w.:]*)\.trans", r"\1", 3),
     # tensor core
     _edit("negate a product", r"(wgmma\.mma_async.*,\s*)1,(\s*1[,;])", r"\1-1,\2", 3),
     _edit("drop product", r"(?:@\w+ )?(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[^;]*;", _DROP, 6),
     _edit("tensor memory columns on", rf"(tcgen05\.(?:ld|st)[\w.:]*\s+(?:\{{[^}}]*\}},\s*)?){_ADDRESS}(.*)", _offset(1), 5),
+    _edit("tensor memory of another warp", rf"(tcgen05\.(?:ld|st)[\w.:]*\s+(?:\{{[^}}]*\}},\s*)?){_ADDRESS}(.*)", _offset(32 << 16)),
     _edit("drop tensor memory store", r"tcgen05\.st\.[^;]*;", _DROP, 4),
     _edit("fewer tensor memory columns", r"(tcgen05\.alloc.*,\s*)512;", r"\g<1>256;"),
     _edit("drop dealloc", r"tcgen05\.dealloc[^;]*;", _DROP),

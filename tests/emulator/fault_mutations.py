@@ -47,7 +47,10 @@ ACCESS = re.compile(
     r"cp\.async\.(bulk|ca|cg)"
 )
 STOPS = re.compile(r"^\s*(?:[\w$]+:|\{|\}|@?.*\bbra\b|ret|exit)|bar\.|barrier\.|wait")
-MOVES = re.compile(r"mbarrier\.arrive|tcgen05\.commit|fence\.proxy|tcgen05\.fence::before")
+MOVES = re.compile(
+    r"mbarrier\.arrive|tcgen05\.(commit|dealloc)|fence\.proxy|tcgen05\.fence::before|commit_group|launch_dependents|barrier\.cluster\.arrive"
+)
+HANDS_OVER = re.compile(r"mbarrier\.arrive|\bbar\.|barrier\.cluster\.arrive|cp\.async\.bulk")
 
 
 def one_statement_a_line(ptx: str) -> str:
@@ -128,6 +131,15 @@ def _changes(lines: list[str], index: int) -> Iterator[tuple[str, list[str]]]:
         earlier = _earlier_access(lines, index)
         if earlier is not None:
             yield "move up", [*lines[:earlier], line, *lines[earlier:index], *lines[index + 1 :]]
+    if "fence.proxy.async" in line:
+        later = next((i for i in range(index + 1, min(index + 40, len(lines))) if HANDS_OVER.search(lines[i])), None)
+        # Behind a barrier, whoever issues a copy then fences what it has learnt of.
+        if (
+            later is not None
+            and "bar." not in lines[later]
+            and not any(re.match(r"\s*(\$?\w+:|@?.*\bbra\b)", between) for between in lines[index:later])
+        ):
+            yield "fence too late", [*lines[:index], *lines[index + 1 : later + 1], line, *lines[later + 1 :]]
 
 
 def _scoped(setup: str, line: str, match: re.Match[str], register: str) -> str:

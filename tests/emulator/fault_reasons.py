@@ -61,7 +61,7 @@ def vacuous(target: Target, mutant: Mutant) -> str:
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
     if mutant.kind == "registers unlike the warpgroup's" and warpgroups_run_it(target, mutant):
         return f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement"
-    if mutant.kind == "shuffle from elsewhere" and same_values(target, mutant):
+    if mutant.kind in ("shuffle from elsewhere", "shuffle among 16") and same_values(target, mutant):
         return f"both lanes hold the same, in {len(SEEDS)} random schedules"
     if dead_result(target, mutant):
         return "nothing reads what it computes"

@@ -32,6 +32,8 @@ PTX = """
     wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %d6, %d7, p, 1, 1;
     wgmma.wait_group.sync.aligned 1;
     fence.proxy.async.shared::cta;
+    mbarrier.arrive.shared.b64 %d5, [%r0];
+    fence.proxy.async.shared::cta;
     bar.sync 1, 128;
     bar.warp.sync 0xffffffff;
 """
@@ -50,11 +52,13 @@ def test_every_class_of_fault_is_made() -> None:
         "change descriptor",
         "change copy target",
         "move up",
+        "fence too late",
     }
     for mutant in made:
         assert mutant.ptx != split, mutant.name
     tx = [m.ptx for m in made if m.kind == "change tx"]
     assert len(tx) == 2 and "add.s32 fi_t, 64, -16;" in tx[0] and "[%r0], fi_t;" in tx[0]
+    assert sum(m.kind == "fence too late" for m in made) == 1, "not behind a barrier"
     moved = next(m.ptx for m in made if m.kind == "move up" and "mbarrier.arrive.shared" in m.text)
     assert moved.index("mbarrier.arrive.shared") < moved.index("ld.shared")
 
@@ -104,6 +108,8 @@ add.f32 %r1, %r2, %r3;
 sub.f32 %r1, %r2, %r3;
 cvt.rn.bf16x2.f32 %r1, %r2, %r3;
 ld.acquire.gpu.global.b32 %r1, [%rd1];
+stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2, %r3, %r4, %r5};
+mov.b32 %r1, %r2;
 elect.sync _|issue, 0xffffffff;
 bar.warp.sync -1;
 mapa.shared::cluster.u32 remote, %r1, %r2;

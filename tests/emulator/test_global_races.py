@@ -399,3 +399,28 @@ setp.eq.u32 %q2, %r1, 2;
 """
     races = report_of(program(body, grid=3, block=1)).races
     assert len(races) == 1 and "CTA (0,0,0)" in races[0], races
+
+
+# Each CTA takes a number, leaves, and whoever leaves last sets the numbers back, ordered by nothing.
+LAST_SETS_BACK = """
+mov.u32 %r1, %ctaid.x;
+mov.u32 %r2, 0;
+setp.ne.u32 %q0, %t, 0;
+mad.lo.u32 %r3, %r1, 900, 100;
+work:
+add.u32 %r2, %r2, 1;
+setp.lt.u32 %q1, %r2, %r3;
+@%q1 bra work;
+@%q0 bra end;
+atom.relaxed.gpu.global.add.u32 %r4, [%p1], 1;
+atom.relaxed.gpu.global.add.u32 %r5, [%p1+4], 1;
+setp.eq.u32 %q2, %r5, 1;
+@%q2 st.global.u32 [%p1], 0;
+end:
+"""
+
+
+def test_what_happens_between_two_atomics_is_drawn_often() -> None:
+    """It is a race where the other CTA took its number last and left first: one schedule in five; one in twelve without stops."""
+    p = program(LAST_SETS_BACK, grid=2, block=128)
+    assert sum(bool(report_of(p, seed=seed).races) for seed in range(60)) >= 9

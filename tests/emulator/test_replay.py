@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fa4_backend.emulator.recording import Recording, Step, lag, pipe_cycles, port_bytes
+from fa4_backend.emulator.recorded_step import Step
+from fa4_backend.emulator.recording import Recording, lag, pipe_cycles, port_bytes
 from fa4_backend.emulator.replay import Replay
 from fa4_backend.emulator.timing import TIMINGS
 from tests.emulator.harness import run_program

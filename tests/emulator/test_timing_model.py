@@ -15,8 +15,8 @@ from fa4_backend.emulator.issue_stalls import parse, ratios_of
 from fa4_backend.emulator.kernel_model import TileCosts, dealt_cycles, decode_time, kernel_time, queued_cycles
 from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.model_case import Step, visible_blocks
+from fa4_backend.emulator.recorded_step import Step as Event
 from fa4_backend.emulator.recording import Recording
-from fa4_backend.emulator.recording import Step as Event
 from fa4_backend.emulator.timing import TIMINGS, extremes
 from fa4_backend.kernels.schedule import work_list as wl
 

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.test.kits.attention_unittest.attention_methods import dense_attention as dense
 from torch import nn
 
 from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend
+from fa4_integration.sglang_backend.batch import describe_step
+from fa4_integration.sglang_backend.page_tables import TokenSlots
 from fa4_integration.sglang_backend.steps import attention_layers
 from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES
 
@@ -138,3 +141,22 @@ def test_strange_runners_are_refused(fixture: Any, monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(backend, name, lambda facts=facts: SimpleNamespace(**facts))
     with pytest.raises(UnsupportedProblem, match=message):
         backend.refuse_strange(fixture.runner)
+
+
+def test_virtual_slots_are_refused(fixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fixture.runner, "kv_index_translator", SimpleNamespace(is_translating=True), raising=False)
+    with pytest.raises(UnsupportedProblem, match=r"KV pool: expected slots that are places in the pool.*omit --enable-unified-memory"):
+        TokenSlots(fixture.runner)
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout", "message"),
+    [
+        (ForwardMode.TARGET_VERIFY, object(), "verification: expected as many draft tokens a sequence, got a ragged one"),
+        (ForwardMode.PREBUILT, None, "forward mode: expected decode, extend, mixed, verification or draft, got PREBUILT"),
+    ],
+)
+def test_steps_of_other_kinds_are_refused(mode: ForwardMode, layout: object, message: str) -> None:
+    step = SimpleNamespace(forward_mode=mode, batch_size=1, spec_info=SimpleNamespace(ragged_verify_layout=layout))
+    with pytest.raises(UnsupportedProblem, match=message):
+        describe_step(step, draft_step=0, draft_tokens=4)

@@ -16,9 +16,6 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from fa4_backend.problem import FP8
-from fa4_backend.support import SUPPORT
-from fa4_integration.vllm_backend.serving_arch import serving_arch
 from tests.engines.vllm_step import BuiltStep, OneLayer, VllmStep
 
 KERNELS = ["reference", *(pytest.param(f"emulate-{chip}", marks=pytest.mark.emulated) for chip in ("sm90", "sm100"))]
@@ -89,8 +86,6 @@ def test_sinks_are_those_loaded_last(kernel: str, change: Any, monkeypatch: pyte
 def test_a_step_after_sleep_is_the_same(kernel: str, feature: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, at the same addresses."""
     monkeypatch.setenv("FA4_BACKEND_CPU", kernel)
-    if feature == "fp8" and FP8 not in SUPPORT[serving_arch().removeprefix("emulated-")].quantised_kv:
-        pytest.skip(f"{kernel} does not serve FP8")
     built = step(**({"kv_cache_dtype": "fp8", "scale_shape": (2,)} if feature == "fp8" else {feature: True}))
     awake = built.run()
     built.check(awake)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fa4_backend import envs
 from fa4_backend.arch import ARCHS
 from fa4_backend.cli import VERBS, main
 from fa4_backend.commands import compile as compile_command
-from fa4_backend.commands import features
+from fa4_backend.commands import doctor, features
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import FP8
 from fa4_backend.support import SUPPORT
@@ -192,6 +193,30 @@ def test_plan_of_a_bad_config(capsys: pytest.CaptureFixture[str], tmp_path: Path
     (tmp_path / "config.json").write_text(content)
     code, _, err = run(capsys, "plan", "--model", str(tmp_path))
     assert code == 2 and words in err
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("0.31.2", "broken"),
+        ("0.9", "broken"),
+        ("0.32.0+cpu", "ok"),
+        ("0.33.0rc1", "ok"),
+        ("1.0", "ok"),
+        ("0.1.dev7+g1a2b", "ok"),
+        (None, "note"),
+    ],
+)
+def test_doctor_knows_the_oldest_engine_that_serves(version: str | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", {"vllm": version}.get)
+    findings = {finding.subject: finding for finding in doctor._engines()}
+    assert findings["vLLM"].status == status and findings["SGLang"].status == "note"
+    assert (f"vllm {version}: expected 0.32 or newer" in findings["vLLM"].detail) == (status == "broken")
+
+
+def test_doctor_asks_for_the_engines_of_the_package() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [extras[names[0]] for _, names, _ in doctor.ENGINES] == [[f"{names[0]}>={oldest}"] for _, names, oldest in doctor.ENGINES]
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:

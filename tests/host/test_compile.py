@@ -18,7 +18,7 @@ from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.tuning import TILES, TILES_FP8, WINDOW_TILES
+from fa4_backend.kernels.sm90.tuning import CONVERTED_TILES, TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8, AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
@@ -157,17 +157,17 @@ def test_the_hopper_kernel_is_what_it_claims(has_parts: bool, tmp_path: Path, mo
 
 
 SPILL_CASES = {
-    **{f"{dims} {dtype}": (dims, dtype, False) for dims in TILES for dtype in (KERNEL.dtype, FP8)},
-    **{f"{dims} window": (dims, KERNEL.dtype, True) for dims in WINDOW_TILES},
+    **{f"{dims}": (KERNEL.dtype, dims, tile, MaskFeatures()) for dims, tile in TILES.items()},
+    **{f"{dims} FP8": (FP8, dims, tile, MaskFeatures()) for dims, tile in TILES_FP8.items()},
+    **{f"{dims} converted": (KERNEL.dtype, dims, tile, MaskFeatures()) for dims, tile in CONVERTED_TILES.items()},
+    **{f"{dims} window": (KERNEL.dtype, dims, tile, MaskFeatures(has_window_left=True)) for dims, tile in WINDOW_TILES.items()},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPILL_CASES)
 def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dims, kv_dtype, has_window = SPILL_CASES[name]
-    tile = (WINDOW_TILES if has_window else TILES_FP8 if kv_dtype == FP8 else TILES)[dims]
-    mask = MaskFeatures(has_window_left=has_window)
+    kv_dtype, dims, tile, mask = SPILL_CASES[name]
     key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile, mask=mask))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
@@ -175,7 +175,7 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str, tmp_
         num_wgmma = dims[0] // 16 + tile.tile_n // 16
         code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
         loops = product_loops(code, num_wgmma)
-        assert len(loops) == 2 + has_window, "over masked and over whole blocks"
+        assert len(loops) == 2 + mask.has_window_left, "over masked and over whole blocks"
         assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
         if kv_dtype == FP8:
             # An instruction for two values of K and of V, of which a lane has 16 of a part.

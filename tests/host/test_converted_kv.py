@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
+from fa4_backend.kernels.sm90.tuning import TILES
 from fa4_backend.problem import FP8, MAX_CONVERT_KEYS, RAGGED
 from tests.support.problems import make_problem
 
@@ -42,6 +43,16 @@ def test_a_step_converts_where_its_keys_fit_and_many_queries_see_each() -> None:
     assert converts(windowed, whole, 4096, window_left=least - 1) and not converts(windowed, whole, 4096, window_left=least - 2)
     full = plan_of(is_causal=False)
     assert converts(full, least, least) and not converts(full, least - 1, least - 1)
+
+
+@pytest.mark.parametrize("dims", TILES)
+@pytest.mark.parametrize("has_window_left", [False, True])
+def test_steps_of_both_ways_share_lists_at_every_head_dimension(dims: tuple[int, int], has_window_left: bool) -> None:
+    """A tile of other rows for 16-bit K and V than for FP8 alone would break them: the plan refuses it."""
+    problem = make_problem(8, 2, *dims, "bfloat16", 16, "sm_90a", kv_dtype=FP8, has_window_left=has_window_left)
+    kernels = plan_attention(problem, LIMITS).kernels
+    assert kernels is not None and kernels.converted is not None
+    assert kernels.converted.work.tokens_per_item == kernels.work.tokens_per_item == kernels.converted.prefill.tokens_per_item
 
 
 def test_no_decode_row_is_worth_it() -> None:

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fa4_backend.kernels.common.exp2 import COEFFICIENTS, uses_polynomial
+from scripts import exp2_minimax
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-exp2_minimax = pytest.importorskip("exp2_minimax")
 
 
 def test_committed_coefficients_are_the_minimax_ones() -> None:

@@ -26,7 +26,6 @@ class TileShape:
     q_stage: int = 2  # sm90: buffers of Q. With one, O leaves from registers and the next tile's Q comes while the last softmax runs
     value_columns: int = 256  # sm90: of V, that one wgmma of the second product takes at most
     asks_first: bool = False  # sm90: a vote before the exponentials of whole blocks; lanes meet only where a reference moves
-    frees_first: bool = False  # sm90: V of the block before is waited for and released between the score features and the softmax
     rescale_threshold: float = 8.0  # log2 units a row's maximum may grow before O is rescaled; 0: always rescale
 
 
@@ -68,7 +67,6 @@ class PrefillConfig(OperandDtypes):
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-asks" if self.tile.asks_first else ""
-        tile += "-frees" if self.tile.frees_first else ""
         tile += "-q1" if self.tile.q_stage == 1 else ""
         tile += f"-v{self.tile.value_columns}" if self.tile.value_columns < self.head_dim_v else ""
         dtypes = short_dtypes(self.dtype, q=self.q_dtype, kv=self.kv_dtype, out=self.out_dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
-from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
+from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape, prefill_config
+from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, CONVERTED_TILES, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import RAGGED, AttentionProblem
 
@@ -68,20 +68,25 @@ def least_converted_visits(problem: AttentionProblem) -> int:
 def resolve_converted(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
     """The compile key of the kernel that serves `problem`, K and V in FP8 pages, from what `kernels/convert_kv` made of them."""
     wide = replace(problem, kv_dtype=problem.dtype, kv_source=RAGGED, page_size=1)
-    key = resolve(wide, is_dependent=is_dependent)
+    key = resolve(wide, is_dependent=is_dependent, tile=CONVERTED_TILES.get((problem.head_dim, problem.head_dim_v)))
     return Sm90Config(replace(key.kernel, is_converted=True))
 
 
-def resolve(problem: AttentionProblem, *, is_dependent: bool) -> Sm90Config:
-    """The compile key of `problem`'s kernel, alone or behind a decode kernel.
+def resolve(problem: AttentionProblem, *, is_dependent: bool, tile: TileShape | None = None) -> Sm90Config:
+    """The compile key of `problem`'s kernel, alone or behind a decode kernel; with a `tile` other than the tables'.
 
     Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
     """
-    dims = problem.head_dim, problem.head_dim_v
-    tile = (TILES_FP8 if problem.has_kv_scales else TILES)[dims]
-    if problem.mask.has_window_left and not problem.has_kv_scales:
-        tile = WINDOW_TILES.get(dims, tile)
+    tile = tile or _tile(problem)
     config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant)
     # Where K and V are FP8 a row's reference depends on the scale of its Q, which only who works on the row has at hand.
     share_parts = SHARE_PARTS if config.has_parts and not problem.has_kv_scales else 0
     return Sm90Config(replace(config, share_parts=share_parts))
+
+
+def _tile(problem: AttentionProblem) -> TileShape:
+    """The row of the tables."""
+    dims = problem.head_dim, problem.head_dim_v
+    if problem.has_kv_scales:
+        return TILES_FP8[dims]
+    return WINDOW_TILES.get(dims, TILES[dims]) if problem.mask.has_window_left else TILES[dims]

@@ -214,14 +214,10 @@ class ConsumerWarpgroup:
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
         self.weights.transform(fragment, rS, n_block, values, tile, is_masked)
-        if const_expr(self.config.tile.frees_first):
-            warpgroup.wait_group(0)
-            self._release(barriers.kv_empty + after.slot)
         factors = cute.make_rmem_tensor(2, Float32)
         moves = self.weights.weigh(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
-        if const_expr(not self.config.tile.frees_first):
-            warpgroup.wait_group(0)
-            self._release(barriers.kv_empty + after.slot)
+        warpgroup.wait_group(0)
+        self._release(barriers.kv_empty + after.slot)
         self.weights.rescale(products, fragment, rS, stats, factors, moves, values)
         fragment.to_operand(rS, products.rP)
         return advance(after, stages)

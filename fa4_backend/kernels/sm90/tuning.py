@@ -73,6 +73,12 @@ TILES_FP8: dict[tuple[int, int], TileShape] = {
 # Parts of a tile from which on all CTAs that made them add them up.
 SHARE_PARTS = 4
 
+# Where K and V in FP8 are converted once a call, in place of a row of TILES: such steps share lists and slots of parts with those whose
+# tiles are converted one at a time, so tiles have as many rows.
+CONVERTED_TILES: dict[tuple[int, int], TileShape] = {
+    (96, 96): TileShape(tile_m=128, tile_n=128, kv_stage=6, ping_pong=True, asks_first=True),
+}
+
 # Query tiles of a KV head that see a key from which on K and V in FP8 are converted once a call, not once a tile. On an H200 (page 16,
 # causal, medians of 5 rounds in turns, 2026-11-28), us converted once, a tile at a time, and in bf16; in brackets the tiles that see a key:
 #   d128 32/8 heads 4 x 128 of 8K (4) 157, 123, 103; 4 x 256 of 8K (8) 259, 232, 198; 4 x 512 of 8K (15.5) 430, 461, 391; 32 x 1K (16) 597,
