@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 from fa4_backend import AttentionProblem
-from fa4_backend.problem import UnsupportedProblem
+from fa4_backend.problem import FP8, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_integration.vllm_backend.kv_cache import STORED
 from fa4_integration.vllm_backend.layers import announce_layers
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
@@ -58,3 +59,42 @@ def page_sizes(kv_cache_spec: Any) -> list[int | MultipleOf]:
         # is made; the line that says which layers chose another backend has to come first.
         announce_layers(config)
     return [MultipleOf(PAGE_MULTIPLE)]
+
+
+class SharedAnswers(AttentionBackend):
+    """What does not depend on the kind of a layer, for a backend that says what it takes for ordinary."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
+    supported_kv_cache_dtypes = [*STORED]  # noqa: RUF012  likewise
+    ordinary: ClassVar[Mapping[str, Any]]  # the fields of a problem that nobody asks for
+
+    @classmethod
+    def refusal(cls, capability: Any = None, **facts: Any) -> str | None:
+        """Why no kernel on this device serves layers with these facts, the rest being ordinary; None if one does."""
+        return refusal_of(cls.ordinary, capability, **facts)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return page_sizes(kv_cache_spec)
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return cls.refusal(dtype=dtype_name(dtype)) is None
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        # A name of a 16-bit dtype is right for the models that have it; `supports_combination` knows the model's.
+        is_stored = kv_cache_dtype is None or kv_cache_dtype in STORED
+        return is_stored and (STORED[kv_cache_dtype or "auto"] != FP8 or cls.refusal(kv_dtype=FP8) is None)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return cls.refusal(batch_invariant=True) is None
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return cls.refusal(capability) is None
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        return with_advice(super().validate_configuration(*args, **kwargs))

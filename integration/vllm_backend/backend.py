@@ -5,28 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from fa4_backend import MaskFeatures
 from fa4_backend.problem import FP8, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE
-from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of, with_advice
+from fa4_integration.vllm_backend.answers import SharedAnswers, dtype_name
 from fa4_integration.vllm_backend.impl import FA4Impl
-from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
+from fa4_integration.vllm_backend.kv_cache import stored_dtype
 from fa4_integration.vllm_backend.metadata_builder import FA4MetadataBuilder
 from fa4_integration.vllm_backend.names import NAME
 
 ORDINARY = {"num_q_heads": 1, "num_kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "dtype": "bfloat16", "page_size": PAGE_MULTIPLE}
 
 
-class FA4Backend(AttentionBackend):
+class FA4Backend(SharedAnswers):
     """FlashAttention-4 kernels behind vLLM's attention interface."""
 
     forward_includes_kv_cache_update = False
     supports_kv_cache_update_bypass = True  # forward never reads key and value
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
-    supported_kv_cache_dtypes = [*STORED]  # noqa: RUF012  likewise
+    ordinary = ORDINARY
 
     @staticmethod
     def get_name() -> str:
@@ -40,10 +39,6 @@ class FA4Backend(AttentionBackend):
     def get_builder_cls() -> type[FA4MetadataBuilder]:
         return FA4MetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return page_sizes(kv_cache_spec)
-
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         # Strides are honoured, so any layer-compact order will do. Head-major first: KV connectors (Nixl, offloading) ask for it.
@@ -51,48 +46,23 @@ class FA4Backend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return refusal(head_dim=head_size, head_dim_v=head_size) is None
-
-    @classmethod
-    def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return refusal(dtype=dtype_name(dtype)) is None
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        # A name of a 16-bit dtype is right for the models that have it; `supports_combination` knows the model's.
-        return kv_cache_dtype is None or (kv_cache_dtype in STORED and (STORED[kv_cache_dtype] != FP8 or cls._serves_fp8()))
+        return cls.refusal(head_dim=head_size, head_dim_v=head_size) is None
 
     @classmethod
     def supports_per_head_quant_scales(cls) -> bool:
-        return cls._serves_fp8()
-
-    @classmethod
-    def _serves_fp8(cls) -> bool:
-        return refusal(kv_dtype=FP8) is None
+        return cls.refusal(kv_dtype=FP8) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
-        return refusal(mask=MaskFeatures(has_sinks=True)) is None
+        return cls.refusal(mask=MaskFeatures(has_sinks=True)) is None
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        return refusal(mask=MaskFeatures(has_window_left=True)) is None
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return refusal(batch_invariant=True) is None
+        return cls.refusal(mask=MaskFeatures(has_window_left=True)) is None
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
-
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        return refusal(capability) is None
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        return with_advice(super().validate_configuration(*args, **kwargs))
 
     @classmethod
     def supports_combination(
@@ -111,7 +81,7 @@ class FA4Backend(AttentionBackend):
             kv_dtype = stored_dtype(kv_cache_dtype)
         except UnsupportedProblem as reason:
             return str(reason)
-        return refusal(
+        return cls.refusal(
             head_dim=head_size,
             head_dim_v=head_size,
             dtype=dtype_name(dtype),
@@ -119,8 +89,3 @@ class FA4Backend(AttentionBackend):
             page_size=block_size or PAGE_MULTIPLE,
             mask=MaskFeatures(has_sinks=has_sink),
         )
-
-
-def refusal(capability: Any = None, **facts: Any) -> str | None:
-    """Why no kernel on this device serves layers with these facts, the rest being ordinary; None if one does."""
-    return refusal_of(ORDINARY, capability, **facts)

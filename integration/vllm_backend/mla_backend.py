@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
-from vllm.v1.attention.backend import MultipleOf
 
-from fa4_backend.problem import FP8, LATENT, UnsupportedProblem
+from fa4_backend.problem import LATENT, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE
-from fa4_integration.vllm_backend.answers import dtype_name, page_sizes, refusal_of, with_advice
-from fa4_integration.vllm_backend.kv_cache import STORED, stored_dtype
+from fa4_integration.vllm_backend.answers import SharedAnswers, dtype_name
+from fa4_integration.vllm_backend.kv_cache import stored_dtype
 from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
 from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
 from fa4_integration.vllm_backend.names import MLA_NAME
@@ -24,11 +23,10 @@ ROPE_DIM = 64  # rotary elements of a latent, in all models that vLLM has; a lay
 SPARSE = "sparse MLA, over tokens that an indexer chooses, belongs to vLLM's *_MLA_SPARSE backends: start without --attention-backend"
 
 
-class FA4MLABackend(MLACommonBackend):
+class FA4MLABackend(SharedAnswers, MLACommonBackend):
     """Our decode kernel of latent attention behind vLLM's MLA layers; their prefill is an MLA prefill backend's (`mla_prefill_backend`)."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012  vLLM's declaration; `supports_dtype` decides
-    supported_kv_cache_dtypes = [*STORED]  # noqa: RUF012  likewise
+    ordinary = DEEPSEEK
 
     @staticmethod
     def get_name() -> str:
@@ -42,39 +40,13 @@ class FA4MLABackend(MLACommonBackend):
     def get_builder_cls() -> type[FA4MLAMetadataBuilder]:
         return FA4MLAMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return page_sizes(kv_cache_spec)
-
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return [size for size in MLACommonBackend.get_supported_head_sizes() if cls.supports_head_size(size)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return latent_refusal(head_dim=head_size, head_dim_v=head_size - ROPE_DIM) is None
-
-    @classmethod
-    def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return latent_refusal(dtype=dtype_name(dtype)) is None
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
-        # A name of a 16-bit dtype is right for the models that have it; `supports_combination` knows the model's.
-        is_served = kv_cache_dtype is None or kv_cache_dtype in STORED
-        return is_served and (stored_dtype(kv_cache_dtype) != FP8 or latent_refusal(kv_dtype=FP8) is None)
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return latent_refusal(batch_invariant=True) is None
-
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        return latent_refusal(capability) is None
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        return with_advice(super().validate_configuration(*args, **kwargs))
+        return cls.refusal(head_dim=head_size, head_dim_v=head_size - ROPE_DIM) is None
 
     @classmethod
     def supports_combination(
@@ -96,15 +68,10 @@ class FA4MLABackend(MLACommonBackend):
             kv_dtype = stored_dtype(kv_cache_dtype)
         except UnsupportedProblem as reason:
             return str(reason)
-        return latent_refusal(
+        return cls.refusal(
             head_dim=head_size,
             head_dim_v=head_size - ROPE_DIM,
             dtype=dtype_name(dtype),
             kv_dtype=kv_dtype,
             page_size=block_size or PAGE_MULTIPLE,
         )
-
-
-def latent_refusal(capability: Any = None, **facts: Any) -> str | None:
-    """Why no kernel on this device serves latent attention with these facts, the rest being DeepSeek's; None if one does."""
-    return refusal_of(DEEPSEEK, capability, **facts)

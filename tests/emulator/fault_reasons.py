@@ -42,9 +42,20 @@ MISSED = {
 }
 
 
+# The same of faults that several kernels have: kind, a pattern of the statement, and why.
+MISSED_ANYWHERE = (
+    ("vote all for any", r"vote", "no warp here has rows whose maximum moves far beside rows whose does not"),
+    ("relax atomic", r"\.cas\.", "the acq_rel of a second counter covers it, unless the last CTA counts itself there before the first has"),
+    ("global load 16 bytes on", r"ld\.global", "the neighbour's value leads to the same result in this case"),
+)
+
+
 def why_missed(target: Target, mutant: Mutant) -> str:
     """What inspection found about a fault that counts as missed."""
-    return MISSED.get((target.name, mutant.kind, " ".join(mutant.text.split())), "")
+    words = " ".join(mutant.text.split())
+    if found := MISSED.get((target.name, mutant.kind, words), ""):
+        return found
+    return next((why for kind, pattern, why in MISSED_ANYWHERE if kind == mutant.kind and re.search(pattern, words)), "")
 
 
 def vacuous(target: Target, mutant: Mutant) -> str:
@@ -70,7 +81,9 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if mutant.kind == "read-only load":
         return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
     if mutant.kind == "drop warp sync" and only_copies_are_announced(target, mutant):
-        return "beside it there are only copies and the announcement of their bytes, whose order is free"
+        return "before it there are only copies and the announcement of their bytes, whose order is free"
+    if mutant.kind == "drop warp sync" and nothing_to_order(target, mutant):
+        return "since the synchronisations before it, lanes arrived and fenced, and the warp as a whole accessed tensor memory"
     if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
         return (
             f"one lane at most accesses memory, arrives or fences between the synchronisations beside it, in {len(SEEDS)} random schedules"
@@ -277,8 +290,8 @@ ACTS = re.compile(
 )
 
 
-def beside(kernel: Kernel, site: int) -> set[int]:
-    """Instructions from the synchronisations before this one to those behind it."""
+def beside(kernel: Kernel, site: int, only_before: bool = False) -> set[int]:
+    """Instructions from the synchronisations before this one to those behind it, or to this one."""
     instructions = kernel.instructions
 
     def no_sync(instruction: Instruction) -> bool:
@@ -288,25 +301,40 @@ def beside(kernel: Kernel, site: int) -> set[int]:
     for pc in range(len(instructions)):
         for after in successors(kernel, pc):
             before[after].append(pc)
-    near, work = _walk(kernel, site, no_sync), list(before[site])
+    near: set[int] = set()
+    work = list(before[site])
     while work:  # backwards, up to other synchronisations
         pc = work.pop()
         if pc not in near and no_sync(instructions[pc]):
             near.add(pc)
             work += before[pc]
-    return near
+    return near if only_before else near | _walk(kernel, site, no_sync)
 
 
 def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
-    """Nothing but copies that signal an mbarrier, what announces their bytes, and loads from global memory stand beside it.
+    """Nothing but copies that signal an mbarrier, what announces their bytes, and loads from global memory stand before it.
 
     A phase ends when its bytes and its arrivals have come, in whatever order (PTX ISA 9.7.13.16.5), and every lane has waited for the
     buffer itself, since waits are no lane's alone.
     """
     kernel, site = _at(target, mutant)
     harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)")
-    acts = [kernel.instructions[pc] for pc in beside(kernel, site) if ACTS.search(kernel.instructions[pc].text)]
+    acts = [kernel.instructions[pc] for pc in beside(kernel, site, only_before=True) if ACTS.search(kernel.instructions[pc].text)]
     return any("complete_tx" in i.opcode for i in acts) and all(harmless.match(i.opcode) for i in acts)
+
+
+def nothing_to_order(target: Target, mutant: Mutant) -> bool:
+    """Since the synchronisations before it, lanes did nothing of their own that others would have to know of.
+
+    Loads and stores of tensor memory and their waits are the whole warp's (`.sync.aligned`); a fence of the proxies that every lane
+    executes is that lane's, too, which arrives or copies behind it, and orders what it has learnt of (PTX ISA 8.9.6).
+    """
+    kernel, site = _at(target, mutant)
+    own = re.compile(r"tcgen05\.(ld|st|wait|fence)|fence\.|mbarrier\.arrive|ld\.param")
+    before = [kernel.instructions[pc] for pc in beside(kernel, site, only_before=True)]
+    acts = [i for i in before if ACTS.search(i.text)]
+    fences = [i for i in before if i.opcode.startswith("fence")]
+    return all(own.match(i.opcode) for i in acts) and all(i.guard is None for i in fences)
 
 
 def one_lane_acts(target: Target, mutant: Mutant) -> bool:

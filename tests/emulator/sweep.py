@@ -220,7 +220,8 @@ def collect(folder: Path, results: Path, data: Path) -> None:
     for script in RACES:
         if found := collect_races(lines, script):
             rows = [row for name, row in found.items() if name != "stamp"]
-            seeds, cpu, bad = (sum(row[k] for row in rows) for k in ("seeds", "cpu_seconds")), [row for row in rows if row["failures"]]
+            seeds, cpu = (sum(row[key] for row in rows) for key in ("seeds", "cpu_seconds"))
+            bad = [row for row in rows if row["failures"]]
             print(f"{script}: {len(rows)} cases, {seeds} seeds, {cpu:.0f} s, {len(bad)} with failures", *bad[:3])
             (data / f"{script}.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -218,3 +218,33 @@ def test_reasons_hold_for_what_they_name_only(monkeypatch: pytest.MonkeyPatch) -
     assert fault_reasons.only_exit_follows(target, mutant(target, "drop wait", "try_wait"))
     target = target_of(HAND_OVER + "st.shared.u32 [%r0+64], %r1;\n")
     assert not fault_reasons.only_exit_follows(target, mutant(target, "drop wait", "try_wait"))
+
+
+ALIKE = """
+mov.u32 %r0, smem;
+{first}
+bar.warp.sync 0xffffffff;
+{before}
+bar.warp.sync 0xffffffff;
+{behind}
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "before", "is_harmless"),
+    [
+        ("st.shared.u32 [%r0+64], %t;", "fence.proxy.async.shared::cta;", True),
+        ("", "st.shared.u32 [%r0+64], %t;\nfence.proxy.async.shared::cta;", False),
+        ("st.shared.u32 [%r0+64], %t;", "setp.eq.u32 %q0, %t, 3;\n@%q0 fence.proxy.async.shared::cta;", False),
+    ],
+    ids=["fenced by all", "stored since", "fenced by another lane"],
+)
+def test_a_second_warp_sync_is_harmless_behind_a_fence_of_all_lanes(first: str, before: str, is_harmless: bool) -> None:
+    behind = "mbarrier.arrive.shared.b64 %d5, [%r0];"
+    program = Program(
+        "alike", "", ALIKE.format(first=first, before=before, behind=behind), (output("d", np.zeros(8, np.uint32)),), smem_bytes=1024
+    )
+    target = fi.Target("alike", program.ptx, lambda seed: ([], run_program(program, seed=seed)[1]))
+    lines = fi.one_statement_a_line(target.ptx).split("\n")
+    number = [i for i, line in enumerate(lines) if "bar.warp.sync" in line][1]
+    assert fault_reasons.nothing_to_order(target, Mutant("drop warp sync", number + 1, lines[number], "")) == is_harmless
