@@ -29,6 +29,7 @@ class EngineModel:
     token_elements: int  # that a token has in a layer's KV cache
     fp8_words: str  # in the line of our kernels where the cache is FP8
     problems: Callable[[str, str], Asked]  # of `kv_dtype` and arch: what its layers ask of our kernels
+    families: tuple[str, ...] | None = None  # of our kernels, as `write_csv` has them
 
     def config_of(self, num_layers: int) -> dict[str, Any]:
         """config.json."""
@@ -67,7 +68,9 @@ def _deepseek(num_heads: int) -> EngineModel:
         "qk_nope_head_dim": NOPE_DIM, "qk_rope_head_dim": ROPE_DIM, "v_head_dim": VALUE_DIM, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     }  # fmt: skip
     backends = ("FA4", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
-    return EngineModel(backends, config, LATENT_DIM + ROPE_DIM, f"(latents {FP8})", partial(_latent, num_heads))
+    return EngineModel(
+        backends, config, LATENT_DIM + ROPE_DIM, f"(latents {FP8})", partial(_latent, num_heads), ("schedule", "mla_decode", "sm90")
+    )
 
 
 MODELS = {

@@ -244,10 +244,48 @@ def test_a_long_run() -> None:
     assert min(seen["counts"].values()) > 300 and len({look["device_bytes"] for look in seen["looks"]}) == 1
 
 
-def test_engines_with_latent_attention() -> None:
-    runs = load("serve_mla_h100.json")["16 heads"]
-    assert set(runs) == set(serve_mla.RUNS) and serve_mla.judge(runs) == []
+@pytest.mark.parametrize(
+    ("name", "heads", "lacking"),
+    [("serve_mla_h100.json", "16 heads", set()), ("serve_mla_h200.json", "128 heads", {"FA4, FP8, graphs"})],
+)
+def test_engines_with_latent_attention(name: str, heads: str, lacking: set[str]) -> None:
+    """`lacking`: the machine's time ended before."""
+    runs = load(name)[heads]
+    assert set(runs) == set(serve_mla.RUNS) - lacking and serve_mla.judge(runs) == []
     assert all("ragged" in line for result in runs.values() for line in result["kernels"] if "latent" not in line)
+    document = (RESULTS.parents[2] / "docs" / "benchmarks.md").read_text()
+    for run in ("FA4", "FA4, scale 5% off"):
+        seen = runs[run]["against_reference"]
+        for metric in serve_mla.METRICS:
+            assert f"{seen[metric]:.4f}" in document, (run, metric)
+
+
+def test_a_whole_engine_with_latent_attention() -> None:
+    """docs/benchmarks.md: each row of its table is the CSV's, and where FA4 is behind is said."""
+    root = RESULTS.parents[2]
+    with (root / "docs" / "data" / "engine_mla128_h200.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["attention_us"]]
+    document, others = (root / "docs" / "benchmarks.md").read_text(), ("FLASH_ATTN_MLA", "FLASHMLA")
+    median = {
+        (case, backend, number): statistics.median(float(row[number]) for row in rows if (row["case"], row["backend"]) == (case, backend))
+        for case in {row["case"] for row in rows}
+        for backend in ("FA4", *others)
+        for number in ("attention_us", "device_ms")
+    }
+    behind = set()
+    for case in {case for case, _, _ in median}:
+        us, ms = ([median[case, backend, number] for backend in ("FA4", *others)] for number in ("attention_us", "device_ms"))
+        cells = [f"{x:,.0f}" for x in us] + [f"{min(us[1:]) / us[0]:.2f}"] + [f"{x:.2f}" for x in ms] + [f"{min(ms[1:]) / ms[0]:.2f}"]
+        (line,) = (line for line in document.split("\n") if line.startswith(f"| {case} |"))
+        assert line.replace("*", "").split("|")[2:-1] == [f" {cell} " for cell in cells], case
+        behind |= {(case, name) for name, x in (("attention", us), ("step", ms)) if round(min(x[1:]) / x[0], 2) < 1}
+    assert len(median) == 5 * 3 * 2
+    assert behind == {
+        ("decode step, 32 x 2048", "attention"), ("decode step, 32 x 2048", "step"),
+        ("decode step, 128 x 2048", "attention"), ("decode step, 128 x 2048", "step"),
+        ("message of 64 behind 32768 beside 32 x 2048", "step"), ("prompt of 8192 beside 32 x 2048", "step"),
+        ("prompt of 8192 beside 128 x 2048", "attention"), ("prompt of 8192 beside 128 x 2048", "step"),
+    }  # fmt: skip
 
 
 def test_engines_of_sglang() -> None:
