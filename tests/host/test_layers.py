@@ -52,7 +52,7 @@ def kernel_files() -> list[Path]:
 
 @pytest.mark.parametrize("path", kernel_files(), ids=lambda path: str(path.relative_to(KERNELS)))
 def test_kernels_do_not_know_plans(path: Path) -> None:
-    above = ("plan", "metadata", "ops", "validation", "support", "commands", "bench")
+    above = ("plan", "metadata", "ops", "mla_ops", "validation", "step_validation", "support", "commands", "bench")
     found = [name for name in imported_modules(path) if any(name.startswith(f"fa4_backend.{module}") for module in above)]
     assert not found, f"{path.relative_to(ROOT)} imports upwards: {found}"
 
