@@ -249,9 +249,11 @@ def test_a_long_run() -> None:
     [("serve_mla_h100.json", "16 heads", set()), ("serve_mla_h200.json", "128 heads", {"FA4, FP8, graphs"})],
 )
 def test_engines_with_latent_attention(name: str, heads: str, lacking: set[str]) -> None:
-    """`lacking`: the machine's time ended before."""
+    """`lacking`: the machine's time ended before. Pages were of 16 where nothing else is said, as vLLM's default is."""
     runs = load(name)[heads]
-    assert set(runs) == set(serve_mla.RUNS) - lacking and serve_mla.judge(runs) == []
+    wide = runs.pop("FA4, pages of 64")["against_reference"]
+    assert all(wide[metric] <= TOO_FAR * runs["TRITON_MLA"]["against_reference"][metric] for metric in serve_mla.METRICS)
+    assert set(runs) == set(serve_mla.RUNS) - lacking - {"FA4, pages of 16"} and serve_mla.judge(runs) == []
     assert all("ragged" in line for result in runs.values() for line in result["kernels"] if "latent" not in line)
     document = (RESULTS.parents[2] / "docs" / "benchmarks.md").read_text()
     for run in ("FA4", "FA4, scale 5% off"):
