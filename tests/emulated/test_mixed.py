@@ -18,7 +18,7 @@ from tests.support.paged_case import PagedCase
 
 pytestmark = pytest.mark.emulated
 
-CASE = PagedCase(query_lens=(1, 130, 1, 0, 70, 1, 1), kv_lens=(500, 333, 64, 0, 700, 1, 900), num_q_heads=8, num_kv_heads=2, head_dim=128)
+CASE = PagedCase(query_lens=(1, 130, 1, 0, 70, 1, 1), kv_lens=(1500, 333, 64, 0, 700, 1, 900), num_q_heads=8, num_kv_heads=2, head_dim=128)
 
 
 @pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])

@@ -36,7 +36,7 @@ class MixedRun:
 def run_mixed(
     case: PagedCase,
     *,
-    num_sms: int = 4,
+    num_sms: int = 6,
     seed: int | None = None,
     built: BuiltCase | None = None,
     min_part_blocks: int | None = None,

@@ -124,6 +124,9 @@ def check(built: BuiltCase, out: torch.Tensor, lse: torch.Tensor) -> tuple[float
     the last place of the largest value, which the last rounding alone costs; with Q in FP8 the rounding of weights on top. The lse to
     2^-22 of its size, or 2e-5.
 
+    Scores at the end of a soft cap are all alike, and so is the rounding of their weights, which no sum averages: where a row's reference
+    is not one of those scores (`wgmma_fragment`, Note [Fixed references]) it costs half a unit more.
+
     Judged by an oracle in float64: float32 rounds a logit of 2e4 by 2^-11.
 
     Raises:
@@ -136,6 +139,8 @@ def check(built: BuiltCase, out: torch.Tensor, lse: torch.Tensor) -> tuple[float
     want, want_lse = want[rows], want_lse[:, rows]
     error = (out[rows].double() - want).abs().max().item()
     allowed = max(2 * (rounded[rows] - want).abs().max().item(), torch.finfo(dtype).eps / 2 * want.abs().max().item())
+    if case.softcap and not built.is_decoded:
+        allowed += torch.finfo(dtype).eps / 2 * want.abs().max().item()
     if a.q_scale is not None and not built.is_decoded:
         allowed += e4m3_spread(a, is_causal=case.is_causal)
     assert error <= allowed, f"out: {error} where {allowed} is allowed"

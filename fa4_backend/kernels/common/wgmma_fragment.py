@@ -241,7 +241,8 @@ class RowFragment:
             half = Int32(cutlass.select_(largest > MOST_WEIGHT, (exponent + (HEADROOM + 1)) >> 1, Int32(0)))
             factor = ptx.bits_to_float((127 - half) << 23)
             stats.row_max[i] = stats.row_max[i] + (2 * half).to(Float32)
-            stats.row_sum[i] = stats.row_sum[i] * factor * factor
+            # The next block adds to it: a product that may not be fused into that sum (`online_softmax`, Note [Contraction]).
+            stats.row_sum[i] = ptx.mul_rn(ptx.mul_rn(stats.row_sum[i], factor), factor)
             factors[i] = factor * factor
             s = flat(rS)
             for j in self._row(i):
