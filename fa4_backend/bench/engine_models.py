@@ -10,6 +10,7 @@ from typing import Any
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, MAX_LEN, PREFIX, VOCAB
 from fa4_backend.problem import FP8, LATENT, RAGGED, SAME_AS_Q
+from fa4_backend.support import LATENT_PAGE
 
 PAGE_SIZE = 16  # vLLM's default
 LATENT_DIM, ROPE_DIM, NOPE_DIM, VALUE_DIM = 512, 64, 128, 128  # DeepSeek's
@@ -29,6 +30,7 @@ class EngineModel:
     token_elements: int  # that a token has in a layer's KV cache
     fp8_words: str  # in the line of our kernels where the cache is FP8
     problems: Callable[[str, str], Asked]  # of `kv_dtype` and arch: what its layers ask of our kernels
+    families: tuple[str, ...] | None = None  # of our kernels, as `write_csv` has them
 
     def config_of(self, num_layers: int) -> dict[str, Any]:
         """config.json."""
@@ -51,7 +53,7 @@ def _paged(heads: tuple[int, int], head_dim: int, kv_dtype: str, arch: str) -> A
 def _latent(num_heads: int, kv_dtype: str, arch: str) -> Asked:
     """Decode of latents, and prefill of keys and values made of them: new tokens to each other, and to their context."""
     stored = (LATENT_DIM + ROPE_DIM, LATENT_DIM, "bfloat16")
-    asked = [(AttentionProblem(num_heads, 1, *stored, PAGE_SIZE, arch, kv_dtype=kv_dtype, kv_source=LATENT), _limits())]
+    asked = [(AttentionProblem(num_heads, 1, *stored, LATENT_PAGE, arch, kv_dtype=kv_dtype, kv_source=LATENT), _limits())]
     for is_causal in (True, False):
         made = (NOPE_DIM + ROPE_DIM, VALUE_DIM, "bfloat16")
         mask = MaskFeatures(is_causal=is_causal)
@@ -67,7 +69,9 @@ def _deepseek(num_heads: int) -> EngineModel:
         "qk_nope_head_dim": NOPE_DIM, "qk_rope_head_dim": ROPE_DIM, "v_head_dim": VALUE_DIM, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     }  # fmt: skip
     backends = ("FA4", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
-    return EngineModel(backends, config, LATENT_DIM + ROPE_DIM, f"(latents {FP8})", partial(_latent, num_heads))
+    return EngineModel(
+        backends, config, LATENT_DIM + ROPE_DIM, f"(latents {FP8})", partial(_latent, num_heads), ("schedule", "mla_decode", "sm90")
+    )
 
 
 MODELS = {

@@ -87,7 +87,7 @@ class MlaBatch:
 
 
 def sets() -> dict[str, list[MlaBatch]]:
-    """Named sets. `short`: few keys in all; `long`; `drafts`: several queries a row; `fp8`: latents in e4m3."""
+    """Named sets. `short`: few keys in all; `long`; `drafts`: several queries a row; `fp8`: latents in e4m3; `pages`: pages of 16."""
     small = [
         MlaBatch(128, 1, 1024, goal_us=14), MlaBatch(128, 1, 4096, goal_us=18), MlaBatch(128, 1, 16384, goal_us=29),
         MlaBatch(128, 8, 4096, goal_us=32), MlaBatch(16, 1, 4096, goal_us=15), MlaBatch(16, 8, 4096, goal_us=24),
@@ -101,4 +101,5 @@ def sets() -> dict[str, list[MlaBatch]]:
         MlaBatch(16, 64, 16384, goal_us=215), MlaBatch(16, 64, 4096), MlaBatch(16, 8, 4096), MlaBatch(16, 1, 4096),
         MlaBatch(128, 64, 4096), MlaBatch(128, 64, 4096, 4), MlaBatch(128, 1, 4096),
     ]  # fmt: skip
-    return {"short": small, "long": large, "drafts": drafts, "fp8": [replace(batch, kv_dtype=FP8) for batch in stored]}
+    pages = [MlaBatch(128, 64, 4096, page_size=16), MlaBatch(16, 64, 4096, page_size=16)]
+    return {"pages": pages, "short": small, "long": large, "drafts": drafts, "fp8": [replace(batch, kv_dtype=FP8) for batch in stored]}

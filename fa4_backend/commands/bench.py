@@ -204,7 +204,7 @@ def engine(
             if figures and not json_output:
                 print(module.format_line(figures), flush=True)
             if figures and csv_path is not None:  # after each answer: a machine's time may end before the last one's
-                write_csv(csv_path, every)
+                write_csv(csv_path, every, of_model.families)
     except module.EngineBenchError as error:
         typer.echo(f"fa4 bench: {error}", err=True)
         raise typer.Exit(1) from None

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 
 from fa4_backend.problem import LATENT, UnsupportedProblem
-from fa4_backend.support import PAGE_MULTIPLE
+from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
 from fa4_integration.vllm_backend.answers import SharedAnswers, dtype_name
 from fa4_integration.vllm_backend.kv_cache import stored_dtype
 from fa4_integration.vllm_backend.mla_impl import FA4MLAImpl
@@ -39,6 +39,11 @@ class FA4MLABackend(SharedAnswers, MLACommonBackend):
     @staticmethod
     def get_builder_cls() -> type[FA4MLAMetadataBuilder]:
         return FA4MLAMetadataBuilder
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Pages where the user names none (`--block-size`): vLLM's default, or a tile's keys where that is no multiple of them."""
+        return default_block_size if default_block_size % LATENT_PAGE == 0 else LATENT_PAGE
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -26,6 +26,7 @@ from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attent
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
+from fa4_backend.support import LATENT_PAGE
 from tests.device.engine_lane import run_process
 from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
 from tests.device.serve_options import serve_parser
@@ -43,7 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
     "FA4": ("FA4", EAGER, "TRITON_MLA"),
     "FA4, graphs": ("FA4", GRAPHS, "TRITON_MLA"),
     "FA4, drafts in graphs": ("FA4", {**GRAPHS, **DRAFTS}, "TRITON_MLA"),
-    "FA4, pages of 64": ("FA4", {**EAGER, "block_size": 64}, "TRITON_MLA"),
+    "FA4, pages of 16": ("FA4", {**EAGER, "block_size": 16}, "TRITON_MLA"),
     "FA4, scale 5% off": ("FA4", EAGER, "TRITON_MLA"),
     "TRITON_MLA, FP8": ("TRITON_MLA", {**EAGER, **FP8}, ""),
     "FA4, FP8": ("FA4", {**EAGER, **FP8}, "TRITON_MLA, FP8"),
@@ -143,7 +144,7 @@ def keys_of(num_heads: int, arch: str) -> list[Any]:
     for backend, arguments, _ in RUNS.values():
         if backend == "FA4":
             stored = FP8_ELEMENTS if "kv_cache_dtype" in arguments else "bfloat16"
-            page_size = arguments.get("block_size", 16)
+            page_size = arguments.get("block_size", LATENT_PAGE)
             latent = AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch, kv_dtype=stored, kv_source=LATENT)
             problems.append((latent, 1 + arguments.get("speculative_config", {}).get("num_speculative_tokens", 0)))
     for is_causal in (True, False):

@@ -214,6 +214,19 @@ def test_what_is_served(facts: dict[str, Any]) -> None:
     assert FA4MLABackend.validate_configuration(device_capability=None, **{**SELECTED, **facts}) == []  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("default", "preferred"), [(16, 64), (32, 64), (64, 64), (128, 128), (48, 64)])
+def test_pages_hold_the_keys_of_a_tile_where_the_user_names_none(default: int, preferred: int) -> None:
+    assert FA4MLABackend.get_preferred_block_size(default) == preferred and FA4MLABackend.supports_block_size(preferred)
+
+
+def test_vllm_asks_for_the_preferred_pages() -> None:
+    """As its platform asks where there is one backend."""
+    from vllm.config import VllmConfig
+    from vllm.platforms.interface import Platform
+
+    assert Platform._preferred_block_size_for_backends([FA4MLABackend], 16, VllmConfig()) == 64
+
+
 def test_fp8_latents_stay_unquantised_queries(configs: dict[str, Any]) -> None:
     impl = make_layer(configs["fp8"], 8).impl
     assert impl.problem(16).kv_dtype == FP8 and not impl.supports_quant_query_input
