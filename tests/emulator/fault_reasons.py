@@ -45,6 +45,11 @@ MISSED = {
 # The same of faults that several kernels have: kind, a pattern of the statement, and why.
 MISSED_ANYWHERE = (
     ("vote all for any", r"vote", "no warp here has rows whose maximum moves far beside rows whose does not"),
+    (
+        "narrow an atomic",
+        r"\.cas\.",
+        "as with its acq_rel made relaxed: a second counter covers it, unless the last CTA counts itself there first",
+    ),
     ("relax atomic", r"\.cas\.", "the acq_rel of a second counter covers it, unless the last CTA counts itself there before the first has"),
     ("global load 16 bytes on", r"ld\.global", "the neighbour's value leads to the same result in this case"),
 )
@@ -70,7 +75,7 @@ def vacuous(target: Target, mutant: Mutant) -> str:
     if "wgmma.fence" in mutant.text:
         if other_fence_covers(target, mutant):
             return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
-    if mutant.kind == "registers unlike the warpgroup's" and warpgroups_run_it(target, mutant):
+    if mutant.kind in ("registers unlike the warpgroup's", "drop setmaxnreg") and warpgroups_run_it(target, mutant):
         return f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement"
     if mutant.kind in ("shuffle from elsewhere", "shuffle among 16") and same_values(target, mutant):
         return f"both lanes hold the same, in {len(SEEDS)} random schedules"
@@ -84,10 +89,8 @@ def vacuous(target: Target, mutant: Mutant) -> str:
         return "before it there are only copies and the announcement of their bytes, whose order is free"
     if mutant.kind == "drop warp sync" and nothing_to_order(target, mutant):
         return "since the synchronisations before it, lanes arrived and fenced, and the warp as a whole accessed tensor memory"
-    if mutant.kind == "drop warp sync" and one_lane_acts(target, mutant):
-        return (
-            f"one lane at most accesses memory, arrives or fences between the synchronisations beside it, in {len(SEEDS)} random schedules"
-        )
+    if mutant.kind == "drop warp sync" and lane_0_alone_acts(target, mutant):
+        return f"before it lane 0 alone acts, in {len(SEEDS)} random schedules; another lane that accessed what it wrote would race"
     if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
         return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
     if mutant.kind == "drop wait":
@@ -290,25 +293,21 @@ ACTS = re.compile(
 )
 
 
-def beside(kernel: Kernel, site: int, only_before: bool = False) -> set[int]:
-    """Instructions from the synchronisations before this one to those behind it, or to this one."""
+def before_it(kernel: Kernel, site: int) -> set[int]:
+    """Instructions from the synchronisations before this one to this one."""
     instructions = kernel.instructions
-
-    def no_sync(instruction: Instruction) -> bool:
-        return not re.match(r"bar\.|barrier\.", instruction.opcode)
-
-    before: list[list[int]] = [[] for _ in instructions]
+    leads_to: list[list[int]] = [[] for _ in instructions]
     for pc in range(len(instructions)):
         for after in successors(kernel, pc):
-            before[after].append(pc)
+            leads_to[after].append(pc)
     near: set[int] = set()
-    work = list(before[site])
-    while work:  # backwards, up to other synchronisations
+    work = list(leads_to[site])
+    while work:
         pc = work.pop()
-        if pc not in near and no_sync(instructions[pc]):
+        if pc not in near and not re.match(r"bar\.|barrier\.", instructions[pc].opcode):
             near.add(pc)
-            work += before[pc]
-    return near if only_before else near | _walk(kernel, site, no_sync)
+            work += leads_to[pc]
+    return near
 
 
 def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
@@ -318,8 +317,8 @@ def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
     buffer itself, since waits are no lane's alone.
     """
     kernel, site = _at(target, mutant)
-    harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)")
-    acts = [kernel.instructions[pc] for pc in beside(kernel, site, only_before=True) if ACTS.search(kernel.instructions[pc].text)]
+    harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)|tcgen05\.fence")
+    acts = [kernel.instructions[pc] for pc in before_it(kernel, site) if ACTS.search(kernel.instructions[pc].text)]
     return any("complete_tx" in i.opcode for i in acts) and all(harmless.match(i.opcode) for i in acts)
 
 
@@ -331,22 +330,22 @@ def nothing_to_order(target: Target, mutant: Mutant) -> bool:
     """
     kernel, site = _at(target, mutant)
     own = re.compile(r"tcgen05\.(ld|st|wait|fence)|fence\.|mbarrier\.arrive|ld\.param")
-    before = [kernel.instructions[pc] for pc in beside(kernel, site, only_before=True)]
+    before = [kernel.instructions[pc] for pc in before_it(kernel, site)]
     acts = [i for i in before if ACTS.search(i.text)]
     fences = [i for i in before if i.opcode.startswith("fence")]
     return all(own.match(i.opcode) for i in acts) and all(i.guard is None for i in fences)
 
 
-def one_lane_acts(target: Target, mutant: Mutant) -> bool:
-    """A trap, taken where more than one lane runs, never fires at what stands between this synchronisation and the ones beside it."""
+def lane_0_alone_acts(target: Target, mutant: Mutant) -> bool:
+    """A trap, taken where another lane runs, never fires at what stands between the synchronisations before and this one."""
     kernel, site = _at(target, mutant)
     instructions = kernel.instructions
-    near = beside(kernel, site)
+    near = before_it(kernel, site)
     lines = one_statement_a_line(target.ptx).split("\n")
     for pc in near:
         if ACTS.search(instructions[pc].text):
             number = instructions[pc].line - 1
-            check = "{ .reg .pred fi_q; .reg .b32 fi_m; activemask.b32 fi_m; popc.b32 fi_m, fi_m; setp.gt.u32 fi_q, fi_m, 1; @fi_q trap; }"
+            check = "{ .reg .pred fi_q; .reg .b32 fi_m; activemask.b32 fi_m; setp.ne.u32 fi_q, fi_m, 1; @fi_q trap; }"
             lines[number] = check + "\n" + lines[number]
     return _runs_without_a_trap(target, lines)
 

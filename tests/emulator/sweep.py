@@ -1,6 +1,7 @@
 """Faults, races of every Blackwell key, right programs under 200 schedules: all of it, over all cores, in one pool.
 
     python -m tests.emulator.sweep --jobs 32 --seconds 550 --out build/sweep
+    python -m tests.emulator.sweep --jobs 32 --parts races --out build/sweep      (a run into the same folder does what is left)
     python -m tests.emulator.sweep --collect build/sweep      (writes tests/emulator/results and docs/data)
 
 Every verdict is a line of <out>/lines as soon as it is known, so that a run that is cut short keeps what it has. Parts: `faults`
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fa4_backend import emulator
+from fa4_backend import emulator, envs
 from fa4_backend.kernel_stamp import make_stamp
 from tests.emulator import fault_injection as fi
 from tests.emulator.fault_mutations import mutants, one_statement_a_line
@@ -68,6 +69,8 @@ def act(out: str, part: str, *arguments: Any) -> None:
     """One task; its verdicts go to the file."""
     torch.set_num_threads(1)
     emulator.install()  # before the compiler is imported
+    # Some cases import it before they compile: see `compile.trace_and_compile` for what it does where it has to ask for the arch.
+    envs.set_default("CUTE_DSL_ARCH", "sm_100a")
     for line in {"faults": fault_lines, "more": fault_lines, "schedules": schedule_lines, "races": race_lines}[part](*arguments):
         keep(out, line)
 
@@ -105,13 +108,12 @@ def race_lines(script: str, name: str, seeds: range) -> Iterator[dict[str, Any]]
     """Some seeds of one case of races; -1 is the deterministic schedule."""
     begin = fi.cpu_seconds()
     case, failure, want = race_case(script, name)
+    first = {"what": "race", "script": script, "case": name, "key": case.key, "stamp": make_stamp("emulator", case.families)}
     for seed in (-1, *seeds):
         if seed >= 0:
             failure, _ = fault_of(case, seed, want)
         end = fi.cpu_seconds()
-        yield {
-            "what": "race", "script": script, "case": name, "key": case.key, "seed": seed, "failure": failure, "cpu": round(end - begin, 2),
-        }  # fmt: skip
+        yield first | {"seed": seed, "failure": failure, "cpu": round(end - begin, 2)}
         begin = end
 
 
@@ -138,6 +140,19 @@ def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: i
             arguments = [(out, part, name, sample, fault_seeds, (i, shares)) for i in range(shares)]
             tasks += [Task(name, 6 if part == "more" else int(i > 0), 12.0, a) for i, a in enumerate(arguments)]
     return [task for task in tasks if only in task.group]
+
+
+def is_done(task: Task, lines: list[dict[str, Any]]) -> bool:
+    """Whether an earlier run into the same folder has all of a task's verdicts."""
+    _, part, *arguments = task.arguments
+    if part in ("faults", "more"):
+        name, sample, seeds, share = arguments
+        want = {"what": "share", "program": name, "sample": sample, "seeds": seeds, "share": list(share)}
+        return any(want.items() <= line.items() for line in lines)
+    names = {"what": "schedule", "program": arguments[0]}
+    if part == "races":
+        names = {"what": "race", "script": arguments[0], "case": arguments[1]}
+    return set(arguments[-1]) <= {line["seed"] for line in lines if names.items() <= line.items()}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -174,10 +189,21 @@ def collect_faults(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return results
 
 
+def once_a_seed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of seeds, the last of those that were run more than once."""
+    return list(
+        {
+            (line["what"], line.get("program"), line.get("script"), line.get("case"), line["seed"]): line
+            for line in lines
+            if "seed" in line
+        }.values()
+    )
+
+
 def collect_schedules(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """program -> its result, as `right_schedules` writes it."""
     results: dict[str, dict[str, Any]] = {}
-    for line in lines:
+    for line in once_a_seed(lines):
         if line["what"] == "schedule":
             start = {"program": line["title"], "stamp": line["stamp"], "seeds": 0, "alarms": [], "cpu_seconds": 0.0}
             result = results.setdefault(line["program"], start)
@@ -190,8 +216,10 @@ def collect_schedules(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def collect_races(lines: list[dict[str, Any]], script: str) -> dict[str, Any]:
     """A file of races, as the script prints it."""
     results: dict[str, Any] = {}
-    for line in lines:
+    stamp: dict[str, Any] = {}
+    for line in once_a_seed(lines):
         if line["what"] == "race" and line["script"] == script:
+            stamp = line["stamp"] | {"kernels": stamp.get("kernels", {}) | line["stamp"]["kernels"]}
             result = results.setdefault(line["case"], {"key": line["key"], "seeds": 0, "failures": [], "cpu_seconds": 0.0})
             result["seeds"] += line["seed"] >= 0
             result["failures"] += [line["failure"]] if line["failure"] else []
@@ -199,8 +227,7 @@ def collect_races(lines: list[dict[str, Any]], script: str) -> dict[str, Any]:
     if not results:
         return {}
     cases = importlib.import_module(RACES[script]).SEEDED
-    families = dict.fromkeys(family for name in results for family in cases[name].families)
-    return {"stamp": make_stamp("emulator", families), **{name: results[name] for name in cases if name in results}}
+    return {"stamp": stamp, **{name: results[name] for name in cases if name in results}}
 
 
 def collect(folder: Path, results: Path, data: Path) -> None:
@@ -248,6 +275,8 @@ def main() -> None:
     emulator.install()  # built here, so that no worker waits for another's build
     print(f"the emulator is built after {time.monotonic() - begin:.0f} s", flush=True)
     tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds)
+    lines = read_lines(options.out)
+    tasks = [task for task in tasks if not is_done(task, lines)]
     print(f"{len(tasks)} tasks after {time.monotonic() - begin:.0f} s", flush=True)
     seconds = options.seconds - (time.monotonic() - begin)
     problems = run_tasks(tasks, act, options.jobs, seconds, [f"{out}/logs/{number}.log" for number in range(options.jobs)])

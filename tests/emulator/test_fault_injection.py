@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fa4_backend import emulator
 from tests.emulator import fault_injection as fi
 from tests.emulator import fault_reasons
 from tests.emulator.fault_edits import EDITS, Edit
@@ -248,3 +250,34 @@ def test_a_second_warp_sync_is_harmless_behind_a_fence_of_all_lanes(first: str, 
     lines = fi.one_statement_a_line(target.ptx).split("\n")
     number = [i for i, line in enumerate(lines) if "bar.warp.sync" in line][1]
     assert fault_reasons.nothing_to_order(target, Mutant("drop warp sync", number + 1, lines[number], "")) == is_harmless
+
+
+@pytest.mark.parametrize(("lane", "is_harmless"), [(0, True), (3, False)])
+def test_a_warp_sync_behind_lane_0_alone_is_harmless(lane: int, is_harmless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lane 0 stores and arrives; if lane 3 stores, the synchronisation is needed."""
+    body = f"""
+mov.u32 %r0, smem;
+setp.ne.u32 %q0, %t, {lane};
+@%q0 bra met;
+st.shared.u32 [%r0+64], %t;
+met:
+bar.warp.sync 0xffffffff;
+"""
+    program = Program("alone", "", body, (output("d", np.zeros(8, np.uint32)),), smem_bytes=1024)
+
+    def run(seed: int | None) -> tuple[list, emulator.Report]:
+        return [], run_program(replace(program, body=bodies[-1]), seed=seed)[1]
+
+    bodies = [body]
+
+    @contextmanager
+    def planted(target: fi.Target, ptx: str) -> Iterator[None]:
+        start = ptx.index("mov.u32 %r0, smem;")
+        bodies.append(ptx[start : ptx.rindex("ret;")])
+        yield
+
+    monkeypatch.setattr(fault_reasons, "planted", planted)
+    target = fi.Target("alone", program.ptx, run)
+    lines = fi.one_statement_a_line(target.ptx).split("\n")
+    number = next(i for i, line in enumerate(lines) if "bar.warp.sync" in line)
+    assert fault_reasons.lane_0_alone_acts(target, Mutant("drop warp sync", number + 1, lines[number], "")) == is_harmless

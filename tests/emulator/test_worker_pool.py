@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ def act(folder: str, what: str) -> None:
     """Leave a file; or fail, or take for ever."""
     if what == "fails":
         raise ValueError("as asked")
+    if what == "dies":
+        os._exit(1)
     if what == "endless":
         time.sleep(600)
     (Path(folder) / what).touch()
@@ -30,11 +33,12 @@ def test_workers_keep_to_a_group_and_share_the_longest() -> None:
 
 
 def test_failures_and_the_end_of_time_are_told(tmp_path: Path) -> None:
-    """Two workers; of the last three tasks one hangs, so that the other worker does the rest."""
-    names = ["one", "fails", "endless", "two"]
+    """Two workers; one dies and another takes its place; then one hangs, so that the other does the rest."""
+    names = ["one", "fails", "dies", "endless", "two"]
     tasks = [Task(name, rank, 1.0, (str(tmp_path), name)) for rank, name in enumerate(names)]
     begin = time.monotonic()
-    problems = run_tasks(tasks, act, 2, 12.0, [str(tmp_path / f"{i}.log") for i in range(2)])
+    problems = run_tasks(tasks, act, 2, 20.0, [str(tmp_path / f"{i}.log") for i in range(2)])
     assert time.monotonic() - begin < 60
     assert (tmp_path / "one").exists() and (tmp_path / "two").exists()
-    assert len(problems) == 2 and "ValueError: as asked" in problems[0] and "endless" in problems[1] and "under way" in problems[1]
+    assert len(problems) == 3 and "endless" in problems[2] and "under way" in problems[2]
+    assert {"ValueError: as asked" in p for p in problems[:2]} == {"the process ended" in p for p in problems[:2]} == {True, False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import time
 import traceback
 from collections import Counter
@@ -13,7 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SILENCE_S, TELL_S = 60, 15
+TELL_S = 15
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def _serve(pipe: Connection, act: Callable[..., None], log: str, begin: float) -
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    faulthandler.dump_traceback_later(SILENCE_S, repeat=True, exit=False)  # where a worker is that gets nowhere
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # says where a worker is that gets nowhere
     print(f"{time.monotonic() - begin:.1f} s to start", flush=True)
     while (arguments := pipe.recv()) is not None:
         failure = ""
@@ -78,15 +80,26 @@ def run_tasks(tasks: list[Task], act: Callable[..., None], jobs: int, seconds: f
     Returns a line for each task that failed, and one for what was left.
     """
     begin, todo, problems = time.monotonic(), TaskList(tasks), []
-    context, workers, running = get_context("spawn"), {}, {}
-    for number in range(min(jobs, len(tasks))):
+    context = get_context("spawn")
+    workers: dict[Connection, tuple[int, Any]] = {}
+    running: dict[Connection, Task] = {}
+
+    def start(number: int) -> None:
         pipe, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, act, logs[number], begin), daemon=True)
         process.start()
         theirs.close()
         workers[pipe] = number, process
-        running[pipe] = todo.take(number)
-        pipe.send(running[pipe].arguments)
+        give(pipe)
+
+    def give(pipe: Connection) -> None:
+        task = todo.take(workers[pipe][0])
+        pipe.send(None if task is None else task.arguments)
+        if task is not None:
+            running[pipe] = task
+
+    for number in range(min(jobs, len(tasks))):
+        start(number)
     told = begin
     while running and (left := seconds - (time.monotonic() - begin)) > 0:
         if time.monotonic() - told > TELL_S:
@@ -99,13 +112,13 @@ def run_tasks(tasks: list[Task], act: Callable[..., None], jobs: int, seconds: f
                 failure = pipe.recv()
             except EOFError:
                 problems.append(f"{done.arguments}: the process ended")
+                todo.prepared.pop(number, None)
+                if todo.left:
+                    start(number)
                 continue
             if failure:
                 problems.append(f"{done.arguments}: {failure}")
-            task = todo.take(number)
-            pipe.send(None if task is None else task.arguments)
-            if task is not None:
-                running[pipe] = task
+            give(pipe)
     for pipe, task in running.items():
         problems.append(f"{task.arguments}: under way when time was up")
         workers[pipe][1].terminate()
