@@ -52,7 +52,7 @@ def cpu_seconds() -> float:
 
 def trace_and_compile(key: CompileKey, dump_dir: Path) -> Any:
     """The DSL's compiled function for `key`; PTX and cubin are kept in `dump_dir`."""
-    # Named, the DSL need not ask a driver for it, which without a visible GPU takes a thousand nested tries of its error report.
+    # Named, the DSL asks no driver for it: where GPUs are hidden, its report of that error asks for the chip again, and so on.
     envs.set_default("CUTE_DSL_ARCH", key.arch)
     import cutlass.cute as cute
 

@@ -86,7 +86,7 @@ def test_a_compile_after_warm_up_is_an_error_in_strict_mode(stub_compiler: list[
 
 
 def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the DSL's own search for a chip, a compile on a machine whose GPUs are hidden does not end."""
+    """With the DSL's own search for a chip, compiles side by side on a machine whose GPUs are hidden were seen not to end in minutes."""
     seen: list[str | None] = []
 
     def no_kernel(key: StubKey) -> None:

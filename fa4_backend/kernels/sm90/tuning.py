@@ -35,7 +35,7 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #   d96 32/32 8 x 4K, 2 x 16K, 32 x 1K, 4 x 512 of 8K, 32/8 8 x 4K: 128 rows, tile_n 128 1714, 6509, 524, 394, 1669, the vote first 1678,
 #     6394, 517, 393, 1618; tile_n 144, 5 slots 1722, 6288, 582, 389, 1621; 192 rows, tile_n 112, 6 slots 1577, 5436, 629, 378, 1474 (a
 #     rescale a block 1662, 5700, 651, 397, 1523), tile_n 96, 7 slots 1578, 5531, 590, 387, 1436: the only ones that are ahead of FA3 in
-#     every cell (1673, 5930, 777, 431, 1554 in another run), at the price of short prompts
+#     every cell (1673, 5930, 777, 410, 1554 in another run), at the price of short prompts
 #   (192, 128) 16/16 8 x 4K, 2 x 16K, 16 x 1K, 4 x 512 of 8K, 16/2 4 x 4K: 1099, 4083, 179, 254, 510; behind a vote 1100, 4008, 180, 252,
 #     505; the vote first 1043, 3857, 178, 247, 500
 #   d128 32/8 8 x 4K, 2 x 16K, 1 x 32K, full 2 x 16K: behind a vote 1752, 6631, 13301, 13404, the vote first 1737, 6965, 13909, 13798
