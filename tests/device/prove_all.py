@@ -1,7 +1,7 @@
 """Every proof of prefill, decode and mixed steps, 16-bit and FP8 K and V, in one command: `python -m tests.device.prove_all --out FOLDER`.
 
 Fuzzed poisoned batches, bits and large pools, several processes at a time over all GPUs, each with a time limit. Prints the last lines of
-each; FOLDER gets whole logs, a result of each process, and `fuzz.json`, the fuzzed batches of each kind together. `--only` chooses by
+each; FOLDER gets whole logs, a result of each process, and of all fuzzed batches what `results/fuzz_h200.json` has. `--only` chooses by
 name. memcheck and racecheck: `tests.device.sanitize`, which needs the same kernels; MLA: `tests.device.prove_mla`.
 """
 
