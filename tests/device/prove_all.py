@@ -59,8 +59,8 @@ PREFILL_CASES, DECODE_CASES = "cases,pages,pool", "lists,pool,bits,exact"
 KINDS = (
     Kind("prefill", "prove_prefill", "fuzz", "--batches", prefill_setups, "auto", "auto", PREFILL_CASES, 6),
     Kind("prefill, K and V in FP8", "prove_prefill", "fuzz", "--batches", prefill_setups, "fp8", FP8, PREFILL_CASES, 6),
-    Kind("decode", "prove_decode", "fuzz", "--batches", decode_setups, "bf16", "bfloat16", DECODE_CASES, 1),
-    Kind("decode, K and V in FP8", "prove_decode", "fuzz", "--batches", decode_setups, "fp8", FP8, DECODE_CASES, 1),
+    Kind("decode", "prove_decode", "fuzz", "--batches", decode_setups, "bf16", "bfloat16", DECODE_CASES, 2),
+    Kind("decode, K and V in FP8", "prove_decode", "fuzz", "--batches", decode_setups, "fp8", FP8, DECODE_CASES, 2),
     Kind("mixed steps", "prove_decode", "mixed", "--mixed-batches", mixed_setups, "bf16", "bfloat16", "", 3),
     Kind("mixed steps, K and V in FP8", "prove_decode", "mixed", "--mixed-batches", mixed_setups, "fp8", FP8, "", 3),
 )
