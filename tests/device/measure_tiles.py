@@ -9,7 +9,8 @@
 
 Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of what is in use. A variant is a list of
 fields of `TileShape` or `WorkShape`, and of words: "prefill tiles" sends decode rows to the prefill kernel, whose tiles are cut along KV,
-"invariant" is batch-invariant mode, "no pages" the same batch over dense K and V. FOLDER is as in `compare_versions`. Kernels that the
+"3 KV heads" calls one KV head three, each with a third of its query heads, "invariant" is batch-invariant mode, "no pages" the same batch
+over dense K and V. FOLDER is as in `compare_versions`. Kernels that the
 cache lacks are compiled by several processes first.
 """
 
@@ -91,6 +92,12 @@ def batch_of(variant: str, batch: BatchShape) -> BatchShape:
     return replace(batch, kv_source=RAGGED) if NO_PAGES in variant.split(",") else batch
 
 
+def kv_heads_of(variant: str, batch: BatchShape) -> int:
+    """As how many KV heads a variant reads those of the batch."""
+    called = re.search(r"(\d+) KV heads", variant)
+    return int(called.group(1)) if called and batch.num_kv_heads == 1 else batch.num_kv_heads
+
+
 def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> AttentionPlan:
     """What a variant's plan is, of `batch_of` it.
 
@@ -98,11 +105,12 @@ def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> Att
         ValueError: a word is no field of a shape and none of the variants.
     """
     words = variant.split(",")
-    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)}
-    if strange := [w for w in words if w.split("=")[0] not in known and w not in (IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES)]:
+    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES}
+    if strange := [w for w in words if w.split("=")[0] not in known and not re.fullmatch(r"\d+ KV heads", w)]:
         raise ValueError(f"variant: expected fields of TileShape or WorkShape, or words that are explained above, got {', '.join(strange)}")
     with tile_of(batch, variant):
-        plan = planner(*asked(batch, arch, batch_invariant=INVARIANT in words))
+        heads = replace(batch, num_kv_heads=kv_heads_of(variant, batch))
+        plan = planner(*asked(heads, arch, batch_invariant=INVARIANT in words))
     plan = prefill_plan(plan) if PREFILL_TILES in words else plan
     assert plan.kernels is not None
     work = replace(plan.kernels.work, decode_query_len=0) if PREFILL_TILES in words else plan.kernels.work
@@ -116,6 +124,9 @@ def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[
     if variant == OTHER:
         return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
     plan = plan_of(variant, batch, gpu_arch(), lambda problem, limits: plan_on(problem, limits, tensors.q.device))
+    if plan.problem.num_kv_heads != batch.num_kv_heads:
+        k_cache, v_cache = (cache.expand(-1, -1, plan.problem.num_kv_heads, -1) for cache in (tensors.k_cache, tensors.v_cache))
+        tensors = replace(tensors, k_cache=k_cache, v_cache=v_cache)
     return Ours.of_plan(plan, batch, tensors).call
 
 
