@@ -93,9 +93,10 @@ def batch_of(variant: str, batch: BatchShape) -> BatchShape:
 
 
 def kv_heads_of(variant: str, batch: BatchShape) -> int:
-    """As how many KV heads a variant reads those of the batch."""
+    """As how many KV heads a variant reads those of the batch: one that cannot be divided so is read as it is."""
     called = re.search(r"(\d+) KV heads", variant)
-    return int(called.group(1)) if called and batch.num_kv_heads == 1 else batch.num_kv_heads
+    is_divided = called is not None and batch.num_kv_heads == 1 and batch.num_q_heads % int(called.group(1)) == 0
+    return int(called.group(1)) if called and is_divided else batch.num_kv_heads
 
 
 def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> AttentionPlan:
