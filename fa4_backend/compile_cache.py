@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fa4_backend import envs
+from fa4_backend import driver, envs
 from fa4_backend.cache import entry as cache_entry
 from fa4_backend.cache.errors import BrokenObjectError
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, KernelFacts, compile_to_object, describe
@@ -176,7 +176,7 @@ def load_kernel(key: CompileKey) -> Callable[..., None]:
     Raises:
         CompileError: the kernel could not be compiled or linked.
         CacheError: see `fa4_backend.cache.entry.ensure`; BrokenObjectError also where the loader refuses a whole object.
-        FileNotFoundError: the launch runtime is not installed.
+        FileNotFoundError: the launch runtime is not installed, or too new for the driver.
     """
     import tvm_ffi
 
@@ -193,20 +193,28 @@ def load_runtime() -> Any:
     """Load the DSL's launch runtime, whose symbols the objects need, without importing the DSL.
 
     Raises:
-        FileNotFoundError: the package that carries it is not installed.
+        FileNotFoundError: as `find_runtime`.
     """
     return ctypes.CDLL(str(find_runtime()), mode=ctypes.RTLD_GLOBAL)
 
 
 def find_runtime() -> Path:
-    """Path of `libcute_dsl_runtime.so`, the newest CUDA variant installed.
+    """Path of `libcute_dsl_runtime.so`: of the CUDA variants installed the newest that the driver runs, which is what the DSL takes too.
 
     Raises:
-        FileNotFoundError: the package that carries it is not installed.
+        FileNotFoundError: the package that carries it is not installed, or only variants that are too new for the driver.
     """
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-    found = sorted(path for folder in folders for path in folder.glob("cu*/lib/libcute_dsl_runtime.so"))
+    found = {int(path.parts[-3][2:]): path for folder in folders for path in folder.glob("cu[0-9]*/lib/libcute_dsl_runtime.so")}
     if not found:
         raise FileNotFoundError("libcute_dsl_runtime.so: expected in the package nvidia-cutlass-dsl (cu12 or cu13), found none")
-    return found[-1]
+    newest, _ = driver.cuda_version() or (max(found), 0)
+    usable = [cuda for cuda in found if cuda <= newest]
+    if not usable:
+        variants = ", ".join(f"cu{cuda}" for cuda in sorted(found))
+        raise FileNotFoundError(
+            f"libcute_dsl_runtime.so: expected a variant for CUDA {newest}, the newest that the driver runs, found {variants}; "
+            "update the driver, or install nvidia-cutlass-dsl without its extra cu13"
+        )
+    return found[max(usable)]

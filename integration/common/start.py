@@ -35,7 +35,7 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
 
     Raises:
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
-        CompileError: a kernel could not be compiled or linked.
+        CompileError, CacheError: as `AttentionMetadata.allocate`.
     """
     return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
 
@@ -44,7 +44,7 @@ def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMe
     """The same for layers whose out an engine wants in FP8: refreshed with `step`, whose buffers it shares.
 
     Raises:
-        UnsupportedProblem, CompileError: as `allocate`.
+        UnsupportedProblem, CompileError, CacheError: as `allocate`.
     """
     return step.sharing(plan_on(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, device))
 

@@ -8,10 +8,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fa4_backend import compile_cache
+from fa4_backend import compile_cache, driver
 from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
@@ -99,6 +100,33 @@ def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkey
         trace_and_compile(StubKey(1, builder="tests.support.stub_kernels:no_kernel"), tmp_path)
     monkeypatch.delenv("CUTE_DSL_ARCH")
     assert seen == ["sm_90a"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "newest", "chosen"),
+    [
+        (("cu12", "cu13"), (13, 0), "cu13"),
+        (("cu12", "cu13"), (12, 9), "cu12"),
+        (("cu12", "cu13"), (14, 1), "cu13"),
+        (("cu12", "cu13"), None, "cu13"),  # no driver
+        (("cu13",), (12, 9), "expected a variant for CUDA 12, the newest that the driver runs, found cu13; update the driver"),
+        ((), (13, 0), "expected in the package nvidia-cutlass-dsl"),
+    ],
+)
+def test_the_launch_runtime_is_one_that_the_driver_runs(
+    installed: tuple[str, ...], newest: tuple[int, int] | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in installed:
+        (tmp_path / variant / "lib").mkdir(parents=True)
+        (tmp_path / variant / "lib" / "libcute_dsl_runtime.so").touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {"nvidia_cutlass_dsl": spec}.get)
+    monkeypatch.setattr(driver, "cuda_version", lambda: newest)
+    if chosen.startswith("cu"):
+        assert compile_cache.find_runtime() == tmp_path / chosen / "lib" / "libcute_dsl_runtime.so"
+    else:
+        with pytest.raises(FileNotFoundError, match=chosen):
+            compile_cache.find_runtime()
 
 
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:
