@@ -15,11 +15,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fa4_backend.bench.batch import BatchTensors
+from fa4_backend.bench import dense_peers
+from fa4_backend.bench.batch import BatchShape, BatchTensors
+from fa4_backend.bench.prefill_batches import PrefillBatch
 from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.measure_tiles import IN_USE, call_of, cells
 
@@ -40,11 +43,27 @@ SHOWN = {
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio")
 
 
+def run_of(variant: str, batch: BatchShape) -> Callable[[], object]:
+    """A variant's call.
+
+    Raises:
+        ValueError: flash-attn-4's dense kernel takes whole prompts only.
+    """
+    tensors = BatchTensors.make(batch)
+    if variant != dense_peers.FLASH_ATTN_4:
+        return call_of(variant, batch, tensors)
+    assert isinstance(batch, PrefillBatch), batch
+    call = dense_peers.prepare(variant, batch, tensors)
+    if call is None:
+        raise ValueError(f"expected whole prompts under a plain mask for {variant}, got {batch.title}")
+    return call
+
+
 def run_cell(kind_names: str, title: str, variant: str) -> None:
     """The cell once for the profiler, and once before it."""
     batch = next(b for b in cells(kind_names, "") if b.title == title)
     torch.manual_seed(0)
-    call = call_of(variant, batch, BatchTensors.make(batch))
+    call = run_of(variant, batch)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -86,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", required=True, help="as in `measure_tiles`")
     parser.add_argument("--only", default="", help="cells whose title matches this regular expression")
-    parser.add_argument("--variant", default=IN_USE, help='fields of TileShape, or "fa3"')
+    parser.add_argument("--variant", default=IN_USE, help='fields of TileShape, "fa3" or "fa4-sm90 dense"')
     parser.add_argument("--seconds", type=float, default=60.0, help="that a cell may take")
     parser.add_argument("--run", help="one cell, by its title, in this process: what ncu watches")
     parser.add_argument("--json", type=Path)
