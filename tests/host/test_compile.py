@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,33 @@ def test_a_key_is_compiled_once(stub_compiler: list[StubKey]) -> None:
     assert compile_cache.ensure_object(StubKey(1)) == first and first.is_file()
     assert compile_cache.ensure_object(StubKey(2)) != first
     assert stub_compiler == [StubKey(1), StubKey(2)]
+
+
+def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by the process itself; several, each once, by processes of their own; what is there by nobody."""
+    asked: list[tuple[int, list[StubKey]]] = []
+
+    class Pool:
+        def __init__(self, jobs: int, mp_context: object) -> None:
+            self.jobs = jobs
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_error: object) -> None: ...
+
+        def map(self, function: Callable[[StubKey], Path], keys: list[StubKey]) -> list[Path]:
+            asked.append((self.jobs, keys))
+            return [function(key) for key in keys]
+
+    monkeypatch.setattr(compile_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    compile_cache.ensure_objects([StubKey(1)])
+    assert stub_compiler == [StubKey(1)] and not asked
+    compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)])
+    assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
+    compile_cache.ensure_objects([StubKey(1), StubKey(2)])
+    assert len(asked) == 1 and len(stub_compiler) == 4
 
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
