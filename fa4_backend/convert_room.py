@@ -49,10 +49,10 @@ class ConvertRoom:
         """K and V of a call of `plan`, one behind the other."""
         keys, values = shapes(plan)
         dtype = getattr(torch, plan.problem.dtype)
-        begin = aligned_bytes(keys, dtype.itemsize)
-        parts = ((0, keys), (begin, values))
-        tensors = (self.storage[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape) for at, shape in parts)
-        return ConvertedKv(*tensors, self)
+        first, size = aligned_bytes(keys, dtype.itemsize), math.prod(values) * dtype.itemsize
+        k = self.storage[: math.prod(keys) * dtype.itemsize]
+        v = self.storage[first : first + size]
+        return ConvertedKv(k.view(dtype).view(keys), v.view(dtype).view(values), self)
 
     def enter(self) -> None:
         """Make the current stream wait for the one that used the room last, if that was another; no host sync.
