@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fa4_backend.bench import dense_peers
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.decode_batches import issue_batches
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
@@ -122,6 +123,8 @@ def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[
     """A variant's call of the operator, on tensors of its `batch_of`."""
     if variant == FA3:
         return prepare(FA3, batch, tensors)
+    if variant == dense_peers.FLASH_ATTN_4:
+        return dense_peers.prepare(variant, batch, tensors)
     if variant == OTHER:
         return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
     plan = plan_of(variant, batch, gpu_arch(), lambda problem, limits: plan_on(problem, limits, tensors.q.device))
