@@ -53,7 +53,7 @@ def test_a_step_of_prefill_rows_alone(arch: str, launches_decode: bool) -> None:
 
 def test_cta_pairs_beside_decode() -> None:
     """(192, 128) on Blackwell: a decode CTA keeps a whole pair of prefill CTAs waiting."""
-    case = replace(CASE, arch="emulated-sm_100a", head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2)
+    case = replace(CASE, arch="emulated-sm_100a", head_dim=192, head_dim_v=128, num_q_heads=4, num_kv_heads=1)
     run = run_mixed(case, num_sms=12, seed=3)
     run.check()
     assert 0 < run.decode_ctas < len(run.work.decode_first)

@@ -40,7 +40,7 @@ def test_without_lse_and_without_out() -> None:
     case = replace(CASES["FP8"], has_lse=False)
     built, plan = case.build(), case.plan(num_sms=4)
     a = built.arguments
-    out, lse = mla_decode(*a[:6], plan=plan, metadata=built.metadata(plan), softmax_scale=a.softmax_scale)
+    out, lse = mla_decode(*a[:6], plan=plan, metadata=built.metadata(plan), softmax_scale=a.softmax_scale, latent_scale=a.latent_scale)
     assert lse is None
     assert torch.equal(out, CASES["FP8"].build().run(CASES["FP8"].plan(num_sms=4))[0])
 
