@@ -7,6 +7,7 @@ between CTAs and combined by whichever comes last.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ def case(query_lens: tuple[int, ...], kv_lens: tuple[int, ...], **changes: objec
     return replace(BASE, query_lens=query_lens, kv_lens=kv_lens, **changes)  # type: ignore[arg-type]
 
 
+# As in `test_decode_sass.py`.
+NARROW_HEADS: dict[str, Any] = {"head_dim": 64, "num_q_heads": 9, "num_kv_heads": 3, "window_left": 64, "sinks": True}
 CASES = {
     "keys 15, 16, 17, 63, 65": case((1,) * 5, (15, 16, 17, 63, 65)),
     "no query, no key, one key": case((0, 1, 1), (40, 0, 1)),
@@ -33,7 +36,7 @@ CASES = {
     "more tokens than keys": case((4, 2), (2, 1), decode_query_len=4),
     "32 packed rows, nhd": case((4, 2), (130, 70), decode_query_len=4, num_q_heads=16, layout="nhd", page_size=64, arch="emulated-sm_90a"),
     "1 head a KV head, 2 tokens": case((2, 1), (130, 70), decode_query_len=2, num_q_heads=2),
-    "d64, 3 to 1, peaked": case((1, 1), (250, 31), head_dim=64, num_q_heads=9, num_kv_heads=3, peaked=20.0),
+    "d64, 3 to 1, peaked": case((1, 1), (250, 31), peaked=20.0, arch="emulated-sm_90a", **NARROW_HEADS),
     "windows": case((3, 2), (300, 65), decode_query_len=3, window_left=50, window_right=1, is_causal=False),
     "sinks, alibi, soft cap, window": case((1, 1), (250, 17), sinks=True, alibi=True, softcap=20.0, window_left=64),
     "d256, float16": case((1, 1), (130, 17), head_dim=256, dtype="float16", arch="emulated-sm_90a"),
@@ -50,8 +53,11 @@ def test_edges_and_features(name: str) -> None:
 
 
 def test_a_cta_that_arrives_last_for_two_rows() -> None:
-    """Its second row's slots take the place of the first one's, which some warps may still read: 4 and 3 stages of them share 3 places."""
-    for seed in range(12):
+    """Its second row's slots take the place of the first one's, which some warps may still read: 4 and 3 stages of them share 3 places.
+
+    Without the barrier between the rows seed 2 finds a race, seed 4 a deadlock.
+    """
+    for seed in range(6):
         run_decode(TWO_ROWS, num_ctas=15, seed=seed).check()
 
 

@@ -44,7 +44,7 @@ CASES = {
     ),
 }
 # Features and other head dims have the code of K and V in 16 bits, and are in the cases of sm_103a.
-SLOW = ["sinks, soft cap, alibi, float16, d256", "32 rows of 192 and 128"]
+SLOW = ["windows, d96", "sinks, soft cap, alibi, float16, d256", "32 rows of 192 and 128"]
 
 
 @pytest.mark.parametrize("name", with_slow(CASES, SLOW))

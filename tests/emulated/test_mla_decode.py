@@ -23,12 +23,13 @@ from tests.support.slow_cases import with_slow
 pytestmark = pytest.mark.emulated
 
 FEW = MlaCase((1, 1, 1, 0, 1), (130, 64, 0, 70, 1))  # 16 rows of a tile; 1, 2 and 3 blocks
+WAITING = (("arrival_looks", 1 << 20),)  # for all parts of a row: another constant in the same code
 APART = MlaCase((1, 1), (300, 64), num_heads=128)  # two tiles
 PAIR = replace(APART, tuning=(("max_cluster", 2),))  # a cluster of two CTAs
 DRAFTS = MlaCase((4, 1, 3, 2), (200, 65, 3, 1), num_heads=16, decode_query_len=4, page_size=16, one_q=True)
 
 CASES = {
-    "16 heads": FEW,
+    "16 heads": replace(FEW, tuning=WAITING),
     "128 heads": APART,
     "128 heads, a cluster": PAIR,
     "drafts, more tokens than keys, one tensor of q": DRAFTS,
@@ -46,8 +47,8 @@ CASES = {
 }
 
 
-# No plan has clusters (`config.MAX_CLUSTER`); the others are the code of cases that stay, of other sizes.
-SLOW = ["128 heads, a cluster", "FP8, a cluster", "8 heads, 8 tokens, float16, peaked", "128 heads, 3 tokens, peaked"]
+# No plan has clusters (`config.MAX_CLUSTER`); the others are the code of cases that stay, of other sizes: several tiles of 24 heads.
+SLOW = ["128 heads", "128 heads, a cluster", "FP8, a cluster", "8 heads, 8 tokens, float16, peaked", "128 heads, 3 tokens, peaked"]
 
 
 @pytest.mark.parametrize("name", with_slow(CASES, SLOW))
@@ -82,7 +83,7 @@ def test_no_arrival_overtakes_an_ldmatrix() -> None:
 @pytest.mark.parametrize(("kv_dtype", "looks"), with_slow([(FP8, 1), ("auto", 1), ("auto", 1 << 20)], [("auto", 1)]))
 def test_parts_are_added_up_by_all_or_by_the_last(kv_dtype: str, looks: int) -> None:
     """CTAs that leave at once, so that the last one has all to do, and CTAs that wait for all parts and add up a share each."""
-    case = MlaCase((1,), (260,), num_heads=8, kv_dtype=kv_dtype, tuning=(("arrival_looks", looks),))
+    case = MlaCase((1,), (260,), kv_dtype=kv_dtype, tuning=(("arrival_looks", looks),))
     outs = []
     for seed in (None, 0):
         run = run_mla(case, num_sms=2, seed=seed)

@@ -14,6 +14,7 @@ import torch
 from fa4_backend import mla_decode
 from fa4_backend.problem import FP8
 from tests.support.latent_case import LatentCase
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_slow(CASES, ["128 heads"]))
 def test_operator(name: str) -> None:
     built = CASES[name].build()
     built.check(*built.run(CASES[name].plan(num_sms=4)))

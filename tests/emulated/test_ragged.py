@@ -43,6 +43,7 @@ SLOW = [
     ("sm_90a", "d96, more queries than keys"),
     ("sm_100a", "d96, more queries than keys"),
     ("sm_90a", "FP8"),
+    ("sm_100a", "FP8"),
     ("sm_90a", "d256"),
 ]
 

@@ -44,7 +44,7 @@ CASES = {
 }
 
 
-SLOW = ["d96, 3 to 1, page 48", "d192 and 128, 5 to 1, page 256", "without pages", "out in FP8", "sm_103a"]
+SLOW = ["windows on both sides", "d96, 3 to 1, page 48", "d192 and 128, 5 to 1, page 256", "without pages", "out in FP8", "sm_103a"]
 
 
 @pytest.mark.parametrize("name", with_slow(CASES, SLOW))

@@ -42,8 +42,8 @@ CASES = {
 }
 
 
-# Pairs serve d192, d256 (`test_sm100_lone_tile`) and FP8; at d128 one mask of each kind is enough, and the sizes that share its kernel.
-SLOW = ["full attention", "window left", "d192 and 128, page 256", "fp16, 5 to 1", "7 to 1", "128 to 1"]
+# Pairs serve d192, d256 (`test_sm100_lone_tile`, with every mask) and FP8; at d128 the sizes are enough, which share a kernel.
+SLOW = [*FEATURES, "d192 and 128, page 256", "fp16, 5 to 1", "7 to 1", "128 to 1"]
 
 
 @pytest.mark.parametrize("name", with_slow(CASES, SLOW))

@@ -64,7 +64,7 @@ def poisoned(built: BuiltCase, value: float | None) -> BuiltCase:
 
 
 # Boxes of 32 keys and more ask for a kernel of their own.
-SLOW = [("prefill on Hopper", "both edges in a page of 128"), ("prefill by CTA pairs", "both edges in a page of 128")]
+SLOW = [(kernel, "both edges in a page of 128") for kernel in KERNELS if kernel.startswith("prefill")]
 
 
 @pytest.mark.parametrize(("kernel", "edge"), with_slow([(kernel, edge) for kernel in KERNELS for edge in EDGES], SLOW))
