@@ -96,11 +96,11 @@ def test_batch_invariant_bits_do_not_depend_on_the_gpu_or_the_batch() -> None:
     assert not torch.equal(*normal), "the comparison cannot see a different cut"
 
 
-# Tokens 127 and 128 of a sequence, and 126 to 129, on both sides of a KV tile's end.
-@pytest.mark.parametrize(("num_drafts", "window_left"), with_slow([(2, None), (4, 70)], [(4, 70)]))
-def test_batch_invariant_bits_do_not_depend_on_drafts_beside_a_token(num_drafts: int, window_left: int | None) -> None:
+# On both sides of a KV tile's end, which normal mode would cut the row by.
+@pytest.mark.parametrize(("num_drafts", "tile_end", "window_left"), with_slow([(2, 1600, None), (4, 128, 70)], [(4, 128, 70)]))
+def test_batch_invariant_bits_do_not_depend_on_drafts_beside_a_token(num_drafts: int, tile_end: int, window_left: int | None) -> None:
     """Together as drafts, and each alone."""
-    first = 128 - num_drafts // 2
+    first = tile_end - num_drafts // 2
     drafts = case(
         (num_drafts,),
         (first + num_drafts,),
