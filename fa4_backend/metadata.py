@@ -9,7 +9,7 @@ from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
-from fa4_backend.step_validation import Passed, check_shortest_query, check_step
+from fa4_backend.step_validation import Passed, check_plan_device, check_shortest_query, check_step
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +56,15 @@ class AttentionMetadata:
         The only allocation and the only place that compiles: from here on the plan's steps do neither.
 
         Raises:
+            ValueError: the plan's kernels do not run on `device`.
             CompileError: a kernel could not be compiled or linked.
+            CacheError: the cache on disk is not trusted, cannot be written, or lacks what cannot be compiled here.
             RuntimeError: strict mode, warm-up is over (`fa4_backend.compile_cache.seal`) and the cache lacks a kernel.
         """
         import torch
 
         device = torch.device(device)
+        check_plan_device(plan, device)
         unit_scale = torch.ones(1, dtype=torch.float32, device=device) if plan.problem.has_kv_scales else None
         kv_lens = None
         if plan.problem.kv_source == RAGGED:

@@ -6,12 +6,14 @@ import ast
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fa4_backend import compile_cache
+from fa4_backend import compile_cache, driver
 from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
@@ -29,6 +31,7 @@ KERNEL = PrefillConfig(
     sinks_dtype="float32", has_parts=True,
 )  # fmt: skip
 BASE = Sm90Config(KERNEL)
+NO_DISASSEMBLY = "expected instructions of the cubin, got none: nvdisasm is in no package here (triton carries one)"
 
 
 @pytest.fixture
@@ -51,6 +54,33 @@ def test_a_key_is_compiled_once(stub_compiler: list[StubKey]) -> None:
     assert compile_cache.ensure_object(StubKey(1)) == first and first.is_file()
     assert compile_cache.ensure_object(StubKey(2)) != first
     assert stub_compiler == [StubKey(1), StubKey(2)]
+
+
+def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by the process itself; several, each once, by processes of their own; what is there by nobody."""
+    asked: list[tuple[int, list[StubKey]]] = []
+
+    class Pool:
+        def __init__(self, jobs: int, mp_context: object) -> None:
+            self.jobs = jobs
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_error: object) -> None: ...
+
+        def map(self, function: Callable[[StubKey], Path], keys: list[StubKey]) -> list[Path]:
+            asked.append((self.jobs, keys))
+            return [function(key) for key in keys]
+
+    monkeypatch.setattr(compile_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    compile_cache.ensure_objects([StubKey(1)])
+    assert stub_compiler == [StubKey(1)] and not asked
+    compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)])
+    assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
+    compile_cache.ensure_objects([StubKey(1), StubKey(2)])
+    assert len(asked) == 1 and len(stub_compiler) == 4
 
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +131,33 @@ def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkey
     assert seen == ["sm_90a"]
 
 
+@pytest.mark.parametrize(
+    ("installed", "newest", "chosen"),
+    [
+        (("cu12", "cu13"), (13, 0), "cu13"),
+        (("cu12", "cu13"), (12, 9), "cu12"),
+        (("cu12", "cu13"), (14, 1), "cu13"),
+        (("cu12", "cu13"), None, "cu13"),  # no driver
+        (("cu13",), (12, 9), "expected a variant for CUDA 12, the newest that the driver runs, found cu13; update the driver"),
+        ((), (13, 0), "expected in the package nvidia-cutlass-dsl"),
+    ],
+)
+def test_the_launch_runtime_is_one_that_the_driver_runs(
+    installed: tuple[str, ...], newest: tuple[int, int] | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in installed:
+        (tmp_path / variant / "lib").mkdir(parents=True)
+        (tmp_path / variant / "lib" / "libcute_dsl_runtime.so").touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {"nvidia_cutlass_dsl": spec}.get)
+    monkeypatch.setattr(driver, "cuda_version", lambda: newest)
+    if chosen.startswith("cu"):
+        assert compile_cache.find_runtime() == tmp_path / chosen / "lib" / "libcute_dsl_runtime.so"
+    else:
+        with pytest.raises(FileNotFoundError, match=chosen):
+            compile_cache.find_runtime()
+
+
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:
     (tmp_path / "broken.o").write_text("not an object")
     with pytest.raises(CompileError, match=r"broken\.o"):
@@ -149,11 +206,11 @@ def test_the_hopper_kernel_is_what_it_claims(has_parts: bool, tmp_path: Path, mo
     assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 8 * 8
     # 8 boxes of 16 keys, of half a head for K and of a whole one for V.
     assert ptx.count("cp.async.bulk.tensor.5d") == 16 + 8
-    if sass:
-        assert sass["HGMMA"] == 8 * 8 and sass["LDL"] == sass["STL"] == 0
-        # A lane's 64 weights and 2 row sums of a block; none for a factor, which is a difference of references (`update_max`).
-        for body in product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), 2 * 8):
-            assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2
+    assert sass, NO_DISASSEMBLY
+    assert sass["HGMMA"] == 8 * 8 and sass["LDL"] == sass["STL"] == 0
+    # A lane's 64 weights and 2 row sums of a block; none for a factor, which is a difference of references (`update_max`).
+    for body in product_loops(disassemble(compile_cache.ensure_object(key).with_suffix(".cubin")), 2 * 8):
+        assert sum(bool(re.search(r"\bFFMA\b", text)) for text in body) == 64 + 2
 
 
 SPILL_CASES = {
@@ -171,16 +228,16 @@ def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str, tmp_
     key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile, mask=mask))
     facts, _, sass = _facts_and_code(key, tmp_path, monkeypatch)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
-    if sass:
-        num_wgmma = dims[0] // 16 + tile.tile_n // 16
-        code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
-        loops = product_loops(code, num_wgmma)
-        assert len(loops) == 2 + mask.has_window_left, "over masked and over whole blocks"
-        assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
-        if kv_dtype == FP8:
-            # An instruction for two values of K and of V, of which a lane has 16 of a part.
-            conversions = product_loops(code, 8 * (dims[1] // key.kernel.part_elems(dims[1])), "F2FP.F16.E4M3.UNPACK_B")
-            assert conversions and not any(re.search(r"\b(LDL|STL)\b", text) for body in conversions for text in body)
+    assert sass, NO_DISASSEMBLY
+    num_wgmma = dims[0] // 16 + tile.tile_n // 16
+    code = disassemble(compile_cache.ensure_object(key).with_suffix(".cubin"))
+    loops = product_loops(code, num_wgmma)
+    assert len(loops) == 2 + mask.has_window_left, "over masked and over whole blocks"
+    assert not any(re.search(r"\b(LDL|STL)\b", text) for body in loops for text in body)
+    if kv_dtype == FP8:
+        # An instruction for two values of K and of V, of which a lane has 16 of a part.
+        conversions = product_loops(code, 8 * (dims[1] // key.kernel.part_elems(dims[1])), "F2FP.F16.E4M3.UNPACK_B")
+        assert conversions and not any(re.search(r"\b(LDL|STL)\b", text) for body in conversions for text in body)
 
 
 # Imported for types of arguments, to load what was compiled, or by the torch kernel: nothing of theirs is compiled in.
