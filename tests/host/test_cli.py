@@ -346,6 +346,10 @@ CHIPS = "expected one of sm_90a (H100, H200, GH200), sm_100a (B200, GB200), sm_1
         ("model --kind mla", "fa4 model: --kind: expected one of prefill, decode, latent, got 'mla'"),
         ("plan --model meta/llama", "fa4 plan: meta/llama: expected a config.json or the folder that holds it"),
         ("bench shapes --compile-for h100", f"fa4 bench: --compile-for: {CHIPS} 'h100'"),
+        ("bench prefill --peers fa4", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench decode --peers fa3,cudnn", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench mla --peers flash_mla", "fa4 bench: --peers: expected names of fa3, flashmla, got flash_mla"),
+        ("bench shapes --peers x", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
         ("bench prefill --kind latent", "fa4 bench: --kind: expected one of paged, ragged, got latent"),
     ],
 )
