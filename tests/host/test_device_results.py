@@ -25,6 +25,7 @@ from tests.device.sanitize import LANES, TOOLS
 from tests.device.sanitize_cases import KINDS, KV_DTYPES
 from tests.device.serve_matrix import APART, METRICS, suite_of
 from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
+from tests.host.test_layers import imported_modules, module_names
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
 
@@ -400,6 +401,7 @@ EDITS = {
     "kernels/sm90/tuning.py": ["sm90"],
     "kernels/decode/scores.py": ["decode"],
     "kernels/mla_decode/merge.py": ["mla_decode", "mla_decode/sm100"],
+    "kernels/mla_decode/kernel.py": ["mla_decode"],
     "kernels/mla_decode/sm100/work.py": ["mla_decode/sm100"],
     "kernels/schedule/kernel.py": ["schedule"],
     "kernels/common/mask.py": list(FAMILIES),
@@ -427,6 +429,19 @@ def test_every_source_of_a_kernel_is_in_some_fingerprint(package: Path) -> None:
     assert left_out == set(kernel_stamp.NOT_ON_A_GPU)
     folders = {str(path.relative_to(package / "kernels")) for path in (package / "kernels").rglob("*") if path.is_dir()}
     assert folders == {*FAMILIES, "common"}, "a new family's folder ages every other family's results: name it in FAMILIES"
+
+
+def test_what_blackwells_latent_decode_does_not_import() -> None:
+    """Hopper's own files, whose edit leaves Blackwell's results as they are."""
+    modules, folder = module_names(), "fa4_backend.kernels.mla_decode."
+    reached, left = set[str](), [name for name in modules if name.startswith(f"{folder}sm100")]
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            left += [other for other in imported_modules(modules[name]) if other in modules]
+    apart = {name for name in modules if name.startswith(folder) and name not in reached}
+    assert {f"{name.removeprefix('fa4_backend.').replace('.', '/')}.py" for name in apart} == set(kernel_stamp.HOPPERS_LATENT)
 
 
 def test_the_families_of_an_arch() -> None:
