@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.kernels.families import LATENT_DECODE
 from fa4_backend.kernels.mla_decode.config import TILE_M
-from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import AttentionProblem, BatchLimits
 from fa4_backend.support import MAX_LATENT_QUERY_LEN
 
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 # 2 * (192 + 128) otherwise, 0.91 ps. A key of the context takes 2 * 512 * 256 operations, 374 ps, and some 1,770 bytes that are written and
 # read on the way, 421 ps. So 795 / 2.43 = 327 queries, and 154 if moving the bytes cost nothing.
 MESSAGE_QUERIES = 256
-TABLE_ENTRIES = 1 << 23  # of the page table's copy at most, 32 MiB
+MOST_ROWS = 4096  # of a step: what the schedule has a table for that wheels carry
+TABLE_ENTRIES = 1 << 24  # of the page table's copy at most, 64 MiB: all those rows of 256K tokens in pages of 64
 
 
 def row_queries(problem: AttentionProblem) -> int:
@@ -45,6 +45,26 @@ def is_cheaper_absorbed(queries: Iterable[int], contexts: Iterable[int]) -> bool
     """Whether rows of so many queries behind contexts of so many keys are together cheaper as decode: see `MESSAGE_QUERIES`."""
     pairs = sum(q * (2 * k + q) for q, k in zip(queries, contexts, strict=True))  # twice the queries and keys that see each other
     return pairs < 2 * MESSAGE_QUERIES * sum(contexts)
+
+
+def message_limits(limits: BatchLimits, problem: AttentionProblem, queries: int | None = None) -> BatchLimits | None:
+    """Limits of the plan that serves a step with messages; None where there is none: rows' bits must not depend on the batch, which decides
+    between decode and prefill, or there is no room for more rows than sequences.
+
+    Args:
+        limits: of the engine's other steps, of which the longest context and the tokens of a step count.
+        queries: of a row after the split, at most; None: `row_queries`.
+    """
+    queries = row_queries(problem) if queries is None else queries
+    rows = min(MOST_ROWS, TABLE_ENTRIES // _pages(limits, problem.page_size))
+    if problem.batch_invariant or rows <= limits.max_num_seqs:
+        return None
+    return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)
+
+
+def _pages(limits: BatchLimits, page_size: int) -> int:
+    """Pages of the longest sequence."""
+    return -(-limits.max_seqlen_k // page_size)
 
 
 class ShortRows(NamedTuple):
@@ -67,29 +87,12 @@ class SplitRows:
     seqused_k: torch.Tensor  # (max_rows,) int32
     page_table: torch.Tensor  # (max_rows * max_pages,) int32
 
-    @staticmethod
-    def limits(limits: BatchLimits, problem: AttentionProblem, queries: int) -> BatchLimits | None:
-        """Limits of the plan for split rows; None where there is no room for more rows than sequences.
-
-        Args:
-            limits: of the engine's batches, with all query tokens of a step in `max_num_tokens`.
-            queries: of a row after the split, at most.
-        """
-        pages = -(-limits.max_seqlen_k // problem.page_size)
-        most = TABLE_ENTRIES // pages
-        if problem.arch != REFERENCE_ARCH:
-            most = min(most, largest_num_seqs(problem.target_arch, limits.max_seqlen_k))
-        rows = min(limits.max_num_seqs + limits.max_num_tokens // queries, most)
-        if rows <= limits.max_num_seqs:
-            return None
-        return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)
-
     @classmethod
     def allocate(cls, limits: BatchLimits, page_size: int, device: torch.device) -> SplitRows:
-        """Buffers for steps within `limits`, which `SplitRows.limits` gave."""
+        """Buffers for steps within `limits`, which `message_limits` gave."""
         import torch
 
-        rows, pages = limits.max_num_seqs, -(-limits.max_seqlen_k // page_size)
+        rows, pages = limits.max_num_seqs, _pages(limits, page_size)
 
         def ints(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)

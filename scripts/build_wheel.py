@@ -41,6 +41,7 @@ from fa4_backend.compile_cache import PREBUILT  # noqa: E402
 from fa4_backend.kernels.schedule.config import schedule_config  # noqa: E402
 from fa4_backend.model_config import prompt_problems  # noqa: E402
 from fa4_backend.problem import FP8, LATENT, PAGED, SAME_AS_Q  # noqa: E402
+from fa4_backend.split_rows import message_limits  # noqa: E402
 from fa4_backend.support import LATENT_PAGE  # noqa: E402
 
 # Query heads a KV head and head_dim of models that racks serve most: Llama 3, Qwen3, GLM-4, MiniMax-M2; gpt-oss, with and without
@@ -89,9 +90,14 @@ def keys_of(
     for arch, shape in itertools.product(archs, shapes):
         try:
             for problem, query_len in itertools.product(problems_of(shape, arch, page_sizes), query_lens):
-                kernels = plan_attention(problem, BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)).kernels
+                limits = BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)
+                kernels = plan_attention(problem, limits).kernels
                 assert kernels is not None
                 keys |= {key: None for key in kernels.keys if key != kernels.schedule}
+                if problem.kv_source == LATENT and (messages := message_limits(limits, problem)) is not None:
+                    kernels = plan_attention(problem, messages).kernels
+                    assert kernels is not None
+                    keys |= dict.fromkeys(kernels.keys)
         except UnsupportedProblem as reason:
             print(f"{shape} on {arch} is left out: {reason}")
     return [*keys]

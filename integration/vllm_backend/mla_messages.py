@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fa4_backend.split_rows import MESSAGE_QUERIES, ShortRows, SplitRows, is_cheaper_absorbed, row_queries
+from fa4_backend.split_rows import MESSAGE_QUERIES, ShortRows, SplitRows, is_cheaper_absorbed, message_limits, row_queries
 from fa4_integration.common import start
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class MessageSteps:
         """
         parallel = vllm_config.parallel_config
         is_shared = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
-        if is_shared or parallel.use_ubatching or any(problem.batch_invariant for problem in problems.values()):
+        if is_shared or parallel.use_ubatching:
             return None
         limits = replace(limits, max_num_tokens=max(limits.max_num_tokens, vllm_config.scheduler_config.max_num_batched_tokens))
         queries = min(row_queries(problem) for problem in problems.values())
         problem = next(iter(problems.values()))
-        more = SplitRows.limits(limits, problem, queries)
+        more = message_limits(limits, problem, queries)
         if more is None:
             return None
         steps = {kind: start.allocate(problem, more, device) for kind, problem in problems.items()}

@@ -23,7 +23,7 @@ from fa4_backend.bench.timing import capture, in_turns
 from fa4_backend.compile import CompileKey
 from fa4_backend.device import plan_on
 from fa4_backend.problem import LATENT, RAGGED
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.split_rows import SplitRows, message_limits
 from tests.device.prove_mla import compile_lacking
 
 CONTEXTS, QUERIES = (2048, 8192, 32768), (64, 128, 192, 256, 320, 384, 512)
@@ -93,7 +93,7 @@ def problems(num_heads: int, arch: str) -> tuple[AttentionProblem, AttentionProb
 
 def split_limits(problem: AttentionProblem) -> BatchLimits:
     """Of an engine that takes steps of 2,048 tokens."""
-    limits = SplitRows.limits(BatchLimits(256, 2048, 2 * max(CONTEXTS)), problem, row_queries(problem))
+    limits = message_limits(BatchLimits(256, 2048, 2 * max(CONTEXTS)), problem)
     assert limits is not None, problem
     return limits
 

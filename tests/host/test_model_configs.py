@@ -243,13 +243,17 @@ def test_prompts_of_mla_that_no_kernel_serves_are_said_and_no_refusal(capsys: py
 def test_compile_takes_what_an_engine_plans_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A GPU's share of the heads, rows with drafts, prompts of MLA; a shape's drafts too."""
+    """A GPU's share of the heads, rows with drafts, messages and prompts of MLA; a shape's drafts too."""
     plans: list[AttentionPlan] = []
     monkeypatch.setattr(compile_command, "compile_plans", lambda given: plans.extend(given) or [])
     model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8", "--page-size", "64")
     for arguments, names in (
-        (model, ["mladecode-sm_90a-bfloat16-h16-q4", "prefill-sm_90a-bfloat16-d192v128-g1", "prefill-sm_90a-bfloat16-d192v128-g1"]),
+        (model, [*["mladecode-sm_90a-bfloat16-h16-q4"] * 2, *["prefill-sm_90a-bfloat16-d192v128-g1"] * 2]),
         (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q4", "prefill-sm_90a-bfloat16-d128-g4"]),
+        (
+            ("--heads", "8/1", "--kind", "latent", "--head-dim", "576/512"),
+            ["mladecode-sm_90a-bfloat16-h8-q4", "mladecode-sm_90a-bfloat16-h8-q8"],
+        ),
     ):
         plans.clear()
         command = ["compile", "--arch", "sm_90a", "--max-num-seqs", "1024", "--speculative-tokens", "3", *arguments]
@@ -258,7 +262,8 @@ def test_compile_takes_what_an_engine_plans_for(
         assert not stop.value.code, capsys.readouterr().err
         found = [name for plan in plans for name in plan.kernel_names if not name.startswith("schedule")]
         assert len(found) == len(names) and all(name.startswith(start) for name, start in zip(found, names, strict=True)), found
-        assert {plan.kernel_names[0] for plan in plans} == {"schedule-sm_90a-s1024"}
+        messages = {"schedule-sm_90a-s4096"} if "mladecode" in names[0] else set()
+        assert {plan.kernel_names[0] for plan in plans} == {"schedule-sm_90a-s1024"} | messages
 
 
 @needs_vllm

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
 from fa4_backend.problem import FP8, LATENT
-from fa4_backend.split_rows import MESSAGE_QUERIES, SplitRows, is_cheaper_absorbed, row_queries
+from fa4_backend.split_rows import MESSAGE_QUERIES, SplitRows, is_cheaper_absorbed, message_limits, row_queries
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ def seen(queries: list[int], keys: list[int], most: int) -> list[tuple[int, int,
 def test_tokens_see_the_keys_that_they_saw(most: int, spare: int) -> None:
     # One row, one full, one more than full, none, the longest message; fewer keys than queries; a page table wider than a sequence's pages.
     queries, keys = [1, most, most + 1, 0, MESSAGE_QUERIES, 2 * most, 0], [7, 1, 400, 9, 1000, most, 0]
-    limits = SplitRows.limits(BatchLimits(7, 512, 1000), problem(16), most)
+    limits = message_limits(BatchLimits(7, 512, 1000), problem(16), most)
     assert limits is not None and limits.decode_query_len == most
     rows = SplitRows.allocate(limits, 64, CPU)
     starts = torch.tensor([0, *queries]).cumsum(0).int()
@@ -81,14 +83,17 @@ def test_a_row_fills_one_row_group(arch: str, queries: dict[int, int]) -> None:
 
 
 def test_room() -> None:
-    """Every message of a step where tables are small; then as many rows as 32 MiB of page table hold; nothing where sequences fill it."""
-    sizes = {
-        max_seqlen_k: SplitRows.limits(BatchLimits(256, 8192, max_seqlen_k), problem(128), 1) for max_seqlen_k in (8192, 131072, 1 << 21)
-    }
-    assert [None if limits is None else limits.max_num_seqs for limits in sizes.values()] == [256 + 8192, 4096, None]
-    for limits in sizes.values():
-        if limits is not None:
-            plan_attention(problem(128), limits)
+    """As many rows as the schedule's table of wheels, or as 64 MiB of page table, hold; nothing where sequences fill it, nor where bits
+    must not depend on the batch."""
+    engine = {max_seqlen_k: BatchLimits(256, 8192, max_seqlen_k, 4) for max_seqlen_k in (8192, 1 << 18, 1 << 19, 1 << 22)}
+    sizes = [message_limits(limits, problem(128)) for limits in engine.values()]
+    assert sizes == [
+        BatchLimits(4096, 8192, 8192, 1), BatchLimits(4096, 8192, 1 << 18, 1), BatchLimits(2048, 8192, 1 << 19, 1), None
+    ]  # fmt: skip
+    for limits in sizes[:3]:
+        assert limits is not None
+        plan_attention(problem(128), limits)
+    assert message_limits(engine[8192], replace(problem(128), batch_invariant=True)) is None
 
 
 def test_what_is_cheaper() -> None:
