@@ -321,7 +321,7 @@ def test_fp8_engines_on_a_gpu() -> None:
     runs = load("serve_fp8_h200.json")["runs"]
     assert judge(runs, SUITES["fp8"]) == []
     assert {name.split(": ", 1)[1] for name in runs} >= {"FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, drafts", "FA4, scales 25% off"}
-    assert {name.split(": ")[0] for name in runs} == {"llama", "gemma2", "llama_with_scales"} and not any(r["wrong"] for r in runs.values())
+    assert {name.split(": ")[0] for name in runs} >= {"llama", "gemma2", "llama_with_scales"} and not any(r["wrong"] for r in runs.values())
 
 
 def test_engines_of_a_suite_have_their_yardsticks() -> None:
