@@ -1,7 +1,7 @@
 """What a result on file was made by: the sources of the kernels, the device and the day. An edit of a kernel ages the results that used it.
 
-A family's fingerprint covers its own folder, what it shares of the one that it lies in and what all kernels share, so that an edit of
-`kernels/sm100` leaves Hopper's results alone.
+A family's fingerprint covers its own folder, the one that it lies in and what all kernels share, so that an edit of `kernels/sm100` leaves
+Hopper's results alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ KERNELS = PACKAGE / "kernels"
 FAMILIES = ("schedule", "decode", "mla_decode", "mla_decode/sm100", "sm90", "sm100", "convert_kv")  # folders of `kernels`
 # Change no instruction that a GPU runs: the CPU's kernel, and what is noted of a compiled one.
 NOT_ON_A_GPU = ("kernels/torch_reference.py", "kernel_facts.py")
-# Files of `mla_decode` that the family inside it, Blackwell's, imports none of.
-HOPPERS_LATENT = tuple(
-    f"kernels/mla_decode/{name}.py"
-    for name in ("consumer_warpgroup", "convert_warps", "kernel", "load_warp", "narrow_warps", "shared_rows")
-)
 UNKNOWN = "unknown"  # in place of fingerprints: made before results had any
 DIGITS = 16
 
@@ -39,11 +34,10 @@ def sources(family: str) -> list[Path]:
     """The files whose edit ages a family's results."""
     own = KERNELS / family
     others = tuple(folder for other in FAMILIES if (folder := KERNELS / other) != own and folder not in own.parents)
-    left_out = NOT_ON_A_GPU + HOPPERS_LATENT * (family == "mla_decode/sm100")
     return [
         path
         for path in fingerprinted_files()
-        if not any(folder in path.parents for folder in others) and str(path.relative_to(PACKAGE)) not in left_out
+        if not any(folder in path.parents for folder in others) and str(path.relative_to(PACKAGE)) not in NOT_ON_A_GPU
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fa4_backend import compile_cache, kernel_stamp
+from fa4_backend import compile_cache, kernel_stamp, split_rows
 from fa4_backend.arch import ARCHS
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
@@ -25,7 +25,6 @@ from tests.device.sanitize import LANES, TOOLS
 from tests.device.sanitize_cases import KINDS, KV_DTYPES
 from tests.device.serve_matrix import APART, METRICS, suite_of
 from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
-from tests.host.test_layers import imported_modules, module_names
 
 RESULTS = Path(__file__).parents[1] / "device" / "results"
 
@@ -145,6 +144,20 @@ def test_latent_decode_beside_peers() -> None:
     assert said in " ".join(document.split()) and f"{fuzz['batches']:,} fuzzed batches, 0 failures" in readme
     worst = f"worst error {fuzz['worst_share_out']:.2f} of its budget (out) and {fuzz['worst_share_lse']:.2f} (lse)"
     assert worst in " ".join(document.split()) and fuzz["worst_share_out"] <= 1
+
+
+def test_messages_as_decode_and_as_prefill() -> None:
+    """docs/mla.md has each cell, and decode is ahead up to the queries that `message_queries` names, and a tile of prefill's above."""
+    cells = {(c["heads"], c["context"], c["queries"]): c for c in load("messages_h200.json")["cells"] if c["stored"] == "bfloat16"}
+    document = (RESULTS.parents[2] / "docs" / "mla.md").read_text()
+    queries = sorted({key[2] for key in cells})
+    for heads, context in {key[:2] for key in cells}:
+        row = " | ".join("{decode:,.0f} / {prefill:,.0f}".format(**cells[heads, context, q]) for q in queries)
+        assert f"{context // 1024}K | {row} |" in document, (heads, context)
+    assert len(cells) == 42
+    for (_, _, q), cell in cells.items():
+        if q <= split_rows.HOPPERS_QUERIES + 64:
+            assert cell["decode"] < cell["prefill"], cell
 
 
 def test_shapes_beside_fa3() -> None:
@@ -401,7 +414,6 @@ EDITS = {
     "kernels/sm90/tuning.py": ["sm90"],
     "kernels/decode/scores.py": ["decode"],
     "kernels/mla_decode/merge.py": ["mla_decode", "mla_decode/sm100"],
-    "kernels/mla_decode/kernel.py": ["mla_decode"],
     "kernels/mla_decode/sm100/work.py": ["mla_decode/sm100"],
     "kernels/schedule/kernel.py": ["schedule"],
     "kernels/common/mask.py": list(FAMILIES),
@@ -429,19 +441,6 @@ def test_every_source_of_a_kernel_is_in_some_fingerprint(package: Path) -> None:
     assert left_out == set(kernel_stamp.NOT_ON_A_GPU)
     folders = {str(path.relative_to(package / "kernels")) for path in (package / "kernels").rglob("*") if path.is_dir()}
     assert folders == {*FAMILIES, "common"}, "a new family's folder ages every other family's results: name it in FAMILIES"
-
-
-def test_what_blackwells_latent_decode_does_not_import() -> None:
-    """Hopper's own files, whose edit leaves Blackwell's results as they are."""
-    modules, folder = module_names(), "fa4_backend.kernels.mla_decode."
-    reached, left = set[str](), [name for name in modules if name.startswith(f"{folder}sm100")]
-    while left:
-        name = left.pop()
-        if name not in reached:
-            reached.add(name)
-            left += [other for other in imported_modules(modules[name]) if other in modules]
-    apart = {name for name in modules if name.startswith(folder) and name not in reached}
-    assert {f"{name.removeprefix('fa4_backend.').replace('.', '/')}.py" for name in apart} == set(kernel_stamp.HOPPERS_LATENT)
 
 
 def test_the_families_of_an_arch() -> None:
