@@ -35,7 +35,7 @@ HOPPERS_FP8_QUERIES = 192
 # Blackwell, by counts of a head: modelled 1,098 TFLOP/s for 2 * (576 + 512) operations a query and key, 1,500 for 2 * (192 + 128); a key of
 # the context takes 2 * 512 * 256 operations at 1,800 and 1,770 bytes at 7.2 TB/s. As long at 252.
 OTHERS_QUERIES = 256
-MOST_ROWS = 4096  # of a step: what the schedule has a table for that wheels carry
+LEAST_ROWS = 4096  # that a step has room for, or twice its sequences: few sizes, whose schedules wheels carry
 TABLE_ENTRIES = 1 << 24  # of the page table's copy at most, 64 MiB: all those rows of 256K tokens in pages of 64
 
 
@@ -74,7 +74,7 @@ def message_limits(limits: BatchLimits, problem: AttentionProblem, queries: int 
         queries: of a row after the split, at most; None: `row_queries`.
     """
     queries = row_queries(problem) if queries is None else queries
-    rows = min(MOST_ROWS, TABLE_ENTRIES // _pages(limits, problem.page_size))
+    rows = min(max(LEAST_ROWS, 2 * limits.max_num_seqs), TABLE_ENTRIES // _pages(limits, problem.page_size))
     if problem.batch_invariant or rows <= limits.max_num_seqs:
         return None
     return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)

@@ -52,7 +52,9 @@ COMMON = (
 )  # fmt: skip
 DECODE_QUERY_LENS = (1, 2, 4, 8)  # one token, and 1, 3 and 7 drafts
 PAGE_SIZES = (16, 64)  # of vLLM and of SGLang where the user names none; latents have 64 with both
-MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096)  # tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096
+# Tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096, and steps with messages of MLA have 4096 rows, or
+# twice the sequences (`fa4_backend/split_rows.py`).
+MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096, 8192)
 LATENT_DIMS, PROMPT_DIMS = (576, 512), (192, 128)
 CONVERT_KEYS = 1  # room for any converts: how much there is, is in no kernel
 FEATURES = {"window": "has_window_left", "sinks": "has_sinks", "softcap": "has_softcap"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, envs
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, MAX_LEN, PREFIX, VOCAB
 from fa4_backend.problem import FP8, LATENT, RAGGED, SAME_AS_Q
 from fa4_backend.split_rows import message_limits
@@ -44,7 +44,7 @@ class EngineModel:
 
 
 def _limits(max_len: int = MAX_LEN) -> BatchLimits:
-    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len)
+    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len, convert_keys=envs.convert_keys())
 
 
 def _paged(heads: tuple[int, int], head_dim: int, kv_dtype: str, arch: str) -> Asked:

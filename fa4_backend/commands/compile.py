@@ -14,13 +14,13 @@ import typer
 from fa4_backend.cache.errors import CacheError
 from fa4_backend.commands import options
 from fa4_backend.commands.dtypes import full_dtype
+from fa4_backend.commands.latent_steps import latent_steps
 from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
-from fa4_backend.split_rows import message_limits
+from fa4_backend.problem import PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 
 
 def compile(
@@ -51,13 +51,13 @@ def compile(
         limits = options.batch_limits(max_num_seqs, speculative_tokens)
         if model is not None:
             groups = layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, tp=tp, text_only=text_only, **modes)
-            plans = [plan for problem in attention_problems(groups) for plan in _plans(problem, limits)] + [*_prompt_plans(groups, limits)]
+            plans = [plan_attention(problem, limits) for problem in attention_problems(groups)] + [*_latent_plans(groups, limits)]
         else:
             shape = AttentionProblem(
                 *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), 1 if kind == RAGGED else page_size, arch,
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
-            plans = [*_plans(shape, limits)]
+            plans = [plan_attention(shape, limits)]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
@@ -77,20 +77,13 @@ def compile(
         )
 
 
-def _plans(problem: AttentionProblem, limits: BatchLimits) -> Iterator[AttentionPlan]:
-    """Of a step's rows; of latents also of steps with messages behind long contexts."""
-    yield plan_attention(problem, limits)
-    if problem.kv_source == LATENT and (messages := message_limits(limits, problem)) is not None:
-        yield plan_attention(problem, messages)
-
-
-def _prompt_plans(groups: list[LayerGroup], limits: BatchLimits) -> Iterator[AttentionPlan]:
-    """Of prompts of MLA, where our kernels serve them: elsewhere an engine takes another prefill backend, which is no refusal."""
-    for problem in (problem for group in groups for problem in group.prompts):
+def _latent_plans(groups: list[LayerGroup], limits: BatchLimits) -> Iterator[AttentionPlan]:
+    """Of a model with MLA, where our kernels serve its prompts: elsewhere an engine takes another prefill backend, which is no refusal."""
+    for step in (step for group in groups for step in latent_steps(group, limits)):
         try:
-            yield plan_attention(problem, limits)
+            yield plan_attention(step.problem, step.limits)
         except UnsupportedProblem as reason:
-            typer.echo(f"fa4 compile: no kernel for prompts of MLA: {reason}", err=True)
+            typer.echo(f"fa4 compile: {step.name}: no kernel of ours, since {reason}", err=True)
 
 
 def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:

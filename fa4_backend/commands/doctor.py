@@ -240,15 +240,15 @@ def _cache_folder() -> Finding:
 
 
 def _environment() -> list[Finding]:
-    findings = []
+    findings, faults = [], envs.faults()
     for name, value in envs.settings().items():
-        if name not in envs.VARIABLES:
-            findings.append(Finding(name, BROKEN, f"expected one of {', '.join(envs.VARIABLES)}, got an unknown variable"))
-            continue
-        default, what = envs.VARIABLES[name]
-        findings.append(
-            Finding(name, OK, f"not set, {default or 'none'} ({what})") if value is None else Finding(name, NOTE, f"{value} ({what})")
-        )
+        default, what = envs.VARIABLES.get(name, ("", ""))
+        if name in faults:
+            findings.append(Finding(name, BROKEN, faults[name].removeprefix(f"{name}: ")))
+        elif value is None:
+            findings.append(Finding(name, OK, f"not set, {default or 'none'} ({what})"))
+        else:
+            findings.append(Finding(name, NOTE, f"{value} ({what})"))
     return findings
 
 

@@ -53,6 +53,25 @@ def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str
     assert code == 1 and {"cache", "FA4_BACKEND_SPEED"} <= broken
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        *((name, "true", "expected 0 or 1, got 'true'") for name in envs.FLAGS),
+        ("FA4_BACKEND_CPU", "fastest", "expected one of reference, "),
+        ("FA4_BACKEND_CONVERT_KEYS", "32k", "expected 0 to "),
+        ("FA4_BACKEND_CACHE_GIB", "-1", "expected a positive number of GiB, got '-1'"),
+        ("FA4_BACKEND_STRCIT", "1", "expected one of FA4_BACKEND_STRICT, "),
+    ],
+)
+def test_what_a_variable_may_not_hold_is_told(name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `fa4 doctor` for all, and by `envs.faults` to an engine that starts; a flag that says "true" was off."""
+    assert envs.faults() == {}
+    monkeypatch.setenv(name, value)
+    assert list(envs.faults()) == [name] and envs.faults()[name].startswith(f"{name}: {words}")
+    (finding,) = (finding for finding in doctor._environment() if finding.subject == name)
+    assert finding.status == "broken" and finding.detail.startswith(words)
+
+
 def test_doctor_tells_where_the_cache_is_how_full_and_whether_it_is_trusted(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

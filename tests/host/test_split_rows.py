@@ -83,8 +83,8 @@ def test_a_row_fills_one_row_group(arch: str, queries: dict[int, int]) -> None:
 
 
 def test_room() -> None:
-    """As many rows as the schedule's table of wheels, or as 64 MiB of page table, hold; nothing where sequences fill it, nor where bits
-    must not depend on the batch."""
+    """As many rows as a schedule of wheels has a table for, or as 64 MiB of page table hold; nothing where sequences fill it, nor where
+    bits must not depend on the batch."""
     engine = {max_seqlen_k: BatchLimits(256, 8192, max_seqlen_k, 4) for max_seqlen_k in (8192, 1 << 18, 1 << 19, 1 << 22)}
     sizes = [message_limits(limits, problem(128)) for limits in engine.values()]
     assert sizes == [
@@ -94,6 +94,7 @@ def test_room() -> None:
         assert limits is not None
         plan_attention(problem(128), limits)
     assert message_limits(engine[8192], replace(problem(128), batch_invariant=True)) is None
+    assert message_limits(replace(engine[8192], max_num_seqs=3000), problem(128)) == BatchLimits(6000, 8192, 8192, 1)
 
 
 def test_what_is_cheaper() -> None:
