@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.copied_heads import kv_head_copies
+from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
 from fa4_backend.problem import LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.support import check_limits, check_problem
@@ -74,4 +75,5 @@ def plan_attention(
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
     copies = kv_head_copies(problem, limits)
     as_kernels_see = replace(problem, num_kv_heads=problem.num_kv_heads * copies)
-    return AttentionPlan(problem, limits, num_sms, resolve_kernels(as_kernels_see, limits, num_sms, memory_gb), copies)
+    kernels = with_fp8_rates(resolve_kernels(as_kernels_see, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
+    return AttentionPlan(problem, limits, num_sms, kernels, copies)

@@ -24,7 +24,8 @@ def copies(heads: tuple[int, int], head_dim: int = 64, query_len: int = 1, **fac
 @pytest.mark.parametrize(
     ("heads", "query_len", "expected"),
     [
-        ((48, 1), 1, 3), ((24, 1), 1, 2), ((64, 1), 1, 4), ((16, 1), 4, 4), ((16, 1), 1, 1), ((17, 1), 1, 1), ((72, 1), 1, 1), ((48, 2), 1, 1),
+        ((48, 1), 1, 3), ((24, 1), 1, 2), ((64, 1), 1, 4), ((16, 1), 4, 4),
+        ((16, 1), 1, 1), ((17, 1), 1, 1), ((72, 1), 1, 1), ((48, 2), 1, 1),
     ],
 )  # fmt: skip
 def test_as_many_heads_as_have_at_most_16_rows_and_more_than_8(heads: tuple[int, int], query_len: int, expected: int) -> None:
