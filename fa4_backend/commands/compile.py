@@ -20,7 +20,10 @@ from fa4_backend.compile import CompileError
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
+
+PAGES = {RAGGED: 1, LATENT: LATENT_PAGE}  # tokens a page where the user names none, of kinds that have not vLLM's 16
 
 
 def compile(
@@ -28,7 +31,7 @@ def compile(
     model: Annotated[Path | None, typer.Option(help="a model's config.json, or the folder that holds it; or give --heads")] = None,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
-    page_size: options.PageSize = 16,
+    page_size: options.PageSize = None,
     kind: Annotated[str, typer.Option(help="of K and V, with --heads: paged, ragged, or latent (16/1, 576/512)")] = PAGED,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16, with --heads; bf16 and fp16 for short")] = "bfloat16",
     kv_dtype: options.KvDtype = None,
@@ -54,7 +57,7 @@ def compile(
             plans = [plan_attention(problem, limits) for problem in attention_problems(groups)] + [*_latent_plans(groups, limits)]
         else:
             shape = AttentionProblem(
-                *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), 1 if kind == RAGGED else page_size, arch,
+                *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), page_size or PAGES.get(kind, PAGE_MULTIPLE), arch,
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
             plans = [plan_attention(shape, limits)]

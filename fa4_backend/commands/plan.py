@@ -22,7 +22,7 @@ from fa4_backend.problem import AttentionProblem, BatchLimits, UnsupportedProble
 def plan(
     model: Annotated[Path, typer.Option(help="the model's config.json, or the folder that holds it")],
     arch: Annotated[str, typer.Option(help="cpu, sm_90a, sm_100a or sm_103a")] = REFERENCE_ARCH,
-    page_size: options.PageSize = 16,
+    page_size: options.PageSize = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the config's, bfloat16 for float32")] = None,
     kv_dtype: options.KvDtype = None,
     q_dtype: options.QDtype = "auto",

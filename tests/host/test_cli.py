@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.cli import VERBS, main
 from fa4_backend.commands import compile as compile_command
 from fa4_backend.commands import doctor, features
-from fa4_backend.plan import AttentionPlan
-from fa4_backend.problem import FP8
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import FP8, LATENT, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import SUPPORT
 
 GEMMA_2 = {
@@ -136,6 +137,26 @@ def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[
     assert set(matrix["causal"]) == {"cpu", *ARCHS}
     served = {arch for arch, reason in matrix["K and V in FP8 (e4m3)"].items() if reason is None}
     assert served == {arch for arch, support in SUPPORT.items() if FP8 in support.quantised_kv} and "cpu" in served
+
+
+def test_a_refusal_says_what_was_expected_what_came_and_what_to_do() -> None:
+    """Of every row that some arch does not serve, and of limits that none does."""
+    reasons = [reason for by_arch in features.support_matrix().values() for reason in by_arch.values() if reason]
+    assert len(reasons) > 20
+    latent = AttentionProblem(8, 1, 576, 512, "bfloat16", 64, "sm_90a", kv_source=LATENT)
+    ordinary = AttentionProblem(8, 8, 128, 128, "bfloat16", 16, "sm_90a")
+    for problem, limits in (
+        (ordinary, BatchLimits(1, 1 << 30, 1)),
+        (ordinary, BatchLimits(1, 1, 1 << 30)),
+        (ordinary, BatchLimits(1 << 20, 1, 1)),
+        (latent, BatchLimits(1, 9, 1, 9)),
+        (replace(latent, mask=MaskFeatures(is_causal=False)), BatchLimits(1, 1, 1)),
+        (replace(latent, out_dtype=FP8), BatchLimits(1, 1, 1)),
+    ):
+        with pytest.raises(UnsupportedProblem) as refusal:
+            plan_attention(problem, limits)
+        reasons.append(str(refusal.value))
+    assert [reason for reason in reasons if not re.fullmatch(r"[^:]+: expected .+, got [^;]+; .+", reason)] == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -325,6 +346,10 @@ CHIPS = "expected one of sm_90a (H100, H200, GH200), sm_100a (B200, GB200), sm_1
         ("model --kind mla", "fa4 model: --kind: expected one of prefill, decode, latent, got 'mla'"),
         ("plan --model meta/llama", "fa4 plan: meta/llama: expected a config.json or the folder that holds it"),
         ("bench shapes --compile-for h100", f"fa4 bench: --compile-for: {CHIPS} 'h100'"),
+        ("bench prefill --peers fa4", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench decode --peers fa3,cudnn", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench mla --peers flash_mla", "fa4 bench: --peers: expected names of fa3, flashmla, got flash_mla"),
+        ("bench shapes --peers x", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
         ("bench prefill --kind latent", "fa4 bench: --kind: expected one of paged, ragged, got latent"),
     ],
 )

@@ -221,14 +221,14 @@ def test_messages_and_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.Ca
     """A decode kernel of one GPU's heads, and one of rows that fill a tile; keys and values of prompts are in the model's dtype whatever
     latents are, and have no pages."""
     path = write(tmp_path, "DeepSeek-V3")
-    call = ("--model", str(path), "--arch", "sm_90a", "--tp", "8", "--kv-dtype", "fp8", "--page-size", "64", "--speculative-tokens", "1")
+    call = ("--model", str(path), "--arch", "sm_90a", "--tp", "8", "--kv-dtype", "fp8", "--speculative-tokens", "1")
     code, out, _ = plan(capsys, *call, "--json")
     (row,) = json.loads(out)
     assert code == 0 and row["kernels"][0] == "schedule-sm_90a-s256" and "-h16-q2-" in row["kernels"][1]
     messages, *prompts = row["steps"]
     assert messages["kernels"][0] == "schedule-sm_90a-s4096", "256 sequences, and 8192 tokens in rows of 4"
     assert "-h16-q4-" in messages["kernels"][1] and messages["refusal"] is None
-    assert all("kve4m3" in names[1] for names in (row["kernels"], messages["kernels"]))
+    assert all("kve4m3" in names[1] and "-box64-" in names[1] for names in (row["kernels"], messages["kernels"]))
     for step, is_causal in zip(prompts, (True, False), strict=True):
         assert "16/16 heads, head_dim 192/128, bfloat16, ragged" in step["plan"] and step["refusal"] is None
         (kernel,) = (name for name in step["kernels"] if name.startswith("prefill"))
@@ -236,6 +236,14 @@ def test_messages_and_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.Ca
     code, out, _ = plan(capsys, *call, "--batch-invariant")
     assert "    prompts: FA4: sm90 kernels" in out and "    prompts, to chunks of cached context: FA4: sm90 kernels" in out
     assert "messages" not in out, "what pays depends on a step's other rows"
+
+
+def test_pages_are_vllms_where_none_are_named(tmp_path: Path) -> None:
+    """16 tokens, and a tile's keys of latents, so that what is compiled ahead is what an engine asks for."""
+    for name, own in (("DeepSeek-V3", 64), ("Llama-3.1-8B", 16)):
+        path = write(tmp_path, name)
+        for given, pages in ((None, own), (32, 32)):
+            assert {group.problem.page_size for group in layer_groups(path, arch="sm_90a", page_size=given) if group.problem} == {pages}
 
 
 def test_prompts_of_mla_that_no_kernel_serves_are_said_and_no_refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_compile_takes_what_an_engine_plans_for(
     """A GPU's share of the heads, rows with drafts, prompts of MLA; a shape's drafts too."""
     plans: list[AttentionPlan] = []
     monkeypatch.setattr(compile_command, "compile_plans", lambda given: plans.extend(given) or [])
-    model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8", "--page-size", "64")
+    model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8")
     for arguments, names in (
         (model, ["mladecode-sm_90a-bfloat16-h16-q2", "mladecode-sm_90a-bfloat16-h16-q4", *["prefill-sm_90a-bfloat16-d192v128-g1"] * 2]),
         (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q2", "prefill-sm_90a-bfloat16-d128-g4"]),
