@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
+from fa4_backend.copied_heads import kv_head_copies
+from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
 from fa4_backend.problem import DTYPE_BYTES, LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.support import check_limits, check_problem
@@ -21,6 +23,7 @@ class AttentionPlan:
     limits: BatchLimits
     num_sms: int  # of the device; 1 on the reference
     kernels: KernelSet | None  # None: the torch reference
+    kv_head_copies: int = 1  # as how many KV heads the kernels get the only one
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
@@ -91,4 +94,7 @@ def plan_attention(
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms, memory_gb))
+    copies = kv_head_copies(problem, limits)
+    as_kernels_see = replace(problem, num_kv_heads=problem.num_kv_heads * copies)
+    kernels = with_fp8_rates(resolve_kernels(as_kernels_see, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
+    return AttentionPlan(problem, limits, num_sms, kernels, copies)
