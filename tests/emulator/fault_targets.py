@@ -36,15 +36,24 @@ class Target:
         return match.group(1)
 
 
-def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
+MOVING = 6.0  # a factor on queries with which maxima move: some rows of a warp are rescaled and others are not
+
+
+def own_prefill(
+    name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = MOVING, kv_dtype: str = SAME_AS_Q, is_beyond_plain: bool = False
+) -> Target:
     """This package's prefill kernel for `arch`: sequences over pages, causal.
+
+    `is_beyond_plain`: only lines that run more often than for queries whose maxima hardly move.
 
     One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
     with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
     comes last readies the queue for the next launch. It asked for its last tile before the other did, its long one's ring being full.
+    It follows a kernel that writes its Q, K and V and lets it start before.
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
+    from tests.emulator.engine_kernel import write_late
     from tests.support.emulated_prefill import run_built
     from tests.support.paged_case import PagedCase
 
@@ -65,15 +74,18 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
     key = case.plan(num_sms=1).kernels.prefill
     library = ensure_object(key)
 
+    def written_late(emu: emulator.Session) -> None:
+        write_late(emu, [tiny.arguments.q, tiny.arguments.k_cache, tiny.arguments.v_cache])
+
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         outputs, total = [], emulator.Report()
-        for batch, num_ctas in ((built, 1), (tiny, 2)):
-            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key)
-            outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue]
+        for batch, num_ctas, before in ((built, 1, None), (tiny, 2, written_late)):
+            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key, before=before)
+            outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue, result.work.part_arrivals]
             total.add(result.report)
         return outputs, total
 
-    reach = (lambda: run_built(plain, num_ctas=1, key=key).report) if peaked != 1.0 else None
+    reach = (lambda: run_built(plain, num_ctas=1, key=key).report) if is_beyond_plain else None
     return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach)
 
 
@@ -84,7 +96,9 @@ def own_parts() -> Target:
     from tests.support.emulated_prefill import Cuts, run_built
     from tests.support.paged_case import PagedCase
 
-    case = PagedCase((17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
+    case = PagedCase(
+        (17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a", peaked=MOVING
+    )  # fmt: skip
     built = case.build()
     key = case.plan(num_sms=3).kernels.prefill
     assert key.part_floats, key
@@ -103,7 +117,7 @@ def own_mla() -> Target:
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_mla import MlaCase, run_mla
 
-    case = MlaCase((3, 1, 2), (400, 65, 3), num_heads=32, decode_query_len=3)
+    case = MlaCase((3, 1, 2), (400, 65, 3), num_heads=32, decode_query_len=3, peaked=MOVING)
     arguments = case.build()
     decode = case.kernels(3).decode
     assert decode is not None
@@ -211,17 +225,18 @@ def own_step(arch: str, plant_in_decode: bool) -> Target:
     from tests.support.emulated_mixed import run_mixed
     from tests.support.paged_case import PagedCase
 
+    # More decode rows than the CTAs' rings of entries hold.
     case = PagedCase(
-        (1, 200, 2, 70), (300, 333, 129, 70), num_q_heads=4, num_kv_heads=2, head_dim=128, page_size=64, decode_query_len=2,
-        arch=f"emulated-{arch}",
+        (1, 200, 2, 70) + (1, 2) * 8, (300, 333, 129, 70) + (40, 130) * 8, num_q_heads=4, num_kv_heads=2, head_dim=128, page_size=64,
+        decode_query_len=2, arch=f"emulated-{arch}", peaked=MOVING,
     )  # fmt: skip
     built, kernels = case.build(), case.plan(num_sms=3).kernels
     library = ensure_object(kernels.decode if plant_in_decode else kernels.prefill)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         result = run_mixed(case, num_sms=3, seed=seed, built=built)
-        a = built.arguments
-        return [a.out.clone(), a.lse.clone()], result.report
+        a, work = built.arguments, result.work
+        return [a.out.clone(), a.lse.clone(), work.arrivals.clone(), work.part_arrivals.clone(), work.prefill_queue.clone()], result.report
 
     name = f"{arch} step, {'decode' if plant_in_decode else 'prefill'}"
     return Target(name, library.with_suffix(".ptx").read_text(), run, families_of(arch))
@@ -262,7 +277,7 @@ OWN_TARGETS: dict[str, Callable[[], Target]] = {
     "sm90_mla": own_mla,
     "sm100_decode": lambda: own_decode("sm_100a", batch_invariant=True),
     # Queries so large that a row's maximum moves block after block: O is rescaled. Hopper's kernel rescales it in any case.
-    "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0),
+    "sm100_peaked": lambda: own_prefill("sm_100a prefill, peaked", "sm_100a", num_kv_heads=1, head_dim=128, peaked=20.0, is_beyond_plain=True),
     "sm100_mla": own_latent_decode,
     "sm100_mla_fp8": lambda: own_latent_decode(FP8),
     "schedule": own_schedule,
