@@ -14,14 +14,17 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fa4_backend import envs
+from fa4_backend import driver, envs
 from fa4_backend.cache import entry as cache_entry
 from fa4_backend.cache.errors import BrokenObjectError
 from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, KernelFacts, compile_to_object, describe
@@ -143,6 +146,22 @@ def ensure_object(key: CompileKey) -> Path:
     return cache_entry.ensure(object_entry(key), build, cannot_build) / LIBRARY
 
 
+def ensure_objects(keys: Iterable[CompileKey]) -> None:
+    """Compile those of `keys` that the cache lacks, in a process each on as many cores as there are: a key takes 3 to 10 s of one.
+
+    Raises:
+        CompileError, CacheError, RuntimeError: as `ensure_object`.
+    """
+    missing = [key for key in dict.fromkeys(keys) if cache_entry.find_fault(object_entry(key)) is not None]
+    jobs = min(len(missing), os.cpu_count() or 1)
+    if jobs <= 1:
+        for key in missing:
+            ensure_object(key)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        list(pool.map(ensure_object, missing))
+
+
 def library_of(key: CompileKey) -> Path:
     """The shared library that is loaded for `key`: the installation's, else the cache's, compiled now when that has none that is whole.
 
@@ -176,7 +195,7 @@ def load_kernel(key: CompileKey) -> Callable[..., None]:
     Raises:
         CompileError: the kernel could not be compiled or linked.
         CacheError: see `fa4_backend.cache.entry.ensure`; BrokenObjectError also where the loader refuses a whole object.
-        FileNotFoundError: the launch runtime is not installed.
+        FileNotFoundError: the launch runtime is not installed, or too new for the driver.
     """
     import tvm_ffi
 
@@ -193,20 +212,28 @@ def load_runtime() -> Any:
     """Load the DSL's launch runtime, whose symbols the objects need, without importing the DSL.
 
     Raises:
-        FileNotFoundError: the package that carries it is not installed.
+        FileNotFoundError: as `find_runtime`.
     """
     return ctypes.CDLL(str(find_runtime()), mode=ctypes.RTLD_GLOBAL)
 
 
 def find_runtime() -> Path:
-    """Path of `libcute_dsl_runtime.so`, the newest CUDA variant installed.
+    """Path of `libcute_dsl_runtime.so`: of the CUDA variants installed the newest that the driver runs, which is what the DSL takes too.
 
     Raises:
-        FileNotFoundError: the package that carries it is not installed.
+        FileNotFoundError: the package that carries it is not installed, or only variants that are too new for the driver.
     """
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
-    found = sorted(path for folder in folders for path in folder.glob("cu*/lib/libcute_dsl_runtime.so"))
+    found = {int(path.parts[-3][2:]): path for folder in folders for path in folder.glob("cu[0-9]*/lib/libcute_dsl_runtime.so")}
     if not found:
         raise FileNotFoundError("libcute_dsl_runtime.so: expected in the package nvidia-cutlass-dsl (cu12 or cu13), found none")
-    return found[-1]
+    newest, _ = driver.cuda_version() or (max(found), 0)
+    usable = [cuda for cuda in found if cuda <= newest]
+    if not usable:
+        variants = ", ".join(f"cu{cuda}" for cuda in sorted(found))
+        raise FileNotFoundError(
+            f"libcute_dsl_runtime.so: expected a variant for CUDA {newest}, the newest that the driver runs, found {variants}; "
+            "update the driver, or install nvidia-cutlass-dsl without its extra cu13"
+        )
+    return found[max(usable)]

@@ -9,11 +9,12 @@ from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
-from fa4_backend.step_validation import Passed, check_shortest_query, check_step
+from fa4_backend.step_validation import Passed, check_plan_device, check_shortest_query, check_step
 
 if TYPE_CHECKING:
     import torch
 
+    from fa4_backend.convert_room import ConvertedKv
     from fa4_backend.kernels.loading import LoadedKernels
     from fa4_backend.kernels.schedule.work_list import WorkLists
 
@@ -28,22 +29,6 @@ class StepBounds(NamedTuple):
     converts: bool = False  # K and V of its prefill rows are brought from FP8 to 16 bits once a call
 
 
-class ConvertedKv(NamedTuple):
-    """Workspace of a call's converted K and V; each call overwrites it."""
-
-    keys: torch.Tensor  # (convert_keys, num_kv_heads, head_dim) in the model's dtype
-    values: torch.Tensor  # (convert_keys, num_kv_heads, head_dim_v)
-
-    @classmethod
-    def allocate(cls, plan: AttentionPlan, device: torch.device) -> ConvertedKv:
-        """Room for `plan.limits.convert_keys` keys."""
-        import torch
-
-        p = plan.problem
-        dims = (p.head_dim, p.head_dim_v)
-        return cls(*(torch.empty(plan.limits.convert_keys, p.num_kv_heads, n, dtype=getattr(torch, p.dtype), device=device) for n in dims))
-
-
 @dataclass
 class AttentionMetadata:
     """Buffers and loaded kernels of one plan on one device. `refresh` before the first layer of a step; then every layer may read them.
@@ -56,7 +41,7 @@ class AttentionMetadata:
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     bounds: StepBounds | None = None
-    converted: ConvertedKv | None = None  # None where no step converts
+    converted: ConvertedKv | None = None  # in the room of the process's plans on the device; None where no step converts
     kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
     unit_scale: torch.Tensor | None = None  # (1,) float32, one: the scale of K and V in FP8 where a call gives none
     window_left: int | None = None  # no layer that reads this sees more keys before the diagonal: others get no work; None: all seen
@@ -71,25 +56,30 @@ class AttentionMetadata:
         The only allocation and the only place that compiles: from here on the plan's steps do neither.
 
         Raises:
+            ValueError: the plan's kernels do not run on `device`.
             CompileError: a kernel could not be compiled or linked.
+            CacheError: the cache on disk is not trusted, cannot be written, or lacks what cannot be compiled here.
             RuntimeError: strict mode, warm-up is over (`fa4_backend.compile_cache.seal`) and the cache lacks a kernel.
         """
         import torch
 
         device = torch.device(device)
+        check_plan_device(plan, device)
         unit_scale = torch.ones(1, dtype=torch.float32, device=device) if plan.problem.has_kv_scales else None
         kv_lens = None
         if plan.problem.kv_source == RAGGED:
             kv_lens = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int32, device=device)
         if plan.kernels is None:
             return cls(plan, device, kv_lens=kv_lens, unit_scale=unit_scale)
+        from fa4_backend import convert_room
         from fa4_backend.kernels.loading import load_kernels
         from fa4_backend.kernels.schedule.work_list import WorkLists
 
         kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
         work = WorkLists.allocate(plan.kernels.work, plan.limits, device)
         device = work.prefill_tiles.device  # "cuda" alone has become one GPU
-        converted = ConvertedKv.allocate(plan, device) if plan.kernels.converted is not None else None
+        room = convert_room.reserve(plan, device)
+        converted = None if room is None else room.views(plan)
         return cls(plan, device, kernels, work, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:

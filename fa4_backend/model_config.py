@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.model_layers import ATTENTION, MLA, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
-from fa4_backend.problem import COMPUTE_DTYPES, LATENT, PAGED, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import COMPUTE_DTYPES, LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerGroup:
     window: int | None = None  # visible tokens including the row's own, as configs count; None: all
     remark: str | None = None  # a sentence about layers that ask nothing of attention
     refusal: str | None = None  # a sentence about layers that no arch serves
+    prompts: tuple[AttentionProblem, ...] = ()  # of MLA, whose `problem` is that of decode rows; see `prompt_problems`
 
 
 def layer_groups(
@@ -68,6 +69,18 @@ def attention_problems(groups: Sequence[LayerGroup]) -> list[AttentionProblem]:
     return [group.problem for group in groups if group.problem is not None]
 
 
+def prompt_problems(decode: AttentionProblem, head_dim: int, head_dim_v: int) -> tuple[AttentionProblem, ...]:
+    """What prompts ask where `decode` are the decode rows of MLA: attention to each other, and all of it to chunks of cached context.
+
+    Keys and values are made of latents for each query head, in the model's dtype, and have no pages.
+    """
+    expanded = replace(
+        decode, num_kv_heads=decode.num_q_heads, head_dim=head_dim, head_dim_v=head_dim_v, kv_dtype=decode.dtype, page_size=1,
+        kv_source=RAGGED, has_lse=True,
+    )  # fmt: skip
+    return tuple(replace(expanded, mask=MaskFeatures(is_causal=is_causal)) for is_causal in (True, False))
+
+
 def _group(layer: Layer, num_layers: int, common: AttentionProblem, tp: int) -> LayerGroup:
     if layer.kind in NOT_ATTENTION:
         return LayerGroup(layer.kind, num_layers, remark=NOT_ATTENTION[layer.kind])
@@ -75,7 +88,9 @@ def _group(layer: Layer, num_layers: int, common: AttentionProblem, tp: int) -> 
         refusal = NOT_SERVED.get(layer.kind, f"layers of kind {layer.kind} are not served")
         return LayerGroup(layer.kind, num_layers, refusal=refusal)
     try:
-        return LayerGroup(layer.kind, num_layers, _problem(layer, common, tp), layer.window)
+        problem = _problem(layer, common, tp)
+        prompts = () if layer.prompt_dims is None else prompt_problems(problem, *layer.prompt_dims)
+        return LayerGroup(layer.kind, num_layers, problem, layer.window, prompts=prompts)
     except UnsupportedProblem as error:
         return LayerGroup(layer.kind, num_layers, window=layer.window, refusal=str(error))
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 from fa4_backend.model_quantisation import QUANTISATION_FILE, declared_kv_dtype
 
 ATTENTION = "attention"
-MLA = "mla"  # multi-head latent attention, of which decode rows are asked here
+MLA = "mla"  # multi-head latent attention: decode rows see latents, prompts see keys and values made of them
 # A layer of these kinds asks nothing of an attention backend.
 NOT_ATTENTION = {
     "linear": "a recurrent or linear layer: the engine's own kernels, nothing is asked of attention",
@@ -78,6 +78,7 @@ class Layer:
     has_softcap: bool = False
     has_sinks: bool = False
     has_alibi: bool = False
+    prompt_dims: tuple[int, int] | None = None  # head_dim and head_dim_v of the keys and values that MLA makes of a prompt's latents
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,8 @@ def _latent_layer(own: Any) -> Layer:
     """A layer of MLA in absorbed form: one KV head, the latent and its rotary part. DeepSeek-V3.2 and what follows it choose tokens."""
     if getattr(own, "index_topk", None):
         return Layer("sparse")
-    return Layer(MLA, own.num_attention_heads, 1, own.kv_lora_rank + own.qk_rope_head_dim, own.kv_lora_rank)
+    latent, rope = own.kv_lora_rank, own.qk_rope_head_dim
+    return Layer(MLA, own.num_attention_heads, 1, latent + rope, latent, prompt_dims=(own.qk_nope_head_dim + rope, own.v_head_dim))
 
 
 def _kind_name(text: Any, own: Any, layer_idx: int) -> str:

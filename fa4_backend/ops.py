@@ -216,13 +216,16 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if bounds.converts:
         # Before the decode kernel, beside which the prefill kernel runs: that one then begins when both K and V are there.
         assert kernels.convert is not None and metadata.converted is not None, metadata.plan
-        kernels.convert(*convert_arguments(arguments, work, *metadata.converted))
+        keys, values, room = metadata.converted
+        room.enter()
+        kernels.convert(*convert_arguments(arguments, work, keys, values))
     if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
         if bounds.converts:
             assert kernels.converted is not None and metadata.converted is not None, metadata.plan
-            kernels.converted(*converted_arguments(arguments, work, *metadata.converted))
+            keys, values, _ = metadata.converted
+            kernels.converted(*converted_arguments(arguments, work, keys, values))
         else:
             assert kernels.prefill is not None, metadata.plan
             kernels.prefill(*prefill_arguments(arguments, work))

@@ -1,10 +1,11 @@
-"""The lengths of a step against their plan. Every refusal says what was expected and what it got."""
+"""The device and the lengths of steps against their plan. Every refusal says what was expected and what it got."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
 from fa4_backend.expectations import expect_dense, expect_device, expect_dtype, expect_shape, expect_tensors, expect_whole
 from fa4_backend.problem import LATENT, RAGGED
 
@@ -12,9 +13,33 @@ if TYPE_CHECKING:
     import torch
 
     from fa4_backend.plan import AttentionPlan
+    from fa4_backend.problem import AttentionProblem
 
 Passed = dict[Hashable, tuple[int, ...]]  # facts of steps and calls that were found to fit, and the bytes of a call's tensors
 MAX_PASSED = 1024  # remembered facts; layers and steps repeat theirs
+
+
+def device_type_of(problem: AttentionProblem) -> str:
+    """torch's name of the kind of device that a problem's tensors lie on."""
+    return "cpu" if problem.arch == REFERENCE_ARCH or problem.is_emulated else "cuda"
+
+
+def check_plan_device(plan: AttentionPlan, device: torch.device) -> None:
+    """Check that a plan's kernels run on `device`, before anything is compiled or allocated for it.
+
+    Raises:
+        ValueError: it is another kind of device, or a GPU of another arch.
+    """
+    arch, expected = plan.problem.arch, device_type_of(plan.problem)
+    if device.type != expected:
+        raise ValueError(f"device: expected {expected} for a plan of arch {arch}, got {device}")
+    if expected == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability(device)
+        if arch_of_capability(*capability) != arch:
+            got = "{} of compute capability {}.{}".format(torch.cuda.get_device_name(device), *capability)
+            raise ValueError(f"device: expected {arch} ({ARCHS[arch].chips}), which the plan was made for, got {got}")
 
 
 def check_shortest_query(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:

@@ -23,7 +23,7 @@ from fa4_backend.expectations import (
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.memory_spans import num_bytes, share_memory
 from fa4_backend.problem import DTYPE_BYTES, LATENT, PAGED, RAGGED
-from fa4_backend.step_validation import remember
+from fa4_backend.step_validation import device_type_of, remember
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def _check_tensors(plan: AttentionPlan, metadata: AttentionMetadata, t: Tensors)
     _expect_heads(p, "q", t.q, p.q_dtype)
     if t.q.shape[0] > limits.max_num_tokens:
         raise ValueError(f"q: expected at most max_num_tokens={limits.max_num_tokens} rows, got {t.q.shape[0]}")
-    device_type = "cpu" if p.arch == REFERENCE_ARCH or p.is_emulated else "cuda"
+    device_type = device_type_of(p)
     if t.q.device.type not in (device_type, "meta"):
         raise ValueError(f"q: expected a {device_type} tensor for a plan of arch {p.arch}, got {t.q.device}")
     if t.out is not None:

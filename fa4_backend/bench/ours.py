@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
 from fa4_backend.compile import CompileKey
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import ensure_objects
 from fa4_backend.device import plan_on
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import PAGED
@@ -48,7 +45,7 @@ def gpu_arch() -> str:
 
 
 def compile_all(requests: Iterable[tuple[AttentionProblem, BatchLimits]]) -> int:
-    """Compile what the plans of `asked` need and the cache lacks, in several processes: one after the other would take minutes.
+    """Compile what the plans of `asked` need and the cache lacks.
 
     Returns:
         how many kernels they need.
@@ -57,8 +54,7 @@ def compile_all(requests: Iterable[tuple[AttentionProblem, BatchLimits]]) -> int
     for request in requests:
         plan = plan_attention(*request)
         keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+    ensure_objects(keys)
     return len(keys)
 
 

@@ -19,9 +19,9 @@ class Kind(NamedTuple):
     batches: tuple[BatchShape, ...]
 
 
-def kinds() -> dict[str, Kind]:
-    """Every kind by its name on the command line."""
-    return {
+def kinds(kv_dtype: str = "bfloat16") -> dict[str, Kind]:
+    """Every kind by its name on the command line, K and V in `kv_dtype`."""
+    every = {
         "prefix": Kind("a new message over a long cached prefix", tuple(_prefix())),
         "drafts": Kind("drafts with wide groups: 16 to 128 packed rows a KV head", tuple(_drafts())),
         "one-kv-head": Kind("one KV head, many query heads", tuple(_one_kv_head())),
@@ -34,6 +34,7 @@ def kinds() -> dict[str, Kind]:
         "groups-of-5": Kind("five query heads a KV head", tuple(_groups_of_five())),
         "windows": Kind("heads of 64 with sinks, every other layer with a window", tuple(_windows())),
     }
+    return {name: Kind(kind.what, tuple(replace(b, kv_dtype=kv_dtype) for b in kind.batches)) for name, kind in every.items()}
 
 
 def matching(chosen: Mapping[str, Kind], pattern: str) -> dict[str, Kind]:

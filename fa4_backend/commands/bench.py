@@ -131,6 +131,7 @@ def shapes(
     csv_path: Csv = None,
     plot: Plot = None,
     json_output: Json = False,
+    kv_dtype: KvDtype = "auto",
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
     compile_for: CompileFor = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
@@ -143,7 +144,7 @@ def shapes(
     from fa4_backend.bench.shape_cells import matching
 
     try:
-        chosen = matching(_chosen("--kinds", all_kinds(), kinds), only)
+        chosen = matching(_chosen("--kinds", all_kinds(_stored(kv_dtype)), kinds), only)
     except (ValueError, re.error) as error:
         typer.echo(f"fa4 bench: --only: {error}", err=True)
         raise typer.Exit(2) from None

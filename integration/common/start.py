@@ -1,6 +1,7 @@
 """An engine's start and its end: buffers and kernels of each plan, then no compile any more.
 
-An adapter calls `open_warm_up` and `allocate` where its engine makes the state of a KV cache, and `seal_warm_up` at the first batch.
+An adapter calls `reserve` before its engine counts the memory that is left for a KV cache, where there is such a place; `open_warm_up` and
+`allocate` where it makes the state of the cache, and `seal_warm_up` at the first batch.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fa4_backend import AttentionMetadata
+from fa4_backend import AttentionMetadata, convert_room
 from fa4_backend.compile_cache import reopen, seal
 from fa4_backend.device import plan_on
+from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
 
 if TYPE_CHECKING:
     import torch
 
     from fa4_backend import AttentionProblem, BatchLimits
+    from fa4_backend.convert_room import ConvertRoom
 
 
 def show_log_lines(engine_logger: str) -> None:
@@ -30,12 +33,23 @@ def open_warm_up() -> None:
     reopen()
 
 
+def reserve(problem: AttentionProblem, limits: BatchLimits, device: torch.device) -> ConvertRoom | None:
+    """Allocate what plans share of memory, K and V that a step converts, if a plan of `problem` has such steps; no page size changes it.
+
+    To be kept as long as the engine serves: it is freed with the last that holds it.
+
+    Raises:
+        UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
+    """
+    return convert_room.reserve(plan_attention(problem, limits), device)
+
+
 def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.device) -> AttentionMetadata:
     """Plan `problem` for `device`, make the buffers, load the kernels, and compile those that the cache on disk lacks.
 
     Raises:
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
-        CompileError: a kernel could not be compiled or linked.
+        CompileError, CacheError: as `AttentionMetadata.allocate`.
     """
     return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
 
@@ -44,7 +58,7 @@ def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMe
     """The same for layers whose out an engine wants in FP8: refreshed with `step`, whose buffers it shares.
 
     Raises:
-        UnsupportedProblem, CompileError: as `allocate`.
+        UnsupportedProblem, CompileError, CacheError: as `allocate`.
     """
     return step.sharing(plan_on(replace(step.plan.problem, out_dtype=FP8), step.plan.limits, device))
 

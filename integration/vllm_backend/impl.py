@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from fa4_backend import AttentionProblem, MaskFeatures, paged_attention
 from fa4_backend import envs as fa4_envs
 from fa4_backend.problem import FP8, SAME_AS_Q, UnsupportedProblem
 from fa4_backend.support import PAGE_MULTIPLE, check_problem
+from fa4_integration.common import start
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache, stored_dtype, write_kv
+from fa4_integration.vllm_backend.limits import batch_limits
 from fa4_integration.vllm_backend.metadata_builder import FA4Metadata, LayerKind
 from fa4_integration.vllm_backend.serving_arch import serving_arch
+
+if TYPE_CHECKING:
+    from fa4_backend.convert_room import ConvertRoom
 
 
 class FA4Impl(AttentionImpl):
@@ -69,6 +75,8 @@ class FA4Impl(AttentionImpl):
         problem = self.problem(PAGE_MULTIPLE)
         check_problem(problem)
         self.is_fp8 = problem.has_kv_scales
+        # vLLM makes layers before it measures what its KV cache may take. Held for the builders' plans, which share it.
+        self.convert_room = reserve_room(problem)
         self.kind: LayerKind = (self.mask, problem.kv_dtype)
 
     @property
@@ -172,3 +180,13 @@ class FA4Impl(AttentionImpl):
     ) -> None:
         """Store the step's keys and values in the pages that `slot_mapping` names; vLLM calls it before `forward`."""
         write_kv(layer, key, value, kv_cache, slot_mapping, self.kv_cache_dtype)
+
+
+def reserve_room(problem: AttentionProblem) -> ConvertRoom | None:
+    """What the steps of a layer need of memory for converted K and V; None where they convert none, or no engine is being made."""
+    config = get_current_vllm_config_or_none()
+    if config is None or not problem.has_kv_scales:
+        return None
+    from vllm.platforms import current_platform
+
+    return start.reserve(problem, batch_limits(config, 1), torch.device(current_platform.device_type))

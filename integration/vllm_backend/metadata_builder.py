@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
-from fa4_backend import BatchLimits, MaskFeatures, UnsupportedProblem, envs
+from fa4_backend import MaskFeatures, UnsupportedProblem
 from fa4_integration.common import start
 from fa4_integration.vllm_backend.alibi import DeviceSlopes
 from fa4_integration.vllm_backend.layers import announce_layers
+from fa4_integration.vllm_backend.limits import batch_limits, captures_prompts
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         if vllm_config.compilation_config.pass_config.fuse_attn_quant:
             # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
             self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
+        self.may_convert = any(step.converted is not None for step in self.steps.values())
         self.slopes = share_slopes(impls, device)
         for impl in impls:
             target = impl.kv_sharing_target_layer_name
@@ -79,7 +81,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
     def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[LayerKind, AttentionMetadata]:
         # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
         start.open_warm_up()
-        limits = self._limits()
+        limits = batch_limits(self.vllm_config, self.reorder_batch_threshold or 1)
         steps: dict[LayerKind, AttentionMetadata] = {}
         for impl in impls:
             if impl.kind not in steps:
@@ -117,8 +119,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             steps=self.steps,
             fused_steps=self.fused_steps,
         )
-        keys = None if self._captures_prompts() else prefill_keys(batch, self.reorder_batch_threshold or 1)
-        self._refresh(metadata, shortest_query(batch, self.reorder_batch_threshold or 1), keys)
+        self._refresh(metadata, *self._prompts(batch))
         return metadata
 
     def update_draft_decode_metadata(self, metadata: FA4Metadata) -> None:
@@ -129,9 +130,17 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         """
         self._refresh(metadata, 1)
 
-    def _captures_prompts(self) -> bool:
-        """Whether graphs hold attention of steps with prompts. They keep the way in which their capture converted K and V."""
-        return bool(self.vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL)
+    def _prompts(self, batch: Any) -> tuple[int, int | None]:
+        """`min_seqlen_q` and `prefill_keys` of a batch; its keys are added up only where a plan may convert them once a call."""
+        decode_query_len = self.reorder_batch_threshold or 1
+        if batch.max_query_len <= decode_query_len:
+            return 1, None
+        lengths = np.diff(batch.query_start_loc_cpu.numpy())
+        shortest = int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
+        bounds = batch.seq_lens_cpu_upper_bound
+        if not self.may_convert or bounds is None or captures_prompts(self.vllm_config):
+            return shortest, None
+        return shortest, int(bounds.numpy()[: len(lengths)].sum(where=lengths > decode_query_len))
 
     def _refresh(self, metadata: FA4Metadata, min_seqlen_q: int, prefill_keys: int | None = None) -> None:
         for step in self.steps.values():
@@ -145,35 +154,6 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 min_seqlen_q=min_seqlen_q,
                 prefill_keys=prefill_keys,
             )
-
-    def _limits(self) -> BatchLimits:
-        scheduler, compilation = self.vllm_config.scheduler_config, self.vllm_config.compilation_config
-        decode_query_len = self.reorder_batch_threshold or 1
-        # A captured graph or a draft step may be wider than what the scheduler hands out.
-        max_num_tokens = max(
-            scheduler.max_num_batched_tokens,
-            compilation.max_cudagraph_capture_size or 0,
-            scheduler.max_num_seqs * decode_query_len,
-        )
-        max_model_len = self.vllm_config.model_config.max_model_len
-        return BatchLimits(scheduler.max_num_seqs, max_num_tokens, max_model_len, decode_query_len, envs.convert_keys())
-
-
-def shortest_query(batch: Any, decode_query_len: int) -> int:
-    """Host lower bound of a batch's query lengths, padding not counted; 1 where no query is above `decode_query_len`."""
-    if batch.max_query_len <= decode_query_len:
-        return 1
-    lengths = np.diff(batch.query_start_loc_cpu.numpy())
-    return int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
-
-
-def prefill_keys(batch: Any, decode_query_len: int) -> int | None:
-    """Host upper bound of the KV tokens of a batch's rows above `decode_query_len`; None where there are none, or vLLM does not say."""
-    bounds = batch.seq_lens_cpu_upper_bound
-    if bounds is None or batch.max_query_len <= decode_query_len:
-        return None
-    is_prompt = np.diff(batch.query_start_loc_cpu.numpy()) > decode_query_len
-    return int(bounds.numpy()[: len(is_prompt)].sum(where=is_prompt))
 
 
 def share_slopes(impls: list[Any], device: torch.device) -> list[DeviceSlopes]:

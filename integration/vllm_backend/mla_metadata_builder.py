@@ -1,4 +1,8 @@
-"""Once a step: the decode rows of vLLM's batch, translated for the operator of latent attention. Prefill rows are the base class's."""
+"""Once a step: the decode rows of vLLM's batch, translated for the operator of latent attention. Prefill rows are the base class's.
+
+A message behind a long cached context is decode too, as rows of a few queries (`mla_messages.py`): as prefill its whole context would be
+made keys and values first.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from fa4_backend import AttentionProblem, BatchLimits, UnsupportedProblem
 from fa4_integration.common import start
 from fa4_integration.vllm_backend.layers import announce_layers
+from fa4_integration.vllm_backend.mla_messages import MessageSteps
 from fa4_integration.vllm_backend.serving_arch import serving_arch
 
 if TYPE_CHECKING:
@@ -29,10 +34,11 @@ SERVED_SPEC = "MLAAttentionSpec"  # pages hold one sequence's latents in order, 
 
 @dataclass
 class FA4MLADecodeMetadata(MLACommonDecodeMetadata):
-    """The decode rows of a step. All tensors are vLLM's persistent ones or views of their beginnings: addresses stay from step to step."""
+    """The decode rows of a step. All tensors are vLLM's persistent ones or views of their beginnings: addresses stay from step to step. In
+    a step with messages, which no graph holds, they are those of `MessageSteps`."""
 
-    # block_table: (num_decodes, max_pages_per_seq) int32; seq_lens: (num_decodes,) int32, of this rank's keys: the base class's fields
-    cu_seqlens_q: torch.Tensor  # (num_decodes + 1,) int32
+    # block_table: (num_rows, max_pages_per_seq) int32; seq_lens: (num_rows,) int32, of this rank's keys: the base class's fields
+    cu_seqlens_q: torch.Tensor  # (num_rows + 1,) int32
     steps: dict[AttentionProblem, AttentionMetadata] = field(default_factory=dict)  # refreshed for this step; by `FA4MLAImpl.kind`
 
 
@@ -49,7 +55,9 @@ class FA4MLAMetadataBuilder(MLACommonMetadataBuilder[FA4MLAMetadata]):
     """
 
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN  # rows of a step may have any number of drafts, up to the plan's
-    reorder_batch_threshold: int = 1  # the base class adds the engine's draft tokens, unless ranks share a sequence's keys (DCP)
+    # Of a row that may be decode. The base class adds the engine's draft tokens, unless ranks share a sequence's keys (DCP); messages
+    # raise it where they are served.
+    reorder_batch_threshold: int = 1
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         spec_name = type(kv_cache_spec).__name__
@@ -61,12 +69,16 @@ class FA4MLAMetadataBuilder(MLACommonMetadataBuilder[FA4MLAMetadata]):
         announce_layers(vllm_config)
         # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
         start.open_warm_up()
+        self.decode_query_len = self.reorder_batch_threshold
         limits = self._limits()
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-        impls = {layer.impl.kind: layer.impl for layer in layers.values()}
+        problems = {layer.impl.kind: layer.impl.problem(kv_cache_spec.block_size) for layer in layers.values()}
         self.steps: dict[AttentionProblem, AttentionMetadata] = {
-            kind: start.allocate(impl.problem(kv_cache_spec.block_size), limits, device) for kind, impl in impls.items()
+            kind: start.allocate(problem, limits, device) for kind, problem in problems.items()
         }
+        self.messages = MessageSteps.allocate(problems, limits, vllm_config, device)
+        if self.messages is not None:
+            self.reorder_batch_threshold = max(self.decode_query_len, self.messages.longest)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -75,9 +87,15 @@ class FA4MLAMetadataBuilder(MLACommonMetadataBuilder[FA4MLAMetadata]):
         return AttentionCGSupport.UNIFORM_BATCH if serving_arch().startswith("sm_") else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> FA4MLAMetadata:
-        """Take over a step; of its decode rows no host sync and no allocation."""
+        """Take over a step; of its decode rows no host sync, and no allocation but in steps with messages."""
         start.seal_warm_up()
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        longest = self.reorder_batch_threshold
+        if self.messages is None or not self.messages.serve(common_attn_metadata, self.decode_query_len):
+            self.reorder_batch_threshold = self.decode_query_len
+        try:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        finally:
+            self.reorder_batch_threshold = longest  # by which the runner orders its batches
 
     def _build_decode(
         self,
@@ -90,7 +108,14 @@ class FA4MLAMetadataBuilder(MLACommonMetadataBuilder[FA4MLAMetadata]):
         max_query_len: int,
         dcp_tot_seq_lens_device: torch.Tensor | None,
     ) -> FA4MLADecodeMetadata:
-        for step in self.steps.values():
+        steps = self.steps
+        if max_query_len > self.decode_query_len:
+            assert self.messages is not None, f"{max_query_len=}, {self.decode_query_len=}"
+            steps, max_query_len = self.messages.steps, self.messages.rows.queries
+            query_start_loc_device, seq_lens_device, block_table_tensor = self.messages.split(
+                query_start_loc_cpu, query_start_loc_device, seq_lens_device, block_table_tensor
+            )
+        for step in steps.values():
             step.refresh(
                 cu_seqlens_q=query_start_loc_device,
                 seqused_k=seq_lens_device,
@@ -103,12 +128,12 @@ class FA4MLAMetadataBuilder(MLACommonMetadataBuilder[FA4MLAMetadata]):
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=dcp_tot_seq_lens_device,
             cu_seqlens_q=query_start_loc_device,
-            steps=self.steps,
+            steps=steps,
         )
 
     def _limits(self) -> BatchLimits:
         scheduler, compilation = self.vllm_config.scheduler_config, self.vllm_config.compilation_config
-        decode_query_len = self.reorder_batch_threshold
+        decode_query_len = self.decode_query_len
         # A captured graph may be wider than what the scheduler hands out.
         max_num_tokens = max(scheduler.max_num_seqs * decode_query_len, compilation.max_cudagraph_capture_size or 0)
         return BatchLimits(scheduler.max_num_seqs, max_num_tokens, self.vllm_config.model_config.max_model_len, decode_query_len)

@@ -162,12 +162,12 @@ DEFAULT_GROUPS = ("llama", "llama_default", "gemma2", "gemma2_default", "sinks",
 def rehearsed(group: Group) -> Group:
     """The group's engines as a machine without a GPU has them: on vLLM's CPU_ATTN in place of its GPU backends, eager, with little memory.
 
-    Nothing is asked of graphs then, nor of distances; all else is.
+    Nothing is asked of graphs then, nor of distances and conversion once a call; all else is.
     """
     engines = []
     for engine in group.engines:
         arguments = {name: value for name, value in engine.arguments.items() if name not in ("compilation_config", "async_scheduling")}
         arguments |= {**EAGER, "kv_cache_memory_bytes": 64 << 20, "block_size": 32 if engine.backend in PEERS else 16}
         backend = "CPU_ATTN" if engine.backend in PEERS else engine.backend
-        engines.append(replace(engine, backend=backend, arguments=arguments, graphs=None))
+        engines.append(replace(engine, backend=backend, arguments=arguments, graphs=None, converts=False))
     return replace(group, engines=tuple(engines))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.device.serve_tokens import MEMORY, decode_logprobs, off_scale, prefill_logprobs, wake_from_level_1, wake_from_level_2
+from tests.device.watch_converted import watch_converted
 from tests.support.collector import settled_heap
 
 COMMON: dict[str, Any] = {"dtype": "bfloat16", "max_num_batched_tokens": 256, "max_model_len": 1024, "max_num_seqs": 8, "seed": 0}
@@ -51,6 +52,7 @@ class Engine:
     drafts: bool = False  # tokens have to be drafted, some accepted and some rejected
     drafts_at_random: bool = False  # none may be accepted
     sinks: bool = False  # layers have attention sinks
+    converts: bool = False  # steps have to bring K and V from FP8 to 16 bits once a call
     writes_fp8: bool = False  # the quantisation behind its layers is fused: our kernels have to write FP8
     dummies: bool = False  # batches that vLLM makes up for a data-parallel rank without work run before each question
     adapters: tuple[str, ...] = ()  # folders of LoRA adapters, for the prompts in turn, and none for each third
@@ -62,7 +64,14 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
 
     lines: list[tuple[float, str]] = []
     with set_environment({**engine.environment, "FA4_BACKEND_TRACE_FILE": str(trace)}), off_scale(engine.scale_error):
-        with settled_heap(), count_preemptions() as preempted, sinks_in_llama(engine.sinks), watch_log(lines), count_dummies() as dummies:
+        with (
+            settled_heap(),
+            count_preemptions() as preempted,
+            sinks_in_llama(engine.sinks),
+            watch_log(lines),
+            count_dummies() as dummies,
+            watch_converted() as converted,
+        ):
             begin = time.perf_counter()
             arguments = {**COMMON, **MEMORY, "disable_log_stats": not engine.drafts, **engine.arguments}
             llm = LLM(model, attention_backend=engine.backend, **arguments)
@@ -82,6 +91,7 @@ def answer(engine: Engine, model: str, prompts: list[list[int]], trace: Path) ->
         "slow_parts": slow_parts(begin, lines),
         "preemptions": preempted[0],
         "dummy_batches": dummies[0],
+        **converted,
         "rebuilds": next((text for _, text in lines if "cannot update draft decode metadata" in text), None),
         **kernels_in(trace),
     }
@@ -196,6 +206,10 @@ def faults(engine: Engine, result: dict[str, Any]) -> list[str]:
         wrong.append(f"async scheduling: expected {engine.arguments['async_scheduling']}")
     if engine.writes_fp8 and not any("(out float8_e4m3fn)" in kernel for kernel in result["kernels"]):
         wrong.append(f"expected kernels that write FP8, got {result['kernels']}")
+    if engine.converts and not result["converted_steps"]:
+        wrong.append("no step converted K and V once a call")
+    if late := result.get("late_bytes"):
+        wrong.append(f"room for converted K and V: expected all of it before vLLM sized its cache, got {late} bytes with a plan")
     if engine.preempts and not result["preemptions"]:
         wrong.append("no request was preempted")
     is_caching = engine.arguments.get("enable_prefix_caching", True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fa4_backend import convert_room
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.bench.batch import BatchTensors, Mask
 from fa4_backend.bench.ours import Ours, asked
@@ -29,7 +30,6 @@ from fa4_backend.kernels.launch_abi import convert_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import WorkLists
 from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS
-from fa4_backend.metadata import ConvertedKv
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
 from tests.support.paged_case import PagedCase
@@ -112,7 +112,9 @@ def convert_alone(batch: PrefillBatch, t: BatchTensors) -> dict[str, float]:
     work = WorkLists.allocate(plan.kernels.converted.work, limits, "cuda")
     assert work.key_starts is not None
     work.key_starts[: batch.rows + 1] = torch.arange(batch.rows + 1, device="cuda") * batch.kv_len
-    room = ConvertedKv.allocate(plan, torch.device("cuda"))
+    room = convert_room.reserve(plan, torch.device("cuda"))
+    assert room is not None
+    keys, values, _ = room.views(plan)
     a = AttentionArguments(
         t.q,
         t.k_cache,
@@ -129,11 +131,11 @@ def convert_alone(batch: PrefillBatch, t: BatchTensors) -> dict[str, float]:
         None,
         None,
     )
-    given = convert_arguments(a, work, *room)
+    given = convert_arguments(a, work, keys, values)
     launch = load(plan.kernels.converted.convert, emulated=False)
     launch(*given)
     pages = t.page_table[0, :1].long()
-    for cache, wide in ((t.k_cache, room.keys), (t.v_cache, room.values)):
+    for cache, wide in ((t.k_cache, keys), (t.v_cache, values)):
         first = cache.view(torch.uint8)[pages].view(FP8_TORCH)[0].to(wide.dtype)
         if batch.mask.window_left is None:
             assert torch.equal(first, wide[: batch.page_size]), "converted keys: expected those of the first page"

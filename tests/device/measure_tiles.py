@@ -1,10 +1,17 @@
-"""Tiles of the Hopper prefill kernel in turns, FA3 and another checkout beside them: what the rows of `kernels/sm90/tuning.py` come from.
+"""Tiles of the Hopper prefill kernel and choices of the host in turns, FA3 and another checkout beside them: what the rows of
+`kernels/sm90/tuning.py` and the schedule's rates come from.
 
     python -m tests.device.measure_tiles --kinds d96 --only "16K|32 x 1K" --tiles "tile_n=144,kv_stage=5" "tile_m=192,tile_n=112,kv_stage=6"
+    python -m tests.device.measure_tiles --kinds mixed --tiles decode_tile_ticks=24 decode_full_sms=90
+    python -m tests.device.measure_tiles --kinds one-kv-head --tiles "prefill tiles" "prefill tiles,min_part_blocks=1"
+    python -m tests.device.measure_tiles --kinds full,heads --tiles "no pages"
     python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
-Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of the tile in use. FOLDER is as in
-`compare_versions`. Kernels that the cache lacks are compiled by several processes first.
+Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of what is in use. A variant is a list of
+fields of `TileShape` or `WorkShape`, and of words: "prefill tiles" sends decode rows to the prefill kernel, whose tiles are cut along KV,
+"3 KV heads" calls one KV head three, each with a third of its query heads, "invariant" is batch-invariant mode, "no pages" the same batch
+over dense K and V. FOLDER is as in `compare_versions`. Kernels that the
+cache lacks are compiled by several processes first.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fa4_backend.bench import dense_peers
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.decode_batches import issue_batches
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
@@ -41,10 +49,15 @@ from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.schedule.work_list import WorkShape
 from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
-from fa4_backend.plan import plan_attention
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import RAGGED, AttentionProblem, BatchLimits
 from tests.device.compare_versions import OTHER, borrow
+from tests.support.fuzz import prefill_plan
 
 IN_USE = "in use"
+PREFILL_TILES, INVARIANT, NO_PAGES = "prefill tiles", "invariant", "no pages"  # words of a variant
+PROCESSES = max(1, (os.cpu_count() or 2) - 2)  # that compile
+Planner = Callable[[AttentionProblem, BatchLimits], AttentionPlan]
 Shape = TypeVar("Shape", TileShape, WorkShape)
 
 
@@ -63,7 +76,7 @@ def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
 
 def changed(shape: Shape, changes: str) -> Shape:
     """`shape` with those of the fields "tile_n=144,decode_full_sms=100" that are its own."""
-    pairs = [] if changes == IN_USE else [item.split("=") for item in changes.split(",")]
+    pairs = [item.split("=") for item in changes.split(",") if "=" in item]
     types = {f.name: type(getattr(shape, f.name)) for f in fields(shape)}
     return replace(shape, **{name: types[name](float(value)) for name, value in pairs if name in types})
 
@@ -75,33 +88,71 @@ def cells(kind_names: str, pattern: str) -> list[BatchShape]:
     return [b for name in kind_names.split(",") for b in every[name] if re.search(pattern, b.title)]
 
 
-def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object]:
-    """A variant's call of the operator."""
+def batch_of(variant: str, batch: BatchShape) -> BatchShape:
+    """The batch that a variant is called with."""
+    return replace(batch, kv_source=RAGGED) if NO_PAGES in variant.split(",") else batch
+
+
+def kv_heads_of(variant: str, batch: BatchShape) -> int:
+    """As how many KV heads a variant reads those of the batch: one that cannot be divided so is read as it is."""
+    called = re.search(r"(\d+) KV heads", variant)
+    is_divided = called is not None and batch.num_kv_heads == 1 and batch.num_q_heads % int(called.group(1)) == 0
+    return int(called.group(1)) if called and is_divided else batch.num_kv_heads
+
+
+def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> AttentionPlan:
+    """What a variant's plan is, of `batch_of` it.
+
+    Raises:
+        ValueError: a word is no field of a shape and none of the variants.
+    """
+    words = variant.split(",")
+    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES}
+    if strange := [w for w in words if w.split("=")[0] not in known and not re.fullmatch(r"\d+ KV heads", w)]:
+        raise ValueError(f"variant: expected fields of TileShape or WorkShape, or words that are explained above, got {', '.join(strange)}")
+    with tile_of(batch, variant):
+        heads = replace(batch, num_kv_heads=kv_heads_of(variant, batch))
+        plan = planner(*asked(heads, arch, batch_invariant=INVARIANT in words))
+    plan = prefill_plan(plan) if PREFILL_TILES in words else plan
+    assert plan.kernels is not None
+    work = replace(plan.kernels.work, decode_query_len=0) if PREFILL_TILES in words else plan.kernels.work
+    return replace(plan, kernels=replace(plan.kernels, work=changed(work, variant)))
+
+
+def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object] | None:
+    """A variant's call of the operator, on tensors of its `batch_of`."""
     if variant == FA3:
         return prepare(FA3, batch, tensors)
+    if variant == dense_peers.FLASH_ATTN_4:
+        return dense_peers.prepare(variant, batch, tensors)
     if variant == OTHER:
         return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
-    problem, limits = asked(batch, gpu_arch())
-    with tile_of(batch, variant):
-        plan = plan_on(problem, limits, tensors.q.device)
-    assert plan.kernels is not None
-    plan = replace(plan, kernels=replace(plan.kernels, work=changed(plan.kernels.work, variant)))
+    plan = plan_of(variant, batch, gpu_arch(), lambda problem, limits: plan_on(problem, limits, tensors.q.device))
+    if plan.problem.num_kv_heads != batch.num_kv_heads:
+        k_cache, v_cache = (cache.expand(-1, -1, plan.problem.num_kv_heads, -1) for cache in (tensors.k_cache, tensors.v_cache))
+        tensors = replace(tensors, k_cache=k_cache, v_cache=v_cache)
     return Ours.of_plan(plan, batch, tensors).call
+
+
+def compile_in_processes(jobs: list[tuple[str, str, str, str, str, int]], processes: int) -> None:
+    """`compile_kernels` of each job."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_kernels, jobs))
 
 
 def compile_kernels(job: tuple[str, str, str, str, str, int]) -> None:
     """Compile a cell's kernels of one variant, in a process of its own; kernels are those for `num_sms`. A tile that does not compile is
     named and left out."""
     folder, variant, arch, kind_names, title, num_sms = job
-    batch = next(b for b in cells(kind_names, "") if b.title == title)
-    plan, ask, ensure = plan_attention, asked, ensure_object
+    batch = batch_of(variant, next(b for b in cells(kind_names, "") if b.title == title))
+    ensure = ensure_object
     if variant == OTHER:
         sys.path.insert(0, folder)
-        plan = importlib.import_module(f"{OTHER}.plan").plan_attention
         ask = importlib.import_module(f"{OTHER}.bench.ours").asked
+        kernels = importlib.import_module(f"{OTHER}.plan").plan_attention(*ask(batch, arch), num_sms=num_sms).kernels
         ensure = importlib.import_module(f"{OTHER}.compile_cache").ensure_object
-    with tile_of(batch, IN_USE if variant == OTHER else variant):
-        kernels = plan(*ask(batch, arch), num_sms=num_sms).kernels
+    else:
+        kernels = plan_of(variant, batch, arch, partial(plan_attention, num_sms=num_sms)).kernels
     try:
         for key in kernels.keys if kernels else ():
             ensure(key)
@@ -116,13 +167,15 @@ def time_cell(batch: BatchShape, variants: list[str], rounds: int) -> dict[str, 
         RuntimeError: the tile in use or the other checkout is wrong.
     """
     torch.manual_seed(0)
-    tensors = BatchTensors.make(batch)
+    paged = BatchTensors.make(batch)
     replays, kept, errors = {}, [], {}
     for variant in [*variants, FA3]:
+        own = batch_of(variant, batch)
+        tensors = paged if own is batch else BatchTensors.make(own)
         tensors.out.fill_(float("nan"))
-        call = ready(variant, batch.label, partial(call_of, variant, batch, tensors), must_run=variant in (IN_USE, OTHER))
+        call = ready(variant, batch.label, partial(call_of, variant, own, tensors), must_run=variant in (IN_USE, OTHER))
         if call is not None:
-            errors[variant] = tensors.worst_error(batch, variant, must_hold=variant in (IN_USE, OTHER))
+            errors[variant] = tensors.worst_error(own, variant, must_hold=variant in (IN_USE, OTHER))
             kept.append(call)
             replays[variant] = capture(call)
     return {name: (us, errors[name]) for name, us in cold_in_turns(replays, rounds, Flush.READ).items()}
@@ -134,10 +187,10 @@ def main() -> None:
         "--kinds", required=True, help="comma-separated kinds of `fa4 bench shapes`, sets of `fa4 bench prefill`, decode-SET"
     )
     parser.add_argument("--only", default="", help="cells whose title matches this regular expression")
-    parser.add_argument("--tiles", nargs="*", default=[], help="fields of TileShape or of the lists' shape: tile_n=144,kv_stage=5")
+    parser.add_argument("--tiles", nargs="*", default=[], help="variants: tile_n=144,kv_stage=5 or decode_full_sms=90 or prefill tiles")
     parser.add_argument("--other", type=Path, help="another checkout, timed beside this one")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--compile-for", default="", help="compile for this arch and time nothing")
     parser.add_argument("--num-sms", type=int, default=132, help="of the GPU that --compile-for compiles for")
     parser.add_argument("--json", type=Path)
@@ -151,8 +204,7 @@ def main() -> None:
         if not arch:
             arch = gpu_arch()
             num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-        with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(compile_kernels, [(folder, v, arch, options.kinds, b.title, num_sms) for b in chosen for v in variants]))
+        compile_in_processes([(folder, v, arch, options.kinds, b.title, num_sms) for b in chosen for v in variants], options.processes)
         if not options.compile_for:
             rows = measure(chosen, variants, options.rounds)
             if options.json:

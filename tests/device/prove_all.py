@@ -1,96 +1,126 @@
-"""The proofs of K and V in FP8, and of 16-bit prefill with parts, in one command: `python -m tests.device.prove_all --out FOLDER`.
+"""Every proof of prefill, decode and mixed steps, 16-bit and FP8 K and V, in one command: `python -m tests.device.prove_all --out FOLDER`.
 
-Fuzzed poisoned batches, bits and large pools, several processes at a time, each with a time limit. Prints the last lines of each and
-writes whole logs and results to FOLDER. `--only` chooses by name. memcheck and racecheck: `tests.device.sanitize`, which needs the same
-kernels.
+Fuzzed poisoned batches, bits and large pools, several processes at a time over all GPUs, each with a time limit. Prints the last lines of
+each; FOLDER gets whole logs, a result of each process, and of all fuzzed batches what `results/fuzz_h200.json` has. `--only` chooses by
+name. memcheck and racecheck: `tests.device.sanitize`, which needs the same kernels; MLA: `tests.device.prove_mla`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fa4_backend import AttentionPlan
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.problem import FP8, SAME_AS_Q
+from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.problem import FP8
 from tests.device.fuzz_all import compile_all, setup_plans
 from tests.device.prove_decode import mixed_setups
 from tests.device.prove_decode import setups as decode_setups
+from tests.support.fuzz import FuzzSetup
 from tests.support.fuzz_setups import prefill_setups
 
-FP8_KV = ["--kv-dtype", "fp8"]
-PREFILL, DECODE, MIXED, PREFILL_BF16 = KINDS = ("prefill", "decode", "mixed", "prefill-bf16")
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fuzzed batches: the module that draws them, and how it is told to."""
+
+    name: str
+    module: str
+    part: str
+    batches: str  # its option
+    setups_of: Callable[[str, str], list[FuzzSetup]]
+    kv_dtype: str  # as the option of `module` has it
+    dtype: str  # as a problem has it
+    cases: str  # parts that are no fuzz
+    shards: int  # processes that share its fuzzed batches: as many as make all kinds take about as long
+
+    def setups(self, arch: str) -> list[FuzzSetup]:
+        """Problems that it fuzzes."""
+        return self.setups_of(arch, self.dtype)
+
+    def arguments(self, parts: str) -> list[str]:
+        """Of its module."""
+        return [self.module, "--kv-dtype", self.kv_dtype, "--processes", "1", "--parts", parts]
 
 
-# Names of the problems of `--few`: about half of the kernels, every head dimension, parts, windows, score features and out in FP8.
-FEW = {
-    PREFILL: "d128 page 16;d128 page 64 fp16;d128 both windows;d128 soft cap;d64 ratio 3;d96;d192/128;d256 page 784",
-    DECODE: "32/8 d128 q1;8/2 d128 q4  ;8/2 d128 q4 has_window_left;8/2 d128 q4 batch_invariant;9/3 d64 q1;8/2 d96;8/2 d256",
-    MIXED: "mixed 32/8;mixed 8/2 d128 q4;mixed 9/3;mixed 8/2 d128 q2",
-    PREFILL_BF16: "d128 page 16;d128 both windows;d64 ratio 3;d192/128;d256 page 784",
-}
+PREFILL_CASES, DECODE_CASES = "cases,pages,pool", "lists,pool,bits,exact"
+KINDS = (
+    Kind("prefill", "prove_prefill", "fuzz", "--batches", prefill_setups, "auto", "auto", PREFILL_CASES, 6),
+    Kind("prefill, K and V in FP8", "prove_prefill", "fuzz", "--batches", prefill_setups, "fp8", FP8, PREFILL_CASES, 6),
+    Kind("decode", "prove_decode", "fuzz", "--batches", decode_setups, "bf16", "bfloat16", DECODE_CASES, 2),
+    Kind("decode, K and V in FP8", "prove_decode", "fuzz", "--batches", decode_setups, "fp8", FP8, DECODE_CASES, 2),
+    Kind("mixed steps", "prove_decode", "mixed", "--mixed-batches", mixed_setups, "bf16", "bfloat16", "", 3),
+    Kind("mixed steps, K and V in FP8", "prove_decode", "mixed", "--mixed-batches", mixed_setups, "fp8", FP8, "", 3),
+)
 
 
-def runs(batches: int, seconds: float, of_kind: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
-    """Name -> the kind whose kernels it needs, and its module with its arguments.
+@dataclass(frozen=True)
+class Job:
+    """A process: its name, what `python -m tests.device.` runs, and the kind whose fuzzed batches it draws."""
 
-    Args:
-        of_kind: names of the problems of each kind; "": all.
-    """
-
-    def prefill(kind: str, *parts: str) -> list[str]:
-        return ["prove_prefill", *(FP8_KV if kind == PREFILL else []), "--only", of_kind[kind], "--processes", "1", *parts]
-
-    def decode(kind: str, *parts: str) -> list[str]:
-        return ["prove_decode", *FP8_KV, "--only", of_kind[kind], "--processes", "1", *parts]
-
-    fuzz = ["--parts", "fuzz", "--seconds", str(seconds), "--batches"]
-    cases = ["--parts", "cases,pages,pool", "--repeats", "5"]
-    return {
-        "fuzz prefill": (PREFILL, prefill(PREFILL, *fuzz, str(batches))),
-        "fuzz decode": (DECODE, decode(DECODE, *fuzz, str(batches))),
-        "fuzz mixed": (MIXED, decode(MIXED, "--parts", "mixed", "--seconds", str(seconds), "--mixed-batches", str(batches))),
-        # Half of its problems are those with parts.
-        "fuzz prefill bf16": (PREFILL_BF16, prefill(PREFILL_BF16, *fuzz, str(2 * batches))),
-        "cases prefill": (PREFILL, prefill(PREFILL, *cases)),
-        "cases prefill bf16": (PREFILL_BF16, prefill(PREFILL_BF16, *cases)),
-        "cases decode": (DECODE, decode(DECODE, "--parts", "lists,pool,bits,exact")),
-    }
+    name: str
+    arguments: list[str]
+    fuzzes: Kind | None = None
 
 
-def plans_of(kind: str, arch: str, of_kind: dict[str, str], num_sms: int | None) -> list[AttentionPlan]:
-    """What the processes of a kind compile."""
-    setups_of = {
-        PREFILL: lambda: prefill_setups(arch, FP8),
-        DECODE: lambda: decode_setups(arch, FP8),
-        MIXED: lambda: mixed_setups(arch, FP8),
-        PREFILL_BF16: lambda: prefill_setups(arch, SAME_AS_Q),
-    }
-    chosen = tuple(of_kind[kind].split(";"))
-    return setup_plans([setup for setup in setups_of[kind]() if setup.name.startswith(chosen)], num_sms)
+def jobs_of(kind: Kind, options: argparse.Namespace) -> list[Job]:
+    """Shards of fuzzed batches, and the cases."""
+    fuzz = [*kind.arguments(kind.part), "--seconds", str(options.seconds), "--seed", str(options.seed), kind.batches, str(options.batches)]
+    jobs = [Job(f"fuzz {kind.name} {i}", [*fuzz, "--shard", f"{i}/{kind.shards}"], kind) for i in range(kind.shards)]
+    return jobs + [Job(f"cases {kind.name}", kind.arguments(kind.cases))] * bool(kind.cases)
 
 
-def run(name: str, arguments: list[str], folder: Path, limit_s: float) -> bool:
+def run(job: Job, gpu: int, folder: Path, limit_s: float) -> bool:
     """One process; True where it ended well within its limit."""
-    module, *rest = arguments
-    stem = folder / name.replace(" ", "_")
+    module, *rest = job.arguments
+    stem = stem_of(job, folder)
     command = [sys.executable, "-m", f"tests.device.{module}", *rest, "--json", f"{stem}.json"]
     begin = time.perf_counter()
     with Path(f"{stem}.log").open("w") as log:
         try:
-            status = str(subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, check=False).returncode)
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, check=False, env=environment)
+            status = str(ended.returncode)
         except subprocess.TimeoutExpired:
             status = f"no end within {limit_s:.0f} s"
     lines = Path(f"{stem}.log").read_text().splitlines()
-    print(f"== {name}: exit {status}, {time.perf_counter() - begin:.0f} s: {' '.join(arguments)}")
-    print("\n".join(f"   {line[:300]}" for line in lines[-6:]), flush=True)
+    print(f"== {job.name}: exit {status}, {time.perf_counter() - begin:.0f} s: {' '.join(job.arguments)}")
+    print("\n".join(f"   {line[:200]}" for line in lines[-3:]), flush=True)
     return status == "0"
+
+
+def stem_of(job: Job, folder: Path) -> Path:
+    """Path of a process's log and result, without what follows the dot."""
+    return folder / job.name.replace(",", "").replace(" ", "_")
+
+
+def problems_of(seen: list[dict[str, Any]] | dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Fuzzed problems of a process; of decode's that failed only why is known."""
+    if isinstance(seen, list):
+        return seen
+    return seen["setups"] if seen["ok"] else [{"name": name, "batches": 0, "failures": 1, "why": seen["why"]}]
+
+
+def collect(jobs: list[Job], folder: Path) -> dict[str, Any]:
+    """Fuzzed batches of each kind together, of the processes that left a result."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        result = Path(f"{stem_of(job, folder)}.json")
+        if job.fuzzes and result.exists():
+            parts.setdefault(job.fuzzes.name, []).extend(problems_of(json.loads(result.read_text())[job.fuzzes.part], job.name))
+    return {"stamp": gpu_stamp(), "parts": parts}
 
 
 def main() -> int:
@@ -98,32 +128,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("proofs"))
     parser.add_argument("--batches", type=int, default=20000, help="of each kind")
-    parser.add_argument("--seconds", type=float, default=80.0, help="of fuzzed batches of a kind")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a process")
-    parser.add_argument("--at-once", type=int, default=5, help="processes on the GPU")
-    parser.add_argument("--only", default="", help="names that begin so, apart by commas")
-    parser.add_argument("--few", action="store_true", help="about half of the problems")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of fuzzed batches of a process")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a process")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=25, help="processes on all GPUs")
+    parser.add_argument("--only", default="", help="names that begin so, apart by semicolons: 'fuzz', 'fuzz mixed steps', 'cases'")
     parser.add_argument("--processes", type=int, default=15, help="that compile kernels side by side")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs no GPU")
     options = parser.parse_args()
-    of_kind, only = FEW if options.few else dict.fromkeys(KINDS, ""), tuple(options.only.split(","))
-    chosen = {name: how for name, how in runs(options.batches, options.seconds, of_kind).items() if name.startswith(only)}
-    begin, ends = time.perf_counter(), []
+    begin, only = time.perf_counter(), tuple(options.only.split(";"))
+    chosen = {kind: [job for job in jobs_of(kind, options) if job.name.startswith(only)] for kind in KINDS}
+    kinds = [kind for kind, jobs in chosen.items() if jobs]
     arch, num_sms = options.compile_only, 132 if options.compile_only else None
     if not options.compile_only:
         arch = arch_of_capability(*torch.cuda.get_device_capability())
         assert arch is not None, torch.cuda.get_device_name()
-        options.out.mkdir(parents=True, exist_ok=True)
+    compile_all(setup_plans([setup for kind in kinds for setup in kind.setups(arch)], num_sms), options.processes)
+    print(f"{time.perf_counter() - begin:.0f} s: kernels of {', '.join(kind.name for kind in kinds)} are there", flush=True)
+    if options.compile_only:
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    # In turns: a shard of each kind, so that a call that is cut short has some of each.
+    jobs = [job for turn in itertools.zip_longest(*chosen.values()) for job in turn if job]
     with ThreadPoolExecutor(options.at_once) as pool:
-        for kind in KINDS:  # the first runs while the next one's kernels are compiled
-            mine = {name: arguments for name, (needs, arguments) in chosen.items() if needs == kind}
-            if mine:
-                compile_all(plans_of(kind, arch, of_kind, num_sms), options.processes)
-                print(f"{time.perf_counter() - begin:.0f} s: kernels of {kind} are there", flush=True)
-            if not options.compile_only:
-                ends += [pool.submit(run, name, arguments, options.out, options.limit) for name, arguments in mine.items()]
-        ended = [end.result() for end in ends]
-    print(f"{ended.count(False)} of {len(ended)} failed", flush=True)
+        gpus = itertools.cycle(range(torch.cuda.device_count()))
+        ended = list(pool.map(lambda job, gpu: run(job, gpu, options.out, options.limit), jobs, gpus))
+    seen = collect(jobs, options.out)
+    (options.out / "fuzz.json").write_text(json.dumps(seen, indent=1) + "\n")
+    for name, problems in seen["parts"].items():
+        print(f"{name}: {sum(p['batches'] for p in problems)} batches, {sum(p['failures'] for p in problems)} failures")
+    print(f"{ended.count(False)} of {len(ended)} processes failed", flush=True)
     return int(not all(ended))
 
 

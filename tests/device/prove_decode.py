@@ -105,8 +105,9 @@ def check_lists(arch: str, steps: int) -> dict[str, Any]:
         assert plan.kernels is not None
         shape = plan.kernels.work
         work = empty_lists(shape, rows)
-        for name in ("prefill_tiles", "prefill_queue", "decode_tiles", "decode_first", "arrivals", "part_arrivals"):
-            setattr(work, name, getattr(work, name).to(DEVICE))
+        for name, value in vars(work).items():
+            if isinstance(value, torch.Tensor):
+                setattr(work, name, value.to(DEVICE))
         cu_seqlens_q = torch.tensor([0, *query_lens]).cumsum(0).int().to(DEVICE)
         seqused_k = torch.tensor(kv_lens, dtype=torch.int32, device=DEVICE)
         load(plan.kernels.schedule, emulated=False)(*schedule_arguments(work, cu_seqlens_q, seqused_k))

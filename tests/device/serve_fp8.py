@@ -33,6 +33,7 @@ from tests.device.serve_tokens import DRAFTS, FP8_RUNS, SUITES, WRITE, compare, 
 
 SUITE = SUITES["fp8"]
 LATER = ("sleep", "pages of 64", "skipped")
+GRAPHS = {"full graphs": "FULL", "decode graphs": "FULL_DECODE_ONLY"}
 FEWEST_DRAFTS = DRAFTS["speculative_config"]["num_speculative_tokens"]
 
 
@@ -40,10 +41,11 @@ def engine_of(run: str) -> Engine:
     """A run of the suite as a lane's engine, strict where ours: a compile after warm-up would end it."""
     backend, arguments = FP8_RUNS[run]
     is_ours = backend == "FA4"
+    graphs = next((mode for words, mode in GRAPHS.items() if words in run), None)
     return Engine(
         run, backend, dict(arguments), scale_error=SUITE.planted if "off" in run else 1.0,
-        environment={"FA4_BACKEND_STRICT": "1"} if is_ours else {}, graphs="FULL" if "full graphs" in run else None,
-        drafts="drafts" in run, is_alone="sleep" in run,
+        environment={"FA4_BACKEND_STRICT": "1"} if is_ours else {}, graphs=graphs,
+        drafts="drafts" in run, converts=is_ours and "long chunks" in run, is_alone="sleep" in run,
     )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def plans(groups: dict[str, Group], folder: Path, target: str) -> Iterator[Any]:
         heads, head_dim = (config["num_attention_heads"], config["num_key_value_heads"]), config["head_dim"]
         for mask, num, page, kv_dtype in ((m, n, p, d) for m in masks for n in drafts for p in pages for d in dtypes):
             problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", page, target, mask=mask, kv_dtype=kv_dtype)
-            limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num)
+            limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num, convert_keys=1)
             yield plan_attention(problem, limits)
 
 

@@ -43,6 +43,10 @@ EAGER: dict[str, Any] = {"enforce_eager": True}
 FULL_GRAPHS: dict[str, Any] = {
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 64, 256]}
 }
+DECODE_GRAPHS: dict[str, Any] = {
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+}
+LONG_CHUNKS: dict[str, Any] = {"max_num_batched_tokens": 1024}
 DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLASH_ATTN": ("FLASH_ATTN", EAGER),
@@ -74,7 +78,14 @@ FP8_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FA4, declared, sleep and reload": ("FA4", {**FULL_GRAPHS, "enable_sleep_mode": True}),
     "FA4, declared, scales 25% off": ("FA4", EAGER),
     "FA4, scales 25% off": ("FA4", {**EAGER, **FP8}),
+    # Chunks long enough that K and V are brought to 16 bits once a call, of a model with as many query heads a KV head as that takes.
+    "FLASH_ATTN, 16 bits, long chunks": ("FLASH_ATTN", {**EAGER, **LONG_CHUNKS, "kv_cache_dtype": "bfloat16"}),
+    "FLASH_ATTN, long chunks": ("FLASH_ATTN", {**EAGER, **FP8, **LONG_CHUNKS}),
+    "FA4, long chunks": ("FA4", {**EAGER, **FP8, **LONG_CHUNKS}),
+    "FA4, long chunks, decode graphs": ("FA4", {**DECODE_GRAPHS, **FP8, **LONG_CHUNKS}),
+    "FA4, long chunks, scales 25% off": ("FA4", {**EAGER, **FP8, **LONG_CHUNKS}),
 }
+LONG_CHUNK_RUNS = [run for run in FP8_RUNS if "long chunks" in run]
 # K's largest values are about 4: a scale of 2^-7 cuts what is above 3.5.
 KV_SCALES: list[tuple[float, ...]] = [(0.011, 0.3), (0.07, 2.0**-7)]
 
@@ -103,12 +114,13 @@ SUITES = {
     "fp8": Suite(
         FP8_RUNS,
         {
-            "llama": [run for run in FP8_RUNS if "declared" not in run and "windows" not in run],
+            "llama": [run for run in FP8_RUNS if not any(word in run for word in ("declared", "windows", "long chunks"))],
             "gemma2": [
                 "FLASH_ATTN, 16 bits", "FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, drafts", "FA4, windows skipped",
                 "FA4, scales 25% off",
             ],
             "llama_with_scales": ["FLASH_ATTN, 16 bits", *(run for run in FP8_RUNS if "declared" in run)],
+            "one_kv_head": LONG_CHUNK_RUNS,
         },
         ("prefill_logprob_rms", "decode_logprob_rms"),
         1.0,
@@ -285,7 +297,12 @@ def report(name: str, result: dict[str, Any]) -> None:
     print(f"    {result['text'][0]!r}" if result["text"][0] else "", flush=True)
 
 
-WRITE = {"llama": write_llama, "gemma2": write_gemma2, "llama_with_scales": lambda folder: write_llama(folder, KV_SCALES)}
+WRITE = {
+    "llama": write_llama,
+    "gemma2": write_gemma2,
+    "llama_with_scales": lambda folder: write_llama(folder, KV_SCALES),
+    "one_kv_head": lambda folder: write_llama(folder, heads=(16, 1)),
+}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import weakref
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -17,8 +18,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fa4_backend import AttentionMetadata, UnsupportedProblem
+from fa4_backend import AttentionMetadata, UnsupportedProblem, convert_room
+from fa4_backend.kernels import loading
 from fa4_backend.problem import FP8
+from fa4_integration.vllm_backend import impl
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.kv_cache import quantise, split_kv_cache, write_kv
@@ -191,24 +194,67 @@ def test_scales_are_those_of_the_call(change: str) -> None:
     assert (first - second).abs().max() > 0.1, "the new scales change nothing: this test would not see old ones"
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of Hopper's kernels, none of which is compiled, and no room of another test."""
+    monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm90")
+    monkeypatch.setattr(loading, "load", lambda key, *, emulated: lambda *arguments: None)
+    monkeypatch.setattr(convert_room, "_rooms", weakref.WeakValueDictionary())
+
+
 @pytest.mark.parametrize(
-    ("mode", "drafts", "query_lens", "keys"),
+    ("name", "mode", "drafts", "query_lens", "keys"),
     [
-        (CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), 117),
-        (CUDAGraphMode.FULL_DECODE_ONLY, 8, (1, 9, 40), 77),  # 9 tokens are a decode row
-        (CUDAGraphMode.NONE, 0, (1, 1, 1), None),
-        (CUDAGraphMode.FULL, 0, (1, 9, 40), None),  # graphs hold steps with prompts
+        ("fp8", CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), 117),
+        ("fp8", CUDAGraphMode.FULL_DECODE_ONLY, 8, (1, 9, 40), 77),  # 9 tokens are a decode row
+        ("fp8", CUDAGraphMode.NONE, 0, (1, 1, 1), None),
+        ("fp8", CUDAGraphMode.FULL, 0, (1, 9, 40), None),  # graphs hold steps with prompts
+        ("auto", CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), None),  # nothing to convert
     ],
 )
-def test_keys_of_prompts_are_told_where_no_graph_holds_them(
-    mode: CUDAGraphMode, drafts: int, query_lens: tuple[int, ...], keys: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("hopper")
+def test_keys_of_prompts_are_told_where_a_step_may_convert_them(
+    name: str, mode: CUDAGraphMode, drafts: int, query_lens: tuple[int, ...], keys: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[int | None] = []
-    step = VllmStep(query_lens, (300, 40, 77), kv_cache_dtype="fp8", cudagraph_mode=mode, num_speculative_tokens=drafts, padding_rows=2)
+    told: list[tuple[int | None, int]] = []
+    step = VllmStep(query_lens, (300, 40, 77), kv_cache_dtype=name, cudagraph_mode=mode, num_speculative_tokens=drafts, padding_rows=2)
     built = step.build()
-    monkeypatch.setattr(AttentionMetadata, "refresh", lambda self, *, prefill_keys, **others: told.append(prefill_keys))
+    monkeypatch.setattr(
+        AttentionMetadata, "refresh", lambda self, *, prefill_keys, min_seqlen_q, **_: told.append((prefill_keys, min_seqlen_q))
+    )
     built.builder.build(0, built.description)
-    assert told == [keys]
+    assert told == [(keys, 1)]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_room_for_converted_keys_is_reserved_with_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes layers before it measures what is left for its KV cache, and builders after: those allocate nothing more.
+
+    Two kinds of layers in FP8, and one in 16 bits, which `kv_cache_dtype_skip_layers` names."""
+    fp8, windowed = VllmStep((1, 30), (40, 30), kv_cache_dtype="fp8"), VllmStep((1, 30), (40, 30), kv_cache_dtype="fp8", sliding_window=9)
+    wide = VllmStep((1, 30), (40, 30))
+    monkeypatch.setattr(impl, "get_current_vllm_config_or_none", lambda: fp8.config())
+    layers = [step.impl(None, None) for step in (wide, fp8, windowed)]
+    assert layers[0].convert_room is None
+    room = layers[1].convert_room
+    assert room is not None and room is layers[2].convert_room
+    keys = 16 * 1024  # 16 sequences of the longest, less than FA4_BACKEND_CONVERT_KEYS
+    assert room.storage.numel() == 2 * keys * 2 * 64 * 2
+    storage = room.storage
+    steps = [step for one in (fp8, windowed, wide) for step in one.build().builder.steps.values()]
+    assert [step.converted is not None and step.converted.room is room for step in steps] == [True, True, False]
+    assert room.storage is storage and {step.converted.keys.data_ptr() for step in steps[:2] if step.converted} == {storage.data_ptr()}
+
+
+@pytest.mark.parametrize(("variable", "mode"), [("0", CUDAGraphMode.NONE), ("32768", CUDAGraphMode.FULL)])
+@pytest.mark.usefixtures("hopper")
+def test_no_room_where_no_step_converts(variable: str, mode: CUDAGraphMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_KEYS", variable)
+    step = VllmStep((1, 30), (40, 30), kv_cache_dtype="fp8", cudagraph_mode=mode)
+    monkeypatch.setattr(impl, "get_current_vllm_config_or_none", lambda: step.config())
+    built = step.build()
+    assert built.layer.impl.convert_room is None
+    assert [made.converted for made in built.builder.steps.values()] == [None]
 
 
 CHECKPOINTS: dict[str, tuple[type[BaseKVCacheMethod], Any, list[float], list[float]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,11 @@ from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from fa4_backend import UnsupportedProblem
+from fa4_backend import BatchLimits, UnsupportedProblem, split_rows
 from fa4_backend.problem import FP8
 from fa4_backend.support import PAGE_MULTIPLE
 from fa4_integration.vllm_backend.mla_backend import FA4MLABackend
+from fa4_integration.vllm_backend.mla_messages import MessageSteps
 from fa4_integration.vllm_backend.mla_metadata_builder import FA4MLAMetadataBuilder
 from fa4_integration.vllm_backend.owned_models import owner_of
 from tests.engines.mla_step import LAYER, NAN_BYTE, MlaStep, make_config, make_layer
@@ -27,7 +29,10 @@ from tests.engines.tiny_mla_models import write_deepseek
 BATCHES: dict[str, dict[str, Any]] = {
     "decode": {"query_lens": (1, 1, 1, 1), "kv_lens": (1, 16, 17, 128)},
     "drafts": {"query_lens": (4, 1, 3), "kv_lens": (20, 16, 33)},
-    "mixed": {"query_lens": (1, 4, 9, 40), "kv_lens": (40, 16, 9, 161), "num_prefills": 2},
+    "mixed": {"query_lens": (1, 4, 9, 40), "kv_lens": (40, 16, 9, 40), "num_prefills": 2},
+    # Messages, which are cut into rows of 8: one of as many, one more, the longest, and one that is not; a draft's rows among them.
+    "messages": {"query_lens": (1, 4, 8, 9, 256), "kv_lens": (40, 16, 8, 161, 700)},
+    "messages before prompts": {"query_lens": (1, 3, 8, 64, 257), "kv_lens": (40, 16, 130, 161, 700), "num_prefills": 1},
 }
 PADDING: dict[str, dict[str, int]] = {"exact": {}, "padded": {"padding_rows": 3, "padding_tokens": 5}}
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -47,7 +52,10 @@ def configs(model: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "fp8_e4m3"])
 @pytest.mark.parametrize("is_one_q", [False, True])
 # vLLM pads batches of decode rows alone.
-@pytest.mark.parametrize(("batch", "padding"), [*itertools.product(("decode", "drafts"), PADDING), ("mixed", "exact")])
+@pytest.mark.parametrize(
+    ("batch", "padding"),
+    [*itertools.product(("decode", "drafts", "messages"), PADDING), ("mixed", "exact"), ("messages before prompts", "exact")],
+)
 def test_step_equals_oracle(batch: str, padding: str, is_one_q: bool, kv_cache_dtype: str, configs: dict[str, Any]) -> None:
     built = MlaStep(**BATCHES[batch], **PADDING[padding], is_one_q=is_one_q).build(configs[kv_cache_dtype])
     assert (built.cache == NAN_BYTE).any() if built.cache.dtype == torch.uint8 else built.cache.isnan().any()
@@ -122,7 +130,7 @@ def test_decode_rows_of_a_mixed_step_are_the_first(configs: dict[str, Any]) -> N
     assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefills) == (2, 5, 2)
     assert metadata.decode.cu_seqlens_q.tolist() == [0, 1, 5] and metadata.decode.seq_lens.tolist() == [40, 16]
     (step,) = metadata.decode.steps.values()
-    assert step.bounds is not None and step.bounds[:4] == (2, 4, 161, 1)
+    assert step.bounds is not None and step.bounds[:4] == (2, 4, 40, 1)
 
 
 def test_a_step_of_prefill_rows_alone_refreshes_nothing(configs: dict[str, Any]) -> None:
@@ -136,7 +144,7 @@ def test_a_step_of_prefill_rows_alone_refreshes_nothing(configs: dict[str, Any])
 def test_drafts_are_decode_rows(num_drafts: int, decode_query_len: int, model: Path) -> None:
     config = make_config(model, speculative_config={**DRAFTS, "num_speculative_tokens": num_drafts} if num_drafts else None)
     built = MlaStep((decode_query_len, 1), (40, 17)).build(config)
-    assert built.builder.reorder_batch_threshold == decode_query_len
+    assert built.builder.decode_query_len == decode_query_len
     (step,) = built.builder.steps.values()
     assert step.plan.limits.decode_query_len == decode_query_len and step.plan.limits.max_num_tokens >= 16 * decode_query_len
     built.check(built.run()[0])
@@ -149,6 +157,91 @@ def test_rows_that_share_keys_among_ranks_have_one_query(configs: dict[str, Any]
     FA4MLAMetadataBuilder._init_reorder_batch_threshold(layer, 1, True, False)  # type: ignore[arg-type]
     assert layer.reorder_batch_threshold == 1
     assert FA4MLAMetadataBuilder.query_len_support is QueryLenSupport.VARLEN
+
+
+# The longest message and one query more; a context that is as long as it has to be and one key shorter: 200 (2 k + 200) < 512 k; none.
+DIVIDED: dict[str, tuple[dict[str, Any], int]] = {
+    "a message": ({"query_lens": (1, 64), "kv_lens": (40, 700)}, 2),
+    "the longest": ({"query_lens": (1, 9, 256), "kv_lens": (40, 1009, 1024)}, 3),
+    "longer": ({"query_lens": (1, 9, 257), "kv_lens": (40, 1009, 1024)}, 2),
+    "longer alone": ({"query_lens": (1, 257), "kv_lens": (40, 1024)}, 1),
+    "a context just long enough": ({"query_lens": (1, 200), "kv_lens": (1, 200 + 358)}, 2),
+    "a shorter context": ({"query_lens": (1, 200), "kv_lens": (1, 200 + 357)}, 1),
+    "a prompt": ({"query_lens": (1, 5), "kv_lens": (40, 5)}, 1),
+    "a prompt beside a message": ({"query_lens": (1, 5, 64), "kv_lens": (40, 5, 700)}, 3),
+}
+
+
+@pytest.mark.parametrize("what", DIVIDED)
+def test_messages_are_decode_rows_where_that_is_cheaper(what: str, configs: dict[str, Any]) -> None:
+    facts, num_decodes = DIVIDED[what]
+    built = MlaStep(**facts, num_prefills=len(facts["query_lens"]) - num_decodes).build(configs["auto"])
+    metadata = built.builder.build(0, built.description)
+    assert (metadata.num_decodes, metadata.num_decode_tokens) == (num_decodes, sum(facts["query_lens"][:num_decodes]))
+    assert built.builder.reorder_batch_threshold == 256, "by which the runner orders its next batch"
+    served = built.builder.messages.steps if max(facts["query_lens"][:num_decodes]) > 4 else built.builder.steps
+    assert metadata.decode.steps is served
+    for steps in (built.builder.steps, built.builder.messages.steps):
+        assert all((step.bounds is not None) == (steps is served) for step in steps.values()), "of one kind of step alone"
+    built.check(built.run()[0])
+
+
+def test_a_message_without_room_is_prefill(configs: dict[str, Any]) -> None:
+    built = MlaStep((1, 64), (40, 700)).build(configs["auto"])
+    rows = built.builder.messages.rows
+    for max_rows, num_decodes in ((9, 2), (8, 1)):
+        built.builder.messages = replace(built.builder.messages, rows=replace(rows, max_rows=max_rows))
+        assert built.builder.build(0, built.description).num_decodes == num_decodes
+
+
+def test_a_message_is_cut_into_rows_of_the_plan(configs: dict[str, Any]) -> None:
+    """Each row ends with the keys that its last query sees. The device's lengths count: the host may take a verification for longer."""
+    built = MlaStep((4, 17), (30, 700)).build(configs["auto"])
+    rows = built.builder.messages.rows
+    assert rows.queries == 8
+    for _ in range(2):
+        decode = built.builder.build(0, built.description).decode
+        assert decode.cu_seqlens_q.tolist() == [0, 4, 12, 20, 21] and decode.seq_lens.tolist() == [30, 691, 699, 700]
+        table = built.description.block_table_tensor
+        assert torch.equal(decode.block_table, table[[0, 1, 1, 1]])
+        assert decode.cu_seqlens_q.data_ptr() == rows.cu_seqlens_q.data_ptr() and decode.seq_lens.data_ptr() == rows.seqused_k.data_ptr()
+        (step,) = decode.steps.values()
+        assert step.bounds is not None and step.bounds[:3] == (4, 8, 700)
+    built.description.query_start_loc.copy_(torch.tensor([0, 2, 19]))
+    built.description.seq_lens[0] = 28
+    decode = built.builder.build(0, built.description).decode
+    assert decode.cu_seqlens_q.tolist() == [0, 2, 10, 18, 19] and decode.seq_lens.tolist() == [28, 691, 699, 700]
+    built.check(built.run()[0])
+
+
+STAYS_PREFILL: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "halves of a batch": {"enable_dbo": True},
+    "decode-context parallelism": {"decode_context_parallel_size": 2},
+    "prefill-context parallelism": {"prefill_context_parallel_size": 2},
+    "batch-invariant": {},
+    "no room": {},
+}
+
+
+@pytest.mark.parametrize("what", STAYS_PREFILL)
+def test_where_messages_stay_prefill(what: str, configs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = make_layer(configs["auto"], 8).impl.kind
+    for name, value in STAYS_PREFILL[what].items():
+        monkeypatch.setattr(configs["auto"].parallel_config, name, value)
+    if what == "no room":  # for more rows of 1024 tokens than there are sequences
+        monkeypatch.setattr(split_rows, "TABLE_ENTRIES", 16 * 1024 // kind.page_size)
+    problem = replace(kind, batch_invariant=what == "batch-invariant")
+    made = MessageSteps.allocate({kind: problem}, BatchLimits(16, 64, 1024, 4), configs["auto"], torch.device("cpu"))
+    assert (made is None) == (what != "as it is")
+
+
+def test_a_message_in_batch_invariant_mode(configs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    built = MlaStep((4, 64), (40, 700), num_prefills=1).build(configs["auto"])
+    assert built.builder.messages is None and built.builder.reorder_batch_threshold == 4
+    assert built.builder.build(0, built.description).num_decodes == 1
+    built.check(built.run()[0])
 
 
 @pytest.mark.parametrize(("arch", "support"), [("sm_90a", "UNIFORM_BATCH"), ("sm_100a", "UNIFORM_BATCH"), ("cpu", "NEVER")])

@@ -20,9 +20,11 @@ from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBac
 from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend
 
-from fa4_backend import UnsupportedProblem, ragged_attention
+from fa4_backend import AttentionProblem, UnsupportedProblem, ragged_attention
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.error_budget import Judge, judge
+from fa4_backend.model_config import prompt_problems
+from fa4_backend.problem import FP8, LATENT
 from fa4_integration.vllm_backend import mla_prefill, plugin
 from fa4_integration.vllm_backend.mla_prefill import CONTEXT_STEPS, FA4PrefillBackend, head_dims
 from fa4_integration.vllm_backend.mla_prefill_selection import add_prefill_member
@@ -109,6 +111,14 @@ def test_new_tokens(cls: type[MLAPrefillBackend], calls: list[Any]) -> None:
     check_new_tokens(make_backend(cls))
     assert len(calls) == (cls is FA4PrefillBackend)
     assert all(plan.problem.kv_source == "ragged" and plan.problem.mask.is_causal for plan in calls)
+
+
+def test_fa4_plan_and_compile_know_the_same_problems() -> None:
+    """Of the model's configuration, before any engine is there."""
+    backend = make_backend(FA4PrefillBackend)
+    decode = AttentionProblem(HEADS, 1, 512 + ROPE, 512, "bfloat16", 64, "cpu", kv_source=LATENT, kv_dtype=FP8)
+    planned = {problem.mask.is_causal: problem for problem in prompt_problems(decode, NOPE + ROPE, V_DIM)}
+    assert {is_causal: step.plan.problem for is_causal, (step, *_) in backend.steps.items()} == planned
 
 
 def test_out_is_written_in_place() -> None:

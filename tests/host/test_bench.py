@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ import torch
 from fa4_backend import plan_attention
 from fa4_backend.bench import figures, ours, shapes
 from fa4_backend.bench.batch import BatchShape, BatchTensors, Mask
-from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches
+from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches, uniform
 from fa4_backend.bench.figures import write_csv
 from fa4_backend.bench.ours import Ours, asked
+from fa4_backend.bench.peers import WIDE
 from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
 from fa4_backend.bench.shape_cells import kinds, matching
 from fa4_backend.cli import main
+from fa4_backend.problem import FP8
 
 CELLS = [(name, batch) for name, kind in kinds().items() for batch in kind.batches]
 # The cells of the issue that asked for them.
@@ -51,9 +54,37 @@ def test_every_kind_has_five_to_ten_cells_and_no_cell_stands_twice() -> None:
 
 
 @pytest.mark.parametrize("batch", [batch for _, batch in CELLS], ids=lambda batch: batch.label)
-def test_our_kernels_serve_every_cell(batch: BatchShape) -> None:
-    plan = plan_attention(*asked(batch, "sm_90a"))
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", FP8])
+def test_our_kernels_serve_every_cell(kv_dtype: str, batch: BatchShape) -> None:
+    plan = plan_attention(*asked(dataclasses.replace(batch, kv_dtype=kv_dtype), "sm_90a"))
     assert plan.kernels is not None and plan.limits.max_seqlen_k >= batch.max_kv_len
+
+
+def test_cells_with_fp8_are_the_same_cells() -> None:
+    cells = [batch for kind in kinds(FP8).values() for batch in kind.batches]
+    assert all(batch.kv_dtype == FP8 for batch in cells)
+    assert [dataclasses.replace(batch, kv_dtype="bfloat16") for batch in cells] == [batch for _, batch in CELLS]
+
+
+def test_a_peer_with_the_same_values_in_16_bits_moves_their_bytes() -> None:
+    batch = dataclasses.replace(uniform(8, 4096), kv_dtype=FP8)
+    ours, wide, narrow = shapes.judge(
+        "ragged", batch, dict.fromkeys(("fa4", WIDE, "fa3"), 1.0), {"fa4": 0, WIDE: 0, "fa3": 0}, shapes.Ceilings(1, 1)
+    )
+    assert ours.gb_per_s == narrow.gb_per_s
+    assert (wide.gb_per_s - ours.gb_per_s) * 1e3 == pytest.approx(batch.kv_bytes)
+
+
+@pytest.mark.parametrize(("kv_dtype", "error", "is_timed"), [("bfloat16", 0.06, False), (FP8, 0.06, True), (FP8, 0.3, False)])
+def test_a_wrong_peer_is_not_timed(kv_dtype: str, error: float, is_timed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FA3's weights are e4m3 beside K and V in FP8, which costs it 0.054 on a prompt's first rows."""
+    tensors = SimpleNamespace(out=torch.zeros(1), worst_error=lambda batch, name, must_hold: 0.0 if name == "fa4" else error)
+    monkeypatch.setattr(shapes.BatchTensors, "make", lambda batch: tensors)
+    monkeypatch.setattr(shapes, "ready", lambda name, label, maker, must_run: lambda: None)
+    monkeypatch.setattr(shapes, "capture", lambda call: call)
+    monkeypatch.setattr(shapes, "cold_in_turns", lambda replays, rounds, flush: dict.fromkeys(replays, 1.0))
+    us, _ = shapes._time(dataclasses.replace(uniform(8, 4096), kv_dtype=kv_dtype), ["fa3"], 2)
+    assert list(us) == ["fa4", *["fa3"] * is_timed]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.label)
@@ -159,6 +190,9 @@ def test_the_command_lists_the_cells(capsys: pytest.CaptureFixture[str]) -> None
         main(["bench", "shapes", "--list", "--kinds", "drafts,prefix"])
     out = capsys.readouterr().out
     assert not stop.value.code and ASKED[3] in out and out.index("drafts:") < out.index("prefix:")
+    with pytest.raises(SystemExit):
+        main(["bench", "shapes", "--list", "--kinds", "mixed", "--kv-dtype", "fp8"])
+    assert "32/8 d128 e4m3 KV page 16: 32 x 4K + 64 tokens of 32K" in capsys.readouterr().out
 
 
 def test_a_run_ends_in_its_time_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fa4_backend import envs
+from fa4_backend import compile_cache, driver, envs
 from fa4_backend.arch import ARCHS
 from fa4_backend.cli import VERBS, main
 from fa4_backend.commands import compile as compile_command
@@ -211,12 +211,72 @@ def test_doctor_knows_the_oldest_engine_that_serves(version: str | None, status:
     monkeypatch.setattr(doctor, "_version", {"vllm": version}.get)
     findings = {finding.subject: finding for finding in doctor._engines()}
     assert findings["vLLM"].status == status and findings["SGLang"].status == "note"
-    assert (f"vllm {version}: expected 0.32 or newer" in findings["vLLM"].detail) == (status == "broken")
+    assert (f"vllm {version}: expected >=0.32, whose" in findings["vLLM"].detail) == (status == "broken")
 
 
 def test_doctor_asks_for_the_engines_of_the_package() -> None:
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert [extras[names[0]] for _, names, _ in doctor.ENGINES] == [[f"{names[0]}>={oldest}"] for _, names, oldest in doctor.ENGINES]
+    assert [extras[names[0]] for _, names, _ in doctor.ENGINES] == [[names[0] + served] for _, names, served in doctor.ENGINES]
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [
+        ("torch", "2.8.0", False),
+        ("torch", "2.9.0a0+nv25.9", True),  # a vendor's build of a release
+        ("torch", "2.14.1+cu130", True),
+        ("nvidia-cutlass-dsl", "4.7.2", False),
+        ("nvidia-cutlass-dsl", "4.8.1", True),
+        ("nvidia-cutlass-dsl", "4.9.0.dev0", False),
+        ("apache-tvm-ffi", "0.1.11", True),
+        ("apache-tvm-ffi", "0.2.0", False),
+    ],
+)
+def test_doctor_holds_versions_to_what_the_package_requires(name: str, version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    required = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
+    monkeypatch.setattr("importlib.metadata.requires", {"fa4-backend": [*required, f"{name}<0 ; extra == 'x'"]}.get)
+    monkeypatch.setattr("importlib.metadata.version", {name: version}.get)
+    finding = doctor._distribution(name, "does something")
+    assert finding.status == ("ok" if fits else "broken")
+    assert (": expected " in finding.detail) != fits and finding.detail.startswith(f"{version} (does something)")
+
+
+def test_doctor_says_why_torch_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the driver shows and torch cannot use is broken, with torch's reason; a machine without one is not."""
+    import torch
+
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    why = "shows 2, torch cannot use them: RuntimeError: The NVIDIA driver on your system is too old"
+    for num_gpus, status, words in ((0, "note", "none found"), (2, "broken", why)):
+        monkeypatch.setattr(driver, "num_gpus", lambda num_gpus=num_gpus: num_gpus)
+        findings = {finding.subject: finding for finding in doctor._torch_and_device()}
+        assert findings["GPU"].status == status and words in findings["GPU"].detail
+
+
+def test_doctor_takes_no_gpu_of_rocm_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MI250 is of compute capability 9.0 to torch, as an H100 is."""
+    import torch
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    findings = {finding.subject: finding for finding in doctor._torch_and_device()}
+    assert findings["GPU"].status == "broken" and "expected a build for CUDA" in findings["GPU"].detail
+    assert findings["torch"].detail.endswith("ROCm 6.4")
+
+
+def test_doctor_wants_a_launch_runtime_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise FileNotFoundError("libcute_dsl_runtime.so: expected in the package")
+
+    monkeypatch.setattr(compile_cache, "find_runtime", none)
+    for num_gpus, status in ((0, "note"), (1, "broken")):
+        monkeypatch.setattr(driver, "num_gpus", lambda num_gpus=num_gpus: num_gpus)
+        finding = doctor._launch_runtime()
+        assert finding.status == status and finding.detail.startswith("libcute_dsl_runtime.so: expected")
 
 
 def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,14 @@ import ast
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fa4_backend import compile_cache
+from fa4_backend import compile_cache, driver
 from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
@@ -51,6 +53,33 @@ def test_a_key_is_compiled_once(stub_compiler: list[StubKey]) -> None:
     assert compile_cache.ensure_object(StubKey(1)) == first and first.is_file()
     assert compile_cache.ensure_object(StubKey(2)) != first
     assert stub_compiler == [StubKey(1), StubKey(2)]
+
+
+def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by the process itself; several, each once, by processes of their own; what is there by nobody."""
+    asked: list[tuple[int, list[StubKey]]] = []
+
+    class Pool:
+        def __init__(self, jobs: int, mp_context: object) -> None:
+            self.jobs = jobs
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_error: object) -> None: ...
+
+        def map(self, function: Callable[[StubKey], Path], keys: list[StubKey]) -> list[Path]:
+            asked.append((self.jobs, keys))
+            return [function(key) for key in keys]
+
+    monkeypatch.setattr(compile_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    compile_cache.ensure_objects([StubKey(1)])
+    assert stub_compiler == [StubKey(1)] and not asked
+    compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)])
+    assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
+    compile_cache.ensure_objects([StubKey(1), StubKey(2)])
+    assert len(asked) == 1 and len(stub_compiler) == 4
 
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +128,33 @@ def test_the_compiler_is_told_the_chip_and_asks_no_driver(tmp_path: Path, monkey
         trace_and_compile(StubKey(1, builder="tests.support.stub_kernels:no_kernel"), tmp_path)
     monkeypatch.delenv("CUTE_DSL_ARCH")
     assert seen == ["sm_90a"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "newest", "chosen"),
+    [
+        (("cu12", "cu13"), (13, 0), "cu13"),
+        (("cu12", "cu13"), (12, 9), "cu12"),
+        (("cu12", "cu13"), (14, 1), "cu13"),
+        (("cu12", "cu13"), None, "cu13"),  # no driver
+        (("cu13",), (12, 9), "expected a variant for CUDA 12, the newest that the driver runs, found cu13; update the driver"),
+        ((), (13, 0), "expected in the package nvidia-cutlass-dsl"),
+    ],
+)
+def test_the_launch_runtime_is_one_that_the_driver_runs(
+    installed: tuple[str, ...], newest: tuple[int, int] | None, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in installed:
+        (tmp_path / variant / "lib").mkdir(parents=True)
+        (tmp_path / variant / "lib" / "libcute_dsl_runtime.so").touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {"nvidia_cutlass_dsl": spec}.get)
+    monkeypatch.setattr(driver, "cuda_version", lambda: newest)
+    if chosen.startswith("cu"):
+        assert compile_cache.find_runtime() == tmp_path / chosen / "lib" / "libcute_dsl_runtime.so"
+    else:
+        with pytest.raises(FileNotFoundError, match=chosen):
+            compile_cache.find_runtime()
 
 
 def test_linking_says_what_the_linker_said(tmp_path: Path) -> None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import re
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fa4_backend import BatchLimits, convert_room
+from fa4_backend.kernels import loading
 from fa4_backend.problem import FP8
+from fa4_integration.common import start
 from tests.device import engine_lane, serve_long
 from tests.device.engine_groups import BOTH, GROUPS, PEERS, Group
 from tests.device.engine_lane import Engine, faults, run_process, slow_parts
 from tests.device.serve_matrix import NO_MULTICAST, keys_of, lanes, lone_references, run_lane, suite_of
 from tests.device.serve_tokens import compare, judge
+from tests.device.watch_converted import watch_converted
 from tests.engines.random_load import RandomLoad
 from tests.engines.tiny_models import write_llama, write_quantised_llama
+from tests.support.problems import make_problem
 
 RIGHT: dict[str, Any] = {
     "pids": [7], "config": {"graphs": BOTH, "is_async": True}, "preemptions": 2, "cached_tokens": [0, 128], "failed_kinds": {},
@@ -49,6 +57,39 @@ def test_what_is_as_it_should_be_is_no_fault() -> None:
 def test_a_fault_is_noticed(change: dict[str, Any], words: str) -> None:
     (fault,) = faults(ENGINE, {**RIGHT, **change})
     assert words in fault
+
+
+def test_room_for_converted_keys_is_there_before_plans_and_used() -> None:
+    engine = Engine("FA4", "FA4", converts=True)
+    right = {**RIGHT, "converted_steps": 3, "room_bytes": 2 << 20, "late_bytes": 0}
+    assert faults(engine, right) == []
+    assert faults(engine, {**right, "converted_steps": 0}) == ["no step converted K and V once a call"]
+    (fault,) = faults(engine, {**right, "late_bytes": 5})
+    assert "got 5 bytes with a plan" in fault
+
+
+def test_what_is_watched_of_converted_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room that is reserved before a plan is not late; what a plan has to allocate is; a step that converts is counted."""
+    monkeypatch.setattr(loading, "load", lambda key, *, emulated: lambda *arguments: None)
+    monkeypatch.setattr(convert_room, "_rooms", weakref.WeakValueDictionary())
+    problem = make_problem(8, 2, 128, 128, "bfloat16", 16, "emulated-sm_90a", kv_dtype=FP8)
+    limits, cpu = BatchLimits(2, 1024, 1024, convert_keys=1024), torch.device("cpu")
+    with watch_converted() as counts:
+        held = start.reserve(problem, limits, cpu)
+        step = start.allocate(problem, limits, cpu)
+        assert held is not None and counts == {"converted_steps": 0, "room_bytes": held.storage.numel(), "late_bytes": 0}
+        lengths = torch.tensor([0, 1024], dtype=torch.int32), torch.tensor([1024], dtype=torch.int32)
+        for keys in (1024, None):
+            step.refresh(cu_seqlens_q=lengths[0], seqused_k=lengths[1], max_seqlen_q=1024, max_seqlen_k=1024, prefill_keys=keys)
+        assert counts["converted_steps"] == 1
+        wide = replace(problem, num_kv_heads=4)
+        later = start.allocate(wide, limits, cpu)
+    assert later.converted is not None and counts["late_bytes"] == held_bytes(limits, 4) == held.storage.numel()
+
+
+def held_bytes(limits: BatchLimits, kv_heads: int) -> int:
+    """Of K and V of 128 elements in 16 bits."""
+    return 2 * limits.convert_keys * kv_heads * 128 * 2
 
 
 def test_a_cache_of_prefixes_that_is_off_or_not() -> None:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fa4_backend.cli import main
+from fa4_backend.commands import compile as compile_command
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
+from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import DTYPE_BYTES, FP8, UnsupportedProblem
 from tests.support.model_configs import CONFIGS
 
@@ -106,8 +109,6 @@ def others(groups: list[LayerGroup]) -> dict[str, int]:
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    from fa4_backend.cli import main
-
     with pytest.raises(SystemExit) as stop:
         main(["plan", *arguments])
     captured = capsys.readouterr()
@@ -214,6 +215,50 @@ def test_exit_code_says_whether_all_attention_is_served(capsys: pytest.CaptureFi
     for row in rows:
         assert sum(bool(row[field]) for field in ("plan", "remark", "refusal")) == 1, row
         assert bool(row["kernels"]) == bool(row["plan"])
+
+
+def test_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A decode kernel of one GPU's heads; prompts' keys and values are in the model's dtype whatever latents are, and have no pages."""
+    path = write(tmp_path, "DeepSeek-V3")
+    call = ("--model", str(path), "--arch", "sm_90a", "--tp", "8", "--kv-dtype", "fp8", "--page-size", "64", "--speculative-tokens", "3")
+    code, out, _ = plan(capsys, *call, "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and [name.split("-")[0] for name in row["kernels"]] == ["schedule", "mladecode"]
+    assert "-h16-q4-" in row["kernels"][1] and "kve4m3" in row["kernels"][1]
+    assert [prompts["is_causal"] for prompts in row["prompts"]] == [True, False]
+    for prompts in row["prompts"]:
+        assert "16/16 heads, head_dim 192/128, bfloat16, ragged" in prompts["plan"] and prompts["refusal"] is None
+        (kernel,) = (name for name in prompts["kernels"] if name.startswith("prefill"))
+        assert "kve4m3" not in kernel and kernel.endswith("ragged") and ("causal" in kernel) == prompts["is_causal"]
+    code, out, _ = plan(capsys, *call)
+    assert "    prompts: FA4: sm90 kernels" in out and "    prompts, to chunks of cached context: FA4: sm90 kernels" in out
+
+
+def test_prompts_of_mla_that_no_kernel_serves_are_said_and_no_refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """An engine takes another prefill backend for them."""
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "DeepSeek-V3", v_head_dim=192)), "--arch", "sm_90a")
+    assert code == 0 and "prompts: another prefill backend of the engine, since head_dim/head_dim_v on sm_90a: expected one of" in out
+
+
+def test_compile_takes_what_an_engine_plans_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU's share of the heads, rows with drafts, prompts of MLA; a shape's drafts too."""
+    plans: list[AttentionPlan] = []
+    monkeypatch.setattr(compile_command, "compile_plans", lambda given: plans.extend(given) or [])
+    model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8", "--page-size", "64")
+    for arguments, names in (
+        (model, ["mladecode-sm_90a-bfloat16-h16-q4", "prefill-sm_90a-bfloat16-d192v128-g1", "prefill-sm_90a-bfloat16-d192v128-g1"]),
+        (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q4", "prefill-sm_90a-bfloat16-d128-g4"]),
+    ):
+        plans.clear()
+        command = ["compile", "--arch", "sm_90a", "--max-num-seqs", "1024", "--speculative-tokens", "3", *arguments]
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert not stop.value.code, capsys.readouterr().err
+        found = [name for plan in plans for name in plan.kernel_names if not name.startswith("schedule")]
+        assert len(found) == len(names) and all(name.startswith(start) for name, start in zip(found, names, strict=True)), found
+        assert {plan.kernel_names[0] for plan in plans} == {"schedule-sm_90a-s1024"}
 
 
 @needs_vllm

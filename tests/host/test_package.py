@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIXES = {".py", ".c", ".h", ".typed"}
+BENCH_PEERS = {"flash_attn", "flash_attn_interface", "flashinfer", "triton", "matplotlib"}  # timed or drawn with where they are installed
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,16 @@ def test_wheel_names_its_entry_points_and_touches_no_pin_of_vllm(wheel: zipfile.
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert not [line for line in required if "==" in line], "an exact version of ours would fight with the engine's"
     assert [line for line in required if "nvidia-cutlass-dsl" in line and ">=4.8.0" in line]
+
+
+def test_what_the_package_imports_is_required() -> None:
+    """By itself, as an engine's package, or where it is installed only."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
+    ours = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi"}  # a package's name, where its distribution has another
+    elsewhere = {*sys.stdlib_module_names, "fa4_backend", "fa4_integration", "vllm", "sglang", "transformers", *BENCH_PEERS}
+    for path in (*(ROOT / "fa4_backend").rglob("*.py"), *(ROOT / "integration").rglob("*.py")):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+        for top in {name.split(".")[0] for name in names} - elsewhere:
+            assert ours.get(top, top) in required, f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not require"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -13,8 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from fa4_backend import compile_cache, prebuilt
+from fa4_backend import AttentionProblem, BatchLimits, compile_cache, plan_attention, prebuilt
+from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError
+from fa4_backend.model_config import prompt_problems
+from fa4_backend.problem import FP8, LATENT
+from fa4_backend.support import LATENT_PAGE
+from scripts import build_wheel
 from tests.support.stub_kernels import StubKey, call_stub, compile_stub
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +116,25 @@ def test_what_two_machines_may_pass_differently_is_refused(line: str) -> None:
         prebuilt.retarget("define void @f() {}", prebuilt.TRIPLES["aarch64"])
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_wheel_has_what_engines_plan_for_where_users_name_nothing(arch: str) -> None:
+    """Pages, sequences and prompts of MLA as vLLM and SGLang have them, of shapes that the wheel's list names; one GPU of eight."""
+    asked = (build_wheel.COMMON, [arch], build_wheel.DECODE_QUERY_LENS, build_wheel.PAGE_SIZES, build_wheel.MAX_NUM_SEQS)
+    keys = set(build_wheel.keys_of(*asked))
+    latent = AttentionProblem(16, 1, 576, 512, "bfloat16", LATENT_PAGE, arch, kv_source=LATENT)
+    needed = [latent, *prompt_problems(latent, 192, 128)]
+    needed += [AttentionProblem(4, 1, 128, 128, "bfloat16", page_size, arch, kv_dtype=kv) for page_size in (16, 64) for kv in ("auto", FP8)]
+    for problem, max_num_seqs, drafts in itertools.product(needed, (256, 1024, 4096), (0, 1, 3, 7)):
+        kernels = plan_attention(problem, BatchLimits(max_num_seqs, 8192, 40960, 1 + drafts, 32768)).kernels
+        assert kernels is not None and not set(kernels.keys) - keys, (problem, max_num_seqs, drafts)
+
+
+@pytest.mark.parametrize("shape", ["32,128", "32/8", "32/8,128x", "32/8,128:fp4"])
+def test_a_shape_that_cannot_be_read_is_told_what_was_expected(shape: str) -> None:
+    with pytest.raises(ValueError, match=r"expected .*, got "):
+        build_wheel.problems_of(shape, "sm_90a", (16,))
+
+
 LOAD = """
 import builtins, json, sys
 honest = builtins.__import__
@@ -140,7 +165,12 @@ def test_a_wheel_serves_without_a_compiler(tmp_path: Path) -> None:
             shutil.copy(ROOT / name, tree / name)
     make = [sys.executable, "scripts/build_wheel.py", "--out", str(tmp_path / "dist"), "--arch", "sm_90a", "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    subprocess.run([*make, "--shape", "32/8,128", "--query-len", "1"], cwd=tree, env=environment, check=True)
+    subprocess.run(
+        [*make, "--shape", "32/8,128", "--query-len", "1", "--page-size", "16", "--max-num-seqs", "64"],
+        cwd=tree,
+        env=environment,
+        check=True,
+    )
     (wheel,) = (tmp_path / "dist").iterdir()
     assert wheel.name.endswith(f"-py3-none-manylinux_2_28_{platform.machine()}.whl")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]

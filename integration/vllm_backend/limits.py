@@ -1,0 +1,32 @@
+"""The largest batches that vLLM makes for layers with K and V heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import CUDAGraphMode
+
+from fa4_backend import BatchLimits, envs
+
+
+def batch_limits(vllm_config: Any, decode_query_len: int) -> BatchLimits:
+    """Bounds of every step.
+
+    Args:
+        decode_query_len: longest row that vLLM puts among the decode rows.
+    """
+    scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+    # A captured graph or a draft step may be wider than what the scheduler hands out.
+    max_num_tokens = max(
+        scheduler.max_num_batched_tokens,
+        compilation.max_cudagraph_capture_size or 0,
+        scheduler.max_num_seqs * decode_query_len,
+    )
+    max_model_len = vllm_config.model_config.max_model_len
+    convert_keys = 0 if captures_prompts(vllm_config) else min(envs.convert_keys(), scheduler.max_num_seqs * max_model_len)
+    return BatchLimits(scheduler.max_num_seqs, max_num_tokens, max_model_len, decode_query_len, convert_keys)
+
+
+def captures_prompts(vllm_config: Any) -> bool:
+    """Whether graphs hold attention of steps with prompts. They keep the way in which their capture converted K and V."""
+    return bool(vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL)
