@@ -15,8 +15,11 @@ import pytest
 
 from fa4_backend import compile_cache, kernel_stamp
 from fa4_backend.arch import ARCHS
+from fa4_backend.bench.batch import E4M3_PROMPT_ERROR, PROMPT_ERROR
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
+from fa4_backend.bench.shape_cells import kinds as shape_kinds
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
+from fa4_backend.problem import FP8
 from tests import conftest
 from tests.device import proofs, prove_all, prove_mla, serve_mla, serve_sglang
 from tests.device.engine_groups import GROUPS
@@ -168,6 +171,18 @@ def test_a_whole_engine_beside_flash_attn() -> None:
     assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == {(case, "auto"): ratio for case, ratio in behind.items()}
     case = "decode step, 128 x 2048"
     assert round(median[case, "fp8", "FA4"] / median[case, "auto", "FA4"], 3) == 0.548 <= FP8_SHARE_GOAL
+
+
+def test_ragged_and_mixed_steps_with_fp8() -> None:
+    """docs/benchmarks.md: every kernel that was timed is right, and which cells are behind the best peer."""
+    with (RESULTS.parents[2] / "docs" / "data" / "shapes_fp8_h200.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cells = {batch.title: name for name, kind in shape_kinds(FP8).items() if name in ("ragged", "mixed") for batch in kind.batches}
+    assert {row["batch"]: row["kind"] for row in rows} == cells and len(rows) == 4 * len(cells)
+    assert all(float(row["error"]) <= (PROMPT_ERROR if row["kernel"] == "fa4" else E4M3_PROMPT_ERROR) for row in rows)
+    ratios = {row["batch"].split(": ")[1]: round(float(row["ratio_to_best_peer"]), 2) for row in rows if row["kernel"] == "fa4"}
+    behind = {"128 x 1K + a prompt of 2K": 0.91, "64 x 8K + a 512 chunk of 4K": 0.96, "128 x 4K + a 2K chunk of 8K": 0.99}
+    assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == behind and max(ratios.values()) == 2.32
 
 
 def test_engines() -> None:
