@@ -266,6 +266,10 @@ def test_compile_takes_what_an_engine_plans_for(
     for arguments, names in (
         (model, ["mladecode-sm_90a-bfloat16-h16-q2", "mladecode-sm_90a-bfloat16-h16-q4", *["prefill-sm_90a-bfloat16-d192v128-g1"] * 2]),
         (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q2", "prefill-sm_90a-bfloat16-d128-g4"]),
+        (
+            ("--heads", "32/8", "--fused-output"),
+            [f"{kind}-sm_90a-bfloat16{out}-d128-g4" for out in ("", "-oute4m3") for kind in ("decode", "prefill")],
+        ),
     ):
         plans.clear()
         command = ["compile", "--arch", "sm_90a", "--max-num-seqs", "1024", "--speculative-tokens", "1", *arguments]
