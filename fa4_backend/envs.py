@@ -65,7 +65,9 @@ def faults() -> dict[str, str]:
     for name, read in (
         ("FA4_BACKEND_CPU", cpu_kernel),
         ("FA4_BACKEND_CONVERT_KEYS", convert_keys),
+        ("FA4_BACKEND_CACHE_DIR", cache_dir),
         ("FA4_BACKEND_CACHE_GIB", cache_limit_bytes),
+        ("FA4_BACKEND_TRACE_FILE", trace_file),
     ):
         try:
             read()
@@ -120,12 +122,22 @@ def cpu_kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """Folder of all that this package keeps on disk; not created here. See `fa4_backend.cache`."""
-    if named := os.environ.get("FA4_BACKEND_CACHE_DIR"):
-        return Path(named).expanduser().absolute()
-    # The convention says that a relative path is no setting.
-    base = Path(_read("XDG_CACHE_HOME")).expanduser()
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fa4-backend"
+    """Folder of all that this package keeps on disk; not created here. See `fa4_backend.cache`.
+
+    Raises:
+        ValueError: no variable names one, and this user has no home: neither HOME nor an entry in the user database.
+    """
+    named, base = os.environ.get("FA4_BACKEND_CACHE_DIR"), Path(_read("XDG_CACHE_HOME"))
+    try:
+        if named:
+            return Path(named).expanduser().absolute()
+        base = base.expanduser()
+        # The convention says that a relative path is no setting.
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fa4-backend"
+    except RuntimeError:  # of expanduser
+        raise ValueError(
+            f"FA4_BACKEND_CACHE_DIR: expected a folder, since user {os.geteuid()} has no home, got {named or 'none'}"
+        ) from None
 
 
 def cache_limit_bytes() -> int:
@@ -155,6 +167,12 @@ def dsl_dump_dir() -> Path:
 
 
 def trace_file() -> Path | None:
-    """File that records which kernel ran in which process, or None."""
+    """File that records which kernel ran in which process, or None.
+
+    Raises:
+        ValueError: the variable names no file in a folder that is there.
+    """
     name = _read("FA4_BACKEND_TRACE_FILE")
+    if name and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        raise ValueError(f"FA4_BACKEND_TRACE_FILE: expected a file in a folder that is there, got {name}")
     return Path(name) if name else None

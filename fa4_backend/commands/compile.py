@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from fa4_backend.compile import CompileError
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import FP8, LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
 
 PAGES = {RAGGED: 1, LATENT: LATENT_PAGE}  # tokens a page where the user names none, of kinds that have not vLLM's 16
@@ -44,6 +44,9 @@ def compile(
     exact: options.Exact = False,
     tp: options.Tp = 1,
     text_only: options.TextOnly = False,
+    fused_output: Annotated[
+        bool, typer.Option("--fused-output", help="also kernels that write FP8, for vLLM's fusion behind attention (fuse_attn_quant)")
+    ] = False,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
@@ -61,6 +64,8 @@ def compile(
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
             plans = [plan_attention(shape, limits)]
+        if fused_output:
+            plans += [plan_attention(replace(p.problem, out_dtype=FP8), limits) for p in plans if p.problem.kv_source == PAGED]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None

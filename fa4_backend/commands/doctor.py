@@ -222,7 +222,10 @@ def _cache_folder() -> Finding:
     from fa4_backend.cache import prune, trust
     from fa4_backend.cache.errors import UntrustedCacheError
 
-    folder = envs.cache_dir()
+    try:
+        folder = envs.cache_dir()
+    except ValueError as error:
+        return Finding("cache", BROKEN, str(error))
     try:
         trust.make_folder(folder)
         entries, limit = prune.items(), envs.cache_limit_bytes()

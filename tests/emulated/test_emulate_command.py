@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from fa4_backend.cli import main
-from fa4_backend.commands.emulate import build_case, judge
+from fa4_backend.commands.emulate import _print_table
+from fa4_backend.commands.emulated_case import build_case, judge
 from fa4_backend.kernels.torch_reference import run_reference
 from fa4_backend.problem import FP8
 from tests.support.slow_cases import with_slow
@@ -45,6 +46,32 @@ def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.Capture
     prefill = next(k for name, k in result["kernels"].items() if "prefill" in name)
     assert prefill["units"]["MUFU"] > 0
     check_timeline(json.loads(path.read_text())["traceEvents"])
+
+
+RIGHT = {
+    "case": "a case", "max_err": 1e-3, "budget": 1e-2, "lse_err": 0.0, "lse_budget": 1e-4, "padding_is_zero": True,
+    "empty_rows_are_zero": True, "races": [], "faults": [], "notes": [], "seconds": 1.0, "kernels": {}, "schedules": 3, "differing": 0,
+    "ok": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ok": True}, "right\n"),
+        ({"max_err": float("nan")}, "WRONG: out is off\n"),
+        ({"lse_err": 1e-3, "differing": 2}, "WRONG: lse is off, other bits under 2 of the random schedules\n"),
+        ({"padding_is_zero": False}, "WRONG: rows past the batch are not zero\n"),
+        ({"empty_rows_are_zero": False}, "WRONG: rows that see no key are not zero\n"),
+        ({"races": [f"race {i}" for i in range(7)]}, "race 4\n  and 2 more: --json prints all\nWRONG: 7 races\n"),
+        # A fault is told whatever harmless notes come before it.
+        ({"notes": [*(f"a {i}" for i in range(6)), "exit: z"], "faults": ["exit: z"]}, "exit: z\n  a 0\n"),
+    ],
+)
+def test_the_table_says_why_a_run_is_wrong(changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_table({**RIGHT, "ok": False, **changes})
+    out = capsys.readouterr().out
+    assert words in out and out.rstrip().split("\n")[-1].startswith("right" if changes.get("ok") else "WRONG: ")
 
 
 @pytest.mark.parametrize("arch", with_slow(["sm_90a", "sm_100a", "sm_103a"], ["sm_103a"]))

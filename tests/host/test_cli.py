@@ -61,6 +61,8 @@ def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str
         ("FA4_BACKEND_CPU", "fastest", "expected one of reference, "),
         ("FA4_BACKEND_CONVERT_KEYS", "32k", "expected 0 to "),
         ("FA4_BACKEND_CACHE_GIB", "-1", "expected a positive number of GiB, got '-1'"),
+        ("FA4_BACKEND_TRACE_FILE", "/nowhere/trace", "expected a file in a folder that is there, got /nowhere/trace"),
+        ("FA4_BACKEND_TRACE_FILE", "/", "expected a file in a folder"),
         ("FA4_BACKEND_STRCIT", "1", "expected one of FA4_BACKEND_STRICT, "),
     ],
 )
@@ -124,6 +126,22 @@ def test_every_environment_variable_is_read_in_envs() -> None:
     source = Path(envs.__file__).read_text()
     for name in envs.VARIABLES:
         assert source.count(f'"{name}"') >= 2, f"{name} is in the table and read by nobody"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's number that no user database knows."""
+    for name in ("HOME", "XDG_CACHE_HOME", "FA4_BACKEND_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    finding = doctor._cache_folder()
+    assert finding.status == "broken" and finding.detail.startswith("FA4_BACKEND_CACHE_DIR: expected a folder, since user ")
+    assert list(envs.faults()) == ["FA4_BACKEND_CACHE_DIR"]
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    assert envs.faults() == {} and envs.cache_dir() == tmp_path
 
 
 def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
