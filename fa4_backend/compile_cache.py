@@ -152,7 +152,7 @@ def ensure_objects(keys: Iterable[CompileKey]) -> None:
     Raises:
         CompileError, CacheError, RuntimeError: as `ensure_object`.
     """
-    missing = [key for key in dict.fromkeys(keys) if cache_entry.find_fault(object_entry(key)) is not None]
+    missing = [key for key in dict.fromkeys(keys) if not _is_whole(key)]
     jobs = min(len(missing), os.cpu_count() or 1)
     if jobs <= 1:
         for key in missing:
@@ -160,6 +160,13 @@ def ensure_objects(keys: Iterable[CompileKey]) -> None:
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(ensure_object, missing))
+
+
+def _is_whole(key: CompileKey) -> bool:
+    try:
+        return cache_entry.find_fault(object_entry(key)) is None
+    except OSError:
+        return False  # `ensure_object` says what is wrong with the cache
 
 
 def library_of(key: CompileKey) -> Path:

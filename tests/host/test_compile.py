@@ -16,6 +16,8 @@ import pytest
 
 from fa4_backend import compile_cache, driver
 from fa4_backend.arch import ARCHS
+from fa4_backend.cache import entry
+from fa4_backend.cache.errors import CacheWriteError
 from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
@@ -82,6 +84,18 @@ def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], mo
     assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
     compile_cache.ensure_objects([StubKey(1), StubKey(2)])
     assert len(asked) == 1 and len(stub_compiler) == 4
+
+
+def test_a_cache_that_cannot_be_read_is_told_by_its_own_error(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several keys as of one: no bare OSError."""
+
+    def unreadable(*_arguments: object, **_more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(entry, "find_fault", unreadable)
+    with pytest.raises(CacheWriteError, match="set FA4_BACKEND_CACHE_DIR"):
+        compile_cache.ensure_objects([StubKey(1)])
+    assert not stub_compiler
 
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
