@@ -42,6 +42,7 @@ from fa4_backend.compile_cache import PREBUILT  # noqa: E402
 from fa4_backend.kernels.schedule.config import schedule_config  # noqa: E402
 from fa4_backend.model_config import prompt_problems  # noqa: E402
 from fa4_backend.problem import FP8, LATENT, PAGED  # noqa: E402
+from fa4_backend.split_rows import message_limits  # noqa: E402
 from fa4_backend.support import LATENT_PAGE  # noqa: E402
 
 # Query heads a KV head and head_dim of models that racks serve most: Llama 3, Qwen3, GLM-4, MiniMax-M2; gpt-oss, with and without
@@ -53,9 +54,9 @@ COMMON = (
 )  # fmt: skip
 DECODE_QUERY_LENS = (1, 2, 4, 8)  # one token, and 1, 3 and 7 drafts
 PAGE_SIZES = (16, 64)  # of vLLM and of SGLang where the user names none; latents have 64 with both
-# Tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096, and steps with messages of MLA have a row for each
-# 1 to 8 of a step's query tokens beside (`fa4_backend/split_rows.py`).
-MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+# Tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096, and steps with messages of MLA have 4096 rows, or
+# twice the sequences (`fa4_backend/split_rows.py`).
+MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096, 8192)
 LATENT_DIMS, PROMPT_DIMS = (576, 512), (192, 128)
 CONVERT_KEYS = 1  # room for any converts: how much there is, is in no kernel
 DTYPES = {"fp8": "kv_dtype", "fp8out": "out_dtype"}
@@ -94,9 +95,14 @@ def keys_of(
     for arch, shape in itertools.product(archs, shapes):
         try:
             for problem, query_len in itertools.product(problems_of(shape, arch, page_sizes), query_lens):
-                kernels = plan_attention(problem, BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)).kernels
+                limits = BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)
+                kernels = plan_attention(problem, limits).kernels
                 assert kernels is not None
                 keys |= {key: None for key in kernels.keys if key != kernels.schedule}
+                if problem.kv_source == LATENT and (messages := message_limits(limits, problem)) is not None:
+                    kernels = plan_attention(problem, messages).kernels
+                    assert kernels is not None
+                    keys |= dict.fromkeys(kernels.keys)
         except UnsupportedProblem as reason:
             print(f"{shape} on {arch} is left out: {reason}")
     return [*keys]

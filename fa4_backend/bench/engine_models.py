@@ -10,7 +10,7 @@ from typing import Any
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, envs
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, MAX_LEN, PREFIX, VOCAB
 from fa4_backend.problem import FP8, LATENT, RAGGED, SAME_AS_Q
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 
 PAGE_SIZE = 16  # vLLM's default
@@ -55,7 +55,7 @@ def _latent(num_heads: int, kv_dtype: str, arch: str) -> Asked:
     """Decode of latents, of messages too, and prefill of keys and values made of them: new tokens to each other, and to their context."""
     stored = (LATENT_DIM + ROPE_DIM, LATENT_DIM, "bfloat16")
     latent = AttentionProblem(num_heads, 1, *stored, LATENT_PAGE, arch, kv_dtype=kv_dtype, kv_source=LATENT)
-    messages = SplitRows.limits(_limits(), latent, row_queries(latent))
+    messages = message_limits(_limits(), latent)
     assert messages is not None, latent
     asked = [(latent, _limits()), (latent, messages)]
     for is_causal in (True, False):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fa4_backend.model_config import LayerGroup
 from fa4_backend.problem import AttentionProblem, BatchLimits
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.split_rows import message_limits
 
 PROMPTS = {True: "prompts", False: "prompts, to chunks of cached context"}  # by whether the mask is causal
 MESSAGES = "messages behind long contexts"
@@ -25,8 +25,8 @@ def latent_steps(group: LayerGroup, limits: BatchLimits) -> Iterator[LatentStep]
     """The steps of a group of layers whose decode rows are served within `limits`; none where its layers are not of MLA."""
     if group.problem is None or not group.prompts:
         return
-    messages = SplitRows.limits(limits, group.problem, row_queries(group.problem))
-    if messages is not None and not group.problem.batch_invariant:
+    messages = message_limits(limits, group.problem)
+    if messages is not None:
         yield LatentStep(MESSAGES, group.problem, messages)
     for problem in group.prompts:
         yield LatentStep(PROMPTS[problem.mask.is_causal], problem, limits)

@@ -56,6 +56,8 @@ def plan(
             print(f"{row['num_layers']} layers{kind}{window}: {row['plan'] or row['remark'] or refusal}")
             for name in row["kernels"]:
                 print(f"    {name}")
+            if row["room_mib"]:
+                print(f"    room for converted K and V, one buffer for all layers: {row['room_mib']:g} MiB")
             for step in row["steps"]:
                 print(f"    {step['name']}: {step['plan'] or 'not on FA4: ' + step['refusal']}")
                 for name in step["kernels"]:
@@ -65,7 +67,7 @@ def plan(
 
 def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
     facts = {} if group.problem is None else asdict(group.problem)
-    planned = _planned(group.problem, limits) if group.problem else {"plan": None, "kernels": [], "refusal": group.refusal}
+    planned = _planned(group.problem, limits) if group.problem else _not_planned(group.refusal)
     steps = latent_steps(group, limits) if planned["plan"] else ()
     return {
         "kind": group.kind,
@@ -83,5 +85,10 @@ def _planned(problem: AttentionProblem, limits: BatchLimits) -> dict[str, Any]:
     try:
         served = plan_attention(problem, limits)
     except UnsupportedProblem as error:
-        return {"plan": None, "kernels": [], "refusal": str(error)}
-    return {"plan": served.describe(), "kernels": list(served.kernel_names), "refusal": None}
+        return _not_planned(str(error))
+    return {"plan": served.describe(), "kernels": list(served.kernel_names), "room_mib": served.room_bytes / 2**20, "refusal": None}
+
+
+def _not_planned(refusal: str | None) -> dict[str, Any]:
+    """A row of layers without a plan."""
+    return {"plan": None, "kernels": [], "room_mib": 0.0, "refusal": refusal}

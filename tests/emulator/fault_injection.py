@@ -11,6 +11,7 @@ nothing. Right programs under 200 schedules: `right_schedules.py`.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -31,7 +32,7 @@ import torch
 from fa4_backend import emulator
 from fa4_backend.kernel_stamp import make_stamp
 from tests.emulator.fault_mutations import Mutant, mutants, one_statement_a_line
-from tests.emulator.fault_reasons import NOT_MODELLED, STATIC_REASONS, vacuous, why_missed
+from tests.emulator.fault_reasons import NOT_MODELLED, NOT_TOLD, STATIC_REASONS, vacuous, why_missed
 from tests.emulator.fault_targets import OWN_TARGETS, Target, load_target, planted
 
 SHORTEST_LIMIT, LIMIT_FACTOR = 3.0, 8.0  # CPU seconds that a run may take, and times the right program's
@@ -99,6 +100,14 @@ def run_right(target: Target) -> Right:
     return Right(outputs, remarks(report) | remarks(other), reached, seconds)
 
 
+@functools.cache
+def right_second(target: Target) -> Right:
+    """What a target's second case gives without a fault."""
+    target.run(None)  # loads the kernel's image
+    with planted(target, one_statement_a_line(target.ptx)):
+        return run_right(target)
+
+
 def remarks(report: emulator.Report) -> set[str]:
     """The report's notes, without the numbers of warps."""
     return {re.sub(r"warp \d+", "warp #", note) for note in report.notes}
@@ -153,8 +162,12 @@ def judged(target: Target, mutant: Mutant, right: Right, seeds: list[int | None]
     if len(seeds) > 1 and AMONG_CTAS.search(mutant.text):
         seeds = [None, *range(max(MANY_SEEDS, len(seeds) - 1))]
     how, seed = verdict(target, mutant, right, seeds)
+    fault: dict[str, Any] = {"line": mutant.line, "text": mutant.text.strip()[:160]}
+    if not how and target.second is not None:
+        fault["case"] = 2
+        how, seed = verdict(target.second, mutant, right_second(target.second), seeds)
     print(f"{target.name}, {mutant.name}: {how or 'survived'}", flush=True)
-    fault = {"line": mutant.line, "text": mutant.text.strip()[:160], "caught": how, "seed": seed}
+    fault |= {"caught": how, "seed": seed}
     if not how:
         fault["vacuous"] = vacuous(target, mutant)
         if not fault["vacuous"]:
@@ -184,19 +197,21 @@ def inject(
 def summary(result: dict[str, Any]) -> list[str]:
     """A table of the score, then the survivors. Faults in what the emulator does not model are counted apart, and named."""
     rows, survivors = [], []
-    total = caught = unseen = 0
+    total = caught = unseen = untold = 0
     for kind, faults in result["classes"].items():
         counted = [f for f in faults if f["caught"] or not f["vacuous"]]
         beyond = sum(f.get("vacuous", "").startswith(NOT_MODELLED) for f in faults)
         ways = Counter(f["caught"] or "survived" for f in counted)
         good = sum(bool(f["caught"]) for f in counted)
-        total, caught, unseen = total + len(counted), caught + good, unseen + beyond
-        rest = f"{len(faults) - len(counted) - beyond} vacuous, {beyond} not modelled"
+        values = sum(f.get("vacuous", "").startswith(NOT_TOLD) for f in faults)
+        total, caught, unseen, untold = total + len(counted), caught + good, unseen + beyond, untold + values
+        rest = f"{len(faults) - len(counted) - beyond - values} vacuous, {beyond} not modelled, {values} not told by the case"
         rows.append(f"{kind:20} {good:4} of {len(counted):4}   {dict(ways)}   {rest}")
         survivors += [
             f"  {kind} @{f['line']}: {f['text']}  [{f['vacuous'] or 'MISSED: ' + f['missed']}]" for f in faults if not f["caught"]
         ]
-    score = f"{caught} of {total} caught ({100 * caught / max(total, 1):.1f} %); with what is not modelled {caught} of {total + unseen}"
+    score = f"{caught} of {total} caught ({100 * caught / max(total, 1):.1f} %); with what is not modelled {caught} of {total + unseen}, \
+with what the case does not tell {caught} of {total + unseen + untold}"
     return [f"{result['kernel']}: {score}; {result['cpu_seconds']} s of CPU", *rows, *survivors]
 
 

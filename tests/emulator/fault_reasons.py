@@ -9,15 +9,23 @@ from unittest import mock
 
 from fa4_backend import emulator
 from fa4_backend.emulator.mbarrier import MBarrier
-from fa4_backend.emulator.parser import parse_module
 from fa4_backend.emulator.races import Races
 from fa4_backend.emulator.syntax import Instruction, Kernel, Vector
 from fa4_backend.emulator.undefined import registers_in, successors
+from tests.emulator import fault_order as order
 from tests.emulator.fault_mutations import WAIT, Mutant, one_statement_a_line
+from tests.emulator.fault_order import ACTS, SEEDS, acts_before, place
 from tests.emulator.fault_targets import Target, planted
 
-SEEDS = range(100, 110)
 NOT_MODELLED = "not modelled"
+NOT_TOLD = "not told by the case"
+# Faults of values alone: what they compute reaches no output of the case, which the emulator has computed as a GPU would.
+VALUES = (
+    "drop a move", "swap copy coordinates", "maximum as minimum", "minimum as maximum", "shuffle from elsewhere", "shuffle among 16",
+    "vote all for any", "round towards zero", "global load 16 bytes on", "shared load 16 bytes on", "shared store 16 bytes on",
+    "global store 16 bytes on", "drop shared store", "drop global store", "drop tensor memory store", "sum as difference",
+    "difference as sum", "tensor memory columns on", "negate a product", "drop product",
+)  # fmt: skip
 STATIC_REASONS = re.compile(r"tcgen05\.(wait::ld|fence)")  # of these, the text alone tells
 
 
@@ -65,6 +73,18 @@ def why_missed(target: Target, mutant: Mutant) -> str:
 
 def vacuous(target: Target, mutant: Mutant) -> str:
     """The reason, or "" when none is known."""
+    if why := by_the_text(target, mutant):
+        return why
+    for kinds, reason in BY_KIND:
+        if mutant.kind in kinds and (why := reason(target, mutant)):
+            return why
+    if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
+        return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
+    return f"{NOT_TOLD}: what it computes reaches none of its outputs" if mutant.kind in VALUES else ""
+
+
+def by_the_text(target: Target, mutant: Mutant) -> str:
+    """Reasons that the text alone tells."""
     if "tcgen05.wait::ld" in mutant.text and mutant.kind.startswith("drop"):
         # flash-attn-4's sm100 kernels, right on silicon, have no wait::ld at all: ptxas orders the use of a result behind its load.
         return "the use of a loaded register waits for it"
@@ -72,35 +92,18 @@ def vacuous(target: Target, mutant: Mutant) -> str:
         return f"{NOT_MODELLED}: tcgen05.fence (flash-attn-4's kernels, right on silicon, have none)"
     if "tcgen05.wait::st" in mutant.text and later_wait_covers(target, mutant):
         return "a later tcgen05.wait::st comes before anything is released"
-    if "wgmma.fence" in mutant.text:
-        if other_fence_covers(target, mutant):
-            return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
-    if mutant.kind in ("registers unlike the warpgroup's", "drop setmaxnreg") and warpgroups_run_it(target, mutant):
-        return f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement"
-    if mutant.kind in ("shuffle from elsewhere", "shuffle among 16") and same_values(target, mutant):
-        return f"both lanes hold the same, in {len(SEEDS)} random schedules"
+    if "wgmma.fence" in mutant.text and other_fence_covers(target, mutant):
+        return "on every path, another wgmma.fence stands between each access to its products' registers and the products"
     if dead_result(target, mutant):
         return "nothing reads what it computes"
-    if mutant.kind == "drop barrier" and barrier_beside_reads(target, mutant):
-        return "from the same barrier before it to the same barrier behind it, no memory is written that the other side reads or writes"
     if mutant.kind == "read-only load":
         return "the launch writes nothing that it reads there: a read-only load of what it writes is a finding"
-    if mutant.kind == "drop warp sync" and only_copies_are_announced(target, mutant):
-        return "before it there are only copies and the announcement of their bytes, whose order is free"
-    if mutant.kind == "drop warp sync" and nothing_to_order(target, mutant):
-        return "since the synchronisations before it, lanes arrived and fenced, and the warp as a whole accessed tensor memory"
-    if mutant.kind == "drop warp sync" and lane_0_alone_acts(target, mutant):
-        return f"before it lane 0 alone acts, in {len(SEEDS)} random schedules; another lane that accessed what it wrote would race"
-    if re.search(r"fence\.(acq_rel|sc)\.(gpu|sys)|membar", mutant.text) and atomics_order(target, mutant):
-        return "the acq_rel of the atomics orders the same; with relaxed atomics there are races"
-    if mutant.kind == "drop wait":
-        if only_exit_follows(target, mutant):
-            return "the warp does nothing after it but exit"
-        if never_blocks(target, mutant):
-            return f"the wait is satisfied whenever it is reached, in {len(SEEDS)} random schedules"
-    if mutant.kind == "drop arrive" and nobody_waits(target, mutant):
-        return f"no wait needs the phases that it arrives at, in {len(SEEDS)} random schedules"
     return ""
+
+
+def said_of(holds: Callable[[Target, Mutant], bool], why: str) -> Callable[[Target, Mutant], str]:
+    """A reason with fixed words."""
+    return lambda target, mutant: why if holds(target, mutant) else ""
 
 
 def later_wait_covers(target: Target, mutant: Mutant) -> bool:
@@ -111,15 +114,6 @@ def later_wait_covers(target: Target, mutant: Mutant) -> bool:
         if re.search(r"mbarrier\.arrive|\bbar(rier)?\.(?!warp)|commit|\bbra\b|ret;", line):
             return False
     return False
-
-
-def _at(target: Target, mutant: Mutant) -> tuple[Kernel, int]:
-    """The kernel of the mutant's line and the instruction there."""
-    for kernel in parse_module(one_statement_a_line(target.ptx)).values():
-        for pc, instruction in enumerate(kernel.instructions):
-            if instruction.line == mutant.line:
-                return kernel, pc
-    raise AssertionError(f"no instruction at line {mutant.line}: {mutant.text}")
 
 
 def _walk(kernel: Kernel, start: int, goes_on: Callable[[Instruction], bool]) -> set[int]:
@@ -137,7 +131,7 @@ def _walk(kernel: Kernel, start: int, goes_on: Callable[[Instruction], bool]) ->
 
 def other_fence_covers(target: Target, mutant: Mutant) -> bool:
     """No path leads from an access of a product's registers to the product past the dropped wgmma.fence and no other."""
-    kernel, dropped = _at(target, mutant)
+    kernel, dropped = place(target, mutant)
     instructions = kernel.instructions
 
     def is_fence(instruction: Instruction) -> bool:
@@ -170,7 +164,7 @@ def warpgroups_run_it(target: Target, mutant: Mutant) -> bool:
     """Of each warpgroup, all warps or none execute the statement in the right program."""
     with planted(target, one_statement_a_line(target.ptx)):
         counts = target.run(None)[1].kernels[target.kernel]
-    _, pc = _at(target, mutant)
+    _, pc = place(target, mutant)
     runs = counts.executed[:, pc] > 0
     return len(runs) % 4 == 0 and all(len(set(runs[i : i + 4])) == 1 for i in range(0, len(runs), 4))
 
@@ -224,7 +218,7 @@ def touched(instructions: list[Instruction]) -> Touched:
 
 def barrier_beside_reads(target: Target, mutant: Mutant) -> bool:
     """What the barrier orders and its neighbours of the same threads do not: accesses between it and them, of which none conflict."""
-    kernel, site = _at(target, mutant)
+    kernel, site = place(target, mutant)
     instructions = kernel.instructions
     words = " ".join(instructions[site].text.split())
     if instructions[site].guard is not None or not re.match(r"bar\.sync \d+(, \d+)?;?$", words):
@@ -263,7 +257,7 @@ def only_exit_follows(target: Target, mutant: Mutant) -> bool:
     """After the wait there are only other waits and register instructions up to the warp's end, and the CTA has no peers."""
     if "cluster" in "".join(re.findall(r"^\.(?:reqnctapercluster|explicitcluster).*$", target.ptx, re.M)):
         return False
-    kernel, pc = _at(target, mutant)
+    kernel, pc = place(target, mutant)
     harmless = re.compile(
         r"bra|ret|exit|mbarrier\.(try|test)_wait|nanosleep|(add|sub|mul|mad|mov|selp|setp|not|and|or|xor|shl|shr|cvt|min|max)\."
     )
@@ -288,37 +282,14 @@ def never_blocks(target: Target, mutant: Mutant) -> bool:
     return True
 
 
-ACTS = re.compile(
-    r"\b(ld|st|atom|red|cp|fence|stmatrix|ldmatrix|tcgen05|wgmma)\b[\w.:]*\.(?!param)|mbarrier\.(arrive|init|inval|expect|complete)"
-)
-
-
-def before_it(kernel: Kernel, site: int) -> set[int]:
-    """Instructions from the synchronisations before this one to this one."""
-    instructions = kernel.instructions
-    leads_to: list[list[int]] = [[] for _ in instructions]
-    for pc in range(len(instructions)):
-        for after in successors(kernel, pc):
-            leads_to[after].append(pc)
-    near: set[int] = set()
-    work = list(leads_to[site])
-    while work:
-        pc = work.pop()
-        if pc not in near and not re.match(r"bar\.|barrier\.", instructions[pc].opcode):
-            near.add(pc)
-            work += leads_to[pc]
-    return near
-
-
 def only_copies_are_announced(target: Target, mutant: Mutant) -> bool:
     """Nothing but copies that signal an mbarrier, what announces their bytes, and loads from global memory stand before it.
 
     A phase ends when its bytes and its arrivals have come, in whatever order (PTX ISA 9.7.13.16.5), and every lane has waited for the
     buffer itself, since waits are no lane's alone.
     """
-    kernel, site = _at(target, mutant)
-    harmless = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)|tcgen05\.fence")
-    acts = [kernel.instructions[pc] for pc in before_it(kernel, site) if ACTS.search(kernel.instructions[pc].text)]
+    harmless = re.compile(r"mbarrier\.arrive|cp\.async\.bulk\.tensor.*complete_tx|ld\.(global|param)|tcgen05\.fence")
+    acts = acts_before(*place(target, mutant))
     return any("complete_tx" in i.opcode for i in acts) and all(harmless.match(i.opcode) for i in acts)
 
 
@@ -328,19 +299,22 @@ def nothing_to_order(target: Target, mutant: Mutant) -> bool:
     Loads and stores of tensor memory and their waits are the whole warp's (`.sync.aligned`); a fence of the proxies that every lane
     executes is that lane's, too, which arrives or copies behind it, and orders what it has learnt of (PTX ISA 8.9.6).
     """
-    kernel, site = _at(target, mutant)
-    own = re.compile(r"tcgen05\.(ld|st|wait|fence)|fence\.|mbarrier\.arrive|ld\.param")
-    before = [kernel.instructions[pc] for pc in before_it(kernel, site)]
-    acts = [i for i in before if ACTS.search(i.text)]
-    fences = [i for i in before if i.opcode.startswith("fence")]
-    return all(own.match(i.opcode) for i in acts) and all(i.guard is None for i in fences)
+    kernel, site = place(target, mutant)
+    own = r"tcgen05\.(ld|st|wait|fence)|wgmma\.|fence\.|mbarrier\.arrive|ld\.(global|param)|cp\.async\.bulk\.tensor.*complete_tx"
+    near = kernel.instructions[site + 1 : site + order.NEAR]
+    after = next((i.opcode for i in near if ACTS.search(i.text)), "")
+    if after.startswith("mbarrier.arrive"):
+        own += r"|st\.global"  # whoever waits at an mbarrier reads nothing of global memory that this launch stores
+    acts = acts_before(kernel, site)
+    fences = [i for i in acts if i.opcode.startswith("fence")]
+    return all(re.match(own, i.opcode) for i in acts) and all(i.guard is None for i in fences)
 
 
 def lane_0_alone_acts(target: Target, mutant: Mutant) -> bool:
     """A trap, taken where another lane runs, never fires at what stands between the synchronisations before and this one."""
-    kernel, site = _at(target, mutant)
+    kernel, site = place(target, mutant)
     instructions = kernel.instructions
-    near = before_it(kernel, site)
+    near = order.before_it(kernel, site)
     lines = one_statement_a_line(target.ptx).split("\n")
     for pc in near:
         if ACTS.search(instructions[pc].text):
@@ -352,7 +326,7 @@ def lane_0_alone_acts(target: Target, mutant: Mutant) -> bool:
 
 def nobody_waits(target: Target, mutant: Mutant) -> bool:
     """In the right program, no wait passes after the completion of a phase that the arrival takes part in."""
-    _, site = _at(target, mutant)
+    _, site = place(target, mutant)
     arrived: set[tuple[MBarrier, int]] = set()
     passed: dict[MBarrier, int] = {}  # the highest phase that a wait saw open when it passed
     release, acquire = Races.release, Races.acquire
@@ -376,3 +350,77 @@ def nobody_waits(target: Target, mutant: Mutant) -> bool:
             target.run(seed)
     assert arrived, mutant.name
     return not any(passed.get(barrier, 0) > phase for barrier, phase in arrived)
+
+
+def never_runs_where(register: str, test: str) -> Callable[[Target, Mutant], bool]:
+    """A trap before the statement, taken by a lane of which a special register compares so with 0, never fires."""
+
+    def holds(target: Target, mutant: Mutant) -> bool:
+        lines = one_statement_a_line(target.ptx).split("\n")
+        check = f"{{ .reg .pred fi_q; .reg .b32 fi_w; mov.u32 fi_w, {register}; setp.{test}.u32 fi_q, fi_w, 0; @fi_q trap; }}"
+        lines[mutant.line - 1] = f"{check} {lines[mutant.line - 1]}"
+        return _runs_without_a_trap(target, lines)
+
+    return holds
+
+
+_MANY = f"in {len(SEEDS)} random schedules"
+# Kinds of fault and a reason that may hold for them, cheap ones first.
+BY_KIND: tuple[tuple[tuple[str, ...], Callable[[Target, Mutant], str]], ...] = (
+    (
+        ("registers unlike the warpgroup's", "drop setmaxnreg"),
+        said_of(
+            warpgroups_run_it,
+            f"{NOT_MODELLED}: how many registers the code behind it needs; every warp of the warpgroup runs the statement",
+        ),
+    ),
+    (("shuffle from elsewhere", "shuffle among 16"), said_of(same_values, f"both lanes hold the same, {_MANY}")),
+    (
+        ("drop barrier",),
+        said_of(
+            barrier_beside_reads,
+            "from the same barrier before it to the same barrier behind it, no memory is written that the other side reads or writes",
+        ),
+    ),
+    (("drop barrier",), order.other_barriers_cover),
+    (
+        ("drop barrier", "arrive at a named barrier only"),
+        said_of(
+            order.is_a_turn, "with all turns of the two warpgroups left out nothing races and the results are the same: they order time"
+        ),
+    ),
+    (
+        ("drop warp sync",),
+        said_of(only_copies_are_announced, "before it there are only copies and the announcement of their bytes, whose order is free"),
+    ),
+    (
+        ("drop warp sync",),
+        said_of(
+            nothing_to_order,
+            "since the synchronisations before it, lanes arrived and fenced, the warp as a whole accessed tensor memory, "
+            "and nothing else is handed on",
+        ),
+    ),
+    (
+        ("drop warp sync",),
+        said_of(lane_0_alone_acts, f"before it lane 0 alone acts, {_MANY}; another lane that accessed what it wrote would race"),
+    ),
+    (("drop warp sync",), order.lanes_are_ordered),
+    (("relax arrive", "relax remote arrive"), order.arrival_is_covered),
+    (
+        ("fence by another lane", "fence the other memory", "fence only shared memory"),
+        said_of(
+            order.met_since_the_stores,
+            "since the lanes met before it they stored nothing that it is for, and a fence covers what one knows",
+        ),
+    ),
+    (("drop fence",), order.products_are_fenced),
+    (
+        ("own barrier for the peer's",),
+        said_of(never_runs_where("%cluster_ctarank", "ne"), f"rank 0 alone runs it, whose own it is, {_MANY}"),
+    ),
+    (("arrive without lane 0",), said_of(never_runs_where("%laneid", "eq"), f"lane 0 never runs it, {_MANY}")),
+    (("drop wait",), said_of(only_exit_follows, "the warp does nothing after it but exit")),
+    (("drop wait",), said_of(never_blocks, f"the wait is satisfied whenever it is reached, {_MANY}")),
+    (("drop arrive",), said_of(nobody_waits, f"no wait needs the phases that it arrives at, {_MANY}")),
+)

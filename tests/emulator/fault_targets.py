@@ -27,6 +27,10 @@ class Target:
     families: tuple[str, ...] = ()  # of `kernel_stamp.FAMILIES`, of which the kernel is
     plain: Callable[[], emulator.Report] | None = None  # another target's run of the same kernel: only lines that run more often here count
     sample: int | None = None  # faults of each class; None: all
+    second: Target | None = None  # the same kernel with another case, for faults that the first does not show
+
+    def __post_init__(self) -> None:
+        assert self.second is None or self.second.ptx == self.ptx, f"{self.name}: the second case is of another kernel"
 
     @property
     def kernel(self) -> str:
@@ -36,8 +40,16 @@ class Target:
         return match.group(1)
 
 
-def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q) -> Target:
+MOVING = 6.0  # a factor on queries with which maxima move: some rows of a warp are rescaled and others are not
+
+
+def own_prefill(
+    name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: float = 1.0, kv_dtype: str = SAME_AS_Q, is_second: bool = False
+) -> Target:
     """This package's prefill kernel for `arch`: sequences over pages, causal.
+
+    `is_second`: the other case, with queries whose maxima move and, before the second batch, a kernel that writes its Q, K and V and lets
+    its dependents start before.
 
     One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
     with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
@@ -45,6 +57,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
+    from tests.emulator.engine_kernel import write_late
     from tests.support.emulated_prefill import run_built
     from tests.support.paged_case import PagedCase
 
@@ -57,7 +70,7 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
         head_dim_v=128,
         page_size=64,
         arch=f"emulated-{arch}",
-        peaked=peaked,
+        peaked=MOVING if is_second else peaked,
         kv_dtype=kv_dtype,
     )
     built, plain = case.build(), replace(case, peaked=1.0).build()
@@ -65,26 +78,34 @@ def own_prefill(name: str, arch: str, num_kv_heads: int, head_dim: int, peaked: 
     key = case.plan(num_sms=1).kernels.prefill
     library = ensure_object(key)
 
+    def written_late(emu: emulator.Session) -> None:
+        write_late(emu, [tiny.arguments.q, tiny.arguments.k_cache, tiny.arguments.v_cache])
+
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         outputs, total = [], emulator.Report()
-        for batch, num_ctas in ((built, 1), (tiny, 2)):
-            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key)
+        for batch, num_ctas, before in ((built, 1, None), (tiny, 2, written_late if is_second else None)):
+            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key, before=before)
             outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue]
             total.add(result.report)
         return outputs, total
 
     reach = (lambda: run_built(plain, num_ctas=1, key=key).report) if peaked != 1.0 else None
-    return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach)
+    second = None if is_second else own_prefill(name, arch, num_kv_heads, head_dim, peaked, kv_dtype, is_second=True)
+    return Target(name, library.with_suffix(".ptx").read_text(), run, ("sm90" if arch == "sm_90a" else "sm100",), reach, second=second)
 
 
-def own_parts() -> Target:
-    """Hopper's prefill kernel with tiles cut along KV, taken from a queue: parts go through memory and are added up by who comes last."""
+def own_parts(is_second: bool = False) -> Target:
+    """Hopper's prefill kernel with tiles cut along KV, taken from a queue: parts go through memory and are added up by who comes last.
+
+    `is_second`: with queries whose maxima move.
+    """
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_prefill import Cuts, run_built
     from tests.support.paged_case import PagedCase
 
     case = PagedCase((17, 0, 3, 40), (700, 30, 0, 90), num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16, arch="emulated-sm_90a")
+    case = replace(case, peaked=MOVING) if is_second else case
     built = case.build()
     key = case.plan(num_sms=3).kernels.prefill
     assert key.part_floats, key
@@ -94,16 +115,20 @@ def own_parts() -> Target:
         result = run_built(built, num_ctas=3, seed=seed, cuts=Cuts((3, 1, 1, 1)))
         return [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue], result.report
 
-    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run, ("sm90",))
+    second = None if is_second else own_parts(is_second=True)
+    return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run, ("sm90",), second=second)
 
 
-def own_mla() -> Target:
-    """Hopper's decode of latent attention: rows split between CTAs, drafts, two tiles of rows, few CTAs."""
+def own_mla(is_second: bool = False) -> Target:
+    """Hopper's decode of latent attention: rows split between CTAs, drafts, two tiles of rows, few CTAs.
+
+    `is_second`: with queries whose maxima move.
+    """
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_mla import MlaCase, run_mla
 
-    case = MlaCase((3, 1, 2), (400, 65, 3), num_heads=32, decode_query_len=3)
+    case = MlaCase((3, 1, 2), (400, 65, 3), num_heads=32, decode_query_len=3, peaked=MOVING if is_second else 1.0)
     arguments = case.build()
     decode = case.kernels(3).decode
     assert decode is not None
@@ -113,7 +138,8 @@ def own_mla() -> Target:
         result = run_mla(case, num_sms=3, seed=seed, arguments=arguments)
         return [*(rows.clone() for rows in result.rows), result.work.arrivals.clone()], result.reports[1]
 
-    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run, ("mla_decode",))
+    second = None if is_second else own_mla(is_second=True)
+    return Target("sm_90a MLA decode", library.with_suffix(".ptx").read_text(), run, ("mla_decode",), second=second)
 
 
 def own_decode(arch: str, batch_invariant: bool = False, kv_dtype: str = SAME_AS_Q) -> Target:
@@ -204,8 +230,11 @@ def own_schedule() -> Target:
     return Target("schedule", library.with_suffix(".ptx").read_text(), run, ("schedule",))
 
 
-def own_step(arch: str, plant_in_decode: bool) -> Target:
-    """A step of both kinds: decode, then prefill launched programmatically beside it; the faults are in one of the two."""
+def own_step(arch: str, plant_in_decode: bool, is_second: bool = False) -> Target:
+    """A step of both kinds: decode, then prefill launched programmatically beside it; the faults are in one of the two.
+
+    `is_second`: with queries whose maxima move, and more decode rows than the CTAs' rings of entries hold.
+    """
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
     from tests.support.emulated_mixed import run_mixed
@@ -215,16 +244,19 @@ def own_step(arch: str, plant_in_decode: bool) -> Target:
         (1, 200, 2, 70), (300, 333, 129, 70), num_q_heads=4, num_kv_heads=2, head_dim=128, page_size=64, decode_query_len=2,
         arch=f"emulated-{arch}",
     )  # fmt: skip
+    if is_second:
+        case = replace(case, query_lens=case.query_lens + (1, 2) * 8, kv_lens=case.kv_lens + (40, 130) * 8, peaked=MOVING)
     built, kernels = case.build(), case.plan(num_sms=3).kernels
     library = ensure_object(kernels.decode if plant_in_decode else kernels.prefill)
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         result = run_mixed(case, num_sms=3, seed=seed, built=built)
-        a = built.arguments
-        return [a.out.clone(), a.lse.clone()], result.report
+        a, work = built.arguments, result.work
+        return [a.out.clone(), a.lse.clone(), work.arrivals.clone(), work.part_arrivals.clone(), work.prefill_queue.clone()], result.report
 
     name = f"{arch} step, {'decode' if plant_in_decode else 'prefill'}"
-    return Target(name, library.with_suffix(".ptx").read_text(), run, families_of(arch))
+    second = None if is_second else own_step(arch, plant_in_decode, is_second=True)
+    return Target(name, library.with_suffix(".ptx").read_text(), run, families_of(arch), second=second)
 
 
 def upstream(name: str, folder: Path) -> Target:

@@ -2,11 +2,13 @@
 
     python -m tests.emulator.sweep --jobs 32 --seconds 550 --out build/sweep
     python -m tests.emulator.sweep --jobs 32 --parts races --out build/sweep      (a run into the same folder does what is left)
+    python -m tests.emulator.sweep --jobs 32 --parts again --out build/sweep      (judge once more what no run there showed)
     python -m tests.emulator.sweep --collect build/sweep      (writes tests/emulator/results and docs/data)
 
 Every verdict is a line of <out>/lines as soon as it is known, so that a run that is cut short keeps what it has. Parts: `faults`
-(`fault_injection.py`), `races` (`scripts/*_races.py`), `schedules` (`right_schedules.py`) and `more`, all faults of the kernels of which
-`faults` plants a sample. On 32 cores of a server all but `more` take some six minutes, kernels compiled.
+(`fault_injection.py`), `races` (`scripts/*_races.py`), `schedules` (`right_schedules.py`), `more`, all faults of the kernels of which
+`faults` plants a sample, and `again`: faults that no run of the folder showed, after a case or a reason was added. On 32 cores of a
+server all but `more` take some seven minutes, kernels compiled.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ import torch
 from fa4_backend import emulator, envs
 from fa4_backend.kernel_stamp import make_stamp
 from tests.emulator import fault_injection as fi
-from tests.emulator.fault_mutations import mutants, one_statement_a_line
+from tests.emulator.fault_mutations import Mutant, mutants, one_statement_a_line
+from tests.emulator.fault_reasons import NOT_TOLD
 from tests.emulator.fault_targets import OWN_TARGETS, SAMPLE, WHOLE, Target, planted
 from tests.emulator.right_schedules import alarm_of
 from tests.emulator.worker_pool import Task, run_tasks
 from tests.support.seeded_runs import SeededCase, fault_of
 
 RACES = {"sm100_races": "scripts.sm100_races", "decode_races": "scripts.decode_races", "mla_sm100_races": "scripts.mla_sm100_races"}
-PARTS = ("faults", "races", "schedules", "more")
+PARTS = ("faults", "races", "schedules", "more")  # and "again"
 RESULTS, DATA = Path(__file__).parent / "results", Path(__file__).parents[2] / "docs/data"
 RACE_SEEDS = 100
 SHARES = {True: 40, False: 10}  # tasks of a kernel's whole list of faults, and of a sample
@@ -71,7 +74,8 @@ def act(out: str, part: str, *arguments: Any) -> None:
     emulator.install()  # before the compiler is imported
     # Some cases import it before they compile: see `compile.trace_and_compile` for what it does where it has to ask for the arch.
     envs.set_default("CUTE_DSL_ARCH", "sm_100a")
-    for line in {"faults": fault_lines, "more": fault_lines, "schedules": schedule_lines, "races": race_lines}[part](*arguments):
+    lines = {"faults": fault_lines, "more": fault_lines, "again": again_lines, "schedules": schedule_lines, "races": race_lines}
+    for line in lines[part](*arguments):
         keep(out, line)
 
 
@@ -83,10 +87,36 @@ def fault_lines(name: str, sample: int | None, seeds: int, share: tuple[int, int
     for mutant in itertools.islice(mutants(split, right.reached, sample), share[0], None, share[1]):
         fault = fi.judged(target, mutant, right, [None, *range(seeds)])
         end = fi.cpu_seconds()
-        digest = hashlib.sha256(mutant.ptx.encode()).hexdigest()[:12]
-        yield first | {"kind": mutant.kind, "digest": digest, "fault": fault, "cpu": round(end - begin, 2)}
+        yield first | {"kind": mutant.kind, "digest": digest_of(mutant), "fault": fault, "cpu": round(end - begin, 2)}
         begin = end
     yield first | {"what": "share", "share": share, "stamp": make_stamp("emulator", target.families), "kernel": target.name}
+
+
+def digest_of(mutant: Mutant) -> str:
+    """Names a fault."""
+    return hashlib.sha256(mutant.ptx.encode()).hexdigest()[:12]
+
+
+def again_lines(name: str, sample: int | None, seeds: int, kind: str, was: dict[str, Any], digest: str) -> Iterator[dict[str, Any]]:
+    """One fault once more; `was`: its first verdict, which says where it is."""
+    begin = fi.cpu_seconds()
+    target, split, right = prepared(name)
+    # By its place: names of kernels, which the digest covers, hold addresses of the process that compiled them.
+    found = (m for m in mutants(split, right.reached, sample) if (m.kind, m.line) == (kind, was["line"]))
+    mutant = next((m for m in found if m.text.strip()[:160] == was["text"]), None)
+    if mutant is None:
+        raise ValueError(f"{name}: expected {kind} at line {was['line']}: {was['text']}")
+    fault = fi.judged(target, mutant, right, [None, *range(seeds)])
+    line = {"what": "fault", "again": True, "program": name, "sample": sample, "seeds": seeds, "kind": kind, "digest": digest}
+    yield line | {"fault": fault, "cpu": round(fi.cpu_seconds() - begin, 2)}
+
+
+def is_silent(line: dict[str, Any]) -> bool:
+    """A fault that no run showed and that is not proven to change nothing."""
+    if line["what"] != "fault" or line["fault"]["caught"]:
+        return False
+    why = line["fault"]["vacuous"]
+    return not why or why.startswith(NOT_TOLD)
 
 
 def schedule_lines(name: str, seeds: range) -> Iterator[dict[str, Any]]:
@@ -117,7 +147,7 @@ def race_lines(script: str, name: str, seeds: range) -> Iterator[dict[str, Any]]
         begin = end
 
 
-def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: int) -> list[Task]:
+def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: int, lines: list[dict[str, Any]]) -> list[Task]:
     """The whole list. First a small task of every program with faults, by which its kernels are compiled; then the faults; then some seeds
     of every right program and every case of races, and then the others, so that a run that is cut short has looked at all."""
     tasks = []
@@ -139,12 +169,18 @@ def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: i
             shares = SHARES[sample is None]
             arguments = [(out, part, name, sample, fault_seeds, (i, shares)) for i in range(shares)]
             tasks += [Task(name, 6 if part == "more" else int(i > 0), 12.0, a) for i, a in enumerate(arguments)]
+    for line in latest_faults(lines) if "again" in parts else []:
+        if is_silent(line):
+            which = (line[key] for key in ("program", "sample", "seeds", "kind", "fault", "digest"))
+            tasks.append(Task(line["program"], 1, 40.0, (out, "again", *which)))
     return [task for task in tasks if only in task.group]
 
 
 def is_done(task: Task, lines: list[dict[str, Any]]) -> bool:
     """Whether an earlier run into the same folder has all of a task's verdicts."""
     _, part, *arguments = task.arguments
+    if part == "again":
+        return False  # what was judged so is not silent, or will be looked at again
     if part in ("faults", "more"):
         name, sample, seeds, share = arguments
         want = {"what": "share", "program": name, "sample": sample, "seeds": seeds, "share": list(share)}
@@ -165,6 +201,12 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def latest_faults(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line a fault: that of the last time it was judged."""
+    faults = sorted((line for line in lines if line["what"] == "fault"), key=lambda line: line.get("again", False))
+    return list({(line["program"], line["digest"]): line for line in faults}.values())
+
+
 def collect_faults(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """program -> its result, as `fault_injection` writes it; `shares` says how much of the list was run."""
     results = {}
@@ -174,7 +216,7 @@ def collect_faults(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         # A whole list in parts is worth more than the sample.
         sample = None if any(line["sample"] is None for line in ends) else ends[0]["sample"]
         ends = [line for line in ends if line["sample"] == sample]
-        faults = {line["digest"]: line for line in own if line["what"] == "fault"}.values()
+        faults = latest_faults(own)
         classes: dict[str, list[dict[str, Any]]] = {}
         for line in faults:
             if line["fault"]["caught"] != fi.ILLEGAL:
@@ -274,8 +316,8 @@ def main() -> None:
     out = str(options.out.resolve())
     emulator.install()  # built here, so that no worker waits for another's build
     print(f"the emulator is built after {time.monotonic() - begin:.0f} s", flush=True)
-    tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds)
     lines = read_lines(options.out)
+    tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds, lines)
     tasks = [task for task in tasks if not is_done(task, lines)]
     print(f"{len(tasks)} tasks after {time.monotonic() - begin:.0f} s", flush=True)
     seconds = options.seconds - (time.monotonic() - begin)

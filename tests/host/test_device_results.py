@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fa4_backend import compile_cache, kernel_stamp
+from fa4_backend import compile_cache, kernel_stamp, split_rows
 from fa4_backend.arch import ARCHS
 from fa4_backend.bench.batch import E4M3_PROMPT_ERROR, PROMPT_ERROR
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
@@ -147,6 +147,20 @@ def test_latent_decode_beside_peers() -> None:
     assert said in " ".join(document.split()) and f"{fuzz['batches']:,} fuzzed batches, 0 failures" in readme
     worst = f"worst error {fuzz['worst_share_out']:.2f} of its budget (out) and {fuzz['worst_share_lse']:.2f} (lse)"
     assert worst in " ".join(document.split()) and fuzz["worst_share_out"] <= 1
+
+
+def test_messages_as_decode_and_as_prefill() -> None:
+    """docs/mla.md has each cell, and decode is ahead up to the queries that `message_queries` names, and a tile of prefill's above."""
+    cells = {(c["heads"], c["context"], c["queries"]): c for c in load("messages_h200.json")["cells"] if c["stored"] == "bfloat16"}
+    document = (RESULTS.parents[2] / "docs" / "mla.md").read_text()
+    queries = sorted({key[2] for key in cells})
+    for heads, context in {key[:2] for key in cells}:
+        row = " | ".join("{decode:,.0f} / {prefill:,.0f}".format(**cells[heads, context, q]) for q in queries)
+        assert f"{context // 1024}K | {row} |" in document, (heads, context)
+    assert len(cells) == 42
+    for (_, _, q), cell in cells.items():
+        if q <= split_rows.HOPPERS_QUERIES + 64:
+            assert cell["decode"] < cell["prefill"], cell
 
 
 def test_shapes_beside_fa3() -> None:

@@ -193,6 +193,10 @@ def test_plan_says_fp8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     for name in ("fp8", "fp8_e4m3", FP8):
         code, out, _ = plan(capsys, "--model", path, "--kv-dtype", name)
         assert code == 0 and f"(K and V {FP8})" in out, out
+    room = "room for converted K and V, one buffer for all layers: 128 MiB"
+    for arguments, has_room in ((("--kv-dtype", "fp8"), True), ((), False), (("--kv-dtype", "fp8", "--batch-invariant"), False)):
+        code, out, _ = plan(capsys, "--model", path, "--arch", "sm_90a", *arguments)
+        assert code == 0 and (room in out) == has_room, out
     code, _, err = plan(capsys, "--model", path, "--kv-dtype", "fp8_e5m2")
     assert code == 1 and "kv_dtype: expected one of" in err and "got 'fp8_e5m2'" in err
 
@@ -226,7 +230,7 @@ def test_messages_and_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.Ca
     (row,) = json.loads(out)
     assert code == 0 and row["kernels"][0] == "schedule-sm_90a-s256" and "-h16-q2-" in row["kernels"][1]
     messages, *prompts = row["steps"]
-    assert messages["kernels"][0] == "schedule-sm_90a-s4096", "256 sequences, and 8192 tokens in rows of 4"
+    assert messages["kernels"][0] == "schedule-sm_90a-s4096"
     assert "-h16-q4-" in messages["kernels"][1] and messages["refusal"] is None
     assert all("kve4m3" in names[1] and "-box64-" in names[1] for names in (row["kernels"], messages["kernels"]))
     for step, is_causal in zip(prompts, (True, False), strict=True):

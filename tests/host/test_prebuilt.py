@@ -20,7 +20,7 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import prompt_problems
 from fa4_backend.problem import FP8, LATENT, PAGED
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 from scripts import build_wheel
 from tests.support.stub_kernels import StubKey, call_stub, compile_stub
@@ -129,7 +129,7 @@ def test_a_wheel_has_what_engines_plan_for_where_users_name_nothing(arch: str) -
     needed += [replace(problem, out_dtype=FP8) for problem in needed if problem.kv_source == PAGED]  # of quantised checkpoints, in vLLM
     asked_limits = [BatchLimits(seqs, 8192, 40960, 1 + drafts, 32768) for seqs in (256, 1024, 4096) for drafts in (0, 1, 3, 7)]
     steps = [*itertools.product(needed, asked_limits)]
-    steps += [(latent, SplitRows.limits(limits, latent, row_queries(latent))) for limits in asked_limits]
+    steps += [(latent, message_limits(limits, latent)) for limits in asked_limits]
     for problem, limits in steps:
         kernels = plan_attention(problem, limits).kernels
         assert kernels is not None and not set(kernels.keys) - keys, (problem, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ def run_built(
     trace: Recording | None = None,
     contraction: str | int = "never",
     cuts: Cuts | None = None,
+    before: Callable[[emulator.Session], None] | None = None,
 ) -> EmulatedRun:
     """Run the prefill kernel of a case on tensors that the caller may have changed; `out` and `lse` are poisoned first.
 
@@ -92,6 +94,7 @@ def run_built(
         trace: filled with what the warps did.
         contraction: which products and sums run as one FMA, see `emulator.session`.
         cuts: how tiles are cut along KV, where the kernel takes parts; None: as the plan has it.
+        before: launches what runs before the kernel in its stream.
     """
     case, a = built.case, built.arguments
     plan = case.plan(num_sms=num_ctas)
@@ -109,7 +112,9 @@ def run_built(
         detect_races=detect_races,
         trace=trace,
         contraction=contraction,
-    ) as emu:
+    ) as emu, emu.stream():
+        if before is not None:
+            before(emu)
         emu.run(load_function(chosen), *prefill_arguments(a, work))
     is_alone = not chosen.kernel.is_dependent or int(work.prefill_queue[0, QUEUE_OWN]) > 0
     return EmulatedRun(built, emu.report, work, zeroes_padding=is_alone)
