@@ -50,20 +50,23 @@ def machine_block(sass: str) -> tuple[np.ndarray, float] | None:
     return None
 
 
-def ptx_block(kernel: Kernel, cycles: np.ndarray) -> np.ndarray | None:
-    """Cycles by pipe of the same loop in the PTX, from those of each instruction, (instructions, pipes)."""
+def ptx_block(kernel: Kernel, cycles: np.ndarray, executed: np.ndarray) -> np.ndarray | None:
+    """Cycles by pipe of one round of the same loop in the PTX, as it was run; None where it was not.
+
+    Args:
+        cycles: of each instruction, (instructions, pipes).
+        executed: how often warps ran each instruction. What a round branches over counts as seldom as it was run, and the machine code's
+            loop holds it in full: a block whose rescaling was left out is taken for one with it.
+    """
     opcodes = [instruction.opcode for instruction in kernel.instructions]
-    spans = sorted(
-        (pc - after, after, pc)
-        for pc, opcode in enumerate(opcodes)
-        if opcode.startswith("bra")
-        for after in successors(kernel, pc)
-        if after <= pc
-    )
+    branches = [pc for pc, opcode in enumerate(opcodes) if opcode.startswith("bra")]
+    spans = sorted((pc - after, after, pc) for pc in branches for after in successors(kernel, pc) if after <= pc)
     for _, begin, end in spans:
         body = opcodes[begin : end + 1]
-        if sum(opcode.startswith("wgmma.wait_group") for opcode in body) == WAITS and any(o.startswith("wgmma.mma_async") for o in body):
-            return np.asarray(cycles[begin : end + 1].sum(axis=0), float)
+        is_block = sum(o.startswith("wgmma.wait_group") for o in body) == WAITS and any(o.startswith("wgmma.mma_async") for o in body)
+        if is_block and executed[end]:
+            inside = slice(begin, end + 1)
+            return np.asarray((executed[inside, None] * cycles[inside]).sum(axis=0) / executed[end], float)
     return None
 
 

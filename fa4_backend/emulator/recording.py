@@ -311,7 +311,8 @@ class RecordedRaces(Races):
         consumers = [steps for steps, role in zip(self.recording.warps, self.recording.roles, strict=True) if role == "consumer"]
         for steps in consumers:
             reorder(steps, early, PIPES.index("mufu"))
-        machine, ptx = machine_block(sass), ptx_block(self.cluster.grid.program.kernel, self.cycles)
+        executed = sum(warp.counts[: len(self.opcodes)].astype(np.int64) for cta in self.cluster.ctas for warp in cta.warps)
+        machine, ptx = machine_block(sass), ptx_block(self.cluster.grid.program.kernel, self.cycles, np.asarray(executed))
         if machine is not None and ptx is not None:
             scales, self.recording.stalls["consumer"] = unit_scales(machine[0], ptx), machine[1]
             for steps in consumers:

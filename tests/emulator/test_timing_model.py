@@ -122,14 +122,19 @@ ret;
 def test_the_same_block_of_the_ptx() -> None:
     kernel = parse_module(PTX_LOOP)["loop"]
     cycles = np.array([pipe_cycles(i.opcode, "sm_90a") for i in kernel.instructions])
-    block = ptx_block(kernel, cycles)
-    assert block is not None
+    executed = np.ones(len(cycles), np.int64)
+    block = ptx_block(kernel, cycles, executed)
     inner = [i.opcode for i in kernel.instructions[1:-2]]
-    assert block.tolist() == np.sum([pipe_cycles(opcode, "sm_90a") for opcode in inner], axis=0).tolist() and block[1] == 8
-    assert (
-        ptx_block(kernel, cycles) is not None
-        and ptx_block(parse_module(PTX_LOOP.replace("wgmma.wait_group", "wgmma.fence"))["loop"], cycles) is None
-    )
+    assert block is not None and block[1] == 8
+    assert block.tolist() == np.sum([pipe_cycles(opcode, "sm_90a") for opcode in inner], axis=0).tolist()
+    # Ten rounds, of which one ran the special function.
+    executed *= 10
+    executed[5] = 1
+    assert kernel.instructions[5].opcode.startswith("ex2")
+    seldom = ptx_block(kernel, cycles, executed)
+    assert seldom is not None and seldom[1] == pytest.approx(0.8) and seldom[0] == pytest.approx(block[0] - 0.9)
+    assert ptx_block(kernel, cycles, 0 * executed) is None, "the loop was not run"
+    assert ptx_block(parse_module(PTX_LOOP.replace("wgmma.wait_group", "wgmma.fence"))["loop"], cycles, executed) is None
     assert unit_scales(np.array([6.0, 4.0, 3.0]), np.array([4.0, 8.0, 0.0])).tolist() == [1.5, 0.5, 1.0]
 
 
@@ -251,19 +256,16 @@ def test_committed_times_follow_from_committed_costs(chip: str) -> None:
 
 
 def test_the_model_is_within_ten_per_cent_of_most_cells() -> None:
-    """Cells that a constant was fitted on do not count. flash-attn-4's d64 is known to be a quarter too slow; every other cell is near."""
+    """Cells that a constant was fitted on do not count."""
     rows = [row for row in validation("H200")["rows"] if row["use"] == "check"]
-    assert len(rows) == 22 and sum(abs(row["ratio"] - 1) <= 0.1 for row in rows) >= 18
-    assert sum(abs(row["ratio of cycles"] - 1) <= 0.1 for row in rows) >= 14
+    assert len(rows) == 22 and sum(abs(row["ratio"] - 1) <= 0.1 for row in rows) >= 21
+    assert sum(abs(row["ratio of cycles"] - 1) <= 0.1 for row in rows) >= 21
     for row in rows:
-        bound = 0.27 if row["kernel"] != "fa4" and row["head_dim"] == "64" else 0.11
-        assert abs(row["ratio"] - 1) <= bound, row
+        assert abs(row["ratio"] - 1) <= 0.11 and abs(row["ratio of cycles"] - 1) <= 0.13, row
     rows = [row for row in validation("H100")["rows"] if row["use"] == "check"]
     ratios = {kind: [row["ratio"] for row in rows if row["kind"] == kind] for kind in ("prefill", "decode")}
     assert (len(ratios["prefill"]), len(ratios["decode"])) == (10, 10)
-    assert sum(abs(ratio - 1) <= 0.1 for ratio in ratios["prefill"]) >= 7
-    assert all(abs(ratio - 1) <= 0.1 for ratio in ratios["decode"])
-    assert all(abs(ratio - 1) <= 0.25 for ratio in ratios["prefill"])
+    assert all(abs(ratio - 1) <= 0.1 for ratio in (*ratios["prefill"], *ratios["decode"]))
 
 
 def test_a_kernel_takes_as_many_cycles_on_an_h100_as_on_an_h200() -> None:
