@@ -43,6 +43,7 @@ test: setup
 TWO := $(MAKE) --no-print-directory --jobs 2 --output-sync=target
 PYTEST := -m pytest -q
 FAST := not slow and not gpu
+SLOW := slow and not gpu
 
 # Kernels, host code and the emulator: one test process a core.
 test-host: setup
@@ -68,9 +69,10 @@ test-sglang: setup-sglang
 	.venv-sglang/bin/python $(PYTEST) -m "$(FAST)" tests/engine_sglang
 
 test-slow: setup
-	$(PY) $(PYTEST) -m "slow and not gpu"
+	$(PY) $(PYTEST) -m "$(SLOW)" -n $(shell nproc) --dist worksteal --ignore tests/engines --ignore tests/engine_sglang
+	$(PY) $(PYTEST) -m "$(SLOW)" tests/engines
 	$(PY) scripts/setup_sglang.py
-	.venv-sglang/bin/python $(PYTEST) -m "slow and not gpu" tests/engine_sglang
+	.venv-sglang/bin/python $(PYTEST) -m "$(SLOW)" tests/engine_sglang
 
 # The emulator's whole proof. Other people's kernels need flash-attn-4.
 test-emulator-full: setup

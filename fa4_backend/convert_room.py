@@ -9,14 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from fa4_backend.plan import AttentionPlan
-
-ALIGN_BYTES = 256  # of K and of V in the room; a tensor map wants 16
+from fa4_backend.plan import AttentionPlan, aligned_bytes
 
 logger = logging.getLogger("fa4_backend")
 
@@ -47,11 +44,12 @@ class ConvertRoom:
 
     def views(self, plan: AttentionPlan) -> ConvertedKv:
         """K and V of a call of `plan`, one behind the other."""
-        keys, values = shapes(plan)
+        assert plan.converted_shapes is not None, plan
+        keys, values = plan.converted_shapes
         dtype = getattr(torch, plan.problem.dtype)
-        first, size = aligned_bytes(keys, dtype.itemsize), math.prod(values) * dtype.itemsize
+        begin = aligned_bytes(keys, dtype.itemsize)
         k = self.storage[: math.prod(keys) * dtype.itemsize]
-        v = self.storage[first : first + size]
+        v = self.storage[begin : begin + math.prod(values) * dtype.itemsize]
         return ConvertedKv(k.view(dtype).view(keys), v.view(dtype).view(values), self)
 
     def enter(self) -> None:
@@ -75,24 +73,12 @@ def reserve(plan: AttentionPlan, device: torch.device) -> ConvertRoom | None:
 
     It lasts as long as somebody holds it: an engine that reserves before it makes plans keeps what it is given until then.
     """
-    if plan.kernels is None or plan.kernels.converted is None:
+    if not plan.room_bytes:
         return None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     room = _rooms.get(device)
     if room is None:
         room = _rooms[device] = ConvertRoom(device)
-    itemsize = getattr(torch, plan.problem.dtype).itemsize
-    room.grow(sum(aligned_bytes(shape, itemsize) for shape in shapes(plan)))
+    room.grow(plan.room_bytes)
     return room
-
-
-def shapes(plan: AttentionPlan) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Of K and V in the room."""
-    p, keys = plan.problem, plan.limits.convert_keys
-    return (keys, p.num_kv_heads, p.head_dim), (keys, p.num_kv_heads, p.head_dim_v)
-
-
-def aligned_bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    """Bytes of a tensor, so that another may lie behind it."""
-    return -(-math.prod(shape) * itemsize // ALIGN_BYTES) * ALIGN_BYTES

@@ -31,6 +31,9 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "CUTE_DSL_DUMP_DIR": (".", "where the emulator looks for the PTX of a cubin that nobody registered"),
 }
 
+PREFIX = "FA4_BACKEND_"
+FLAGS = ("FA4_BACKEND_STRICT", "FA4_BACKEND_EXACT", "FA4_BACKEND_FP8_QUERY", "FA4_BACKEND_SGLANG_OVERRIDE_FA4")  # 0 or 1
+
 # FA4_BACKEND_CPU -> arch whose kernels the emulator runs; None: the torch reference.
 EMULATED_ARCH: dict[str, str | None] = {"reference": None, "emulate-sm90": "sm_90a", "emulate-sm100": "sm_100a"}
 
@@ -51,8 +54,27 @@ def environment_of_child(more: dict[str, str], defaults: dict[str, str] | None =
 
 def settings() -> dict[str, str | None]:
     """Value of every variable of the table, None where it is not set; those named like ours that are not in it come last."""
-    unknown = sorted(name for name in os.environ if name.startswith("FA4_BACKEND_") and name not in VARIABLES)
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in VARIABLES)
     return {name: os.environ.get(name) for name in (*VARIABLES, *unknown)}
+
+
+def faults() -> dict[str, str]:
+    """What is wrong with each variable of this package that cannot be used as it is set, in a sentence, by its name."""
+    flags = ((name, os.environ.get(name, "")) for name in FLAGS)
+    found = {name: f"{name}: expected 0 or 1, got {value!r}" for name, value in flags if value not in ("", "0", "1")}
+    for name, read in (
+        ("FA4_BACKEND_CPU", cpu_kernel),
+        ("FA4_BACKEND_CONVERT_KEYS", convert_keys),
+        ("FA4_BACKEND_CACHE_DIR", cache_dir),
+        ("FA4_BACKEND_CACHE_GIB", cache_limit_bytes),
+        ("FA4_BACKEND_TRACE_FILE", trace_file),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            found[name] = str(error)
+    known = ", ".join(name for name in VARIABLES if name.startswith(PREFIX))
+    return found | {name: f"{name}: expected one of {known}, got an unknown variable" for name in settings() if name not in VARIABLES}
 
 
 def strict() -> bool:
@@ -100,12 +122,22 @@ def cpu_kernel() -> str:
 
 
 def cache_dir() -> Path:
-    """Folder of all that this package keeps on disk; not created here. See `fa4_backend.cache`."""
-    if named := os.environ.get("FA4_BACKEND_CACHE_DIR"):
-        return Path(named).expanduser().absolute()
-    # The convention says that a relative path is no setting.
-    base = Path(_read("XDG_CACHE_HOME")).expanduser()
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fa4-backend"
+    """Folder of all that this package keeps on disk; not created here. See `fa4_backend.cache`.
+
+    Raises:
+        ValueError: no variable names one, and this user has no home: neither HOME nor an entry in the user database.
+    """
+    named, base = os.environ.get("FA4_BACKEND_CACHE_DIR"), Path(_read("XDG_CACHE_HOME"))
+    try:
+        if named:
+            return Path(named).expanduser().absolute()
+        base = base.expanduser()
+        # The convention says that a relative path is no setting.
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "fa4-backend"
+    except RuntimeError:  # of expanduser
+        raise ValueError(
+            f"FA4_BACKEND_CACHE_DIR: expected a folder, since user {os.geteuid()} has no home, got {named or 'none'}"
+        ) from None
 
 
 def cache_limit_bytes() -> int:
@@ -135,6 +167,12 @@ def dsl_dump_dir() -> Path:
 
 
 def trace_file() -> Path | None:
-    """File that records which kernel ran in which process, or None."""
+    """File that records which kernel ran in which process, or None.
+
+    Raises:
+        ValueError: the variable names no file in a folder that is there.
+    """
     name = _read("FA4_BACKEND_TRACE_FILE")
+    if name and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+        raise ValueError(f"FA4_BACKEND_TRACE_FILE: expected a file in a folder that is there, got {name}")
     return Path(name) if name else None

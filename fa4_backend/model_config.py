@@ -10,6 +10,7 @@ from typing import Any
 
 from fa4_backend.model_layers import ATTENTION, MLA, NOT_ATTENTION, NOT_SERVED, Layer, ModelConfigError, read_layers
 from fa4_backend.problem import COMPUTE_DTYPES, LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, MaskFeatures, UnsupportedProblem
+from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def layer_groups(
     path: Path,
     *,
     arch: str,
-    page_size: int,
+    page_size: int | None = None,
     dtype: str | None = None,
     kv_dtype: str | None = None,
     tp: int = 1,
@@ -39,6 +40,7 @@ def layer_groups(
     """Read a Hugging Face config.json (or the folder that holds one) and group its layers by what they ask.
 
     Args:
+        page_size: tokens a page; default: vLLM's, which is 16, and `LATENT_PAGE` for latents.
         dtype: one of `COMPUTE_DTYPES`; default: the config's own, bfloat16 where it says none or float32, as vLLM does.
         kv_dtype: of K and V, "auto" for that of q; default: FP8 where the checkpoint declares it, else "auto".
         tp: GPUs that share the heads (tensor parallelism); the problems are those of one GPU.
@@ -53,8 +55,14 @@ def layer_groups(
     dtype = dtype or {None: "bfloat16", "float32": "bfloat16"}.get(model.dtype, model.dtype)
     if dtype not in COMPUTE_DTYPES:
         raise ModelConfigError(f"dtype: expected one of {', '.join(COMPUTE_DTYPES)}, got {dtype!r}")
-    common = AttentionProblem(1, 1, 1, 1, dtype, page_size, arch, kv_dtype=kv_dtype or model.kv_dtype or SAME_AS_Q, **modes)
-    return [_group(layer, count, common, tp) for layer, count in Counter(model.layers).items()]
+    common = AttentionProblem(
+        1, 1, 1, 1, dtype, page_size or PAGE_MULTIPLE, arch, kv_dtype=kv_dtype or model.kv_dtype or SAME_AS_Q, **modes
+    )
+    latent_page = page_size or LATENT_PAGE
+    return [
+        _group(layer, count, replace(common, page_size=latent_page) if layer.kind == MLA else common, tp)
+        for layer, count in Counter(model.layers).items()
+    ]
 
 
 def attention_problems(groups: Sequence[LayerGroup]) -> list[AttentionProblem]:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from fa4_backend.arguments import AttentionArguments, CallTensors, RaggedTensors
+from fa4_backend.copied_heads import with_copies
 from fa4_backend.kernels.launch_abi import convert_arguments, converted_arguments, decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
@@ -205,7 +206,7 @@ def _run(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
 
         run_reference(metadata.plan.problem, arguments)
     else:
-        _launch(metadata, arguments)
+        _launch(metadata, with_copies(arguments, metadata.plan.kv_head_copies))
 
 
 def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
+from fa4_backend.copied_heads import kv_head_copies
+from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
-from fa4_backend.problem import LATENT, RAGGED, AttentionProblem, BatchLimits
+from fa4_backend.problem import DTYPE_BYTES, LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.support import check_limits, check_problem
+
+ALIGN_BYTES = 256  # of converted K and of V in their room; a tensor map wants 16
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,25 @@ class AttentionPlan:
     limits: BatchLimits
     num_sms: int  # of the device; 1 on the reference
     kernels: KernelSet | None  # None: the torch reference
+    kv_head_copies: int = 1  # as how many KV heads the kernels get the only one
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
         """Names of all compiled kernels, in the order of their launches."""
         return () if self.kernels is None else tuple(key.name for key in self.kernels.keys)
+
+    @property
+    def converted_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+        """(keys, kv_heads, head_dim) of K and of V that a step brings from FP8 to 16 bits once a call; None where no step does."""
+        if self.kernels is None or self.kernels.converted is None:
+            return None
+        p, keys = self.problem, self.limits.convert_keys
+        return (keys, p.num_kv_heads, p.head_dim), (keys, p.num_kv_heads, p.head_dim_v)
+
+    @property
+    def room_bytes(self) -> int:
+        """What plans of a device share of memory for such K and V, if this is the one that asks for most (`convert_room.py`)."""
+        return sum(aligned_bytes(shape, DTYPE_BYTES[self.problem.dtype]) for shape in self.converted_shapes or ())
 
     def always_converting(self) -> AttentionPlan:
         """The same plan, whose steps bring K and V in FP8 to 16 bits once a call however short rows are: to measure and to test.
@@ -52,6 +71,11 @@ class AttentionPlan:
         )
 
 
+def aligned_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of a tensor in the room, so that another may lie behind it."""
+    return -(-math.prod(shape) * itemsize // ALIGN_BYTES) * ALIGN_BYTES
+
+
 def plan_attention(
     problem: AttentionProblem, limits: BatchLimits, *, num_sms: int | None = None, memory_gb: float | None = None
 ) -> AttentionPlan:
@@ -70,4 +94,7 @@ def plan_attention(
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    return AttentionPlan(problem, limits, num_sms, resolve_kernels(problem, limits, num_sms, memory_gb))
+    copies = kv_head_copies(problem, limits)
+    as_kernels_see = replace(problem, num_kv_heads=problem.num_kv_heads * copies)
+    kernels = with_fp8_rates(resolve_kernels(as_kernels_see, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
+    return AttentionPlan(problem, limits, num_sms, kernels, copies)

@@ -17,19 +17,26 @@ from typing import TYPE_CHECKING, NamedTuple
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.kernels.families import LATENT_DECODE
 from fa4_backend.kernels.mla_decode.config import TILE_M
-from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import AttentionProblem, BatchLimits
 from fa4_backend.support import MAX_LATENT_QUERY_LEN
 
 if TYPE_CHECKING:
     import torch
 
-# Queries of a row up to which it is cheaper to attend to latents than to make keys and values of its context, where that is long. Counts of
-# a head, at 650 and 700 TFLOP/s and 4.2 TB/s (an H200): a query and key take 2 * (576 + 512) operations absorbed, 3.35 ps, and
-# 2 * (192 + 128) otherwise, 0.91 ps. A key of the context takes 2 * 512 * 256 operations, 374 ps, and some 1,770 bytes that are written and
-# read on the way, 421 ps. So 795 / 2.43 = 327 queries, and 154 if moving the bytes cost nothing.
-MESSAGE_QUERIES = 256
-TABLE_ENTRIES = 1 << 23  # of the page table's copy at most, 32 MiB
+# Queries of a row up to which it is cheaper to attend to latents than to make keys and values of its context, where that is long.
+# H200, a layer, us as decode and as prefill, behind 32K (2026-11-29, `python -m tests.device.measure_messages`):
+#   128 heads: 64 queries 764 and 4,095   256: 3,151 and 4,529   320: 4,029 and 5,128   384: 4,801 and 5,052   512: 6,371 and 5,510
+#   16 heads:  64 queries 124 and   573   256:   431 and   611   320:   542 and   707   384:   632 and   703   512:   844 and   765
+# As long at 405 to 498 queries behind 2K to 32K. Prefill's keys are joined by torch's copies there; of 128 heads vLLM has FlashInfer's
+# kernel for it, which takes 1,100 us less behind 32K (690 a layer in an engine): as long at some 310.
+HOPPERS_QUERIES = 320
+# FP8 latents of several queries take decode 1.36 times as long (`docs/mla.md`, 64 x 4K with 4 queries); not timed beside prefill.
+HOPPERS_FP8_QUERIES = 192
+# Blackwell, by counts of a head: modelled 1,098 TFLOP/s for 2 * (576 + 512) operations a query and key, 1,500 for 2 * (192 + 128); a key of
+# the context takes 2 * 512 * 256 operations at 1,800 and 1,770 bytes at 7.2 TB/s. As long at 252.
+OTHERS_QUERIES = 256
+LEAST_ROWS = 4096  # that a step has room for, or twice its sequences: few sizes, whose schedules wheels carry
+TABLE_ENTRIES = 1 << 24  # of the page table's copy at most, 64 MiB: all those rows of 256K tokens in pages of 64
 
 
 def row_queries(problem: AttentionProblem) -> int:
@@ -41,10 +48,41 @@ def row_queries(problem: AttentionProblem) -> int:
     return max(1, min(MAX_LATENT_QUERY_LEN, key.cluster_size * TILE_M // key.num_heads))
 
 
-def is_cheaper_absorbed(queries: Iterable[int], contexts: Iterable[int]) -> bool:
-    """Whether rows of so many queries behind contexts of so many keys are together cheaper as decode: see `MESSAGE_QUERIES`."""
+def message_queries(problem: AttentionProblem) -> int:
+    """Queries of a row behind a long context up to which it is cheaper as decode."""
+    if problem.arch != REFERENCE_ARCH and problem.target_arch == "sm_90a":
+        return HOPPERS_FP8_QUERIES if problem.has_kv_scales else HOPPERS_QUERIES
+    return OTHERS_QUERIES
+
+
+def is_cheaper_absorbed(queries: Iterable[int], contexts: Iterable[int], most: int) -> bool:
+    """Whether rows of so many queries behind contexts of so many keys are together cheaper as decode.
+
+    Absorbed, each query and key that see each other cost the more of both ways; otherwise each key of a context costs what `most` of those
+    do: `message_queries`.
+    """
     pairs = sum(q * (2 * k + q) for q, k in zip(queries, contexts, strict=True))  # twice the queries and keys that see each other
-    return pairs < 2 * MESSAGE_QUERIES * sum(contexts)
+    return pairs < 2 * most * sum(contexts)
+
+
+def message_limits(limits: BatchLimits, problem: AttentionProblem, queries: int | None = None) -> BatchLimits | None:
+    """Limits of the plan that serves a step with messages; None where there is none: rows' bits must not depend on the batch, which decides
+    between decode and prefill, or there is no room for more rows than sequences.
+
+    Args:
+        limits: of the engine's other steps, of which the longest context and the tokens of a step count.
+        queries: of a row after the split, at most; None: `row_queries`.
+    """
+    queries = row_queries(problem) if queries is None else queries
+    rows = min(max(LEAST_ROWS, 2 * limits.max_num_seqs), TABLE_ENTRIES // _pages(limits, problem.page_size))
+    if problem.batch_invariant or rows <= limits.max_num_seqs:
+        return None
+    return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)
+
+
+def _pages(limits: BatchLimits, page_size: int) -> int:
+    """Pages of the longest sequence."""
+    return -(-limits.max_seqlen_k // page_size)
 
 
 class ShortRows(NamedTuple):
@@ -67,29 +105,12 @@ class SplitRows:
     seqused_k: torch.Tensor  # (max_rows,) int32
     page_table: torch.Tensor  # (max_rows * max_pages,) int32
 
-    @staticmethod
-    def limits(limits: BatchLimits, problem: AttentionProblem, queries: int) -> BatchLimits | None:
-        """Limits of the plan for split rows; None where there is no room for more rows than sequences.
-
-        Args:
-            limits: of the engine's batches, with all query tokens of a step in `max_num_tokens`.
-            queries: of a row after the split, at most.
-        """
-        pages = -(-limits.max_seqlen_k // problem.page_size)
-        most = TABLE_ENTRIES // pages
-        if problem.arch != REFERENCE_ARCH:
-            most = min(most, largest_num_seqs(problem.target_arch, limits.max_seqlen_k))
-        rows = min(limits.max_num_seqs + limits.max_num_tokens // queries, most)
-        if rows <= limits.max_num_seqs:
-            return None
-        return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)
-
     @classmethod
     def allocate(cls, limits: BatchLimits, page_size: int, device: torch.device) -> SplitRows:
-        """Buffers for steps within `limits`, which `SplitRows.limits` gave."""
+        """Buffers for steps within `limits`, which `message_limits` gave."""
         import torch
 
-        rows, pages = limits.max_num_seqs, -(-limits.max_seqlen_k // page_size)
+        rows, pages = limits.max_num_seqs, _pages(limits, page_size)
 
         def ints(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)

@@ -123,23 +123,29 @@ def check_problem(problem: AttentionProblem) -> None:
             raise UnsupportedProblem(f"kv_source on {arch}: expected {served}, got {LATENT}; {_FEATURE_ADVICE}")
         support = LATENT_SUPPORT[arch]
         if not problem.mask.is_causal:
-            raise UnsupportedProblem("is_causal: expected True for latent attention, got False")
+            raise UnsupportedProblem(f"is_causal: expected True for latent attention, got False; {_FEATURE_ADVICE}")
     if problem.dtype not in support.dtypes:
-        raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}")
+        advice = "choose one for the model (--dtype)"
+        raise UnsupportedProblem(f"dtype on {arch}: expected one of {', '.join(support.dtypes)}, got {problem.dtype!r}; {advice}")
     if problem.kv_source not in support.kv_sources:
-        raise UnsupportedProblem(f"kv_source on {arch}: expected {' or '.join(support.kv_sources)}, got {problem.kv_source}")
+        served = " or ".join(support.kv_sources)
+        raise UnsupportedProblem(f"kv_source on {arch}: expected {served}, got {problem.kv_source}; {_FEATURE_ADVICE}")
     if problem.kv_source != RAGGED and problem.page_size % PAGE_MULTIPLE:
-        raise UnsupportedProblem(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {problem.page_size}")
+        advice = "choose the engine's pages so (vLLM: --block-size, SGLang: --page-size)"
+        raise UnsupportedProblem(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {problem.page_size}; {advice}")
     dims = (problem.head_dim, problem.head_dim_v)
     if support.head_dims is not None and dims not in support.head_dims:
         served = ", ".join(str(d[0]) if d[0] == d[1] else f"{d[0]}/{d[1]}" for d in support.head_dims)
-        raise UnsupportedProblem(f"head_dim/head_dim_v on {arch}: expected one of {served}, got {dims[0]}/{dims[1]}")
+        raise UnsupportedProblem(f"head_dim/head_dim_v on {arch}: expected one of {served}, got {dims[0]}/{dims[1]}; {_FEATURE_ADVICE}")
     if any(dim % support.head_dim_multiple for dim in dims):
-        raise UnsupportedProblem(f"head_dim on {arch}: expected a multiple of {support.head_dim_multiple}, got {dims[0]}/{dims[1]}")
+        expected = f"a multiple of {support.head_dim_multiple}"
+        raise UnsupportedProblem(f"head_dim on {arch}: expected {expected}, got {dims[0]}/{dims[1]}; {_FEATURE_ADVICE}")
+    ratio = f"query heads per KV head on {arch}: expected"
     if support.max_q_per_kv is not None and problem.q_per_kv > support.max_q_per_kv:
-        raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at most {support.max_q_per_kv}, got {problem.q_per_kv}")
+        raise UnsupportedProblem(f"{ratio} at most {support.max_q_per_kv}, got {problem.q_per_kv}; {_FEATURE_ADVICE}")
     if problem.q_per_kv < support.min_q_per_kv:
-        raise UnsupportedProblem(f"query heads per KV head on {arch}: expected at least {support.min_q_per_kv}, got {problem.q_per_kv}")
+        advice = f"share the heads out among fewer GPUs, or {_FEATURE_ADVICE}"
+        raise UnsupportedProblem(f"{ratio} at least {support.min_q_per_kv}, got {problem.q_per_kv}; {advice}")
     unserved = [name for name in problem.mask.present if name not in support.masks]
     unserved += [name for name in MODES if getattr(problem, name) and name not in support.modes]
     if unserved:
@@ -147,7 +153,8 @@ def check_problem(problem: AttentionProblem) -> None:
     has_quantised = support.quantised_kv_beside is None or problem.dtype in support.quantised_kv_beside
     served_kv = (problem.dtype, *(support.quantised_kv if has_quantised else ()))
     if problem.kv_dtype not in served_kv:
-        raise UnsupportedProblem(f"kv_dtype on {arch}: expected {' or '.join(served_kv)} with q in {problem.dtype}, got {problem.kv_dtype}")
+        expected = f"{' or '.join(served_kv)} with q in {problem.dtype}"
+        raise UnsupportedProblem(f"kv_dtype on {arch}: expected {expected}, got {problem.kv_dtype}; see the engine's --kv-cache-dtype")
     served_q = (problem.dtype, *support.quantised_q)
     if problem.q_dtype not in served_q:
         advice = "let the engine leave queries as they are"
@@ -155,7 +162,10 @@ def check_problem(problem: AttentionProblem) -> None:
     served_out = (problem.dtype, *(() if problem.kv_source == LATENT else support.quantised_out))
     if problem.out_dtype not in served_out:
         what = f"{problem.dtype} q and {problem.kv_source} K and V"
-        raise UnsupportedProblem(f"out_dtype on {arch}: expected {' or '.join(served_out)} with {what}, got {problem.out_dtype}")
+        expected = f"{' or '.join(served_out)} with {what}"
+        raise UnsupportedProblem(
+            f"out_dtype on {arch}: expected {expected}, got {problem.out_dtype}; let the engine quantise what comes out"
+        )
 
 
 _FEATURE_ADVICE = "use another attention backend of the engine for this model"
@@ -171,17 +181,21 @@ def check_limits(problem: AttentionProblem, limits: BatchLimits) -> None:
     Raises:
         UnsupportedProblem: it cannot; the message says what can be served.
     """
-    for name in ("max_num_tokens", "max_seqlen_k"):
+    arch = problem.target_arch
+    for name, options in (
+        ("max_num_tokens", "vLLM: --max-num-batched-tokens, SGLang: --chunked-prefill-size"),
+        ("max_seqlen_k", "vLLM: --max-model-len, SGLang: --context-length"),
+    ):
         if getattr(limits, name) > MAX_TOKENS:
-            raise UnsupportedProblem(f"{name} on {problem.target_arch}: expected at most {MAX_TOKENS}, got {getattr(limits, name)}")
+            raise UnsupportedProblem(f"{name} on {arch}: expected at most {MAX_TOKENS}, got {getattr(limits, name)}; lower it ({options})")
     if problem.kv_source == LATENT and limits.decode_query_len > MAX_LATENT_QUERY_LEN:
         raise UnsupportedProblem(
-            f"decode_query_len on {problem.target_arch}: expected at most {MAX_LATENT_QUERY_LEN} queries a row of latent attention, "
-            f"got {limits.decode_query_len}"
+            f"decode_query_len on {arch}: expected at most {MAX_LATENT_QUERY_LEN} queries a row of latent attention, "
+            f"got {limits.decode_query_len}; let the engine verify fewer drafts at once"
         )
-    most = largest_num_seqs(problem.target_arch, limits.max_seqlen_k)
+    most = largest_num_seqs(arch, limits.max_seqlen_k)
     if limits.max_num_seqs > most:
         raise UnsupportedProblem(
-            f"max_num_seqs on {problem.target_arch}: expected at most {most} for sequences of up to {limits.max_seqlen_k} tokens, "
-            f"got {limits.max_num_seqs}"
+            f"max_num_seqs on {arch}: expected at most {most} for sequences of up to {limits.max_seqlen_k} tokens, "
+            f"got {limits.max_num_seqs}; lower it (vLLM: --max-num-seqs, SGLang: --max-running-requests)"
         )

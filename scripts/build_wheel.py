@@ -1,6 +1,7 @@
 """A wheel with compiled kernels in it: `python scripts/build_wheel.py --arch sm_90a --arch sm_100a --out dist`.
 
     --shape 32/8,128 [--shape 16/2,256:fp8,window,sinks,softcap] ...   heads and head_dim, then what the mask or the cache has
+    --shape 32/8,128:fp8out     out in FP8, as vLLM's fusion behind attention wants it of quantised checkpoints
     --shape 16/1,576/512   MLA with 16 heads on a GPU: decode, and prompts of as many heads of 192/128
     --page-size 16 --page-size 64 --max-num-seqs 1024 ...              the engines' settings that kernels depend on
     --machine aarch64     for Grace hosts: CC then names a clang that makes its code ("python -m ziglang cc -target aarch64-linux-gnu")
@@ -40,20 +41,25 @@ from fa4_backend.commands.shapes import dims_of, heads_of  # noqa: E402
 from fa4_backend.compile_cache import PREBUILT  # noqa: E402
 from fa4_backend.kernels.schedule.config import schedule_config  # noqa: E402
 from fa4_backend.model_config import prompt_problems  # noqa: E402
-from fa4_backend.problem import FP8, LATENT, PAGED, SAME_AS_Q  # noqa: E402
+from fa4_backend.problem import FP8, LATENT, PAGED  # noqa: E402
+from fa4_backend.split_rows import message_limits  # noqa: E402
 from fa4_backend.support import LATENT_PAGE  # noqa: E402
 
 # Query heads a KV head and head_dim of models that racks serve most: Llama 3, Qwen3, GLM-4, MiniMax-M2; gpt-oss, with and without
 # windows; Qwen3.5 to 3.8 and Next; DeepSeek-V3 and Kimi-K2 on eight GPUs.
 COMMON = (
     "32/8,128", "64/8,128", "48/8,128", "40/8,128", "16/2,128", "64/8,64:sinks", "64/8,64:sinks,window", "16/2,256", "32/8,128:fp8",
-    "64/8,128:fp8", "48/8,128:fp8", "16/2,256:fp8", "16/1,576/512", "8/1,576/512", "16/1,576/512:fp8", "8/1,576/512:fp8",
+    "64/8,128:fp8", "48/8,128:fp8", "16/2,256:fp8", "32/8,128:fp8out", "64/8,128:fp8out", "32/8,128:fp8,fp8out", "64/8,128:fp8,fp8out",
+    "16/1,576/512", "8/1,576/512", "16/1,576/512:fp8", "8/1,576/512:fp8",
 )  # fmt: skip
 DECODE_QUERY_LENS = (1, 2, 4, 8)  # one token, and 1, 3 and 7 drafts
 PAGE_SIZES = (16, 64)  # of vLLM and of SGLang where the user names none; latents have 64 with both
-MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096)  # tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096
+# Tables of the schedule: vLLM's defaults are 256 and 1024, SGLang's pool has up to 4096, and steps with messages of MLA have 4096 rows, or
+# twice the sequences (`fa4_backend/split_rows.py`).
+MAX_NUM_SEQS = (256, 512, 1024, 2048, 4096, 8192)
 LATENT_DIMS, PROMPT_DIMS = (576, 512), (192, 128)
 CONVERT_KEYS = 1  # room for any converts: how much there is, is in no kernel
+DTYPES = {"fp8": "kv_dtype", "fp8out": "out_dtype"}
 FEATURES = {"window": "has_window_left", "sinks": "has_sinks", "softcap": "has_softcap"}
 
 
@@ -67,14 +73,14 @@ def problems_of(shape: str, arch: str, page_sizes: Sequence[int]) -> list[Attent
     heads, _, dims = numbers.partition(",")
     num_heads, head_dims = heads_of(heads), dims_of(dims)
     features = [word for word in words.split(",") if word]
-    if unknown := set(features) - {*FEATURES, "fp8"}:
-        raise ValueError(f"shape {shape}: expected {', '.join((*FEATURES, 'fp8'))} behind the colon, got {', '.join(sorted(unknown))}")
+    if unknown := set(features) - {*FEATURES, *DTYPES}:
+        raise ValueError(f"shape {shape}: expected {', '.join((*FEATURES, *DTYPES))} behind the colon, got {', '.join(sorted(unknown))}")
     mask = MaskFeatures(**{field: word in features for word, field in FEATURES.items()})
     is_latent = head_dims == LATENT_DIMS
     problems = [
         AttentionProblem(
-            *num_heads, *head_dims, "bfloat16", page_size, arch, mask=mask, kv_dtype=FP8 if "fp8" in features else SAME_AS_Q,
-            kv_source=LATENT if is_latent else PAGED, sinks_dtype="bfloat16" if mask.has_sinks else "float32",
+            *num_heads, *head_dims, "bfloat16", page_size, arch, mask=mask, kv_source=LATENT if is_latent else PAGED,
+            sinks_dtype="bfloat16" if mask.has_sinks else "float32", **{DTYPES[word]: FP8 for word in features if word in DTYPES},
         )
         for page_size in ((LATENT_PAGE,) if is_latent else page_sizes)
     ]  # fmt: skip
@@ -89,9 +95,14 @@ def keys_of(
     for arch, shape in itertools.product(archs, shapes):
         try:
             for problem, query_len in itertools.product(problems_of(shape, arch, page_sizes), query_lens):
-                kernels = plan_attention(problem, BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)).kernels
+                limits = BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)
+                kernels = plan_attention(problem, limits).kernels
                 assert kernels is not None
                 keys |= {key: None for key in kernels.keys if key != kernels.schedule}
+                if problem.kv_source == LATENT and (messages := message_limits(limits, problem)) is not None:
+                    kernels = plan_attention(problem, messages).kernels
+                    assert kernels is not None
+                    keys |= dict.fromkeys(kernels.keys)
         except UnsupportedProblem as reason:
             print(f"{shape} on {arch} is left out: {reason}")
     return [*keys]

@@ -1,10 +1,10 @@
 """`fa4 bench engine`: a whole vLLM engine on FA4 and on its own attention backends, each in a process of its own.
 
 A Llama of 8B shape, or DeepSeek-V3's layers with dense MLPs (`engine_models.py`), with few layers and random weights, so that attention is
-the only part that differs. All engines start at the same time
-and live until the end; of each group of cases each has its turn while the others hold their memory and wait, then comes the next group,
-then the next round. What an engine answers is given on at once, and the time set ends the run wherever it is: what was measured is kept. A
-start with an empty cache of our kernels and one with a full one come last, when vLLM's own caches are warm.
+the only part that differs. All engines start at the same time and live until the end; of each group of cases each has its turn while the
+others hold their memory and wait, then comes the next group, then the next round. What an engine answers is given on at once, and the time
+set ends the run wherever it is: what was measured is kept. A start with an empty cache of our kernels and one with a full one come last,
+when vLLM's own caches are warm.
 """
 
 from __future__ import annotations

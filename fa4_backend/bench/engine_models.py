@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures
+from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, envs
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, MAX_LEN, PREFIX, VOCAB
 from fa4_backend.problem import FP8, LATENT, RAGGED, SAME_AS_Q
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 
 PAGE_SIZE = 16  # vLLM's default
@@ -44,7 +44,7 @@ class EngineModel:
 
 
 def _limits(max_len: int = MAX_LEN) -> BatchLimits:
-    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len)
+    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len, convert_keys=envs.convert_keys())
 
 
 def _paged(heads: tuple[int, int], head_dim: int, kv_dtype: str, arch: str) -> Asked:
@@ -55,7 +55,7 @@ def _latent(num_heads: int, kv_dtype: str, arch: str) -> Asked:
     """Decode of latents, of messages too, and prefill of keys and values made of them: new tokens to each other, and to their context."""
     stored = (LATENT_DIM + ROPE_DIM, LATENT_DIM, "bfloat16")
     latent = AttentionProblem(num_heads, 1, *stored, LATENT_PAGE, arch, kv_dtype=kv_dtype, kv_source=LATENT)
-    messages = SplitRows.limits(_limits(), latent, row_queries(latent))
+    messages = message_limits(_limits(), latent)
     assert messages is not None, latent
     asked = [(latent, _limits()), (latent, messages)]
     for is_causal in (True, False):

@@ -6,13 +6,10 @@ in bf16, which is what a server would keep for them.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,7 +24,7 @@ from fa4_backend.bench.peers import Call, has_module, ready
 from fa4_backend.bench.shapes import Ceilings
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns
 from fa4_backend.compile import CompileKey
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import ensure_objects
 from fa4_backend.device import plan_on
 from fa4_backend.problem import FP8
 
@@ -173,14 +170,13 @@ PEERS: dict[str, Callable[[MlaBatch, LatentArguments], Call]] = {FA3: _fa3, FLAS
 
 
 def compile_all(batches: list[MlaBatch]) -> None:
-    """Compile what the batches need and the cache lacks, in several processes."""
+    """Compile what the batches need and the cache lacks."""
     arch = gpu_arch()
     keys: dict[CompileKey, None] = {}
     for batch in batches:
         plan = plan_attention(*batch.asked(arch))
         keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+    ensure_objects(keys)
 
 
 def format_line(timings: list[Timing]) -> str:

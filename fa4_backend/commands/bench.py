@@ -58,6 +58,8 @@ def prefill(
 ) -> None:
     """Prefill: microseconds, TFLOP/s, share of a measured matmul, ratio to the best peer that reads K and V as ours does."""
     from fa4_backend.bench import prefill as module
+    from fa4_backend.bench.dense_peers import DENSE
+    from fa4_backend.bench.peers import PAGED as PAGED_PEERS
     from fa4_backend.bench.prefill_batches import named_batches, ragged_batches
 
     sets = {PAGED: named_batches, RAGGED: ragged_batches}
@@ -68,8 +70,9 @@ def prefill(
     if compile_for:
         print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
         return
+    listed = _listed(peers, (*PAGED_PEERS, *DENSE))
     _require_gpu()
-    _report(module, module.run(chosen, peers=_listed(peers)), csv_path, plot, json_output)
+    _report(module, module.run(chosen, peers=listed), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -87,6 +90,7 @@ def decode(
     """Decode: microseconds, GB/s of K and V, share of a measured copy, ratio to the best peer."""
     from fa4_backend.bench import decode as module
     from fa4_backend.bench.decode_batches import issue_batches
+    from fa4_backend.bench.peers import PAGED as PAGED_PEERS
     from fa4_backend.bench.timing import Flush
 
     if flush not in list(Flush):
@@ -96,8 +100,9 @@ def decode(
     if compile_for:
         print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
         return
+    listed = _listed(peers, PAGED_PEERS)
     _require_gpu()
-    _report(module, module.run(chosen, peers=_listed(peers), flush=Flush(flush)), csv_path, plot, json_output)
+    _report(module, module.run(chosen, peers=listed, flush=Flush(flush)), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -119,9 +124,10 @@ def mla(
         return
     from fa4_backend.bench import mla as module
 
+    listed = _listed(peers, tuple(module.PEERS))
     _require_gpu()
     every = [batch for batches_of in chosen.values() for batch in batches_of]
-    _report(module, module.run(every, peers=_listed(peers)), csv_path, plot, json_output)
+    _report(module, module.run(every, peers=listed), csv_path, plot, json_output)
 
 
 @bench.command()
@@ -153,12 +159,14 @@ def shapes(
             print(f"{name}: {kind.what}", *(f"  {batch.title}" for batch in kind.batches), sep="\n")
         return
     from fa4_backend.bench import shapes as module
+    from fa4_backend.bench.peers import PAGED as PAGED_PEERS
 
     if compile_for:
         print(f"{module.compile_all(chosen, compile_for)} kernels for {compile_for}")
         return
+    listed = _listed(peers, PAGED_PEERS)
     _require_gpu()
-    every = _report(module, module.run(chosen, peers=_listed(peers), seconds=seconds), csv_path, plot, json_output)
+    every = _report(module, module.run(chosen, peers=listed, seconds=seconds), csv_path, plot, json_output)
     if not json_output:
         print(module.summary(every))
 
@@ -245,9 +253,11 @@ def _chosen(option: str, sets: dict[str, Any], names: str) -> dict[str, Any]:
     return {name: sets[name] for name in chosen}
 
 
-def _listed(peers: str | None) -> list[str] | None:
+def _listed(peers: str | None, known: tuple[str, ...]) -> list[str] | None:
     """The peers that the command line names; None where it leaves the choice."""
-    return None if peers is None else [peer for peer in peers.split(",") if peer]
+    if peers is None:
+        return None
+    return [*_chosen("--peers", dict.fromkeys(known), peers)] if peers else []
 
 
 def _report(module: Any, timings: Iterable[list[Any]], csv_path: Path | None, plot: Path | None, json_output: bool) -> list[Any]:

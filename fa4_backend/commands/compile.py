@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +14,16 @@ import typer
 from fa4_backend.cache.errors import CacheError
 from fa4_backend.commands import options
 from fa4_backend.commands.dtypes import full_dtype
+from fa4_backend.commands.latent_steps import latent_steps
 from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.problem import FP8, LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
+from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
+
+PAGES = {RAGGED: 1, LATENT: LATENT_PAGE}  # tokens a page where the user names none, of kinds that have not vLLM's 16
 
 
 def compile(
@@ -27,7 +31,7 @@ def compile(
     model: Annotated[Path | None, typer.Option(help="a model's config.json, or the folder that holds it; or give --heads")] = None,
     heads: Annotated[str, typer.Option(help="query heads / KV heads")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="of keys, or keys/values such as 192/128")] = "128",
-    page_size: options.PageSize = 16,
+    page_size: options.PageSize = None,
     kind: Annotated[str, typer.Option(help="of K and V, with --heads: paged, ragged, or latent (16/1, 576/512)")] = PAGED,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16, with --heads; bf16 and fp16 for short")] = "bfloat16",
     kv_dtype: options.KvDtype = None,
@@ -40,6 +44,9 @@ def compile(
     exact: options.Exact = False,
     tp: options.Tp = 1,
     text_only: options.TextOnly = False,
+    fused_output: Annotated[
+        bool, typer.Option("--fused-output", help="also kernels that write FP8, for vLLM's fusion behind attention (fuse_attn_quant)")
+    ] = False,
     json_output: options.JsonOutput = False,
 ) -> None:
     """Compile every kernel that a model or a shape needs. Exits 1 when it is not served or fails, 2 when the config cannot be read."""
@@ -50,13 +57,15 @@ def compile(
         limits = options.batch_limits(max_num_seqs, speculative_tokens)
         if model is not None:
             groups = layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, tp=tp, text_only=text_only, **modes)
-            plans = [plan_attention(problem, limits) for problem in attention_problems(groups)] + [*_prompt_plans(groups, limits)]
+            plans = [plan_attention(problem, limits) for problem in attention_problems(groups)] + [*_latent_plans(groups, limits)]
         else:
             shape = AttentionProblem(
-                *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), 1 if kind == RAGGED else page_size, arch,
+                *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), page_size or PAGES.get(kind, PAGE_MULTIPLE), arch,
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
             plans = [plan_attention(shape, limits)]
+        if fused_output:
+            plans += [plan_attention(replace(p.problem, out_dtype=FP8), limits) for p in plans if p.problem.kv_source == PAGED]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None
@@ -76,13 +85,13 @@ def compile(
         )
 
 
-def _prompt_plans(groups: list[LayerGroup], limits: BatchLimits) -> Iterator[AttentionPlan]:
-    """Of prompts of MLA, where our kernels serve them: elsewhere an engine takes another prefill backend, which is no refusal."""
-    for problem in (problem for group in groups for problem in group.prompts):
+def _latent_plans(groups: list[LayerGroup], limits: BatchLimits) -> Iterator[AttentionPlan]:
+    """Of a model with MLA, where our kernels serve its prompts: elsewhere an engine takes another prefill backend, which is no refusal."""
+    for step in (step for group in groups for step in latent_steps(group, limits)):
         try:
-            yield plan_attention(problem, limits)
+            yield plan_attention(step.problem, step.limits)
         except UnsupportedProblem as reason:
-            typer.echo(f"fa4 compile: no kernel for prompts of MLA: {reason}", err=True)
+            typer.echo(f"fa4 compile: {step.name}: no kernel of ours, since {reason}", err=True)
 
 
 def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:

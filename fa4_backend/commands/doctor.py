@@ -222,7 +222,10 @@ def _cache_folder() -> Finding:
     from fa4_backend.cache import prune, trust
     from fa4_backend.cache.errors import UntrustedCacheError
 
-    folder = envs.cache_dir()
+    try:
+        folder = envs.cache_dir()
+    except ValueError as error:
+        return Finding("cache", BROKEN, str(error))
     try:
         trust.make_folder(folder)
         entries, limit = prune.items(), envs.cache_limit_bytes()
@@ -240,15 +243,15 @@ def _cache_folder() -> Finding:
 
 
 def _environment() -> list[Finding]:
-    findings = []
+    findings, faults = [], envs.faults()
     for name, value in envs.settings().items():
-        if name not in envs.VARIABLES:
-            findings.append(Finding(name, BROKEN, f"expected one of {', '.join(envs.VARIABLES)}, got an unknown variable"))
-            continue
-        default, what = envs.VARIABLES[name]
-        findings.append(
-            Finding(name, OK, f"not set, {default or 'none'} ({what})") if value is None else Finding(name, NOTE, f"{value} ({what})")
-        )
+        default, what = envs.VARIABLES.get(name, ("", ""))
+        if name in faults:
+            findings.append(Finding(name, BROKEN, faults[name].removeprefix(f"{name}: ")))
+        elif value is None:
+            findings.append(Finding(name, OK, f"not set, {default or 'none'} ({what})"))
+        else:
+            findings.append(Finding(name, NOTE, f"{value} ({what})"))
     return findings
 
 

@@ -10,7 +10,7 @@ from fa4_backend import envs
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP
 from fa4_backend.problem import BatchLimits
 
-PageSize = Annotated[int, typer.Option(help="tokens a page; vLLM's is 16, for latents 64, SGLang's 64")]
+PageSize = Annotated[int | None, typer.Option(min=1, help="tokens a page; default: vLLM's, 16 and for latents 64; SGLang's is 64")]
 KvDtype = Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")]
 QDtype = Annotated[str, typer.Option(help=Q_DTYPE_HELP)]
 MaxNumSeqs = Annotated[int, typer.Option(help="sequences of a step; vLLM's default is 1024 on an H100 and larger")]

@@ -12,18 +12,17 @@ import typer
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.commands import options
 from fa4_backend.commands.dtypes import full_dtype
+from fa4_backend.commands.latent_steps import latent_steps
 from fa4_backend.model_config import LayerGroup, layer_groups
 from fa4_backend.model_layers import ATTENTION, ModelConfigError
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import AttentionProblem, BatchLimits, UnsupportedProblem
 
-PROMPTS = {True: "prompts", False: "prompts, to chunks of cached context"}  # of MLA, by whether the mask is causal
-
 
 def plan(
     model: Annotated[Path, typer.Option(help="the model's config.json, or the folder that holds it")],
     arch: Annotated[str, typer.Option(help="cpu, sm_90a, sm_100a or sm_103a")] = REFERENCE_ARCH,
-    page_size: options.PageSize = 16,
+    page_size: options.PageSize = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: the config's, bfloat16 for float32")] = None,
     kv_dtype: options.KvDtype = None,
     q_dtype: options.QDtype = "auto",
@@ -57,24 +56,27 @@ def plan(
             print(f"{row['num_layers']} layers{kind}{window}: {row['plan'] or row['remark'] or refusal}")
             for name in row["kernels"]:
                 print(f"    {name}")
-            for prompts in row["prompts"]:
-                served_by = prompts["plan"] or f"another prefill backend of the engine, since {prompts['refusal']}"
-                print(f"    {PROMPTS[prompts['is_causal']]}: {served_by}")
-                for name in prompts["kernels"]:
+            if row["room_mib"]:
+                print(f"    room for converted K and V, one buffer for all layers: {row['room_mib']:g} MiB")
+            for step in row["steps"]:
+                print(f"    {step['name']}: {step['plan'] or 'not on FA4: ' + step['refusal']}")
+                for name in step["kernels"]:
                     print(f"        {name}")
     raise typer.Exit(1 if any(row["refusal"] for row in rows) else 0)
 
 
 def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
     facts = {} if group.problem is None else asdict(group.problem)
+    planned = _planned(group.problem, limits) if group.problem else _not_planned(group.refusal)
+    steps = latent_steps(group, limits) if planned["plan"] else ()
     return {
         "kind": group.kind,
         "num_layers": group.num_layers,
         "window": group.window,
         "problem": {**facts, **facts.pop("mask")} if facts else None,
         "remark": group.remark,
-        **(_planned(group.problem, limits) if group.problem else {"plan": None, "kernels": [], "refusal": group.refusal}),
-        "prompts": [{"is_causal": problem.mask.is_causal, **_planned(problem, limits)} for problem in group.prompts],
+        **planned,
+        "steps": [{"name": step.name, **_planned(step.problem, step.limits)} for step in steps],
     }
 
 
@@ -83,5 +85,10 @@ def _planned(problem: AttentionProblem, limits: BatchLimits) -> dict[str, Any]:
     try:
         served = plan_attention(problem, limits)
     except UnsupportedProblem as error:
-        return {"plan": None, "kernels": [], "refusal": str(error)}
-    return {"plan": served.describe(), "kernels": list(served.kernel_names), "refusal": None}
+        return _not_planned(str(error))
+    return {"plan": served.describe(), "kernels": list(served.kernel_names), "room_mib": served.room_bytes / 2**20, "refusal": None}
+
+
+def _not_planned(refusal: str | None) -> dict[str, Any]:
+    """A row of layers without a plan."""
+    return {"plan": None, "kernels": [], "room_mib": 0.0, "refusal": refusal}

@@ -17,7 +17,7 @@ FAULTS = ("tmem-leak", "tmem-pair", "registers", "uninitialised", "dependency", 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: `kind` names its class; `text` where it happened; `count` how often it was seen."""
+    """One defect: `kind` names its class; `text` says what happened and where."""
 
     kind: str
     text: str
@@ -35,7 +35,7 @@ class KernelCounts:
 
 @dataclass(slots=True)
 class Report:
-    """Results of everything run in a session; `races` and `notes` are empty for a right kernel."""
+    """Results of everything run in a session; `races` and `faults` are empty for a right kernel."""
 
     findings: Counter[Finding] = field(default_factory=Counter)
     kernels: dict[str, KernelCounts] = field(default_factory=dict)

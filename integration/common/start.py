@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fa4_backend import AttentionMetadata, convert_room
+from fa4_backend import AttentionMetadata, convert_room, envs
 from fa4_backend.compile_cache import reopen, seal
 from fa4_backend.device import plan_on
 from fa4_backend.plan import plan_attention
@@ -23,13 +23,24 @@ if TYPE_CHECKING:
     from fa4_backend.convert_room import ConvertRoom
 
 
+logger = logging.getLogger("fa4_backend")
+
+
 def show_log_lines(engine_logger: str) -> None:
     """Let the core's log lines out where those of the logger called `engine_logger` go: engines give handlers to their own only."""
     logging.getLogger("fa4_backend").parent = logging.getLogger(engine_logger)
 
 
 def open_warm_up() -> None:
-    """An engine makes its state: compiles belong to its start. A second engine in a process starts like the first."""
+    """An engine makes its state: compiles belong to its start. A second engine in a process starts like the first.
+
+    Raises:
+        ValueError: an environment variable holds what it may not.
+    """
+    for name, fault in envs.faults().items():
+        if name in envs.VARIABLES:
+            raise ValueError(fault)
+        logger.warning(fault)  # set for another version, or a slip of the pen: an engine can do without
     reopen()
 
 

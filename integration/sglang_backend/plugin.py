@@ -25,6 +25,7 @@ def register() -> None:
 
         from fa4_integration.sglang_backend import resolution
         from fa4_integration.sglang_backend.draft import extend_draft_backends
+        from fa4_integration.sglang_backend.room import reserve_with_models
     except ImportError as error:
         raise RuntimeError(
             f"{NAME}: expected an SGLang of 0.5.23 or newer, whose lists of attention backends plugins may extend, got {error}"
@@ -36,6 +37,7 @@ def register() -> None:
         take_name(ATTENTION_BACKENDS, name)
     resolution.install()
     extend_draft_backends()
+    reserve_with_models()
 
 
 def names_lists(choices: Any) -> list[list[str]]:

@@ -97,4 +97,8 @@ class SharedAnswers(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        try:
+            serving_arch(kwargs.get("device_capability"))
+        except UnsupportedProblem as reason:
+            return [str(reason)]  # alone: where there are no kernels, every other question is answered with no
         return with_advice(super().validate_configuration(*args, **kwargs))

@@ -189,4 +189,5 @@ def reserve_room(problem: AttentionProblem) -> ConvertRoom | None:
         return None
     from vllm.platforms import current_platform
 
+    start.show_log_lines("vllm")
     return start.reserve(problem, batch_limits(config, 1), torch.device(current_platform.device_type))

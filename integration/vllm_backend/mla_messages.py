@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fa4_backend.split_rows import MESSAGE_QUERIES, ShortRows, SplitRows, is_cheaper_absorbed, row_queries
+from fa4_backend.split_rows import ShortRows, SplitRows, is_cheaper_absorbed, message_limits, message_queries, row_queries
 from fa4_integration.common import start
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class MessageSteps:
 
     rows: SplitRows
     steps: dict[AttentionProblem, AttentionMetadata]  # refreshed in such steps alone; by `FA4MLAImpl.kind`
-    longest: int = MESSAGE_QUERIES  # queries of a message
+    longest: int  # queries of a message
 
     @classmethod
     def allocate(
@@ -47,16 +47,17 @@ class MessageSteps:
         """
         parallel = vllm_config.parallel_config
         is_shared = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
-        if is_shared or parallel.use_ubatching or any(problem.batch_invariant for problem in problems.values()):
+        if is_shared or parallel.use_ubatching:
             return None
         limits = replace(limits, max_num_tokens=max(limits.max_num_tokens, vllm_config.scheduler_config.max_num_batched_tokens))
         queries = min(row_queries(problem) for problem in problems.values())
         problem = next(iter(problems.values()))
-        more = SplitRows.limits(limits, problem, queries)
+        more = message_limits(limits, problem, queries)
         if more is None:
             return None
         steps = {kind: start.allocate(problem, more, device) for kind, problem in problems.items()}
-        return cls(SplitRows.allocate(more, problem.page_size, device), steps)
+        longest = min(message_queries(problem) for problem in problems.values())
+        return cls(SplitRows.allocate(more, problem.page_size, device), steps, longest)
 
     def serve(self, batch: Any, decode_query_len: int) -> bool:
         """Whether a step has messages, rows above `decode_query_len`, that are cheaper as decode than as prefill; told by the host's
@@ -70,7 +71,7 @@ class MessageSteps:
         if not is_message.any() or self.rows.num_rows(queries.tolist()) > self.rows.max_rows:
             return False
         contexts = batch.seq_lens_cpu_upper_bound.numpy()[: len(queries)] - queries
-        return is_cheaper_absorbed(queries[is_message].tolist(), contexts[is_message].tolist())
+        return is_cheaper_absorbed(queries[is_message].tolist(), contexts[is_message].tolist(), self.longest)
 
     def split(
         self, query_start_loc_cpu: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor

@@ -2,8 +2,9 @@
 
 As decode: q to the latents' space, our latent kernel over rows of a few queries, out of that space. As prefill, in vLLM's steps: the
 context's latents are gathered, made keys and values and joined with their rotary part, then attended to; the same of the new tokens; what
-joins both results is not timed. Both give the same numbers, which is checked first. The queries at which both take as long tell
-`MESSAGE_QUERIES` of `fa4_backend/split_rows.py`; the last lines name them, between the two cells that lie about it.
+joins both results is not timed, and keys are joined by copies, as vLLM does but for 128 heads where FlashInfer is installed. Both give the
+same numbers, which is checked first. The queries at which both take as long tell `message_queries` of `fa4_backend/split_rows.py`; the last
+lines name them, between the two cells that lie about it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from fa4_backend.bench.engine_models import LATENT_DIM, NOPE_DIM, ROPE_DIM, VALU
 from fa4_backend.bench.timing import capture, in_turns
 from fa4_backend.compile import CompileKey
 from fa4_backend.device import plan_on
-from fa4_backend.problem import LATENT, RAGGED
-from fa4_backend.split_rows import SplitRows, row_queries
+from fa4_backend.kernel_stamp import gpu_stamp
+from fa4_backend.problem import FP8, LATENT, RAGGED
+from fa4_backend.split_rows import SplitRows, message_limits
 from tests.device.prove_mla import compile_lacking
 
 CONTEXTS, QUERIES = (2048, 8192, 32768), (64, 128, 192, 256, 320, 384, 512)
-HEADS = (128, 16)
+# Heads and how latents are stored.
+KINDS = ((128, "bfloat16"), (16, "bfloat16"), (128, FP8), (16, FP8))
 PAGE_SIZE = 64
 SCALE = (NOPE_DIM + ROPE_DIM) ** -0.5
 DTYPE = torch.bfloat16
 ROUNDS = 3
+FAMILIES = ("schedule", "mla_decode", "sm90")  # whose kernels are timed
 # Of bfloat16 products over 512 latents twice, and of their results, which are some 0.05 where a context is long: both ways round.
 LARGEST_SHARE = 0.03  # of the largest result
 
@@ -57,14 +61,14 @@ class Message:
 
     layer: Layer
     q: torch.Tensor  # (queries, num_heads, NOPE_DIM + ROPE_DIM)
-    cache: torch.Tensor  # (num_pages, PAGE_SIZE, LATENT_DIM + ROPE_DIM)
+    cache: torch.Tensor  # (num_pages, PAGE_SIZE, LATENT_DIM + ROPE_DIM), bfloat16 or e4m3 with a scale of 1
     table: torch.Tensor  # (1, num_pages) int32
     context: int
 
     @classmethod
-    def draw(cls, layer: Layer, queries: int, context: int) -> Message:
+    def draw(cls, layer: Layer, stored: str, queries: int, context: int) -> Message:
         pages = -(-(context + queries) // PAGE_SIZE)
-        cache = torch.randn(pages, PAGE_SIZE, LATENT_DIM + ROPE_DIM, device="cuda", dtype=DTYPE)
+        cache = torch.randn(pages, PAGE_SIZE, LATENT_DIM + ROPE_DIM, device="cuda", dtype=DTYPE).to(getattr(torch, stored))
         q = torch.randn(queries, layer.to_keys.shape[0], NOPE_DIM + ROPE_DIM, device="cuda", dtype=DTYPE)
         return cls(layer, q, cache, torch.randperm(pages, device="cuda").int()[None], context)
 
@@ -73,9 +77,10 @@ class Message:
         return self.q.shape[0]
 
     def latents(self, begin: int, end: int) -> torch.Tensor:
-        """(end - begin, LATENT_DIM + ROPE_DIM) of tokens in order, gathered."""
+        """(end - begin, LATENT_DIM + ROPE_DIM) of tokens in order, gathered, in bfloat16."""
         first, last = begin // PAGE_SIZE, -(-end // PAGE_SIZE)
-        tokens = self.cache.index_select(0, self.table[0, first:last]).flatten(0, 1)
+        bits = self.cache.view(torch.uint8).index_select(0, self.table[0, first:last])  # torch selects no e4m3
+        tokens = bits.view(self.cache.dtype).flatten(0, 1).to(DTYPE)
         return tokens[begin - first * PAGE_SIZE : end - first * PAGE_SIZE]
 
 
@@ -83,24 +88,26 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, device="cuda", dtype=torch.int32)
 
 
-def problems(num_heads: int, arch: str) -> tuple[AttentionProblem, AttentionProblem, AttentionProblem]:
+def problems(num_heads: int, stored: str) -> tuple[AttentionProblem, AttentionProblem, AttentionProblem]:
     """Decode of latents; attention among new tokens, and to their context."""
-    latent = AttentionProblem(num_heads, 1, LATENT_DIM + ROPE_DIM, LATENT_DIM, "bfloat16", PAGE_SIZE, arch, kv_source=LATENT)
-    made = (num_heads, num_heads, NOPE_DIM + ROPE_DIM, VALUE_DIM, "bfloat16", 1, arch)
+    latent = AttentionProblem(
+        num_heads, 1, LATENT_DIM + ROPE_DIM, LATENT_DIM, "bfloat16", PAGE_SIZE, "sm_90a", kv_dtype=stored, kv_source=LATENT
+    )
+    made = (num_heads, num_heads, NOPE_DIM + ROPE_DIM, VALUE_DIM, "bfloat16", 1, "sm_90a")
     new, context = (AttentionProblem(*made, mask=MaskFeatures(is_causal=x), kv_source=RAGGED, has_lse=True) for x in (True, False))
     return latent, new, context
 
 
 def split_limits(problem: AttentionProblem) -> BatchLimits:
     """Of an engine that takes steps of 2,048 tokens."""
-    limits = SplitRows.limits(BatchLimits(256, 2048, 2 * max(CONTEXTS)), problem, row_queries(problem))
+    limits = message_limits(BatchLimits(256, 2048, 2 * max(CONTEXTS)), problem)
     assert limits is not None, problem
     return limits
 
 
 def as_decode(m: Message) -> Callable[[], torch.Tensor]:
     """(queries, num_heads, VALUE_DIM)."""
-    problem = problems(m.q.shape[1], "sm_90a")[0]
+    problem = problems(m.q.shape[1], str(m.cache.dtype).removeprefix("torch."))[0]
     limits = split_limits(problem)
     plan = plan_on(problem, limits, m.q.device)
     metadata = AttentionMetadata.allocate(plan, "cuda")
@@ -133,7 +140,7 @@ def as_prefill(m: Message) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor
     """out and lse of new tokens to each other, and to their context."""
     heads = m.q.shape[1]
     steps, starts = [], []
-    for problem, keys in zip(problems(heads, "sm_90a")[1:], (m.queries, m.context), strict=True):
+    for problem, keys in zip(problems(heads, "bfloat16")[1:], (m.queries, m.context), strict=True):
         step = AttentionMetadata.allocate(plan_on(problem, BatchLimits(256, 2048, 2 * max(CONTEXTS)), m.q.device), "cuda")
         starts.append([ints(0, m.queries), ints(0, keys)])
         step.refresh(cu_seqlens_q=starts[-1][0], cu_seqlens_k=starts[-1][1], max_seqlen_q=m.queries, max_seqlen_k=keys)
@@ -165,9 +172,9 @@ def check(decode: torch.Tensor, prefill: list[tuple[torch.Tensor, torch.Tensor]]
     assert error <= LARGEST_SHARE * largest, f"expected an error of at most {LARGEST_SHARE} of {largest}, got {error}"
 
 
-def measure(num_heads: int, context: int, queries: int) -> dict[str, float]:
+def measure(num_heads: int, stored: str, context: int, queries: int) -> dict[str, float]:
     """Microseconds of a layer, both ways in turns."""
-    m = Message.draw(Layer.draw(num_heads), queries, context)
+    m = Message.draw(Layer.draw(num_heads), stored, queries, context)
     ways: dict[str, Callable[[], object]] = {"decode": as_decode(m), "prefill": as_prefill(m)}
     check(ways["decode"](), ways["prefill"]())  # type: ignore[arg-type]
     return in_turns({name: capture(way) for name, way in ways.items()}, ROUNDS)
@@ -182,11 +189,11 @@ def break_even(cells: dict[int, dict[str, float]]) -> float | None:
     return None
 
 
-def keys(heads: tuple[int, ...]) -> list[CompileKey]:
+def keys() -> list[CompileKey]:
     """Of all kernels."""
     found: dict[CompileKey, None] = {}
-    for num_heads in heads:
-        latent, *made = problems(num_heads, "sm_90a")
+    for kind in KINDS:
+        latent, *made = problems(*kind)
         plans = [plan_attention(latent, split_limits(latent))]
         plans += [plan_attention(problem, BatchLimits(256, 2048, 2 * max(CONTEXTS))) for problem in made]
         for plan in plans:
@@ -201,24 +208,25 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="compile the kernels, and do no more; needs no GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    compile_lacking(keys(HEADS))
+    compile_lacking(keys())
     if args.compile_only:
         return
     torch.manual_seed(0)
     table, lines = [], []
     with torch.no_grad():
-        for num_heads, context in product(HEADS, CONTEXTS):
+        for (num_heads, stored), context in product(KINDS, CONTEXTS):
             cells = {}
+            name = f"h{num_heads}{' e4m3' if stored == FP8 else ''}"
             for queries in QUERIES:
-                us = cells[queries] = measure(num_heads, context, queries)
-                table.append({"heads": num_heads, "context": context, "queries": queries, **us})
+                us = cells[queries] = measure(num_heads, stored, context, queries)
+                table.append({"heads": num_heads, "stored": stored, "context": context, "queries": queries, **us})
                 words = f"decode {us['decode']:7.0f} us, prefill {us['prefill']:7.0f}, ratio {us['prefill'] / us['decode']:.2f}"
-                print(f"h{num_heads} {queries:4d} behind {context:6d}: {words}", flush=True)
+                print(f"{name} {queries:4d} behind {context:6d}: {words}", flush=True)
             even = break_even(cells)
-            lines.append(f"h{num_heads} behind {context}: as long at {'no cell' if even is None else f'{even:.0f} queries'}")
+            lines.append(f"{name} behind {context}: as long at {'no cell' if even is None else f'{even:.0f} queries'}")
     print("\n".join(lines))
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+        args.json.write_text(json.dumps({"stamp": gpu_stamp(FAMILIES), "cells": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

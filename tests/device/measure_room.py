@@ -31,7 +31,12 @@ def cache_bytes(model: Path, keys: int) -> tuple[int, dict[str, int]]:
     """Bytes of vLLM's KV cache in an engine that is started and stopped; what was seen of the room."""
     from vllm import LLM
 
-    with set_environment({"FA4_BACKEND_CONVERT_KEYS": str(keys), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}), watch_converted() as seen:
+    environment = {
+        "FA4_BACKEND_CONVERT_KEYS": str(keys),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles for minutes at its first start
+    }
+    with set_environment(environment), watch_converted() as seen:
         llm = LLM(str(model), attention_backend="FA4", **ARGUMENTS)
         found = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * BLOCK_BYTES
         stop(llm)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.peers import FA3, Call, prepare, ready
 from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import ensure_objects
 from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.plan import AttentionPlan, plan_attention
@@ -96,8 +93,7 @@ def compile_all(arch: str, *, with_keys: bool) -> None:
             assert plan.kernels is not None
             keys |= dict.fromkeys(plan.kernels.keys)
     print(f"{len(keys)} kernels", flush=True)
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, keys))
+    ensure_objects(keys)
 
 
 def measure(batch: BatchShape, rounds: int, *, with_keys: bool) -> dict[str, float]:

@@ -7,11 +7,16 @@
     python -m tests.device.measure_tiles --kinds full,heads --tiles "no pages"
     python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
-Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`; the first figure of a cell is of what is in use. A variant is a list of
-fields of `TileShape` or `WorkShape`, and of words: "prefill tiles" sends decode rows to the prefill kernel, whose tiles are cut along KV,
-"3 KV heads" calls one KV head three, each with a third of its query heads, "invariant" is batch-invariant mode, "no pages" the same batch
-over dense K and V. FOLDER is as in `compare_versions`. Kernels that the
-cache lacks are compiled by several processes first.
+Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" of one KV head, and with "fp8-" before a kind those with K
+and V in FP8; the first figure of a cell is of what is in use. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
+
+    prefill tiles          decode rows go to the prefill kernel, whose tiles are cut along KV
+    3 KV heads             the kernels get one KV head as three, each with a third of its query heads (`fa4_backend/copied_heads.py`)
+    KV heads of 16 rows    as many heads as have at most 16 packed rows
+    invariant              batch-invariant mode
+    no pages               the same batch over dense K and V
+
+FOLDER is as in `compare_versions`. Kernels that the cache lacks are compiled by several processes first.
 """
 
 from __future__ import annotations
@@ -34,28 +39,30 @@ from typing import Any, TypeVar
 
 import torch
 
+import fa4_backend.plan as plan_module
 from fa4_backend.bench import dense_peers
 from fa4_backend.bench.batch import BatchShape, BatchTensors
-from fa4_backend.bench.decode_batches import issue_batches
+from fa4_backend.bench.decode_batches import issue_batches, uniform
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
-from fa4_backend.bench.peers import FA3, prepare, ready
+from fa4_backend.bench.peers import FA3, WIDE, prepare, ready
 from fa4_backend.bench.prefill_batches import named_batches
 from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, matmul_tflop_per_s
 from fa4_backend.compile import CompileError
 from fa4_backend.compile_cache import ensure_object
+from fa4_backend.copied_heads import fewest_copies
 from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.schedule.work_list import WorkShape
 from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
 from fa4_backend.plan import AttentionPlan, plan_attention
-from fa4_backend.problem import RAGGED, AttentionProblem, BatchLimits
+from fa4_backend.problem import FP8, RAGGED, AttentionProblem, BatchLimits
 from tests.device.compare_versions import OTHER, borrow
 from tests.support.fuzz import prefill_plan
 
 IN_USE = "in use"
-PREFILL_TILES, INVARIANT, NO_PAGES = "prefill tiles", "invariant", "no pages"  # words of a variant
+PREFILL_TILES, INVARIANT, NO_PAGES, FEW_ROWS = "prefill tiles", "invariant", "no pages", "KV heads of 16 rows"  # words of a variant
 PROCESSES = max(1, (os.cpu_count() or 2) - 2)  # that compile
 Planner = Callable[[AttentionProblem, BatchLimits], AttentionPlan]
 Shape = TypeVar("Shape", TileShape, WorkShape)
@@ -84,8 +91,16 @@ def changed(shape: Shape, changes: str) -> Shape:
 def cells(kind_names: str, pattern: str) -> list[BatchShape]:
     """The cells of the kinds and sets whose title matches; sets of `fa4 bench decode` are called decode-NAME."""
     every = {name: list(kind.batches) for name, kind in kinds().items()} | {name: list(b) for name, b in named_batches().items()}
-    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()}
+    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()} | {"packed-rows": packed_rows()}
+    every |= {f"fp8-{name}": [replace(b, kv_dtype=FP8) for b in batches] for name, batches in every.items()}
     return [b for name in kind_names.split(",") for b in every[name] if re.search(pattern, b.title)]
+
+
+def packed_rows() -> list[BatchShape]:
+    """One KV head with 24 to 96 query heads, few rows and many."""
+    heads = ((24, 64), (32, 64), (48, 64), (64, 64), (96, 64), (48, 96), (32, 128), (48, 128), (96, 128))
+    sizes = ((1, 4096), (8, 4096), (64, 1024), (64, 4096))
+    return [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
 
 
 def batch_of(variant: str, batch: BatchShape) -> BatchShape:
@@ -93,11 +108,25 @@ def batch_of(variant: str, batch: BatchShape) -> BatchShape:
     return replace(batch, kv_source=RAGGED) if NO_PAGES in variant.split(",") else batch
 
 
-def kv_heads_of(variant: str, batch: BatchShape) -> int:
-    """As how many KV heads a variant reads those of the batch: one that cannot be divided so is read as it is."""
-    called = re.search(r"(\d+) KV heads", variant)
-    is_divided = called is not None and batch.num_kv_heads == 1 and batch.num_q_heads % int(called.group(1)) == 0
-    return int(called.group(1)) if called and is_divided else batch.num_kv_heads
+@contextmanager
+def copies_of(variant: str) -> Iterator[None]:
+    """Plans made inside give the kernels one KV head as that many: "3 KV heads", or "KV heads of 16 rows"; one that cannot be divided so
+    stays one."""
+    kept, called = plan_module.kv_head_copies, re.search(r"(\d+) KV heads", variant)
+
+    def copies(problem: AttentionProblem, limits: BatchLimits) -> int:
+        if problem.num_kv_heads > 1 or problem.kv_source == RAGGED:
+            return 1
+        if called is None:
+            return fewest_copies(problem, limits)
+        return 1 if problem.num_q_heads % int(called.group(1)) else int(called.group(1))
+
+    if called or FEW_ROWS in variant:
+        plan_module.kv_head_copies = copies
+    try:
+        yield
+    finally:
+        plan_module.kv_head_copies = kept
 
 
 def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> AttentionPlan:
@@ -107,30 +136,29 @@ def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> Att
         ValueError: a word is no field of a shape and none of the variants.
     """
     words = variant.split(",")
-    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES}
+    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES, FEW_ROWS}
     if strange := [w for w in words if w.split("=")[0] not in known and not re.fullmatch(r"\d+ KV heads", w)]:
         raise ValueError(f"variant: expected fields of TileShape or WorkShape, or words that are explained above, got {', '.join(strange)}")
-    with tile_of(batch, variant):
-        heads = replace(batch, num_kv_heads=kv_heads_of(variant, batch))
-        plan = planner(*asked(heads, arch, batch_invariant=INVARIANT in words))
+    with tile_of(batch, variant), copies_of(variant):
+        plan = planner(*asked(batch, arch, batch_invariant=INVARIANT in words))
     plan = prefill_plan(plan) if PREFILL_TILES in words else plan
     assert plan.kernels is not None
     work = replace(plan.kernels.work, decode_query_len=0) if PREFILL_TILES in words else plan.kernels.work
-    return replace(plan, kernels=replace(plan.kernels, work=changed(work, variant)))
+    kernels = replace(plan.kernels, work=changed(work, variant))
+    if kernels.converted is not None:
+        kernels = replace(kernels, converted=replace(kernels.converted, work=changed(kernels.converted.work, variant)))
+    return replace(plan, kernels=kernels)
 
 
 def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object] | None:
     """A variant's call of the operator, on tensors of its `batch_of`."""
-    if variant == FA3:
-        return prepare(FA3, batch, tensors)
+    if variant in (FA3, WIDE):
+        return prepare(variant, batch, tensors)
     if variant == dense_peers.FLASH_ATTN_4:
         return dense_peers.prepare(variant, batch, tensors)
     if variant == OTHER:
         return importlib.import_module(f"{OTHER}.bench.ours").Ours.make(batch, tensors).call
     plan = plan_of(variant, batch, gpu_arch(), lambda problem, limits: plan_on(problem, limits, tensors.q.device))
-    if plan.problem.num_kv_heads != batch.num_kv_heads:
-        k_cache, v_cache = (cache.expand(-1, -1, plan.problem.num_kv_heads, -1) for cache in (tensors.k_cache, tensors.v_cache))
-        tensors = replace(tensors, k_cache=k_cache, v_cache=v_cache)
     return Ours.of_plan(plan, batch, tensors).call
 
 
@@ -169,7 +197,7 @@ def time_cell(batch: BatchShape, variants: list[str], rounds: int) -> dict[str, 
     torch.manual_seed(0)
     paged = BatchTensors.make(batch)
     replays, kept, errors = {}, [], {}
-    for variant in [*variants, FA3]:
+    for variant in [*variants, FA3, *([WIDE] if batch.kv_dtype == FP8 else [])]:
         own = batch_of(variant, batch)
         tensors = paged if own is batch else BatchTensors.make(own)
         tensors.out.fill_(float("nan"))

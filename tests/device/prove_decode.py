@@ -32,7 +32,10 @@ from tests.support.fuzz import SCALES, FuzzSetup
 from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
-HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
+HEADS = (
+    (32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2),
+    (48, 1, 64, 1),  # which the kernels get as three
+)  # fmt: skip
 FEATURES: tuple[dict[str, bool], ...] = (
     {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
 )  # fmt: skip
@@ -69,6 +72,7 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         "8/2 d128 q4 window": ((8, 2, 128), 4, {"has_window_left": True}),
         "8/2 d128 q4 batch_invariant": ((8, 2, 128), 4, {"batch_invariant": True}),
         "9/3 d64 q1": ((9, 3, 64), 1, {}),
+        "48/1 d64 q1": ((48, 1, 64), 1, {}),
         "8/2 d96 q2": ((8, 2, 96), 2, {}),
         "4/2 d256 q1": ((4, 2, 256), 1, {}),
         "8/2 d128 q2 out FP8": ((8, 2, 128), 2, {"out_dtype": FP8}),

@@ -1,6 +1,7 @@
 """vLLM on a GPU with K and V in FP8, FA4 beside FLASH_ATTN: the engines of `serve_tokens --kv-cache-dtype fp8`, several in a process.
 
     python -m tests.device.serve_fp8 --out fp8.json --logs FOLDER --seconds 150
+    python -m tests.device.serve_fp8 --all --without sleep --per-lane 7 --side-by-side 8    # one wave of lanes
 
 Lanes, prompts and what each engine has to show are `serve_matrix`'s; the judgement is that of `serve_tokens` (K and V in FP8). By default
 the runs that issue-sized proofs need; `--all` takes every run of the suite.
@@ -49,12 +50,17 @@ def engine_of(run: str) -> Engine:
     )  # fmt: skip
 
 
-def groups_of(models: list[str], has_all: bool, wanted: list[str]) -> dict[str, Group]:
-    """The runs of each model, or those `wanted`, in the suite's order: the reference, the yardstick, ours."""
+def groups_of(models: list[str], has_all: bool, wanted: list[str], without: str = "") -> dict[str, Group]:
+    """The runs of each model, or those `wanted`, in the suite's order: the reference, the yardstick, ours.
+
+    Args:
+        without: a word that no name may have; empty: any.
+    """
     groups = {}
     for model in models:
         runs = SUITE.runs_of[model]
         chosen = [r for r in runs if r in wanted or (not wanted and (has_all or not any(word in r for word in LATER)))]
+        chosen = [run for run in chosen if not without or without not in run]
         # Those that draft come last in their process: what a drafter imports breaks the next start on vLLM's CPU build.
         chosen.sort(key=lambda run: "drafts" in run)
         groups[model] = Group(WRITE[model], tuple(engine_of(run) for run in chosen), per_lane=3)
@@ -114,12 +120,13 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(SUITE.runs_of), help="an apart by commas: of the suite")
     parser.add_argument("--all", action="store_true", help="sleep, pages of 64 and skipped layers too")
     parser.add_argument("--runs", default="", help="names of runs, a semicolon between them")
+    parser.add_argument("--without", default="", help="a word: runs that have it in their name are left out")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on vLLM's CPU build; distances are not judged")
     parser.add_argument("--per-lane", type=int, help="engines in one process")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs neither GPU nor vLLM")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    groups = groups_of(options.models.split(","), options.all, [run for run in options.runs.split(";") if run])
+    groups = groups_of(options.models.split(","), options.all, [run for run in options.runs.split(";") if run], options.without)
     if options.rehearse:
         groups = {name: rehearsed(group) for name, group in groups.items()}
     with tempfile.TemporaryDirectory() as name:

@@ -26,6 +26,7 @@ from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attent
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
+from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 from tests.device.engine_lane import run_process
 from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
@@ -140,20 +141,23 @@ def judge(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def keys_of(num_heads: int, arch: str) -> list[Any]:
     """Compile keys of our kernels for all engines of a model, as they ask for them."""
-    problems = []
+    asked = []
     for backend, arguments, _ in RUNS.values():
         if backend == "FA4":
             stored = FP8_ELEMENTS if "kv_cache_dtype" in arguments else "bfloat16"
             page_size = arguments.get("block_size", LATENT_PAGE)
             latent = AttentionProblem(num_heads, 1, 576, 512, "bfloat16", page_size, arch, kv_dtype=stored, kv_source=LATENT)
-            problems.append((latent, 1 + arguments.get("speculative_config", {}).get("num_speculative_tokens", 0)))
+            drafts = arguments.get("speculative_config", {}).get("num_speculative_tokens", 0)
+            limits = BatchLimits(MAX_SEQS, MAX_TOKENS, MAX_LEN, 1 + drafts)
+            asked += [(latent, limits), (latent, message_limits(limits, latent))]
     for is_causal in (True, False):
         mask = MaskFeatures(is_causal=is_causal)
         ragged = AttentionProblem(num_heads, num_heads, 192, 128, "bfloat16", 1, arch, mask=mask, kv_source=RAGGED, has_lse=True)
-        problems.append((ragged, 1))
+        asked.append((ragged, BatchLimits(MAX_SEQS, MAX_TOKENS, MAX_LEN)))
     keys: dict[Any, None] = {}
-    for problem, num_queries in problems:
-        kernels = plan_attention(problem, BatchLimits(MAX_SEQS, MAX_TOKENS, MAX_LEN, num_queries)).kernels
+    for problem, limits in asked:
+        assert limits is not None, problem
+        kernels = plan_attention(problem, limits).kernels
         assert kernels is not None
         keys |= dict.fromkeys(kernels.keys)
     return [*keys]

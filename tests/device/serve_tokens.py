@@ -82,6 +82,7 @@ FP8_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLASH_ATTN, 16 bits, long chunks": ("FLASH_ATTN", {**EAGER, **LONG_CHUNKS, "kv_cache_dtype": "bfloat16"}),
     "FLASH_ATTN, long chunks": ("FLASH_ATTN", {**EAGER, **FP8, **LONG_CHUNKS}),
     "FA4, long chunks": ("FA4", {**EAGER, **FP8, **LONG_CHUNKS}),
+    "FA4, long chunks, sleep and reload": ("FA4", {**EAGER, **FP8, **LONG_CHUNKS, "enable_sleep_mode": True}),
     "FA4, long chunks, decode graphs": ("FA4", {**DECODE_GRAPHS, **FP8, **LONG_CHUNKS}),
     "FA4, long chunks, scales 25% off": ("FA4", {**EAGER, **FP8, **LONG_CHUNKS}),
 }

@@ -21,7 +21,7 @@ from tests.support.paged_case import BuiltCase, PagedCase
 pytestmark = pytest.mark.emulated
 
 CHOICES = ["always", 0, 1]
-DECODE = PagedCase((2, 1), (300, 65), num_q_heads=8, num_kv_heads=2, head_dim=128, decode_query_len=2, arch="emulated-sm_90a")
+DECODE = PagedCase((1, 1), (300, 65), num_q_heads=8, num_kv_heads=2, head_dim=128, arch="emulated-sm_90a")
 PREFILL = PagedCase((35, 5), (333, 65), num_q_heads=4, num_kv_heads=1, head_dim=128, arch="emulated-sm_90a")
 
 
@@ -48,14 +48,14 @@ def one_large_logit(case: PagedCase) -> BuiltCase:
 
 
 def decode_output(arch: str) -> torch.Tensor:
-    case = replace(DECODE, query_lens=(1,), kv_lens=(2048,), decode_query_len=1, page_size=64, arch=f"emulated-{arch}")
+    case = replace(DECODE, query_lens=(1,), kv_lens=(2048,), page_size=64, arch=f"emulated-{arch}")
     return run_decode(case, num_ctas=1, built=one_large_logit(case), contraction="always").rows[0]
 
 
 def prefill_output(arch: str) -> torch.Tensor:
-    case = replace(PREFILL, query_lens=(40,), kv_lens=(2048,), is_causal=False, arch=f"emulated-{arch}")
-    built = one_large_logit(case)
-    return run_built(built, num_ctas=1, contraction="always").out[: built.total_q]
+    """Of the last token, which sees all keys."""
+    built = one_large_logit(replace(PREFILL, query_lens=(40,), kv_lens=(2048,), arch=f"emulated-{arch}"))
+    return run_built(built, num_ctas=1, contraction="always").out[built.total_q - 1]
 
 
 # A factor that is off 1 by the rounding of `row_max * scale` multiplies the row sum at every KV tile, O by none: an H100 gave 0.988 at

@@ -17,6 +17,7 @@ from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.problem import FP8
 from tests.support import large_logits
 from tests.support.paged_case import BuiltCase, PagedCase, repage
+from tests.support.slow_cases import with_slow
 
 BASE = PagedCase(
     (1, 40, 0, 70, 5, 33), (70, 20, 9, 200, 0, 130), head_dim=128, num_q_heads=8, num_kv_heads=2, kv_dtype=FP8, arch="emulated-sm_90a",
@@ -29,8 +30,6 @@ CASES = {
     "d256, left window, hnd": replace(
         BASE, query_lens=(40, 3), kv_lens=(130, 65), head_dim=256, num_q_heads=2, num_kv_heads=1, window_left=5, layout="hnd"
     ),
-}  # fmt: skip
-SLOW_CASES = {
     # K's rows and V's differ, in the other 16 bits.
     "(192, 128) in fp16, sinks": replace(
         BASE, query_lens=(10, 70), kv_lens=(230, 300), head_dim=192, head_dim_v=128, num_q_heads=2, num_kv_heads=2, dtype="float16",
@@ -50,15 +49,10 @@ def run(built: BuiltCase, seed: int | None = None) -> tuple[torch.Tensor, torch.
     return out[: built.total_q].clone(), lse[:, : built.total_q].clone()
 
 
-@pytest.mark.parametrize("name", CASES)
+# Five kernels each; the converted ones of other heads and masks are Hopper's without pages, which `test_ragged.py` runs.
+@pytest.mark.parametrize("name", with_slow(CASES, [name for name in CASES if name != "mixed"]))
 def test_edges(name: str) -> None:
     run(CASES[name].build(), seed=len(name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW_CASES)
-def test_other_heads(name: str) -> None:
-    run(SLOW_CASES[name].build(), seed=len(name))
 
 
 def test_bits_do_not_depend_on_schedule_or_page_size() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from fa4_backend.cli import main
-from fa4_backend.commands.emulate import build_case, judge
+from fa4_backend.commands.emulate import _print_table
+from fa4_backend.commands.emulated_case import build_case, judge
 from fa4_backend.kernels.torch_reference import run_reference
 from fa4_backend.problem import FP8
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 # Heads of 4 to 1, as most tests here have them, so that kernels are compiled once.
@@ -46,7 +48,33 @@ def test_a_case_is_right_under_three_schedules(arch: str, capsys: pytest.Capture
     check_timeline(json.loads(path.read_text())["traceEvents"])
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a", "sm_103a"])
+RIGHT = {
+    "case": "a case", "max_err": 1e-3, "budget": 1e-2, "lse_err": 0.0, "lse_budget": 1e-4, "padding_is_zero": True,
+    "empty_rows_are_zero": True, "races": [], "faults": [], "notes": [], "seconds": 1.0, "kernels": {}, "schedules": 3, "differing": 0,
+    "ok": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ok": True}, "right\n"),
+        ({"max_err": float("nan")}, "WRONG: out is off\n"),
+        ({"lse_err": 1e-3, "differing": 2}, "WRONG: lse is off, other bits under 2 of the random schedules\n"),
+        ({"padding_is_zero": False}, "WRONG: rows past the batch are not zero\n"),
+        ({"empty_rows_are_zero": False}, "WRONG: rows that see no key are not zero\n"),
+        ({"races": [f"race {i}" for i in range(7)]}, "race 4\n  and 2 more: --json prints all\nWRONG: 7 races\n"),
+        # A fault is told whatever harmless notes come before it.
+        ({"notes": [*(f"a {i}" for i in range(6)), "exit: z"], "faults": ["exit: z"]}, "exit: z\n  a 0\n"),
+    ],
+)
+def test_the_table_says_why_a_run_is_wrong(changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_table({**RIGHT, "ok": False, **changes})
+    out = capsys.readouterr().out
+    assert words in out and out.rstrip().split("\n")[-1].startswith("right" if changes.get("ok") else "WRONG: ")
+
+
+@pytest.mark.parametrize("arch", with_slow(["sm_90a", "sm_100a", "sm_103a"], ["sm_103a"]))
 def test_fp8_keys_and_values(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Right beside the oracle on what is stored times its scale."""
     code, text = emulate(capsys, "--arch", arch, *CASE, "--kv-dtype", "fp8", "--seeds", "1", "--json")
@@ -286,10 +314,12 @@ def test_a_note_that_matters_is_a_failure(
     assert code == 1 and any(words in fault for fault in result["faults"]), printed
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-def test_latents(kv_dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Drafts and a single query over latents, by the schedule and one kernel; Blackwell refuses FP8 beside float16 queries by name."""
-    case = ("--kind", "latent", "--heads", "16/1", "--head-dim", "576", "--head-dim-v", "512", "--q-lens", "4,1", "--kv-lens", "70,130")
+# Of kernels that `test_mla_decode.py` compiles.
+@pytest.mark.parametrize(("kv_dtype", "q_lens", "page_size"), [("auto", "4,1", "16"), ("fp8", "1,1", "64")])
+def test_latents(kv_dtype: str, q_lens: str, page_size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drafts and single queries over latents, by the schedule and one kernel; Blackwell refuses FP8 beside float16 queries by name."""
+    case = ("--kind", "latent", "--heads", "16/1", "--head-dim", "576", "--head-dim-v", "512", "--kv-lens", "70,130")
+    case += ("--q-lens", q_lens, "--page-size", page_size)
     code, text = emulate(capsys, "--arch", "sm_90a", *case, "--kv-dtype", kv_dtype, "--json")
     assert code == 0, text
     result = json.loads(text)

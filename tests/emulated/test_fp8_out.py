@@ -14,6 +14,7 @@ from fa4_backend.problem import FP8
 from tests.support.emulated_decode import run_decode
 from tests.support.emulated_prefill import Cuts, run_built, run_prefill
 from tests.support.paged_case import BuiltCase, PagedCase
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
@@ -38,7 +39,7 @@ def saturated(built: BuiltCase) -> bool:
     return bool((built.arguments.out[: built.total_q].float().abs() == 448).any())
 
 
-@pytest.mark.parametrize("name", PREFILL)
+@pytest.mark.parametrize("name", with_slow(PREFILL, ["sm_90a d128, FP8 K and V", "sm_90a (192, 128) in fp16, sinks"]))
 def test_prefill(name: str) -> None:
     run = run_prefill(PREFILL[name])
     run.check()
@@ -51,8 +52,10 @@ def test_parts_of_a_prefill_tile() -> None:
     run.check()
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("kv_dtype", ["auto", FP8])
+MODES = [("auto", False), ("auto", True), (FP8, False), (FP8, True)]
+
+
+@pytest.mark.parametrize(("kv_dtype", "batch_invariant"), with_slow(MODES, [("auto", True), (FP8, False)]))
 def test_decode(kv_dtype: str, batch_invariant: bool) -> None:
     """Rows of whole CTAs, and one long enough to be cut among CTAs and added up."""
     case = replace(BASE, query_lens=(1, 1, 1), kv_lens=(40, 0, 900), head_dim=128, kv_dtype=kv_dtype, batch_invariant=batch_invariant)
@@ -73,7 +76,7 @@ def test_the_scale_is_read_at_each_launch() -> None:
     assert normal.any() and torch.equal(got[normal], 2 * out[normal])
 
 
-@pytest.mark.parametrize("name", ["sm_90a d64", "sm_100a d128"])
+@pytest.mark.parametrize("name", with_slow(["sm_90a d64", "sm_100a d128"], ["sm_90a d64"]))
 def test_the_lse_is_that_of_the_kernel_that_writes_16_bits(name: str) -> None:
     run = run_prefill(PREFILL[name])
     wide = run_prefill(replace(PREFILL[name], out_dtype="auto"))

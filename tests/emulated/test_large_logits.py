@@ -18,6 +18,7 @@ from tests.support.emulated_decode import run_decode
 from tests.support.emulated_prefill import run_built
 from tests.support.large_logits import CHANNELS, build, check
 from tests.support.paged_case import PagedCase
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 ARCHS = ["sm_90a", "sm_100a"]
@@ -45,8 +46,14 @@ FEATURES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("features", FEATURES)
+# One feature alone is in "all" too.
+@pytest.mark.parametrize(
+    ("features", "arch"),
+    with_slow(
+        [(features, arch) for features in FEATURES for arch in ARCHS],
+        [("batch invariant", "sm_100a"), *((features, arch) for features in ("softcap", "sinks", "alibi") for arch in ARCHS)],
+    ),
+)
 def test_no_product_may_be_fused_into_a_sum(features: str, arch: str) -> None:
     """One that may would make results depend on ptxas: a factor off 1, a sum that drifts (`online_softmax`, Note [Contraction])."""
     for key in keys_of(arch, **FEATURES[features]):
@@ -70,9 +77,13 @@ def test_what_may_be_fused_is_found() -> None:
         assert len(contractible(text.replace("; ", ";\n"))) == count, text
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("name", CHANNELS)
+# Channels of a kernel of their own: of a feature, of float16. Decode on both chips is one source, so one chip and mode is enough for them.
+OWN_KERNEL = [name for name, channel in CHANNELS.items() if channel.case or channel.sink is not None]
+DECODE_CASES = [(name, batch_invariant, arch) for name in CHANNELS for batch_invariant in (False, True) for arch in ARCHS]
+SLOW_DECODE = [case for case in DECODE_CASES if case[0] in OWN_KERNEL and (case[1:] != (False, "sm_90a") or case[0] == "alibi")]
+
+
+@pytest.mark.parametrize(("name", "batch_invariant", "arch"), with_slow(DECODE_CASES, SLOW_DECODE))
 def test_decode(name: str, batch_invariant: bool, arch: str) -> None:
     """Two rows over 3 SMs: cuts inside the long one, so that its parts meet in slots."""
     built = build(name, arch=f"emulated-{arch}", batch_invariant=batch_invariant, **DECODE)
@@ -81,8 +92,11 @@ def test_decode(name: str, batch_invariant: bool, arch: str) -> None:
     check(built, *run.rows)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", CHANNELS)
+# Hopper's soft cap has tests of its own, at d256 (`test_sm90_prefill.py`).
+SLOW_PREFILL = [("alibi", "sm_90a"), ("alibi", "sm_100a"), *((name, "sm_90a") for name in CHANNELS if name.startswith("softcap"))]
+
+
+@pytest.mark.parametrize(("name", "arch"), with_slow([(name, arch) for name in CHANNELS for arch in ARCHS], SLOW_PREFILL))
 def test_prefill(name: str, arch: str) -> None:
     built = build(name, arch=f"emulated-{arch}", **PREFILL)
     run = run_built(built)

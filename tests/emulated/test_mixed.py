@@ -15,6 +15,7 @@ from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
 from fa4_backend.problem import FP8
 from tests.support.emulated_mixed import run_mixed
 from tests.support.paged_case import PagedCase
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
@@ -22,7 +23,7 @@ CASE = PagedCase(query_lens=(1, 130, 1, 0, 70, 1, 1), kv_lens=(1500, 333, 64, 0,
 
 
 @pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])
-@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize("seed", with_slow([None, 0, 1], [0]))
 def test_mixed_step(arch: str, seed: int | None) -> None:
     run = run_mixed(replace(CASE, arch=arch), seed=seed)
     run.check()
@@ -33,9 +34,11 @@ def test_mixed_step(arch: str, seed: int | None) -> None:
     assert (run.work.decode_tiles[:, PARTIAL_SLOT] >= 0).any()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"decode_query_len": 4, "query_lens": (4, 130, 2, 0, 70, 1, 3)}, {"head_dim": 64, "layout": "hnd"}, {"kv_dtype": FP8}]
-)
+DRAFTS = {"decode_query_len": 4, "query_lens": (4, 130, 2, 0, 70, 1, 3)}
+OTHER_HEADS = {"head_dim": 64, "layout": "hnd"}
+
+
+@pytest.mark.parametrize("changes", with_slow([DRAFTS, OTHER_HEADS, {"kv_dtype": FP8}], [OTHER_HEADS]))
 def test_mixed_step_of_drafts_other_heads_and_fp8(changes: dict) -> None:
     run_mixed(replace(CASE, arch="emulated-sm_90a", **changes), seed=2).check()
 

@@ -18,16 +18,18 @@ from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 from fa4_backend.problem import FP8
 from tests.support.emulated_mla import MlaCase, run_mla
 from tests.support.sass import loads_in_flight_at_arrivals
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
 FEW = MlaCase((1, 1, 1, 0, 1), (130, 64, 0, 70, 1))  # 16 rows of a tile; 1, 2 and 3 blocks
+WAITING = (("arrival_looks", 1 << 20),)  # for all parts of a row: another constant in the same code
 APART = MlaCase((1, 1), (300, 64), num_heads=128)  # two tiles
 PAIR = replace(APART, tuning=(("max_cluster", 2),))  # a cluster of two CTAs
 DRAFTS = MlaCase((4, 1, 3, 2), (200, 65, 3, 1), num_heads=16, decode_query_len=4, page_size=16, one_q=True)
 
 CASES = {
-    "16 heads": FEW,
+    "16 heads": replace(FEW, tuning=WAITING),
     "128 heads": APART,
     "128 heads, a cluster": PAIR,
     "drafts, more tokens than keys, one tensor of q": DRAFTS,
@@ -39,12 +41,17 @@ CASES = {
     "FP8, 16 heads, batch invariant, peaked": MlaCase(
         (1, 1), (600, 65), kv_dtype=FP8, batch_invariant=True, max_seqlen_k=2048, peaked=20.0
     ),
+    "FP8, 128 heads": replace(APART, kv_dtype=FP8, page_size=16),
     "FP8, a cluster": replace(PAIR, kv_dtype=FP8, page_size=16),
     "batch invariant": MlaCase((4, 1), (600, 65), decode_query_len=4, dtype="float16", batch_invariant=True, max_seqlen_k=2048),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# No plan has clusters (`config.MAX_CLUSTER`); the others are the code of cases that stay, of other sizes: several tiles of 24 heads.
+SLOW = ["128 heads", "128 heads, a cluster", "FP8, a cluster", "8 heads, 8 tokens, float16, peaked", "128 heads, 3 tokens, peaked"]
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, SLOW))
 def test_edges(name: str) -> None:
     run_mla(CASES[name], num_sms=6, seed=1).check()
 
@@ -73,10 +80,10 @@ def test_no_arrival_overtakes_an_ldmatrix() -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("looks", [1, 1 << 20])
-def test_parts_are_added_up_by_all_or_by_the_last(looks: int) -> None:
+@pytest.mark.parametrize(("kv_dtype", "looks"), with_slow([(FP8, 1), ("auto", 1), ("auto", 1 << 20)], [("auto", 1)]))
+def test_parts_are_added_up_by_all_or_by_the_last(kv_dtype: str, looks: int) -> None:
     """CTAs that leave at once, so that the last one has all to do, and CTAs that wait for all parts and add up a share each."""
-    case = MlaCase((1,), (260,), num_heads=8, tuning=(("arrival_looks", looks),))
+    case = MlaCase((1,), (260,), kv_dtype=kv_dtype, tuning=(("arrival_looks", looks),))
     outs = []
     for seed in (None, 0):
         run = run_mla(case, num_sms=2, seed=seed)
@@ -95,7 +102,7 @@ def test_batch_invariant_bits_do_not_depend_on_the_gpu() -> None:
         again = run_mla(alone, num_sms=num_sms, seed=num_sms)
         again.check()
         assert torch.equal(again.rows[0], first.rows[0]) and torch.equal(again.rows[1], first.rows[1])
-    cut = replace(alone, batch_invariant=False, dtype="bfloat16")  # a kernel that other tests compile
+    cut = replace(alone, batch_invariant=False, dtype="bfloat16", page_size=16)  # a kernel that other tests compile
     normal = [run_mla(cut, num_sms=n).rows[0] for n in (1, 5)]
     assert not torch.equal(*normal), "the comparison cannot see a different cut"
 

@@ -13,6 +13,7 @@ from fa4_backend.problem import FP8
 from tests.emulated.test_sm100_prefill import FEATURES, SHAPES, case, repaged
 from tests.support.emulated_prefill import run_prefill
 from tests.support.paged_case import PagedCase
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
@@ -38,7 +39,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# A window on both sides has the code of one on the left and of none; packed heads are the code of every head dim.
+SLOW = ["full attention", "window left", "8 to 1, page 784", "MHA", "sm_103a"]
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, SLOW))
 def test_heads_of_256(name: str) -> None:
     run_prefill(CASES[name], num_ctas=1).check()  # one pair: its items follow each other
 
@@ -47,7 +52,7 @@ def test_heads_of_256(name: str) -> None:
 FP8_CASES = ("no query, no key, one of each", "one block, two blocks, three", "window left and right", "all score features", "fp16, 5 to 1")
 
 
-@pytest.mark.parametrize("name", FP8_CASES)
+@pytest.mark.parametrize("name", with_slow(FP8_CASES, ["window left and right", "fp16, 5 to 1"]))
 def test_heads_of_256_with_k_and_v_in_fp8(name: str) -> None:
     run_prefill(replace(CASES[name], kv_dtype=FP8), num_ctas=1).check()
 

@@ -153,7 +153,7 @@ def test_one_fault_of_each_class_is_caught(target: fi.Target) -> None:
 @pytest.mark.emulated
 def test_no_alarm_on_the_right_kernel(target: fi.Target) -> None:
     """200 seeds of every program were run by hand (tests/emulator/results/right_schedules.json); a few here."""
-    assert alarms_of(target, range(4)) == []
+    assert alarms_of(target, range(2)) == []
 
 
 RESULTS = sorted((Path(__file__).parent / "results").glob("faults_*.json"))

@@ -206,7 +206,7 @@ def test_our_kernel_keeps_the_tensor_core_busy_for_its_flops() -> None:
     from tests.support.emulated_prefill import run_prefill
     from tests.support.paged_case import PagedCase
 
-    case = PagedCase((256,), (384,), num_q_heads=1, num_kv_heads=1, head_dim=128, page_size=128, is_causal=False, arch="emulated-sm_100a")
+    case = PagedCase((64,), (384,), num_q_heads=4, num_kv_heads=1, head_dim=128, is_causal=False, arch="emulated-sm_100a")
     recording = Recording()
     run_prefill(case, num_ctas=1, trace=recording).check()
     soon, late = (Replay(recording, replace(TIMINGS["sm_100a"], barrier=float(latency))).run() for latency in (0, 64))

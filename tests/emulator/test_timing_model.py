@@ -298,11 +298,11 @@ def test_recorded_costs_of_our_kernel_are_those_on_file() -> None:
 
 @pytest.mark.emulated
 def test_the_command_takes_the_real_work_list(capsys: pytest.CaptureFixture[str]) -> None:
-    """Three decode rows of 4K on an H100: the schedule kernel cuts them over all CTAs, and K and V are counted once."""
+    """Three decode rows of 4K on an H100, of the kernels above: the schedule cuts them over all CTAs, and K and V are counted once."""
     from fa4_backend.cli import main
 
     with pytest.raises(SystemExit) as stop:
-        main(["model", "--arch", "sm_90a", "--kind", "decode", "--heads", "8/2", "--batch", "3x4K", "--json"])
+        main(["model", "--arch", "sm_90a", "--kind", "decode", "--heads", "16/2", "--batch", "3x4K", "--json"])
     assert not stop.value.code
     result = json.loads(capsys.readouterr().out)
     assert result["modelled"] and result["chip"] == "H100" and result["rows are cut"] and result["entries"] > 3 * 2

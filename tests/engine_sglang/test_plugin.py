@@ -24,6 +24,7 @@ def look(plugins: str | None) -> dict[str, Any]:
     load_plugins()
     from sglang.srt.arg_groups import choices, resolution_hooks
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.mem_cache import kv_cache_dtype
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     return {
@@ -31,6 +32,7 @@ def look(plugins: str | None) -> dict[str, Any]:
         "registered": ATTENTION_BACKENDS.get(plugin.NAME) is plugin.create_backend,
         "page sizes": resolution_hooks._HOOKS.get(resolution.STEP, []).count(resolution.resolve),
         "drafts": hasattr(DraftBackendFactory._create_backend, "__wrapped__"),
+        "room": hasattr(kv_cache_dtype.configure_kv_cache_dtype, "__wrapped__"),
         "heavy": heavy,
         "backend imported": "fa4_integration.sglang_backend.backend" in sys.modules,
     }
@@ -50,6 +52,7 @@ def test_found_in_a_spawned_process(processes: dict[str | None, dict[str, Any]])
         "registered": True,
         "page sizes": 1,
         "drafts": True,
+        "room": True,
         "heavy": [],
         "backend imported": False,
     }
@@ -57,7 +60,8 @@ def test_found_in_a_spawned_process(processes: dict[str | None, dict[str, Any]])
 
 def test_disabled(processes: dict[str | None, dict[str, Any]]) -> None:
     found = processes["another"]
-    assert (found["choices"], found["registered"], found["page sizes"], found["drafts"]) == ([0, 0, 0], False, 0, False)
+    assert (found["choices"], found["registered"], found["page sizes"]) == ([0, 0, 0], False, 0)
+    assert not found["drafts"] and not found["room"]
 
 
 def test_registered_twice(kit: Any) -> None:

@@ -19,6 +19,7 @@ from fa4_integration.vllm_backend.kv_cache import quantise, write_kv
 from tests.engines.engine import MAX_BATCHED_TOKENS, Answer, OperatorCalls, generate, tokens, watch_operator
 from tests.engines.prompts import SHARED_PREFIX, make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.engine
 
@@ -94,7 +95,8 @@ def test_queries_that_vllm_quantises(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(moved) and tokens(answers) == tokens(rounded)
 
 
-@pytest.mark.parametrize("scales", SCALES)
+# Scales of a tensor are those of `test_skipped_layers_of_one_kind` too.
+@pytest.mark.parametrize("scales", with_slow(SCALES, ["of_a_tensor"]))
 def test_a_checkpoint_that_declares_fp8(scales: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` takes it, with the checkpoint's scales; a dtype that the user names is another choice."""
     model = write_llama(tmp_path, SCALES[scales])

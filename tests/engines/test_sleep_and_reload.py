@@ -18,7 +18,10 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from tests.engines.vllm_step import BuiltStep, OneLayer, VllmStep
 
-KERNELS = ["reference", *(pytest.param(f"emulate-{chip}", marks=pytest.mark.emulated) for chip in ("sm90", "sm100"))]
+KERNELS = ("reference", "emulate-sm90", "emulate-sm100")
+FEATURES = ("sinks", "alibi", "fp8")
+# The layer and the builder are the same for every chip: each feature is compiled for one of them, and level 2 discards what level 1 does.
+EMULATED = {"sinks": "emulate-sm100", "alibi": "emulate-sm100", "fp8": "emulate-sm90"}
 GARBAGE = -0x5A5A5A5B  # of integers: neither a length nor an index
 MODEL_CONFIG: Any = SimpleNamespace(dtype=torch.bfloat16, quantization=None, word_embeddings_untied_by_checkpoint=False)
 
@@ -34,6 +37,12 @@ class Model(torch.nn.Module):
 
     def load_weights(self, sinks: torch.Tensor) -> None:
         self.sinks.weight_loader(self.sinks, sinks)  # type: ignore[operator, attr-defined]
+
+
+def case_of(kernel: str, *more: Any, is_slow: bool) -> Any:
+    """Parameters of a test, marked."""
+    marks = [pytest.mark.emulated] * (kernel != "reference") + [pytest.mark.slow] * is_slow
+    return pytest.param(kernel, *more, marks=marks, id="-".join([kernel, *map(str, more)]))
 
 
 def step(**features: Any) -> BuiltStep:
@@ -64,7 +73,7 @@ def reloaded(model: Model, sinks: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [copied, replaced, reloaded], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [case_of(kernel, is_slow=kernel == "emulate-sm90") for kernel in KERNELS])
 def test_sinks_are_those_loaded_last(kernel: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FA4_BACKEND_CPU", kernel)
     built = step(sinks=True)
@@ -80,9 +89,15 @@ def test_sinks_are_those_loaded_last(kernel: str, change: Any, monkeypatch: pyte
     assert (first - second).abs().max() > 0.1, "the new sinks change nothing: this test would not see old ones"
 
 
-@pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("feature", ["sinks", "alibi", "fp8"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "feature", "level"),
+    [
+        case_of(kernel, feature, level, is_slow=kernel != "reference" and (kernel, level) != (EMULATED[feature], 2))
+        for kernel in KERNELS
+        for feature in FEATURES
+        for level in (1, 2)
+    ],
+)
 def test_a_step_after_sleep_is_the_same(kernel: str, feature: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, at the same addresses."""
     monkeypatch.setenv("FA4_BACKEND_CPU", kernel)

@@ -13,6 +13,7 @@ import pytest
 from tests.engines.engine import MAX_BATCHED_TOKENS, Answer, generate, tokens, watch_operator
 from tests.engines.prompts import SHARED_PREFIX, make_prompts
 from tests.engines.tiny_models import write_gemma2, write_llama
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.engine
 
@@ -59,6 +60,7 @@ def test_llama_tokens_equal_stock_with_chunks_and_cached_prefixes(llama: Path, s
     assert answers[-1].num_cached_tokens == 128, "the repeated prompt of 130 tokens was computed again"
 
 
+@pytest.mark.slow  # engines of `test_fp8_tokens.py` and `test_emulated_engine.py` have them too
 def test_llama_tokens_equal_stock_with_pages_of_16(llama: Path, stock_llama: list[Answer]) -> None:
     with watch_operator() as calls:
         answers = generate(llama, "FA4", PROMPTS, block_size=16)
@@ -91,7 +93,7 @@ def test_gemma2_tokens_equal_stock_with_soft_cap_and_windows(gemma2: Path, stock
     assert calls.count > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", with_slow(["llama", "gemma2"], ["gemma2"]))
 def test_a_scale_five_percent_off_changes_tokens(name: str, request: pytest.FixtureRequest) -> None:
     """The control: without it, equal tokens would say nothing about the numbers."""
     with watch_operator(scale_error=1.05) as calls:

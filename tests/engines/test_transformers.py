@@ -71,6 +71,7 @@ def generate(folder: Path, implementation: str, prompts: list[list[int]] = PROMP
     return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.slow  # the tiny models' tokens are compared below, this model's in `test_smollm2.py`
 def test_smollm2(calls: list[dict[str, Any]]) -> None:
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)

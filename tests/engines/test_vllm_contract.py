@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fa4_integration.vllm_backend import backend as backend_module
-from fa4_integration.vllm_backend import metadata_builder, mla_metadata_builder, selection
+from fa4_integration.vllm_backend import limits, metadata_builder, mla_messages, mla_metadata_builder, selection
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.impl import FA4Impl
 from fa4_integration.vllm_backend.metadata_builder import SERVED_SPECS, FA4MetadataBuilder
@@ -90,12 +90,23 @@ def read_of(module: Any, variable: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("variable", "class_name"),
-    [("batch", "CommonAttentionMetadata"), ("scheduler", "SchedulerConfig"), ("compilation", "CompilationConfig")],
+    ("module", "variable", "class_name"),
+    [
+        (metadata_builder, "batch", "CommonAttentionMetadata"),
+        (limits, "scheduler", "SchedulerConfig"),
+        (limits, "compilation", "CompilationConfig"),
+    ],
 )
-def test_what_the_builder_reads_exists(contract: Any, variable: str, class_name: str) -> None:
-    read = read_of(metadata_builder, variable)
+def test_what_the_builder_reads_exists(contract: Any, module: Any, variable: str, class_name: str) -> None:
+    read = read_of(module, variable)
     assert read and read <= set(contract["fields"][class_name])
+
+
+def test_what_messages_are_told_by_exists(contract: Any) -> None:
+    properties = {name.partition(".")[2] for name in contract["parameters"] if name.startswith("ParallelConfig.")}
+    read = {variable: read_of(mla_messages, variable) for variable in ("batch", "parallel")}
+    assert read["batch"] and read["batch"] <= set(contract["fields"]["CommonAttentionMetadata"])
+    assert read["parallel"] and read["parallel"] <= {*contract["fields"]["ParallelConfig"], *properties}
 
 
 def test_names_we_use_exist(contract: Any) -> None:

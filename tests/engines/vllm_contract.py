@@ -33,6 +33,7 @@ METHODS = {
     "platforms/cuda.py": {"CudaPlatformBase": ["get_attn_backend_cls", "check_and_update_config"]},
     "platforms/cpu.py": {"CpuPlatform": ["get_attn_backend_cls", "check_and_update_config"]},
     "v1/attention/backends/registry.py": {"AttentionBackendEnum": ["register"]},
+    "config/parallel.py": {"ParallelConfig": ["use_ubatching"]},
 }  # fmt: skip
 FUNCTIONS = {
     "config/vllm.py": ["get_layers_from_vllm_config"],
@@ -47,6 +48,7 @@ FIELDS = {
     "config/scheduler.py": ["SchedulerConfig"],
     "config/compilation.py": ["CompilationConfig"],
     "config/model.py": ["ModelConfig"],
+    "config/parallel.py": ["ParallelConfig"],
 }
 
 

@@ -151,7 +151,7 @@ def test_kernels_are_compiled_for_a_machine_that_has_no_compiler(monkeypatch: py
     monkeypatch.setattr(engine, "library_of", asked.append)
     names = engine.compile_kernels(["auto", "fp8"], "sm_90a")
     assert names == [key.name for key in asked]
-    assert [sum(word in name for name in names) for word in ("schedule", "decode", "prefill", "kve4m3")] == [1, 2, 2, 2]
+    assert [sum(word in name for name in names) for word in ("schedule", "decode", "prefill", "kve4m3", "convert-sm")] == [1, 2, 3, 2, 1]
 
 
 def test_kernels_of_latent_attention_are_those_of_decode_and_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from fa4_backend.arch import ARCHS
 from fa4_backend.cli import VERBS, main
 from fa4_backend.commands import compile as compile_command
 from fa4_backend.commands import doctor, features
-from fa4_backend.plan import AttentionPlan
-from fa4_backend.problem import FP8
+from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.problem import FP8, LATENT, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import SUPPORT
 
 GEMMA_2 = {
@@ -51,6 +52,27 @@ def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str
     code, out, _ = run(capsys, "doctor", "--json")
     broken = {f["subject"] for f in json.loads(out)["findings"] if f["status"] == "broken"}
     assert code == 1 and {"cache", "FA4_BACKEND_SPEED"} <= broken
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        *((name, "true", "expected 0 or 1, got 'true'") for name in envs.FLAGS),
+        ("FA4_BACKEND_CPU", "fastest", "expected one of reference, "),
+        ("FA4_BACKEND_CONVERT_KEYS", "32k", "expected 0 to "),
+        ("FA4_BACKEND_CACHE_GIB", "-1", "expected a positive number of GiB, got '-1'"),
+        ("FA4_BACKEND_TRACE_FILE", "/nowhere/trace", "expected a file in a folder that is there, got /nowhere/trace"),
+        ("FA4_BACKEND_TRACE_FILE", "/", "expected a file in a folder"),
+        ("FA4_BACKEND_STRCIT", "1", "expected one of FA4_BACKEND_STRICT, "),
+    ],
+)
+def test_what_a_variable_may_not_hold_is_told(name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `fa4 doctor` for all, and by `envs.faults` to an engine that starts; a flag that says "true" was off."""
+    assert envs.faults() == {}
+    monkeypatch.setenv(name, value)
+    assert list(envs.faults()) == [name] and envs.faults()[name].startswith(f"{name}: {words}")
+    (finding,) = (finding for finding in doctor._environment() if finding.subject == name)
+    assert finding.status == "broken" and finding.detail.startswith(words)
 
 
 def test_doctor_tells_where_the_cache_is_how_full_and_whether_it_is_trusted(
@@ -106,6 +128,22 @@ def test_every_environment_variable_is_read_in_envs() -> None:
         assert source.count(f'"{name}"') >= 2, f"{name} is in the table and read by nobody"
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's number that no user database knows."""
+    for name in ("HOME", "XDG_CACHE_HOME", "FA4_BACKEND_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    finding = doctor._cache_folder()
+    assert finding.status == "broken" and finding.detail.startswith("FA4_BACKEND_CACHE_DIR: expected a folder, since user ")
+    assert list(envs.faults()) == ["FA4_BACKEND_CACHE_DIR"]
+    monkeypatch.setenv("FA4_BACKEND_CACHE_DIR", str(tmp_path))
+    assert envs.faults() == {} and envs.cache_dir() == tmp_path
+
+
 def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Taking a feature away from the table that validates takes its 'yes' away from the matrix."""
     assert features.support_matrix()["attention sinks"]["cpu"] is None
@@ -117,6 +155,26 @@ def test_features_come_from_the_code_that_refuses(capsys: pytest.CaptureFixture[
     assert set(matrix["causal"]) == {"cpu", *ARCHS}
     served = {arch for arch, reason in matrix["K and V in FP8 (e4m3)"].items() if reason is None}
     assert served == {arch for arch, support in SUPPORT.items() if FP8 in support.quantised_kv} and "cpu" in served
+
+
+def test_a_refusal_says_what_was_expected_what_came_and_what_to_do() -> None:
+    """Of every row that some arch does not serve, and of limits that none does."""
+    reasons = [reason for by_arch in features.support_matrix().values() for reason in by_arch.values() if reason]
+    assert len(reasons) > 20
+    latent = AttentionProblem(8, 1, 576, 512, "bfloat16", 64, "sm_90a", kv_source=LATENT)
+    ordinary = AttentionProblem(8, 8, 128, 128, "bfloat16", 16, "sm_90a")
+    for problem, limits in (
+        (ordinary, BatchLimits(1, 1 << 30, 1)),
+        (ordinary, BatchLimits(1, 1, 1 << 30)),
+        (ordinary, BatchLimits(1 << 20, 1, 1)),
+        (latent, BatchLimits(1, 9, 1, 9)),
+        (replace(latent, mask=MaskFeatures(is_causal=False)), BatchLimits(1, 1, 1)),
+        (replace(latent, out_dtype=FP8), BatchLimits(1, 1, 1)),
+    ):
+        with pytest.raises(UnsupportedProblem) as refusal:
+            plan_attention(problem, limits)
+        reasons.append(str(refusal.value))
+    assert [reason for reason in reasons if not re.fullmatch(r"[^:]+: expected .+, got [^;]+; .+", reason)] == []
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -306,6 +364,10 @@ CHIPS = "expected one of sm_90a (H100, H200, GH200), sm_100a (B200, GB200), sm_1
         ("model --kind mla", "fa4 model: --kind: expected one of prefill, decode, latent, got 'mla'"),
         ("plan --model meta/llama", "fa4 plan: meta/llama: expected a config.json or the folder that holds it"),
         ("bench shapes --compile-for h100", f"fa4 bench: --compile-for: {CHIPS} 'h100'"),
+        ("bench prefill --peers fa4", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench decode --peers fa3,cudnn", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
+        ("bench mla --peers flash_mla", "fa4 bench: --peers: expected names of fa3, flashmla, got flash_mla"),
+        ("bench shapes --peers x", "fa4 bench: --peers: expected names of fa3, fa3 invariant, "),
         ("bench prefill --kind latent", "fa4 bench: --kind: expected one of paged, ragged, got latent"),
     ],
 )

@@ -63,6 +63,7 @@ def test_plans_share_one_buffer_that_was_reserved(monkeypatch: pytest.MonkeyPatc
         held = [reserve(plan, CPU) for plan in (small, large, windowed)]
         assert sizes == [bytes_of(8, 128), bytes_of(4, 256, 400)]
         sizes.clear()
+        assert (small.room_bytes, large.room_bytes) == (bytes_of(8, 128), bytes_of(4, 256, 400))
         steps = [AttentionMetadata.allocate(plan, CPU) for plan in (small, large, windowed)]
         assert sizes == [], "a plan allocated although there was room"
     room = held[0]
@@ -119,7 +120,7 @@ def test_layers_that_write_fp8_share_it_too() -> None:
     ids=["16 bits", "no room asked", "Blackwell", "batch-invariant", "torch kernel"],
 )
 def test_who_has_none(plan: AttentionPlan) -> None:
-    assert reserve(plan, CPU) is None
+    assert reserve(plan, CPU) is None and plan.room_bytes == 0
     assert AttentionMetadata.allocate(plan, CPU).converted is None
     assert not convert_room._rooms
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from fa4_backend import compile_cache, kernel_stamp
+from fa4_backend import compile_cache, kernel_stamp, split_rows
 from fa4_backend.arch import ARCHS
+from fa4_backend.bench.batch import E4M3_PROMPT_ERROR, PROMPT_ERROR
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
+from fa4_backend.bench.shape_cells import kinds as shape_kinds
 from fa4_backend.kernel_stamp import FAMILIES, UNKNOWN
+from fa4_backend.problem import FP8
 from tests import conftest
 from tests.device import proofs, prove_all, prove_mla, serve_mla, serve_sglang
 from tests.device.engine_groups import GROUPS
@@ -94,7 +97,7 @@ def test_fused_output() -> None:
 def test_large_pools() -> None:
     """Prefill of three head dimensions; decode rows alone and beside prefill rows: 16-bit and FP8 K and V."""
     pools = {name: found for name, found in load("large_pools_h200.json").items() if name != "stamp"}
-    assert [len(found) for found in pools.values()] == [3, 3, 2, 2]
+    assert [len(found) for found in pools.values()] == [3, 4, 2, 2]
     for pool in (pool for found in pools.values() for pool in found):
         assert pool["ok"] and pool["elements"] > 2**32, pool
         assert 0 < pool["out"] <= pool["out_budget"] and 0 < pool["lse"] <= pool["lse_budget"], pool
@@ -105,7 +108,7 @@ def test_fuzzed_batches() -> None:
     parts = load("fuzz_h200.json")["parts"]
     assert {name: (sum(p["batches"] for p in part), sum(p["cut"] for p in part)) for name, part in parts.items()} == {
         "prefill": (20034, 10496), "prefill, K and V in FP8": (20066, 10899),
-        "decode": (19648, 625), "decode, K and V in FP8": (19692, 556),
+        "decode": (20010, 633), "decode, K and V in FP8": (20026, 560),
         "mixed steps": (20010, 12138), "mixed steps, K and V in FP8": (20010, 12398),
     }  # fmt: skip
     for problem in (problem for part in parts.values() for problem in part):
@@ -146,6 +149,20 @@ def test_latent_decode_beside_peers() -> None:
     assert worst in " ".join(document.split()) and fuzz["worst_share_out"] <= 1
 
 
+def test_messages_as_decode_and_as_prefill() -> None:
+    """docs/mla.md has each cell, and decode is ahead up to the queries that `message_queries` names, and a tile of prefill's above."""
+    cells = {(c["heads"], c["context"], c["queries"]): c for c in load("messages_h200.json")["cells"] if c["stored"] == "bfloat16"}
+    document = (RESULTS.parents[2] / "docs" / "mla.md").read_text()
+    queries = sorted({key[2] for key in cells})
+    for heads, context in {key[:2] for key in cells}:
+        row = " | ".join("{decode:,.0f} / {prefill:,.0f}".format(**cells[heads, context, q]) for q in queries)
+        assert f"{context // 1024}K | {row} |" in document, (heads, context)
+    assert len(cells) == 42
+    for (_, _, q), cell in cells.items():
+        if q <= split_rows.HOPPERS_QUERIES + 64:
+            assert cell["decode"] < cell["prefill"], cell
+
+
 def test_shapes_beside_fa3() -> None:
     """docs/benchmarks.md: 91 of 93 cells ahead."""
     with (RESULTS.parents[2] / "docs" / "data" / "shapes_h200.csv").open() as file:
@@ -168,6 +185,18 @@ def test_a_whole_engine_beside_flash_attn() -> None:
     assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == {(case, "auto"): ratio for case, ratio in behind.items()}
     case = "decode step, 128 x 2048"
     assert round(median[case, "fp8", "FA4"] / median[case, "auto", "FA4"], 3) == 0.548 <= FP8_SHARE_GOAL
+
+
+def test_ragged_and_mixed_steps_with_fp8() -> None:
+    """docs/benchmarks.md: every kernel that was timed is right, and which cells are behind the best peer."""
+    with (RESULTS.parents[2] / "docs" / "data" / "shapes_fp8_h200.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cells = {batch.title: name for name, kind in shape_kinds(FP8).items() if name in ("ragged", "mixed") for batch in kind.batches}
+    assert {row["batch"]: row["kind"] for row in rows} == cells and len(rows) == 4 * len(cells)
+    assert all(float(row["error"]) <= (PROMPT_ERROR if row["kernel"] == "fa4" else E4M3_PROMPT_ERROR) for row in rows)
+    ratios = {row["batch"].split(": ")[1]: round(float(row["ratio_to_best_peer"]), 2) for row in rows if row["kernel"] == "fa4"}
+    behind = {"128 x 1K + a prompt of 2K": 0.91, "64 x 8K + a 512 chunk of 4K": 0.96, "128 x 4K + a 2K chunk of 8K": 0.99}
+    assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == behind and max(ratios.values()) == 2.32
 
 
 def test_engines() -> None:

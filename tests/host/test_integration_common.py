@@ -72,6 +72,16 @@ def test_warm_up_opens_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compile_cache._sealed
 
 
+def test_an_engine_starts_with_no_setting_that_means_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("FA4_BACKEND_STRCIT", "1")
+    with caplog.at_level(logging.WARNING, "fa4_backend"):
+        start.open_warm_up()
+    assert [line.partition(":")[0] for line in caplog.messages] == ["FA4_BACKEND_STRCIT"]
+    monkeypatch.setenv("FA4_BACKEND_STRICT", "yes")
+    with pytest.raises(ValueError, match="FA4_BACKEND_STRICT: expected 0 or 1, got 'yes'"):
+        start.open_warm_up()
+
+
 def test_allocate_plans_for_the_device() -> None:
     problem = AttentionProblem(2, 1, 64, 64, "bfloat16", 16, "cpu")
     metadata = start.allocate(problem, BatchLimits(1, 1, 1), torch.device("cpu"))

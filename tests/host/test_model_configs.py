@@ -193,6 +193,10 @@ def test_plan_says_fp8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     for name in ("fp8", "fp8_e4m3", FP8):
         code, out, _ = plan(capsys, "--model", path, "--kv-dtype", name)
         assert code == 0 and f"(K and V {FP8})" in out, out
+    room = "room for converted K and V, one buffer for all layers: 128 MiB"
+    for arguments, has_room in ((("--kv-dtype", "fp8"), True), ((), False), (("--kv-dtype", "fp8", "--batch-invariant"), False)):
+        code, out, _ = plan(capsys, "--model", path, "--arch", "sm_90a", *arguments)
+        assert code == 0 and (room in out) == has_room, out
     code, _, err = plan(capsys, "--model", path, "--kv-dtype", "fp8_e5m2")
     assert code == 1 and "kv_dtype: expected one of" in err and "got 'fp8_e5m2'" in err
 
@@ -217,27 +221,39 @@ def test_exit_code_says_whether_all_attention_is_served(capsys: pytest.CaptureFi
         assert bool(row["kernels"]) == bool(row["plan"])
 
 
-def test_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A decode kernel of one GPU's heads; prompts' keys and values are in the model's dtype whatever latents are, and have no pages."""
+def test_messages_and_prompts_of_mla_have_kernels_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A decode kernel of one GPU's heads, and one of rows that fill a tile; keys and values of prompts are in the model's dtype whatever
+    latents are, and have no pages."""
     path = write(tmp_path, "DeepSeek-V3")
-    call = ("--model", str(path), "--arch", "sm_90a", "--tp", "8", "--kv-dtype", "fp8", "--page-size", "64", "--speculative-tokens", "3")
+    call = ("--model", str(path), "--arch", "sm_90a", "--tp", "8", "--kv-dtype", "fp8", "--speculative-tokens", "1")
     code, out, _ = plan(capsys, *call, "--json")
     (row,) = json.loads(out)
-    assert code == 0 and [name.split("-")[0] for name in row["kernels"]] == ["schedule", "mladecode"]
-    assert "-h16-q4-" in row["kernels"][1] and "kve4m3" in row["kernels"][1]
-    assert [prompts["is_causal"] for prompts in row["prompts"]] == [True, False]
-    for prompts in row["prompts"]:
-        assert "16/16 heads, head_dim 192/128, bfloat16, ragged" in prompts["plan"] and prompts["refusal"] is None
-        (kernel,) = (name for name in prompts["kernels"] if name.startswith("prefill"))
-        assert "kve4m3" not in kernel and kernel.endswith("ragged") and ("causal" in kernel) == prompts["is_causal"]
-    code, out, _ = plan(capsys, *call)
+    assert code == 0 and row["kernels"][0] == "schedule-sm_90a-s256" and "-h16-q2-" in row["kernels"][1]
+    messages, *prompts = row["steps"]
+    assert messages["kernels"][0] == "schedule-sm_90a-s4096"
+    assert "-h16-q4-" in messages["kernels"][1] and messages["refusal"] is None
+    assert all("kve4m3" in names[1] and "-box64-" in names[1] for names in (row["kernels"], messages["kernels"]))
+    for step, is_causal in zip(prompts, (True, False), strict=True):
+        assert "16/16 heads, head_dim 192/128, bfloat16, ragged" in step["plan"] and step["refusal"] is None
+        (kernel,) = (name for name in step["kernels"] if name.startswith("prefill"))
+        assert "kve4m3" not in kernel and kernel.endswith("ragged") and ("causal" in kernel) == is_causal
+    code, out, _ = plan(capsys, *call, "--batch-invariant")
     assert "    prompts: FA4: sm90 kernels" in out and "    prompts, to chunks of cached context: FA4: sm90 kernels" in out
+    assert "messages" not in out, "what pays depends on a step's other rows"
+
+
+def test_pages_are_vllms_where_none_are_named(tmp_path: Path) -> None:
+    """16 tokens, and a tile's keys of latents, so that what is compiled ahead is what an engine asks for."""
+    for name, own in (("DeepSeek-V3", 64), ("Llama-3.1-8B", 16)):
+        path = write(tmp_path, name)
+        for given, pages in ((None, own), (32, 32)):
+            assert {group.problem.page_size for group in layer_groups(path, arch="sm_90a", page_size=given) if group.problem} == {pages}
 
 
 def test_prompts_of_mla_that_no_kernel_serves_are_said_and_no_refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """An engine takes another prefill backend for them."""
     code, out, _ = plan(capsys, "--model", str(write(tmp_path, "DeepSeek-V3", v_head_dim=192)), "--arch", "sm_90a")
-    assert code == 0 and "prompts: another prefill backend of the engine, since head_dim/head_dim_v on sm_90a: expected one of" in out
+    assert code == 0 and "prompts: not on FA4: head_dim/head_dim_v on sm_90a: expected one of" in out
 
 
 def test_compile_takes_what_an_engine_plans_for(
@@ -246,19 +262,24 @@ def test_compile_takes_what_an_engine_plans_for(
     """A GPU's share of the heads, rows with drafts, prompts of MLA; a shape's drafts too."""
     plans: list[AttentionPlan] = []
     monkeypatch.setattr(compile_command, "compile_plans", lambda given: plans.extend(given) or [])
-    model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8", "--page-size", "64")
+    model = ("--model", str(write(tmp_path, "DeepSeek-V3")), "--tp", "8")
     for arguments, names in (
-        (model, ["mladecode-sm_90a-bfloat16-h16-q4", "prefill-sm_90a-bfloat16-d192v128-g1", "prefill-sm_90a-bfloat16-d192v128-g1"]),
-        (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q4", "prefill-sm_90a-bfloat16-d128-g4"]),
+        (model, ["mladecode-sm_90a-bfloat16-h16-q2", "mladecode-sm_90a-bfloat16-h16-q4", *["prefill-sm_90a-bfloat16-d192v128-g1"] * 2]),
+        (("--heads", "32/8"), ["decode-sm_90a-bfloat16-d128-g4-q2", "prefill-sm_90a-bfloat16-d128-g4"]),
+        (
+            ("--heads", "32/8", "--fused-output"),
+            [f"{kind}-sm_90a-bfloat16{out}-d128-g4" for out in ("", "-oute4m3") for kind in ("decode", "prefill")],
+        ),
     ):
         plans.clear()
-        command = ["compile", "--arch", "sm_90a", "--max-num-seqs", "1024", "--speculative-tokens", "3", *arguments]
+        command = ["compile", "--arch", "sm_90a", "--max-num-seqs", "1024", "--speculative-tokens", "1", *arguments]
         with pytest.raises(SystemExit) as stop:
             main(command)
         assert not stop.value.code, capsys.readouterr().err
         found = [name for plan in plans for name in plan.kernel_names if not name.startswith("schedule")]
         assert len(found) == len(names) and all(name.startswith(start) for name, start in zip(found, names, strict=True)), found
-        assert {plan.kernel_names[0] for plan in plans} == {"schedule-sm_90a-s1024"}
+        schedules = {plan.kernel_names[0] for plan in plans}
+        assert schedules - {"schedule-sm_90a-s4096"} == {"schedule-sm_90a-s1024"}  # that of messages beside it
 
 
 @needs_vllm

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from fa4_backend import AttentionProblem, BatchLimits, compile_cache, plan_atten
 from fa4_backend.arch import ARCHS
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import prompt_problems
-from fa4_backend.problem import FP8, LATENT
+from fa4_backend.problem import FP8, LATENT, PAGED
+from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 from scripts import build_wheel
 from tests.support.stub_kernels import StubKey, call_stub, compile_stub
@@ -124,9 +126,13 @@ def test_a_wheel_has_what_engines_plan_for_where_users_name_nothing(arch: str) -
     latent = AttentionProblem(16, 1, 576, 512, "bfloat16", LATENT_PAGE, arch, kv_source=LATENT)
     needed = [latent, *prompt_problems(latent, 192, 128)]
     needed += [AttentionProblem(4, 1, 128, 128, "bfloat16", page_size, arch, kv_dtype=kv) for page_size in (16, 64) for kv in ("auto", FP8)]
-    for problem, max_num_seqs, drafts in itertools.product(needed, (256, 1024, 4096), (0, 1, 3, 7)):
-        kernels = plan_attention(problem, BatchLimits(max_num_seqs, 8192, 40960, 1 + drafts, 32768)).kernels
-        assert kernels is not None and not set(kernels.keys) - keys, (problem, max_num_seqs, drafts)
+    needed += [replace(problem, out_dtype=FP8) for problem in needed if problem.kv_source == PAGED]  # of quantised checkpoints, in vLLM
+    asked_limits = [BatchLimits(seqs, 8192, 40960, 1 + drafts, 32768) for seqs in (256, 1024, 4096) for drafts in (0, 1, 3, 7)]
+    steps = [*itertools.product(needed, asked_limits)]
+    steps += [(latent, message_limits(limits, latent)) for limits in asked_limits]
+    for problem, limits in steps:
+        kernels = plan_attention(problem, limits).kernels
+        assert kernels is not None and not set(kernels.keys) - keys, (problem, limits)
 
 
 @pytest.mark.parametrize("shape", ["32,128", "32/8", "32/8,128x", "32/8,128:fp4"])

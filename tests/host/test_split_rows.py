@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
 from fa4_backend.problem import FP8, LATENT
-from fa4_backend.split_rows import MESSAGE_QUERIES, SplitRows, is_cheaper_absorbed, row_queries
+from fa4_backend.split_rows import SplitRows, is_cheaper_absorbed, message_limits, message_queries, row_queries
 
 CPU = torch.device("cpu")
 
@@ -29,8 +31,8 @@ def seen(queries: list[int], keys: list[int], most: int) -> list[tuple[int, int,
 @pytest.mark.parametrize("spare", [0, 3])
 def test_tokens_see_the_keys_that_they_saw(most: int, spare: int) -> None:
     # One row, one full, one more than full, none, the longest message; fewer keys than queries; a page table wider than a sequence's pages.
-    queries, keys = [1, most, most + 1, 0, MESSAGE_QUERIES, 2 * most, 0], [7, 1, 400, 9, 1000, most, 0]
-    limits = SplitRows.limits(BatchLimits(7, 512, 1000), problem(16), most)
+    queries, keys = [1, most, most + 1, 0, 256, 2 * most, 0], [7, 1, 400, 9, 1000, most, 0]
+    limits = message_limits(BatchLimits(7, 512, 1000), problem(16), most)
     assert limits is not None and limits.decode_query_len == most
     rows = SplitRows.allocate(limits, 64, CPU)
     starts = torch.tensor([0, *queries]).cumsum(0).int()
@@ -81,20 +83,30 @@ def test_a_row_fills_one_row_group(arch: str, queries: dict[int, int]) -> None:
 
 
 def test_room() -> None:
-    """Every message of a step where tables are small; then as many rows as 32 MiB of page table hold; nothing where sequences fill it."""
-    sizes = {
-        max_seqlen_k: SplitRows.limits(BatchLimits(256, 8192, max_seqlen_k), problem(128), 1) for max_seqlen_k in (8192, 131072, 1 << 21)
-    }
-    assert [None if limits is None else limits.max_num_seqs for limits in sizes.values()] == [256 + 8192, 4096, None]
-    for limits in sizes.values():
-        if limits is not None:
-            plan_attention(problem(128), limits)
+    """As many rows as a schedule of wheels has a table for, or as 64 MiB of page table hold; nothing where sequences fill it, nor where
+    bits must not depend on the batch."""
+    engine = {max_seqlen_k: BatchLimits(256, 8192, max_seqlen_k, 4) for max_seqlen_k in (8192, 1 << 18, 1 << 19, 1 << 22)}
+    sizes = [message_limits(limits, problem(128)) for limits in engine.values()]
+    assert sizes == [
+        BatchLimits(4096, 8192, 8192, 1), BatchLimits(4096, 8192, 1 << 18, 1), BatchLimits(2048, 8192, 1 << 19, 1), None
+    ]  # fmt: skip
+    for limits in sizes[:3]:
+        assert limits is not None
+        plan_attention(problem(128), limits)
+    assert message_limits(engine[8192], replace(problem(128), batch_invariant=True)) is None
+    assert message_limits(replace(engine[8192], max_num_seqs=3000), problem(128)) == BatchLimits(6000, 8192, 8192, 1)
 
 
 def test_what_is_cheaper() -> None:
-    """q (2 k + q) below 2 * MESSAGE_QUERIES * k, summed."""
-    assert is_cheaper_absorbed([64], [32768]) and is_cheaper_absorbed([MESSAGE_QUERIES - 1], [MESSAGE_QUERIES**2])
-    assert (
-        not is_cheaper_absorbed([MESSAGE_QUERIES], [1 << 20]) and not is_cheaper_absorbed([64], [0]) and not is_cheaper_absorbed([9], [0])
-    )
-    assert is_cheaper_absorbed([64, 200], [32768, 0]) and not is_cheaper_absorbed([9, 200], [16, 0])
+    """q (2 k + q) below 2 * 256 * k, summed."""
+    for cheaper, queries, contexts in (
+        (True, [64], [32768]), (True, [255], [1 << 16]), (False, [256], [1 << 20]), (False, [64], [0]), (False, [9], [0]),
+        (True, [64, 200], [32768, 0]), (False, [9, 200], [16, 0]), (True, [200], [358]), (False, [200], [357]),
+    ):  # fmt: skip
+        assert is_cheaper_absorbed(queries, contexts, 256) == cheaper, (queries, contexts)
+
+
+def test_longest_messages() -> None:
+    """Those that an H200 took as long for both ways, fewer over FP8 latents, which its decode takes longer for."""
+    kinds = {"sm_90a": {}, "emulated-sm_90a": {"kv_dtype": FP8}, "sm_103a": {"kv_dtype": FP8}, "cpu": {}}
+    assert [message_queries(problem(128, arch, **facts)) for arch, facts in kinds.items()] == [320, 192, 256, 256]
