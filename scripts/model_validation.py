@@ -223,7 +223,7 @@ def main() -> int:
 
     options.recordings.mkdir(parents=True, exist_ok=True)
     timing = TIMINGS[chip.arch]
-    for factor in (1.4, 1.5, 1.6, 1.7, 1.8) if options.fit else ():
+    for factor in (1.7, 1.8, 1.9, 2.0, 2.1) if options.fit else ():
         model = Modelled(chip, options.recordings, replace(timing, beside_products=factor))
         cells = [c for c in hopper_cells(options.chip) if c["use"] == "fit"]
         errors = [model.time(cell).cycles / (measured_cycles(cell, options.chip) or 1) - 1 for cell in cells]

@@ -61,10 +61,10 @@ CHIPS = {
     "H200": replace(
         _H100,
         gb_per_s=Fact(4110, 4070, 4110, "measured: torch's add of 128 MiB of int16, tests/device/results/clocks_h200.json"),
-        rested=(1945, -252),
-        sustained=(1843, -460),
+        rested=(1978, -290),
+        sustained=(1908, -536),
         clock_source="fitted: least squares over 27 pairs of clocks measured on an H200 on 2026-11-28 "
-        "(tests/device/results/clocks_h200.json; worst residuals 106 and 112 MHz) against the modelled utilisation; "
+        "(tests/device/results/clocks_h200.json; worst residuals 108 and 90 MHz) against the modelled utilisation; "
         "no kernel's time takes part",
     ),
     "H100": _H100,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fa4_backend.emulator.issue_stalls import FALLBACK, disassembly, ratios_of
+from fa4_backend.emulator.machine_counts import machine_block, ptx_block, unit_scales
 from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.races import Access, Races
 from fa4_backend.emulator.recorded_step import Step
@@ -300,14 +301,23 @@ class RecordedRaces(Races):
         super().close()
 
     def follow_machine_code(self) -> None:
-        """What only the machine code says: how fast a warp of each role issues alone, and in which order it computes and waits."""
+        """What only the machine code says: how fast a warp of each role issues alone, in which order it computes and waits, and how many
+        instructions a consumer of products has for each unit."""
         sass = disassembly(self.cluster.grid.cubin)
         ratios, early = ratios_of(sass), early_shares(sass)
         self.recording.stalls = {role: ratios.get(role, FALLBACK) for role in set(self.recording.roles)}
-        if early is not None:
-            for steps, role in zip(self.recording.warps, self.recording.roles, strict=True):
-                if role == "consumer":
-                    reorder(steps, early, PIPES.index("mufu"))
+        if early is None:
+            return
+        consumers = [steps for steps, role in zip(self.recording.warps, self.recording.roles, strict=True) if role == "consumer"]
+        for steps in consumers:
+            reorder(steps, early, PIPES.index("mufu"))
+        executed = sum(warp.counts[: len(self.opcodes)].astype(np.int64) for cta in self.cluster.ctas for warp in cta.warps)
+        machine, ptx = machine_block(sass), ptx_block(self.cluster.grid.program.kernel, self.cycles, np.asarray(executed))
+        if machine is not None and ptx is not None:
+            scales, self.recording.stalls["consumer"] = unit_scales(machine[0], ptx), machine[1]
+            for steps in consumers:
+                for step in steps:
+                    step.work = step.work * scales
 
     def role(self, warp: Warp) -> str:
         executed = [self.opcodes[i] for i in np.flatnonzero(warp.counts[: len(self.opcodes)])]

@@ -148,7 +148,7 @@ class Replay:
         if self.pieces[warp] < 0:
             self.pieces[warp] = -(-int(step.work[0]) // QUANTUM)
             slow = self.timing.beside_products if self.recording.roles[warp] == "consumer" else 1.0
-            self.share[warp] = step.work * (1.0, *[slow] * (len(PIPES) - 1)) / max(1, self.pieces[warp])
+            self.share[warp] = step.work * (slow, *[1.0] * (len(PIPES) - 1)) / max(1, self.pieces[warp])
             self.alone[warp] = slow * self.recording.stalls.get(self.recording.roles[warp], 1.0) * step.work[0] / max(1, self.pieces[warp])
             self.port_share[warp] = step.port / self.timing.smem_bytes_a_cycle / max(1, self.pieces[warp])
         if self.pieces[warp]:

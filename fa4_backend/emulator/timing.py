@@ -48,7 +48,7 @@ class Timing:
     tensor_memory: float  # from the last tcgen05.ld or st to the end of its wait
     shuffle: float  # latency of a shuffle
     far_memory: float  # latency of a load or an atomic in L2
-    beside_products: float  # by how much the arithmetic of warps whose accumulators are registers takes longer
+    beside_products: float  # by how much longer an instruction of a warp whose accumulators are registers holds its scheduler and its warp
     facts: dict[str, Fact] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -87,11 +87,11 @@ _HOPPER = {
     "shuffle": _SHUFFLE,
     "far_memory": Fact(260, 200, 600, f"{_LUO}: L2 hit; 600 is a miss"),
     "beside_products": Fact(
-        1.6,
-        1.5,
-        1.75,
-        "fitted, in cycles, on the five cells of docs/data/model_cells_h100.json that say so; checked on the others. Why arithmetic beside "
-        "wgmma is slower than the stall counts say is not known; accumulators in registers share their ports",
+        1.8,
+        1.7,
+        1.9,
+        "fitted, in cycles, on the five cells of docs/data/model_cells_h200.json that say so; checked on the others. An H200's counters "
+        "name the dispatch of instructions, which stalls where accumulators are in registers (docs/timing-model.md)",
     ),
 }
 _BLACKWELL = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fa4_backend.emulator.recorded_step import Step
-from fa4_backend.emulator.recording import Recording, lag, pipe_cycles, port_bytes
+from fa4_backend.emulator.recording import PIPES, Recording, lag, pipe_cycles, port_bytes
 from fa4_backend.emulator.replay import Replay
 from fa4_backend.emulator.timing import TIMINGS
 from tests.emulator.harness import run_program
@@ -176,7 +176,14 @@ def test_warpgroup_products_take_a_quarter_of_the_tensor_core_a_warp() -> None:
 def test_arithmetic_beside_warpgroup_products_is_slower() -> None:
     work = steps(("end", 64, []))
     recording = Recording([work], ["consumer"], warps_per_cta=1, stalls={"consumer": 2.0})
-    assert Replay(recording, replace(TIMINGS["sm_90a"], beside_products=1.5)).run().total == pytest.approx(64 * 2.0 * 1.5)
+    timing = replace(TIMINGS["sm_90a"], beside_products=1.5)
+    assert Replay(recording, timing).run().total == pytest.approx(64 * 2.0 * 1.5)
+    # Three warps of one scheduler: its slots are held as long, but no unit is.
+    for special, cycles in ((0, 3 * 64 * 1.5), (8 * 64, 3 * 8 * 64)):
+        for step in work:
+            step.work[PIPES.index("mufu")] = special
+        trio = Recording([work if i % 4 == 0 else [] for i in range(12)], ["consumer"] * 12, warps_per_cta=12, stalls={"consumer": 1.0})
+        assert Replay(trio, timing).run().total == pytest.approx(cycles, rel=0.05)
 
 
 @pytest.mark.parametrize(

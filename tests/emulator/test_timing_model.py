@@ -13,10 +13,12 @@ from fa4_backend.emulator import kernel_model
 from fa4_backend.emulator.chip import CHIPS
 from fa4_backend.emulator.issue_stalls import parse, ratios_of
 from fa4_backend.emulator.kernel_model import TileCosts, dealt_cycles, decode_time, kernel_time, queued_cycles
+from fa4_backend.emulator.machine_counts import machine_block, ptx_block, unit_scales
 from fa4_backend.emulator.machine_order import early_shares, reorder
 from fa4_backend.emulator.model_case import Step, visible_blocks
+from fa4_backend.emulator.parser import parse_module
 from fa4_backend.emulator.recorded_step import Step as Event
-from fa4_backend.emulator.recording import Recording
+from fa4_backend.emulator.recording import Recording, pipe_cycles
 from fa4_backend.emulator.timing import TIMINGS, extremes
 from fa4_backend.kernels.schedule import work_list as wl
 
@@ -76,6 +78,64 @@ def test_reordering_moves_work_behind_the_second_wait_and_loses_none() -> None:
     assert sum(step.work for step in steps) == pytest.approx(before)
     kept = steps[2].work + steps[3].work
     assert kept[0] == pytest.approx(100 / 3) and kept[1] == pytest.approx(40 / 4)
+
+
+def test_a_block_of_machine_code_by_unit() -> None:
+    """LOOP: 28 instructions; 4 special functions of 8 cycles, 8 sums, 5 maxima of 2 cycles; products, waits and the branch only issue."""
+    found = machine_block(sass(LOOP))
+    assert found is not None
+    cycles, stalls = found
+    assert cycles.tolist() == [28, 4 * 8, 8, 5 * 2, 0]
+    assert stalls == pytest.approx((8 * 2 + 2 + 5 * 2 + 1 + 2 + 3 + 8 * 4 + 5) / 28)
+    assert machine_block(sass(LOOP[:9])) is None, "one wait is no block"
+    uniform = machine_block(sass([*LOOP, ("@!UP0 UIADD3 UR4, UR4, 0x1, URZ", 2), ("@P1 LOP3.LUT R1, R2, R3, R4, 0x3c", 2)]))
+    assert uniform is not None and uniform[0].tolist() == [30, 32, 8, 12, 0], "a uniform instruction only issues"
+
+
+PTX_LOOP = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry loop()
+{
+.reg .pred %p;
+.reg .b32 %r<8>;
+.reg .b64 %rd<2>;
+outer:
+add.f32 %r1, %r1, %r2;
+inner:
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r3, %r4, %r5, %r6}, %rd0, %rd1, 1, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+ex2.approx.ftz.f32 %r1, %r1;
+max.f32 %r1, %r1, %r2;
+wgmma.wait_group.sync.aligned 0;
+setp.ne.b32 %p, %r1, 0;
+@%p bra inner;
+@%p bra outer;
+ret;
+}
+"""
+
+
+def test_the_same_block_of_the_ptx() -> None:
+    kernel = parse_module(PTX_LOOP)["loop"]
+    cycles = np.array([pipe_cycles(i.opcode, "sm_90a") for i in kernel.instructions])
+    executed = np.ones(len(cycles), np.int64)
+    block = ptx_block(kernel, cycles, executed)
+    inner = [i.opcode for i in kernel.instructions[1:-2]]
+    assert block is not None and block[1] == 8
+    assert block.tolist() == np.sum([pipe_cycles(opcode, "sm_90a") for opcode in inner], axis=0).tolist()
+    # Ten rounds, of which one ran the special function.
+    executed *= 10
+    executed[5] = 1
+    assert kernel.instructions[5].opcode.startswith("ex2")
+    seldom = ptx_block(kernel, cycles, executed)
+    assert seldom is not None and seldom[1] == pytest.approx(0.8) and seldom[0] == pytest.approx(block[0] - 0.9)
+    assert ptx_block(kernel, cycles, 0 * executed) is None, "the loop was not run"
+    assert ptx_block(parse_module(PTX_LOOP.replace("wgmma.wait_group", "wgmma.fence"))["loop"], cycles, executed) is None
+    assert unit_scales(np.array([6.0, 4.0, 3.0]), np.array([4.0, 8.0, 0.0])).tolist() == [1.5, 0.5, 1.0]
 
 
 def test_tiles_by_list_and_by_queue() -> None:
@@ -196,19 +256,16 @@ def test_committed_times_follow_from_committed_costs(chip: str) -> None:
 
 
 def test_the_model_is_within_ten_per_cent_of_most_cells() -> None:
-    """Cells that a constant was fitted on do not count. flash-attn-4's d64 is known to be a quarter too slow; every other cell is near."""
+    """Cells that a constant was fitted on do not count."""
     rows = [row for row in validation("H200")["rows"] if row["use"] == "check"]
-    assert len(rows) == 22 and sum(abs(row["ratio"] - 1) <= 0.1 for row in rows) >= 18
-    assert sum(abs(row["ratio of cycles"] - 1) <= 0.1 for row in rows) >= 14
+    assert len(rows) == 22 and sum(abs(row["ratio"] - 1) <= 0.1 for row in rows) >= 21
+    assert sum(abs(row["ratio of cycles"] - 1) <= 0.1 for row in rows) >= 21
     for row in rows:
-        bound = 0.27 if row["kernel"] != "fa4" and row["head_dim"] == "64" else 0.11
-        assert abs(row["ratio"] - 1) <= bound, row
+        assert abs(row["ratio"] - 1) <= 0.11 and abs(row["ratio of cycles"] - 1) <= 0.13, row
     rows = [row for row in validation("H100")["rows"] if row["use"] == "check"]
     ratios = {kind: [row["ratio"] for row in rows if row["kind"] == kind] for kind in ("prefill", "decode")}
     assert (len(ratios["prefill"]), len(ratios["decode"])) == (10, 10)
-    assert sum(abs(ratio - 1) <= 0.1 for ratio in ratios["prefill"]) >= 7
-    assert all(abs(ratio - 1) <= 0.1 for ratio in ratios["decode"])
-    assert all(abs(ratio - 1) <= 0.25 for ratio in ratios["prefill"])
+    assert all(abs(ratio - 1) <= 0.1 for ratio in (*ratios["prefill"], *ratios["decode"]))
 
 
 def test_a_kernel_takes_as_many_cycles_on_an_h100_as_on_an_h200() -> None:
