@@ -352,6 +352,20 @@ def test_fp8_engines_on_a_gpu() -> None:
     assert {name.split(": ")[0] for name in runs} >= {"llama", "gemma2", "llama_with_scales"} and not any(r["wrong"] for r in runs.values())
 
 
+def test_fp8_engines_with_reserved_room_on_a_gpu() -> None:
+    """The engines that had ended when the call's time was over: room for converted K and V was there before any plan, and none where every
+    step is in a graph. No step here is long enough to convert."""
+    runs = load("serve_fp8_part_h200.json")["runs"]
+    assert judge(runs, SUITES["fp8"]) == [] and not any(result["wrong"] for result in runs.values())
+    of_model = {model: [name.removeprefix(f"{model}: ") for name in runs if name.startswith(model)] for model in ("llama", "gemma2")}
+    assert set(of_model["gemma2"]) == set(SUITES["fp8"].runs_of["gemma2"])
+    assert {"FLASH_ATTN, 16 bits", "FLASH_ATTN", "FA4", "FA4, full graphs", "FA4, pages of 64", "FA4, drafts"} == set(of_model["llama"])
+    for name, result in runs.items():
+        has_room = ": FA4" in name and "full graphs" not in name
+        # 8 sequences of 1,024 tokens, 2 KV heads of 64, K and V in 16 bits
+        assert (result["room_bytes"], result["late_bytes"]) == (2 * 8 * 1024 * 2 * 64 * 2 if has_room else 0, 0), name
+
+
 def test_engines_of_a_suite_have_their_yardsticks() -> None:
     for suite in SUITES.values():
         for runs in suite.runs_of.values():
