@@ -63,12 +63,12 @@ MISSED_ANYWHERE = (
 )
 
 
-def why_missed(target: Target, mutant: Mutant) -> str:
+def why_missed(kernel: str, kind: str, text: str) -> str:
     """What inspection found about a fault that counts as missed."""
-    words = " ".join(mutant.text.split())
-    if found := MISSED.get((target.name, mutant.kind, words), ""):
+    words = " ".join(text.split())
+    if found := MISSED.get((kernel, kind, words), ""):
         return found
-    return next((why for kind, pattern, why in MISSED_ANYWHERE if kind == mutant.kind and re.search(pattern, words)), "")
+    return next((why for of, pattern, why in MISSED_ANYWHERE if of == kind and re.search(pattern, words)), "")
 
 
 def vacuous(target: Target, mutant: Mutant) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from fa4_backend import emulator
 from tests.emulator import fault_injection as fi
-from tests.emulator import fault_reasons
+from tests.emulator import fault_order, fault_reasons
 from tests.emulator.fault_edits import EDITS, Edit
 from tests.emulator.fault_mutations import DROPS, Mutant
 from tests.emulator.fault_reasons import STATIC_REASONS
@@ -281,3 +281,56 @@ bar.warp.sync 0xffffffff;
     lines = fi.one_statement_a_line(target.ptx).split("\n")
     number = next(i for i, line in enumerate(lines) if "bar.warp.sync" in line)
     assert fault_reasons.lane_0_alone_acts(target, Mutant("drop warp sync", number + 1, lines[number], "")) == is_harmless
+
+
+TOLD = """
+mov.u32 %r0, smem;
+shl.b32 %r2, %lane, 2;
+add.u32 %r2, %r2, %r0;
+setp.ne.u32 %q0, %t, 0;
+@%q0 bra ready;
+mbarrier.init.shared.b64 [%r0], 1;
+fence.mbarrier_init.release.cluster;
+ready:
+bar.sync 0;
+setp.ge.u32 %q1, %t, 32;
+@%q1 bra second;
+st.shared.u32 [%r2+64], %t;
+bar.warp.sync -1;
+{between}
+@%q0 bra done;
+mbarrier.arrive.shared.b64 %d5, [%r0];
+bra done;
+second:
+spin:
+mbarrier.try_wait.parity.shared.b64 %q2, [%r0], 0;
+@!%q2 bra spin;
+ld.shared.u32 %r1, [%r2+64];
+done:
+"""
+
+
+@pytest.mark.parametrize(("between", "is_covered"), [("", False), ("bar.warp.sync -1;", True)], ids=["needed", "twice"])
+def test_order_is_covered_only_where_the_detector_watches_and_stays_silent(
+    between: str, is_covered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all lanes stored is told by one of them: of two synchronisations before it, either covers the other; with one, it is needed."""
+    program = Program("told", "", TOLD.format(between=between), (output("d", np.zeros(8, np.uint32)),), block=64, smem_bytes=1024)
+    bodies = [program.body]
+
+    @contextmanager
+    def planted(target: fi.Target, ptx: str) -> Iterator[None]:
+        bodies.append(ptx[ptx.index("mov.u32 %r0, smem;") : ptx.rindex("ret;")])
+        yield
+
+    monkeypatch.setattr(fault_order, "planted", planted)
+    target = fi.Target("told", program.ptx, lambda seed: ([], run_program(replace(program, body=bodies[-1]), seed=seed)[1]))
+    lines = fi.one_statement_a_line(target.ptx).split("\n")
+    number = next(i for i, line in enumerate(lines) if "bar.warp.sync" in line)
+    dropped = "\n".join([*lines[:number], "", *lines[number + 1 :]])
+    mutant = Mutant("drop warp sync", number + 1, lines[number], dropped)
+    assert bool(fault_order.lanes_are_ordered(target, mutant)) == is_covered
+    # The arrival tells what the lanes did: relaxed, it does not, and the other warp races.
+    number = next(i for i, line in enumerate(lines) if "mbarrier.arrive" in line)
+    relaxed = "\n".join([*lines[:number], fault_order.relaxed(lines[number]), *lines[number + 1 :]])
+    assert fault_order.arrival_is_covered(target, Mutant("relax arrive", number + 1, lines[number], relaxed)) == ""
