@@ -105,14 +105,17 @@ def run_built(
     for result in (a.out, a.lse):
         result.fill_(math.nan)
     built.oracle = None
-    with emulator.session(
-        arch=problem.target_arch,
-        num_sms=num_ctas * chosen.ctas_per_item,
-        seed=seed,
-        detect_races=detect_races,
-        trace=trace,
-        contraction=contraction,
-    ) as emu, emu.stream():
+    with (
+        emulator.session(
+            arch=problem.target_arch,
+            num_sms=num_ctas * chosen.ctas_per_item,
+            seed=seed,
+            detect_races=detect_races,
+            trace=trace,
+            contraction=contraction,
+        ) as emu,
+        emu.stream(),
+    ):
         if before is not None:
             before(emu)
         emu.run(load_function(chosen), *prefill_arguments(a, work))
