@@ -19,6 +19,7 @@ import platform
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 from fa4_backend import driver, envs
 from fa4_backend.cache import entry as cache_entry
 from fa4_backend.cache.errors import BrokenObjectError
-from fa4_backend.compile import OBJECT_FUNCTION, CompileKey, KernelFacts, compile_to_object, describe
+from fa4_backend.compile import OBJECT_FUNCTION, CompileError, CompileKey, KernelFacts, compile_to_object, describe
 
 logger = logging.getLogger("fa4_backend")
 
@@ -152,14 +153,27 @@ def ensure_objects(keys: Iterable[CompileKey]) -> None:
     Raises:
         CompileError, CacheError, RuntimeError: as `ensure_object`.
     """
-    missing = [key for key in dict.fromkeys(keys) if cache_entry.find_fault(object_entry(key)) is not None]
-    jobs = min(len(missing), os.cpu_count() or 1)
+    missing = [key for key in dict.fromkeys(keys) if not _is_whole(key)]
+    jobs = min(len(missing), len(os.sched_getaffinity(0)))
     if jobs <= 1:
         for key in missing:
             ensure_object(key)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        list(pool.map(ensure_object, missing))
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(ensure_object, missing))
+    except BrokenProcessPool:
+        raise CompileError(
+            f"expected {jobs} processes to compile {len(missing)} kernels, got one that was ended from outside. Is the memory full? "
+            "What is compiled is kept: run the same again, on fewer cores (taskset -c 0,1 ...)."
+        ) from None
+
+
+def _is_whole(key: CompileKey) -> bool:
+    try:
+        return cache_entry.find_fault(object_entry(key)) is None
+    except OSError:
+        return False  # `ensure_object` says what is wrong with the cache
 
 
 def library_of(key: CompileKey) -> Path:

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 # Queries of a row up to which it is cheaper to attend to latents than to make keys and values of its context, where that is long.
 # H200, a layer, us as decode and as prefill, behind 32K (2026-11-29, `python -m tests.device.measure_messages`):
-#   128 heads: 64 queries 764 and 4,095   256: 3,151 and 4,529   320: 4,029 and 5,128   384: 4,801 and 5,052   512: 6,371 and 5,510
-#   16 heads:  64 queries 124 and   573   256:   431 and   611   320:   542 and   707   384:   632 and   703   512:   844 and   765
-# As long at 405 to 498 queries behind 2K to 32K. Prefill's keys are joined by torch's copies there; of 128 heads vLLM has FlashInfer's
+#   128 heads  64 queries 772 and 4,123   256: 3,416 and 4,831   320: 4,339 and 5,337   512: 6,985 and 6,106
+#   16 heads   64 queries 122 and 570   256: 439 and 613   320: 554 and 713   512: 853 and 723
+# As long at 400 to 495 queries behind 2K to 32K. Prefill's keys are joined by torch's copies there; of 128 heads vLLM has FlashInfer's
 # kernel for it, which takes 1,100 us less behind 32K (690 a layer in an engine): as long at some 310.
 HOPPERS_QUERIES = 320
-# FP8 latents of several queries take decode 1.36 times as long (`docs/mla.md`, 64 x 4K with 4 queries); not timed beside prefill.
+# FP8 latents: 128 heads 128: 2,407 and 4,128   192: 3,611 and 4,445   256: 4,999 and 4,473
+# As long at 231 to 235 queries of 128 heads, with FlashInfer's joining at some 170, and at 277 to 345 of 16.
 HOPPERS_FP8_QUERIES = 192
 # Blackwell, by counts of a head: modelled 1,098 TFLOP/s for 2 * (576 + 512) operations a query and key, 1,500 for 2 * (192 + 128); a key of
 # the context takes 2 * 512 * 256 operations at 1,800 and 1,770 bytes at 7.2 TB/s. As long at 252.

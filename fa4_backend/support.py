@@ -19,9 +19,8 @@ from fa4_backend.problem import (
 )
 
 PAGE_MULTIPLE = 16  # tokens; a 16-row box is the smallest that TMA fetches efficiently, and engines use multiples of 16
-# Tokens of a page of latents where an engine's user says nothing: a tile's keys, so that it is 9 TMA boxes and not 36. H200, 128 heads:
-# 120 us for 64 x 4K in pages of 64 (`fa4 bench mla`), 195 us for 128 x 2K in pages of 16 (an engine, whose other backends took 1.2 times
-# as long there as in the bench). Inferred: no run has timed both page sizes side by side; the bench has cells of both.
+# Tokens of a page of latents where an engine's user says nothing: a tile's keys, so that it is 9 TMA boxes and not 36. H200, 64 x 4K, us in
+# pages of 16 and 64 (`fa4 bench mla`): 128 heads 132.8 and 119.7, 16 heads 86.8 and 83.5.
 LATENT_PAGE = 64
 MAX_TOKENS = 1 << 29  # of a sequence or a step: a position, the widest window (`work_list.NO_WINDOW`) and a tile stay below 2^31
 MODES = ("has_lse", "batch_invariant", "exact")  # of a problem, beside its mask's features

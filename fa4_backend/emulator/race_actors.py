@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fa4_backend.emulator.errors import EmulatorError
+
 # Actors of every warp, in this order; a barrier's copies come after all warps'.
 # FENCED, FENCED_GLOBAL: its writes to shared and to global memory that the asynchronous proxy sees. BULK, BULK_WRITE: its bulk stores as
 # readers of shared memory and as writers of global memory. ACQUIRED: what it learnt of other clusters.
@@ -13,7 +15,7 @@ NAMES = (
     "generic access", "fenced write", "fenced write", "MMA", "tcgen05.ld", "tcgen05.st", "wgmma", "bulk store", "bulk store", "cp.async",
     "acquire",
 )  # fmt: skip
-BARRIERS_PER_CTA = 96
+BARRIERS_PER_CTA = 96  # mbarriers that copies signal, and pipelines of the tensor core
 
 
 class Layout:
@@ -29,6 +31,21 @@ class Layout:
         self.generic = np.concatenate((warps + GENERIC, lanes))
         # What stands for the writes of `generic` that the asynchronous proxy sees, in shared and in global memory.
         self.visible = [np.concatenate((warps + kind, lanes + 32 * num_warps * step)) for kind, step in ((FENCED, 1), (FENCED_GLOBAL, 2))]
+
+    def extra(self, number: int) -> int:
+        """The actor of a barrier's copies, or of a pipeline of the tensor core, the `number`th that acts.
+
+        Raises:
+            EmulatorError: there are more than actors for them; the next would be taken for a lane.
+        """
+        actor = PER_WARP * self.num_warps + number
+        if actor >= self.first_lane:
+            most = self.first_lane - PER_WARP * self.num_warps
+            raise EmulatorError(
+                f"expected at most {most} mbarriers of a cluster that copies signal, and pipelines of the tensor core, got more: "
+                "races cannot be told apart (BARRIERS_PER_CTA)"
+            )
+        return actor
 
     def lane(self, warp: int) -> int:
         """The actor of a warp's lane 0."""

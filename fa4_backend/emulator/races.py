@@ -354,7 +354,9 @@ class Races:
 
     def extra_actor(self, key: object) -> int:
         """The actor of a barrier's copies, or of a pipeline of the tensor core; its number is fixed when it first acts."""
-        return self.extra_actors.setdefault(key, PER_WARP * self.cluster.num_warps + len(self.extra_actors))
+        if key not in self.extra_actors:
+            self.extra_actors[key] = self.layout.extra(len(self.extra_actors))
+        return self.extra_actors[key]
 
     def complete(self, access: Access, barrier: Any) -> None:
         """The operation arrives on a barrier: who waits for it knows what the operation knew, and the operation itself."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
+from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.mla_decode.config import NARROW_ROWS, TILE_N
 from fa4_backend.problem import FP8
 from tests.device.mla_batches import Shape, Step, draw, judge
@@ -119,7 +120,7 @@ def main() -> None:
             line = "  ".join(f"{label}: {us:.1f} ({row.warm[label]:.1f} warm)" for label, us in row.cold.items())
             print(f"{row.name:18s} {line}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+        args.json.write_text(json.dumps({"stamp": gpu_stamp(("schedule", "mla_decode")), "rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

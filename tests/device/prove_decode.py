@@ -12,7 +12,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,8 @@ from tests.support.fuzz import SCALES, FuzzSetup
 from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
-HEADS = (
-    (32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2),
-    (48, 1, 64, 1),  # which the kernels get as three
-)  # fmt: skip
+HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
+COPIED = ((64, 1, 64, 1), (32, 1, 64, 1))  # one KV head that the kernels get as several (`fa4_backend/copied_heads.py`)
 FEATURES: tuple[dict[str, bool], ...] = (
     {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
 )  # fmt: skip
@@ -48,6 +46,11 @@ def setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
     chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
     if kv_dtype == FP8:
         chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
+    return of_heads(chosen, arch, kv_dtype)
+
+
+def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]], arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """Heads and query length of decode rows, and features: many short rows and few long ones of each."""
     out = []
     for (q_heads, kv_heads, head_dim, query_len), features in chosen:
         problem = make_problem(
@@ -72,7 +75,6 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         "8/2 d128 q4 window": ((8, 2, 128), 4, {"has_window_left": True}),
         "8/2 d128 q4 batch_invariant": ((8, 2, 128), 4, {"batch_invariant": True}),
         "9/3 d64 q1": ((9, 3, 64), 1, {}),
-        "48/1 d64 q1": ((48, 1, 64), 1, {}),
         "8/2 d96 q2": ((8, 2, 96), 2, {}),
         "4/2 d256 q1": ((4, 2, 256), 1, {}),
         "8/2 d128 q2 out FP8": ((8, 2, 128), 2, {"out_dtype": FP8}),
@@ -300,7 +302,7 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact")
+    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact", help="of these, and copied: one KV head given as several")
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of K and V")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
@@ -317,7 +319,11 @@ def main() -> int:
     kv_dtype = {"bf16": "bfloat16", "fp8": FP8}[options.kv_dtype]
     of_part = {
         part: [setup for setup in of_arch if setup.name.startswith(tuple(options.only.split(";")))]
-        for part, of_arch in (("fuzz", setups(arch, kv_dtype)), ("mixed", mixed_setups(arch, kv_dtype)))
+        for part, of_arch in (
+            ("fuzz", setups(arch, kv_dtype)),
+            ("mixed", mixed_setups(arch, kv_dtype)),
+            ("copied", of_heads([(heads, {}) for heads in COPIED], arch, kv_dtype)),
+        )
         if part in options.parts.split(",")
     }
     fuzzed = [setup for of_arch in of_part.values() for setup in of_arch]
@@ -327,6 +333,7 @@ def main() -> int:
         "lists": lambda: check_lists(arch, 200),
         "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, **how),
         "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, **how),
+        "copied": lambda: check_fuzz(of_part["copied"], options.batches, **how),
         "pool": lambda: check_pool(arch, kv_dtype),
         "bits": lambda: check_bits(arch, kv_dtype, 100),
         "exact": lambda: check_exact(arch, kv_dtype, 100),

@@ -14,6 +14,7 @@ import torch
 from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
 from fa4_backend.support import check_problem
 from tests.support.problems import make_problem
+from tests.support.slow_cases import with_slow
 
 pytestmark = pytest.mark.emulated
 
@@ -90,8 +91,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("name", CASES)
+CHIPS = ("sm_90a", "sm_100a")
+
+
+@pytest.mark.parametrize(("name", "arch"), with_slow([(name, arch) for name in CASES for arch in CHIPS], [("window, soft cap", "sm_100a")]))
 def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(name: str, arch: str) -> None:
     prompt = Prompt(arch, exact=True, **CASES[name])
     ((whole, whole_lse),) = prompt.attend((0, PROMPT))

@@ -92,8 +92,8 @@ def test_decode(name: str, batch_invariant: bool, arch: str) -> None:
     check(built, *run.rows)
 
 
-# Hopper's soft cap has tests of its own, at d256 (`test_sm90_prefill.py`).
-SLOW_PREFILL = [("alibi", "sm_90a"), ("alibi", "sm_100a"), *((name, "sm_90a") for name in CHANNELS if name.startswith("softcap"))]
+# Hopper's soft cap and float16 have tests in `test_sm90_prefill.py`, at d256 and d64.
+SLOW_PREFILL = [("alibi", "sm_90a"), ("alibi", "sm_100a"), *((name, "sm_90a") for name in CHANNELS if name.startswith(("softcap", "fp16")))]
 
 
 @pytest.mark.parametrize(("name", "arch"), with_slow([(name, arch) for name in CHANNELS for arch in ARCHS], SLOW_PREFILL))
@@ -104,8 +104,10 @@ def test_prefill(name: str, arch: str) -> None:
     check(built, run.out, run.lse)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["fp16, largest", "-3e37"])
+BESIDE = [(name, arch) for name in ("fp16, largest", "-3e37") for arch in ARCHS]
+
+
+@pytest.mark.parametrize(("name", "arch"), with_slow(BESIDE, [("fp16, largest", "sm_90a")]))
 def test_a_rows_bits_do_not_depend_on_large_ones_beside_it(name: str, arch: str) -> None:
     """A warp with a row of large scores takes another way; its other rows keep their bits."""
     both = build(name, arch=f"emulated-{arch}", **PREFILL)

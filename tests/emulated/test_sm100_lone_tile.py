@@ -67,7 +67,7 @@ def rescaling() -> PagedCase:
     return wide(case((40, 5), (700, 300)), peaked=20.0)
 
 
-@pytest.mark.parametrize("threshold", [8.0, 0.0])
+@pytest.mark.parametrize("threshold", with_slow([8.0, 0.0], [0.0]))
 def test_rescaling(threshold: float) -> None:
     key = rescaling().plan().kernels.prefill
     kernel = replace(key.kernel, tile=replace(key.kernel.tile, rescale_threshold=threshold))

@@ -56,7 +56,7 @@ def test_mask_and_score_features(name: str) -> None:
 
 
 HEADS = {
-    "d64, 3 to 1": case((70, 3), (200, 65), head_dim=64, num_q_heads=6, num_kv_heads=2),  # three consumers
+    "d64, 3 to 1": case((70, 3), (200, 65), head_dim=64, num_q_heads=6, num_kv_heads=2, dtype="float16"),  # three consumers
     "128 to 1": case((3, 2), (140, 20), num_q_heads=128, num_kv_heads=1),  # one token fills a tile
     "d256, 2 to 1": case((40, 3), (130, 65), head_dim=256, num_q_heads=2, num_kv_heads=1),  # a tile of 64 keys
 }

@@ -7,6 +7,7 @@ import pytest
 
 from fa4_backend import emulator
 from fa4_backend.emulator import native_core
+from fa4_backend.emulator.race_actors import BARRIERS_PER_CTA, Layout
 from tests.emulator.harness import run_program
 from tests.emulator.programs import load_family
 from tests.emulator.programs.program import Buffer, Program, output
@@ -208,3 +209,11 @@ def test_unknown_arch_and_empty_machine() -> None:
     for arguments in ({"arch": "sm_80"}, {"num_sms": 0}):
         with pytest.raises(ValueError, match="must be"), emulator.session(**arguments):  # type: ignore[arg-type]
             pass
+
+
+def test_more_barriers_than_actors_are_told() -> None:
+    """One more would be taken for a lane of the first warp, whose races it would hide."""
+    layout = Layout(4, 2)
+    assert layout.extra(2 * BARRIERS_PER_CTA - 1) == layout.lane(0) - 1
+    with pytest.raises(emulator.EmulatorError, match=r"expected at most 192 mbarriers .* got more"):
+        layout.extra(2 * BARRIERS_PER_CTA)

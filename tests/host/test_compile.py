@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ import pytest
 
 from fa4_backend import compile_cache, driver
 from fa4_backend.arch import ARCHS
+from fa4_backend.cache import entry
+from fa4_backend.cache.errors import CacheWriteError
 from fa4_backend.compile import CompileError, find_c_compiler, link_shared, trace_and_compile
 from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes, sass_counts, tmem_columns
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
@@ -74,14 +77,32 @@ def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], mo
             asked.append((self.jobs, keys))
             return [function(key) for key in keys]
 
+    def ended(*_arguments: object) -> None:
+        raise BrokenProcessPool
+
     monkeypatch.setattr(compile_cache, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
     compile_cache.ensure_objects([StubKey(1)])
     assert stub_compiler == [StubKey(1)] and not asked
     compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)])
     assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
     compile_cache.ensure_objects([StubKey(1), StubKey(2)])
     assert len(asked) == 1 and len(stub_compiler) == 4
+    monkeypatch.setattr(Pool, "map", ended)
+    with pytest.raises(CompileError, match=r"expected 2 processes to compile 2 kernels, got one that was ended .* on fewer cores"):
+        compile_cache.ensure_objects([StubKey(5), StubKey(6)])
+
+
+def test_a_cache_that_cannot_be_read_is_told_by_its_own_error(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several keys as of one: no bare OSError."""
+
+    def unreadable(*_arguments: object, **_more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(entry, "find_fault", unreadable)
+    with pytest.raises(CacheWriteError, match="set FA4_BACKEND_CACHE_DIR"):
+        compile_cache.ensure_objects([StubKey(1)])
+    assert not stub_compiler
 
 
 def test_a_source_change_is_another_object(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
