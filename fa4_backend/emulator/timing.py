@@ -91,7 +91,7 @@ _HOPPER = {
         1.7,
         1.9,
         "fitted, in cycles, on the five cells of docs/data/model_cells_h200.json that say so; checked on the others. An H200's counters "
-        "name the dispatch of instructions, which stalls where accumulators are in registers (docs/timing-model.md)",
+        "name the dispatch of instructions; measured since, an operation at a time: 1.3 to 2.0 (docs/data/pipes_h200.json)",
     ),
 }
 _BLACKWELL = {

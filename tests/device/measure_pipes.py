@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +269,9 @@ def main() -> None:
         rows.append({"case": case.name} | {key: round(value, 3) for key, value in run(case, 132).items()})
         print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"device": device, "driver": cuda_driver.driver_version(), "rows": rows}, indent=1) + "\n")
+        stamp = {"date": time.strftime("%Y-%m-%d"), "device": device.split(" (")[0], "kernels": {}}
+        found = {"stamp": stamp, "device": device, "driver": cuda_driver.driver_version(), "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def judged(target: Target, mutant: Mutant, right: Right, seeds: list[int | None]
     if not how:
         fault["vacuous"] = vacuous(target, mutant)
         if not fault["vacuous"]:
-            fault["missed"] = why_missed(target, mutant)
+            fault["missed"] = why_missed(target.name, mutant.kind, mutant.text)
         print(f"    {fault['vacuous'] or 'MISSED: ' + fault['missed']}", flush=True)
     return fault
 

@@ -61,13 +61,13 @@ def acts_before(kernel: Kernel, site: int) -> list[Instruction]:
 
 
 @functools.cache
-def raced_lines(target: Target, ptx: str) -> frozenset[int]:
-    """Lines that races name in a run of the target with this text; an error ends the run and names none."""
+def raced_lines(target: Target, ptx: str) -> frozenset[int] | None:
+    """Lines that races name in a run of the target with this text; None where it ends in an error."""
     with planted(target, ptx):
         try:
             report = target.run(None)[1]
         except emulator.EmulatorError:
-            return frozenset()
+            return None
     return frozenset(int(line) for race in report.races for line in re.findall(r"PTX line (\d+)", race))
 
 
@@ -95,12 +95,19 @@ def relaxed(line: str) -> str:
 
 
 def lanes_are_ordered(target: Target, mutant: Mutant) -> str:
-    """Of a dropped bar.warp.sync: what other lanes did before it, they race with if there is none in the kernel."""
+    """Of a dropped bar.warp.sync: what other lanes did before it, they race with if there is none in the kernel; or, before copies, not
+    even then, since each lane waited for the buffer itself and bytes may come before they are announced."""
     kernel, site = place(target, mutant)
-    raced = raced_lines(target, without(target, WARP_SYNC))
-    if not raced & {act.line for act in acts_before(kernel, site)} or not stays_silent(target, mutant.ptx):
+    raced, acts = raced_lines(target, without(target, WARP_SYNC)), acts_before(kernel, site)
+    if raced is None or not stays_silent(target, mutant.ptx):
         return ""
-    return f"another order covers it in {len(SEEDS)} more schedules; without any bar.warp.sync in the kernel, what stands before it races"
+    if raced & {act.line for act in acts}:
+        return (
+            f"another order covers it in {len(SEEDS)} more schedules; without any bar.warp.sync in the kernel, what stands before it races"
+        )
+    if any("complete_tx" in act.opcode for act in acts):
+        return "bytes of copies may come before they are announced; without any bar.warp.sync in the kernel nothing before it races either"
+    return ""
 
 
 def arrival_is_covered(target: Target, mutant: Mutant) -> str:
@@ -108,7 +115,7 @@ def arrival_is_covered(target: Target, mutant: Mutant) -> str:
     kernel, site = place(target, mutant)
     sync = next((pc for pc in range(site, max(site - NEAR, 0), -1) if WARP_SYNC.search(kernel.instructions[pc].text)), site)
     lines = {act.line for start in {site, sync} for act in acts_before(kernel, start)}
-    if not raced_lines(target, without(target, ARRIVES, relaxed)) & lines or not stays_silent(target, mutant.ptx):
+    if not (raced_lines(target, without(target, ARRIVES, relaxed)) or frozenset()) & lines or not stays_silent(target, mutant.ptx):
         return ""
     return f"another order covers it in {len(SEEDS)} more schedules; with all arrivals of the kernel relaxed, what it announces races"
 
@@ -125,7 +132,7 @@ def other_barriers_cover(target: Target, mutant: Mutant) -> str:
     """Of a dropped barrier: without any of its kind in the kernel, accesses on both sides of it race."""
     kernel, site = place(target, mutant)
     words = kernel.instructions[site].opcode
-    raced = raced_lines(target, without(target, re.compile(re.escape(words) + r"\s")))
+    raced = raced_lines(target, without(target, re.compile(re.escape(words) + r"\s"))) or frozenset()
     behind: set[int] = set()
     work = successors(kernel, site)
     while work:
@@ -146,7 +153,7 @@ def is_a_turn(target: Target, mutant: Mutant) -> bool:
     if register is None:
         return False
     text = without(target, re.compile(rf"bar\.(sync|arrive)\s+%\w+,\s*{register.group(2)}\s*;"))
-    return not raced_lines(target, text) and stays_silent(target, text)
+    return raced_lines(target, text) == frozenset() and stays_silent(target, text)
 
 
 def kernel_words(target: Target, mutant: Mutant) -> str:
@@ -158,7 +165,7 @@ def kernel_words(target: Target, mutant: Mutant) -> str:
 def products_are_fenced(target: Target, mutant: Mutant) -> str:
     """Of a dropped wgmma.fence: the emulator counts the accesses since the last fence; without any fence it reports the next product."""
     kernel, site = place(target, mutant)
-    raced = raced_lines(target, without(target, re.compile(r"wgmma\.fence")))
+    raced = raced_lines(target, without(target, re.compile(r"wgmma\.fence"))) or frozenset()
     nearest = next((i.line for i in kernel.instructions[site:] if i.opcode.startswith("wgmma.mma_async")), 0)
     if "wgmma.fence" not in mutant.text or nearest not in raced or not stays_silent(target, mutant.ptx):
         return ""

@@ -29,46 +29,82 @@ VALUES = (
 STATIC_REASONS = re.compile(r"tcgen05\.(wait::ld|fence)")  # of these, the text alone tells
 
 
-_SECOND_QUERY_TILE = (
-    "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
-    "products of both"
+# What is missed, and why, by reading the code; these count as missed, since nothing proves it. Kernel (a pattern), kind, a pattern of the
+# statement, why.
+_SECOND_COUNTER = (
+    "a second counter's acq_rel covers it, unless the last CTA counts itself there before the first has; no schedule drew that"
 )
-
-# What is missed, by kernel, kind and statement, and why; these count as missed.
-MISSED = {
-    ("sm_100a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r418], %r419, 10000000;"): _SECOND_QUERY_TILE,
-    ("sm_100a prefill, CTA pairs", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r442], %r443, 10000000;"): _SECOND_QUERY_TILE,
-    ("sm_90a prefill", "drop barrier", "bar.sync %r2134, 128;"): (
-        "before it, the warpgroup met in its turn, when each of its warps had seen its last product of Q end"
-    ),
-    ("sm_90a prefill", "drop wait", "mbarrier.try_wait.parity.shared.b64 P1, [%r2389], %r2473, 10000000;"): (
-        "the empty tile behind the last brings no Q, and the numbers it replaces were read before the last tile's buffer was free"
-    ),
-    ("sm_90a decode", "drop barrier", "bar.sync 1, 128;"): (
-        "what it orders and no other barrier does is written by lane 0 and read by lanes of the same warp, which are one actor here"
-    ),
-}
-
-
-# The same of faults that several kernels have: kind, a pattern of the statement, and why.
-MISSED_ANYWHERE = (
-    ("vote all for any", r"vote", "no warp here has rows whose maximum moves far beside rows whose does not"),
+MISSED = (
     (
-        "narrow an atomic",
-        r"\.cas\.",
-        "as with its acq_rel made relaxed: a second counter covers it, unless the last CTA counts itself there first",
+        r"sm_100a prefill",
+        "drop wait",
+        r"try_wait",
+        "the load warp waits for the second query tile's buffer after the first's, and the commit that frees the first covers the "
+        "products of both",
     ),
-    ("relax atomic", r"\.cas\.", "the acq_rel of a second counter covers it, unless the last CTA counts itself there before the first has"),
-    ("global load 16 bytes on", r"ld\.global", "the neighbour's value leads to the same result in this case"),
+    (
+        r"sm_90a",
+        "drop barrier",
+        r"bar\.sync %r\d+, 128",
+        "the warpgroup met in its turn, when each warp had seen its last product of Q end",
+    ),
+    (r"schedule", "drop barrier", r"bar\.sync 0", "between what it orders stands a barrier before or behind it, a few instructions away"),
+    (r"", "relax atomic", r"\.cas\.", _SECOND_COUNTER),
+    (r"", "narrow an atomic", r"\.cas\.", _SECOND_COUNTER),
+    (r"", "atomic only acquires", r"\.cas\.", _SECOND_COUNTER),
+    (r"", "atomic only releases", r"\.cas\.", _SECOND_COUNTER),
+    (
+        r"",
+        "drop dependency wait",
+        r"",
+        "another warp's wait comes first, or it is for what follows the grid: a launch behind it that reads what the one before it wrote",
+    ),
+    (
+        r"sm_(90a prefill|90a step|100a step)",
+        "drop warp sync",
+        r"",
+        "before it there are copies, and lanes that waited for the buffer themselves",
+    ),
+    (r"sm_100a decode", "drop warp sync", r"", "lanes that read the numbers of an entry met again before another is written"),
+    (
+        r"CTA pairs",
+        "drop guard of an operation",
+        r"arrive",
+        "a ring of numbers of tiles that never is full: no wait blocks on these arrivals",
+    ),
+    (
+        r"sm_100a",
+        "relax arrive",
+        r"",
+        "frees numbers of a tile or a buffer of Q, which the rings of K and V do not let their writer reach before",
+    ),
+    (
+        r"sm_90a prefill, parts",
+        "relax arrive",
+        r"",
+        "few buffers are filled again in this case; with longer rows the same statement is found",
+    ),
+    (r"CTA pairs", "relax remote arrive", r"", "frees numbers of a tile, which the rings of K and V do not let their writer reach before"),
+    (r"CTA pairs", "relax cluster barrier", r"", "inits were fenced before it, and nobody reads the address of all of tensor memory"),
+    (r"FP8 K and V", "fence by another lane", r"", "what it is for was stored by rows that this case does not have"),
+    (r"FP8 K and V", "fence the other memory", r"", "what it is for was stored by rows that this case does not have"),
+    (r"(MLA|latent) decode", "fence by another lane", r"", "the parts it is for were acquired by all lanes' waits"),
+    (r"FP8 latents", "wait at the next barrier", r"", "the next buffer is free whenever this one is, in this case"),
+    (
+        r"FP8 K and V",
+        "arrive at a named barrier only",
+        r"",
+        "a turn of two warpgroups, which orders their time; its judgement did not end in time",
+    ),
 )
 
 
-def why_missed(target: Target, mutant: Mutant) -> str:
+def why_missed(kernel: str, kind: str, text: str) -> str:
     """What inspection found about a fault that counts as missed."""
-    words = " ".join(mutant.text.split())
-    if found := MISSED.get((target.name, mutant.kind, words), ""):
-        return found
-    return next((why for kind, pattern, why in MISSED_ANYWHERE if kind == mutant.kind and re.search(pattern, words)), "")
+    found = (
+        why for of, its, pattern, why in MISSED if its == kind and re.search(of, kernel) and re.search(pattern, " ".join(text.split()))
+    )
+    return next(found, "")
 
 
 def vacuous(target: Target, mutant: Mutant) -> str:

@@ -32,7 +32,7 @@ from fa4_backend import emulator, envs
 from fa4_backend.kernel_stamp import make_stamp
 from tests.emulator import fault_injection as fi
 from tests.emulator.fault_mutations import Mutant, mutants, one_statement_a_line
-from tests.emulator.fault_reasons import NOT_TOLD
+from tests.emulator.fault_reasons import NOT_TOLD, why_missed
 from tests.emulator.fault_targets import OWN_TARGETS, SAMPLE, WHOLE, Target, planted
 from tests.emulator.right_schedules import alarm_of
 from tests.emulator.worker_pool import Task, run_tasks
@@ -219,8 +219,11 @@ def collect_faults(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         faults = latest_faults(own)
         classes: dict[str, list[dict[str, Any]]] = {}
         for line in faults:
-            if line["fault"]["caught"] != fi.ILLEGAL:
-                classes.setdefault(line["kind"], []).append(line["fault"])
+            fault = line["fault"]
+            if not fault["caught"] and not fault["vacuous"]:  # reasons may have been found since
+                fault["missed"] = why_missed(ends[0]["kernel"], line["kind"], fault["text"])
+            if fault["caught"] != fi.ILLEGAL:
+                classes.setdefault(line["kind"], []).append(fault)
         for some in classes.values():
             some.sort(key=lambda fault: fault["line"])
         results[name] = {
