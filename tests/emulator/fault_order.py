@@ -156,6 +156,26 @@ def is_a_turn(target: Target, mutant: Mutant) -> bool:
     return raced_lines(target, text) == frozenset() and stays_silent(target, text)
 
 
+def dependency_is_covered(target: Target, mutant: Mutant) -> str:
+    """Of a wait for the kernel before that is left out: without any such wait, accesses behind it race with that kernel's."""
+    case = target.second
+    if case is None:
+        return ""
+    case.run(None)  # loads its kernels
+    kernel, site = place(target, mutant)
+    behind: set[int] = set()
+    work = successors(kernel, site)
+    while work:
+        pc = work.pop()
+        if pc not in behind and not re.match(r"bar\.|barrier\.|griddepcontrol", kernel.instructions[pc].opcode):
+            behind.add(pc)
+            work += successors(kernel, pc)
+    raced = raced_lines(case, without(case, re.compile(r"griddepcontrol\.wait"))) or frozenset()
+    if not raced & {kernel.instructions[pc].line for pc in behind} or not stays_silent(case, mutant.ptx):
+        return ""
+    return f"another warp's wait covers it in {len(SEEDS)} more schedules; without any, what stands behind it races with the kernel before"
+
+
 def kernel_words(target: Target, mutant: Mutant) -> str:
     """The statement."""
     kernel, site = place(target, mutant)

@@ -54,12 +54,6 @@ MISSED = (
     (r"", "atomic only acquires", r"\.cas\.", _SECOND_COUNTER),
     (r"", "atomic only releases", r"\.cas\.", _SECOND_COUNTER),
     (
-        r"",
-        "drop dependency wait",
-        r"",
-        "another warp's wait comes first, or it is for what follows the grid: a launch behind it that reads what the one before it wrote",
-    ),
-    (
         r"sm_(90a prefill|90a step|100a step)",
         "drop warp sync",
         r"",
@@ -419,6 +413,7 @@ BY_KIND: tuple[tuple[tuple[str, ...], Callable[[Target, Mutant], str]], ...] = (
         ),
     ),
     (("drop barrier",), order.other_barriers_cover),
+    (("drop dependency wait",), order.dependency_is_covered),
     (
         ("drop barrier", "arrive at a named barrier only"),
         said_of(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +16,9 @@ from fa4_backend.emulator.host_calls import handles
 from fa4_backend.emulator.programs import LoadedKernel, forget_programs
 from fa4_backend.kernel_stamp import families_of
 from fa4_backend.problem import FP8, SAME_AS_Q
+
+if TYPE_CHECKING:
+    from tests.support.paged_case import BuiltCase
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ def own_prefill(
 ) -> Target:
     """This package's prefill kernel for `arch`: sequences over pages, causal.
 
-    `is_second`: the other case, with queries whose maxima move and, before the second batch, a kernel that writes its Q, K and V and lets
-    its dependents start before.
+    `is_second`: the other case, with queries whose maxima move. Before the second batch, and before one more with CTAs that have no tile
+    but rows to zero, a kernel writes Q, K, V and results and lets its dependents start before. The last batch is as in a step with decode
+    rows, behind a kernel that is still busy elsewhere.
 
     One CTA (or pair) has all tiles of the first batch, so that every ring wraps, that of the numbers of tiles too; of the short sequences
     with a single KV tile each, only the epilogue's own barriers order one behind the other. Two CTAs share the second, tiny batch: who
@@ -57,8 +62,8 @@ def own_prefill(
     """
     emulator.install()  # before the compiler is imported: objects bind to the first launch functions they find
     from fa4_backend.compile_cache import ensure_object
-    from tests.emulator.engine_kernel import write_late
-    from tests.support.emulated_prefill import run_built
+    from tests.emulator.engine_kernel import busy, written_late
+    from tests.support.emulated_prefill import Cuts, run_built
     from tests.support.paged_case import PagedCase
 
     case = PagedCase(
@@ -78,13 +83,16 @@ def own_prefill(
     key = case.plan(num_sms=1).kernels.prefill
     library = ensure_object(key)
 
-    def written_late(emu: emulator.Session) -> None:
-        write_late(emu, [tiny.arguments.q, tiny.arguments.k_cache, tiny.arguments.v_cache])
+    batches: list[tuple[BuiltCase, int, dict[str, Any]]] = [(built, 1, {}), (tiny, 2, {})]
+    if is_second:
+        padded = replace(tiny.case, padding_rows=16).build()
+        batches = [(built, 1, {}), (tiny, 2, {"before": written_late(tiny)}), (padded, 5, {"before": written_late(padded)})]
+        batches.append((tiny, 2, {"before": busy, "cuts": Cuts((1,) * len(tiny.case.query_lens), is_all_taken=True)}))
 
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
         outputs, total = [], emulator.Report()
-        for batch, num_ctas, before in ((built, 1, None), (tiny, 2, written_late if is_second else None)):
-            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key, before=before)
+        for batch, num_ctas, how in batches:
+            result = run_built(batch, num_ctas=num_ctas, seed=seed, key=key, **how)
             outputs += [result.out.clone(), result.lse.clone(), result.work.prefill_queue]
             total.add(result.report)
         return outputs, total
@@ -97,10 +105,12 @@ def own_prefill(
 def own_parts(is_second: bool = False) -> Target:
     """Hopper's prefill kernel with tiles cut along KV, taken from a queue: parts go through memory and are added up by who comes last.
 
-    `is_second`: with queries whose maxima move.
+    `is_second`: with queries whose maxima move, behind a kernel that writes Q, K, V and results and lets its dependents start before; and
+    once more as in a step with decode rows, behind a kernel that is still busy elsewhere.
     """
     emulator.install()
     from fa4_backend.compile_cache import ensure_object
+    from tests.emulator.engine_kernel import busy, written_late
     from tests.support.emulated_prefill import Cuts, run_built
     from tests.support.paged_case import PagedCase
 
@@ -111,9 +121,18 @@ def own_parts(is_second: bool = False) -> Target:
     assert key.part_floats, key
     library = ensure_object(key)
 
+    launches: list[dict[str, Any]] = [{"cuts": Cuts((3, 1, 1, 1))}]
+    if is_second:
+        launches[0]["before"] = written_late(built)
+        launches.append({"cuts": Cuts((3, 1, 1, 1), is_all_taken=True), "before": busy})
+
     def run(seed: int | None) -> tuple[list[torch.Tensor], emulator.Report]:
-        result = run_built(built, num_ctas=3, seed=seed, cuts=Cuts((3, 1, 1, 1)))
-        return [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue], result.report
+        outputs, total = [], emulator.Report()
+        for how in launches:
+            result = run_built(built, num_ctas=3, seed=seed, **how)
+            outputs += [result.out.clone(), result.lse.clone(), result.work.part_arrivals, result.work.prefill_queue]
+            total.add(result.report)
+        return outputs, total
 
     second = None if is_second else own_parts(is_second=True)
     return Target("sm_90a prefill, parts", library.with_suffix(".ptx").read_text(), run, ("sm90",), second=second)

@@ -147,7 +147,9 @@ def race_lines(script: str, name: str, seeds: range) -> Iterator[dict[str, Any]]
         begin = end
 
 
-def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: int, lines: list[dict[str, Any]]) -> list[Task]:
+def make_tasks(
+    out: str, parts: list[str], only: str, fault_seeds: int, seeds: int, lines: list[dict[str, Any]], kind: str = ""
+) -> list[Task]:
     """The whole list. First a small task of every program with faults, by which its kernels are compiled; then the faults; then some seeds
     of every right program and every case of races, and then the others, so that a run that is cut short has looked at all."""
     tasks = []
@@ -170,7 +172,7 @@ def make_tasks(out: str, parts: list[str], only: str, fault_seeds: int, seeds: i
             arguments = [(out, part, name, sample, fault_seeds, (i, shares)) for i in range(shares)]
             tasks += [Task(name, 6 if part == "more" else int(i > 0), 12.0, a) for i, a in enumerate(arguments)]
     for line in latest_faults(lines) if "again" in parts else []:
-        if is_silent(line):
+        if is_silent(line) and kind in line["kind"]:
             which = (line[key] for key in ("program", "sample", "seeds", "kind", "fault", "digest"))
             tasks.append(Task(line["program"], 1, 40.0, (out, "again", *which)))
     return [task for task in tasks if only in task.group]
@@ -303,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--only", default="", help="part of the name of a program or case")
+    parser.add_argument("--kind", default="", help="again: part of the name of a kind of fault")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=36000.0, help="what is under way then is given up")
     parser.add_argument("--fault-seeds", type=int, default=3)
@@ -320,7 +323,7 @@ def main() -> None:
     emulator.install()  # built here, so that no worker waits for another's build
     print(f"the emulator is built after {time.monotonic() - begin:.0f} s", flush=True)
     lines = read_lines(options.out)
-    tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds, lines)
+    tasks = make_tasks(out, options.parts.split(","), options.only, options.fault_seeds, options.seeds, lines, options.kind)
     tasks = [task for task in tasks if not is_done(task, lines)]
     print(f"{len(tasks)} tasks after {time.monotonic() - begin:.0f} s", flush=True)
     seconds = options.seconds - (time.monotonic() - begin)
