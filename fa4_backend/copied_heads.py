@@ -40,17 +40,6 @@ def kv_head_copies(problem: AttentionProblem, limits: BatchLimits) -> int:
     return copies if not rest and copies in served and p.q_per_kv % copies == 0 else 1
 
 
-def fewest_copies(problem: AttentionProblem, limits: BatchLimits) -> int:
-    """Fewest KV heads that share the query heads of one in equal parts, so that a decode row group has at most ROWS rows; 1 where it would
-    have half of them or fewer, since each head reads all of K and V."""
-    heads = problem.q_per_kv
-    for copies in (n for n in range(1, heads + 1) if heads % n == 0):
-        rows = heads // copies * limits.decode_query_len
-        if rows <= ROWS:
-            return copies if 2 * rows > ROWS else 1
-    return 1
-
-
 def with_copies(arguments: AttentionArguments, copies: int) -> AttentionArguments:
     """A call's arguments as kernels for `copies` KV heads take them; no memory is copied."""
     if copies == 1:

@@ -50,7 +50,7 @@ from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, matmul_tflop_per_s
 from fa4_backend.compile import CompileError
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.copied_heads import fewest_copies
+from fa4_backend.copied_heads import ROWS
 from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
@@ -106,6 +106,17 @@ def packed_rows() -> list[BatchShape]:
 def batch_of(variant: str, batch: BatchShape) -> BatchShape:
     """The batch that a variant is called with."""
     return replace(batch, kv_source=RAGGED) if NO_PAGES in variant.split(",") else batch
+
+
+def fewest_copies(problem: AttentionProblem, limits: BatchLimits) -> int:
+    """Fewest KV heads that share the query heads of one in equal parts, so that a decode row group has at most ROWS rows; 1 where it would
+    have half of them or fewer, since each head reads all of K and V."""
+    heads = problem.q_per_kv
+    for copies in (n for n in range(1, heads + 1) if heads % n == 0):
+        rows = heads // copies * limits.decode_query_len
+        if rows <= ROWS:
+            return copies if 2 * rows > ROWS else 1
+    return 1
 
 
 @contextmanager

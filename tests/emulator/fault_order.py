@@ -38,21 +38,37 @@ def place(target: Target, mutant: Mutant) -> tuple[Kernel, int]:
     return kernel, next(pc for pc, instruction in enumerate(kernel.instructions) if instruction.line == mutant.line)
 
 
-def before_it(kernel: Kernel, site: int) -> set[int]:
-    """Instructions from the synchronisations before this one to this one."""
-    instructions = kernel.instructions
-    leads_to: list[list[int]] = [[] for _ in instructions]
-    for pc in range(len(instructions)):
+def predecessors(kernel: Kernel) -> list[list[int]]:
+    """Of each instruction, those that may run just before it."""
+    before: list[list[int]] = [[] for _ in kernel.instructions]
+    for pc in range(len(kernel.instructions)):
         for after in successors(kernel, pc):
-            leads_to[after].append(pc)
-    near: set[int] = set()
-    work = list(leads_to[site])
+            before[after].append(pc)
+    return before
+
+
+def reached(kernel: Kernel, starts: Iterable[int], leads_to: Callable[[int], Iterable[int]], ends: str) -> set[int]:
+    """Instructions on all ways from `starts` to opcodes that begin with `ends`, a pattern."""
+    found: set[int] = set()
+    work = list(starts)
     while work:
         pc = work.pop()
-        if pc not in near and not re.match(r"bar\.|barrier\.", instructions[pc].opcode):
-            near.add(pc)
-            work += leads_to[pc]
-    return near
+        if pc not in found and not re.match(ends, kernel.instructions[pc].opcode):
+            found.add(pc)
+            work += leads_to(pc)
+    return found
+
+
+def lines_behind(kernel: Kernel, site: int, ends: str) -> set[int]:
+    """Lines of the instructions from this one to the next of `ends`."""
+    found = reached(kernel, successors(kernel, site), lambda pc: successors(kernel, pc), ends)
+    return {kernel.instructions[pc].line for pc in found}
+
+
+def before_it(kernel: Kernel, site: int) -> set[int]:
+    """Instructions from the synchronisations before this one to this one."""
+    before = predecessors(kernel)
+    return reached(kernel, before[site], before.__getitem__, r"bar\.|barrier\.")
 
 
 def acts_before(kernel: Kernel, site: int) -> list[Instruction]:
@@ -133,14 +149,7 @@ def other_barriers_cover(target: Target, mutant: Mutant) -> str:
     kernel, site = place(target, mutant)
     words = kernel.instructions[site].opcode
     raced = raced_lines(target, without(target, re.compile(re.escape(words) + r"\s"))) or frozenset()
-    behind: set[int] = set()
-    work = successors(kernel, site)
-    while work:
-        pc = work.pop()
-        if pc not in behind and not re.match(r"bar\.sync|barrier\.", kernel.instructions[pc].opcode):
-            behind.add(pc)
-            work += successors(kernel, pc)
-    sides = {act.line for act in acts_before(kernel, site)}, {kernel.instructions[pc].line for pc in behind}
+    sides = {act.line for act in acts_before(kernel, site)}, lines_behind(kernel, site, r"bar\.sync|barrier\.")
     if not all(raced & side for side in sides) or not stays_silent(target, mutant.ptx):
         return ""
     return f"other barriers cover it in {len(SEEDS)} more schedules; without any {words}, what stands on both sides of it races"
@@ -163,15 +172,8 @@ def dependency_is_covered(target: Target, mutant: Mutant) -> str:
         return ""
     case.run(None)  # loads its kernels
     kernel, site = place(target, mutant)
-    behind: set[int] = set()
-    work = successors(kernel, site)
-    while work:
-        pc = work.pop()
-        if pc not in behind and not re.match(r"bar\.|barrier\.|griddepcontrol", kernel.instructions[pc].opcode):
-            behind.add(pc)
-            work += successors(kernel, pc)
     raced = raced_lines(case, without(case, re.compile(r"griddepcontrol\.wait"))) or frozenset()
-    if not raced & {kernel.instructions[pc].line for pc in behind} or not stays_silent(case, mutant.ptx):
+    if not raced & lines_behind(kernel, site, r"bar\.|barrier\.|griddepcontrol") or not stays_silent(case, mutant.ptx):
         return ""
     return f"another warp's wait covers it in {len(SEEDS)} more schedules; without any, what stands behind it races with the kernel before"
 

@@ -169,10 +169,7 @@ def other_fence_covers(target: Target, mutant: Mutant) -> bool:
 
     after = [pc for pc in _walk(kernel, dropped, lambda i: not is_fence(i)) if instructions[pc].opcode.startswith("wgmma.mma_async")]
     needed = {r.index for pc in after for o in instructions[pc].operands[:2] if isinstance(o, Vector) for r in registers_in(o)}
-    before: list[list[int]] = [[] for _ in instructions]
-    for pc in range(len(instructions)):
-        for after_pc in successors(kernel, pc):
-            before[after_pc].append(pc)
+    before = order.predecessors(kernel)
     seen: set[int] = set()
     work = list(before[dropped])
     while work:  # backwards, up to other fences
