@@ -56,7 +56,12 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
     kv_lens = [draw.choice(KV_EDGES)] * rows if draw.random() < 0.3 else [draw.choice(KV_EDGES) for _ in range(rows)]
-    return shape, query_lens, kv_lens, draw.choice((NO_WINDOW, 0, 100)), draw.choice((0, 5, NO_WINDOW))
+    windows = draw.choice((NO_WINDOW, 0, 100)), draw.choice((0, 5, NO_WINDOW))
+    shape = replace(
+        shape, decode_lines=draw.choice((1, shape.num_kv_heads if shape.num_kv_heads <= shape.decode_num_ctas else 1)),
+        decode_part_quarters=0 if shape.split_blocks else draw.choice((0, 5, 12)), lone_block_eighths=draw.choice((8, 5)),
+    )  # fmt: skip
+    return shape, query_lens, kv_lens, *windows
 
 
 def test_host_lists_hold_every_tile_once() -> None:

@@ -52,6 +52,11 @@ RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 #   16 heads,  512 keys 16.7 / 20.5 / 23.7    1K 14.3 / 20.5 / 22.6    4K 18.7 / 18.6 / 20.1    16K 29.4 / 29.3 / 25.4
 MIN_PART_BLOCKS = 1
 PARTS_RATIO = 16
+# What a part of a row group costs its CTA beside its blocks: waiting, and in quarters of a block for each warp of its tile a slot written
+# and as much read. H200, rows of 33 blocks that are cut everywhere or nowhere: two parts are 12.6 us with 16 heads, 2.5 us a block.
+PART_QUARTERS, WARP_PART_QUARTERS = 8, 2
+# A block takes a CTA 2.5 us (16 heads) and 1.8 us (128) where all work, and by count of cycles 1.35 us where others are done.
+LONE_BLOCK_EIGHTHS = 6
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,11 @@ def slot_floats(config: MlaDecodeConfig) -> int:
 def slot_vectors(config: MlaDecodeConfig) -> int:
     """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
     return config.tile_warps * WARP_VECTORS // CONSUMER_THREADS
+
+
+def part_quarters(config: MlaDecodeConfig) -> int:
+    """Quarters of a block that a part of a row group costs: `WorkShape.decode_part_quarters`."""
+    return (PART_QUARTERS + WARP_PART_QUARTERS * config.tile_warps) // (config.tile_n // TILE_N)
 
 
 def most_parts(config: MlaDecodeConfig) -> int:
