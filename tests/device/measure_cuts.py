@@ -8,6 +8,7 @@ variant is checked against float32 before. FA3 is called as vLLM does. Kernels t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -114,12 +115,13 @@ def paged_cell(heads: tuple[int, int], name: str, lens: list[int], variants: Map
     assert plan.kernels is not None
     found = Found()
     for label, fields in {IN_USE: {}, **variants}.items():
-        changed = replace(plan, kernels=replace(plan.kernels, work=replace(plan.kernels.work, **fields)))  # type: ignore[arg-type]
+        changed = replace(plan, kernels=replace(plan.kernels, work=replace(plan.kernels.work, **fields)))
         metadata = AttentionMetadata.allocate(changed, tensors.q.device)
         t, lists = tensors, metadata.work
         assert lists is not None and t.page_table is not None
-        steps = {"cu_seqlens_q": t.cu_seqlens_q, "seqused_k": t.seqused_k, "max_seqlen_q": 1, "max_seqlen_k": max(lens)}
-        refresh = partial(metadata.refresh, **steps)
+        refresh = partial(
+            metadata.refresh, cu_seqlens_q=t.cu_seqlens_q, seqused_k=t.seqused_k, max_seqlen_q=1, max_seqlen_k=max(lens)
+        )  # fmt: skip
         call = partial(
             paged_attention, t.q, t.k_cache, t.v_cache, t.page_table, t.cu_seqlens_q, t.seqused_k,
             plan=changed, metadata=metadata, out=t.out,
@@ -175,16 +177,17 @@ class Found:
 
 
 def cells(kinds: list[str], rounds: int) -> Iterator[Callable[[], Cell]]:
-    """Of the kinds asked for: latent, invariant, paged."""
-    for name, lens in lengths():
-        for heads in (128, 16):
-            if "latent" in kinds:
-                yield partial(latent_cell, heads, name, lens, LATENT, rounds=rounds, batch_invariant=False)
-        if "invariant" in kinds:
-            yield partial(latent_cell, 128, name, lens, {"two lines": {LINES: 2}}, rounds=rounds, batch_invariant=True)
-        if "paged" in kinds:
-            for paged_heads in HEADS:
-                yield partial(paged_cell, paged_heads, name, lens, PAGED, rounds=rounds)
+    """Of the kinds asked for, one after the other."""
+    two_lines = {"two lines": {LINES: 2}}
+    for kind, (name, lens) in itertools.product(kinds, lengths()):
+        if kind == "latent":
+            yield from (partial(latent_cell, heads, name, lens, LATENT, rounds=rounds, batch_invariant=False) for heads in (128, 16))
+        elif kind == "invariant":
+            yield partial(latent_cell, 128, name, lens, two_lines, rounds=rounds, batch_invariant=True)
+        elif kind == "paged":
+            yield from (partial(paged_cell, heads, name, lens, PAGED, rounds=rounds) for heads in HEADS)
+        else:
+            raise ValueError(f"kind: expected latent, invariant or paged, got {kind!r}")
 
 
 def compile_all(kinds: list[str]) -> None:

@@ -4,10 +4,10 @@ Row groups stand in a line, n_block after n_block, and CTA after CTA gets a part
 between CTAs. Where KV heads see the same keys (the tiles of a latent row), each has a line of its own: all are cut alike, and a *team* of
 CTAs, one a line, takes its part of all of them side by side, so that those keys come from memory once.
 
-There are two ways to cut a line into parts. By blocks: equal parts, and a cut goes to a row group's end nearby, if that costs less than two
-parts of a row group do. By rows: whole row groups, as many a team, or each into as many parts. Where parts cost something
-(`decode_part_quarters`), both are made, and what ends sooner by `_time` is taken: rows that are about equally long are not cut where whole
-ones balance. Where they cost nothing, the line is cut by blocks, for a few CTAs less if all rows are exactly equally long.
+There are two ways to cut a line. By blocks: into equal parts, but a cut goes to a row group's end that is nearer than a part costs. By rows:
+each team gets as many whole row groups, or each row group is cut into as many parts. Where parts cost something (`decode_part_quarters`),
+both are made, and what ends sooner by `_time` is taken: rows that are about equally long are not cut where whole ones balance. Where they
+cost nothing, the line is cut by blocks, for a few CTAs less if all rows are exactly equally long.
 
 In batch-invariant mode a cut goes to the nearest of the row's fixed pieces (`common/kv_pieces.py`).
 """
@@ -120,7 +120,7 @@ def cut_decode(
     sums: cute.Tensor,
     arrivals: cute.Tensor,
     params: ScheduleParams,
-):
+) -> None:
     """Thread c places the cut before the c-th part of the lines, and clears the counters of the row group that it is the first to cut;
     ends with a barrier."""
     thread, _, _ = cute.arch.thread_idx()
@@ -214,7 +214,8 @@ def _by_blocks(
             if params.split_blocks > 0 and block > 0:
                 begin, _ = decode_range(read_row(lengths, rows.decode_seq[row], params), params)
                 block = nearest_piece(begin + block, params) - begin
-            # As far as two parts cost no less, and less than half of a team's share, so that every team keeps some.
+            # A cut goes to an end that is near: what moves with it takes the neighbour no longer than a part would, and is half of a
+            # team's share at most, so that every team keeps some.
             near = cutlass.min(2 * params.decode_part_quarters // params.lone_block_eighths, total // num_parts * line.heads // 2)
             if block <= cutlass.min(near, cost - block):
                 block = Int32(0)
