@@ -227,9 +227,9 @@ def _decode(
     lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
     ctas, num_lines, groups = shape.decode_num_ctas, len(lines), [group for line in lines for group in line]
     teams = max((ctas if share is None else share) // num_lines, 1)
-    line_cuts = _line_cuts(shape, lines[0], teams, is_alone=share is None)
+    of_line = line_cuts(shape, lines[0], teams, is_alone=share is None)
     # Place by place: line after line, a team each, and the CTAs that are in no team.
-    cuts = [(item + i * len(lines[0]), block) for i in range(num_lines) for item, block in line_cuts[:teams]]
+    cuts = [(item + i * len(lines[0]), block) for i in range(num_lines) for item, block in of_line[:teams]]
     cuts += [(len(groups), 0)] * (ctas + 1 - len(cuts))
     cta_of = [team * num_lines + i for i in range(num_lines) for team in range(teams)]
     cta_of += range(len(cta_of), ctas)
@@ -274,7 +274,7 @@ def _decode(
     return tiles, first
 
 
-def _line_cuts(shape: WorkShape, line: list[Group], teams: int, *, is_alone: bool) -> list[Cut]:
+def line_cuts(shape: WorkShape, line: list[Group], teams: int, *, is_alone: bool) -> list[Cut]:
     """Where a line is cut between teams, and its end.
 
     Args:

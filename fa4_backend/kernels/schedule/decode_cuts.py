@@ -4,10 +4,10 @@ Row groups stand in a line, n_block after n_block, and CTA after CTA gets a part
 between CTAs. Where KV heads see the same keys (the tiles of a latent row), each has a line of its own: all are cut alike, and a *team* of
 CTAs, one a line, takes its part of all of them side by side, so that those keys come from memory once.
 
-There are two ways to cut a line. By blocks: into equal parts, but a cut goes to a row group's end that is nearer than a part costs. By rows:
-each team gets as many whole row groups, or each row group is cut into as many parts. Where parts cost something (`decode_part_quarters`),
-both are made, and what ends sooner by `_time` is taken: rows that are about equally long are not cut where whole ones balance. Where they
-cost nothing, the line is cut by blocks, for a few CTAs less if all rows are exactly equally long.
+There are two ways to cut a line. By blocks: into equal parts, but a cut goes to a row group's end that is nearer than a part costs. By
+rows: each team gets as many whole row groups, or each row group is cut into as many parts. Where parts cost something
+(`decode_part_quarters`), both are made, and what ends sooner by `_time` is taken: rows that are about equally long are not cut where whole
+ones balance. Where they cost nothing, the line is cut by blocks, for a few CTAs less if all rows are exactly equally long.
 
 In batch-invariant mode a cut goes to the nearest of the row's fixed pieces (`common/kv_pieces.py`).
 """
@@ -34,6 +34,7 @@ from fa4_backend.kernels.schedule.rows import RowTables, StepLengths, decode_ran
 LONE_PARTS_RATIO = 5
 # n_blocks of a line up to which ways to cut it are compared, a billion keys and more: no product of what is compared passes 2^31.
 MOST_BLOCKS = 1 << 24
+MOST_SHARE = 1 << 16  # n_blocks of a part at which it is cut before heads are multiplied: no end is near from so far
 
 
 class CutTables(NamedTuple):
@@ -216,7 +217,8 @@ def _by_blocks(
                 block = nearest_piece(begin + block, params) - begin
             # A cut goes to an end that is near: what moves with it takes the neighbour no longer than a part would, and is half of a
             # team's share at most, so that every team keeps some.
-            near = cutlass.min(2 * params.decode_part_quarters // params.lone_block_eighths, total // num_parts * line.heads // 2)
+            share = cutlass.min(total // num_parts, MOST_SHARE) * line.heads
+            near = cutlass.min(2 * params.decode_part_quarters // params.lone_block_eighths, share // 2)
             if block <= cutlass.min(near, cost - block):
                 block = Int32(0)
             elif block >= cost - near:
