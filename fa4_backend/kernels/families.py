@@ -166,7 +166,7 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         private_slots=num_ctas if problem.batch_invariant else 0,
         decode_lines=key.num_groups if has_teams else 1,
         decode_part_quarters=0 if problem.batch_invariant else mla_family.part_quarters(key),
-        lone_block_eighths=mla_family.LONE_BLOCK_EIGHTHS,
+        lone_block_eighths=mla_family.lone_block_eighths(key),
         # No row is longer than `decode_query_len`: the other list stays empty.
         prefill_groups=1,
         tokens_per_item=limits.max_num_tokens,
@@ -220,4 +220,6 @@ def _work_shape(
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,
         decode_share_vectors=decode.share_vectors if decode else 0,
+        decode_part_quarters=decode_family.PART_QUARTERS if decode and not decode.has_pieces else 0,
+        lone_block_eighths=decode_family.LONE_BLOCK_EIGHTHS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -227,7 +227,8 @@ def _decode(
     lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
     ctas, num_lines, groups = shape.decode_num_ctas, len(lines), [group for line in lines for group in line]
     teams = max((ctas if share is None else share) // num_lines, 1)
-    of_line = line_cuts(shape, lines[0], teams, is_alone=share is None)
+    weighed = shape if share is None else replace(shape, decode_part_quarters=0)
+    of_line = line_cuts(weighed, lines[0], teams, is_alone=share is None)
     # Place by place: line after line, a team each, and the CTAs that are in no team.
     cuts = [(item + i * len(lines[0]), block) for i in range(num_lines) for item, block in of_line[:teams]]
     cuts += [(len(groups), 0)] * (ctas + 1 - len(cuts))
@@ -295,7 +296,7 @@ def _cut_by_blocks(shape: WorkShape, line: list[Group], parts: int) -> list[Cut]
     heads = shape.num_kv_heads // shape.decode_lines
     starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
     total = int(starts[-1])
-    near = min(2 * shape.decode_part_quarters // shape.lone_block_eighths, total // heads // parts * heads // 2)
+    near = min(shape.decode_part_quarters // shape.lone_block_eighths, total // heads // parts * heads // 2)
     for c in range(parts + 1):
         position = c * (total // parts) + c * (total % parts) // parts
         item = int(np.searchsorted(starts, position, side="right")) - 1

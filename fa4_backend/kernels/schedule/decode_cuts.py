@@ -7,7 +7,8 @@ CTAs, one a line, takes its part of all of them side by side, so that those keys
 There are two ways to cut a line. By blocks: into equal parts, but a cut goes to a row group's end that is nearer than a part costs. By
 rows: each team gets as many whole row groups, or each row group is cut into as many parts. Where parts cost something
 (`decode_part_quarters`), both are made, and what ends sooner by `_time` is taken: rows that are about equally long are not cut where whole
-ones balance. Where they cost nothing, the line is cut by blocks, for a few CTAs less if all rows are exactly equally long.
+ones balance. Where they cost nothing, and beside prefill rows, the line is cut by blocks, for a few CTAs less if all rows are exactly
+equally long.
 
 In batch-invariant mode a cut goes to the nearest of the row's fixed pieces (`common/kv_pieces.py`).
 """
@@ -126,23 +127,24 @@ def cut_decode(
     ends with a barrier."""
     thread, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
-    end = line.lines * line.items
-    item, block, pieces = end, Int32(0), Int32(0)
+    end, length = line.lines * line.items, rows.decode_cost[rows.num_decode] * line.heads
+    item, block, place, pieces = end, Int32(0), line.lines * length, Int32(0)
     of = thread // line.teams
     if of < line.lines:
-        item, block = _by_blocks(lengths, rows, line, thread - of * line.teams, teams, params)
-        item += of * line.items
+        item, block, place = _by_blocks(lengths, rows, line, thread - of * line.teams, teams, params)
+        item, place = item + of * line.items, place + of * length
     if params.decode_part_quarters > 0 and line.items > 0 and rows.decode_cost[rows.num_decode] <= MOST_BLOCKS // line.heads:
-        row_item, row_block = end, Int32(0)
+        row_item, row_block, row_place = end, Int32(0), line.lines * length
         if of < line.lines:
-            row_item, row_block = _by_rows(rows, line, thread - of * line.teams, params)
-            row_item += of * line.items
-        cuts.item[thread] = row_item
-        cuts.block[thread] = row_block
-        cuts.inner[thread] = item
-        cuts.slot[thread] = block
+            row_item, row_block, row_place = _by_rows(rows, line, thread - of * line.teams, params)
+            row_item, row_place = row_item + of * line.items, row_place + of * length
+        # What the next thread must know of a cut: its row group and whether it is inside that, and n_blocks before it.
+        cuts.item[thread] = 2 * item + cutlass.min(block, 1)
+        cuts.block[thread] = place
+        cuts.inner[thread] = 2 * row_item + cutlass.min(row_block, 1)
+        cuts.slot[thread] = row_place
         cute.arch.sync_threads()
-        if _time(rows, line, cuts.item, cuts.block, sums, params) <= _time(rows, line, cuts.inner, cuts.slot, sums, params):
+        if _rows_end_sooner(line, length, cuts, sums, params):
             item, block = row_item, row_block
     cuts.item[thread] = item
     cuts.block[thread] = block
@@ -195,85 +197,103 @@ def cut_decode(
 @cute.jit
 def _by_blocks(
     lengths: StepLengths, rows: RowTables, line: DecodeLine, part: Int32, num_parts: Int32, params: ScheduleParams
-) -> tuple[Int32, Int32]:
-    """Row group and block where the `part`-th of equal parts of a line begins; parts past the last are empty."""
-    item, block = line.items, Int32(0)
+) -> tuple[Int32, Int32, Int32]:
+    """Row group and block where the `part`-th of equal parts of a line begins, and n_blocks before; parts past the last are empty."""
+    total = rows.decode_cost[rows.num_decode]
+    item, block, place = line.items, Int32(0), total * line.heads
     if part < num_parts:
         # The line is as long as `heads` times the rows' sum, which may pass 2^31. So its part * length / num_parts is found in units of
         # `heads` first, and what is left of such a unit then.
-        total = rows.decode_cost[rows.num_decode]
         left = part * (total % num_parts)
         unit = part * (total // num_parts) + left // num_parts
         if unit < total:
             row = upper_bound(rows.decode_cost, rows.num_decode + 1, unit) - 1
+            begin = rows.decode_cost[row]
             # A row's heads stand one behind the other, so the row is found by its first head's start.
-            offset = (unit - rows.decode_cost[row]) * line.heads + left % num_parts * line.heads // num_parts
-            cost = rows.decode_cost[row + 1] - rows.decode_cost[row]
+            offset = (unit - begin) * line.heads + left % num_parts * line.heads // num_parts
+            cost = rows.decode_cost[row + 1] - begin
             head = offset // cost
             item = row * line.heads + head
             block = offset - head * cost
             if params.split_blocks > 0 and block > 0:
-                begin, _ = decode_range(read_row(lengths, rows.decode_seq[row], params), params)
-                block = nearest_piece(begin + block, params) - begin
-            # A cut goes to an end that is near: what moves with it takes the neighbour no longer than a part would, and is half of a
-            # team's share at most, so that every team keeps some.
+                first, _ = decode_range(read_row(lengths, rows.decode_seq[row], params), params)
+                block = nearest_piece(first + block, params) - first
+            # A cut goes to an end that is near: half of what takes the neighbour as long as a part, and half of a team's share at most,
+            # so that every team keeps some.
             share = cutlass.min(total // num_parts, MOST_SHARE) * line.heads
-            near = cutlass.min(2 * params.decode_part_quarters // params.lone_block_eighths, share // 2)
+            near = cutlass.min(params.decode_part_quarters // params.lone_block_eighths, share // 2)
             if block <= cutlass.min(near, cost - block):
                 block = Int32(0)
             elif block >= cost - near:
+                block = cost
+            place = begin * line.heads + head * cost + block
+            if block == cost:
                 item += 1
                 block = Int32(0)
-    return item, block
+    return item, block, place
 
 
 @cute.jit
-def _by_rows(rows: RowTables, line: DecodeLine, team: Int32, params: ScheduleParams) -> tuple[Int32, Int32]:
-    """Row group and block where a team's part of a line begins, if that is row groups of the same number, or a row group's part of as
-    many; teams past the last have none."""
+def _by_rows(rows: RowTables, line: DecodeLine, team: Int32, params: ScheduleParams) -> tuple[Int32, Int32, Int32]:
+    """Row group and block where a team's part of a line begins, and n_blocks before, if it gets row groups of the same number, or a row
+    group's part of as many; teams past the last have none."""
     parts, share = Int32(1), Int32(1)
     if line.items <= line.teams:
         parts = cutlass.min(line.teams // line.items, paying_parts(rows, params))
     else:
         share = (line.items + line.teams - 1) // line.teams
-    item = cutlass.min(team * share // parts, line.items)
-    part = team * share - item * parts
-    block = Int32(0)
-    if item < line.items and part > 0:
+    item, block, place = line.items, Int32(0), rows.decode_cost[rows.num_decode] * line.heads
+    at = team * share // parts
+    if at < line.items:
+        item = at
         row = item // line.heads
-        cost = rows.decode_cost[row + 1] - rows.decode_cost[row]
+        begin = rows.decode_cost[row]
+        cost = rows.decode_cost[row + 1] - begin
+        part = team * share - item * parts
         block = part * (cost // parts) + part * (cost % parts) // parts
-    return item, block
+        place = begin * line.heads + (item - row * line.heads) * cost + block
+    return item, block, place
 
 
 @cute.jit
-def _time(rows: RowTables, line: DecodeLine, items: cute.Tensor, blocks: cute.Tensor, sums: cute.Tensor, params: ScheduleParams) -> Int32:
-    """When the cuts of a line let its teams end, in eighths of quarters of an n_block: the time of the work of all, which the memory
-    sets, or that of the team that has most, which is faster when others are done. Every thread of the CTA must call.
+def _rows_end_sooner(line: DecodeLine, length: Int32, cuts: CutTables, sums: cute.Tensor, params: ScheduleParams) -> Boolean:
+    """Whether the cuts by rows let the teams of a line end no later than those by blocks. Every thread of the CTA must call.
 
     Args:
-        items, blocks: tables of the cuts, (NUM_THREADS,) int32 of shared memory.
+        length: n_blocks of a line.
+        cuts: `item` and `block` have the cuts by blocks, `inner` and `slot` those by rows: twice the row group, and 1 more inside it; and
+            n_blocks before the cut.
     """
     team, _, _ = cute.arch.thread_idx()
-    work = Int32(0)
+    work, row_work, parts, row_parts = Int32(0), Int32(0), Int32(0), Int32(0)
     if team < line.teams:
-        item, block, last_item, last_block = items[team], blocks[team], items[team + 1], blocks[team + 1]
-        length = _place(rows, line, last_item, last_block) - _place(rows, line, item, block)
-        is_begun, is_left = block > 0, last_block > 0
-        parts = cutlass.select_(is_begun | (is_left & (last_item == item)), Int32(1), Int32(0))
-        parts += cutlass.select_(is_left & (last_item > item), Int32(1), Int32(0))
-        work = 4 * length + cutlass.select_(length > 0, parts * params.decode_part_quarters, Int32(0))
-    most = -block_min(-work, sums)
-    _, total = block_scan(work, sums)
+        work, parts = _work(cuts.item, cuts.block, team, params)
+        row_work, row_parts = _work(cuts.inner, cuts.slot, team, params)
+    most, row_most = -block_min(-work, sums), -block_min(-row_work, sums)
+    _, both = block_scan(parts + (row_parts << 16), sums)
+    return _time(row_most, both >> 16, line, length, params) <= _time(most, both & 0xFFFF, line, length, params)
+
+
+def _work(cut: cute.Tensor, before: cute.Tensor, team: Int32, params: ScheduleParams) -> tuple[Int32, Int32]:
+    """Quarters of an n_block that a team has to do, and parts of row groups among it."""
+    blocks = before[team + 1] - before[team]
+    is_begun, is_left = cut[team] & 1, cut[team + 1] & 1
+    is_one = cutlass.select_(cut[team] // 2 == cut[team + 1] // 2, is_begun & is_left, Int32(0))
+    parts = cutlass.select_(blocks > 0, is_begun + is_left - is_one, Int32(0))
+    return 4 * blocks + parts * params.decode_part_quarters, parts
+
+
+def _time(most: Int32, parts: Int32, line: DecodeLine, length: Int32, params: ScheduleParams) -> Int32:
+    """When a line's teams end, in eighths of quarters of an n_block: the time of the work of all, which the memory sets, or that of the
+    team that has most, which is faster when others are done.
+
+    Args:
+        most: quarters of an n_block that a team has to do at most.
+        parts: of row groups.
+        length: n_blocks of the line.
+    """
+    total = 4 * length + parts * params.decode_part_quarters
     return cutlass.max(8 * total // line.teams, params.lone_block_eighths * most)
-
-
-@cute.jit
-def _place(rows: RowTables, line: DecodeLine, item: Int32, block: Int32) -> Int32:
-    """n_blocks of a line before `block` of its row group `item`, or of its end."""
-    row = cutlass.min(item // line.heads, rows.num_decode - 1)
-    begin = rows.decode_cost[row]
-    return begin * line.heads + (item - row * line.heads) * (rows.decode_cost[row + 1] - begin) + block
 
 
 def piece_idx(tile: Int32, params: ScheduleParams) -> Int32:

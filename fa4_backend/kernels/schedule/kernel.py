@@ -105,10 +105,12 @@ class ScheduleKernel:
             if rows.num_decode > 0:
                 decode_sms = share_chip(rows.decode_cost[rows.num_decode], tiles, blocks, sums, params)
         line = decode_line(rows, cutlass.select_(decode_sms > 0, decode_sms, decode_first.shape[0]), params)
+        # Beside prefill rows the SMs were chosen for equal parts.
+        weighed = params._replace(decode_part_quarters=cutlass.select_(decode_sms > 0, Int32(0), params.decode_part_quarters))
         teams = line.teams
         if decode_sms == 0:
-            teams = usable_teams(rows, line, sums, params)
-        cut_decode(lengths, rows, line, teams, cuts, sums, arrivals, params)
+            teams = usable_teams(rows, line, sums, weighed)
+        cut_decode(lengths, rows, line, teams, cuts, sums, arrivals, weighed)
         self.write_decode(lengths, rows, line, cuts, decode_tiles, decode_first, params)
         write_prefill(lengths, rows, parts, prefill, tiles, last, params)
         if params.convert_keys > 0 and cute.arch.block_idx()[0] == 0:
