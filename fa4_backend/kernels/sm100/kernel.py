@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import cpasync
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.cta_group import LEADER
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
@@ -100,10 +101,16 @@ class PrefillKernel:
         )
 
     @cute.kernel
-    def kernel(self, operands: Operands, work: WorkTensors, heads: HeadTensors, mO: cute.Tensor):
+    def kernel(
+        self,
+        operands: Operands,
+        work: WorkTensors,
+        heads: HeadTensors,
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+    ):
         """Set up barriers and TMEM, then send each warp to its role."""
         g, tuning = Geometry.of(self.config, O_STAGE), self.config.tuning
-        smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=1024).toint())
+        smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=SWIZZLE_ALIGN).toint())
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane_idx = cute.arch.lane_idx()
         if warp_idx == ROLES.load:

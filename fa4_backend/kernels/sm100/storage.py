@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES
 from fa4_backend.kernels.schedule.work_list import TILE_INTS
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.tile_bytes import O_PAD_BYTES, TileBytes, o_pitch
@@ -56,7 +57,7 @@ class Storage:
         tmem_pointer = o + o_stage * sizes.o
         part_flag = tmem_pointer + TMEM_POINTER_BYTES
         feed = part_flag + FLAG_BYTES
-        assert feed % 16 == 0 and FEED_BYTES % 16 == 0, f"{feed=}"
+        assert feed % ACCESS_BYTES == 0 and FEED_BYTES % ACCESS_BYTES == 0, f"{feed=}"
         barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), feed + FEED_STAGE * FEED_BYTES)
         limit = ARCHS[config.arch].smem_bytes
         if barriers.end_bytes > limit:

@@ -7,9 +7,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
+
+if TYPE_CHECKING:
+    from cutlass import Int32
 
 ALL_COLUMNS = 512  # allocated whole: the kernel runs alone on its SM, and allocations are powers of two
 TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every address is a constant
@@ -44,14 +48,14 @@ class TmemLayout:
         """Columns that so many weights of a row take."""
         return weights * self.p_bytes // 4
 
-    def s_at(self, place, buffer):
-        """TMEM address of buffer `buffer` (runtime) of S."""
-        return place.tmem_base + self.s + buffer * self.s_stride
+    def s_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
+        """TMEM address of buffer `buffer` of S."""
+        return tmem_base + self.s + buffer * self.s_stride
 
-    def p_at(self, place, buffer):
+    def p_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
         """TMEM address of the P that lies over it."""
-        return place.tmem_base + self.p + buffer * self.s_stride
+        return tmem_base + self.p + buffer * self.s_stride
 
-    def o_at(self, place, buffer):
+    def o_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
         """TMEM address of the O that its P is for."""
-        return place.tmem_base + self.o + buffer * self.o_stride
+        return tmem_base + self.o + buffer * self.o_stride

@@ -15,7 +15,7 @@ from fa4_backend.kernels.sm90.consumer_state import Products, TileState
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Elementwise work of a block, in registers."""
+    """Elementwise work of a block, in registers: rS, (MMA, 1, column tiles) float32, its scores and then weights; factors, (2,)."""
 
     config: PrefillConfig
     blocks: BlockInfo

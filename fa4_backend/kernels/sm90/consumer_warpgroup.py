@@ -29,15 +29,15 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile
+from fa4_backend.kernels.common.seqlen_info import MAX_INT32
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.block_weights import BlockWeights
 from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
 from fa4_backend.kernels.sm90.query_rows import QueryRows
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_end import TileEnd
+from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, read_tile
 from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
 
@@ -298,9 +298,7 @@ class ConsumerWarpgroup:
             lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
             is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
             self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
-        n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
-        # The sequence's index is not needed here.
-        work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
+        work = read_tile(tiles.sWork, self.storage.work_slot(q))
         key_end = None
         if const_expr(self.config.has_parts):
             # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
@@ -357,7 +355,14 @@ class ConsumerWarpgroup:
         return ScoreScale.of_log2(log2_scale(values.softmax_scale, ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])))
 
 
-def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
+def _issue(
+    mma: cute.TiledMma,
+    acc: cute.Tensor,  # (MMA, row tiles, column tiles) float32
+    a: cute.Tensor,  # (MMA, row tiles, k steps)
+    b: cute.Tensor,  # (MMA, column tiles, k steps)
+    *,
+    accumulate: bool,
+) -> None:
     """Start one product as a wgmma group of its own; the caller waits for it."""
     atom = cute.make_mma_atom(mma.op)
     warpgroup.fence()

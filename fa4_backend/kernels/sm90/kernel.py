@@ -38,8 +38,9 @@ from fa4_backend.kernels.sm90.part_shares import PartShares
 from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
-from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.tile_end import TileEnd
+from fa4_backend.kernels.sm90.tile_numbers import WORK_INTS
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles

@@ -20,6 +20,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
+from fa4_backend.kernels.common.hardware import LANES, QUAD, VEC
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.part_arrivals import MINE
@@ -28,16 +29,14 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import ScoreScale, row_of_thread
 from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
+from fa4_backend.kernels.sm90.config import part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
 SLOTS_AT_ONCE = 8  # vectors that a lane has under way, while as many are added up
 UNIT_VECTORS = 8  # of a thread, in the unit of a warp
-QUAD = 4  # threads that hold a pair of rows
 PAIRS = WARPGROUP_THREADS // QUAD
-WARP = 32
 ROW_ELEMS = VEC // 2  # of a vector, of each of its two rows
-assert MAX_PARTS <= 2 * WARP and WARP % SLOTS_AT_ONCE == 0
+assert MAX_PARTS <= 2 * LANES and LANES % SLOTS_AT_ONCE == 0
 
 
 class SlotStats(NamedTuple):
@@ -64,12 +63,12 @@ class PartShares:
     @cute.jit
     def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, lane: Int32):
         """Add up this warpgroup's share of its rows, or all of them, and write them. lane: thread of the warpgroup; nobody waits."""
-        warp, in_warp = lane // WARP, lane % WARP
+        warp, in_warp = lane // LANES, lane % LANES
         begin, end = Int32(0), Int32(PAIRS * self.row_units)
         if share == MINE:
             rank = part.slot - part.first_slot
             begin, end = (PAIRS * self.row_units * x // part.num_parts for x in (rank, rank + 1))
-        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // WARP, unroll=1):
+        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // LANES, unroll=1):
             pair = unit // self.row_units
             v = unit % self.row_units * UNIT_VECTORS + in_warp // QUAD
             thread = pair * QUAD + in_warp % QUAD
@@ -111,7 +110,7 @@ class PartShares:
         The first thread of a row has the sum of all.
         """
         rows, sums = [], []
-        for slot in (in_warp, in_warp + WARP):
+        for slot in (in_warp, in_warp + LANES):
             values = cute.make_rmem_tensor(VEC, Float32)
             source = place + cutlass.min(slot, part.num_parts - 1) * part_floats(self.config)
             cute.autovec_copy(cute.make_tensor(source.align(4 * VEC), cute.make_layout(VEC)), values)
@@ -138,10 +137,10 @@ class PartShares:
     def _add(self, total: cute.Tensor, loaded: cute.Tensor, weights: SlotStats, part: TilePart, first: Int32) -> None:
         """Add slots from `first` on, one after the other."""
         for r in range(2):
-            weight, row_sum = (cutlass.select_(first < WARP, own[0][r], own[1][r]) for own in weights)
+            weight, row_sum = (cutlass.select_(first < LANES, own[0][r], own[1][r]) for own in weights)
             for i in range(SLOTS_AT_ONCE):
                 slot = first + i
-                w, s = (cute.arch.shuffle_sync(x, slot % WARP) for x in (weight, row_sum))
+                w, s = (cute.arch.shuffle_sync(x, slot % LANES) for x in (weight, row_sum))
                 for e in range(ROW_ELEMS):
                     o = cutlass.select_(slot < part.num_parts, loaded[i * VEC + ROW_ELEMS * r + e], Float32(0.0))
                     total[ROW_ELEMS * r + e] = cute.math.fma(o, w, total[ROW_ELEMS * r + e])
@@ -152,7 +151,7 @@ class PartShares:
     def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, sums: cute.Tensor, v: Int32, thread: Int32, group: Int32):
         """Two columns of two rows."""
         c = self.config
-        column = 8 * v + 2 * (thread % 4)
+        column = 8 * v + 2 * (thread % QUAD)
         for r in cutlass.range_constexpr(2):
             packed = self.pack.row(group * WGMMA_ROWS + row_of_thread(thread, r), work.m_block, work.seqlen)
             if packed.is_valid:

@@ -8,19 +8,20 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fragment_store import store_fragment, store_fragment_fp8
+from fa4_backend.kernels.common.hardware import QUAD, SWIZZLE_ALIGN
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, row_of_tile
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
-from fa4_backend.kernels.sm90.storage import O_FACTOR, WORK_FLAGS, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import Storage, tensor_at
+from fa4_backend.kernels.sm90.tile_numbers import O_FACTOR, WORK_FLAGS, read_part, read_tile
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -53,7 +54,7 @@ class TileEnd:
     ):
         """`finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
-        part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
+        part = read_part(tiles.sWork, work_slot)
         if const_expr(self.config.converts_kv):
             # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
             thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
@@ -114,8 +115,7 @@ class TileEnd:
     ):
         """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
         share."""
-        n = [tiles.sWork[i, work_slot] for i in range(10)]
-        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
+        work, part = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot)
         if part.slot >= 0 and part.num_parts >= self.config.share_parts:
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
@@ -164,7 +164,7 @@ class TileEnd:
             if const_expr(self.storage.has_factors):
                 scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
-                if packed.is_valid and lane % 4 == 0:
+                if packed.is_valid and lane % QUAD == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
         if const_expr(c.has_out_scale):
@@ -183,7 +183,7 @@ class TileEnd:
     def _store_through_q(
         self,
         products: Products,
-        rO: cute.Tensor,  # finished rows in 16 bits
+        rO: cute.Tensor,  # (MMA, 1, column tiles) of 16 bits: finished rows
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
@@ -194,7 +194,7 @@ class TileEnd:
         """Finished rows to `out` through their rows of Q's buffer."""
         c = self.config
         first_row = group * WGMMA_ROWS
-        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(1024)
+        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(SWIZZLE_ALIGN)
         sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))
         matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), one_group(products.pv))

@@ -22,12 +22,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common.hardware import QUAD, VEC
 from fa4_backend.kernels.common.part_arrivals import NOTHING, arrive, leave
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat, quad_sum
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
-from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
+from fa4_backend.kernels.sm90.config import part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
 VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O and the next tile's weights
@@ -35,7 +36,7 @@ VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O
 
 @dataclass(frozen=True)
 class TileParts:
-    """Split KV of one kernel."""
+    """Split KV of one kernel. rO: (head_dim_v / 2,) float32, this thread's O relative to row_max, in any layout."""
 
     config: PrefillConfig
 
@@ -44,7 +45,7 @@ class TileParts:
         self,
         tensors: PartTensors,
         part: TilePart,
-        rO: cute.Tensor,  # this thread's O, relative to row_max; float32
+        rO: cute.Tensor,
         stats: RowStats,
         group: Int32,
         lane: Int32,  # thread of the warpgroup
@@ -93,7 +94,7 @@ class TileParts:
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
         sums = [stats.row_sum[i] for i in range(2)]
         if const_expr(self.config.share_parts > 0):
-            sums = [cutlass.select_(lane % 4 == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
+            sums = [cutlass.select_(lane % QUAD == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
         _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 
     @cute.jit
@@ -115,7 +116,8 @@ class TileParts:
                 self._add(rO, stats, reference, self._vectors(tensors, part.first_slot + p, group, lane), first)
 
     def _add(self, rO: cute.Tensor, stats: RowStats, reference: cute.Tensor, source: cute.Tensor, first: int) -> None:
-        """Add VECTORS_AT_ONCE vectors of a part; 1 is the exact weight of a part that has the maximum over all, `reference`."""
+        """Add VECTORS_AT_ONCE vectors of a part; 1 is the exact weight of a part that has the maximum over all,
+        `reference`, (2,). source: `_vectors` of a part."""
         o, numbers = flat(rO), _load(source, self.o_vectors)
         weights = [cute.math.exp2(numbers[i] - reference[i], fastmath=True) for i in range(2)]
         if const_expr(first == 0):
@@ -139,14 +141,21 @@ class TileParts:
         return cute.make_tensor((tensors.mSlots.iterator + at).align(4 * VEC), layout)
 
 
-def _store(target: cute.Tensor, v: int, values: list) -> None:
+def _store(
+    target: cute.Tensor,  # (VEC, vectors) float32
+    v: int,
+    values: list[Float32],
+) -> None:
     r = cute.make_rmem_tensor(VEC, Float32)
     for e in range(VEC):
         r[e] = values[e]
     cute.autovec_copy(r, target[None, v])
 
 
-def _load(source: cute.Tensor, v: int) -> list[Float32]:
+def _load(
+    source: cute.Tensor,  # (VEC, vectors) float32
+    v: int,
+) -> list[Float32]:
     r = cute.make_rmem_tensor(VEC, Float32)
     cute.autovec_copy(source[None, v], r)
     return [r[e] for e in range(VEC)]
