@@ -8,7 +8,7 @@ from cutlass import Float32, Int32
 from fa4_backend.kernels.common.block_info import BlockRange
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.tile_scheduler import WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import ScoreScale, row_of_thread
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, row_of_thread
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
 
@@ -45,6 +45,22 @@ class TileState(NamedTuple):
     softmax_scales: tuple[Float32, Float32]  # multiply raw scores of each row; K's scale and that of the row's Q included
     log2_scales: tuple[Float32, Float32]  # the same times log2(e), where K and V are FP8
     scale: ScoreScale  # of all rows of the call; where K and V were FP8 of all rows of the tile, K's scale included
+
+
+class TileSums(NamedTuple):
+    """A tile behind its last product with V."""
+
+    products: Products  # whose rO is the tile's
+    stats: RowStats
+    scales: tuple[ScoreScale, ScoreScale] | None  # of raw scores of both rows; None: they were in log2 units
+    work: WorkTile
+
+
+class Place(NamedTuple):
+    """Who a consumer thread is."""
+
+    group: Int32  # its warpgroup among the consumers
+    thread: Int32  # its index among the threads of all consumers
 
 
 def row_of_tile(group: Int32, thread: Int32, i: int) -> Int32:

@@ -46,6 +46,14 @@ class SlotStats(NamedTuple):
     sums: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
 
 
+class VectorSums(NamedTuple):
+    """A lane's vector over all slots, of both rows."""
+
+    rO: cute.Tensor  # (2, ROW_ELEMS) float32, relative to row_max
+    row_max: cute.Tensor  # (2,) float32: the largest
+    row_sum: cute.Tensor  # (2,) float32
+
+
 class RowEnds(NamedTuple):
     """What finished rows need."""
 
@@ -77,11 +85,13 @@ class PartShares:
             vector = place + (cutlass.min(v, self.o_vectors - 1) * WARPGROUP_THREADS + thread) * VEC
             loaded = self._load(vector, part, Int32(0))
             stats = self._stats(place + (self.o_vectors * WARPGROUP_THREADS + pair * QUAD) * VEC, part, in_warp)
-            total = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
-            total.fill(0.0)
+            rows = cute.make_layout((2, ROW_ELEMS), stride=(ROW_ELEMS, 1))
+            total = VectorSums(cute.make_rmem_tensor(rows, Float32), cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
+            for sums in total:
+                sums.fill(0.0)
             for r in cutlass.range_constexpr(2):
-                total[2 * ROW_ELEMS + r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
-            weights = self._weights(stats, total)
+                total.row_max[r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
+            weights = self._weights(stats, total.row_max)
             for first in cutlass.range(0, part.num_parts, SLOTS_AT_ONCE, unroll=1):
                 ahead = self._load(vector, part, first + SLOTS_AT_ONCE)
                 self._add(total, loaded, weights, part, first)
@@ -125,16 +135,24 @@ class PartShares:
             value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
         return value
 
-    def _weights(self, stats: SlotStats, total: cute.Tensor) -> SlotStats:
+    def _weights(
+        self,
+        stats: SlotStats,
+        row_max: cute.Tensor,  # (2,) float32
+    ) -> SlotStats:
         """Weights in place of maxima."""
-        finite = []
-        for r in range(2):
-            row_max = total[2 * ROW_ELEMS + r]
-            finite.append(cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max))
+        finite = [cutlass.select_(x == -Float32.inf, Float32(0.0), x) for x in (row_max[0], row_max[1])]
         rows = [tuple(cute.math.exp2(row[r] - finite[r], fastmath=True) for r in range(2)) for row in stats.rows]
         return SlotStats(tuple(rows), stats.sums)
 
-    def _add(self, total: cute.Tensor, loaded: cute.Tensor, weights: SlotStats, part: TilePart, first: Int32) -> None:
+    def _add(
+        self,
+        total: VectorSums,
+        loaded: cute.Tensor,  # (SLOTS_AT_ONCE * VEC,) float32, from `_load`
+        weights: SlotStats,
+        part: TilePart,
+        first: Int32,
+    ) -> None:
         """Add slots from `first` on, one after the other."""
         for r in range(2):
             weight, row_sum = (cutlass.select_(first < LANES, own[0][r], own[1][r]) for own in weights)
@@ -143,12 +161,11 @@ class PartShares:
                 w, s = (cute.arch.shuffle_sync(x, slot % LANES) for x in (weight, row_sum))
                 for e in range(ROW_ELEMS):
                     o = cutlass.select_(slot < part.num_parts, loaded[i * VEC + ROW_ELEMS * r + e], Float32(0.0))
-                    total[ROW_ELEMS * r + e] = cute.math.fma(o, w, total[ROW_ELEMS * r + e])
-                at = 2 * ROW_ELEMS + 2 + r
-                total[at] = cute.math.fma(s, w, total[at])
+                    total.rO[r, e] = cute.math.fma(o, w, total.rO[r, e])
+                total.row_sum[r] = cute.math.fma(s, w, total.row_sum[r])
 
     @cute.jit
-    def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, sums: cute.Tensor, v: Int32, thread: Int32, group: Int32):
+    def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, total: VectorSums, v: Int32, thread: Int32, group: Int32):
         """Two columns of two rows."""
         c = self.config
         column = 8 * v + 2 * (thread % QUAD)
@@ -159,9 +176,9 @@ class PartShares:
                 sink = None
                 if const_expr(c.mask.has_sinks):
                     sink = Float32(outputs.mSinks[head])
-                o, row_max = [sums[ROW_ELEMS * r + e] for e in range(ROW_ELEMS)], sums[2 * ROW_ELEMS + r]
+                o, row_max = [total.rO[r, e] for e in range(ROW_ELEMS)], total.row_max[r]
                 row_max = row_max if ends.scale is None else ends.scale.true_max(row_max)
-                result = finalize_row(row_max, sums[2 * ROW_ELEMS + 2 + r], sink)
+                result = finalize_row(row_max, total.row_sum[r], sink)
                 o_scale = result.o_scale if ends.factor is None else result.o_scale * ends.factor
                 token = work.seqlen.q_begin + packed.token
                 target = outputs.mO[token, head, None].iterator + column

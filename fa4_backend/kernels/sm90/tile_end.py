@@ -16,9 +16,9 @@ from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, quad_sum
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, ScoreScale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, row_of_tile
+from fa4_backend.kernels.sm90.consumer_state import Place, Products, SharedTiles, TileSums, row_of_tile
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
 from fa4_backend.kernels.sm90.storage import Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_numbers import O_FACTOR, WORK_FLAGS, read_part, read_tile
@@ -41,66 +41,59 @@ class TileEnd:
     @cute.jit
     def finish_part(
         self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         q: RingPosition,
         is_last: Boolean,  # the CTA has no tile left
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """`finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
         part = read_part(tiles.sWork, work_slot)
         if const_expr(self.config.converts_kv):
             # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
-            thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+            place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
             is_whole = Int32(1)
             if part.slot >= 0:
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, thread)
+                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, place)
             if is_whole == 1:
-                self.finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+                self.finish(sums, tiles, outputs, q, place)
         else:
             if part.slot >= 0:
                 # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
-                part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, part_thread)
+                part_place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
+                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, part_place)
                 if is_whole == 1:
-                    self.finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+                    self.finish(sums, tiles, outputs, q, part_place)
             else:
                 # Apart, though the same: whole tiles pay for nothing that parts need.
-                self.finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+                self.finish(sums, tiles, outputs, q, place)
 
     @cute.jit
     def _join(
         self,
         part: TilePart,
-        products: Products,
-        stats: RowStats,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         work_slot: Int32,
         is_last: Boolean,
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ) -> Int32:
-        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile. The last tile's part is left to
+        """Lay down a part; 1 where `sums` then are those of the whole tile. The last tile's part is left to
         `share_last` where all add up."""
-        is_whole = Int32(0)
+        is_whole, group, work = Int32(0), place.group, sums.work
         if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+            barrier, lane = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
             is_left = Boolean(False)
             if const_expr(self.config.share_parts > 0):
                 is_left = is_last & (part.num_parts >= self.config.share_parts)
             if is_left:
-                self.parts.lay_down(outputs.parts, part.slot, products.rO, stats, group, lane)
+                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, group, lane)
             else:
                 flag = self._flag(tiles, work_slot, group)
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+                is_whole = self.parts.join(outputs.parts, part, sums.products.rO, sums.stats, group, lane, barrier, flag)
         return is_whole
 
     @cute.jit
@@ -110,15 +103,14 @@ class TileEnd:
         outputs: Outputs,
         scale: ScoreScale | None,  # of raw scores
         work_slot: Int32,  # of the CTA's last tile
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
         share."""
-        work, part = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot)
+        work, part, group = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot), place.group
         if part.slot >= 0 and part.num_parts >= self.config.share_parts:
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+                barrier, lane = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
                 share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
                 self.parts.leave(outputs.parts, part, group, stayers)
@@ -135,18 +127,14 @@ class TileEnd:
     @cute.jit
     def finish(
         self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         q: RingPosition,  # the tile's Q buffer, whose rows of this warpgroup nobody needs any more
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """Divide O by its denominator, write O and the LSE of the rows that are valid."""
-        c = self.config
+        c, (products, stats, score_scales, work), (group, thread) = self.config, sums, place
         lane = thread % WARPGROUP_THREADS
         scales = cute.make_rmem_tensor(2, Float32)
         for i in cutlass.range_constexpr(2):
