@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
-from fa4_backend.kernels.common.hardware import QUAD
+from fa4_backend.kernels.common.hardware import LANES, QUAD
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
 from fa4_backend.kernels.common.warp_mma import quad_max
@@ -374,9 +374,9 @@ def flat(fragment: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
-def row_of_thread(thread: Int32, i: int) -> Int32:
-    """Row of half `i` of a thread of a warpgroup (PTX ISA, wgmma.mma_async: D fragment layout)."""
-    return thread // 32 * 16 + thread % 32 // 4 + 8 * i
+def row_of_thread(thread: Int32, i: int, first_row: Int32 | int = 0) -> Int32:
+    """Row of half `i` of a thread of a warpgroup whose rows begin at `first_row` (PTX ISA, wgmma.mma_async: D fragment layout)."""
+    return first_row + thread // LANES * 16 + thread % LANES // QUAD + 8 * i
 
 
 def quad_sum(value: Float32) -> Float32:

@@ -65,5 +65,4 @@ class Place(NamedTuple):
 
 def row_of_tile(group: Int32, thread: Int32, i: int) -> Int32:
     """Tile row of a consumer thread's accumulators of half `i`."""
-    in_group = thread % WARPGROUP_THREADS
-    return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
+    return row_of_thread(thread % WARPGROUP_THREADS, i, group * WGMMA_ROWS)

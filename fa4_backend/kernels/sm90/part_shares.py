@@ -85,10 +85,7 @@ class PartShares:
             vector = place + (cutlass.min(v, self.o_vectors - 1) * WARPGROUP_THREADS + thread) * VEC
             loaded = self._load(vector, part, Int32(0))
             stats = self._stats(place + (self.o_vectors * WARPGROUP_THREADS + pair * QUAD) * VEC, part, in_warp)
-            rows = cute.make_layout((2, ROW_ELEMS), stride=(ROW_ELEMS, 1))
-            total = VectorSums(cute.make_rmem_tensor(rows, Float32), cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
-            for sums in total:
-                sums.fill(0.0)
+            total = self._no_sums()
             for r in cutlass.range_constexpr(2):
                 total.row_max[r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
             weights = self._weights(stats, total.row_max)
@@ -98,6 +95,14 @@ class PartShares:
                 loaded.store(ahead.load())
             if v < self.o_vectors:
                 self._write(outputs, work, ends, total, v, thread, group)
+
+    def _no_sums(self) -> VectorSums:
+        """Sums before the first slot: views of one tensor, which ptxas keeps in fewer registers than three."""
+        numbers = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
+        numbers.fill(0.0)
+        rO = cute.make_tensor(numbers.iterator, cute.make_layout((2, ROW_ELEMS), stride=(ROW_ELEMS, 1)))
+        row_max, row_sum = (cute.make_tensor(numbers.iterator + 2 * ROW_ELEMS + 2 * i, cute.make_layout(2)) for i in (0, 1))
+        return VectorSums(rO, row_max, row_sum)
 
     def _slots(self, outputs: Outputs, part: TilePart, group: Int32) -> cute.Pointer:
         """Where this warpgroup's vectors begin in the tile's first slot."""
