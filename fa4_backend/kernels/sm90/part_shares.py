@@ -97,7 +97,7 @@ class PartShares:
                 self._write(outputs, work, ends, total, v, thread, group)
 
     def _no_sums(self) -> VectorSums:
-        """Sums before the first slot: views of one tensor, which ptxas keeps in fewer registers than three."""
+        """Sums before the first slot: views of one tensor of registers."""
         numbers = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
         numbers.fill(0.0)
         rO = cute.make_tensor(numbers.iterator, cute.make_layout((2, ROW_ELEMS), stride=(ROW_ELEMS, 1)))
