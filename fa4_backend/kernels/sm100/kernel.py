@@ -31,7 +31,7 @@ from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom
 from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
 from fa4_backend.kernels.sm100.softmax_warps import SoftmaxWarps
-from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
+from fa4_backend.kernels.sm100.tmem_layout import TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
@@ -121,7 +121,7 @@ class PrefillKernel:
                     ptx.mbarrier_init(smem_base + offset, count)
                 cute.arch.mbarrier_init_fence()
         if warp_idx == ROLES.mma:
-            g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
+            g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, g.tmem.allocated)
         tcgen05_ops.fence_before_sync()
         g.group.sync_all()
         tcgen05_ops.fence_after_sync()
@@ -157,7 +157,7 @@ class PrefillKernel:
         g.group.sync_all()
         if warp_idx == ROLES.mma:
             tcgen05_ops.fence_after_sync()
-            g.group.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
+            g.group.tmem_dealloc(place.tmem_base, g.tmem.allocated)
         if const_expr(self.config.kernel.is_dependent):
             # Whoever waits for this grid in the stream waits for the decode kernel too.
             cute.arch.griddepcontrol_wait()

@@ -15,8 +15,8 @@ from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
 if TYPE_CHECKING:
     from cutlass import Int32
 
-ALL_COLUMNS = 512  # allocated whole: the kernel runs alone on its SM, and allocations are powers of two
-TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every address is a constant
+# Allocated whole, since the kernel runs alone on its SM, so the allocation can only start at lane 0, column 0: every address is a constant.
+TMEM_BASE = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TmemLayout:
     s_stride: int
     o_stride: int
     end: int  # columns in use
+    allocated: int  # all that the SM has: allocations are powers of two
     p_bytes: int  # of an element of P
 
     @staticmethod
@@ -40,9 +41,9 @@ class TmemLayout:
         tile_n, head_dim_v, q_tiles = config.kernel.tile.tile_n, config.kernel.head_dim_v, config.q_tiles
         o, o_stride = S_STAGE * tile_n, head_dim_v * (q_tiles - 1)
         end, p_bytes = o + q_tiles * head_dim_v, config.kernel.element_bytes
-        layout = TmemLayout(s=0, p=tile_n // 2, o=o, s_stride=tile_n, o_stride=o_stride, end=end, p_bytes=p_bytes)
-        assert layout.end <= ARCHS[config.arch].tmem_columns, f"{layout.end=}"
-        return layout
+        allocated = ARCHS[config.arch].tmem_columns
+        assert end <= allocated, f"{end=} {allocated=}"
+        return TmemLayout(0, tile_n // 2, o, s_stride=tile_n, o_stride=o_stride, end=end, allocated=allocated, p_bytes=p_bytes)
 
     def p_columns(self, weights: int) -> int:
         """Columns that so many weights of a row take."""
