@@ -105,10 +105,9 @@ class Geometry:
     def of(config: Sm100Config, o_stage: int) -> "Geometry":
         """Resolve a config."""
         kernel = config.kernel
-        pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
         blocks = BlockInfo(MaskSpec(kernel.mask), kernel.tile.tile_n, config.tokens_per_item)
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, o_stage)
-        return Geometry(config, group, storage, TmemLayout.of(config), pack, blocks)
+        return Geometry(config, group, storage, TmemLayout.of(config), PackGqa.of(kernel), blocks)
 
     @property
     def kv_edge(self) -> str:
