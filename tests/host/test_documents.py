@@ -86,9 +86,8 @@ def module_file(module: str) -> Path | None:
 def script_options(path: Path) -> frozenset[str]:
     """What a module that is run takes, by its text and by that of modules of ours it imports: argparse's options, or typer's parameters."""
     texts = [path.read_text()]
-    for package, names in re.findall(
-        r"^from ((?:fa4_backend|tests|scripts|examples)[\w.]*) import ([\w, ]+)", texts[0], flags=re.MULTILINE
-    ):
+    imports = re.compile(r"^from ((?:fa4_backend|tests|scripts|examples)[\w.]*) import ([\w, ]+)", flags=re.MULTILINE)
+    for package, names in imports.findall(texts[0]):
         modules = (module_file(name) for name in (package, *(f"{package}.{name.strip()}" for name in names.split(","))))
         texts += [module.read_text() for module in modules if module is not None]
     found = {option for text in texts for option in re.findall(r'"(--[\w-]+)"', text)}
@@ -204,7 +203,7 @@ def test_what_does_not_exist_is_noticed() -> None:
         "`kernels/launch.py` `kernels/nowhere/` `kernels/schedule/` `check_problem` `check_problems()` `fa4_backend.plan.AttentionPlans` "
     )
     text += "[a](nowhere.md) [b](README.md#nowhere) [c](README.md#serving) `make dem` `make demo` "
-    text += "`fa4 emulate --seed 3 --seeds 4` `fa4 emulates` `python -m scripts.nothing` `python -m scripts.decode_races`"
+    text += "`fa4 emulate --seed 3 --seeds 4` `fa4 emulates` `python -m scripts.nothing` `python -m scripts.decode_races` "
     text += "`python -m scripts.cubin_digests --out FILE --again` `python -m examples.serve_emulated --kernel emulate-sm90`"
     assert missing_paths(text, is_document=True) == ["kernels/launch.py", "kernels/nowhere/"]
     assert missing_names(text) == ["check_problems", "fa4_backend.plan.AttentionPlans"]
