@@ -42,12 +42,17 @@ DEVICE = "cuda"
 
 
 def setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
-    """Problems to fuzz: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
+    """Problems of decode rows alone, whichever kernel serves them."""
+    return kernel_setups(arch, kv_dtype) + narrow_setups(arch, kv_dtype)
+
+
+def kernel_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """The decode kernel's: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
     chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in HEADS]
     chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
     if kv_dtype == FP8:
         chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
-    return of_heads(chosen, arch, kv_dtype) + narrow_setups(arch, kv_dtype)
+    return of_heads(chosen, arch, kv_dtype)
 
 
 def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]], arch: str, kv_dtype: str) -> list[FuzzSetup]:
