@@ -94,10 +94,12 @@ def cells(kind_names: str, pattern: str) -> list[BatchShape]:
 
 
 def packed_rows() -> list[BatchShape]:
-    """One KV head with 24 to 96 query heads, few rows and many."""
-    heads = ((24, 64), (32, 64), (48, 64), (64, 64), (96, 64), (48, 96), (32, 128), (48, 128), (96, 128))
+    """One KV head with 24 to 96 query heads, few rows and many; drafts of wide heads."""
+    heads = ((24, 64), (32, 64), (48, 64), (64, 64), (96, 64), (48, 96), (96, 96), (32, 128), (48, 128), (96, 128))
     sizes = ((1, 4096), (8, 4096), (64, 1024), (64, 4096))
-    return [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
+    of_one = [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
+    drafts = [uniform(rows, 4096, queries) for queries in (5, 8) for rows in (1, 16, 64)]
+    return of_one + [replace(batch, num_q_heads=16, num_kv_heads=2, head_dim=256) for batch in drafts]
 
 
 def batch_of(variant: str, batch: BatchShape) -> BatchShape:
