@@ -175,7 +175,7 @@ def compile_all(batches: list[MlaBatch]) -> None:
     keys: dict[CompileKey, None] = {}
     for batch in batches:
         plan = plan_attention(*batch.asked(arch))
-        keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
+        keys |= dict.fromkeys(plan.keys)
     ensure_objects(keys)
 
 

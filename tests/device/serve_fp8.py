@@ -86,7 +86,7 @@ def plans(groups: dict[str, Group], folder: Path, target: str) -> Iterator[Any]:
 def compile_kernels(groups: dict[str, Group], folder: Path, target: str) -> None:
     """Our kernels of all models, side by side, before engines ask for them one by one."""
     begin = time.perf_counter()
-    keys = dict.fromkeys(key for plan in plans(groups, folder, target) for key in plan.kernels.keys)
+    keys = dict.fromkeys(key for plan in plans(groups, folder, target) for key in plan.keys)
     with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(library_of, keys))
     print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
