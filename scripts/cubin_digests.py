@@ -78,7 +78,7 @@ def distinct_keys() -> dict[str, CompileKey]:
             except UnsupportedProblem as refusal:
                 print(f"left out: {refusal}")
                 continue
-            keys |= {key.name: key for key in plan.kernels.keys}
+            keys |= {key.name: key for key in plan.keys}
     return keys
 
 

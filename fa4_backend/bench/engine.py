@@ -62,9 +62,7 @@ def compile_kernels(kv_cache_dtypes: list[str], arch: str, model: str = MODEL) -
     keys: dict[Any, None] = {}
     for kv_cache_dtype in kv_cache_dtypes:
         for problem, limits in asked_of(model, kv_cache_dtype, arch):
-            kernels = plan_attention(problem, limits).kernels
-            assert kernels is not None
-            keys |= dict.fromkeys(kernels.keys)
+            keys |= dict.fromkeys(plan_attention(problem, limits).keys)
     ensure_objects(key for key in keys if find_prebuilt(key) is None)
     return [key.name for key in keys]
 

@@ -65,7 +65,7 @@ def all_keys(batches: list[PrefillBatch]) -> list[Any]:
             problem, limits = asked(shape, "sm_90a", convert_keys=keys)
             plans.append(plan_attention(problem, limits))
     plans += [case.plan() for case in cases().values()]
-    return list(dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys))
+    return list(dict.fromkeys(key for plan in plans for key in plan.keys))
 
 
 def cases() -> dict[str, PagedCase]:

@@ -197,8 +197,7 @@ def keys() -> list[CompileKey]:
         plans = [plan_attention(latent, split_limits(latent))]
         plans += [plan_attention(problem, BatchLimits(256, 2048, 2 * max(CONTEXTS))) for problem in made]
         for plan in plans:
-            assert plan.kernels is not None
-            found |= dict.fromkeys(plan.kernels.keys)
+            found |= dict.fromkeys(plan.keys)
     return list(found)
 
 

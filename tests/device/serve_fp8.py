@@ -83,7 +83,7 @@ def plans(groups: dict[str, Group], folder: Path, target: str) -> Iterator[Any]:
 
 def compile_kernels(groups: dict[str, Group], folder: Path, target: str) -> None:
     """Our kernels of all models, side by side, before engines ask for them one by one."""
-    compile_lacking(key for plan in plans(groups, folder, target) for key in plan.kernels.keys)
+    compile_lacking(key for plan in plans(groups, folder, target) for key in plan.keys)
 
 
 def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, deadline: float) -> dict[str, Any]:

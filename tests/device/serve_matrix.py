@@ -152,9 +152,7 @@ def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
                 sinks_dtype="bfloat16" if mask.has_sinks else "float32",
             )  # fmt: skip
             limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num_tokens)
-            kernels = plan_attention(problem, limits).kernels
-            assert kernels is not None
-            keys |= dict.fromkeys(kernels.keys)
+            keys |= dict.fromkeys(plan_attention(problem, limits).keys)
     return [*keys]
 
 

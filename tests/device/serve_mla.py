@@ -158,9 +158,7 @@ def keys_of(num_heads: int, arch: str) -> list[Any]:
     keys: dict[Any, None] = {}
     for problem, limits in asked:
         assert limits is not None, problem
-        kernels = plan_attention(problem, limits).kernels
-        assert kernels is not None
-        keys |= dict.fromkeys(kernels.keys)
+        keys |= dict.fromkeys(plan_attention(problem, limits).keys)
     return [*keys]
 
 
