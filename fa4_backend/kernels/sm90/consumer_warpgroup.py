@@ -292,9 +292,9 @@ class ConsumerWarpgroup:
         """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
         if const_expr(tiles.sRowScales is not None):
-            lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
+            in_group, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
             is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
-            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
+            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, in_group, barrier)
         work = read_tile(tiles.sWork, self.storage.work_slot(q))
         key_end = None
         if const_expr(self.config.has_parts):

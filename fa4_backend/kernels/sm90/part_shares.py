@@ -69,9 +69,9 @@ class PartShares:
     pack: PackGqa
 
     @cute.jit
-    def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, lane: Int32):
-        """Add up this warpgroup's share of its rows, or all of them, and write them. lane: thread of the warpgroup; nobody waits."""
-        warp, in_warp = lane // LANES, lane % LANES
+    def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, in_group: Int32):
+        """Add up this warpgroup's share of its rows, or all of them, and write them. in_group: thread of the warpgroup; nobody waits."""
+        warp, in_warp = in_group // LANES, in_group % LANES
         begin, end = Int32(0), Int32(PAIRS * self.row_units)
         if share == MINE:
             rank = part.slot - part.first_slot

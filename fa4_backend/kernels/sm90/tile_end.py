@@ -85,15 +85,15 @@ class TileEnd:
         `share_last` where all add up."""
         is_whole, group, work = Int32(0), place.group, sums.work
         if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            barrier, lane = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
+            barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
             is_left = Boolean(False)
             if const_expr(self.config.share_parts > 0):
                 is_left = is_last & (part.num_parts >= self.config.share_parts)
             if is_left:
-                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, group, lane)
+                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, group, in_group)
             else:
                 flag = self._flag(tiles, work_slot, group)
-                is_whole = self.parts.join(outputs.parts, part, sums.products.rO, sums.stats, group, lane, barrier, flag)
+                is_whole = self.parts.join(outputs.parts, part, sums.products.rO, sums.stats, group, in_group, barrier, flag)
         return is_whole
 
     @cute.jit
@@ -110,15 +110,15 @@ class TileEnd:
         work, part, group = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot), place.group
         if part.slot >= 0 and part.num_parts >= self.config.share_parts:
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                barrier, lane = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
+                barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
-                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, in_group, barrier, flag)
                 self.parts.leave(outputs.parts, part, group, stayers)
                 if share != NOTHING:
                     factor = None
                     if const_expr(self.storage.has_factors):
                         factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
-                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
+                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, in_group)
 
     def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
         """An int32 of shared memory that is this warpgroup's."""
@@ -135,7 +135,7 @@ class TileEnd:
     ):
         """Divide O by its denominator, write O and the LSE of the rows that are valid."""
         c, (products, stats, score_scales, work), (group, thread) = self.config, sums, place
-        lane = thread % WARPGROUP_THREADS
+        in_group = thread % WARPGROUP_THREADS
         scales = cute.make_rmem_tensor(2, Float32)
         for i in cutlass.range_constexpr(2):
             packed = self.pack.row(row_of_tile(group, thread, i), work.m_block, work.seqlen)
@@ -152,7 +152,7 @@ class TileEnd:
             if const_expr(self.storage.has_factors):
                 scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
-                if packed.is_valid and lane % QUAD == 0:
+                if packed.is_valid and in_group % QUAD == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
         if const_expr(c.has_out_scale):
@@ -162,7 +162,7 @@ class TileEnd:
             rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
             rO.store(products.rO.load().to(self.storage.dtype))
             if const_expr(self.storage.o_through_q):
-                self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
+                self._store_through_q(products, rO, tiles, outputs, work, q, group, in_group)
             else:
                 rows = tuple(self.pack.row(row_of_tile(group, thread, i), work.m_block, work.seqlen) for i in range(2))
                 store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
@@ -177,7 +177,7 @@ class TileEnd:
         work: WorkTile,
         q: RingPosition,
         group: Int32,
-        lane: Int32,
+        in_group: Int32,
     ):
         """Finished rows to `out` through their rows of Q's buffer."""
         c = self.config
@@ -186,13 +186,13 @@ class TileEnd:
         sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))
         matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), one_group(products.pv))
-        thread_copy = copy.get_slice(lane)
+        thread_copy = copy.get_slice(in_group)
         barrier = self.roles.output_barrier + group
         # Every warp has read its rows of Q.
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        self.output.store(outputs.mO, sO_ptr, lane, first_row, work.kv_head_idx, work.m_block, work.seqlen)
+        self.output.store(outputs.mO, sO_ptr, in_group, first_row, work.kv_head_idx, work.m_block, work.seqlen)
 
 
 def one_group(mma: cute.TiledMma) -> cute.TiledMma:
