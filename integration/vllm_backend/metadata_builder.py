@@ -51,7 +51,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         UnsupportedProblem: at construction, for a KV cache or a layer that no kernel on this device serves.
     """
 
-    supports_draft_decode_metadata_update = True
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -60,6 +60,9 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             raise UnsupportedProblem(
                 f"KV cache: expected {' or '.join(SERVED_SPECS)}, got {spec_name}; use another attention backend of vLLM"
             )
+        # Of layers whose tokens see their own chunk alone. vLLM hands over a row a chunk, with lengths that no drafter's loop changes.
+        self._chunk: int | None = getattr(kv_cache_spec, "attention_chunk_size", None)
+        self.supports_draft_decode_metadata_update = self._chunk is None
         # Rows of up to 1 + speculative tokens count as decode rows; vLLM moves them to the front of the batch.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         start.show_log_lines("vllm")
@@ -83,7 +86,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
     def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[LayerKind, AttentionMetadata]:
         # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
         start.open_warm_up()
-        limits = batch_limits(self.vllm_config, self.reorder_batch_threshold or 1)
+        limits = batch_limits(self.vllm_config, self.reorder_batch_threshold or 1, self._chunk)
         steps: dict[LayerKind, AttentionMetadata] = {}
         for impl in impls:
             if impl.kind not in steps:
