@@ -7,9 +7,9 @@
     python -m tests.device.measure_tiles --kinds full,heads --tiles "no pages"
     python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
-Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" and "packed-mixed" of one KV head, and with "fp8-" before a kind those with K
-and V in FP8; the first figure of a cell is of what is in use, narrow tiles included (`fa4_backend/narrow_tiles.py`), which
-no variant has. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
+Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" and "packed-mixed" of one KV head, and with "fp8-" before a
+kind those with K and V in FP8; the first figure of a cell is of what is in use, narrow tiles included (`fa4_backend/narrow_tiles.py`),
+which no variant has. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
 
     prefill tiles          decode rows go to the prefill kernel, whose tiles are cut along KV
     invariant              batch-invariant mode
