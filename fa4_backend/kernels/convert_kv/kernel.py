@@ -20,11 +20,11 @@ from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.common.search import upper_bound
 from fa4_backend.kernels.convert_kv.config import THREADS, ConvertConfig
 from fa4_backend.kernels.launch_abi import convert_fakes
 
-LANES = 32
 VEC = 8  # elements that a lane converts at once
 UNIT_BYTES = 2048  # of K that a warp takes at once: with V's 16 loads a lane, which 64 registers hold
 
