@@ -33,7 +33,8 @@ from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
 HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
-COPIED = ((64, 1, 64, 1), (32, 1, 64, 1))  # one KV head that the kernels get as several (`fa4_backend/copied_heads.py`)
+# Whose steps of decode rows alone go to prefill tiles of their height (`fa4_backend/narrow_tiles.py`)
+NARROW = ((48, 1, 128, 1), (16, 2, 128, 8), (48, 1, 64, 1), (96, 1, 64, 1), (48, 1, 96, 1))
 FEATURES: tuple[dict[str, bool], ...] = (
     {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
 )  # fmt: skip
@@ -41,9 +42,16 @@ DEVICE = "cuda"
 
 
 def setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
-    """Problems to fuzz: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
+    """Problems of decode rows alone, whichever kernel serves them."""
+    return kernel_setups(arch, kv_dtype) + narrow_setups(arch, kv_dtype)
+
+
+def kernel_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """The decode kernel's: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
     chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in HEADS]
     chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
+    # V narrower than K, wide heads, and pages of hybrid models, which are no power of 2.
+    chosen += [((16, 2, 192, 1), {"head_dim_v": 128, "page_size": 48}), ((16, 2, 256, 2), {"page_size": 528})]
     if kv_dtype == FP8:
         chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
     return of_heads(chosen, arch, kv_dtype)
@@ -54,8 +62,8 @@ def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]],
     out = []
     for (q_heads, kv_heads, head_dim, query_len), features in chosen:
         problem = make_problem(
-            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, page_size=16, arch=arch,
-            kv_dtype=kv_dtype, has_lse=True, **{"dtype": "bfloat16", **features},
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, arch=arch, kv_dtype=kv_dtype, has_lse=True,
+            **{"dtype": "bfloat16", "head_dim_v": head_dim, "page_size": 16, **features},
         )  # fmt: skip
         name = f"{q_heads}/{kv_heads} d{head_dim} q{query_len} {' '.join(features)}"
         for shape, rows, kv_len in (("short", 64, 130), ("long", 6, 6000)):
@@ -65,6 +73,16 @@ def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]],
             )  # fmt: skip
             out.append(setup)
     return out
+
+
+def narrow_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """Every height of narrow tiles, every feature on one of them; none where no kernel has such tiles."""
+    chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in NARROW]
+    chosen += [(NARROW[0], {"has_window_left": True, "has_sinks": True}), (NARROW[0], {"has_softcap": True, "has_alibi": True})]
+    chosen += [(NARROW[1], {"out_dtype": FP8})]
+    if not arch.endswith("sm_90a") or kv_dtype == FP8:
+        return []
+    return [replace(s, name=f"narrow {s.name}", is_narrow=True) for s in of_heads(chosen, arch, kv_dtype)]
 
 
 def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
@@ -78,12 +96,13 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         "8/2 d96 q2": ((8, 2, 96), 2, {}),
         "4/2 d256 q1": ((4, 2, 256), 1, {}),
         "8/2 d128 q2 out FP8": ((8, 2, 128), 2, {"out_dtype": FP8}),
+        "8/2 d192v128 q1": ((8, 2, 192), 1, {"head_dim_v": 128}),
     }
     out = []
     for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
         problem = make_problem(
-            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
-            kv_dtype=kv_dtype, has_lse=True, **features,
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16", page_size=16, arch=arch, kv_dtype=kv_dtype,
+            has_lse=True, **{"head_dim_v": head_dim, **features},
         )  # fmt: skip
         setup = FuzzSetup(
             f"mixed {name}", problem, max_seqs=16, max_query=100, max_kv=900, decode_query_len=query_len, decode_share=0.7
@@ -302,7 +321,7 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact", help="of these, and copied: one KV head given as several")
+    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact", help="of these")
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of K and V")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
@@ -322,7 +341,6 @@ def main() -> int:
         for part, of_arch in (
             ("fuzz", setups(arch, kv_dtype)),
             ("mixed", mixed_setups(arch, kv_dtype)),
-            ("copied", of_heads([(heads, {}) for heads in COPIED], arch, kv_dtype)),
         )
         if part in options.parts.split(",")
     }
@@ -333,7 +351,6 @@ def main() -> int:
         "lists": lambda: check_lists(arch, 200),
         "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, **how),
         "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, **how),
-        "copied": lambda: check_fuzz(of_part["copied"], options.batches, **how),
         "pool": lambda: check_pool(arch, kv_dtype),
         "bits": lambda: check_bits(arch, kv_dtype, 100),
         "exact": lambda: check_exact(arch, kv_dtype, 100),
