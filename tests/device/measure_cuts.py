@@ -32,8 +32,8 @@ from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.schedule.work_list import NUM_ENTRIES, PARTIAL_SLOT, WorkLists
 from fa4_backend.plan import plan_attention
+from tests.device.compiling import compile_lacking
 from tests.device.mla_batches import Shape, Step, draw, judge
-from tests.device.prove_mla import compile_lacking
 
 ARCH = "sm_90a"
 IN_USE, SCHEDULE = "in use", "schedule"
