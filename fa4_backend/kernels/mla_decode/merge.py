@@ -31,6 +31,7 @@ from fa4_backend.kernels.mla_decode.config import (
     WARP_VECTORS,
     MlaDecodeConfig,
     slot_floats,
+    statistics_at,
     tile_slot_floats,
     tile_stats_bytes,
 )
@@ -41,7 +42,8 @@ from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
-ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry: of another warp than that which asks for the slots
+ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry
+CONSUMER_WARPS = CONSUMER_THREADS // 32
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
 
 
@@ -97,12 +99,15 @@ class Merge:
             total = quad_sum(stats.row_sum[i])
             if cute.arch.lane_idx() % 4 == 0:
                 shared.sRowSum[turn, fragment.sum_index(), fragment.row(i)] = total
+        if entry.partial_slot >= 0:
+            # O of a slot is not divided by row_sum, so it does not wait for the others' shares of it.
+            self._store_vectors(fragment, entry, entry.partial_slot + piece_in_entry, rO, results)
         self.meet()
         for i in cutlass.range_constexpr(2):
             sums = [shared.sRowSum[turn, k, fragment.row(i)] for k in range(fragment.num_sums)]
             stats.row_sum[i] = _sum(sums)
         if entry.partial_slot >= 0:
-            self._store_slot(fragment, entry, entry.partial_slot + piece_in_entry, rO, stats, results)
+            self._store_statistics(fragment, entry, entry.partial_slot + piece_in_entry, stats, results)
         elif const_expr(self.config.has_pieces):
             self._fold_whole(fragment, entry, piece_in_entry, is_last, rO, stats, totals, scales, results)
         else:
@@ -137,31 +142,33 @@ class Merge:
         rOut.store(rO.load().to(dtype))
         return rOut
 
+    def _has_row(self, fragment: Fragment, entry: Entry) -> Boolean:
+        """Whether this thread's warp has a row."""
+        first = self.work.first_row(entry) + fragment.row(0) // WARP_ROWS * WARP_ROWS
+        return self.work.row(first, entry.seqlen).is_valid
+
     @cute.jit
-    def _store_slot(
-        self,
-        fragment: cutlass.Constexpr[Fragment],
-        entry: Entry,
-        slot: Int32,
-        rO: cute.Tensor,
-        stats: RowStats,
-        results: ResultTensors,
-    ):
-        """A piece's rows to its slot, of warps that have a row."""
-        first_row, row = self.work.first_row(entry), fragment.row(0)
-        if self.work.row(first_row + row // WARP_ROWS * WARP_ROWS, entry.seqlen).is_valid:
+    def _store_vectors(self, fragment: cutlass.Constexpr[Fragment], entry: Entry, slot: Int32, rO: cute.Tensor, results: ResultTensors):
+        """A piece's O to its slot, of warps that have a row."""
+        if self._has_row(fragment, entry):
             base, o = self._tile_slot(results, slot), flat(rO)
             for k in cutlass.range_constexpr(fragment.num_values // VEC):
                 vector = cute.make_rmem_tensor(VEC, Float32)
                 for e, value in enumerate(fragment.values(k)):
                     vector[e] = o[value]
                 cute.autovec_copy(vector, self._at(base, fragment, k))
-            if fragment.writes_statistics():
-                for i in cutlass.range_constexpr(2):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
-                    where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * fragment.row(i))
-                    cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
+
+    @cute.jit
+    def _store_statistics(
+        self, fragment: cutlass.Constexpr[Fragment], entry: Entry, slot: Int32, stats: RowStats, results: ResultTensors
+    ):
+        """A piece's reference and row_sum of each row to its slot."""
+        if self._has_row(fragment, entry) & fragment.writes_statistics():
+            for i in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
+                where = self._tile_slot(results, slot) + (statistics_at(self.config) + 2 * fragment.row(i))
+                cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
 
     def _at(self, base: cute.Pointer, fragment: Fragment, vector: int) -> cute.Tensor:
         """A thread's vector of a tile's slot."""
@@ -287,41 +294,45 @@ class Merge:
             first = at - tile * tile_vectors
             count = cutlass.min(cutlass.min(chunk, end - at), tile_vectors - first)
             self._fetch(entry, tile, first, count, thread, shared, results)
+            tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
+            # While the vectors come.
+            weights = PartWeights(c, self.work)
+            target = cute.recast_ptr(shared.kv, dtype=Float32)
+            weights.take_statistics(self._first_statistics(entry, tile, results), pieces, first, first + count, target, thread)
+            if const_expr(not c.has_pieces):
+                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
+            self.meet()
             cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
             phase ^= 1
-            tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
-            if const_expr(c.has_pieces):
-                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+            for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                if const_expr(c.has_pieces):
                     self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
-            else:
-                weights = PartWeights(c, self.work)
-                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
-                self.meet()
-                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
+                else:
                     weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
             self.meet()
         return phase
 
+    def _first_statistics(self, entry: Entry, tile: Int32, results: ResultTensors) -> cute.Pointer:
+        """Where the statistics of a tile begin in a row group's first slot."""
+        at = Int64(entry.first_slot) * slot_floats(self.config) + (tile * tile_slot_floats(self.config) + statistics_at(self.config))
+        return (results.mSlots.iterator + at).align(8)
+
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
-        """Start the copies of every slot's statistics of a tile and of a chunk of its vectors, by the first warp, a slot a lane."""
+        """Start the copies of a chunk of every slot's vectors of a tile. A warp issues its lanes' copies one after the other, so warps take
+        turns with the slots."""
         c = self.config
-        if thread < 32:
-            num_bytes = count * (4 * VEC)
-            barrier, memory = shared.barriers.slots_full, shared.kv.toint()
-            # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
-            cute.arch.fence_proxy("async")
-            if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + tile_stats_bytes(self.config)) * entry.num_pieces)
-            cute.arch.sync_warp()
-            for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
-                at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
-                source = results.mSlots.iterator + at
-                stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
-                ptx.bulk_load(stats, memory + slot * tile_stats_bytes(self.config), barrier, Int32(tile_stats_bytes(self.config)))
-                where = memory + entry.num_pieces * tile_stats_bytes(self.config) + slot * num_bytes
-                ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
+        num_bytes, barrier = count * (4 * VEC), shared.barriers.slots_full
+        if thread == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes * entry.num_pieces)
+        self.meet()
+        # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
+        cute.arch.fence_proxy("async")
+        vectors = shared.kv.toint() + entry.num_pieces * tile_stats_bytes(c)
+        for slot in cutlass.range(thread % 32 * CONSUMER_WARPS + thread // 32, entry.num_pieces, CONSUMER_THREADS, unroll=1):
+            at = Int64(entry.first_slot + slot) * slot_floats(c) + (tile * tile_slot_floats(c) + first * VEC)
+            ptx.bulk_load((results.mSlots.iterator + at).align(16), vectors + slot * num_bytes, barrier, num_bytes)
 
     @cute.jit
     def _sum_vector(
