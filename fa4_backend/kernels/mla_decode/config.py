@@ -210,11 +210,6 @@ def tile_slot_floats(config: MlaDecodeConfig) -> int:
     return config.tile_warps * WARP_ROWS * (LATENT_DIM + 2)
 
 
-def statistics_at(config: MlaDecodeConfig) -> int:
-    """Where reference and row_sum of each row begin in a tile's part of a slot, float32."""
-    return config.tile_warps * WARP_ROWS * LATENT_DIM
-
-
 def tile_stats_bytes(config: MlaDecodeConfig) -> int:
     """Bytes of reference and row_sum of all rows of a slot's tile."""
     return config.tile_warps * WARP_ROWS * 8

@@ -31,7 +31,6 @@ from fa4_backend.kernels.mla_decode.config import (
     WARP_VECTORS,
     MlaDecodeConfig,
     slot_floats,
-    statistics_at,
     tile_slot_floats,
     tile_stats_bytes,
 )
@@ -42,8 +41,7 @@ from fa4_backend.kernels.mla_decode.work import MlaWork
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
 
 CONSUMER_BARRIER = 3  # named barrier of both consumer warpgroups
-ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry
-CONSUMER_WARPS = CONSUMER_THREADS // 32
+ARRIVING_THREAD = 32  # first of those that arrive, one a pending entry: of another warp than that which asks for the slots
 FOLD_PARTS = 8  # slots whose values are asked for before the first is added
 
 
@@ -100,14 +98,13 @@ class Merge:
             if cute.arch.lane_idx() % 4 == 0:
                 shared.sRowSum[turn, fragment.sum_index(), fragment.row(i)] = total
         if entry.partial_slot >= 0:
-            # O of a slot is not divided by row_sum, so it does not wait for the others' shares of it.
             self._store_vectors(fragment, entry, entry.partial_slot + piece_in_entry, rO, results)
         self.meet()
         for i in cutlass.range_constexpr(2):
             sums = [shared.sRowSum[turn, k, fragment.row(i)] for k in range(fragment.num_sums)]
             stats.row_sum[i] = _sum(sums)
         if entry.partial_slot >= 0:
-            self._store_statistics(fragment, entry, entry.partial_slot + piece_in_entry, stats, results)
+            self._complete_slot(fragment, entry, entry.partial_slot + piece_in_entry, rO, stats, results)
         elif const_expr(self.config.has_pieces):
             self._fold_whole(fragment, entry, piece_in_entry, is_last, rO, stats, totals, scales, results)
         else:
@@ -142,32 +139,41 @@ class Merge:
         rOut.store(rO.load().to(dtype))
         return rOut
 
-    def _has_row(self, fragment: Fragment, entry: Entry) -> Boolean:
-        """Whether this thread's warp has a row."""
-        first = self.work.first_row(entry) + fragment.row(0) // WARP_ROWS * WARP_ROWS
-        return self.work.row(first, entry.seqlen).is_valid
-
     @cute.jit
     def _store_vectors(self, fragment: cutlass.Constexpr[Fragment], entry: Entry, slot: Int32, rO: cute.Tensor, results: ResultTensors):
-        """A piece's O to its slot, of warps that have a row."""
+        """A piece's O to its slot, of warps that have a row, before their rows' row_sum is known."""
         if self._has_row(fragment, entry):
             base, o = self._tile_slot(results, slot), flat(rO)
             for k in cutlass.range_constexpr(fragment.num_values // VEC):
-                vector = cute.make_rmem_tensor(VEC, Float32)
-                for e, value in enumerate(fragment.values(k)):
-                    vector[e] = o[value]
-                cute.autovec_copy(vector, self._at(base, fragment, k))
+                ptx.store_global_f32x4(base + fragment.place(k), [o[value].ir_value() for value in fragment.values(k)])
 
     @cute.jit
-    def _store_statistics(
-        self, fragment: cutlass.Constexpr[Fragment], entry: Entry, slot: Int32, stats: RowStats, results: ResultTensors
+    def _complete_slot(
+        self,
+        fragment: cutlass.Constexpr[Fragment],
+        entry: Entry,
+        slot: Int32,
+        rO: cute.Tensor,
+        stats: RowStats,
+        results: ResultTensors,
     ):
-        """A piece's reference and row_sum of each row to its slot."""
-        if self._has_row(fragment, entry) & fragment.writes_statistics():
+        """A piece's reference and row_sum of each row to its slot, where O is."""
+        if self._has_row(fragment, entry):
+            self._store_statistics(fragment, self._tile_slot(results, slot), stats)
+
+    def _has_row(self, fragment: Fragment, entry: Entry) -> Boolean:
+        """Whether this thread's warp has a row."""
+        first_row, row = self.work.first_row(entry), fragment.row(0)
+        return self.work.row(first_row + row // WARP_ROWS * WARP_ROWS, entry.seqlen).is_valid
+
+    @cute.jit
+    def _store_statistics(self, fragment: cutlass.Constexpr[Fragment], base: cute.Pointer, stats: RowStats):
+        """Behind a tile's O in its slot, which begins at `base`."""
+        if fragment.writes_statistics():
             for i in cutlass.range_constexpr(2):
                 pair = cute.make_rmem_tensor(2, Float32)
                 pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
-                where = self._tile_slot(results, slot) + (statistics_at(self.config) + 2 * fragment.row(i))
+                where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * fragment.row(i))
                 cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
 
     def _at(self, base: cute.Pointer, fragment: Fragment, vector: int) -> cute.Tensor:
@@ -294,45 +300,56 @@ class Merge:
             first = at - tile * tile_vectors
             count = cutlass.min(cutlass.min(chunk, end - at), tile_vectors - first)
             self._fetch(entry, tile, first, count, thread, shared, results)
+            barriers = shared.barriers
+            if const_expr(barriers.statistics_full is None):
+                cute.arch.mbarrier_wait(barriers.slots_full, phase)
+            else:
+                cute.arch.mbarrier_wait(barriers.statistics_full, phase)
             tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
-            # While the vectors come.
-            weights = PartWeights(c, self.work)
-            target = cute.recast_ptr(shared.kv, dtype=Float32)
-            weights.take_statistics(self._first_statistics(entry, tile, results), pieces, first, first + count, target, thread)
-            if const_expr(not c.has_pieces):
-                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
-            self.meet()
-            cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
-            phase ^= 1
-            for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
-                if const_expr(c.has_pieces):
+            if const_expr(c.has_pieces):
+                self._await_vectors(phase, shared)
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
-                else:
+            else:
+                weights = PartWeights(c, self.work)
+                weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
+                self.meet()
+                self._await_vectors(phase, shared)
+                for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
+            phase ^= 1
             self.meet()
         return phase
 
-    def _first_statistics(self, entry: Entry, tile: Int32, results: ResultTensors) -> cute.Pointer:
-        """Where the statistics of a tile begin in a row group's first slot."""
-        at = Int64(entry.first_slot) * slot_floats(self.config) + (tile * tile_slot_floats(self.config) + statistics_at(self.config))
-        return (results.mSlots.iterator + at).align(8)
+    def _await_vectors(self, phase: Int32, shared: SharedTensors) -> None:
+        """Where they do not come with statistics, which were waited for."""
+        if shared.barriers.statistics_full is not None:
+            cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
 
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
-        """Start the copies of a chunk of every slot's vectors of a tile. A warp issues its lanes' copies one after the other, so warps take
-        turns with the slots."""
+        """Start the copies of every slot's statistics of a tile and of a chunk of its vectors, by the first warp, a slot a lane."""
         c = self.config
-        num_bytes, barrier = count * (4 * VEC), shared.barriers.slots_full
-        if thread == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes * entry.num_pieces)
-        self.meet()
-        # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
-        cute.arch.fence_proxy("async")
-        vectors = shared.kv.toint() + entry.num_pieces * tile_stats_bytes(c)
-        for slot in cutlass.range(thread % 32 * CONSUMER_WARPS + thread // 32, entry.num_pieces, CONSUMER_THREADS, unroll=1):
-            at = Int64(entry.first_slot + slot) * slot_floats(c) + (tile * tile_slot_floats(c) + first * VEC)
-            ptx.bulk_load((results.mSlots.iterator + at).align(16), vectors + slot * num_bytes, barrier, num_bytes)
+        if thread < 32:
+            num_bytes, stats_bytes = count * (4 * VEC), tile_stats_bytes(self.config)
+            barrier, statistics, memory = shared.barriers.slots_full, shared.barriers.statistics_full, shared.kv.toint()
+            # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
+            cute.arch.fence_proxy("async")
+            if thread == 0:
+                if const_expr(statistics is None):
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + stats_bytes) * entry.num_pieces)
+                else:
+                    cute.arch.mbarrier_arrive_and_expect_tx(statistics, stats_bytes * entry.num_pieces)
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes * entry.num_pieces)
+            cute.arch.sync_warp()
+            for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
+                at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
+                source = results.mSlots.iterator + at
+                stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
+                ptx.bulk_load(stats, memory + slot * stats_bytes, barrier if statistics is None else statistics, Int32(stats_bytes))
+                where = memory + entry.num_pieces * stats_bytes + slot * num_bytes
+                ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
 
     @cute.jit
     def _sum_vector(

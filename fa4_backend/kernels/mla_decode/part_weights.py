@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry
@@ -21,7 +21,6 @@ from fa4_backend.kernels.mla_decode.config import (
     WARP_ROWS,
     WARP_VECTORS,
     MlaDecodeConfig,
-    slot_floats,
     tile_stats_bytes,
 )
 from fa4_backend.kernels.mla_decode.fragments import SlotVector
@@ -37,27 +36,6 @@ class PartWeights:
 
     config: MlaDecodeConfig
     work: MlaWork
-
-    @cute.jit
-    def take_statistics(
-        self,
-        source: cute.Pointer,  # the tile's in the first slot
-        pieces: Int32,
-        first: Int32,  # vectors of the tile that are added up, half-open
-        end: Int32,
-        target: cute.Pointer,  # float32, shared memory
-        thread: Int32,
-    ):
-        """Copy reference and row_sum of those vectors' rows from every slot, 16 threads a row. `weigh` of the same thread needs no barrier."""
-        slot_stride, step = const_expr(slot_floats(self.config)), const_expr(tile_stats_bytes(self.config) // 4)
-        for rows in cutlass.range(first // WARP_VECTORS, (end + WARP_VECTORS - 1) // WARP_VECTORS, unroll=1):
-            row = rows * WARP_ROWS + thread // LANES
-            for slot in cutlass.range(thread % LANES, pieces, LANES, unroll=4):
-                pair = cute.make_rmem_tensor(2, Float32)
-                places = (source + (Int64(slot) * slot_stride + 2 * row), target + (slot * step + 2 * row))
-                theirs, ours = (cute.make_tensor(place.align(8), cute.make_layout(2)) for place in places)
-                cute.autovec_copy(theirs, pair)
-                cute.autovec_copy(pair, ours)
 
     @cute.jit
     def weigh(
