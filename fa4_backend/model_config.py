@@ -17,7 +17,7 @@ from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
 class LayerGroup:
     """Layers that ask the same. Without a problem, `remark` says why; with a refusal too, the model is not served."""
 
-    kind: str  # "attention", "mla", or what the layers are instead: "linear", "chunked", "encoder", "cross", ...
+    kind: str  # "attention", "mla", or what the layers are instead: "linear", "encoder", "cross", ...
     num_layers: int
     problem: AttentionProblem | None = None
     window: int | None = None  # visible tokens including the row's own, as configs count; None: all

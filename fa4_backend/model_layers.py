@@ -27,7 +27,6 @@ NOT_ATTENTION = {
     "none": "no attention in this layer",
 }
 NOT_SERVED = {
-    "chunked": "chunked attention is not served: a token sees only its own chunk, which is not a sliding window",
     "sparse": "attention over tokens that an indexer chooses is not served: it belongs to the engine's own sparse kernels",
     "dual-chunk": "dual-chunk attention is not served",
     "encoder": "attention in both directions (an encoder) is not served",
@@ -41,7 +40,7 @@ _KINDS = {  # transformers' layer_types -> kind; any other name is its own kind,
     "sliding_attention": ATTENTION,
     "hybrid": ATTENTION,  # attention beside a recurrent state: zamba2, falcon_h1
     "hybrid_sliding": ATTENTION,
-    "chunked_attention": "chunked",
+    "chunked_attention": ATTENTION,  # to its own chunk: vLLM makes each chunk a row, SGLang's contexts are of one chunk
     "linear_attention": "linear",
     "conv": "conv",
     "moe": "none",
@@ -348,7 +347,7 @@ def _kind_name(text: Any, own: Any, layer_idx: int) -> str:
     name = text.layer_types[layer_idx] if getattr(text, "layer_types", None) else default
     if "sliding" in name and not window:
         return "full_attention"
-    return "full_attention" if name == "chunked_attention" and not getattr(own, "attention_chunk_size", None) else name
+    return name
 
 
 def _has_sinks(own: Any, slides: bool) -> bool:

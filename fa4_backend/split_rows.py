@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fa4_backend.arch import REFERENCE_ARCH
 from fa4_backend.kernels.families import LATENT_DECODE
 from fa4_backend.kernels.mla_decode.config import TILE_M
+from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import AttentionProblem, BatchLimits
 from fa4_backend.support import MAX_LATENT_QUERY_LEN
 
@@ -76,6 +77,8 @@ def message_limits(limits: BatchLimits, problem: AttentionProblem, queries: int 
     """
     queries = row_queries(problem) if queries is None else queries
     rows = min(max(LEAST_ROWS, 2 * limits.max_num_seqs), TABLE_ENTRIES // _pages(limits, problem.page_size))
+    if problem.arch != REFERENCE_ARCH:
+        rows = min(rows, largest_num_seqs(problem.target_arch, limits.max_seqlen_k))
     if problem.batch_invariant or rows <= limits.max_num_seqs:
         return None
     return BatchLimits(rows, max(limits.max_num_tokens, queries), limits.max_seqlen_k, queries)
@@ -101,7 +104,7 @@ class SplitRows:
     queries: int
     max_rows: int
     max_pages: int  # of a sequence
-    places: torch.Tensor  # (max_rows,) int32: 0, 1, 2, ...
+    places: torch.Tensor  # (max_rows,) int32, written like the others in each step: an engine may discard device memory while it sleeps
     cu_seqlens_q: torch.Tensor  # (max_rows + 1,) int32
     seqused_k: torch.Tensor  # (max_rows,) int32
     page_table: torch.Tensor  # (max_rows * max_pages,) int32
@@ -116,8 +119,7 @@ class SplitRows:
         def ints(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        places = torch.arange(rows, dtype=torch.int32, device=device)
-        return cls(limits.decode_query_len, rows, pages, places, ints(rows + 1), ints(rows), ints(rows * pages))
+        return cls(limits.decode_query_len, rows, pages, ints(rows), ints(rows + 1), ints(rows), ints(rows * pages))
 
     def num_rows(self, queries: Iterable[int]) -> int:
         """Rows that sequences of so many queries are cut into."""
@@ -143,7 +145,7 @@ class SplitRows:
         begins, ends = cu_seqlens_q[:-1], cu_seqlens_q[1:]
         rows_of = (ends - begins + (self.queries - 1)).div_(self.queries, rounding_mode="floor")
         rows_until = rows_of.cumsum(0, dtype=torch.int32)
-        places = self.places[:num_rows]
+        places = torch.arange(num_rows, out=self.places[:num_rows])
         seq_idx = torch.searchsorted(rows_until, places, right=True).clamp_(max=batch - 1)
         end = ends[seq_idx]  # of the sequence's queries; rows behind the last begin there, and so are empty
         begin = begins[seq_idx] + (places - (rows_until - rows_of)[seq_idx]) * self.queries

@@ -208,12 +208,15 @@ def refuse_strange(runner: Any, *, is_latent: bool = False) -> None:
     check_page_size(runner.page_size)
     without_cache = get_schedule().prefill_only_disable_kv_cache
     is_sharded, sees_prompts = get_kv_shard_pool(runner.token_to_kv_pool) is not None, getattr(runner, "prefill_aware_swa", False)
-    topk, parallel = get_spec().speculative_eagle_topk or 0, get_parallel()
+    spec, parallel = get_spec(), get_parallel()
+    topk, algorithm = spec.speculative_eagle_topk or 0, (spec.speculative_algorithm or "").upper()
     for what, expected, got, is_served in (
         ("model", "multi-head or grouped-query attention", "MLA", is_latent or not runner.use_mla_backend),
         ("model", "a decoder", "an encoder-decoder", not runner.model_config.is_encoder_decoder),
         ("--kv-cache-dtype", ", ".join(PLAIN_KV), runner.kv_cache_dtype_str, runner.kv_cache_dtype_str in PLAIN_KV),
         ("--speculative-eagle-topk", "1: a chain of drafts", topk, topk <= 1),
+        # With a breadth of 1 too: each suffix of the text that was found begins a branch of its own.
+        ("--speculative-algorithm", "chains of drafts", "NGRAM, whose drafts are trees", algorithm != "NGRAM"),
         ("decode context parallelism", "a size of 1", parallel.attn_dcp_size, parallel.attn_dcp_size == 1),
         ("prefill context parallelism", "a size of 1", parallel.attn_cp_size, parallel.attn_cp_size == 1),
         ("KV pool", "whole pages on each rank", "pages shared out among ranks", not is_sharded),

@@ -9,11 +9,13 @@ from vllm.config import CUDAGraphMode
 from fa4_backend import BatchLimits, envs
 
 
-def batch_limits(vllm_config: Any, decode_query_len: int) -> BatchLimits:
+def batch_limits(vllm_config: Any, decode_query_len: int, chunk: int | None = None) -> BatchLimits:
     """Bounds of every step.
 
     Args:
         decode_query_len: longest row that vLLM puts among the decode rows.
+        chunk: tokens of a chunk where tokens see their own chunk of a sequence alone: vLLM makes each chunk that a step has queries in a
+            row. Of a sequence's n queries these are at most n / chunk + 2.
     """
     scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
     # A captured graph or a draft step may be wider than what the scheduler hands out.
@@ -24,7 +26,8 @@ def batch_limits(vllm_config: Any, decode_query_len: int) -> BatchLimits:
     )
     max_model_len = vllm_config.model_config.max_model_len
     convert_keys = 0 if captures_prompts(vllm_config) else min(envs.convert_keys(), scheduler.max_num_seqs * max_model_len)
-    return BatchLimits(scheduler.max_num_seqs, max_num_tokens, max_model_len, decode_query_len, convert_keys)
+    rows = scheduler.max_num_seqs if chunk is None else 2 * scheduler.max_num_seqs + max_num_tokens // chunk
+    return BatchLimits(rows, max_num_tokens, max_model_len, decode_query_len, convert_keys)
 
 
 def captures_prompts(vllm_config: Any) -> bool:

@@ -51,7 +51,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         UnsupportedProblem: at construction, for a KV cache or a layer that no kernel on this device serves.
     """
 
-    supports_draft_decode_metadata_update = True
+    supports_draft_decode_metadata_update: bool = True
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -60,6 +60,9 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             raise UnsupportedProblem(
                 f"KV cache: expected {' or '.join(SERVED_SPECS)}, got {spec_name}; use another attention backend of vLLM"
             )
+        # Of layers whose tokens see their own chunk alone. vLLM hands over a row a chunk, with lengths that no drafter's loop changes.
+        self._chunk: int | None = getattr(kv_cache_spec, "attention_chunk_size", None)
+        self.supports_draft_decode_metadata_update = self._chunk is None
         # Rows of up to 1 + speculative tokens count as decode rows; vLLM moves them to the front of the batch.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         start.show_log_lines("vllm")
@@ -72,6 +75,8 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
             self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
         self.may_convert = any(step.converted is not None for step in self.steps.values())
+        # A graph of a step with prompts is replayed for decode rows alone too, and keeps the kernels of its capture.
+        self.captures_prompts = captures_prompts(vllm_config)
         self.slopes = share_slopes(impls, device)
         for impl in impls:
             target = impl.kv_sharing_target_layer_name
@@ -81,7 +86,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
     def _allocate_steps(self, impls: list[Any], device: torch.device) -> dict[LayerKind, AttentionMetadata]:
         # vLLM makes the builders of all KV cache groups, and its drafter's, before any batch; so the first batch ends the warm-up.
         start.open_warm_up()
-        limits = batch_limits(self.vllm_config, self.reorder_batch_threshold or 1)
+        limits = batch_limits(self.vllm_config, self.reorder_batch_threshold or 1, self._chunk)
         steps: dict[LayerKind, AttentionMetadata] = {}
         for impl in impls:
             if impl.kind not in steps:
@@ -138,7 +143,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         lengths = np.diff(batch.query_start_loc_cpu.numpy())
         shortest = int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
         bounds = batch.seq_lens_cpu_upper_bound
-        if not self.may_convert or bounds is None or captures_prompts(self.vllm_config):
+        if not self.may_convert or bounds is None or self.captures_prompts:
             return shortest, None
         return shortest, int(bounds.numpy()[: len(lengths)].sum(where=lengths > decode_query_len))
 
@@ -153,6 +158,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
                 min_seqlen_q=min_seqlen_q,
                 prefill_keys=prefill_keys,
+                decode_alone=not self.captures_prompts and metadata.max_seqlen_q <= step.plan.limits.decode_query_len,
             )
 
 

@@ -128,7 +128,8 @@ def test_limits_of_a_runner(fixture: Any) -> None:
         ({"get_parallel": {"attn_dcp_size": 2, "attn_cp_size": 1}}, "decode context parallelism: expected a size of 1, got 2"),
         ({"get_parallel": {"attn_dcp_size": 1, "attn_cp_size": 2}}, "prefill context parallelism: expected a size of 1, got 2"),
         ({"get_schedule": {"prefill_only_disable_kv_cache": True}}, "--prefill-only-disable-kv-cache: expected not given"),
-        ({"get_spec": {"speculative_eagle_topk": 4}}, "--speculative-eagle-topk: expected 1"),
+        ({"get_spec": {"speculative_eagle_topk": 4, "speculative_algorithm": "EAGLE"}}, "--speculative-eagle-topk: expected 1"),
+        ({"get_spec": {"speculative_eagle_topk": 1, "speculative_algorithm": "NGRAM"}}, "--speculative-algorithm: expected chains"),
     ),
 )
 def test_strange_runners_are_refused(fixture: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:

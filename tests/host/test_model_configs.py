@@ -48,7 +48,7 @@ FACTS: dict[str, tuple[list[Asked], dict[str, int]]] = {
     "EmbeddingGemma-300M": ([], {"encoder": 24}),
     "gpt-oss-20b": ([Asked(12, "64/8", "64", 128, masks("window_left", "sinks")), Asked(12, "64/8", "64", None, masks("sinks"))], {}),
     "MiMo-V2-Flash": ([Asked(9, "64/4", "192/128"), Asked(39, "64/8", "192/128", 128, masks("window_left", "sinks"))], {}),
-    "Llama-4-Scout": ([Asked(12, "40/8", "128")], {"chunked": 36}),
+    "Llama-4-Scout": ([Asked(48, "40/8", "128")], {}),
     "Falcon-7B": ([Asked(32, "71/1", "64")], {}),
     "Falcon-RW-1B": ([Asked(24, "32/32", "64", None, masks("alibi"))], {}),
     "Falcon-40B": ([Asked(60, "128/8", "64")], {}),
@@ -77,7 +77,7 @@ TEXT_ONLY: dict[str, list[Asked]] = {
 }
 # What sm_90a does not serve, with the words of the refusal.
 NOT_SERVED = {
-    "EmbeddingGemma-300M": "both directions", "Llama-4-Scout": "chunked attention",
+    "EmbeddingGemma-300M": "both directions",
     "BERT-base": "both directions", "Whisper-large-v3": "cross attention", "T5-small": "encoder-decoder", "Gemma-3-27B": "--text-only",
     "Gemma-4-31B": "--text-only", "PaliGemma-3B": "--text-only",
 }  # fmt: skip
@@ -293,17 +293,17 @@ def test_gemma_4_is_refused_for_its_wide_layers_alone(capsys: pytest.CaptureFixt
 
 @needs_vllm
 def test_plan_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Llama-4-Scout")))
-    assert code == 1 and "36 layers (chunked): not served: chunked attention is not served" in out
-    assert "12 layers: FA4: torch reference on cpu, 40/8 heads, head_dim 128" in out
+    code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Whisper-large-v3")))
+    assert code == 1 and "32 layers (cross): not served: cross attention is not served" in out
+    assert "32 layers: FA4: torch reference on cpu, 20/20 heads, head_dim 64" in out
     code, out, _ = plan(capsys, "--model", str(write(tmp_path, "Qwen3-Next-80B")))
     assert code == 0 and "36 layers (linear): a recurrent or linear layer" in out
 
 
 @needs_vllm
 def test_compile_refuses_a_model_of_which_it_would_serve_a_part(tmp_path: Path) -> None:
-    groups = layer_groups(write(tmp_path, "Llama-4-Scout"), arch="sm_90a", page_size=16)
-    with pytest.raises(UnsupportedProblem, match=r"36 layers \(chunked\): chunked attention"):
+    groups = layer_groups(write(tmp_path, "Whisper-large-v3"), arch="sm_90a", page_size=16)
+    with pytest.raises(UnsupportedProblem, match=r"32 layers \(encoder\): attention in both directions"):
         attention_problems(groups)
     groups = layer_groups(write(tmp_path, "Qwen3-Next-80B"), arch="sm_90a", page_size=16)
     assert [(p.num_q_heads, p.num_kv_heads, p.head_dim) for p in attention_problems(groups)] == [(16, 2, 256)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fa4_backend import AttentionProblem, BatchLimits, plan_attention
+from fa4_backend.kernels.schedule.limits import largest_num_seqs
 from fa4_backend.problem import FP8, LATENT
 from fa4_backend.split_rows import SplitRows, is_cheaper_absorbed, message_limits, message_queries, row_queries
 
@@ -55,6 +56,16 @@ def test_tokens_see_the_keys_that_they_saw(most: int, spare: int) -> None:
     assert short.page_table.shape[1] == -(-1000 // 64) and (short.page_table.diff(dim=1) == 1).all()
 
 
+def test_buffers_that_an_engine_discarded() -> None:
+    """While it sleeps; addresses stay, contents do not. Nothing is left of a step before."""
+    rows = SplitRows.allocate(BatchLimits(8, 64, 256, 4), 64, CPU)
+    step = torch.tensor([0, 2, 11]).int(), torch.tensor([30, 90]).int(), torch.arange(8).int().view(2, 4), 5
+    awake = [tensor.clone() for tensor in rows.split(*step)]
+    for buffer in (rows.places, rows.cu_seqlens_q, rows.seqused_k, rows.page_table):
+        buffer.fill_(-0x5A5A5A5B)
+    assert all(torch.equal(*pair) for pair in zip(rows.split(*step), awake, strict=True))
+
+
 def test_lengths_on_the_device_below_the_hosts() -> None:
     rows = SplitRows.allocate(BatchLimits(8, 64, 256, 4), 64, CPU)
     short = rows.split(torch.tensor([0, 2, 11]).int(), torch.tensor([30, 90]).int(), torch.zeros(2, 4).int(), rows.num_rows([5, 12]))
@@ -95,6 +106,11 @@ def test_room() -> None:
         plan_attention(problem(128), limits)
     assert message_limits(engine[8192], replace(problem(128), batch_invariant=True)) is None
     assert message_limits(replace(engine[8192], max_num_seqs=3000), problem(128)) == BatchLimits(6000, 8192, 8192, 1)
+    for arch in ("sm_90a", "sm_100a"):  # an engine's most sequences: more rows than a schedule serves would refuse its start
+        most = largest_num_seqs(arch, 4096)
+        for max_num_seqs, rows in ((most // 2 + 1, most), (most - 1, most), (most, None)):
+            limits = message_limits(BatchLimits(max_num_seqs, 8192, 4096), problem(128, arch))
+            assert rows == (None if limits is None else plan_attention(problem(128, arch), limits).limits.max_num_seqs)
 
 
 def test_what_is_cheaper() -> None:
