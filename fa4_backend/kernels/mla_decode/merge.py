@@ -305,25 +305,25 @@ class Merge:
                 cute.arch.mbarrier_wait(barriers.slots_full, phase)
             else:
                 cute.arch.mbarrier_wait(barriers.statistics_full, phase)
+            phase ^= 1
             tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
             if const_expr(c.has_pieces):
-                self._await_vectors(phase, shared)
+                self._await_vectors(phase ^ 1, shared)
                 for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
             else:
                 weights = PartWeights(c, self.work)
                 weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
                 self.meet()
-                self._await_vectors(phase, shared)
+                self._await_vectors(phase ^ 1, shared)
                 for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
-            phase ^= 1
             self.meet()
         return phase
 
     def _await_vectors(self, phase: Int32, shared: SharedTensors) -> None:
-        """Where they do not come with statistics, which were waited for."""
+        """The chunk's vectors, where they come apart from statistics, which were waited for."""
         if shared.barriers.statistics_full is not None:
             cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
 

@@ -56,7 +56,7 @@ class Barriers(NamedTuple):
     q_empty: cute.Pointer
     p_full: cute.Pointer | None  # weights of a pair's first block and of its second, and the reference of their rows; None: narrow
     slots_full: cute.Pointer  # parts of slots to add up
-    statistics_full: cute.Pointer  # references and row sums of their rows, which come first
+    statistics_full: cute.Pointer | None  # references and row sums of their rows, which come first; None: with them
     raw_full: cute.Pointer | None  # a tile's e4m3 numbers have come, two stages; None where nothing is converted in shared memory
 
 
