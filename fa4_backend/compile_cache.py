@@ -147,26 +147,36 @@ def ensure_object(key: CompileKey) -> Path:
     return cache_entry.ensure(object_entry(key), build, cannot_build) / LIBRARY
 
 
-def ensure_objects(keys: Iterable[CompileKey]) -> None:
-    """Compile those of `keys` that the cache lacks, in a process each on as many cores as there are: a key takes 3 to 10 s of one.
+def ensure_objects(keys: Iterable[CompileKey], *, jobs: int | None = None, prepare: Callable[[], None] | None = None) -> int:
+    """Compile those of `keys` that the cache lacks, in a process each: a key takes 3 to 10 s of a core.
+
+    Args:
+        jobs: processes side by side; None: as many as there are cores.
+        prepare: runs first in each process that compiles.
+
+    Returns:
+        How many were compiled.
 
     Raises:
         CompileError, CacheError, RuntimeError: as `ensure_object`.
     """
     missing = [key for key in dict.fromkeys(keys) if not _is_whole(key)]
-    jobs = min(len(missing), len(os.sched_getaffinity(0)))
-    if jobs <= 1:
+    jobs = min(len(missing), jobs or len(os.sched_getaffinity(0)))
+    if jobs <= 1 and prepare is None:
         for key in missing:
             ensure_object(key)
-        return
+        return len(missing)
+    if not missing:
+        return 0
     try:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=prepare) as pool:
             list(pool.map(ensure_object, missing))
     except BrokenProcessPool:
         raise CompileError(
             f"expected {jobs} processes to compile {len(missing)} kernels, got one that was ended from outside. Is the memory full? "
             "What is compiled is kept: run the same again, on fewer cores (taskset -c 0,1 ...)."
         ) from None
+    return len(missing)
 
 
 def _is_whole(key: CompileKey) -> bool:

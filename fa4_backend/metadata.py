@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fa4_backend.kernels.launch_abi import schedule_arguments
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
+from fa4_backend.narrow_tiles import NarrowSteps
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
 from fa4_backend.step_validation import Passed, check_bounds, check_plan_device, check_step
@@ -27,6 +28,7 @@ class StepBounds(NamedTuple):
     max_seqlen_k: int  # longest KV of the step
     min_seqlen_q: int  # shortest query of the step's rows that have any
     converts: bool = False  # K and V of its prefill rows are brought from FP8 to 16 bits once a call
+    is_narrow: bool = False  # all its rows are decode rows, served by the plan's narrow tiles
 
 
 @dataclass
@@ -40,6 +42,7 @@ class AttentionMetadata:
     device: torch.device
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
+    narrow: NarrowSteps | None = None  # what serves steps of decode rows alone in their place; None where the plan has nothing
     bounds: StepBounds | None = None
     converted: ConvertedKv | None = None  # in the room of the process's plans on the device; None where no step converts
     kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
@@ -80,7 +83,8 @@ class AttentionMetadata:
         device = work.prefill_tiles.device  # "cuda" alone has become one GPU
         room = convert_room.reserve(plan, device)
         converted = None if room is None else room.views(plan)
-        return cls(plan, device, kernels, work, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
+        narrow = None if plan.narrow is None else NarrowSteps.load(plan.narrow, work, emulated=plan.problem.is_emulated)
+        return cls(plan, device, kernels, work, narrow, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
         """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
@@ -90,17 +94,19 @@ class AttentionMetadata:
         ours, theirs = ((replace(p.problem, out_dtype=SAME_AS_Q), p.limits, p.num_sms) for p in (self.plan, plan))
         if ours != theirs:
             raise ValueError(f"plan: expected one that differs in out_dtype alone from {self.plan.describe()}, got {plan.describe()}")
-        kernels = None
+        kernels = narrow = None
         if plan.kernels is not None:
             from fa4_backend.kernels.loading import load_kernels
 
-            assert self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
+            assert self.work is not None and self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
+            narrow = None if plan.narrow is None else NarrowSteps.load(plan.narrow, self.work, emulated=plan.problem.is_emulated)
         follower = AttentionMetadata(
             plan,
             self.device,
             kernels,
             self.work,
+            narrow,
             converted=self.converted,
             kv_lens=self.kv_lens,
             unit_scale=self.unit_scale,
@@ -124,6 +130,7 @@ class AttentionMetadata:
         max_seqlen_k: int,
         min_seqlen_q: int = 1,
         prefill_keys: int | None = None,
+        decode_alone: bool = False,
     ) -> None:
         """Take over the lengths of a step. Launches the scheduling kernel on a GPU; no sync, no allocation.
 
@@ -139,15 +146,19 @@ class AttentionMetadata:
                 within the plan's `convert_keys`, and rows are long enough, each call brings K and V in FP8 to 16 bits once, in place of
                 once a tile; page tables then hold `max_seqlen_k` tokens. Lists are made for one way only, and a graph keeps the way of its
                 capture: not to be given for a step that is captured or replayed.
+            decode_alone: the host knows that no row has more than the plan's `decode_query_len` queries, which prefill tiles of their own
+                height may then serve (`fa4_backend/narrow_tiles.py`). Lists are made for one way only: where the step is captured, it must
+                hold for each replay, and be given for each.
 
         Raises:
-            ValueError: the batch is larger than the plan's limits, or a tensor is not what is expected. On CPU tensors also: a length is
+            ValueError: the batch is larger than the plan's limits, or a tensor or bound is not what is expected. On CPU tensors also: a length is
                 outside a host bound.
         """
         num_seqs = check_step(self.plan, self.device, self.passed, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         check_bounds(self.plan.limits, cu_seqlens_q, seqused_k, min_seqlen_q, max_seqlen_q, prefill_keys)
         converts = self._converts(max_seqlen_q, max_seqlen_k, prefill_keys)
-        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts)
+        is_narrow = self._is_narrow(max_seqlen_q, decode_alone)
+        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts, is_narrow)
         if self.kv_lens is not None and cu_seqlens_k is not None:
             import torch
 
@@ -157,13 +168,19 @@ class AttentionMetadata:
         if self.work is not None and self.kernels is not None:
             left = NO_WINDOW if self.window_left is None else int(min(self.window_left, NO_WINDOW))
             right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
-            shape = self.work.shape
+            work = self.narrow.work if is_narrow and self.narrow is not None else self.work
+            shape = None
             if converts:
                 assert self.plan.kernels is not None and self.plan.kernels.converted is not None
                 shape = self.plan.kernels.converted.work
-            self.kernels.schedule(
-                *schedule_arguments(self.work, cu_seqlens_q, seqused_k, window_left=left, window_right=right, shape=shape)
-            )
+            self.kernels.schedule(*schedule_arguments(work, cu_seqlens_q, seqused_k, window_left=left, window_right=right, shape=shape))
+
+    def _is_narrow(self, max_seqlen_q: int, decode_alone: bool) -> bool:
+        """Whether narrow tiles serve the step."""
+        most = self.plan.limits.decode_query_len
+        if decode_alone and max_seqlen_q > most:
+            raise ValueError(f"decode_alone: expected max_seqlen_q of at most {most}, the plan's decode_query_len, got {max_seqlen_q}")
+        return decode_alone and self.narrow is not None
 
     def _converts(self, max_seqlen_q: int, max_seqlen_k: int, prefill_keys: int | None) -> bool:
         """Whether the step's K and V are converted once a call: they fit, and enough query blocks see a key of the longest row."""

@@ -7,7 +7,6 @@ import math
 import torch
 
 from fa4_backend.arguments import AttentionArguments, CallTensors, RaggedTensors
-from fa4_backend.copied_heads import with_copies
 from fa4_backend.kernels.launch_abi import convert_arguments, converted_arguments, decode_arguments, prefill_arguments
 from fa4_backend.metadata import AttentionMetadata
 from fa4_backend.plan import AttentionPlan
@@ -206,7 +205,7 @@ def _run(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
 
         run_reference(metadata.plan.problem, arguments)
     else:
-        _launch(metadata, with_copies(arguments, metadata.plan.kv_head_copies))
+        _launch(metadata, arguments)
 
 
 def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
@@ -214,6 +213,10 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     kernels, work, bounds = metadata.kernels, metadata.work, metadata.bounds
     assert kernels is not None and work is not None and bounds is not None, metadata.plan
     decode_query_len = metadata.plan.limits.decode_query_len
+    if bounds.is_narrow:
+        assert metadata.narrow is not None, metadata.plan
+        metadata.narrow.launch(*prefill_arguments(arguments, metadata.narrow.work))
+        return
     if bounds.converts:
         # Before the decode kernel, beside which the prefill kernel runs: that one then begins when both K and V are there.
         assert kernels.convert is not None and metadata.converted is not None, metadata.plan

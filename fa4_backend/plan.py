@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
-from fa4_backend.copied_heads import kv_head_copies
 from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
+from fa4_backend.narrow_tiles import NarrowPrefill, narrow_prefill
 from fa4_backend.problem import DTYPE_BYTES, LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.support import check_limits, check_problem
+
+if TYPE_CHECKING:
+    from fa4_backend.compile import CompileKey
 
 ALIGN_BYTES = 256  # of converted K and of V in their room; a tensor map wants 16
 
@@ -23,12 +27,18 @@ class AttentionPlan:
     limits: BatchLimits
     num_sms: int  # of the device; 1 on the reference
     kernels: KernelSet | None  # None: the torch reference
-    kv_head_copies: int = 1  # as how many KV heads the kernels get the only one
+    narrow: NarrowPrefill | None = None  # serves steps of decode rows alone in their place; None: they do
+
+    @property
+    def keys(self) -> tuple[CompileKey, ...]:
+        """Compile keys of all kernels, in the order of their launches; what some steps have in their place or in addition comes last."""
+        narrow = () if self.narrow is None else (self.narrow.prefill,)
+        return () if self.kernels is None else (*self.kernels.keys, *narrow)
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
-        """Names of all compiled kernels, in the order of their launches."""
-        return () if self.kernels is None else tuple(key.name for key in self.kernels.keys)
+        """Their names."""
+        return tuple(key.name for key in self.keys)
 
     @property
     def converted_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
@@ -94,7 +104,5 @@ def plan_attention(
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    copies = kv_head_copies(problem, limits)
-    as_kernels_see = replace(problem, num_kv_heads=problem.num_kv_heads * copies)
-    kernels = with_fp8_rates(resolve_kernels(as_kernels_see, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
-    return AttentionPlan(problem, limits, num_sms, kernels, copies)
+    kernels = with_fp8_rates(resolve_kernels(problem, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
+    return AttentionPlan(problem, limits, num_sms, kernels, narrow_prefill(problem, limits, kernels.work))

@@ -96,13 +96,11 @@ def keys_of(
         try:
             for problem, query_len in itertools.product(problems_of(shape, arch, page_sizes), query_lens):
                 limits = BatchLimits(256, 8192, 131072, query_len, CONVERT_KEYS)
-                kernels = plan_attention(problem, limits).kernels
-                assert kernels is not None
-                keys |= {key: None for key in kernels.keys if key != kernels.schedule}
+                plan = plan_attention(problem, limits)
+                assert plan.kernels is not None
+                keys |= {key: None for key in plan.keys if key != plan.kernels.schedule}
                 if problem.kv_source == LATENT and (messages := message_limits(limits, problem)) is not None:
-                    kernels = plan_attention(problem, messages).kernels
-                    assert kernels is not None
-                    keys |= dict.fromkeys(kernels.keys)
+                    keys |= dict.fromkeys(plan_attention(problem, messages).keys)
         except UnsupportedProblem as reason:
             print(f"{shape} on {arch} is left out: {reason}")
     return [*keys]

@@ -42,6 +42,7 @@ CASES: tuple[tuple[dict[str, object], int], ...] = (
     ({"kv_dtype": FP8}, 1),
     ({"kv_dtype": FP8, "dtype": "float16", "batch_invariant": True}, 4),
     ({"kv_dtype": FP8, "q_dtype": FP8}, 1),
+    ({"out_dtype": FP8, "has_sinks": True, "has_softcap": True}, 1),
     (RAGGED_KV, 1),
     ({**RAGGED_KV, "head_dim": 192, "num_kv_heads": 32, "is_causal": False}, 1),
     ({**LATENTS, "num_q_heads": 128}, 1),
@@ -49,7 +50,7 @@ CASES: tuple[tuple[dict[str, object], int], ...] = (
     ({**LATENTS, "num_q_heads": 16, "kv_dtype": FP8}, 1),
     ({**LATENTS, "num_q_heads": 128, "kv_dtype": FP8}, 2),
 )
-LIMITS = {"max_num_seqs": 256, "max_num_tokens": 8192, "max_seqlen_k": 32768}
+LIMITS = {"max_num_seqs": 256, "max_num_tokens": 8192, "max_seqlen_k": 32768, "convert_keys": 32768}
 
 
 def code_digest(cubin: Path) -> str:
@@ -77,7 +78,7 @@ def distinct_keys() -> dict[str, CompileKey]:
             except UnsupportedProblem as refusal:
                 print(f"left out: {refusal}")
                 continue
-            keys |= {key.name: key for key in plan.kernels.keys}
+            keys |= {key.name: key for key in plan.keys}
     return keys
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from fa4_backend import envs, plan_attention
 from fa4_backend.bench.engine_models import MODELS, asked_of
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, GROUPS, PREFIX, PROMPT, STEPS_BESIDE, EngineFigure
-from fa4_backend.compile_cache import library_of
+from fa4_backend.compile_cache import ensure_objects, find_prebuilt
 
 MODES = ("0", "default")
 MODEL, NUM_LAYERS = "llama", 4
@@ -62,11 +62,8 @@ def compile_kernels(kv_cache_dtypes: list[str], arch: str, model: str = MODEL) -
     keys: dict[Any, None] = {}
     for kv_cache_dtype in kv_cache_dtypes:
         for problem, limits in asked_of(model, kv_cache_dtype, arch):
-            kernels = plan_attention(problem, limits).kernels
-            assert kernels is not None
-            keys |= dict.fromkeys(kernels.keys)
-    for key in keys:
-        library_of(key)
+            keys |= dict.fromkeys(plan_attention(problem, limits).keys)
+    ensure_objects(key for key in keys if find_prebuilt(key) is None)
     return [key.name for key in keys]
 
 

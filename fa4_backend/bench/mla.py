@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fa4_backend import AttentionMetadata, mla_decode, plan_attention
+from fa4_backend import AttentionMetadata, mla_decode
 from fa4_backend.arguments import LatentArguments
+from fa4_backend.bench import ours
 from fa4_backend.bench.batch import DTYPE
 from fa4_backend.bench.figures import Cell, write_overview
 from fa4_backend.bench.mla_batches import LARGEST_ERROR, LATENT_DIM, MlaBatch
@@ -23,8 +24,6 @@ from fa4_backend.bench.ours import gpu_arch
 from fa4_backend.bench.peers import Call, has_module, ready
 from fa4_backend.bench.shapes import Ceilings
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns
-from fa4_backend.compile import CompileKey
-from fa4_backend.compile_cache import ensure_objects
 from fa4_backend.device import plan_on
 from fa4_backend.problem import FP8
 
@@ -172,11 +171,7 @@ PEERS: dict[str, Callable[[MlaBatch, LatentArguments], Call]] = {FA3: _fa3, FLAS
 def compile_all(batches: list[MlaBatch]) -> None:
     """Compile what the batches need and the cache lacks."""
     arch = gpu_arch()
-    keys: dict[CompileKey, None] = {}
-    for batch in batches:
-        plan = plan_attention(*batch.asked(arch))
-        keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
-    ensure_objects(keys)
+    ours.compile_all(batch.asked(arch) for batch in batches)
 
 
 def format_line(timings: list[Timing]) -> str:

@@ -53,7 +53,7 @@ def compile_all(requests: Iterable[tuple[AttentionProblem, BatchLimits]]) -> int
     keys: dict[CompileKey, None] = {}
     for request in requests:
         plan = plan_attention(*request)
-        keys |= dict.fromkeys(() if plan.kernels is None else plan.kernels.keys)
+        keys |= dict.fromkeys(plan.keys)
     ensure_objects(keys)
     return len(keys)
 
@@ -82,6 +82,7 @@ class Ours:
         bounds: dict[str, Any] = {"max_seqlen_q": batch.max_query_len, "max_seqlen_k": batch.max_kv_len}
         bounds["prefill_keys"] = sum(kv_len for query_len, kv_len in batch.row_lens if query_len > batch.decode_query_len)
         bounds["min_seqlen_q"] = min(query_len for query_len, _ in batch.row_lens)
+        bounds["decode_alone"] = batch.max_query_len <= batch.decode_query_len
         values: dict[str, Any] = {"window_left": batch.mask.window_left, "softcap": batch.mask.softcap, "sinks": t.sinks, "out": t.out}
         page_table, cu_seqlens_k = t.page_table, t.cu_seqlens_k
         q = t.q.to(getattr(torch, plan.problem.q_dtype))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fa4_backend.bench.batch import BatchShape, Mask
-from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches, ragged_batches, uniform
+from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches, ragged_batches, uniform, with_chunk
 from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
 
 
@@ -25,6 +25,7 @@ def kinds(kv_dtype: str = "bfloat16") -> dict[str, Kind]:
         "prefix": Kind("a new message over a long cached prefix", tuple(_prefix())),
         "drafts": Kind("drafts with wide groups: 16 to 128 packed rows a KV head", tuple(_drafts())),
         "one-kv-head": Kind("one KV head, many query heads", tuple(_one_kv_head())),
+        "one-kv-head-prompts": Kind("the same: prompts, messages and steps with both", tuple(_one_kv_head_prompts())),
         "long-row": Kind("one long row", tuple(_long_row())),
         "mixed": Kind("decode rows beside a prefill chunk", tuple(issue_batches()["mixed"])),
         "ragged": Kind("decode rows of many lengths", tuple(_ragged())),
@@ -71,8 +72,18 @@ def _drafts() -> Iterator[BatchShape]:
 
 def _one_kv_head() -> Iterator[BatchShape]:
     yield from (b for b in issue_batches()["rows"] if b.num_kv_heads == 1 and b.num_q_heads > 16)
-    sizes = ((128, 128, 8, 4096), (96, 128, 1, 16384), (71, 64, 64, 1024), (48, 128, 32, 4096), (32, 128, 16, 4096))
+    sizes = (
+        (128, 128, 8, 4096), (96, 128, 1, 16384), (71, 64, 64, 1024), (48, 128, 32, 4096), (32, 128, 16, 4096), (64, 64, 1, 4096),
+        (64, 64, 64, 4096),
+    )  # fmt: skip
     yield from (replace(uniform(rows, kv), num_q_heads=heads, num_kv_heads=1, head_dim=dim) for heads, dim, rows, kv in sizes)
+
+
+def _one_kv_head_prompts() -> Iterator[BatchShape]:
+    prompt, message = PrefillBatch(8, 4096, 4096), PrefillBatch(1, 64, 32768)
+    beside = with_chunk("32 x 4K + 64 tokens of 32K", 32, 4096, 64, 32768)
+    for heads, dim, batches in ((64, 64, (prompt, message, beside)), (71, 64, (prompt,)), (48, 128, (message, beside))):
+        yield from (replace(batch, num_q_heads=heads, num_kv_heads=1, head_dim=dim) for batch in batches)
 
 
 def _long_row() -> Iterator[BatchShape]:

@@ -99,7 +99,7 @@ def compile_plans(plans: list[AttentionPlan]) -> list[dict[str, Any]]:
     from fa4_backend.compile_cache import ensure_object, ensure_objects, read_facts
     from fa4_backend.kernel_facts import sass_counts
 
-    keys = dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys)
+    keys = dict.fromkeys(key for plan in plans for key in plan.keys)
     ensure_objects(keys)
     kernels = []
     for key in keys:

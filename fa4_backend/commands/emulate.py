@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP, full_dtype
-from fa4_backend.commands.emulated_case import build_case, run_case
+from fa4_backend.commands.emulated_case import EmulatedCase, run_case
 from fa4_backend.commands.emulated_counts import collect
 from fa4_backend.commands.shapes import check_chip
 from fa4_backend.problem import PAGED
@@ -70,12 +70,13 @@ def emulate(
         if program is not None:
             result = run_program(program, arch, num_sms, seeds, timeline)
         else:
-            plan, arguments = build_case(
+            case = EmulatedCase(
                 arch=arch, kind=kind, heads=heads, head_dim=head_dim, head_dim_v=head_dim_v,
                 q_lens=_numbers(q_lens, "--q-lens"), kv_lens=_numbers(kv_lens, "--kv-lens"),
                 page_size=page_size, dtype=full_dtype(dtype), kv_dtype=full_dtype(kv_dtype), causal=causal, window_left=window_left,
                 softcap=softcap, sinks=sinks, num_sms=num_sms, q_dtype=full_dtype(q_dtype), converted=converted,
             )  # fmt: skip
+            plan, arguments = case.build()
             result = run_case(plan, arguments, seeds, timeline)
     except ProgramError as error:
         typer.echo(f"{error}fa4 emulate: {program} raised", err=True)

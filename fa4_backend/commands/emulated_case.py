@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fa4_backend.commands.emulated_counts import collect
@@ -20,42 +21,67 @@ if TYPE_CHECKING:
 POISONED_ROWS = 3  # of q and out past the batch: they must neither be read into a result nor written
 
 
-def build_case(
-    *, arch: str, heads: str, head_dim: int, q_lens: list[int], kv_lens: list[int], page_size: int, dtype: str, kv_dtype: str,
-    causal: bool, window_left: int | None, softcap: float, sinks: bool, num_sms: int, kind: str = PAGED, head_dim_v: int | None = None,
-    q_dtype: str = SAME_AS_Q, converted: bool = False,
-) -> tuple[AttentionPlan, AttentionArguments]:  # fmt: skip
-    """A plan, and random tensors of one step, over scattered pages or without; whatever the kernel must not use holds NaN.
+@dataclass(frozen=True, kw_only=True)
+class EmulatedCase:
+    """One step, as numbers and flags."""
 
-    Raises:
-        ValueError: the numbers do not fit each other, or no kernel serves them.
-    """
-    from fa4_backend.plan import plan_attention
-    from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
+    arch: str  # a key of ARCHS
+    heads: str  # query heads / KV heads
+    head_dim: int
+    q_lens: list[int]  # query tokens of each sequence
+    kv_lens: list[int]  # KV tokens of each sequence, this step's included
+    page_size: int
+    dtype: str
+    head_dim_v: int | None = None  # None: as head_dim
+    kv_dtype: str = SAME_AS_Q
+    q_dtype: str = SAME_AS_Q
+    kind: str = PAGED  # where K and V lie: one of KV_SOURCES
+    causal: bool = True
+    window_left: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    converted: bool = False  # K and V in FP8 are brought to 16 bits once a call
+    num_sms: int = 2  # CTAs of a persistent launch
 
-    if len(q_lens) != len(kv_lens) or min(*q_lens, *kv_lens) < 0:
-        raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {q_lens} and {kv_lens}")
-    if softcap < 0:
-        raise ValueError(f"--softcap: expected 0 (off) or more, got {softcap}")
-    if kind not in KV_SOURCES:
-        raise ValueError(f"--kind: expected one of {', '.join(KV_SOURCES)}, got {kind!r}")
-    problem = AttentionProblem(
-        *heads_of(heads), head_dim, head_dim_v or head_dim, dtype, 1 if kind == RAGGED else page_size, EMULATED_PREFIX + arch,
-        mask=MaskFeatures(is_causal=causal, has_window_left=window_left is not None, has_softcap=softcap > 0, has_sinks=sinks),
-        kv_dtype=kv_dtype, q_dtype=q_dtype, kv_source=kind, has_lse=True,
-    )  # fmt: skip
-    limits = BatchLimits(
-        len(q_lens), sum(q_lens) + POISONED_ROWS, max(*kv_lens, 1), decode_query_len=max(*q_lens, 1) if kind == LATENT else 1,
-        convert_keys=max(sum(kv_lens), 1) if converted else 0,
-    )  # fmt: skip
-    plan = plan_attention(problem, limits, num_sms=num_sms)
-    if converted:
-        plan = plan.always_converting()
-    return plan, draw(problem, q_lens, kv_lens, window_left, softcap)
+    def build(self) -> tuple[AttentionPlan, AttentionArguments]:
+        """A plan, and random tensors of the step, over scattered pages or without; whatever the kernel must not use holds NaN.
+
+        Raises:
+            ValueError: the numbers do not fit each other, or no kernel serves them.
+        """
+        if len(self.q_lens) != len(self.kv_lens) or min(*self.q_lens, *self.kv_lens) < 0:
+            raise ValueError(f"--q-lens, --kv-lens: expected as many of each, 0 or more, got {self.q_lens} and {self.kv_lens}")
+        if self.softcap < 0:
+            raise ValueError(f"--softcap: expected 0 (off) or more, got {self.softcap}")
+        if self.kind not in KV_SOURCES:
+            raise ValueError(f"--kind: expected one of {', '.join(KV_SOURCES)}, got {self.kind!r}")
+        plan = self._plan()
+        return plan, draw(plan.problem, self.q_lens, self.kv_lens, self.window_left, self.softcap)
+
+    def _plan(self) -> AttentionPlan:
+        """A plan whose limits just hold the step."""
+        from fa4_backend.plan import plan_attention
+        from fa4_backend.problem import EMULATED_PREFIX, AttentionProblem, BatchLimits, MaskFeatures
+
+        problem = AttentionProblem(
+            *heads_of(self.heads), self.head_dim, self.head_dim_v or self.head_dim, self.dtype,
+            1 if self.kind == RAGGED else self.page_size, EMULATED_PREFIX + self.arch,
+            mask=MaskFeatures(
+                is_causal=self.causal, has_window_left=self.window_left is not None, has_softcap=self.softcap > 0, has_sinks=self.sinks
+            ),
+            kv_dtype=self.kv_dtype, q_dtype=self.q_dtype, kv_source=self.kind, has_lse=True,
+        )  # fmt: skip
+        limits = BatchLimits(
+            len(self.q_lens), sum(self.q_lens) + POISONED_ROWS, max(*self.kv_lens, 1),
+            decode_query_len=max(*self.q_lens, 1) if self.kind == LATENT else 1,
+            convert_keys=max(sum(self.kv_lens), 1) if self.converted else 0,
+        )  # fmt: skip
+        plan = plan_attention(problem, limits, num_sms=self.num_sms)
+        return plan.always_converting() if self.converted else plan
 
 
 def draw(problem: AttentionProblem, q_lens: list[int], kv_lens: list[int], window_left: int | None, softcap: float) -> AttentionArguments:
-    """The tensors of `build_case`, always the same ones."""
+    """The tensors of a case, always the same ones."""
     import torch
 
     from fa4_backend.arguments import AttentionArguments

@@ -25,7 +25,7 @@ from fa4_backend.emulator.errors import NativeBuildError
 LIBRARY = "core.so"
 NUM_UNITS = 4  # generated C units, compiled side by side
 SOURCES = Path(__file__).parent / "native"
-UNITS = ("shim.c", "memory.c", "shadow.c", "races.c", "global_races.c", "undefined.c", "interp.c")
+UNITS = ("shim.c", "memory.c", "shadow.c", "races.c", "global_races.c", "undefined.c", "registers.c", "exchange.c", "interp.c")
 FLAGS = (
     "-O2",
     "-ftree-vectorize",

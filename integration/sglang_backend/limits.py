@@ -23,4 +23,16 @@ def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
     # Without chunks a prompt comes whole. SGLang may let a chunk grow by a quarter, pads it to whole pages, and mixes decode rows in.
     prompt = max(schedule.max_prefill_tokens or 0, math.ceil(1.25 * max(schedule.chunked_prefill_size or 0, 0)), max_seqlen_k)
     rows = max_num_seqs * max(draft_tokens, 1)
-    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), envs.convert_keys())
+    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), convert_keys())
+
+
+def convert_keys() -> int:
+    """Keys of a step that there is room for where K and V in FP8 are brought to 16 bits.
+
+    `FA4_BACKEND_CONVERT_KEYS`, or all that `--max-running-requests` sequences of `--context-length` tokens have, if both are given. It
+    follows from what SGLang knows before it sizes its pools, so that plans ask for what was reserved then.
+    """
+    from sglang.srt.runtime_context import get_model, get_schedule
+
+    requests, context = get_schedule().max_running_requests, get_model().context_length
+    return envs.convert_keys() if requests is None or context is None else min(envs.convert_keys(), requests * context)

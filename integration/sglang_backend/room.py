@@ -42,6 +42,7 @@ def reserve_room(settled: tuple[str | None, torch.dtype], **asked: Any) -> None:
     from fa4_integration.common import start
     from fa4_integration.common.serving_device import arch_of_torch_device
     from fa4_integration.sglang_backend.layers import EngineFacts, name_of, problem_of_layer
+    from fa4_integration.sglang_backend.limits import convert_keys
     from fa4_integration.sglang_backend.steps import attention_layers
 
     model, kv_dtype = asked["model"], settled[1]
@@ -60,6 +61,6 @@ def reserve_room(settled: tuple[str | None, torch.dtype], **asked: Any) -> None:
         exact=envs.exact(),
     )
     start.show_log_lines("sglang")
-    limits = BatchLimits(1, 1, 1, convert_keys=envs.convert_keys())
+    limits = BatchLimits(1, 1, 1, convert_keys=convert_keys())
     problems = dict.fromkeys(problem_of_layer(layer, engine, sinks_dtype) for layer, sinks_dtype in attention_layers(model))
     model.fa4_convert_rooms = [start.reserve(problem, limits, device) for problem in problems]

@@ -70,6 +70,7 @@ class LayerSteps:
             "min_seqlen_q": min_seqlen_q,
             "prefill_keys": prefill_keys,
             "max_seqlen_k": self.limits.max_seqlen_k,  # SGLang keeps the lengths on the device
+            "decode_alone": max_seqlen_q <= self.limits.decode_query_len,  # of a graph's replays as well: they refresh as it was captured
         }
         for step in self.by_kind.values():
             step.refresh(**self.refreshed)

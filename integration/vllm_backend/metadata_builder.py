@@ -75,6 +75,8 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
             # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
             self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
         self.may_convert = any(step.converted is not None for step in self.steps.values())
+        # A graph of a step with prompts is replayed for decode rows alone too, and keeps the kernels of its capture.
+        self.captures_prompts = captures_prompts(vllm_config)
         self.slopes = share_slopes(impls, device)
         for impl in impls:
             target = impl.kv_sharing_target_layer_name
@@ -141,7 +143,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         lengths = np.diff(batch.query_start_loc_cpu.numpy())
         shortest = int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
         bounds = batch.seq_lens_cpu_upper_bound
-        if not self.may_convert or bounds is None or captures_prompts(self.vllm_config):
+        if not self.may_convert or bounds is None or self.captures_prompts:
             return shortest, None
         return shortest, int(bounds.numpy()[: len(lengths)].sum(where=lengths > decode_query_len))
 
@@ -156,6 +158,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
                 max_seqlen_k=min(metadata.max_seqlen_k, step.plan.limits.max_seqlen_k),
                 min_seqlen_q=min_seqlen_q,
                 prefill_keys=prefill_keys,
+                decode_alone=not self.captures_prompts and metadata.max_seqlen_q <= step.plan.limits.decode_query_len,
             )
 
 

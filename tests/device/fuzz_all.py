@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from fa4_backend import AttentionPlan
-from fa4_backend.compile_cache import ensure_object
+from fa4_backend.compile_cache import ensure_objects
 from tests.support.fuzz import Fuzzer, FuzzSetup
 
 
 def compile_all(plans: Iterable[AttentionPlan], processes: int) -> float:
     """Compile every kernel of `plans` side by side; returns seconds."""
     start = time.perf_counter()
-    keys = dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys)
-    if processes == 1:
-        for key in keys:
-            ensure_object(key)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(ensure_object, keys))
+    ensure_objects((key for plan in plans for key in plan.keys), jobs=processes)
     return time.perf_counter() - start
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from fa4_backend.bench.batch import BatchTensors, Mask
 from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.prefill_batches import PrefillBatch
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
-from fa4_backend.compile_cache import ensure_object
 from fa4_backend.kernels.launch_abi import convert_arguments
 from fa4_backend.kernels.loading import load
 from fa4_backend.kernels.schedule.work_list import WorkLists
 from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
+from tests.device.compiling import compile_lacking
 from tests.support.paged_case import PagedCase
 
 ROOM = 1 << 18  # keys of the workspace: every cell fits
@@ -66,7 +65,7 @@ def all_keys(batches: list[PrefillBatch]) -> list[Any]:
             problem, limits = asked(shape, "sm_90a", convert_keys=keys)
             plans.append(plan_attention(problem, limits))
     plans += [case.plan() for case in cases().values()]
-    return list(dict.fromkeys(key for plan in plans if plan.kernels for key in plan.kernels.keys))
+    return list(dict.fromkeys(key for plan in plans for key in plan.keys))
 
 
 def cases() -> dict[str, PagedCase]:
@@ -189,10 +188,7 @@ def main() -> None:
         CONVERT_VISITS[dims] = 0
     batches = [batch for batch in cells() if re.search(options.only, batch.label)]
     if options.compile:
-        keys = all_keys(batches)
-        with ProcessPoolExecutor(options.processes) as pool:
-            list(pool.map(ensure_object, keys))
-        print(f"{len(keys)} kernels")
+        compile_lacking(all_keys(batches), processes=options.processes)
         return
     print(torch.cuda.get_device_name())
     check()

@@ -20,8 +20,8 @@ from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.mla_decode.config import NARROW_ROWS, TILE_N
 from fa4_backend.problem import FP8
+from tests.device.compiling import compile_lacking
 from tests.device.mla_batches import Shape, Step, draw, judge
-from tests.device.prove_mla import compile_lacking
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PARTS_RATIOS = (1, 4, 8, 16, 32, 64)

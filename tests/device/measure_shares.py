@@ -90,8 +90,7 @@ def compile_all(arch: str, *, with_keys: bool) -> None:
     keys: dict[Any, None] = {}
     for batch in cells():
         for plan in variants(plan_attention(*asked(batch, arch)), batch, with_keys=with_keys).values():
-            assert plan.kernels is not None
-            keys |= dict.fromkeys(plan.kernels.keys)
+            keys |= dict.fromkeys(plan.keys)
     print(f"{len(keys)} kernels", flush=True)
     ensure_objects(keys)
 

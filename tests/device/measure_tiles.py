@@ -3,16 +3,15 @@
 
     python -m tests.device.measure_tiles --kinds d96 --only "16K|32 x 1K" --tiles "tile_n=144,kv_stage=5" "tile_m=192,tile_n=112,kv_stage=6"
     python -m tests.device.measure_tiles --kinds mixed --tiles decode_tile_ticks=24 decode_full_sms=90
-    python -m tests.device.measure_tiles --kinds one-kv-head --tiles "prefill tiles" "prefill tiles,min_part_blocks=1"
+    python -m tests.device.measure_tiles --kinds packed-rows --tiles "prefill tiles" "prefill tiles,ping_pong=0,tile_m=64,kv_stage=12"
     python -m tests.device.measure_tiles --kinds full,heads --tiles "no pages"
     python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
 Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" of one KV head, and with "fp8-" before a kind those with K
-and V in FP8; the first figure of a cell is of what is in use. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
+and V in FP8; the first figure of a cell is of what is in use, narrow tiles included (`fa4_backend/narrow_tiles.py`), which
+no variant has. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
 
     prefill tiles          decode rows go to the prefill kernel, whose tiles are cut along KV
-    3 KV heads             the kernels get one KV head as three, each with a third of its query heads (`fa4_backend/copied_heads.py`)
-    KV heads of 16 rows    as many heads as have at most 16 packed rows
     invariant              batch-invariant mode
     no pages               the same batch over dense K and V
 
@@ -39,7 +38,6 @@ from typing import Any, TypeVar
 
 import torch
 
-import fa4_backend.plan as plan_module
 from fa4_backend.bench import dense_peers
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.decode_batches import issue_batches, uniform
@@ -50,7 +48,6 @@ from fa4_backend.bench.shape_cells import kinds
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, matmul_tflop_per_s
 from fa4_backend.compile import CompileError
 from fa4_backend.compile_cache import ensure_object
-from fa4_backend.copied_heads import ROWS
 from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
@@ -62,7 +59,7 @@ from tests.device.compare_versions import OTHER, borrow
 from tests.support.fuzz import prefill_plan
 
 IN_USE = "in use"
-PREFILL_TILES, INVARIANT, NO_PAGES, FEW_ROWS = "prefill tiles", "invariant", "no pages", "KV heads of 16 rows"  # words of a variant
+PREFILL_TILES, INVARIANT, NO_PAGES = "prefill tiles", "invariant", "no pages"  # words of a variant
 PROCESSES = max(1, (os.cpu_count() or 2) - 2)  # that compile
 Planner = Callable[[AttentionProblem, BatchLimits], AttentionPlan]
 Shape = TypeVar("Shape", TileShape, WorkShape)
@@ -97,47 +94,17 @@ def cells(kind_names: str, pattern: str) -> list[BatchShape]:
 
 
 def packed_rows() -> list[BatchShape]:
-    """One KV head with 24 to 96 query heads, few rows and many."""
-    heads = ((24, 64), (32, 64), (48, 64), (64, 64), (96, 64), (48, 96), (32, 128), (48, 128), (96, 128))
+    """One KV head with 24 to 96 query heads, few rows and many; drafts of wide heads."""
+    heads = ((24, 64), (32, 64), (48, 64), (64, 64), (96, 64), (48, 96), (96, 96), (32, 128), (48, 128), (96, 128))
     sizes = ((1, 4096), (8, 4096), (64, 1024), (64, 4096))
-    return [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
+    of_one = [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
+    drafts = [uniform(rows, 4096, queries) for queries in (5, 8) for rows in (1, 16, 64)]
+    return of_one + [replace(batch, num_q_heads=16, num_kv_heads=2, head_dim=256) for batch in drafts]
 
 
 def batch_of(variant: str, batch: BatchShape) -> BatchShape:
     """The batch that a variant is called with."""
     return replace(batch, kv_source=RAGGED) if NO_PAGES in variant.split(",") else batch
-
-
-def fewest_copies(problem: AttentionProblem, limits: BatchLimits) -> int:
-    """Fewest KV heads that share the query heads of one in equal parts, so that a decode row group has at most ROWS rows; 1 where it would
-    have half of them or fewer, since each head reads all of K and V."""
-    heads = problem.q_per_kv
-    for copies in (n for n in range(1, heads + 1) if heads % n == 0):
-        rows = heads // copies * limits.decode_query_len
-        if rows <= ROWS:
-            return copies if 2 * rows > ROWS else 1
-    return 1
-
-
-@contextmanager
-def copies_of(variant: str) -> Iterator[None]:
-    """Plans made inside give the kernels one KV head as that many: "3 KV heads", or "KV heads of 16 rows"; one that cannot be divided so
-    stays one."""
-    kept, called = plan_module.kv_head_copies, re.search(r"(\d+) KV heads", variant)
-
-    def copies(problem: AttentionProblem, limits: BatchLimits) -> int:
-        if problem.num_kv_heads > 1 or problem.kv_source == RAGGED:
-            return 1
-        if called is None:
-            return fewest_copies(problem, limits)
-        return 1 if problem.num_q_heads % int(called.group(1)) else int(called.group(1))
-
-    if called or FEW_ROWS in variant:
-        plan_module.kv_head_copies = copies
-    try:
-        yield
-    finally:
-        plan_module.kv_head_copies = kept
 
 
 def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> AttentionPlan:
@@ -147,10 +114,10 @@ def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> Att
         ValueError: a word is no field of a shape and none of the variants.
     """
     words = variant.split(",")
-    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES, FEW_ROWS}
-    if strange := [w for w in words if w.split("=")[0] not in known and not re.fullmatch(r"\d+ KV heads", w)]:
+    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES}
+    if strange := [w for w in words if w.split("=")[0] not in known]:
         raise ValueError(f"variant: expected fields of TileShape or WorkShape, or words that are explained above, got {', '.join(strange)}")
-    with tile_of(batch, variant), copies_of(variant):
+    with tile_of(batch, variant):
         plan = planner(*asked(batch, arch, batch_invariant=INVARIANT in words))
     plan = prefill_plan(plan) if PREFILL_TILES in words else plan
     assert plan.kernels is not None
@@ -158,7 +125,7 @@ def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> Att
     kernels = replace(plan.kernels, work=changed(work, variant))
     if kernels.converted is not None:
         kernels = replace(kernels, converted=replace(kernels.converted, work=changed(kernels.converted.work, variant)))
-    return replace(plan, kernels=kernels)
+    return replace(plan, kernels=kernels, narrow=plan.narrow if variant == IN_USE else None)
 
 
 def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object] | None:
@@ -188,12 +155,13 @@ def compile_kernels(job: tuple[str, str, str, str, str, int]) -> None:
     if variant == OTHER:
         sys.path.insert(0, folder)
         ask = importlib.import_module(f"{OTHER}.bench.ours").asked
-        kernels = importlib.import_module(f"{OTHER}.plan").plan_attention(*ask(batch, arch), num_sms=num_sms).kernels
+        plan = importlib.import_module(f"{OTHER}.plan").plan_attention(*ask(batch, arch), num_sms=num_sms)
+        keys = plan.keys if hasattr(plan, "keys") else plan.kernels.keys
         ensure = importlib.import_module(f"{OTHER}.compile_cache").ensure_object
     else:
-        kernels = plan_of(variant, batch, arch, partial(plan_attention, num_sms=num_sms)).kernels
+        keys = plan_of(variant, batch, arch, partial(plan_attention, num_sms=num_sms)).keys
     try:
-        for key in kernels.keys if kernels else ():
+        for key in keys:
             ensure(key)
     except CompileError as error:
         print(f"{batch.title}, {variant}: {str(error)[-300:]}", flush=True)

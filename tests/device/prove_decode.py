@@ -33,7 +33,8 @@ from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
 HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
-COPIED = ((64, 1, 64, 1), (32, 1, 64, 1))  # one KV head that the kernels get as several (`fa4_backend/copied_heads.py`)
+# Whose steps of decode rows alone go to prefill tiles of their height (`fa4_backend/narrow_tiles.py`)
+NARROW = ((48, 1, 128, 1), (16, 2, 128, 8), (48, 1, 64, 1), (96, 1, 64, 1), (48, 1, 96, 1))
 FEATURES: tuple[dict[str, bool], ...] = (
     {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
 )  # fmt: skip
@@ -41,7 +42,12 @@ DEVICE = "cuda"
 
 
 def setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
-    """Problems to fuzz: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
+    """Problems of decode rows alone, whichever kernel serves them."""
+    return kernel_setups(arch, kv_dtype) + narrow_setups(arch, kv_dtype)
+
+
+def kernel_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """The decode kernel's: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
     chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in HEADS]
     chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
     if kv_dtype == FP8:
@@ -65,6 +71,16 @@ def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]],
             )  # fmt: skip
             out.append(setup)
     return out
+
+
+def narrow_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """Every height of narrow tiles, every feature on one of them; none where no kernel has such tiles."""
+    chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in NARROW]
+    chosen += [(NARROW[0], {"has_window_left": True, "has_sinks": True}), (NARROW[0], {"has_softcap": True, "has_alibi": True})]
+    chosen += [(NARROW[1], {"out_dtype": FP8})]
+    if not arch.endswith("sm_90a") or kv_dtype == FP8:
+        return []
+    return [replace(s, name=f"narrow {s.name}", is_narrow=True) for s in of_heads(chosen, arch, kv_dtype)]
 
 
 def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
@@ -302,7 +318,7 @@ def case_plan(case: PagedCase) -> AttentionPlan:
 def main() -> int:
     """Run the chosen parts; exit status 1 when one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact", help="of these, and copied: one KV head given as several")
+    parser.add_argument("--parts", default="lists,fuzz,mixed,pool,bits,exact", help="of these")
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="of K and V")
     parser.add_argument("--batches", type=int, default=2000, help="fuzzed batches, all setups together")
     parser.add_argument("--mixed-batches", type=int, default=2000, help="fuzzed batches with prefill rows beside decode rows")
@@ -322,7 +338,6 @@ def main() -> int:
         for part, of_arch in (
             ("fuzz", setups(arch, kv_dtype)),
             ("mixed", mixed_setups(arch, kv_dtype)),
-            ("copied", of_heads([(heads, {}) for heads in COPIED], arch, kv_dtype)),
         )
         if part in options.parts.split(",")
     }
@@ -333,7 +348,6 @@ def main() -> int:
         "lists": lambda: check_lists(arch, 200),
         "fuzz": lambda: check_fuzz(of_part["fuzz"], options.batches, **how),
         "mixed": lambda: check_fuzz(of_part["mixed"], options.mixed_batches, **how),
-        "copied": lambda: check_fuzz(of_part["copied"], options.batches, **how),
         "pool": lambda: check_pool(arch, kv_dtype),
         "bits": lambda: check_bits(arch, kv_dtype, 100),
         "exact": lambda: check_exact(arch, kv_dtype, 100),

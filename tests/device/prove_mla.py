@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections import Counter
@@ -30,11 +29,10 @@ from typing import Any
 import torch
 
 from fa4_backend.bench.timing import capture
-from fa4_backend.cache.entry import find_fault
 from fa4_backend.compile import CompileKey
-from fa4_backend.compile_cache import ensure_object, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8
+from tests.device.compiling import compile_lacking
 from tests.device.latent_fuzz import KINDS, fuzz_graphs
 from tests.device.mla_batches import DEVICE, Shape, Step, draw, judge
 from tests.support.emulated_mla import DIM, Latent
@@ -51,7 +49,6 @@ FUZZ_SHAPES = (
 )  # fmt: skip
 PAGES = (16, 32, 64, 128, 48)
 GRAPH_SHAPE = Shape(128, 2)
-PROCESSES = os.cpu_count() or 1  # that compile
 # (rows, longest KV) of a batch, and the chance of it
 LONG_ROWS = {(1, 131072): 1}
 SMALL_ROWS = {(3, 200): 1, (2, 330): 1, (1, 700): 1}
@@ -221,15 +218,6 @@ def all_keys() -> list[CompileKey]:
 def small_keys() -> list[CompileKey]:
     """Of part `small`."""
     return list(dict.fromkeys(key for shape in FUZZ_SHAPES for limit in SMALL_ROWS for key in shape.kernels(*limit)[0].keys))
-
-
-def compile_lacking(keys: list[CompileKey], prepare: Callable[[], None] | None = None) -> None:
-    """Fill the cache, many processes side by side; `prepare` runs in each first."""
-    begin = time.monotonic()
-    lacking = [key for key in keys if find_fault(object_entry(key)) is not None]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=prepare) as pool:
-        list(pool.map(ensure_object, lacking))
-    print(f"compiled {len(lacking)} of {len(keys)} kernels in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def small(first: int, seconds: float) -> dict[str, Any]:

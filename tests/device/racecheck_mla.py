@@ -36,6 +36,7 @@ from fa4_backend.kernels.mla_decode.merge import Merge
 from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
 from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, MlaStorage, SharedTensors
 from tests.device import prove_mla
+from tests.device.compiling import compile_lacking
 from tests.device.racecheck_lanes import LANES, all_lanes
 
 FORMS = ("lanes", "meetings")
@@ -137,7 +138,7 @@ def main() -> None:
     assert set(forms) <= set(FORMS), f"--forms: expected {', '.join(FORMS)} or none, got {args.forms}"
     if forms:
         change_kernels(forms)
-    prove_mla.compile_lacking(prove_mla.small_keys(), partial(change_kernels, forms) if forms else None)
+    compile_lacking(prove_mla.small_keys(), partial(change_kernels, forms) if forms else None)
     if not args.compile_only:
         print(prove_mla.small(args.first, args.seconds), flush=True)
 

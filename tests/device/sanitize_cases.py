@@ -25,16 +25,17 @@ from fa4_backend.arch import arch_of_capability
 from fa4_backend.arguments import AttentionArguments
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.fuzz_all import compile_all
-from tests.device.prove_decode import mixed_setups
-from tests.device.prove_decode import setups as decode_setups
+from tests.device.prove_decode import kernel_setups, mixed_setups, narrow_setups
 from tests.device.prove_prefill import LENGTHS, prepare_case
 from tests.support.fuzz import FuzzSetup, prefill_plan
 from tests.support.fuzz_setups import case_of, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, move_strided
 
 KINDS: dict[str, Callable[[str, str], list[FuzzSetup]]] = {
-    "prefill": prefill_setups, "decode": decode_setups, "mixed": mixed_setups,
-}  # fmt: skip
+    "prefill": lambda arch, kv_dtype: prefill_setups(arch, kv_dtype) + narrow_setups(arch, kv_dtype),
+    "decode": kernel_setups,
+    "mixed": mixed_setups,
+}
 KV_DTYPES = {"auto": SAME_AS_Q, "fp8": FP8}
 LAYOUTS = ("nhd", "hnd", "separate")
 FEW_SMS = 6
@@ -43,7 +44,7 @@ FEW_SMS = 6
 def short_case(kind: str, setup: FuzzSetup, layout: str) -> PagedCase:
     """A batch of the setup's problem whose lengths stand at edges of tiles, pages and parts."""
     n = setup.decode_query_len
-    if kind == "prefill":
+    if kind == "prefill" and not setup.is_narrow:
         lens = ((60,), (2100,)) if setup.max_kv > 2000 else LENGTHS
     elif kind == "mixed":
         lens = (1, 100, 0, n, 33), (900, 140, 7, 64, 33)
@@ -81,7 +82,7 @@ def run(kind: str, setup: FuzzSetup, case: PagedCase) -> dict[str, float]:
     for num_sms in (torch.cuda.get_device_properties(0).multi_processor_count, FEW_SMS):
         a.out.fill_(math.nan)
         a.lse.fill_(math.nan)
-        if kind == "prefill":
+        if kind == "prefill" and not setup.is_narrow:
             prepare_case(built, setup.min_part_blocks, num_sms)()
         else:
             built.run(case.plan(num_sms), setup.min_part_blocks)

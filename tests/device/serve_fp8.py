@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
-from fa4_backend.compile_cache import library_of
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
+from tests.device.compiling import compile_lacking
 from tests.device.engine_groups import Group, rehearsed
 from tests.device.engine_lane import COMMON, Engine
 from tests.device.serve_matrix import arch, lanes, report, run_lane, warm_imports, without_answers
@@ -85,11 +83,7 @@ def plans(groups: dict[str, Group], folder: Path, target: str) -> Iterator[Any]:
 
 def compile_kernels(groups: dict[str, Group], folder: Path, target: str) -> None:
     """Our kernels of all models, side by side, before engines ask for them one by one."""
-    begin = time.perf_counter()
-    keys = dict.fromkeys(key for plan in plans(groups, folder, target) for key in plan.kernels.keys)
-    with ProcessPoolExecutor(min(len(keys), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(library_of, keys))
-    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there", flush=True)
+    compile_lacking(key for plan in plans(groups, folder, target) for key in plan.keys)
 
 
 def run_lanes(requests: list[tuple[str, Path]], options: argparse.Namespace, deadline: float) -> dict[str, Any]:

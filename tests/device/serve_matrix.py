@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -32,10 +30,9 @@ from typing import Any
 
 from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, plan_attention
 from fa4_backend.arch import arch_of_capability
-from fa4_backend.cache.entry import find_fault
-from fa4_backend.compile_cache import find_prebuilt, library_of, object_entry
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.problem import FP8, SAME_AS_Q
+from tests.device.compiling import compile_lacking
 from tests.device.engine_groups import DEFAULT_GROUPS, GROUPS, OFF, PEERS, Group, rehearsed
 from tests.device.engine_lane import COMMON, Engine, answers_name, run_process, write_request
 from tests.device.serve_options import serve_parser
@@ -155,20 +152,8 @@ def keys_of(groups: dict[str, Group], folder: Path) -> list[Any]:
                 sinks_dtype="bfloat16" if mask.has_sinks else "float32",
             )  # fmt: skip
             limits = BatchLimits(COMMON["max_num_seqs"], COMMON["max_num_batched_tokens"], COMMON["max_model_len"], 1 + num_tokens)
-            kernels = plan_attention(problem, limits).kernels
-            assert kernels is not None
-            keys |= dict.fromkeys(kernels.keys)
+            keys |= dict.fromkeys(plan_attention(problem, limits).keys)
     return [*keys]
-
-
-def compile_missing(keys: list[Any]) -> None:
-    """Kernels that neither the installation nor the cache has, side by side, before engines ask for them one by one."""
-    begin = time.perf_counter()
-    missing = [key for key in keys if find_prebuilt(key) is None and find_fault(object_entry(key)) is not None]
-    if missing:
-        with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(library_of, missing))
-    print(f"{time.perf_counter() - begin:.1f} s until our {len(keys)} kernels were there; {len(missing)} were compiled", flush=True)
 
 
 def arch() -> str:
@@ -305,7 +290,7 @@ def main() -> int:
         requests = lanes(groups, folder, options.per_lane)
         imports = None if options.compile_only else warm_imports(groups, folder)
         if not options.rehearse:
-            compile_missing(keys_of(groups, folder))
+            compile_lacking(keys_of(groups, folder))
         if imports is None:
             return 0
         begin = time.perf_counter()

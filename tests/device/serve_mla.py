@@ -28,8 +28,9 @@ from fa4_backend.problem import FP8 as FP8_ELEMENTS
 from fa4_backend.problem import LATENT, RAGGED
 from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
+from tests.device.compiling import compile_lacking
 from tests.device.engine_lane import run_process
-from tests.device.serve_matrix import NO_MULTICAST, arch, compile_missing
+from tests.device.serve_matrix import NO_MULTICAST, arch
 from tests.device.serve_options import serve_parser
 from tests.device.serve_tokens import DRAFTS, EAGER, FP8, MEMORY, TOO_FAR, compare, decode_logprobs, prefill_logprobs
 from tests.engines.prompts import make_prompts
@@ -157,9 +158,7 @@ def keys_of(num_heads: int, arch: str) -> list[Any]:
     keys: dict[Any, None] = {}
     for problem, limits in asked:
         assert limits is not None, problem
-        kernels = plan_attention(problem, limits).kernels
-        assert kernels is not None
-        keys |= dict.fromkeys(kernels.keys)
+        keys |= dict.fromkeys(plan_attention(problem, limits).keys)
     return [*keys]
 
 
@@ -216,7 +215,7 @@ def main() -> int:
         return 0
     heads = [int(number) for number in options.heads.split(",")]
     target = options.compile_for or arch()
-    compile_missing([*dict.fromkeys(key for num_heads in heads for key in keys_of(num_heads, target))])
+    compile_lacking(key for num_heads in heads for key in keys_of(num_heads, target))
     if options.compile_for:
         return 0
     wrong = run_all(heads, options.only.split(";") if options.only else [*RUNS], options)

@@ -32,8 +32,8 @@ from fa4_backend.kernels.mla_decode.merge import Merge
 from fa4_backend.kernels.mla_decode.part_weights import PartWeights
 from fa4_backend.kernels.mla_decode.storage import MlaStorage
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS
+from tests.device.compiling import compile_lacking
 from tests.device.mla_batches import Shape, Step, draw, judge
-from tests.device.prove_mla import compile_lacking
 
 LOADER, CONSUMER = 0, 128  # threads that stamp
 # (role, method, what has been done when it begins and when it ends; "": no stamp)

@@ -14,7 +14,7 @@ import pytest
 
 from fa4_backend.cli import main
 from fa4_backend.commands.emulate import _print_table
-from fa4_backend.commands.emulated_case import build_case, judge
+from fa4_backend.commands.emulated_case import EmulatedCase, judge
 from fa4_backend.kernels.torch_reference import run_reference
 from fa4_backend.problem import FP8
 from tests.support.slow_cases import with_slow
@@ -87,10 +87,10 @@ def test_fp8_keys_and_values(arch: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
 def test_fp8_cases_are_judged_with_their_scales(scale: str) -> None:
     """The torch kernel is right; with one scale 5% off it is not."""
-    plan, arguments = build_case(
-        arch="sm_90a", heads="4/2", head_dim=64, q_lens=[3, 70], kv_lens=[40, 200], page_size=16, dtype="bfloat16", kv_dtype=FP8,
-        causal=True, window_left=None, softcap=0.0, sinks=False, num_sms=2,
-    )  # fmt: skip
+    case = EmulatedCase(
+        arch="sm_90a", heads="4/2", head_dim=64, q_lens=[3, 70], kv_lens=[40, 200], page_size=16, dtype="bfloat16", kv_dtype=FP8
+    )
+    plan, arguments = case.build()
     stored = arguments.k_cache.float()
     assert stored.isnan().any() and (stored.abs() == 448.0).any() and arguments.k_scale.unique().numel() == 2
     for error, is_right in ((1.0, True), (1.05, False)):

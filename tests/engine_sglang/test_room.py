@@ -34,11 +34,17 @@ def settle(monkeypatch: pytest.MonkeyPatch) -> Any:
     load_plugins()
     monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm90")
     monkeypatch.setattr(convert_room, "_rooms", weakref.WeakValueDictionary())
-    monkeypatch.setattr(runtime_context, "get_schedule", lambda: SimpleNamespace(page_size=64))
+    schedule, server = SimpleNamespace(page_size=64, max_running_requests=None), SimpleNamespace(context_length=None)
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(runtime_context, "get_model", lambda: server)
     deterministic = SimpleNamespace(enable_deterministic_inference=False)
     monkeypatch.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(deterministic=deterministic))
 
-    def settle(model: torch.nn.Module | None, dtype: str = "fp8_e4m3", backend: str = NAME, **draft: Any) -> Any:
+    def settle(
+        model: torch.nn.Module | None, dtype: str = "fp8_e4m3", backend: str = NAME, requests: int | None = None, **draft: Any
+    ) -> Any:
+        schedule.max_running_requests = requests
+        server.context_length = 4096
         monkeypatch.setattr(runtime_context, "attention_backends", lambda: (backend, "another"))
         drafter = {"is_draft_worker": False, "speculative_draft_attention_backend": None, **draft}
         return kv_cache_dtype.configure_kv_cache_dtype(
@@ -55,6 +61,14 @@ def test_layers_share_room_that_the_model_holds(settle: Any) -> None:
     assert model.fa4_convert_rooms == [room, room] and room.storage.numel() == 2 * 32768 * 2 * 128 * 2
     del model, room
     assert not convert_room._rooms
+
+
+@pytest.mark.parametrize(("requests", "keys"), [(2, 2 * 4096), (8, 32768), (9, 32768)])
+def test_room_is_for_what_a_server_holds_at_most(settle: Any, requests: int, keys: int) -> None:
+    """In a context of 4096 tokens, of which 8 sequences fill the usual 32,768."""
+    model = TwoLayers()
+    settle(model, requests=requests)
+    assert model.fa4_convert_rooms[0].storage.numel() == 2 * keys * 2 * 128 * 2
 
 
 def test_a_drafter_has_a_backend_of_its_own(settle: Any) -> None:

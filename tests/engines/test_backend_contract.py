@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym, kNvfp4Dynamic
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import CrossAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from fa4_backend import UnsupportedProblem
+from fa4_backend import AttentionMetadata, UnsupportedProblem
 from fa4_integration.vllm_backend.backend import FA4Backend
 from fa4_integration.vllm_backend.kv_cache import split_kv_cache
 from tests.engines.vllm_step import LAYER, VllmStep
@@ -149,6 +150,26 @@ def test_a_drafts_rows_may_be_shorter_than_the_steps() -> None:
     assert step.bounds is not None and step.bounds.min_seqlen_q == 7
     built.builder.update_draft_decode_metadata(metadata)
     assert step.bounds is not None and step.bounds.min_seqlen_q == 1
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "mode", "drafts", "told"),
+    [
+        ((1, 1), CUDAGraphMode.FULL_AND_PIECEWISE, 0, True),
+        ((1, 9), CUDAGraphMode.FULL_AND_PIECEWISE, 0, False),
+        ((4, 2), CUDAGraphMode.FULL_DECODE_ONLY, 3, True),
+        ((1, 1), CUDAGraphMode.FULL, 0, False),  # replayed by a graph that was captured of a step with prompts
+    ],
+)
+def test_a_step_of_decode_rows_alone_is_told(
+    query_lens: tuple[int, ...], mode: CUDAGraphMode, drafts: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of a drafter's loop what was told at its first step: one graph holds them all."""
+    built = VllmStep(query_lens, (40, 39), cudagraph_mode=mode, num_speculative_tokens=drafts).build()
+    seen: list[bool] = []
+    monkeypatch.setattr(AttentionMetadata, "refresh", lambda self, *, decode_alone, **_: seen.append(decode_alone))
+    built.builder.update_draft_decode_metadata(built.builder.build(0, built.description))
+    assert seen == [told, told]
 
 
 def test_buffers_stay_from_step_to_step() -> None:

@@ -148,14 +148,15 @@ def test_the_cache_holds_what_the_largest_batch_keeps() -> None:
 
 def test_kernels_are_compiled_for_a_machine_that_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(engine, "library_of", asked.append)
+    monkeypatch.setattr(engine, "find_prebuilt", lambda key: None)
+    monkeypatch.setattr(engine, "ensure_objects", asked.extend)
     names = engine.compile_kernels(["auto", "fp8"], "sm_90a")
     assert names == [key.name for key in asked]
     assert [sum(word in name for name in names) for word in ("schedule", "decode", "prefill", "kve4m3", "convert-sm")] == [1, 2, 3, 2, 1]
 
 
 def test_kernels_of_latent_attention_are_those_of_decode_and_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "library_of", lambda key: None)
+    monkeypatch.setattr(engine, "ensure_objects", lambda keys: None)
     names = engine.compile_kernels(["auto", "fp8"], "sm_90a", "mla128")
     assert [sum(word in name for name in names) for word in ("schedule", "mladecode", "h128", "ragged", "kve4m3")] == [
         2,

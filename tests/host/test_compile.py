@@ -63,10 +63,12 @@ def test_a_key_is_compiled_once(stub_compiler: list[StubKey]) -> None:
 def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], monkeypatch: pytest.MonkeyPatch) -> None:
     """One by the process itself; several, each once, by processes of their own; what is there by nobody."""
     asked: list[tuple[int, list[StubKey]]] = []
+    prepared: list[Callable[[], None] | None] = []
 
     class Pool:
-        def __init__(self, jobs: int, mp_context: object) -> None:
+        def __init__(self, jobs: int, mp_context: object, initializer: Callable[[], None] | None) -> None:
             self.jobs = jobs
+            prepared.append(initializer)
 
         def __enter__(self) -> Pool:
             return self
@@ -82,12 +84,16 @@ def test_missing_keys_are_compiled_side_by_side(stub_compiler: list[StubKey], mo
 
     monkeypatch.setattr(compile_cache, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
-    compile_cache.ensure_objects([StubKey(1)])
+    assert compile_cache.ensure_objects([StubKey(1)]) == 1
     assert stub_compiler == [StubKey(1)] and not asked
-    compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)])
+    assert compile_cache.ensure_objects([StubKey(4), StubKey(1), StubKey(2), StubKey(4), StubKey(3)]) == 3
     assert asked == [(2, [StubKey(4), StubKey(2), StubKey(3)])] and stub_compiler == [StubKey(n) for n in (1, 4, 2, 3)]
-    compile_cache.ensure_objects([StubKey(1), StubKey(2)])
+    assert compile_cache.ensure_objects([StubKey(1), StubKey(2)], prepare=ended) == 0
     assert len(asked) == 1 and len(stub_compiler) == 4
+    # What a process has to do first is done in one of its own, also for a lone key.
+    assert compile_cache.ensure_objects([StubKey(7)], prepare=ended) == 1
+    assert compile_cache.ensure_objects(map(StubKey, (8, 9, 10, 11)), jobs=3) == 4
+    assert [jobs for jobs, _ in asked] == [2, 1, 3] and prepared == [None, ended, None]
     monkeypatch.setattr(Pool, "map", ended)
     with pytest.raises(CompileError, match=r"expected 2 processes to compile 2 kernels, got one that was ended .* on fewer cores"):
         compile_cache.ensure_objects([StubKey(5), StubKey(6)])
@@ -319,8 +325,7 @@ def test_facts_are_those_of_the_compiled_kernel() -> None:
     from fa4_backend.kernels.sm100.storage import Storage
 
     plan = plan_attention(AttentionProblem(8, 2, 128, 128, "bfloat16", 16, "sm_100a", has_lse=True), BatchLimits(16, 256, 1024))
-    assert plan.kernels is not None
-    for key in plan.kernels.keys:  # here: processes beside this one would import the compiler first
+    for key in plan.keys:  # here: processes beside this one would import the compiler first
         compile_cache.ensure_object(key)
     kernels = {kernel["name"].split("-")[0]: kernel for kernel in compile_plans([plan])}
     keys = "name arch seconds cpu_seconds registers spills smem_bytes tmem_columns ptx_instructions sass_counts".split()

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from fa4_backend import AttentionProblem, BatchLimits
-from fa4_backend.kernels.decode.config import MAX_ROWS, SMEM_BYTES, DecodeConfig, resolve
+from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.decode.config import MAX_ROWS, DecodeConfig, resolve
 from fa4_backend.kernels.families import resolve_kernels
 from fa4_backend.problem import FP8
 
@@ -36,7 +37,7 @@ def test_every_config_fits_its_sm() -> None:
         served += 1
         merge = config.merge_buffers * config.row_groups * config.merge_rows * (config.head_dim_v + 8 + 2) * 4
         used = config.kv_stage * config.kv_stage_bytes + 2 * config.q_stage_bytes + merge
-        assert config.kv_stage >= 2 and used * config.ctas_per_sm <= SMEM_BYTES - 512 * config.ctas_per_sm
+        assert config.kv_stage >= 2 and used * config.ctas_per_sm <= ARCHS[config.arch].smem_bytes - 512 * config.ctas_per_sm
         assert config.num_threads <= 1024
         assert config.slot_stage >= 1 and config.stage_slots >= 1, "a slot fits where KV tiles were"
     assert served > 150

@@ -76,6 +76,24 @@ def options(verb: str) -> frozenset[str]:
     return frozenset(option for c in commands for p in c.params for option in (*p.opts, *p.secondary_opts)) | {"--help"}
 
 
+def module_file(module: str) -> Path | None:
+    """Where a module of ours lies that `python -m` may run."""
+    place = ROOT / module.replace(".", "/")
+    return next((path for path in (place.with_suffix(".py"), place / "__main__.py") if path.is_file()), None)
+
+
+@cache
+def script_options(path: Path) -> frozenset[str]:
+    """What a module that is run takes, by its text and by that of modules of ours it imports: argparse's options, or typer's parameters."""
+    texts = [path.read_text()]
+    imports = re.compile(r"^from ((?:fa4_backend|tests|scripts|examples)[\w.]*) import ([\w, ]+)", flags=re.MULTILINE)
+    for package, names in imports.findall(texts[0]):
+        modules = (module_file(name) for name in (package, *(f"{package}.{name.strip()}" for name in names.split(","))))
+        texts += [module.read_text() for module in modules if module is not None]
+    found = {option for text in texts for option in re.findall(r'"(--[\w-]+)"', text)}
+    return frozenset(found | {f"--{name.replace('_', '-')}" for name in re.findall(r"(\w+): Annotated\[", texts[0])} | {"--help"})
+
+
 def missing_paths(text: str, *, is_document: bool) -> list[str]:
     """Files and folders that are named and not there."""
     spans = list(named(text, is_document=is_document))
@@ -118,9 +136,10 @@ def missing_commands(text: str) -> list[str]:
                 ]
         if words_of[:1] == ["make"] and len(words_of) > 1 and words_of[1] not in targets:
             lacking.append(line)
-        if ours := re.search(r"python -m ((?:fa4_backend|tests|scripts|examples)[\w.]*)", line):
-            module = ours[1].replace(".", "/")
-            lacking += [] if f"{module}.py" in files() or f"{module}/__main__.py" in files() else [line]
+        if ours := re.search(r"python -m ((?:fa4_backend|tests|scripts|examples)[\w.]*)(.*)", line):
+            module = module_file(ours[1])
+            given = re.findall(r"(?<!\S)--[\w-]+", ours[2].split("#")[0])
+            lacking += [line] if module is None else [f"{ours[1]} {option}" for option in given if option not in script_options(module)]
     return lacking
 
 
@@ -184,9 +203,16 @@ def test_what_does_not_exist_is_noticed() -> None:
         "`kernels/launch.py` `kernels/nowhere/` `kernels/schedule/` `check_problem` `check_problems()` `fa4_backend.plan.AttentionPlans` "
     )
     text += "[a](nowhere.md) [b](README.md#nowhere) [c](README.md#serving) `make dem` `make demo` "
-    text += "`fa4 emulate --seed 3 --seeds 4` `fa4 emulates` `python -m scripts.nothing` `python -m scripts.decode_races`"
+    text += "`fa4 emulate --seed 3 --seeds 4` `fa4 emulates` `python -m scripts.nothing` `python -m scripts.decode_races` "
+    text += "`python -m scripts.cubin_digests --out FILE --again` `python -m examples.serve_emulated --kernel emulate-sm90`"
     assert missing_paths(text, is_document=True) == ["kernels/launch.py", "kernels/nowhere/"]
     assert missing_names(text) == ["check_problems", "fa4_backend.plan.AttentionPlans"]
     assert missing_links(ROOT / "CHANGELOG.md", text) == ["nowhere.md", "README.md#nowhere"]
-    assert missing_commands(text) == ["make dem", "fa4 emulate --seed", "fa4 emulates", "python -m scripts.nothing"]
+    assert missing_commands(text) == [
+        "make dem",
+        "fa4 emulate --seed",
+        "fa4 emulates",
+        "python -m scripts.nothing",
+        "scripts.cubin_digests --again",
+    ]
     assert missing_modules(text) == ["fa4_backend.plan.AttentionPlans"]

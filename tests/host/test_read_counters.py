@@ -21,7 +21,7 @@ METRICS = {
     "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": "2.25",
     "smsp__average_warps_issue_stalled_selected_per_issue_active.ratio": "9.00",
 }  # fmt: skip
-MARK, DECODE = "void at::native::triu_tril_kernel<float>(...)", "kernel_cutlass_kernel_fa4_backendkernelsdecodekernelDecodeKernel_object"
+MARK, DECODE = "void at::native::triu_tril_kernel<float>(...)", "kernel_cutlass_kernel_DecodeKernelconfigDecodeConfigarchsm_90a"
 
 
 def ncu_output(kernels: list[str]) -> str:

@@ -28,10 +28,9 @@ def test_every_fuzzed_problem_has_a_short_batch_of_its_own_kernels(kind: str, kv
     assert {setup.name for shard in shards for setup, _ in shard} == {setup.name for setup in setups}
     for shard in shards:
         for (setup, _), plan in zip(shard, plans_of(shard), strict=True):
-            own = setup.plan(132).kernels
-            assert plan.kernels is not None and own is not None and set(plan.kernels.keys) <= set(own.keys), setup.name
-            few = setup.plan(FEW_SMS).kernels
-            assert few is not None and few.keys == own.keys, setup.name
+            own = setup.plan(132)
+            assert plan.keys and set(plan.keys) <= set(own.keys), setup.name
+            assert setup.plan(FEW_SMS).keys == own.keys, setup.name
 
 
 def test_a_short_batch_is_right_on_a_cpu() -> None:

@@ -46,6 +46,7 @@ class FuzzSetup:
     decode_share: float = 0.0  # of the rows, these have at most `decode_query_len` tokens whatever `max_query` is
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
     converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
+    is_narrow: bool = False  # batches are decode rows alone, on the plan's narrow tiles
     is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
@@ -55,6 +56,7 @@ class FuzzSetup:
         plan = plan_attention(self.problem, limits, num_sms=num_sms)
         if self.converts:
             return converting_plan(plan, self.min_part_blocks)
+        assert not self.is_narrow or plan.narrow is not None, plan.describe()
         return prefill_plan(plan) if self.prefill_only else plan
 
 
@@ -278,7 +280,8 @@ class Fuzzer:
             ragged_attention(*tensors, plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
         else:
             prefill_keys = self.plan.limits.convert_keys if self.setup.converts else None
-            self.metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
+            lengths = {"cu_seqlens_q": a.cu_seqlens_q, "seqused_k": a.seqused_k}
+            self.metadata.refresh(**lengths, prefill_keys=prefill_keys, decode_alone=self.setup.is_narrow, **bounds)
             paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
 
     def _stands_for(self, stored: torch.Tensor, scale: torch.Tensor, table_pages: torch.Tensor) -> torch.Tensor:
@@ -377,7 +380,7 @@ def prefill_plan(plan: AttentionPlan) -> AttentionPlan:
     kernels = plan.kernels
     assert kernels is not None and kernels.prefill is not None
     alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
-    return replace(plan, kernels=replace(kernels, decode=None, prefill=alone))
+    return replace(plan, kernels=replace(kernels, decode=None, prefill=alone), narrow=None)
 
 
 def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:

@@ -19,7 +19,7 @@ def case_of(setup: FuzzSetup, query_lens: tuple[int, ...], kv_lens: tuple[int, .
         arch=p.arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
         window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0, sinks=p.mask.has_sinks,
         alibi=p.mask.has_alibi, layout=layout, batch_invariant=p.batch_invariant, decode_query_len=setup.decode_query_len,
-        converts=setup.converts,
+        converts=setup.converts, decode_alone=setup.is_narrow,
     )  # fmt: skip
 
 

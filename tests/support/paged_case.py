@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ class PagedCase:
     batch_invariant: bool = False
     decode_query_len: int = 1
     converts: bool = False  # K and V in FP8 are converted once a call, however short rows are
+    decode_alone: bool = False  # the host says that there are decode rows alone
     layout: str = "separate"  # "separate": two pools (NHD); "nhd": K and V adjacent, token-major; "hnd": adjacent, head-major
     kv_source: str = PAGED  # RAGGED: the same values without pages
     padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1], and of k and v without pages past cu_seqlens_k[-1]
@@ -254,10 +256,11 @@ class BuiltCase:
         if min_part_blocks is not None:
             assert metadata.work is not None, f"min_part_blocks: expected a plan with kernels, got {self.case.arch=}"
             metadata.work.shape = replace(metadata.work.shape, min_part_blocks=min_part_blocks)
-        bounds = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
+        bounds: dict[str, Any] = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
         if self.case.kv_source == PAGED:
             prefill_keys = self.case.prefill_keys if self.case.converts else None
-            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, prefill_keys=prefill_keys, **bounds)
+            bounds |= {"prefill_keys": prefill_keys, "decode_alone": self.case.decode_alone}
+            metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
             operator, tensors = paged_attention, a[:6]
         else:
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, **bounds)

@@ -3,6 +3,7 @@
 // Divergence: lanes that take different branches form groups; the group with the lowest instruction address runs and
 // groups that meet at one address merge. A group that waits (parked) is skipped until it is woken or met.
 #include "alu.h"
+#include "lane_ops.h"
 #include "ops.h"
 #include "races.h"
 
@@ -43,124 +44,6 @@ int emu_park(Warp* w) {
 }
 
 static AluFunction alu_table[NUM_ALU];
-
-enum { SHFL_UP, SHFL_DOWN, SHFL_BFLY, SHFL_IDX };
-
-// PTX ISA 9.7.9.6 shfl.sync: c holds the segment mask (bits 8-12) and the clamp (bits 0-4).
-// What a lane gets of one that takes no part (not among `m`) is undefined: the bits of a NaN, as registers have at the start.
-static void shuffle(u8* R, const Inst* I, u32 m) {
-  const u32 *a = (const u32*)(R + (i64)I->a * SLOT_BYTES), *b = (const u32*)(R + (i64)I->b * SLOT_BYTES), *c = (const u32*)(R + (i64)I->c * SLOT_BYTES);
-  u32 t[LANES], in_range = 0;
-  for (int l = 0; l < LANES; l++) {
-    u32 clamp = c[l] & 31, segment = c[l] >> 8 & 31, low = l & segment, high = low | (clamp & ~segment);
-    i32 j, ok, bv = b[l] & 31;
-    switch (I->imm) {
-      case SHFL_UP: j = l - bv; ok = j >= (i32)high; break;
-      case SHFL_DOWN: j = l + bv; ok = j <= (i32)high; break;
-      case SHFL_BFLY: j = l ^ bv; ok = j <= (i32)high; break;
-      default: j = low | (bv & ~segment); ok = j <= (i32)high;
-    }
-    t[l] = !ok ? a[l] : m >> j & 1 ? a[j] : FULL;
-    in_range |= (u32)(ok != 0) << l;
-  }
-  put32(R + (i64)I->d * SLOT_BYTES, t, m);
-  if (I->f) put_mask(R + (i64)I->f * SLOT_BYTES, in_range, m);
-}
-
-enum { VOTE_ALL, VOTE_ANY, VOTE_UNI, VOTE_BALLOT };
-enum { REDUX_ADD, REDUX_MIN_U, REDUX_MAX_U, REDUX_MIN_S, REDUX_MAX_S, REDUX_AND, REDUX_OR, REDUX_XOR, REDUX_MIN_F, REDUX_MAX_F, REDUX_MIN_F_NAN, REDUX_MAX_F_NAN };
-
-static u32 reduce(const u32* a, int op, u32 mask, u32 absolute) {
-  int first = 1;
-  u32 r = 0;
-  for (int l = 0; l < LANES; l++) {
-    if (!(mask >> l & 1)) continue;
-    u32 x = absolute ? a[l] & 0x7fffffffu : a[l];
-    if (first) { r = x; first = 0; continue; }
-    f32 fr = bits_f32(r), fx = bits_f32(x);
-    switch (op) {
-      case REDUX_ADD: r += x; break;
-      case REDUX_MIN_U: r = MIN(r, x); break;
-      case REDUX_MAX_U: r = MAX(r, x); break;
-      case REDUX_MIN_S: r = (u32)MIN((i32)r, (i32)x); break;
-      case REDUX_MAX_S: r = (u32)MAX((i32)r, (i32)x); break;
-      case REDUX_AND: r &= x; break;
-      case REDUX_OR: r |= x; break;
-      case REDUX_XOR: r ^= x; break;
-      case REDUX_MIN_F: r = f32_bits(min_num(fr, fx)); break;
-      case REDUX_MAX_F: r = f32_bits(max_num(fr, fx)); break;
-      case REDUX_MIN_F_NAN: r = fr != fr || fx != fx ? 0x7fffffffu : f32_bits(min_num(fr, fx)); break;
-      default: r = fr != fr || fx != fx ? 0x7fffffffu : f32_bits(max_num(fr, fx));
-    }
-  }
-  return r;
-}
-
-// mma.sync m16n8kK with float32 accumulators: aux lists the slots of D (4), A, B and C (4). PTX ISA 9.7.14.5.
-// A holds rows g, g + 8 and B columns g of thread 4 g + t; products are added exactly over k, rounded once, then added to C.
-enum { MMA_F16, MMA_BF16, MMA_E4M3, MMA_E5M2 };
-static f32 element(const u32* reg, int lane, int index, int kind) {
-  u32 word = reg[lane];
-  switch (kind) {
-    case MMA_F16: return f16_to((u16)(word >> 16 * index));
-    case MMA_BF16: return bf16_to((u16)(word >> 16 * index));
-    case MMA_E4M3: return e4m3_to((u8)(word >> 8 * index));
-    default: return e5m2_to((u8)(word >> 8 * index));
-  }
-}
-static void mma_sync(u8* R, const Inst* I, const i32* slots) {
-  const int k_total = I->c, per_register = I->a < MMA_E4M3 ? 2 : 4, halves = k_total / (4 * per_register);
-  f32 A[16][32], B[8][32], D[16][8];
-  const i32 *a = slots + 4, *b = a + 2 * halves, *c = b + halves;
-  for (int lane = 0; lane < LANES; lane++) {
-    int g = lane >> 2, t = lane & 3;
-    for (int half = 0; half < halves; half++)
-      for (int i = 0; i < per_register; i++) {
-        int k = half * 4 * per_register + t * per_register + i;
-        A[g][k] = element((const u32*)SLOT(a[2 * half]), lane, i, I->a);
-        A[g + 8][k] = element((const u32*)SLOT(a[2 * half + 1]), lane, i, I->a);
-        B[g][k] = element((const u32*)SLOT(b[half]), lane, i, I->b);
-      }
-  }
-  for (int row = 0; row < 16; row++)
-    for (int column = 0; column < 8; column++) {
-      f64 sum = 0;
-      for (int k = 0; k < k_total; k++) sum += (f64)A[row][k] * B[column][k];
-      D[row][column] = (f32)sum;
-    }
-  for (int i = 0; i < 4; i++) {
-    u32 t[LANES];
-    for (int lane = 0; lane < LANES; lane++)
-      t[lane] = f32_result(((const f32*)SLOT(c[i]))[lane] + D[(lane >> 2) + 8 * (i >> 1)][(lane & 3) * 2 + (i & 1)]);
-    memcpy(SLOT(slots[i]), t, sizeof t);
-  }
-}
-
-// add.cc, sub.cc, mad.cc and the forms that take the carry in: e holds CC.CF, count bit 0 reads and bit 1 writes it, f: 64 bits wide.
-// 9.7.2 extended-precision integer arithmetic
-enum { CARRY_ADD, CARRY_SUB, CARRY_MAD_LO, CARRY_MAD_HI };
-static void carry(u8* R, const Inst* I, u32 m) {
-  const int bits = I->f ? 64 : 32;
-  u32 flags = I->count & 1 ? *(const u32*)SLOT(I->e) : 0, out = 0, low[LANES];
-  u64 wide[LANES];
-  for (int l = 0; l < LANES; l++) {
-    unsigned __int128 x = I->f ? ((const u64*)SLOT(I->a))[l] : ((const u32*)SLOT(I->a))[l];
-    unsigned __int128 y = I->f ? ((const u64*)SLOT(I->b))[l] : ((const u32*)SLOT(I->b))[l];
-    unsigned __int128 z = 0, in = flags >> l & 1, mask = ((unsigned __int128)1 << bits) - 1;
-    if (I->imm >= CARRY_MAD_LO) {
-      z = I->f ? ((const u64*)SLOT(I->c))[l] : ((const u32*)SLOT(I->c))[l];
-      x = I->imm == CARRY_MAD_LO ? x * y & mask : x * y >> bits;
-      y = z;
-    }
-    unsigned __int128 r = I->imm == CARRY_SUB ? x - y - in : x + y + in;
-    out |= (u32)(r >> bits & 1) << l;
-    wide[l] = (u64)r;
-    low[l] = (u32)r;
-  }
-  if (I->f) put64(SLOT(I->d), wide, m);
-  else put32(SLOT(I->d), low, m);
-  if (I->count & 2) put_mask(SLOT(I->e), out, m);
-}
 
 // Every live lane named by `need` must stand here, or the group parks until it does.
 #define CONVERGE(need)                                  \
@@ -240,55 +123,13 @@ int emu_run(Warp* w, i64 max_steps) {
       continue;
     }
     switch (I->op) {
-      case OP_PACK64: {  // mov.b64 d, {a, b}
-        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
-        u64 t[LANES];
-        for (int l = 0; l < LANES; l++) t[l] = (u64)b[l] << 32 | a[l];
-        put64(SLOT(I->d), t, m);
-        break;
-      }
-      case OP_UNPACK64: {  // mov.b64 {d, e}, a
-        const u64* a = (const u64*)SLOT(I->a);
-        u32 low[LANES], high[LANES];
-        for (int l = 0; l < LANES; l++) { low[l] = (u32)a[l]; high[l] = (u32)(a[l] >> 32); }
-        put32(SLOT(I->d), low, m);
-        put32(SLOT(I->e), high, m);
-        break;
-      }
-      case OP_MOVE128: {  // mov.b128 between a 128-bit register and two 64-bit ones: d <- a, e <- b
-        u64 low[LANES], high[LANES];
-        memcpy(low, SLOT(I->a), sizeof low);
-        memcpy(high, SLOT(I->b), sizeof high);
-        put64(SLOT(I->d), low, m);
-        put64(SLOT(I->e), high, m);
-        break;
-      }
-      case OP_CARRY: {
-        carry(R, I, m);
-        break;
-      }
-      case OP_PACK32: {
-        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
-        u32 t[LANES];
-        for (int l = 0; l < LANES; l++) t[l] = PAIR16(a[l], b[l]);
-        put32(SLOT(I->d), t, m);
-        break;
-      }
-      case OP_UNPACK32: {
-        const u32* a = (const u32*)SLOT(I->a);
-        u32 low[LANES], high[LANES];
-        for (int l = 0; l < LANES; l++) { low[l] = a[l] & 0xffff; high[l] = a[l] >> 16; }
-        put32(SLOT(I->d), low, m);
-        put32(SLOT(I->e), high, m);
-        break;
-      }
-      case OP_PACK16: {
-        const u32 *a = (const u32*)SLOT(I->a), *b = (const u32*)SLOT(I->b);
-        u32 t[LANES];
-        for (int l = 0; l < LANES; l++) t[l] = (a[l] & 255) | (b[l] & 255) << 8;
-        put32(SLOT(I->d), t, m);
-        break;
-      }
+      case OP_PACK64: pack64(R, I, m); break;
+      case OP_UNPACK64: unpack64(R, I, m); break;
+      case OP_MOVE128: move128(R, I, m); break;
+      case OP_CARRY: carry(R, I, m); break;
+      case OP_PACK32: pack32(R, I, m); break;
+      case OP_UNPACK32: unpack32(R, I, m); break;
+      case OP_PACK16: pack16(R, I, m); break;
       case OP_LOAD:
       case OP_STORE:
         w->pc_now = pc;
@@ -349,67 +190,30 @@ int emu_run(Warp* w, i64 max_steps) {
         MEMBERS(I->e, 0);
         shuffle(R, I, m);
         break;
-      case OP_VOTE: {  // d result (predicate or ballot), a predicate, e member mask, imm mode, c: source negated
+      case OP_VOTE:
         if (!m) break;
-        u32 members = FIRST_LANE(I->e);
-        CONVERGE(members);
+        CONVERGE(FIRST_LANE(I->e));
         MEMBERS(I->e, 1);
-        u32 bits = *(const u32*)SLOT(I->a);
-        if (I->c) bits = ~bits;
-        members &= m;
-        bits &= members;
-        if (I->imm == VOTE_BALLOT) {
-          u32 t[LANES];
-          for (int l = 0; l < LANES; l++) t[l] = bits;
-          put32(SLOT(I->d), t, m);
-        } else {
-          int r = I->imm == VOTE_ALL ? bits == members : I->imm == VOTE_ANY ? bits != 0 : bits == members || !bits;
-          put_mask(SLOT(I->d), r ? FULL : 0, m);
-        }
+        vote(R, I, m, FIRST_LANE(I->e) & m);
         break;
-      }
-      case OP_MATCH: {  // d mask, f optional predicate, a value, e members, imm: all, c: 64-bit value
+      case OP_MATCH:
         if (!m) break;
-        u32 members = FIRST_LANE(I->e), t[LANES], all = 1;
-        CONVERGE(members);
+        CONVERGE(FIRST_LANE(I->e));
         MEMBERS(I->e, 1);
-        for (int l = 0; l < LANES; l++) {
-          t[l] = 0;
-          for (int k = 0; k < LANES; k++) {
-            if (!((members & m) >> k & 1) || !(m >> l & 1)) continue;
-            u64 x = I->c ? ((const u64*)SLOT(I->a))[l] : ((const u32*)SLOT(I->a))[l];
-            u64 y = I->c ? ((const u64*)SLOT(I->a))[k] : ((const u32*)SLOT(I->a))[k];
-            if (x == y) t[l] |= 1u << k;
-            else all = 0;
-          }
-        }
-        if (I->imm)
-          for (int l = 0; l < LANES; l++) t[l] = all ? members & m : 0;
-        put32(SLOT(I->d), t, m);
-        if (I->f) put_mask(SLOT(I->f), all ? FULL : 0, m);
+        match(R, I, m, FIRST_LANE(I->e) & m);
         break;
-      }
-      case OP_REDUX: {
+      case OP_REDUX:
         if (!m) break;
-        u32 members = FIRST_LANE(I->e), t[LANES];
-        CONVERGE(members);
+        CONVERGE(FIRST_LANE(I->e));
         MEMBERS(I->e, 1);
-        u32 r = reduce((const u32*)SLOT(I->a), (int)I->imm, members & m, I->c);
-        for (int l = 0; l < LANES; l++) t[l] = r;
-        put32(SLOT(I->d), t, m);
+        reduce(R, I, m, FIRST_LANE(I->e) & m);
         break;
-      }
-      case OP_ELECT: {  // d leader lane, f predicate, a members
+      case OP_ELECT:
         if (!m) break;
-        u32 members = FIRST_LANE(I->a), t[LANES];
-        CONVERGE(members);
+        CONVERGE(FIRST_LANE(I->a));
         MEMBERS(I->a, 1);
-        u32 leader = __builtin_ctz(members & m);
-        for (int l = 0; l < LANES; l++) t[l] = leader;
-        put32(SLOT(I->d), t, m);
-        put_mask(SLOT(I->f), 1u << leader, m);
+        elect(R, I, m, FIRST_LANE(I->a) & m);
         break;
-      }
       case OP_MMA_SYNC:
         if (!m) break;
         CONVERGE(FULL);

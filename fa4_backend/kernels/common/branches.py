@@ -11,6 +11,8 @@ from cutlass._mlir.dialects import scf
 
 from fa4_backend.kernels.common import vector_ops as vectors
 
+Change = Callable[[list[ir.Value]], list[ir.Value]]  # values to others of the same types
+
 
 def either(
     condition: Boolean, types: Sequence[ir.Type], then: Callable[[], list[ir.Value]], otherwise: Callable[[], list[ir.Value]]
@@ -24,12 +26,12 @@ def either(
     return list(branch.results)
 
 
-def when(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Value]:
-    """`change(values)` where `condition` holds, else `values`: a branch, not selects. `change` maps a list to a list of its types."""
+def when(condition: Boolean, values: Sequence[ir.Value], change: Change) -> list[ir.Value]:
+    """`change(values)` where `condition` holds, else `values`: a branch, not selects."""
     return either(condition, [v.type for v in values], lambda: change(list(values)), lambda: list(values))
 
 
-def when_scalars(condition: Boolean, values: Sequence[ir.Value], change) -> list[ir.Value]:
+def when_scalars(condition: Boolean, values: Sequence[ir.Value], change: Change) -> list[ir.Value]:
     """`when` for float32 vectors whose elements join one by one.
 
     LLVM would join pairs of registers, which ptxas cannot keep where a TMEM load has put them: it then copies them.
@@ -46,7 +48,9 @@ def when_scalars(condition: Boolean, values: Sequence[ir.Value], change) -> list
     return apart(when(condition, [x for v in values for x in vectors.elements(v)], change_flat))
 
 
-def repeat_once(one_pass, flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:
+def repeat_once(
+    one_pass: Callable[..., tuple[Boolean, list[ir.Value]]], flag: Boolean, values: Sequence[ir.Value], results: Sequence[ir.Type]
+) -> list[ir.Value]:
     """A do-while loop: `one_pass(flag, *values)` returns (again, results); when repeated, flag is true and values are the first results."""
     inits = [Boolean(flag).ir_value(), *values]
     loop = scf.WhileOp(list(results), inits)

@@ -1,4 +1,4 @@
-"""What CTAs of a cluster do to each other's shared memory on Hopper: arrivals, waits for them, copies to several CTAs at once.
+"""What CTAs of a cluster do to each other's shared memory: arrivals, waits for them, copies to several CTAs at once.
 
 PTX ISA: "mapa", "mbarrier.arrive" (shared::cluster), "mbarrier.try_wait" (.cluster), "cp.async.bulk.tensor" (multicast::cluster).
 Each function does the plain thing where a cluster is a single CTA.
@@ -38,11 +38,7 @@ def wait_for_cluster(barrier: cute.Pointer, parity: Int32, cluster_size: int) ->
     if cluster_size == 1:
         cute.arch.mbarrier_wait(barrier, parity)
         return
-    ptx.inline_asm(
-        "{ .reg .pred over;\n AGAIN:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [$0], $1, $2; "
-        "@over bra.uni OVER; bra.uni AGAIN;\n OVER: }",
-        [barrier.toint(), parity, Int32(ptx.WAIT_TICKS)],
-    )
+    ptx.mbarrier_wait_cluster(barrier.toint(), parity)
 
 
 def tma_load(descriptor: ir.Value, smem_address: Int32, barrier: Int32, coords: Sequence[Int32 | int], cluster_size: int) -> None:

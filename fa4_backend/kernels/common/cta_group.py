@@ -18,6 +18,7 @@ from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
+from fa4_backend.kernels.common.cluster_ops import sync_cluster
 
 LEADER = 0
 BOTH = 0b11  # ranks that a commit arrives at
@@ -45,11 +46,7 @@ class CtaGroup:
 
     def sync_all(self) -> None:
         """Every thread of the group."""
-        if self.ctas == 1:
-            cute.arch.sync_threads()
-        else:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+        sync_cluster(self.ctas)
 
     # -- what the mma warp waits for --------------------------------------------------------------------------------------------
 
@@ -57,12 +54,8 @@ class CtaGroup:
         """The mma warp's wait: acquires what both CTAs released."""
         if self.ctas == 1:
             ptx.mbarrier_wait(barrier, parity)
-            return
-        ptx.inline_asm(
-            "{ .reg .pred over;\n AGAIN:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [$0], $1, $2; "
-            "@over bra.uni OVER; bra.uni AGAIN;\n OVER: }",
-            [barrier, parity, Int32(ptx.WAIT_TICKS)],
-        )
+        else:
+            ptx.mbarrier_wait_cluster(barrier, parity)
 
     def warp_arrive(self, barrier: Int32, lane_idx: Int32) -> None:
         """One arrival of the warp at a barrier of any CTA of the group."""

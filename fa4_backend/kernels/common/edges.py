@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from itertools import accumulate
+
+from fa4_backend.kernels.common.hardware import LANES
 
 MBARRIER_BYTES = 8
 MAX_ARRIVALS = (1 << 20) - 1  # PTX ISA, "mbarrier": range of the pending count
@@ -41,7 +45,7 @@ class Party:
     def __post_init__(self) -> None:
         if self.warps < 1 or (self.signal is not Signal.WARPS and self.warps != 1):
             raise ValueError(f"{self.role}: expected 1 warp for {self.signal.name} and at least 1 for WARPS, got {self.warps}")
-        if not 1 <= self.lanes <= (32 if self.signal is Signal.LANES else 1):
+        if not 1 <= self.lanes <= (LANES if self.signal is Signal.LANES else 1):
             raise ValueError(f"{self.role}: expected 1 to 32 lanes for LANES and 1 for {self.signal.name}, got {self.lanes}")
 
     @property
@@ -102,22 +106,40 @@ class PipelineEdge:
         return self.stages * (2 if self.empty_by else 1)
 
 
+@dataclass(frozen=True)
 class EdgeBarriers:
-    """Where each edge's barriers lie in shared memory: all full barriers of an edge, then its empty ones."""
+    """Where each edge's barriers lie in shared memory: all full barriers of an edge, then its empty ones.
 
-    def __init__(self, edges: tuple[PipelineEdge, ...], base_bytes: int) -> None:
-        names = [edge.name for edge in edges]
-        for edge in edges:
+    Raises:
+        ValueError: two edges have one name, or `drained_by` names none.
+    """
+
+    declared: tuple[PipelineEdge, ...]
+    base_bytes: int  # where the first barrier lies
+
+    def __post_init__(self) -> None:
+        names = [edge.name for edge in self.declared]
+        for edge in self.declared:
             if names.count(edge.name) > 1:
                 raise ValueError(f"edges: expected distinct names, got {edge.name} twice")
             if edge.drained_by and edge.drained_by not in (*names, AT_BARRIER):
                 raise ValueError(f"{edge.name}: expected drained_by to name an edge, got {edge.drained_by!r}")
-        self.edges = {edge.name: edge for edge in edges}
-        self.offsets: dict[str, int] = {}
-        self.end_bytes = base_bytes
-        for edge in edges:
-            self.offsets[edge.name] = self.end_bytes
-            self.end_bytes += edge.num_barriers * MBARRIER_BYTES
+
+    @cached_property
+    def edges(self) -> dict[str, PipelineEdge]:
+        """The edges by name."""
+        return {edge.name: edge for edge in self.declared}
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of each edge's first barrier."""
+        before = accumulate((edge.num_barriers * MBARRIER_BYTES for edge in self.declared), initial=self.base_bytes)
+        return dict(zip(self.edges, before, strict=False))
+
+    @property
+    def end_bytes(self) -> int:
+        """Byte offset behind the last barrier."""
+        return self.base_bytes + sum(edge.num_barriers for edge in self.declared) * MBARRIER_BYTES
 
     def full_offset(self, name: str) -> int:
         """Byte offset of the edge's first full barrier."""

@@ -14,6 +14,11 @@ and from prefill differ; where they must not, exact mode sends all rows to the p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cutlass._mlir import ir
+
 # Degree -> coefficients, ascending, rounded to float32; minimax in relative error on [0, 1) with p(0) = 1.
 COEFFICIENTS: dict[int, tuple[float, ...]] = {
     2: (1.0, 0.665960967540741, 0.32993239164352417),
@@ -34,10 +39,9 @@ def uses_polynomial(kv_col: int, every: int) -> bool:
     return every > 0 and (kv_col // 2) % every == every - 1
 
 
-def exp2_polynomial(x, degree: int):
+def exp2_polynomial(x: ir.Value, degree: int) -> ir.Value:
     """2^x of a vector<2 x f32> on the FMA units; x at most 120, any smaller value (or -inf) gives 0."""
     from cutlass import Float32, Int32
-    from cutlass._mlir import ir
     from cutlass._mlir.dialects import arith, nvvm, vector
     from cutlass.cutlass_dsl import T
 
@@ -52,7 +56,7 @@ def exp2_polynomial(x, degree: int):
     result = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         result = vectors.fma2(result, fraction, coefficient)
-    words = ir.VectorType.get([2], T.i32())
+    words = vectors.int32s(2)
     exponent, mantissa = vector.bitcast(words, shifted), vector.bitcast(words, result)
     scaled = []
     for i in (0, 1):
@@ -61,7 +65,7 @@ def exp2_polynomial(x, degree: int):
     return vector.from_elements(vectors.float32s(2), scaled)
 
 
-def exp2_pair(x, kv_col: int, every: int, degree: int):
+def exp2_pair(x: ir.Value, kv_col: int, every: int, degree: int) -> ir.Value:
     """2^x of a vector<2 x f32> for columns kv_col, kv_col + 1 (even kv_col), on the unit that the column is assigned to."""
     from fa4_backend.kernels.common import vector_ops as vectors
 

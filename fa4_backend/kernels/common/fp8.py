@@ -29,9 +29,9 @@ from cutlass.cutlass_dsl import T
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 
-# Exponent fields: of float32 and bfloat16 1.0, and of the largest element of a scaled row.
-BIAS, SCALED_EXPONENT = 127, 127 + 14
-SPLIT_EXPONENT = 127 + 7  # the same where Q becomes two terms
+BIAS = 127  # exponent field of 1.0 in float32 and bfloat16
+SCALED_EXPONENT = BIAS + 14  # of the largest element of a scaled row
+SPLIT_EXPONENT = BIAS + 7  # the same where Q becomes two terms
 NOT_FINITE = 255  # exponent field of infinity and NaN
 
 
@@ -69,7 +69,11 @@ def float32_to_e4m3(values: list[Float32]) -> Int32:
     return ptx.inline_asm_f32(text, values)
 
 
-def result_factor(mVScale: cute.Tensor | None, mOutScale: cute.Tensor | None, kv_head_idx: Int32) -> Float32 | None:
+def result_factor(
+    mVScale: cute.Tensor | None,  # (num_kv_heads,) float32
+    mOutScale: cute.Tensor | None,  # (1,) float32
+    kv_head_idx: Int32,
+) -> Float32 | None:
     """What rows of O are multiplied by, beside their softmax's denominator, to be what `out` holds; None: nothing."""
     factor = None if mVScale is None else mVScale[kv_head_idx]
     if mOutScale is not None:

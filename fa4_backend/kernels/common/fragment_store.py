@@ -11,16 +11,15 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, QUAD
 from fa4_backend.kernels.common.pack_gqa import PackedRow
 from fa4_backend.kernels.common.wgmma_fragment import flat
-
-QUAD = 4
 
 
 @cute.jit
 def store_fragment(
     mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
-    rO: cute.Tensor,  # 16-bit fragment of 64 x head_dim_v (`fragment.RowFragment`)
+    rO: cute.Tensor,  # (head_dim_v / 2,) of 16 bits, a thread's fragment of 64 x head_dim_v (`wgmma_fragment`)
     rows: cutlass.Constexpr[tuple[PackedRow, PackedRow]],  # this thread's two
     first_head: Int32,
     q_begin: Int32,  # row of `mO` of the sequence's first token
@@ -30,7 +29,7 @@ def store_fragment(
     words = cute.recast_tensor(o, Int32)
     lane = cute.arch.lane_idx() % QUAD
     groups = cute.size(o) // 4
-    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=128)
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=8 * ACCESS_BYTES)
     for i in cutlass.range_constexpr(2):
         for first in cutlass.range_constexpr(0, groups, QUAD):
             vector = cute.make_rmem_tensor(QUAD, Int32)
@@ -45,7 +44,7 @@ def store_fragment(
 @cute.jit
 def store_fragment_fp8(
     mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v) e4m3
-    rO: cute.Tensor,  # float32 fragment of 64 x head_dim_v
+    rO: cute.Tensor,  # (head_dim_v / 2,) float32, likewise
     rows: cutlass.Constexpr[tuple[PackedRow, PackedRow]],  # this thread's two
     first_head: Int32,
     q_begin: Int32,  # row of `mO` of the sequence's first token

@@ -6,10 +6,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
-
-STORE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class OutputStore:
         seqlen: SeqlenInfo,
     ):
         """Write the rows that are valid; the caller has made the tile visible to all `threads`."""
-        elems = STORE_BYTES // self.element_bytes
+        elems = ACCESS_BYTES // self.element_bytes
         row_chunks, part_chunks = self.head_dim_v // elems, self.part_elems // elems
-        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=8 * STORE_BYTES)
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=8 * ACCESS_BYTES)
         assert self.rows * row_chunks % self.threads == 0
         for i in cutlass.range_constexpr(self.rows * row_chunks // self.threads):
             chunk = thread + i * self.threads
@@ -49,7 +48,7 @@ class OutputStore:
             packed = self.pack.row(first_row + row, m_block, seqlen)
             fragment = cute.make_rmem_tensor(elems, mO.element_type)
             source = sO_ptr + (line * self.part_elems + swizzled * elems)
-            cute.copy(copy, cute.make_tensor(source.align(STORE_BYTES), cute.make_layout(elems)), fragment)
+            cute.copy(copy, cute.make_tensor(source.align(ACCESS_BYTES), cute.make_layout(elems)), fragment)
             if packed.is_valid:
                 head = kv_head_idx * self.pack.q_per_kv + packed.head
                 gO = cute.local_tile(mO[seqlen.q_begin + packed.token, head, None], (elems,), (column,))

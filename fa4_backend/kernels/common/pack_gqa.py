@@ -28,8 +28,8 @@ class PackGqa:
 
     q_per_kv: int
     tokens_per_tile: int
-    part_elems: int
-    num_parts: int
+    part_elems: int  # elements of a head in one swizzled row of shared memory
+    num_parts: int  # such rows of a head
     tile_m: int
 
     @staticmethod
@@ -62,13 +62,13 @@ class PackGqa:
     def load(
         self,
         atom: cute.CopyAtom,
-        mQ: cute.Tensor,
-        sQ_ptr: cute.Pointer,
+        mQ: cute.Tensor,  # the TMA's coordinate tensor: (num_q_heads, total_q, head_dim)
+        sQ_ptr: cute.Pointer,  # of a buffer: head parts of (tile_m, part_elems)
         kv_head_idx: Int32,
-        first_token: Int32,
+        first_token: Int32,  # row of q of the tile's first token
         full: cute.Pointer,
     ):
-        """Issue one box for each part of a head. mQ: the TMA's coordinate tensor; first_token: row of q of the tile's first token."""
+        """Issue one box for each part of a head."""
         shape = (self.q_per_kv, self.tokens_per_tile, self.part_elems)
         stride = (self.part_elems, self.part_elems * self.q_per_kv, 1)
         sQ = cute.make_tensor(sQ_ptr, cute.make_layout((shape, self.num_parts), stride=(stride, self.tile_m * self.part_elems)))

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-STORE_BYTES = 16
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, LANES
 
 
 @cute.jit
@@ -24,20 +24,20 @@ def zero_rows(
     cta, _, _ = cute.arch.block_idx()
     num_ctas, _, _ = cute.arch.grid_dim()
     lane = cute.arch.lane_idx()
-    elems = const_expr(STORE_BYTES * 8 // mO.element_type.width)
+    elems = const_expr(ACCESS_BYTES * 8 // mO.element_type.width)
     chunks = const_expr(mO.shape[2] // elems)
-    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=8 * STORE_BYTES)
-    zeros = cute.make_rmem_tensor(STORE_BYTES // 4, Int32)
+    copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=8 * ACCESS_BYTES)
+    zeros = cute.make_rmem_tensor(ACCESS_BYTES // 4, Int32)
     zeros.fill(0)
     first = cutlass.max(first, 0)
     heads = (mO.shape[0] - cutlass.min(first, mO.shape[0])) * mO.shape[1]
     # A row of 128 heads of 512 is 128 KiB, 3 us for one warp.
-    for chunk in cutlass.range(cta * 32 + lane, heads * chunks, num_ctas * 32, unroll=1):
+    for chunk in cutlass.range(cta * LANES + lane, heads * chunks, num_ctas * LANES, unroll=1):
         head = chunk // chunks
         row = head // mO.shape[1]
         gO = cute.local_tile(mO[first + row, head - row * mO.shape[1], None], (elems,), (chunk - head * chunks,))
         cute.copy(copy, zeros, cute.recast_tensor(gO, Int32))
     if const_expr(mLse is not None):
-        for head in cutlass.range(cta * 32 + lane, heads, num_ctas * 32, unroll=1):
+        for head in cutlass.range(cta * LANES + lane, heads, num_ctas * LANES, unroll=1):
             row = head // mO.shape[1]
             mLse[head - row * mO.shape[1], first + row] = -Float32.inf

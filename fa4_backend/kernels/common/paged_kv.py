@@ -87,8 +87,13 @@ class PagedKv:
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(cache.iterator, by_parts), box, tile)
 
     @cute.jit
-    def partition(self, atom: cute.CopyAtom, mX: cute.Tensor, sX_ptr: cute.Pointer) -> TmaOperand:
-        """Both sides of the copy, box by box. mX: the TMA's coordinate tensor; sX_ptr: slot 0."""
+    def partition(
+        self,
+        atom: cute.CopyAtom,
+        mX: cute.Tensor,  # its coordinate tensor: (page_size, part, head parts, kv heads, pages)
+        sX_ptr: cute.Pointer,  # slot 0
+    ) -> TmaOperand:
+        """Both sides of the copy, box by box."""
         rows, part, parts = self.box_rows, self.part_elems, self.box_parts
         box_elems = rows * part * parts
         part_elems = box_elems if self.whole_rows else self.tile_n * part

@@ -25,7 +25,12 @@ PIECES_HERE = DECODE_INTS - 1  # pieces that this CTA wrote
 assert PIECES_HERE > TOTAL_Q, "the work list's last int"
 
 
-def note_pending(sPending: cute.Tensor, place: Int32, entry: Entry, pieces_here: Int32) -> None:
+def note_pending(
+    sPending: cute.Tensor,  # (MAX_PENDING, DECODE_INTS) int32
+    place: Int32,
+    entry: Entry,
+    pieces_here: Int32,
+) -> None:
     """Keep what adding up an entry's slots needs of it, in row `place`; one thread calls."""
     q = entry.seqlen
     fields = (
@@ -36,6 +41,10 @@ def note_pending(sPending: cute.Tensor, place: Int32, entry: Entry, pieces_here:
         sPending[place, field] = value
 
 
-def counter_of(sPending: cute.Tensor, place: Int32, mArrivals: cute.Tensor) -> tuple[cute.Pointer, Int32]:
+def counter_of(
+    sPending: cute.Tensor,  # (MAX_PENDING, DECODE_INTS) int32
+    place: Int32,
+    mArrivals: cute.Tensor,  # (max_slots,) int32
+) -> tuple[cute.Pointer, Int32]:
     """A pending entry's first arrival counter (`part_arrivals.py`), and the pieces that this CTA wrote."""
     return mArrivals.iterator + sPending[place, FIRST_SLOT], sPending[place, PIECES_HERE]

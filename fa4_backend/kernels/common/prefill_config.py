@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import gcd
 
 from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.common.hardware import widest_row
 from fa4_backend.problem import FP8, PAGED, RAGGED, AttentionProblem, MaskFeatures, OperandDtypes, short_dtypes
 
 ARRIVAL_LOOKS = 512  # at the counter of a tile's parts, some 0.5 us each, before a CTA leaves its share to the one that comes last
-SWIZZLE_BYTES = (128, 64, 32)  # widths of a TMA box row that shared memory can be swizzled for
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ class PrefillConfig(OperandDtypes):
 
     def part_elems(self, head_dim: int) -> int:
         """Elements of a head that lie in one swizzled row of shared memory: a TMA box is that wide."""
-        for width in SWIZZLE_BYTES:
-            if head_dim * self.element_bytes % width == 0:
-                return width // self.element_bytes
-        raise AssertionError(f"head_dim: expected a multiple of {SWIZZLE_BYTES[-1] // self.element_bytes}, got {head_dim}")
+        return widest_row(head_dim * self.element_bytes) // self.element_bytes
 
 
 def box_rows_of(page_size: int, tile_n: int) -> int:

@@ -62,6 +62,15 @@ def mbarrier_wait(address: Int32, parity: Int32) -> None:
     nvvm.mbarrier_try_wait_parity(smem_pointer(address), Int32(parity).ir_value(), Int32(WAIT_TICKS).ir_value())
 
 
+def mbarrier_wait_cluster(address: Int32, parity: Int32) -> None:
+    """`mbarrier_wait` for what CTAs of the cluster released (acquire, cluster scope)."""
+    inline_asm(
+        "{ .reg .pred over;\n AGAIN:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [$0], $1, $2; "
+        "@over bra.uni OVER; bra.uni AGAIN;\n OVER: }",
+        [address, parity, Int32(WAIT_TICKS)],
+    )
+
+
 def mbarrier_arrive_expect_tx(address: Int32, tx_bytes: int) -> None:
     """One arrival that also announces `tx_bytes` of TMA."""
     nvvm.mbarrier_arrive_expect_tx(smem_pointer(address), Int32(tx_bytes).ir_value(), scope=nvvm.MemScopeKind.CTA, relaxed=False)
@@ -120,13 +129,13 @@ def bulk_store(target: cute.Pointer, smem_address: Int32, num_bytes: int) -> Non
 
 def store_shared_v4(address: Int32, words: Sequence[ir.Value]) -> None:
     """Store four 32-bit words at a 16-byte aligned shared address."""
-    value = vector.from_elements(ir.VectorType.get([4], T.i32()), list(words))
+    value = vector.from_elements(vectors.int32s(4), list(words))
     llvm.store(value, smem_pointer(address), alignment=16)
 
 
 def load_shared_v4(address: Int32) -> ir.Value:
     """vector<4 x i32> from a 16-byte aligned shared address."""
-    return llvm.load(ir.VectorType.get([4], T.i32()), smem_pointer(address), alignment=16)
+    return llvm.load(vectors.int32s(4), smem_pointer(address), alignment=16)
 
 
 def store_shared_f32(address: Int32, value: Float32) -> None:
@@ -163,7 +172,7 @@ def load_shared_f32x2(address: Int32) -> list[Float32]:
 
 def load_shared_f32x4(address: Int32) -> list[Float32]:
     """Four float32 from a 16-byte aligned shared address."""
-    value = llvm.load(ir.VectorType.get([4], T.f32()), smem_pointer(address), alignment=16)
+    value = llvm.load(vectors.float32s(4), smem_pointer(address), alignment=16)
     return [Float32(vector.extract(value, [], [i])) for i in range(4)]
 
 

@@ -11,6 +11,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.ring import RingSlots
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 
@@ -69,8 +70,13 @@ class RaggedKv:
         tile = (self.tile_n, self.part_elems, self.num_parts)
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(x.iterator, by_parts), box, tile)
 
-    def partition(self, atom: cute.CopyAtom, mX: cute.Tensor, sX_ptr: cute.Pointer) -> RaggedOperand:
-        """Both sides of the copy. mX: the TMA's coordinate tensor; sX_ptr: slot 0."""
+    def partition(
+        self,
+        atom: cute.CopyAtom,
+        mX: cute.Tensor,  # its coordinate tensor: (total_k, part, head parts, kv heads)
+        sX_ptr: cute.Pointer,  # slot 0
+    ) -> RaggedOperand:
+        """Both sides of the copy."""
         return RaggedOperand(atom, mX, sX_ptr)
 
     @cute.jit
@@ -97,6 +103,6 @@ class RaggedKv:
         """Issue a tile's box into `slot`; it completes on the barrier `full`."""
         at_tile = cute.domain_offset((boxes.row, 0, 0), operand.mX[None, None, None, kv_head_idx])
         gX = cute.group_modes(cute.local_tile(at_tile, (self.tile_n, self.part_elems, self.num_parts), (0, 0, 0)), 0, 3)
-        sX = cute.group_modes(cute.make_tensor((operand.sX_ptr + self.slots.offset(slot)).align(1024), self._box), 0, 3)
+        sX = cute.group_modes(cute.make_tensor((operand.sX_ptr + self.slots.offset(slot)).align(SWIZZLE_ALIGN), self._box), 0, 3)
         tXsX, tXgX = cpasync.tma_partition(operand.atom, 0, cute.make_layout(1), sX, gX)
         cute.copy(operand.atom, tXgX, tXsX, tma_bar_ptr=full)

@@ -7,7 +7,11 @@ from cutlass import Int32
 
 
 @cute.jit
-def upper_bound(table: cute.Tensor, length: Int32, value: Int32) -> Int32:
+def upper_bound(
+    table: cute.Tensor,  # (length or more,) int32
+    length: Int32,
+    value: Int32,
+) -> Int32:
     """Number of entries of the ascending `table[0 .. length]` that are at most `value`."""
     low, high = Int32(0), length
     while low < high:

@@ -32,14 +32,22 @@ class SeqlenBounds(NamedTuple):
     mCuSeqlensK: cute.Tensor | None = None  # (batch + 1,) int32, first row of each sequence in k and v; None where they have pages
 
     @staticmethod
-    def of(mO: cute.Tensor, mPageTable: cute.Tensor, page_size: Int32) -> SeqlenBounds:
-        """The bounds of a call; on the host. mPageTable: (batch, max_pages_per_seq)."""
+    def of(
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+        mPageTable: cute.Tensor,  # (batch, max_pages_per_seq) int32
+        page_size: Int32,
+    ) -> SeqlenBounds:
+        """The bounds of a call; on the host."""
         tokens = cutlass.min(Int64(mPageTable.shape[1]) * Int64(page_size), Int64(MAX_INT32))
         return SeqlenBounds(Int32(mO.shape[0]), Int32(tokens))
 
     @staticmethod
-    def of_ragged(mO: cute.Tensor, mK: cute.Tensor, mCuSeqlensK: cute.Tensor) -> SeqlenBounds:
-        """The bounds of a call whose K and V have no pages; on the host. mK: (total_k, num_kv_heads, head_dim)."""
+    def of_ragged(
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+        mK: cute.Tensor,  # (total_k, num_kv_heads, head_dim)
+        mCuSeqlensK: cute.Tensor,  # (batch + 1,) int32
+    ) -> SeqlenBounds:
+        """The bounds of a call whose K and V have no pages; on the host."""
         return SeqlenBounds(Int32(mO.shape[0]), Int32(mK.shape[0]), mCuSeqlensK)
 
     def k_begin(self, seq_idx: Int32) -> Int32:

@@ -16,6 +16,7 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 
 TMEM_SPACE = 6  # LLVM's address space of TMEM
+LANE_SHIFT = 16  # of the lane in an address
 
 
 def _tmem_pointer(address: Int32) -> ir.Value:
@@ -24,7 +25,7 @@ def _tmem_pointer(address: Int32) -> ir.Value:
 
 def load(address: Int32, columns: int) -> ir.Value:
     """Start loading `columns` words of this thread's TMEM lane (shape 32x32b): vector<n x i32>, to be used after `wait_load`."""
-    return nvvm.tcgen05_ld(ir.VectorType.get([columns], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
+    return nvvm.tcgen05_ld(vectors.int32s(columns), nvvm.Tcgen05LdStShape.SHAPE_32X32B, _tmem_pointer(address))
 
 
 def load_max(address: Int32, columns: int) -> tuple[ir.Value, Float32]:
@@ -41,7 +42,7 @@ def store(address: Int32, words: ir.Value) -> None:
 
 def load_rows(address: Int32, columns: int) -> ir.Value:
     """Start loading 16 lanes x `columns` (shape 16x256b) as a warp's accumulator fragment (`wgmma_fragment`): vector<columns / 2 x i32>."""
-    return nvvm.tcgen05_ld(ir.VectorType.get([columns // 2], T.i32()), nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address))
+    return nvvm.tcgen05_ld(vectors.int32s(columns // 2), nvvm.Tcgen05LdStShape.SHAPE_16X256B, _tmem_pointer(address))
 
 
 def store_rows(address: Int32, words: ir.Value) -> None:

@@ -98,12 +98,12 @@ def pack_16bit(v: ir.Value, dtype: str) -> ir.Value:
     n = ir.VectorType(v.type).shape[0]
     element_type = {"bfloat16": T.bf16, "float16": T.f16}[dtype]()
     halves = arith.truncf(ir.VectorType.get([n], element_type), v)
-    return vector.bitcast(ir.VectorType.get([n // 2], T.i32()), halves)
+    return vector.bitcast(int32s(n // 2), halves)
 
 
 def as_words(v: ir.Value) -> ir.Value:
     """The same bits as vector<n x i32>."""
-    return vector.bitcast(ir.VectorType.get([ir.VectorType(v.type).shape[0]], T.i32()), v)
+    return vector.bitcast(int32s(ir.VectorType(v.type).shape[0]), v)
 
 
 def select(condition: Boolean, v: ir.Value, otherwise: ir.Value) -> ir.Value:

@@ -4,6 +4,7 @@ Value i of the fragment lies in row half (i // 2) % 2 and in column 8 * (i // 4)
 D fragment). The four lanes of a quad share both rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.hardware import LANES, QUAD
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.online_softmax import LOG2_E, update_max
+from fa4_backend.kernels.common.warp_mma import quad_max
 
 FP8_LIFT = 7.0  # of weights in float16 beside V in FP8: RowFragment.lift
 HUGE = 2.0**28  # log2 units; its float32 neighbours are 32 apart
@@ -94,6 +97,9 @@ class CapScale(NamedTuple):
 class RowFragment:
     """Elementwise work on a fragment with `n` columns; every method works in place.
 
+    Tensors are a thread's registers. Of all methods: rS, (n / 2,) float32 in any layout, holds scores and then weights; rO, likewise of
+    head_dim_v columns, the output; `factors`, `maxima`, `totals`, (2,) float32, a number for each of the thread's rows.
+
     Note [Lifted weights]. A weight in float16 is subnormal below 2^-14, and loses bits where a bfloat16 would not. So beside V in FP8,
     where P is float16 whatever Q is, the reference lies 7 log2 units below the maximum, and weights reach 2^7. A weight of 2^-k beside the
     row's largest then has all bits down to k = 21, and an error of 2^-32 below. The reference is one rounded number in row_sum, O, sinks,
@@ -117,7 +123,7 @@ class RowFragment:
     rescale_threshold: float  # log2 units; 0: rescale whenever a maximum grows
     lift: float = 0.0  # log2 units that a row's reference lies below its maximum: Note [Lifted weights]
 
-    def _row(self, i: int) -> range:
+    def _row(self, i: int) -> list[int]:
         """Flat indices of row half `i`, in column order."""
         return [j for j in range(self.n // 2) if (j // 2) % 2 == i]
 
@@ -186,7 +192,7 @@ class RowFragment:
     def move(self, stats: RowStats, scales: tuple[ScoreScale, ScoreScale] | None, maxima: cute.Tensor, factors: cute.Tensor) -> None:
         """Move references of a warp's rows, each as `softmax` would; `maxima` of lanes, `factors` for O."""
         for i in range(2):
-            largest = _quad_max(maxima[i])
+            largest = quad_max(maxima[i])
             if const_expr(scales is not None):
                 largest = ptx.mul_rn(largest, scales[i].of(largest))
             update = update_max(largest, stats.row_max[i], may_be_empty=False, is_first=False, threshold=self.rescale_threshold)
@@ -235,7 +241,7 @@ class RowFragment:
         """Move up the references of rows that weigh too much, by whole numbers: a lane's weights of the block then add up to 2^-39 at
         most. All lanes of the warp call; `factors` brings the lane's sums and receives what O of earlier blocks takes."""
         for i in range(2):
-            largest = _quad_max(factors[i])
+            largest = quad_max(factors[i])
             exponent = (ptx.float_to_bits(largest) >> 23) - 127
             # Twice a half: the whole factor may be 2^-164, which O of earlier blocks then takes for 0.
             half = Int32(cutlass.select_(largest > MOST_WEIGHT, (exponent + (HEADROOM + 1)) >> 1, Int32(0)))
@@ -251,7 +257,7 @@ class RowFragment:
     def row_max(self, rS: cute.Tensor, i: int) -> Float32:
         """Largest score of row half `i`."""
         s = flat(rS)
-        return _quad_max(_tree([s[j] for j in self._row(i)], cute.arch.fmax))
+        return quad_max(_tree([s[j] for j in self._row(i)], cute.arch.fmax))
 
     def rescale(self, rO: cute.Tensor, factors: cute.Tensor) -> None:
         """Multiply each row by its factor."""
@@ -262,7 +268,7 @@ class RowFragment:
                 o[j] = o[j] * factor
 
     def to_operand(self, rS: cute.Tensor, rP: cute.Tensor) -> None:
-        """Weights in 16 bits as A operand of the second product: its register order is the accumulator's.
+        """Weights in 16 bits to `rP`, (n / 2,), A operand of the second product: its register order is the accumulator's.
 
         Pair by pair: of a vector of 40 or 56, which no power of two divides into words, LLVM makes halves and puts them together between
         the products.
@@ -302,7 +308,7 @@ class RowFragment:
     def alibi(self, rS: cute.Tensor, first_column: Int32, diagonals: tuple[Int32, Int32], slopes: tuple[Float32, Float32]) -> None:
         """Subtract slope * |column - diagonal|; scores and slopes in log2 units."""
         s = flat(rS)
-        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % QUAD)
         for i in range(2):
             distance = (lane_column - diagonals[i]).to(Float32)
             for j in self._row(i):
@@ -312,7 +318,7 @@ class RowFragment:
     def mask(self, rS: cute.Tensor, first_column: Int32, columns: tuple[Columns, Columns]) -> None:
         """-inf where a row does not see the column."""
         s = flat(rS)
-        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % QUAD)
         for i in range(2):
             begin, end = columns[i].begin - lane_column, columns[i].end - lane_column
             for j in self._row(i):
@@ -327,7 +333,7 @@ class RowFragment:
             has_begin: `columns` begin behind the first key.
         """
         s = flat(rS)
-        lane_column = first_column + 2 * (cute.arch.lane_idx() % 4)
+        lane_column = first_column + 2 * (cute.arch.lane_idx() % QUAD)
         for i in range(2):
             row = self._row(i)
             for first in range(0, len(row), MASK_BITS):
@@ -364,13 +370,13 @@ def _next_power(value: Float32) -> Float32:
 
 
 def flat(fragment: cute.Tensor) -> cute.Tensor:
-    """The fragment as a vector in register order."""
+    """The fragment, of any shape, as a vector in register order."""
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
 
 
-def row_of_thread(thread: Int32, i: int) -> Int32:
-    """Row of half `i` of a thread of a warpgroup (PTX ISA, wgmma.mma_async: D fragment layout)."""
-    return thread // 32 * 16 + thread % 32 // 4 + 8 * i
+def row_of_thread(thread: Int32, i: int, first_row: Int32 | int = 0) -> Int32:
+    """Row of half `i` of a thread of a warpgroup whose rows begin at `first_row` (PTX ISA, wgmma.mma_async: D fragment layout)."""
+    return first_row + thread // LANES * 16 + thread % LANES // QUAD + 8 * i
 
 
 def quad_sum(value: Float32) -> Float32:
@@ -379,7 +385,7 @@ def quad_sum(value: Float32) -> Float32:
     return value + cute.arch.shuffle_sync_bfly(value, offset=2)
 
 
-def _tree(values: list, combine) -> Float32:
+def _tree(values: list[Float32], combine: Callable[[Float32, Float32], Float32]) -> Float32:
     """Combine in CHAINS chains, then the chains."""
     chains = values[:CHAINS]
     for position, value in enumerate(values[CHAINS:]):
@@ -387,9 +393,3 @@ def _tree(values: list, combine) -> Float32:
     while len(chains) > 1:
         chains = [combine(*chains[i : i + 2]) if len(chains[i : i + 2]) == 2 else chains[i] for i in range(0, len(chains), 2)]
     return chains[0]
-
-
-def _quad_max(value: Float32) -> Float32:
-    """Maximum over the four lanes that share a row."""
-    value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=1))
-    return cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=2))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.common.hardware import LANES, SWIZZLE_ALIGN, VEC, widest_row
 from fa4_backend.problem import DTYPE_BYTES, PAGED, AttentionProblem, BatchLimits, MaskFeatures, OperandDtypes, short_dtypes
 
 BOX_KEYS = 16  # keys a TMA box fetches and a warp works on: the smallest page, and the K of one mma.sync
@@ -15,9 +17,7 @@ BOXES = 4  # boxes of a KV tile, one a key warp
 TILE_N = BOX_KEYS * BOXES
 MMA_ROWS = 16  # packed query rows of one mma.sync
 MAX_ROWS = 64  # packed query rows: four row groups of four key warps
-VEC = 4  # float32 of a vector that a thread of the merge holds: 16 bytes
 MERGE_PAD = 8  # float32 beside each row of the merge buffer: rows of a fragment then start 8 banks apart
-SMEM_BYTES = 227 * 1024
 RESERVED_BYTES = 768  # barriers, entries, flags, alignment
 MIN_KV_STAGE, MAX_KV_STAGE = 2, 8  # KV tiles in flight, of 16-bit elements; of others as many bytes
 ENTRY_STAGE = 2  # entries the load warp may be ahead of the consumers
@@ -102,16 +102,16 @@ class DecodeConfig(OperandDtypes):
     @property
     def num_threads(self) -> int:
         """Consumer warps and the load warp."""
-        return 32 * (self.num_consumer_warps + 1)
+        return LANES * (self.num_consumer_warps + 1)
 
     @property
     def q_part_bytes(self) -> int:
         """Bytes of a head of q that lie in one swizzled row of shared memory."""
-        return part_bytes(self.head_dim * self.element_bytes)
+        return widest_row(self.head_dim * self.element_bytes)
 
     def kv_part_bytes(self, head_dim: int) -> int:
         """The same of a head of K or V."""
-        return part_bytes(head_dim * self.kv_element_bytes)
+        return widest_row(head_dim * self.kv_element_bytes)
 
     @property
     def kv_stage_bytes(self) -> int:
@@ -120,8 +120,8 @@ class DecodeConfig(OperandDtypes):
 
     @property
     def q_stage_bytes(self) -> int:
-        """Q of an entry, to the next 1024 bytes: the swizzle's pattern begins anew there."""
-        return -(-self.rows * self.head_dim * self.element_bytes // 1024) * 1024
+        """Q of an entry, to where the swizzle's pattern begins anew."""
+        return -(-self.rows * self.head_dim * self.element_bytes // SWIZZLE_ALIGN) * SWIZZLE_ALIGN
 
     @property
     def merge_buffers(self) -> int:
@@ -169,15 +169,7 @@ class DecodeConfig(OperandDtypes):
         other = RESERVED_BYTES + self._merge_bytes(merge_buffers) + ENTRY_STAGE * self.q_stage_bytes
         most = self._stages_of(MAX_KV_STAGE)
         # Each CTA costs 1 KiB of the SM's 228 beside its own.
-        return min(most, (SMEM_BYTES // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
-
-
-def part_bytes(row_bytes: int) -> int:
-    """Bytes of a head's `row_bytes` that lie in one swizzled row of shared memory: the widest of 128, 64 and 32 that divides them."""
-    for width in (128, 64, 32):
-        if row_bytes % width == 0:
-            return width
-    raise AssertionError(f"row_bytes: expected a multiple of 32, got {row_bytes}")
+        return min(most, (ARCHS[self.arch].smem_bytes // self.ctas_per_sm - 512 * (self.ctas_per_sm - 1) - other) // self.kv_stage_bytes)
 
 
 # Packed rows up to which this kernel is faster than prefill tiles that are cut along KV, by arch and head_dim; 32 for the others: more rows
@@ -245,7 +237,7 @@ def slot_floats(config: DecodeConfig) -> int:
 
 def slot_vectors(config: DecodeConfig) -> int:
     """Vectors of `VEC` float32 of a split-KV slot that each consumer thread holds while slots are added up."""
-    return -(-config.rows * (config.head_dim_v // VEC) // (32 * config.num_consumer_warps))
+    return -(-config.rows * (config.head_dim_v // VEC) // (LANES * config.num_consumer_warps))
 
 
 def split_tiles(limits: BatchLimits) -> int:

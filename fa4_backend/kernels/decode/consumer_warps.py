@@ -142,13 +142,13 @@ class ConsumerWarps:
     @cute.jit
     def _attend(
         self,
-        k_box: Int32,
-        v_box: Int32,
+        k_box: Int32,  # shared address
+        v_box: Int32,  # shared address
         column: Int32,  # first of the box's 16 keys
         keys: Columns,  # that any row may see
         rows: tuple[RowView, RowView],
         values: MaskValues,
-        rQ: cute.Tensor,
+        rQ: cute.Tensor,  # (head_dim / 4,) words of Q
         state: RowState,
     ):
         """One box: S = Q K^T, weights, O += P V."""

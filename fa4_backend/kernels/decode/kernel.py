@@ -5,6 +5,7 @@ load_warp --[kv tile: K and V boxes, one mbarrier]--> consumer_warps --> merge (
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -13,7 +14,8 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common.decode_entry import StepTensors
-from fa4_backend.kernels.common.mask import MaskValues
+from fa4_backend.kernels.common.hardware import swizzle_bits
+from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
 from fa4_backend.kernels.decode.config import BOX_KEYS, DecodeConfig, slot_floats
@@ -29,21 +31,17 @@ from fa4_backend.kernels.decode.work import VisibleTiles
 from fa4_backend.kernels.launch_abi import decode_fakes
 from fa4_backend.kernels.schedule.work_list import TOTAL_Q
 
-SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}
 
-
+@dataclass(frozen=True)
 class DecodeKernel:
-    """One compiled decode kernel; construct with its frozen config, then call under `cute.compile`."""
+    """The kernel of one config; `__call__` is the host side."""
 
-    def __init__(self, config: DecodeConfig):
-        self.config = config
-        self.storage = DecodeStorage(config)
-        self.scores = ScoreTransform(config)
-        visible = VisibleTiles(self.scores.mask)
-        operands = Fp8Operands(config) if config.has_kv_scales else PlainOperands(config)
-        self.load_warp = LoadWarp(self.storage, visible)
-        merge = Merge(config, operands)
-        self.consumer_warps = ConsumerWarps(config, self.storage, visible, self.scores, operands, merge, Shares(merge))
+    config: DecodeConfig
+
+    @property
+    def mask(self) -> MaskSpec:
+        """Which keys its rows see."""
+        return MaskSpec(self.config.mask)
 
     @cute.jit
     def __call__(
@@ -75,7 +73,7 @@ class DecodeKernel:
         maps = TensorMaps(self._query_tma(mQ), self._box_tma(mK), self._box_tma(mV))
         page_size = Int32(mK.shape[1])
         step = StepTensors(mPageTable, mTiles, mFirst, page_size, split_blocks, SeqlenBounds.of(mO, mPageTable, page_size))
-        values = self.scores.mask.values(softmax_scale, softcap, window_left, window_right)
+        values = self.mask.values(softmax_scale, softcap, window_left, window_right)
         results = ResultTensors(mO, mLse, mSlots, mArrivals, mSinks, mVScale, mOutScale)
         self.kernel(maps, mSlopes, mQScale, mKScale, step, values, results).launch(
             grid=(mFirst.shape[0], 1, 1),
@@ -86,8 +84,10 @@ class DecodeKernel:
         )
 
     def _query_tma(self, mQ: cute.Tensor) -> cute.CopyAtom:
-        """TMA of the packed rows of one KV head: all tokens a decode row may have, one behind the other. Rows past a
-        sequence's end are another's or zeros; they are masked."""
+        """TMA of q (total_q, num_q_heads, head_dim). A box: the packed rows of one KV head of all tokens that a decode row may have.
+
+        Rows past a sequence's end are another's or zeros; they are masked.
+        """
         c = self.config
         part = c.q_part_bytes // c.element_bytes
         d_stride = mQ.stride[2]
@@ -101,16 +101,17 @@ class DecodeKernel:
         boxes, box_strides, extents, strides = zip(*chosen, strict=True)
         rows_first = cute.make_tensor(mQ.iterator, cute.make_layout((part, *extents), stride=(d_stride, *strides)))
         shape = (part, *boxes)
-        swizzle = cute.make_swizzle(SWIZZLE_BITS[c.q_part_bytes], 4, 3)
+        swizzle = cute.make_swizzle(swizzle_bits(c.q_part_bytes), 4, 3)
         box = cute.make_composed_layout(swizzle, 0, cute.make_layout(shape, stride=(1, *box_strides)))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), rows_first, box, shape)[0]
 
     def _box_tma(self, cache: cute.Tensor) -> cute.CopyAtom:
-        """TMA of a box: 16 keys of a page, all parts of a head, each as wide as its swizzle."""
+        """TMA of a cache (num_pages, page_size, num_kv_heads, head_dim). A box: 16 keys of a page, all parts of a head, each as wide as its
+        swizzle."""
         part_bytes = self.config.kv_part_bytes(cache.shape[3])
         part = part_bytes // self.config.kv_element_bytes
         parts = cache.shape[3] // part
-        swizzle = cute.make_swizzle(SWIZZLE_BITS[part_bytes], 4, 3)
+        swizzle = cute.make_swizzle(swizzle_bits(part_bytes), 4, 3)
         # A mode of one part would vanish from the tensor map, and its coordinate with it: see `LoadWarp`.
         inner, inner_stride = (part, cache.shape[1], parts)[: 3 if parts > 1 else 2], (1, cache.stride[1], part)
         layout = cute.make_layout(
@@ -125,9 +126,9 @@ class DecodeKernel:
     def kernel(
         self,
         maps: TensorMaps,
-        mSlopes: cute.Tensor | None,
-        mQScale: cute.Tensor | None,
-        mKScale: cute.Tensor | None,
+        mSlopes: cute.Tensor | None,  # (num_q_heads,) float32
+        mQScale: cute.Tensor | None,  # (num_kv_heads,) float32
+        mKScale: cute.Tensor | None,  # (num_kv_heads,) float32
         step: StepTensors,
         values: MaskValues,
         results: ResultTensors,
@@ -135,24 +136,28 @@ class DecodeKernel:
         """Set up, then one role a warp; the roles meet before they use a barrier."""
         # The prefill kernel of the same call reads nothing of ours: it may take the SMs that have no decode rows at once.
         cute.arch.griddepcontrol_launch_dependents()
+        c, storage, visible = self.config, DecodeStorage(self.config), VisibleTiles(self.mask)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        shared = self.storage.allocate()
-        if warp == self.config.num_consumer_warps:
+        shared = storage.allocate()
+        if warp == c.num_consumer_warps:
             for atom in maps:
                 cpasync.prefetch_descriptor(atom)
-            if const_expr(self.config.has_kv_scales):
+            if const_expr(c.has_kv_scales):
                 # Consumers ask for an entry's scales when its Q has come: from the memory they would come after its first tile.
                 head = cutlass.min(cute.arch.lane_idx(), cute.size(mKScale) - 1)
                 for scales in (mKScale, results.mVScale) if const_expr(mQScale is None) else (mQScale, mKScale, results.mVScale):
                     cute.arch.prefetch((scales.iterator + scales.layout(head)).to_llvm_ptr(), cache_level="L2")
         if warp == 0:
             with cute.arch.elect_one():
-                self.storage.init_barriers(shared)
-        if warp == self.config.num_consumer_warps:
-            self.load_warp.run(step, values, maps, shared)
+                storage.init_barriers(shared)
+        if warp == c.num_consumer_warps:
+            LoadWarp(storage, visible).run(step, values, maps, shared)
             zero_rows(step.mFirst[cute.arch.block_idx()[0], TOTAL_Q], results.mO, results.mLse)
         else:
-            self.consumer_warps.run(step, values, mSlopes, mQScale, mKScale, results, shared)
+            operands = Fp8Operands(c) if c.has_kv_scales else PlainOperands(c)
+            merge = Merge(c, operands)
+            consumers = ConsumerWarps(c, storage, visible, ScoreTransform(c), operands, merge, Shares(merge))
+            consumers.run(step, values, mSlopes, mQScale, mKScale, results, shared)
 
 
 def build(config: DecodeConfig) -> tuple[DecodeKernel, tuple[Any, ...]]:

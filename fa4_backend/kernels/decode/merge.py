@@ -21,13 +21,14 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
+from fa4_backend.kernels.common.hardware import LANES, VEC
 from fa4_backend.kernels.common.kv_pieces import PieceRule, piece_begin, piece_of, short_piece
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.part_arrivals import arrive, leave
 from fa4_backend.kernels.common.part_sums import Part, fold, only_if
 from fa4_backend.kernels.common.pending_entries import counter_of, note_pending
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, VEC, DecodeConfig, slot_floats, slot_vectors
+from fa4_backend.kernels.decode.config import BOXES, MMA_ROWS, DecodeConfig, slot_floats, slot_vectors
 from fa4_backend.kernels.decode.operands import Operands
 from fa4_backend.kernels.decode.storage import SharedTensors
 from fa4_backend.kernels.schedule.work_list import NUM_PIECES
@@ -65,7 +66,7 @@ class Totals(NamedTuple):
 
 
 def scale_of(scales: cute.Tensor | None, kv_head_idx: Int32) -> Float32 | None:
-    """A KV head's scale; None where K and V have none."""
+    """A KV head's scale of (num_kv_heads,) float32; None where K and V have none."""
     return None if scales is None else scales[kv_head_idx]
 
 
@@ -79,7 +80,7 @@ class Merge:
     @property
     def num_threads(self) -> int:
         """Consumer threads."""
-        return 32 * self.config.num_consumer_warps
+        return LANES * self.config.num_consumer_warps
 
     @property
     def row_vectors(self) -> int:
@@ -228,7 +229,7 @@ class Merge:
         is one of the last warp, which adds up least: it leaves while the others' loads fly.
         """
         tidx, _, _ = cute.arch.thread_idx()
-        place = tidx - (self.num_threads - 32)
+        place = tidx - (self.num_threads - LANES)
         stayers = Int32(0)
         self._barrier()
         if place >= 0 and place < num_pending:

@@ -27,7 +27,7 @@ class WeightRange(NamedTuple):
 
 
 class Operands(Protocol):
-    """Fragments of one kernel's products."""
+    """Fragments of one kernel's products. rQ: (head_dim / 4,) words, A fragments of a warp's 16 packed rows of Q."""
 
     @property
     def weights(self) -> WeightRange:
@@ -40,7 +40,7 @@ class Operands(Protocol):
         ...
 
     def load_query(self, q_address: Int32, row_group: Int32, rQ: cute.Tensor) -> tuple[Float32, Float32] | None:
-        """A fragments of this warp's 16 packed rows to `rQ`, (head_dim / 4,) words; idle rows repeat the last one and are masked.
+        """Fill `rQ` for the 16 packed rows of a row group; idle rows repeat the last one and are masked.
 
         Returns:
             What the lane's two rows were divided by to fit the products' type; None: nothing.
@@ -48,7 +48,7 @@ class Operands(Protocol):
         ...
 
     def score_products(self, k_box: Int32, rQ: cute.Tensor) -> Iterator[tuple[list[Int32], list[tuple[Int32, Int32]]]]:
-        """For each chunk of 16 elements of a head: A words of Q, and B words of K of keys 0-7 and of keys 8-15."""
+        """For each chunk of 16 elements of a head: A words of `rQ`, and B words of K of keys 0-7 and of keys 8-15."""
         ...
 
     def keep(self, key: int, is_kept: Boolean) -> Int32:

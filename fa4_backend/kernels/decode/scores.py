@@ -47,7 +47,7 @@ class ScoreTransform:
         seqlen: SeqlenInfo,
         kv_head_idx: Int32,
         values: MaskValues,
-        slopes: cute.Tensor | None,
+        slopes: cute.Tensor | None,  # (num_q_heads,) float32
         scale: Float32,
     ) -> RowView:
         """Packed row `row` of a row group; rows past the query see nothing."""

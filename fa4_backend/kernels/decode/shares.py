@@ -16,13 +16,14 @@ from cutlass import Float32, Int32, Int64
 
 from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.fp8 import result_factor
+from fa4_backend.kernels.common.hardware import LANES, VEC
 from fa4_backend.kernels.common.part_arrivals import MINE
 from fa4_backend.kernels.common.part_sums import Part, fold, fold_lanes, only_if
-from fa4_backend.kernels.decode.config import VEC, slot_floats
+from fa4_backend.kernels.decode.config import slot_floats
 from fa4_backend.kernels.decode.merge import Merge, ResultTensors
 
 UNIT = 2  # vectors that a warp adds up at once
-LANES = 32 // UNIT  # that share a vector's slots
+VECTOR_LANES = LANES // UNIT  # that share a vector's slots
 SLOTS_AT_ONCE = 8  # of a lane, whose loads are under way together
 
 
@@ -48,7 +49,7 @@ class Shares:
             row = unit // row_units
             at = (unit - row * row_units) * UNIT + lane % UNIT
             total = self._sum_lane(entry, row, at, results)
-            for i in cutlass.range_constexpr(LANES.bit_length() - 1):
+            for i in cutlass.range_constexpr(VECTOR_LANES.bit_length() - 1):
                 total = fold_lanes(total, UNIT << i)
             if lane < UNIT:
                 self.merge.write(results, entry, row, at, total, factor)
@@ -60,8 +61,8 @@ class Shares:
         sums.fill(0.0)
         sums[VEC] = -Float32.inf
         own = cute.arch.lane_idx() // UNIT
-        for first in cutlass.range(own, entry.num_pieces, LANES * SLOTS_AT_ONCE, unroll=1):
-            parts = [self._load(entry, first + k * LANES, row, at, results) for k in range(SLOTS_AT_ONCE)]
+        for first in cutlass.range(own, entry.num_pieces, VECTOR_LANES * SLOTS_AT_ONCE, unroll=1):
+            parts = [self._load(entry, first + k * VECTOR_LANES, row, at, results) for k in range(SLOTS_AT_ONCE)]
             total = fold(Part([sums[e] for e in range(VEC)], sums[VEC], sums[VEC + 1]), parts)
             for e in cutlass.range_constexpr(VEC):
                 sums[e] = total.o[e]

@@ -10,11 +10,10 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.pending_entries import MAX_PENDING
 from fa4_backend.kernels.decode.config import BOX_KEYS, ENTRY_STAGE, MERGE_PAD, TILE_N, DecodeConfig
 from fa4_backend.kernels.schedule.work_list import DECODE_INTS
-
-ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 
 class SharedTensors(NamedTuple):
@@ -69,8 +68,8 @@ class DecodeStorage:
         """Lay the tensors out; every thread calls."""
         c = self.config
         smem = cutlass.utils.SmemAllocator()
-        tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=1024)
-        queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=1024)
+        tiles = smem.allocate_array(cutlass.Uint8, c.kv_stage * c.kv_stage_bytes, byte_alignment=SWIZZLE_ALIGN)
+        queries = smem.allocate_array(cutlass.Uint8, ENTRY_STAGE * c.q_stage_bytes, byte_alignment=SWIZZLE_ALIGN)
         edges = self.edges
         barriers = smem.allocate_array(cutlass.Int64, edges.end_bytes // MBARRIER_BYTES, byte_alignment=8)
         buffers, pitch = c.row_groups * c.merge_buffers, c.head_dim_v + MERGE_PAD

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.common.hardware import SWIZZLED_ROWS, VEC, widest_row
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, prefill_config
 from fa4_backend.kernels.sm100.tuning import Sm100Tuning, tile_of, tuning_of
 from fa4_backend.problem import DTYPE_BYTES, AttentionProblem
 
-VEC = 4  # float32 of a vector of a part's slot: 16 bytes
-ROW_BYTES = (128, 64, 32)  # widths of a row of shared memory that TMA and tcgen05 swizzle
 S_STAGE = 2  # buffers of S: one for each of two query tiles, or two for a tile that is alone
 MOST_O_COLUMNS = 128  # of O that a CTA keeps in shared memory on its way out
 
@@ -38,8 +37,8 @@ class Sm100Config:
     def row_bytes(self) -> int:
         """Bytes of a row of a part of an operand tile: 128 in 16 bits (the last may be half empty), what divides the heads in FP8."""
         if self.kernel.element_bytes > 1:
-            return ROW_BYTES[0]
-        return next(width for width in ROW_BYTES if not (self.kernel.head_dim % width or self.kernel.head_dim_v % width))
+            return SWIZZLED_ROWS[0]
+        return widest_row(self.kernel.head_dim, self.kernel.head_dim_v)
 
     @property
     def part_elems(self) -> int:

@@ -23,14 +23,14 @@ from cutlass import Boolean, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, LANES
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.correction_warps import CorrectionWarps
-from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP
+from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP, WARPGROUP_THREADS
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
 
-CHUNK = 16  # bytes of a shared-memory access: elements of FP8
+CHUNK = ACCESS_BYTES  # elements of FP8 of a shared-memory access
 PART_CHUNKS = 64 // CHUNK  # of FP8 that make a row of a part of the ring
-THREADS = 32 * WARPGROUP
 
 
 class Seen(NamedTuple):
@@ -106,13 +106,13 @@ class ConvertWarps:
         source: Int32,  # shared address of a staged tile
         target: Int32,  # shared address of a buffer of the ring
         is_v: cutlass.Constexpr[int],
-        first_row: Int32,
+        first_row: Int32,  # rows `first_row .. end_row` are those that the item sees
         end_row: Int32,
     ):
         """This thread's chunks of a tile of K or V.
 
-        first_row, end_row: rows that the item sees. Others of V become zeros: they may hold NaN, and a weight of 0 times NaN is NaN. K
-        needs none of this, since masked scores are replaced, not multiplied.
+        Rows of V that the item does not see become zeros: they may hold NaN, and a weight of 0 times NaN is NaN. K needs none of this,
+        since masked scores are replaced, not multiplied.
         """
         config, sizes, kernel = self.geometry.config, self.geometry.storage.sizes, self.geometry.config.kernel
         rows, elems, loaded_part, part_bytes = config.k_rows, kernel.head_dim, sizes.k_loaded_part, sizes.k_part
@@ -120,9 +120,9 @@ class ConvertWarps:
             rows, elems = kernel.tile.tile_n, min(config.v_parts * config.part_elems, kernel.head_dim_v)
             loaded_part, part_bytes = sizes.v_loaded_part, sizes.part
         # Warps that have the same rows take every other chunk.
-        shares, staged_chunks = THREADS // rows, config.loaded_elems // CHUNK
+        shares, staged_chunks = WARPGROUP_THREADS // rows, config.loaded_elems // CHUNK
         assert staged_chunks % shares == 0, f"{staged_chunks=} {shares=}"
-        thread = place.warp_idx % WARPGROUP * 32 + place.lane_idx
+        thread = place.warp_idx % WARPGROUP * LANES + place.lane_idx
         row, share = thread % rows, thread // rows
         # Swizzles: chunk c of a row of n chunks lies at c ^ (row * n / 8 % n).
         source += row * config.loaded_elems + (share ^ (row * staged_chunks // 8 % staged_chunks)) * CHUNK

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
+from cutlass._mlir import ir
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3, result_factor
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.sm100.softmax_warps import LANE_SHIFT, sink_of
+from fa4_backend.kernels.sm100.softmax_warps import sink_of
 from fa4_backend.kernels.sm100.storage import STATS_BYTES
 from fa4_backend.kernels.sm100.tile_bytes import o_pitch
 from fa4_backend.kernels.sm100.tile_parts import RowSums, TileParts
@@ -66,8 +68,8 @@ class CorrectionWarps:
         """
         g = self.geometry
         warp = place.warp_idx % WARPGROUP
-        row = warp * 32 + place.lane_idx
-        lanes = warp * 32 << LANE_SHIFT
+        row = warp * LANES + place.lane_idx
+        lanes = warp * LANES << tcgen05_ops.LANE_SHIFT
         stats = place.smem_base + g.storage.stats + row * o_pitch(g.config) + q_idx * STATS_BYTES
         edge = q_idx * WARPGROUP + warp
         ptx.mbarrier_wait(g.full(place, "stats_softmax_to_correction", edge), phase)
@@ -76,7 +78,7 @@ class CorrectionWarps:
         ptx.warp_arrive(g.empty(place, "stats_softmax_to_correction", edge), place.lane_idx)
         ptx.mbarrier_wait(g.full(place, "o_mma_to_correction", q_idx), phase)
         tcgen05_ops.fence_after_sync()
-        o_tmem = g.tmem.o_at(place, q_idx) + lanes
+        o_tmem = g.tmem.o_at(place.tmem_base, q_idx) + lanes
         if const_expr(row_sum is not None):
             if g.read_part(place, feed).slot >= 0:
                 out = self.finish_part(place, work, heads, feed, q_idx, row, o_tmem, RowSums(scale, row_sum), out)
@@ -175,7 +177,7 @@ class CorrectionWarps:
             (o,) = tcgen05_ops.wait_load([tcgen05_ops.load(o_tmem + base, self.columns)])
             self.store_columns(target + base * self.geometry.config.kernel.out_element_bytes, o, scale)
 
-    def store_columns(self, target: Int32, o, scale: Float32) -> None:
+    def store_columns(self, target: Int32, o: ir.Value, scale: Float32) -> None:
         """`columns` columns of a row, scaled and rounded, to shared memory."""
         config = self.geometry.config.kernel
         # A row without keys gives 0 even where O is not finite.
@@ -188,7 +190,7 @@ class CorrectionWarps:
         for j in range(0, len(words), 4):
             ptx.store_shared_v4(target + 4 * j, words[j : j + 4])
 
-    def scaled(self, o, factor: Float32):
+    def scaled(self, o: ir.Value, factor: Float32) -> ir.Value:
         """o * factor on packed pairs."""
         factors = vectors.broadcast(factor, 2)
         return vectors.from_pairs([vectors.mul2(vectors.pair(o, j), factors) for j in range(0, self.columns, 2)])

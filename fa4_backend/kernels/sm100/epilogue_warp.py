@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.tile_bytes import o_pitch
 from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
@@ -22,7 +23,12 @@ class EpilogueWarp:
     o_stage: int
 
     @cute.jit
-    def run(self, place: Place, work: WorkTensors, mO: cute.Tensor):
+    def run(
+        self,
+        place: Place,
+        work: WorkTensors,
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+    ):
         """Walk the entries; owns the consumer side of `o_correction_to_epilogue`."""
         g = self.geometry
         buffer, feed = RingPosition(Int32(0), Int32(0)), RingPosition(Int32(0), Int32(0))
@@ -54,7 +60,7 @@ class EpilogueWarp:
         """Rows of query tile `m_block`, `o_columns` of each, and wait until they were read. mO: (total_q, num_q_heads, head_dim_v)."""
         config, seqlen, columns = self.geometry.config.kernel, item.tile.seqlen, self.geometry.config.o_columns
         tokens = cutlass.min(seqlen.seqlen_q - m_block * config.tokens_per_tile, config.tokens_per_tile)
-        for row in range(place.lane_idx, tokens * config.q_per_kv, 32, unroll=1):
+        for row in range(place.lane_idx, tokens * config.q_per_kv, LANES, unroll=1):
             packed = self.geometry.pack.row(row, m_block, seqlen)
             head = item.tile.kv_head_idx * config.q_per_kv + packed.head
             index = Int64(seqlen.q_begin + packed.token) * mO.stride[0] + Int64(head) * mO.stride[1] + part * columns

@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import cpasync
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common.cta_group import LEADER
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.mask import MaskSpec
 from fa4_backend.kernels.common.padding_rows import zero_rows
 from fa4_backend.kernels.common.paged_kv import KvPages
@@ -30,7 +31,7 @@ from fa4_backend.kernels.sm100.load_warp import LoadWarp, Operands, make_kv_atom
 from fa4_backend.kernels.sm100.lone_tile_mma_warp import LoneTileMmaWarp
 from fa4_backend.kernels.sm100.mma_warp import MmaWarp
 from fa4_backend.kernels.sm100.softmax_warps import SoftmaxWarps
-from fa4_backend.kernels.sm100.tmem_layout import ALL_COLUMNS, TMEM_BASE
+from fa4_backend.kernels.sm100.tmem_layout import TMEM_BASE
 from fa4_backend.kernels.sm100.value_tail_warp import ValueTailWarp
 from fa4_backend.kernels.sm100.warp_roles import ROLES, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkTensors
@@ -100,10 +101,16 @@ class PrefillKernel:
         )
 
     @cute.kernel
-    def kernel(self, operands: Operands, work: WorkTensors, heads: HeadTensors, mO: cute.Tensor):
+    def kernel(
+        self,
+        operands: Operands,
+        work: WorkTensors,
+        heads: HeadTensors,
+        mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
+    ):
         """Set up barriers and TMEM, then send each warp to its role."""
         g, tuning = Geometry.of(self.config, O_STAGE), self.config.tuning
-        smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=1024).toint())
+        smem_base = Int32(cute.arch.get_dyn_smem(cutlass.Int8, alignment=SWIZZLE_ALIGN).toint())
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane_idx = cute.arch.lane_idx()
         if warp_idx == ROLES.load:
@@ -114,7 +121,7 @@ class PrefillKernel:
                     ptx.mbarrier_init(smem_base + offset, count)
                 cute.arch.mbarrier_init_fence()
         if warp_idx == ROLES.mma:
-            g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, ALL_COLUMNS)
+            g.group.tmem_alloc(smem_base + g.storage.tmem_pointer, g.tmem.allocated)
         tcgen05_ops.fence_before_sync()
         g.group.sync_all()
         tcgen05_ops.fence_after_sync()
@@ -150,7 +157,7 @@ class PrefillKernel:
         g.group.sync_all()
         if warp_idx == ROLES.mma:
             tcgen05_ops.fence_after_sync()
-            g.group.tmem_dealloc(place.tmem_base, ALL_COLUMNS)
+            g.group.tmem_dealloc(place.tmem_base, g.tmem.allocated)
         if const_expr(self.config.kernel.is_dependent):
             # Whoever waits for this grid in the stream waits for the decode kernel too.
             cute.arch.griddepcontrol_wait()

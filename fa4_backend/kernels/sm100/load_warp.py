@@ -11,6 +11,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.cta_group import LEADER, CtaGroup
+from fa4_backend.kernels.common.hardware import swizzle_bits
 from fa4_backend.kernels.common.paged_kv import KvPages
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenBounds
@@ -56,7 +57,7 @@ def swizzled_box(shape: tuple[int, ...], element_bytes: int) -> cute.ComposedLay
     for extent in shape:
         strides.append(stride)
         stride *= extent
-    bits = {128: 3, 64: 2, 32: 1}[shape[0] * element_bytes]
+    bits = swizzle_bits(shape[0] * element_bytes)
     return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=tuple(strides)))
 
 
@@ -80,7 +81,7 @@ def make_kv_atom(cache: cute.Tensor, elems: int, box_rows: int) -> cute.CopyAtom
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), kv, box, shape).atom
 
 
-def box_coords(atom: cute.CopyAtom, coords: tuple) -> list:
+def box_coords(atom: cute.CopyAtom, coords: tuple[Int32 | int, ...]) -> list[Int32 | int]:
     """Coordinates of a box in the order of the tensor map's dimensions, which need not be the order of the tensor's modes.
 
     The atom's type says `tma_gbasis = (...):(1@0,1@2,1@1)` where mode 1 is dimension 2.

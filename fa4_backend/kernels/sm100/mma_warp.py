@@ -93,7 +93,7 @@ class MmaWarp:
         k_low = umma.descriptor_low(place.smem_base + storage.kv + stage * storage.kv_stride)
         products = self.products
         q_steps, k_steps = (products.k_major_steps(config.head_dim, part) for part in (storage.sizes.part, storage.sizes.k_part))
-        products.mma_ss(g.tmem.s_at(place, buffer), q_low, k_low, q_steps, k_steps, config.tile.tile_n)
+        products.mma_ss(g.tmem.s_at(place.tmem_base, buffer), q_low, k_low, q_steps, k_steps, config.tile.tile_n)
         g.group.commit(g.full(place, "s_mma_to_softmax", buffer))
 
     def issue_pv(self, place: Place, buffer: Int32, stage: Int32, *, is_rest: bool, accumulate: Int32) -> None:
@@ -103,4 +103,5 @@ class MmaWarp:
         products = self.products
         cut, end = g.config.tuning.p_first_columns // products.k_elems, config.tile.tile_n // products.k_elems
         k_steps = range(cut, end) if is_rest else range(cut)
-        products.mma_ts(g.tmem.o_at(place, buffer), g.tmem.p_at(place, buffer), v_low, k_steps, config.head_dim_v, accumulate)
+        o_tmem, p_tmem = (at(place.tmem_base, buffer) for at in (g.tmem.o_at, g.tmem.p_at))
+        products.mma_ts(o_tmem, p_tmem, v_low, k_steps, config.head_dim_v, accumulate)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass._mlir import ir
 from cutlass._mlir.dialects import arith, vector
 from cutlass._mlir.dialects import math as math_ir
 
@@ -16,6 +17,7 @@ from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.branches import when_scalars
 from fa4_backend.kernels.common.fp8 import result_factor
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.common.mask import Columns, MaskValues
 from fa4_backend.kernels.common.online_softmax import LOG2_E, finalize_row
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -25,8 +27,6 @@ from fa4_backend.kernels.sm100.storage import STATS_BYTES
 from fa4_backend.kernels.sm100.tile_bytes import o_pitch
 from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE, WARPGROUP
 from fa4_backend.kernels.sm100.work import Geometry, HeadTensors, Place, WorkItem, WorkTensors
-
-LANE_SHIFT = 16  # lane field of a TMEM address
 
 
 class Alibi(NamedTuple):
@@ -48,14 +48,14 @@ class SoftmaxWarps:
         g, config = self.geometry, self.geometry.config.kernel
         q_idx = place.warp_idx // WARPGROUP
         warp = place.warp_idx % WARPGROUP
-        row = warp * 32 + place.lane_idx
-        lanes = warp * 32 << LANE_SHIFT
+        row = warp * LANES + place.lane_idx
+        lanes = warp * LANES << tcgen05_ops.LANE_SHIFT
         stats = place.smem_base + g.storage.stats + row * o_pitch(g.config) + q_idx * STATS_BYTES
         values, scale_log2 = work.values, self.scale_log2(work.values)
         # A group's buffer of S: its tile's own, or of a lone tile both in turns.
         buffer, s_phase, pv_phase, stats_phase = q_idx, Int32(0), Int32(0), Int32(0)
         block = BlockWeights(g.config)
-        s_tmem = g.tmem.s_at(place, buffer) + lanes
+        s_tmem = g.tmem.s_at(place.tmem_base, buffer) + lanes
         feed = RingPosition(Int32(0), Int32(0))
         has_tile = g.has_tile(place, feed)
         while has_tile:
@@ -73,7 +73,7 @@ class SoftmaxWarps:
             for i in range(item.num_blocks, unroll=1):
                 n_block = item.blocks.end - 1 - i
                 if const_expr(g.config.q_tiles == 1):
-                    s_tmem = g.tmem.s_at(place, buffer) + lanes
+                    s_tmem = g.tmem.s_at(place.tmem_base, buffer) + lanes
                 p_tmem = s_tmem + (g.tmem.p - g.tmem.s)
                 barrier = g.full(place, "s_mma_to_softmax", buffer)
                 ptx.mbarrier_wait(barrier, s_phase)
@@ -87,7 +87,7 @@ class SoftmaxWarps:
                     if const_expr(g.config.q_tiles == 1):
                         ptx.mbarrier_wait(g.full(place, "pv_mma_to_softmax"), pv_phase ^ 1)
                         tcgen05_ops.fence_after_sync()
-                    self.rescale(g.tmem.o_at(place, buffer) + lanes, weights.factor)
+                    self.rescale(g.tmem.o_at(place.tmem_base, buffer) + lanes, weights.factor)
                 self.store_weights(place, buffer, p_tmem, weights.first, 0, "p_softmax_to_mma")
                 rest, rest_sum = block.weigh(weights.rest, block.first_chunks, scale_log2, block.offset(weights.row_max))
                 self.store_weights(place, buffer, p_tmem, rest, block.first_chunks, "p_rest_softmax_to_mma")
@@ -190,7 +190,7 @@ class SoftmaxWarps:
             to_diagonal = ptx.keep_in_loop(alibi.diagonal - first_col)
             s = [add_alibi(v, to_diagonal - base, alibi.slope) for v, base in zip(s, range(0, tile_n, CHUNK), strict=True)]
 
-        def masked(chunks: list) -> list:
+        def masked(chunks: list[ir.Value]) -> list[ir.Value]:
             # This wait is over at once. It keeps the branch a branch: ptxas predicates even hundreds of instructions, which then cost
             # their issue slots in every block, but it cannot predicate a loop.
             ptx.mbarrier_wait(barrier, s_phase)
@@ -206,14 +206,14 @@ class SoftmaxWarps:
         if not loads_maximum:
             return Scores(when_scalars(needs_mask, s, masked), None)
 
-        def masked_with_largest(chunks: list) -> list:
+        def masked_with_largest(chunks: list[ir.Value]) -> list[ir.Value]:
             out = masked(chunks[:-1])
             return [*out, vectors.broadcast(vectors.max_of(out, -Float32.inf), 1)]
 
         *s, joined = when_scalars(needs_mask, [*s, vectors.broadcast(largest, 1)], masked_with_largest)
         return Scores(s, Float32(vectors.element(joined, 0)))
 
-    def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list, first_chunk: int, edge: str) -> None:
+    def store_weights(self, place: Place, buffer: Int32, p_tmem: Int32, packed: list[ir.Value], first_chunk: int, edge: str) -> None:
         """Write some chunks of P and signal `edge`."""
         g = self.geometry
         for chunk, v in enumerate(packed, first_chunk):
@@ -250,7 +250,7 @@ def interval_bits(begin: Int32, end: Int32) -> Int32:
     return ptx.shift_left(Int32(-1), low) & ptx.shift_right(Int32(-1), high)
 
 
-def soft_cap(v, factor: Float32):
+def soft_cap(v: ir.Value, factor: Float32) -> ir.Value:
     """tanh of scores: 1 - 2 / (1 + exp2(s * factor)), factor = 2 log2(e) softmax_scale / softcap. tanh.approx would leave 11 bits."""
     factors, one, minus_two = (vectors.broadcast(x, 2) for x in (factor, Float32(1.0), Float32(-2.0)))
     pairs = []
@@ -261,7 +261,7 @@ def soft_cap(v, factor: Float32):
     return vectors.from_pairs(pairs)
 
 
-def add_alibi(v, distance: Int32, slope: Float32):
+def add_alibi(v: ir.Value, distance: Int32, slope: Float32) -> ir.Value:
     """Scores minus slope * |distance - column| for the columns of a chunk; distance: of the chunk's first column to the diagonal."""
     base, slope = Float32(distance).ir_value(), (-slope).ir_value()
     # Element by element: the columns are then immediates, where pairs of them would take 32 registers.

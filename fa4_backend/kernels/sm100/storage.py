@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import EdgeBarriers
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES
 from fa4_backend.kernels.schedule.work_list import TILE_INTS
 from fa4_backend.kernels.sm100.config import Sm100Config
 from fa4_backend.kernels.sm100.tile_bytes import O_PAD_BYTES, TileBytes, o_pitch
@@ -36,31 +37,31 @@ class Storage:
     num_bytes: int
 
     @staticmethod
-    def of(resolved: Sm100Config, o_stage: int) -> Storage:
+    def of(config: Sm100Config, o_stage: int) -> Storage:
         """Lay out the buffers.
 
         Raises:
             ValueError: they do not fit the arch's shared memory.
         """
-        config = resolved.kernel
-        sizes = TileBytes.of(resolved)
-        kv_stage = resolved.kv_stage
-        kv = resolved.q_tiles * sizes.q
+        kernel = config.kernel
+        sizes = TileBytes.of(config)
+        kv_stage = config.kv_stage
+        kv = config.q_tiles * sizes.q
         kv_stride = max(sizes.k, sizes.v)
         loaded, loaded_stride = kv, kv_stride
-        if resolved.converts:
+        if config.converts:
             loaded, loaded_stride = kv + kv_stage * kv_stride, max(sizes.k_tx_bytes, sizes.v_tx_bytes)
-        o = kv + kv_stage * kv_stride + resolved.staged * loaded_stride
-        assert resolved.q_tiles * STATS_BYTES <= O_PAD_BYTES, f"{resolved.q_tiles=}"
-        stats = o + o_pitch(resolved) - O_PAD_BYTES
+        o = kv + kv_stage * kv_stride + config.staged * loaded_stride
+        assert config.q_tiles * STATS_BYTES <= O_PAD_BYTES, f"{config.q_tiles=}"
+        stats = o + o_pitch(config) - O_PAD_BYTES
         tmem_pointer = o + o_stage * sizes.o
         part_flag = tmem_pointer + TMEM_POINTER_BYTES
         feed = part_flag + FLAG_BYTES
-        assert feed % 16 == 0 and FEED_BYTES % 16 == 0, f"{feed=}"
-        barriers = EdgeBarriers(pipeline_edges(sizes, resolved, o_stage), feed + FEED_STAGE * FEED_BYTES)
-        limit = ARCHS[config.arch].smem_bytes
+        assert feed % ACCESS_BYTES == 0 and FEED_BYTES % ACCESS_BYTES == 0, f"{feed=}"
+        barriers = EdgeBarriers(pipeline_edges(sizes, config, o_stage), feed + FEED_STAGE * FEED_BYTES)
+        limit = ARCHS[kernel.arch].smem_bytes
         if barriers.end_bytes > limit:
-            raise ValueError(f"shared memory of {config.name}: expected at most {limit} bytes, got {barriers.end_bytes}")
+            raise ValueError(f"shared memory of {kernel.name}: expected at most {limit} bytes, got {barriers.end_bytes}")
         return Storage(
             sizes, barriers, 0, kv, kv_stride, loaded, loaded_stride, o, stats, tmem_pointer, part_flag, feed, barriers.end_bytes
         )  # fmt: skip

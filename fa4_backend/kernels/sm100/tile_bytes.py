@@ -41,25 +41,25 @@ class TileBytes:
     v_loaded_part: int
 
     @staticmethod
-    def of(resolved: Sm100Config) -> TileBytes:
-        """Sizes for a config; K and V tiles are fetched whole, Q tiles without their idle rows."""
-        config = resolved.kernel
-        part, k_part = config.tile.tile_n * resolved.row_bytes, resolved.k_rows * resolved.row_bytes
-        assert config.tile.tile_m == config.tile.tile_n, f"one part size serves q, k and v: {config.tile=}"
-        qk_parts, v_parts = resolved.num_parts(config.head_dim), resolved.v_parts
-        rows = config.tokens_per_tile * config.q_per_kv
-        kv_row = resolved.loaded_elems * config.kv_element_bytes
-        k_loaded_part, v_loaded_part = resolved.k_rows * kv_row, config.tile.tile_n * kv_row
+    def of(config: Sm100Config) -> TileBytes:
+        """Sizes for a kernel; K and V tiles are fetched whole, Q tiles without their idle rows."""
+        kernel = config.kernel
+        part, k_part = kernel.tile.tile_n * config.row_bytes, config.k_rows * config.row_bytes
+        assert kernel.tile.tile_m == kernel.tile.tile_n, f"one part size serves q, k and v: {kernel.tile=}"
+        qk_parts, v_parts = config.num_parts(kernel.head_dim), config.v_parts
+        rows = kernel.tokens_per_tile * kernel.q_per_kv
+        kv_row = config.loaded_elems * kernel.kv_element_bytes
+        k_loaded_part, v_loaded_part = config.k_rows * kv_row, kernel.tile.tile_n * kv_row
         return TileBytes(
             part=part,
             k_part=k_part,
             q=qk_parts * part,
             k=qk_parts * k_part,
             v=v_parts * part,
-            o=config.tile.tile_m * o_pitch(resolved),
-            q_tx_bytes=qk_parts * rows * resolved.row_bytes,
-            k_tx_bytes=resolved.loaded_parts(config.head_dim) * k_loaded_part,
-            v_tx_bytes=resolved.loaded_parts(config.head_dim_v) // resolved.tuning.cta_group * v_loaded_part,
+            o=kernel.tile.tile_m * o_pitch(config),
+            q_tx_bytes=qk_parts * rows * config.row_bytes,
+            k_tx_bytes=config.loaded_parts(kernel.head_dim) * k_loaded_part,
+            v_tx_bytes=config.loaded_parts(kernel.head_dim_v) // config.tuning.cta_group * v_loaded_part,
             kv_row=kv_row,
             k_loaded_part=k_loaded_part,
             v_loaded_part=v_loaded_part,

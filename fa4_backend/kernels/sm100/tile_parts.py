@@ -19,14 +19,14 @@ from cutlass import Float32, Int32, Int64
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import tcgen05_ops
 from fa4_backend.kernels.common import vector_ops as vectors
+from fa4_backend.kernels.common.hardware import VEC
 from fa4_backend.kernels.common.part_arrivals import ALL, arrive
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
-from fa4_backend.kernels.sm100.config import VEC, Sm100Config
-from fa4_backend.kernels.sm100.warp_roles import WARPGROUP
+from fa4_backend.kernels.sm100.config import Sm100Config
+from fa4_backend.kernels.sm100.warp_roles import WARPGROUP_THREADS
 
 BARRIER = 1  # named barrier of the correction warps
-THREADS = 32 * WARPGROUP
 
 
 class RowSums(NamedTuple):
@@ -49,7 +49,7 @@ class TileParts:
 
     def at(self, tensors: PartTensors, slot: Int32, tile: Int32, row: Int32, vector: Int32 | int) -> cute.Pointer:
         """A vector of a row of query tile `tile` of an item."""
-        within = (tile * self.vectors + vector) * (THREADS * VEC) + row * VEC
+        within = (tile * self.vectors + vector) * (WARPGROUP_THREADS * VEC) + row * VEC
         return tensors.mSlots.iterator + (Int64(slot) * self.config.part_floats + within)
 
     @cute.jit
@@ -78,12 +78,12 @@ class TileParts:
         One thread's atomic, between barriers that carry its release and its acquire to the warps (`decode/merge.py`, `arrive`). Nobody
         waits: the next item's products need this role.
         """
-        cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
+        cute.arch.barrier(barrier_id=BARRIER, number_of_threads=WARPGROUP_THREADS)
         if row == 0:
             counter = tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + tile)
             share, _ = arrive(counter, Int32(1), part.num_parts, Int32(0))
             ptx.store_shared_i32(flag, cutlass.select_(share == ALL, Int32(1), Int32(0)))
-        cute.arch.barrier(barrier_id=BARRIER, number_of_threads=THREADS)
+        cute.arch.barrier(barrier_id=BARRIER, number_of_threads=WARPGROUP_THREADS)
         return cute.arch.make_warp_uniform(ptx.load_shared_i32(flag))
 
     @cute.jit
@@ -118,6 +118,6 @@ class TileParts:
 
 
 def _weight(part_max: Float32, row_max: Float32) -> Float32:
-    """exactly 1 of a part that has the row's maximum; 0 of one that saw no key, also where none did."""
+    """Exactly 1 of a part that has the row's maximum; 0 of one that saw no key, also where none did."""
     reference = cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max)
     return cute.math.exp2(part_max - reference, fastmath=True)

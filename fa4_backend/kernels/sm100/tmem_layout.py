@@ -7,12 +7,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
 
-ALL_COLUMNS = 512  # allocated whole: the kernel runs alone on its SM, and allocations are powers of two
-TMEM_BASE = 0  # so the allocation can only start at lane 0, column 0, and every address is a constant
+if TYPE_CHECKING:
+    from cutlass import Int32
+
+# Allocated whole, since the kernel runs alone on its SM, so the allocation can only start at lane 0, column 0: every address is a constant.
+TMEM_BASE = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class TmemLayout:
     s_stride: int
     o_stride: int
     end: int  # columns in use
+    allocated: int  # all that the SM has: allocations are powers of two
     p_bytes: int  # of an element of P
 
     @staticmethod
@@ -36,22 +41,22 @@ class TmemLayout:
         tile_n, head_dim_v, q_tiles = config.kernel.tile.tile_n, config.kernel.head_dim_v, config.q_tiles
         o, o_stride = S_STAGE * tile_n, head_dim_v * (q_tiles - 1)
         end, p_bytes = o + q_tiles * head_dim_v, config.kernel.element_bytes
-        layout = TmemLayout(s=0, p=tile_n // 2, o=o, s_stride=tile_n, o_stride=o_stride, end=end, p_bytes=p_bytes)
-        assert layout.end <= ARCHS[config.arch].tmem_columns, f"{layout.end=}"
-        return layout
+        allocated = ARCHS[config.arch].tmem_columns
+        assert end <= allocated, f"{end=} {allocated=}"
+        return TmemLayout(0, tile_n // 2, o, s_stride=tile_n, o_stride=o_stride, end=end, allocated=allocated, p_bytes=p_bytes)
 
     def p_columns(self, weights: int) -> int:
         """Columns that so many weights of a row take."""
         return weights * self.p_bytes // 4
 
-    def s_at(self, place, buffer):
-        """TMEM address of buffer `buffer` (runtime) of S."""
-        return place.tmem_base + self.s + buffer * self.s_stride
+    def s_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
+        """TMEM address of buffer `buffer` of S."""
+        return tmem_base + self.s + buffer * self.s_stride
 
-    def p_at(self, place, buffer):
+    def p_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
         """TMEM address of the P that lies over it."""
-        return place.tmem_base + self.p + buffer * self.s_stride
+        return tmem_base + self.p + buffer * self.s_stride
 
-    def o_at(self, place, buffer):
+    def o_at(self, tmem_base: Int32, buffer: Int32 | int) -> Int32:
         """TMEM address of the O that its P is for."""
-        return place.tmem_base + self.o + buffer * self.o_stride
+        return tmem_base + self.o + buffer * self.o_stride

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.problem import AttentionProblem
 
 REGISTER_STEP = 8  # setmaxnreg takes multiples of 8 (PTX ISA, "setmaxnreg")
-REGISTER_FILE = 65536
 # Weights in e4m3, whose numbers end at 448 and below 2^-9: a row's reference is put E4M3_LIFT below its largest score, in log2 units, and
 # moves when that grew by more than E4M3_THRESHOLD. So the largest weight is 2^7 to 2^8.75 = 430.5, exactly 2^7 where the reference has
 # just moved; weights of 2^-13 of it have all 4 bits, and those below 2^-17 are lost. A larger lift keeps more of a long tail, and rescales
@@ -66,8 +66,9 @@ class Sm100Tuning:
 
     def __post_init__(self) -> None:
         total = 32 * (8 * self.softmax_registers + 4 * self.correction_registers + 4 * self.other_registers)
-        if total > REGISTER_FILE:
-            raise ValueError(f"registers of all roles: expected at most {REGISTER_FILE}, got {total}")
+        registers = min(limits.registers for limits in ARCHS.values())
+        if total > registers:
+            raise ValueError(f"registers of all roles: expected at most {registers}, got {total}")
         if any(r % REGISTER_STEP for r in (self.softmax_registers, self.correction_registers, self.other_registers)):
             raise ValueError(f"registers: expected multiples of {REGISTER_STEP}, got {self}")
         if self.p_first_columns % 32 or not 0 < self.p_first_columns < 128:

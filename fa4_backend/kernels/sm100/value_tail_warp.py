@@ -13,12 +13,12 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, LANES
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm100.warp_roles import FEED_STAGE
 from fa4_backend.kernels.sm100.work import Geometry, Place, WorkItem, WorkTensors
 
-STORE_BYTES = 16
-WARP_BYTES = 32 * STORE_BYTES
+WARP_BYTES = LANES * ACCESS_BYTES
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ class ValueTailWarp:
     def zero_bytes(self, place: Place, base: Int32, first: Int32, last: Int32):
         """Bytes `first .. last` of every part: whole rows."""
         zero = Int32(0).ir_value()
-        for offset in range(first + place.lane_idx * STORE_BYTES, last, WARP_BYTES, unroll=1):
+        for offset in range(first + place.lane_idx * ACCESS_BYTES, last, WARP_BYTES, unroll=1):
             for part in cutlass.range_constexpr(self.geometry.config.v_parts):
                 ptx.store_shared_v4(base + part * self.geometry.storage.sizes.part + offset, [zero] * 4)

@@ -17,10 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa4_backend.kernels.common.edges import Party, PipelineEdge, Signal
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.sm100.config import S_STAGE, Sm100Config
 from fa4_backend.kernels.sm100.tile_bytes import TileBytes
 
 WARPGROUP = 4  # warps; TMEM lanes 32 w .. 32 w + 31 are accessible to warp w of a warpgroup (PTX ISA, "tcgen05.ld: access restrictions")
+WARPGROUP_THREADS = LANES * WARPGROUP
 FEED_STAGE = 4  # entries of the work list that roles may be apart
 
 
@@ -39,7 +41,7 @@ class WarpRoles:
     @property
     def num_threads(self) -> int:
         """Threads of the CTA."""
-        return self.num_warps * 32
+        return self.num_warps * LANES
 
 
 ROLES = WarpRoles()

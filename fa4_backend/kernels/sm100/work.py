@@ -16,6 +16,8 @@ from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.block_info import BlockInfo, BlockRange
 from fa4_backend.kernels.common.cta_group import CtaGroup
+from fa4_backend.kernels.common.edges import MBARRIER_BYTES
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES
 from fa4_backend.kernels.common.mask import MaskSpec, MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.ring import RingPosition
@@ -103,31 +105,30 @@ class Geometry:
     def of(config: Sm100Config, o_stage: int) -> "Geometry":
         """Resolve a config."""
         kernel = config.kernel
-        pack = PackGqa(kernel.q_per_kv, kernel.tokens_per_tile, 0, 0, kernel.tile.tile_m)
         blocks = BlockInfo(MaskSpec(kernel.mask), kernel.tile.tile_n, config.tokens_per_item)
         group, storage = CtaGroup(config.tuning.cta_group), Storage.of(config, o_stage)
-        return Geometry(config, group, storage, TmemLayout.of(config), pack, blocks)
+        return Geometry(config, group, storage, TmemLayout.of(config), PackGqa.of(kernel), blocks)
 
     @property
     def kv_edge(self) -> str:
         """The edge of the ring that products read."""
         return "kv_convert_to_mma" if self.config.converts else "kv_load_to_mma"
 
-    def full(self, place: Place, edge: str, index=0) -> Int32:
+    def full(self, place: Place, edge: str, index: Int32 | int = 0) -> Int32:
         """Shared address of an edge's full barrier."""
-        return place.smem_base + self.storage.barriers.full_offset(edge) + index * 8
+        return place.smem_base + self.storage.barriers.full_offset(edge) + index * MBARRIER_BYTES
 
-    def empty(self, place: Place, edge: str, index=0) -> Int32:
+    def empty(self, place: Place, edge: str, index: Int32 | int = 0) -> Int32:
         """Shared address of an edge's empty barrier."""
-        return place.smem_base + self.storage.barriers.empty_offset(edge) + index * 8
+        return place.smem_base + self.storage.barriers.empty_offset(edge) + index * MBARRIER_BYTES
 
-    def full_at_leader(self, place: Place, edge: str, index=0) -> Int32:
+    def full_at_leader(self, place: Place, edge: str, index: Int32 | int = 0) -> Int32:
         """Address of the full barrier that the mma warp waits for."""
-        return place.leader_base + self.storage.barriers.full_offset(edge) + index * 8
+        return place.leader_base + self.storage.barriers.full_offset(edge) + index * MBARRIER_BYTES
 
-    def empty_at_leader(self, place: Place, edge: str, index=0) -> Int32:
+    def empty_at_leader(self, place: Place, edge: str, index: Int32 | int = 0) -> Int32:
         """Address of the empty barrier that the mma warp waits for."""
-        return place.leader_base + self.storage.barriers.empty_offset(edge) + index * 8
+        return place.leader_base + self.storage.barriers.empty_offset(edge) + index * MBARRIER_BYTES
 
     @cute.jit
     def tell(self, place: Place, work: WorkTensors, feed: RingPosition):
@@ -145,7 +146,9 @@ class Geometry:
             base = self.group.base_of(place.smem_base, rank)
             if place.lane_idx < TILE_INTS:
                 ptx.store_shared_i32(base + self.feed_offset(feed) + place.lane_idx * 4, value, cluster=self.group.ctas > 1)
-            self.group.warp_arrive(base + self.storage.barriers.full_offset("tile_load_to_roles") + feed.slot * 8, place.lane_idx)
+            self.group.warp_arrive(
+                base + self.storage.barriers.full_offset("tile_load_to_roles") + feed.slot * MBARRIER_BYTES, place.lane_idx
+            )
 
     def feed_offset(self, feed: RingPosition) -> Int32:
         """Where an entry of the ring lies, from the base of shared memory."""
@@ -160,7 +163,7 @@ class Geometry:
         """The warp has read all that it needs of the ring's entry."""
         self.group.warp_arrive(self.empty_at_leader(place, "tile_load_to_roles", feed.slot), place.lane_idx)
 
-    def q_tile(self, place: Place, tile: WorkTile, q_idx) -> Int32:
+    def q_tile(self, place: Place, tile: WorkTile, q_idx: Int32 | int) -> Int32:
         """Index, in tiles of the sequence, of this CTA's query tile `q_idx` of an item."""
         if self.group.ctas == 1:
             return tile.m_block * self.config.q_tiles + q_idx
@@ -185,7 +188,7 @@ class Geometry:
 
     def _numbers(self, place: Place, feed: RingPosition) -> list[Int32]:
         address = place.smem_base + self.feed_offset(feed)
-        return [Int32(word) for at in range(0, FEED_BYTES, 16) for word in vectors.elements(ptx.load_shared_v4(address + at))]
+        return [Int32(word) for at in range(0, FEED_BYTES, ACCESS_BYTES) for word in vectors.elements(ptx.load_shared_v4(address + at))]
 
     def tile_of_item(self, place: Place, q_idx: Int32 | int) -> Int32 | int:
         """Index of this CTA's query tile `q_idx` among all of an item."""

@@ -15,7 +15,7 @@ from fa4_backend.kernels.sm90.consumer_state import Products, TileState
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Elementwise work of a block, in registers."""
+    """Elementwise work of a block, in registers: rS, (MMA, 1, column tiles) float32, its scores and then weights; factors, (2,)."""
 
     config: PrefillConfig
     blocks: BlockInfo
@@ -30,20 +30,18 @@ class BlockWeights:
 
     def first(
         self,
-        fragment: RowFragment,
         rS: cute.Tensor,
         stats: RowStats,
         tile: TileState,
         values: MaskValues,
     ) -> None:
         """Weights of a tile's first block (its last keys), in place, and the tile's statistics."""
-        self.transform(fragment, rS, tile.blocks.end - 1, values, tile, True)
+        self.transform(rS, tile.blocks.end - 1, values, tile, True)
         factors = cute.make_rmem_tensor(2, Float32)
-        self.weigh(fragment, rS, stats, factors, tile, values, may_be_empty=True, is_first=True)
+        self.weigh(rS, stats, factors, tile, values, may_be_empty=True, is_first=True)
 
     def weigh(
         self,
-        fragment: RowFragment,
         rS: cute.Tensor,
         stats: RowStats,
         factors: cute.Tensor,
@@ -57,12 +55,12 @@ class BlockWeights:
         whether a row of the warp needs it."""
         c = self.config
         if c.may_fix_reference:
-            moves = self._capped(fragment, rS, stats, factors, values, may_be_empty, is_first)
+            moves = self._capped(rS, stats, factors, values, may_be_empty, is_first)
         elif self._asks_first and not may_be_empty:
-            return self._stable(fragment, rS, stats, factors, tile, values)
+            return self._stable(rS, stats, factors, tile, values)
         else:
             scales = self._weight_scales(tile, values)
-            made = fragment.softmax(rS, stats, scales, may_be_empty=may_be_empty, is_first=is_first, by_reference=self._asks_first)
+            made = self.fragment.softmax(rS, stats, scales, may_be_empty=may_be_empty, is_first=is_first, by_reference=self._asks_first)
             factors[0], factors[1] = made[0], made[1]
             moves = (factors[0] != 1.0) | (factors[1] != 1.0)
         return cute.arch.vote_any_sync(moves) if c.may_skip_rescale and not is_first else Boolean(True)
@@ -75,7 +73,6 @@ class BlockWeights:
     @cute.jit
     def _stable(
         self,
-        fragment: cutlass.Constexpr,
         rS: cute.Tensor,
         stats: RowStats,
         factors: cute.Tensor,
@@ -84,7 +81,7 @@ class BlockWeights:
     ) -> Boolean:
         """Of a block that all rows see whole: the warp asks whether a lane's largest score moves a reference before quads compare theirs,
         since few blocks do."""
-        scales = self._weight_scales(tile, values)
+        fragment, scales = self.fragment, self._weight_scales(tile, values)
         maxima = cute.make_rmem_tensor(2, Float32)
         moves = cute.arch.vote_any_sync(fragment.growth(rS, stats, scales, maxima))
         factors.fill(1.0)
@@ -96,7 +93,6 @@ class BlockWeights:
     @cute.jit
     def _capped(
         self,
-        fragment: cutlass.Constexpr,
         rS: cute.Tensor,
         stats: RowStats,
         factors: cute.Tensor,
@@ -106,7 +102,7 @@ class BlockWeights:
     ) -> Boolean:
         """Relative to the first block's reference, or to a running one where the cap is too wide for that. `factors` receives sums of a
         lane's weights, or factors of O; returns whether a row of the lane needs them."""
-        scale = CapScale.of_call(values.softcap)
+        fragment, scale = self.fragment, CapScale.of_call(values.softcap)
         moves = Boolean(False)
         if values.softcap <= FIXED_CAP:
             moves = fragment.bounded_softmax(rS, stats, scale, factors, finds_reference=may_be_empty, is_first=is_first)
@@ -120,7 +116,6 @@ class BlockWeights:
     def rescale(
         self,
         products: Products,
-        fragment: cutlass.Constexpr,
         rS: cute.Tensor,
         stats: RowStats,
         factors: cute.Tensor,
@@ -134,7 +129,7 @@ class BlockWeights:
         elif moves:
             if const_expr(self.config.may_fix_reference):
                 if values.softcap <= FIXED_CAP:
-                    fragment.lower(rS, stats, factors)
+                    self.fragment.lower(rS, stats, factors)
             rows.rescale(products.rO, factors)
 
     def score_scales(self, tile: TileState) -> tuple[ScoreScale, ScoreScale] | None:
@@ -149,19 +144,17 @@ class BlockWeights:
         is_capped = self.config.mask.has_softcap and not self.config.mask.has_alibi
         return CapScale.of_call(values.softcap) if is_capped else self.score_scales(tile)
 
-    def transform(
-        self, fragment: RowFragment, rS: cute.Tensor, n_block: Int32, values: MaskValues, state: TileState, is_masked: bool
-    ) -> None:
+    def transform(self, rS: cute.Tensor, n_block: Int32, values: MaskValues, tile: TileState, is_masked: bool) -> None:
         """Soft cap, ALiBi and mask, in place; biased scores leave in log2 units, capped ones as `CapScale` reads them."""
-        c = self.config
+        c, fragment = self.config, self.fragment
         first_column = n_block * c.tile.tile_n
         if const_expr(c.mask.has_softcap):
-            fragment.softcap(rS, state.softmax_scales, values.softcap)
+            fragment.softcap(rS, tile.softmax_scales, values.softcap)
             if const_expr(c.mask.has_alibi):
                 fragment.to_log2(rS, CapScale.of_call(values.softcap))
         elif const_expr(c.mask.has_alibi):
-            fragment.scale(rS, state.softmax_scales)
+            fragment.scale(rS, tile.softmax_scales)
         if const_expr(c.mask.has_alibi):
-            fragment.alibi(rS, first_column, state.diagonals, state.slopes)
+            fragment.alibi(rS, first_column, tile.diagonals, tile.slopes)
         if const_expr(is_masked):
-            fragment.mask_by_bits(rS, first_column, state.columns, has_begin=self.blocks.mask.has_left)
+            fragment.mask_by_bits(rS, first_column, tile.columns, has_begin=self.blocks.mask.has_left)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fa4_backend.kernels.common.hardware import QUAD, VEC
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape, prefill_config
 from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, CONVERTED_TILES, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
 from fa4_backend.problem import RAGGED, AttentionProblem
 
 CTAS_PER_ITEM = 1
-VEC = 4  # float32 of a vector of a part's slot: 16 bytes
 
 
 def part_vectors(config: PrefillConfig) -> int:
     """Vectors that a thread has of a part's slot: O of its two rows, a quarter of each, and their maxima and sums."""
-    return 2 * config.head_dim_v // 4 // VEC + 1
+    return 2 * config.head_dim_v // QUAD // VEC + 1
 
 
 def part_floats(config: PrefillConfig) -> int:

@@ -8,7 +8,7 @@ from cutlass import Float32, Int32
 from fa4_backend.kernels.common.block_info import BlockRange
 from fa4_backend.kernels.common.mask import Columns
 from fa4_backend.kernels.common.tile_scheduler import WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import ScoreScale
+from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, row_of_thread
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
 
@@ -16,7 +16,7 @@ class SharedTiles(NamedTuple):
     """Shared memory as a consumer sees it."""
 
     q: cute.Pointer  # q_stage buffers
-    kv: cute.Pointer
+    kv: cute.Pointer  # the ring of K and V tiles
     sWork: cute.Tensor  # (WORK_INTS, WORK_STAGE) int32
     sRowScales: cute.Tensor | None  # (tile_m, WORK_STAGE) float32: what a row of Q was divided by; None: Q is as it came
 
@@ -26,11 +26,11 @@ class Products(NamedTuple):
 
     qk: cute.TiledMma
     pv: cute.TiledMma
-    tSrQ: cute.Tensor  # last mode: Q buffer
-    tSrK: cute.Tensor  # last mode: slot
-    tOrVt: cute.Tensor  # last mode: slot
-    rP: cute.Tensor  # A operand of the second product, 16 bits
-    rO: cute.Tensor  # float32
+    tSrQ: cute.Tensor  # (MMA, 1, k steps, q_stage) descriptors of A
+    tSrK: cute.Tensor  # (MMA, 1, k steps, kv_stage) descriptors of B
+    tOrVt: cute.Tensor  # (MMA, column tiles, k steps, kv_stage) descriptors of B
+    rP: cute.Tensor  # (MMA, 1, k steps) of 16 bits: A operand of the second product
+    rO: cute.Tensor  # (MMA, 1, column tiles) float32
 
 
 class TileState(NamedTuple):
@@ -47,7 +47,22 @@ class TileState(NamedTuple):
     scale: ScoreScale  # of all rows of the call; where K and V were FP8 of all rows of the tile, K's scale included
 
 
+class TileSums(NamedTuple):
+    """A tile behind its last product with V."""
+
+    products: Products  # whose rO is the tile's
+    stats: RowStats
+    scales: tuple[ScoreScale, ScoreScale] | None  # of raw scores of both rows; None: they were in log2 units
+    work: WorkTile
+
+
+class Place(NamedTuple):
+    """Who a consumer thread is."""
+
+    group: Int32  # its warpgroup among the consumers
+    thread: Int32  # its index among the threads of all consumers
+
+
 def row_of_tile(group: Int32, thread: Int32, i: int) -> Int32:
-    """Tile row of a thread's accumulators of half `i` (PTX ISA, wgmma: D fragment layout)."""
-    in_group = thread % WARPGROUP_THREADS
-    return group * WGMMA_ROWS + (in_group // 32) * 16 + (in_group % 32) // 4 + 8 * i
+    """Tile row of a consumer thread's accumulators of half `i`."""
+    return row_of_thread(thread % WARPGROUP_THREADS, i, group * WGMMA_ROWS)

@@ -29,15 +29,15 @@ from fa4_backend.kernels.common.online_softmax import LOG2_E
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
-from fa4_backend.kernels.common.seqlen_info import MAX_INT32, SeqlenInfo
-from fa4_backend.kernels.common.tile_scheduler import WorkTile
+from fa4_backend.kernels.common.seqlen_info import MAX_INT32
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, ScoreScale, log2_scale
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.block_weights import BlockWeights
-from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, TileState, row_of_tile
+from fa4_backend.kernels.sm90.consumer_state import Place, Products, SharedTiles, TileState, TileSums, row_of_tile
 from fa4_backend.kernels.sm90.query_rows import QueryRows
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, Barriers, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import Barriers, Storage, tensor_at
 from fa4_backend.kernels.sm90.tile_end import TileEnd
+from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, read_tile
 from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles, has_own_slots
 
@@ -77,8 +77,8 @@ class ConsumerWarpgroup:
         c, stages = self.config, self.config.tile.kv_stage
         thread = cute.arch.thread_idx()[0] - 32 * self.roles.first_consumer_warp
         group = cute.arch.make_warp_uniform(thread // WARPGROUP_THREADS)
+        place = Place(group, thread)
         products = self._operands(qk, pv, tiles, group)
-        fragment = self.weights.fragment
         turn = Turn(
             self.roles.turn_barrier + group,
             self.roles.turn_barrier + cutlass.select_(group == self.roles.num_consumers - 1, Int32(0), group + 1),
@@ -103,8 +103,8 @@ class ConsumerWarpgroup:
             if const_expr(has_own_slots(c)):
                 self._release(barriers.kv_empty + position.slot)  # the stage that stays empty once
                 position = advance(position, stages)
-            self.weights.first(fragment, rS, stats, tile, values)
-            fragment.to_operand(rS, products.rP)
+            self.weights.first(rS, stats, tile, values)
+            self.weights.fragment.to_operand(rS, products.rP)
             products.rO.fill(0.0)
             if const_expr(not c.converts_kv):
                 self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
@@ -120,15 +120,15 @@ class ConsumerWarpgroup:
                 num_right = cutlass.max(n_block - full_end, 0)
                 for _ in cutlass.range(num_right, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, True)
+                    position = self._block(products, stats, barriers, position, q, turn, n_block, values, tile, True)
                 num_full = cutlass.max(cutlass.min(n_block, full_end) - full_begin, 0)
                 for _ in cutlass.range(num_full, unroll=1):
                     n_block -= 1
-                    position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, False)
+                    position = self._block(products, stats, barriers, position, q, turn, n_block, values, tile, False)
                 if const_expr(self.blocks.mask.has_left):
                     for _ in cutlass.range(n_block - blocks.begin, unroll=1):
                         n_block -= 1
-                        position = self._block(products, fragment, stats, barriers, position, q, turn, n_block, values, tile, True)
+                        position = self._block(products, stats, barriers, position, q, turn, n_block, values, tile, True)
                 # Then into the next tile: its first scores with this tile's last product.
                 q_next = advance(q, c.tile.q_stage)
                 next_tile = self._next_tile(tiles, barriers, q_next, values, scale, outputs, group, thread)
@@ -142,20 +142,18 @@ class ConsumerWarpgroup:
                     rS = self._issue_turn(products, barriers, position, after, q_next, turn)
                     warpgroup.wait_group(1)
                     self._release(barriers.kv_empty + position.slot)
-                    self.weights.first(fragment, rS, next_stats, next_tile, values)
+                    self.weights.first(rS, next_stats, next_tile, values)
                     warpgroup.wait_group(0)
                     self._release(barriers.kv_empty + after.slot)
-                    fragment.to_operand(rS, products.rP)
+                    self.weights.fragment.to_operand(rS, products.rP)
                 else:
                     self._issue_last(products, barriers, after, turn)
                     warpgroup.wait_group(0)
+                sums = TileSums(products, stats, self.weights.score_scales(tile), tile.work)
                 if const_expr(c.has_parts):
-                    is_last = next_tile.is_tile == 0
-                    self.tile_end.finish_part(
-                        products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, is_last, group, thread
-                    )
+                    self.tile_end.finish_part(sums, tiles, outputs, q, next_tile.is_tile == 0, place)
                 else:
-                    self.tile_end.finish(products, stats, self.weights.score_scales(tile), tiles, outputs, tile.work, q, group, thread)
+                    self.tile_end.finish(sums, tiles, outputs, q, place)
                 if const_expr(self.storage.releases_q_late):
                     self._release_query(barriers.q_empty + q.slot)
                 # Not before the tile is finished, whose numbers the tile after the next will overwrite.
@@ -168,7 +166,7 @@ class ConsumerWarpgroup:
                     self.value_rows.clear_tail(tiles, barriers, position, tile, thread)
             if const_expr(c.share_parts > 0):
                 work_slot = 1 - self.storage.work_slot(q)  # the empty tile has the other
-                self.tile_end.share_last(tiles, outputs, self._last_scale(tiles, work_slot, tile, values), work_slot, group, thread)
+                self.tile_end.share_last(tiles, outputs, self._last_scale(tiles, work_slot, tile, values), work_slot, place)
         if const_expr(c.tile.ping_pong):
             # The last turn given is taken, so that no barrier is left half full.
             if group == 0:
@@ -195,7 +193,6 @@ class ConsumerWarpgroup:
     def _block(
         self,
         products: Products,
-        fragment: cutlass.Constexpr,
         stats: RowStats,
         barriers: Barriers,
         position: RingPosition,
@@ -213,13 +210,13 @@ class ConsumerWarpgroup:
         warpgroup.wait_group(1)
         self._release(barriers.kv_empty + position.slot)
         self._release_read_query(barriers.q_empty + q.slot, tile.blocks, n_block)
-        self.weights.transform(fragment, rS, n_block, values, tile, is_masked)
+        self.weights.transform(rS, n_block, values, tile, is_masked)
         factors = cute.make_rmem_tensor(2, Float32)
-        moves = self.weights.weigh(fragment, rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
+        moves = self.weights.weigh(rS, stats, factors, tile, values, may_be_empty=is_masked, is_first=False)
         warpgroup.wait_group(0)
         self._release(barriers.kv_empty + after.slot)
-        self.weights.rescale(products, fragment, rS, stats, factors, moves, values)
-        fragment.to_operand(rS, products.rP)
+        self.weights.rescale(products, rS, stats, factors, moves, values)
+        self.weights.fragment.to_operand(rS, products.rP)
         return advance(after, stages)
 
     def _issue_turn(
@@ -295,12 +292,10 @@ class ConsumerWarpgroup:
         """Wait for the tile at `q`: its numbers, blocks, scales, and the keys, diagonals and slopes of this thread's two rows."""
         cute.arch.mbarrier_wait(barriers.q_full + q.slot, q.phase)
         if const_expr(tiles.sRowScales is not None):
-            lane, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
+            in_group, barrier = thread % WARPGROUP_THREADS, self.roles.output_barrier + group
             is_tile = tiles.sWork[IS_TILE, self.storage.work_slot(q)]
-            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, lane, barrier)
-        n = [tiles.sWork[i, self.storage.work_slot(q)] for i in range(7)]
-        # The sequence's index is not needed here.
-        work = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6]))
+            self.query_rows.to_float16(tiles.q, tiles.sRowScales, q, is_tile, group * WGMMA_ROWS, in_group, barrier)
+        work = read_tile(tiles.sWork, self.storage.work_slot(q))
         key_end = None
         if const_expr(self.config.has_parts):
             # A part that the layer's window leaves no block of its own works on one of another part, of which it must see nothing.
@@ -357,7 +352,14 @@ class ConsumerWarpgroup:
         return ScoreScale.of_log2(log2_scale(values.softmax_scale, ptx.bits_to_float(tiles.sWork[K_SCALE, work_slot])))
 
 
-def _issue(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, *, accumulate: bool) -> None:
+def _issue(
+    mma: cute.TiledMma,
+    acc: cute.Tensor,  # (MMA, row tiles, column tiles) float32
+    a: cute.Tensor,  # (MMA, row tiles, k steps)
+    b: cute.Tensor,  # (MMA, column tiles, k steps)
+    *,
+    accumulate: bool,
+) -> None:
     """Start one product as a wgmma group of its own; the caller waits for it."""
     atom = cute.make_mma_atom(mma.op)
     warpgroup.fence()

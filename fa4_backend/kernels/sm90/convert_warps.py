@@ -23,12 +23,11 @@ from cutlass import Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_float16
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, LANES
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, Note, Staged, staging_slots, tile_elems
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 
-CHUNK_BYTES = 16  # of a shared-memory access of a lane
-LANES = 32
 PARTS_AT_ONCE = 2  # chunks that a lane loads before it converts the first: registers of a thread that keeps 40 or 32
 
 
@@ -107,7 +106,7 @@ class ConvertWarps:
         """This warp's rows of a tile. None: all rows as they are."""
         part = const_expr(self.storage.config.part_elems(head_dim))
         parts = const_expr(head_dim // part)
-        chunks = const_expr(part // CHUNK_BYTES)  # of staging in a part
+        chunks = const_expr(part // ACCESS_BYTES)  # of staging in a part
         rows = const_expr(LANES // chunks)  # a group: those of a lane's chunks of one part
         tile_n = const_expr(self.storage.config.tile.tile_n)
         assert tile_n % rows == 0 and part * 2 in (64, 128), f"{self.storage.config.tile=} {part=}"
@@ -115,8 +114,8 @@ class ConvertWarps:
         swizzle = row % 8 if const_expr(part * 2 == 128) else row // 2 % 4
         # Note [Bank conflicts]
         part_of = [Int32(i) ^ (row & 1) if parts % 2 == 0 else Int32(i) for i in range(parts)]
-        reads = [source + (row * head_dim + part_of[i] * part + chunk * CHUNK_BYTES) for i in range(parts)]
-        writes = [target + ((part_of[i] * tile_n + row) * (2 * part) + ((2 * chunk) ^ swizzle) * CHUNK_BYTES) for i in range(parts)]
+        reads = [source + (row * head_dim + part_of[i] * part + chunk * ACCESS_BYTES) for i in range(parts)]
+        writes = [target + ((part_of[i] * tile_n + row) * (2 * part) + ((2 * chunk) ^ swizzle) * ACCESS_BYTES) for i in range(parts)]
         for group in cutlass.range(warp, tile_n // rows, self.num_warps, unroll=1):
             row_in_tile = group * rows + row
             for i in cutlass.range_constexpr(parts):
@@ -128,4 +127,4 @@ class ConvertWarps:
                 line = writes[i] + group * (rows * 2 * part)
                 converted = [half.ir_value() for word in vectors.elements(words) for half in e4m3_to_float16(Int32(word))]
                 ptx.store_shared_v4(line, converted[:4])
-                ptx.store_shared_v4(line ^ CHUNK_BYTES, converted[4:])  # the neighbour, swizzled alike
+                ptx.store_shared_v4(line ^ ACCESS_BYTES, converted[4:])  # the neighbour, swizzled alike

@@ -7,6 +7,7 @@ K and V in FP8 come by a single load warp, and convert warps bring them to 16 bi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -38,12 +39,20 @@ from fa4_backend.kernels.sm90.part_shares import PartShares
 from fa4_backend.kernels.sm90.query_rows import QueryRows
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, staging_slots
 from fa4_backend.kernels.sm90.staging_warp import StagingWarp
-from fa4_backend.kernels.sm90.storage import WORK_INTS, Storage
+from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.tile_end import TileEnd
+from fa4_backend.kernels.sm90.tile_numbers import WORK_INTS
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
 from fa4_backend.problem import RAGGED
+
+
+class TmaTensor(NamedTuple):
+    """A TMA copy and its coordinate tensor."""
+
+    atom: cute.CopyAtom
+    mX: cute.Tensor  # (num_q_heads, total_q, head_dim) of Q; of K and V as their boxes want it (`PagedKv`, `RaggedKv`)
 
 
 @dataclass(frozen=True)
@@ -83,10 +92,9 @@ class PrefillKernel:
         """Launch `num_groups` CTAs. Values that the config leaves out are ignored."""
         c, storage = self.config, Storage(self.config)
         pack, k_boxes, v_boxes = self._geometry(storage)
-        q_atom, mQ_tma = pack.make_tma(mQ, storage.row_atom(c.head_dim).inner)
+        q = TmaTensor(*pack.make_tma(mQ, storage.row_atom(c.head_dim).inner))
         swizzles = [cute.make_swizzle(0, 4, 3) if c.converts_kv else storage.row_atom(d).inner for d in (c.head_dim, c.head_dim_v)]
-        k_atom, mK_tma = k_boxes.make_tma(mK, swizzles[0])
-        v_atom, mV_tma = v_boxes.make_tma(mV, swizzles[1])
+        k, v = TmaTensor(*k_boxes.make_tma(mK, swizzles[0])), TmaTensor(*v_boxes.make_tma(mV, swizzles[1]))
         if const_expr(c.kv_source == RAGGED):
             pages, bounds = None, SeqlenBounds.of_ragged(mO, mK, mCuSeqlensK)
         else:
@@ -105,7 +113,7 @@ class PrefillKernel:
             (WGMMA_ROWS, min(c.head_dim_v, c.tile.value_columns)),
             a_source=warpgroup.OperandSource.RMEM,
         )  # fmt: skip
-        self.kernel(q_atom, mQ_tma, k_atom, mK_tma, v_atom, mV_tma, qk, pv, step, values, outputs).launch(
+        self.kernel(q, k, v, qk, pv, step, values, outputs).launch(
             grid=[num_groups, 1, 1],
             block=[WarpRoles.of(c).threads, 1, 1],
             min_blocks_per_mp=1,
@@ -116,12 +124,9 @@ class PrefillKernel:
     @cute.kernel
     def kernel(
         self,
-        q_atom: cute.CopyAtom,
-        mQ: cute.Tensor,
-        k_atom: cute.CopyAtom,
-        mK: cute.Tensor,
-        v_atom: cute.CopyAtom,
-        mV: cute.Tensor,
+        q: TmaTensor,
+        k: TmaTensor,
+        v: TmaTensor,
         qk: cute.TiledMma,
         pv: cute.TiledMma,
         step: Step,
@@ -142,8 +147,8 @@ class PrefillKernel:
             sRowScales = shared.row_scales.get_tensor(cute.make_layout((c.tile.tile_m, WORK_STAGE)))
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
-            for atom in (q_atom, k_atom, v_atom):
-                cpasync.prefetch_descriptor(atom)
+            for tensor in (q, k, v):
+                cpasync.prefetch_descriptor(tensor.atom)
             with cute.arch.elect_one():
                 storage.init_barriers(barrier_base)
         cute.arch.sync_threads()
@@ -156,15 +161,15 @@ class PrefillKernel:
                 sFp8 = shared.fp8.data_ptr()
                 sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
                 if warp == 0:
-                    operands = k_boxes.partition(k_atom, mK, sFp8), v_boxes.partition(v_atom, mV, sFp8)
-                    StagingWarp(load).run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, sNotes)
+                    operands = k_boxes.partition(*k, sFp8), v_boxes.partition(*v, sFp8)
+                    StagingWarp(load).run(step, values, QueryOperand(*q, sQ), operands, barriers, sWork, sNotes)
                 else:
                     ConvertWarps(storage, roles.convert_warps).run(SharedBuffers(sFp8, sKV, sNotes), barriers, warp - 1)
             else:
-                operands = k_boxes.partition(k_atom, mK, sKV), v_boxes.partition(v_atom, mV, sKV)
+                operands = k_boxes.partition(*k, sKV), v_boxes.partition(*v, sKV)
                 for loads_v in cutlass.range_constexpr(2):
                     if warp == loads_v:
-                        load.run(step, values, QueryOperand(q_atom, mQ, sQ), operands, barriers, sWork, loads_v)
+                        load.run(step, values, QueryOperand(*q, sQ), operands, barriers, sWork, loads_v)
             if const_expr(c.is_dependent):
                 # Whoever waits for this grid in the stream waits for the decode kernel too.
                 cute.arch.griddepcontrol_wait()

@@ -10,10 +10,11 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.block_info import BlockInfo
 from fa4_backend.kernels.common.fp8 import result_factor
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.pack_gqa import PackGqa
-from fa4_backend.kernels.common.paged_kv import PagedKv, TmaOperand
-from fa4_backend.kernels.common.ragged_kv import RaggedKv, RaggedOperand
+from fa4_backend.kernels.common.paged_kv import PageBoxes, PagedKv, TmaOperand
+from fa4_backend.kernels.common.ragged_kv import RaggedBox, RaggedKv, RaggedOperand
 from fa4_backend.kernels.common.ring import RingPosition, advance
 from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import (
@@ -29,7 +30,8 @@ from fa4_backend.kernels.common.tile_scheduler import (
     wait_alone,
 )
 from fa4_backend.kernels.sm90.arguments import Step
-from fa4_backend.kernels.sm90.storage import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, Barriers, Storage
+from fa4_backend.kernels.sm90.storage import Barriers, Storage
+from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, tile_numbers
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots
 
 
@@ -37,13 +39,13 @@ class QueryOperand(NamedTuple):
     """TMA copy of Q, its coordinate tensor and its place in shared memory."""
 
     atom: cute.CopyAtom
-    mQ: cute.Tensor
-    sQ_ptr: cute.Pointer
+    mQ: cute.Tensor  # (num_q_heads, total_q, head_dim)
+    sQ_ptr: cute.Pointer  # q_stage buffers
 
 
 @dataclass(frozen=True)
 class LoadWarp:
-    """Role of warps 0 and 1 of warpgroup 0: Q and K, and V."""
+    """Role of warps 0 and 1 of warpgroup 0: Q and K, and V. sWork: (WORK_INTS, WORK_STAGE) int32 in shared memory (`tile_numbers.py`)."""
 
     storage: Storage
     blocks: BlockInfo
@@ -59,7 +61,7 @@ class LoadWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand | RaggedOperand, ...],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
+        sWork: cute.Tensor,
         loads_v: cutlass.Constexpr[int],  # 0: Q, the tile's numbers and K; 1: V
     ):
         """Load one operand of every tile of this CTA. Waits for a slot's consumers, then issues the slot's boxes on one barrier.
@@ -177,7 +179,7 @@ class LoadWarp:
             scales = (Float32(1.0) if const_expr(step.mKScale is None) else step.mKScale[work.kv_head_idx], factor)
         self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
         first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
-        sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(1024)
+        sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(SWIZZLE_ALIGN)
         self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
 
     @cute.jit
@@ -204,14 +206,10 @@ class LoadWarp:
         """Hand a tile's numbers to the consumers once its Q buffer is free, and announce `q_bytes` of Q."""
         cute.arch.mbarrier_wait(barriers.q_empty + position.slot, position.phase ^ 1)
         if cute.arch.lane_idx() == 0:
-            fields = (
-                work.kv_head_idx, work.m_block, work.n_block_begin, work.n_block_end,
-                work.seqlen.q_begin, work.seqlen.seqlen_q, work.seqlen.seqlen_k,
-                *(part if const_expr(part is not None) else ()),
-            )  # fmt: skip
+            numbers = tile_numbers(work, part)
             work_slot = self.storage.work_slot(position)
-            for i in cutlass.range_constexpr(len(fields)):
-                sWork[i, work_slot] = fields[i]
+            for i in cutlass.range_constexpr(len(numbers)):
+                sWork[i, work_slot] = numbers[i]
             if const_expr(scales is not None):
                 sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
                 sWork[O_FACTOR, work_slot] = ptx.float_to_bits(scales[1])
@@ -224,7 +222,7 @@ class LoadWarp:
         self,
         operand: TmaOperand | RaggedOperand,
         tiles: cutlass.Constexpr,
-        boxes,
+        boxes: PageBoxes | RaggedBox,
         kv_head_idx: Int32,
         position: RingPosition,
         barriers: Barriers,

@@ -20,6 +20,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
+from fa4_backend.kernels.common.hardware import LANES, QUAD, VEC
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.part_arrivals import MINE
@@ -28,16 +29,14 @@ from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import ScoreScale, row_of_thread
 from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
+from fa4_backend.kernels.sm90.config import part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
 SLOTS_AT_ONCE = 8  # vectors that a lane has under way, while as many are added up
 UNIT_VECTORS = 8  # of a thread, in the unit of a warp
-QUAD = 4  # threads that hold a pair of rows
 PAIRS = WARPGROUP_THREADS // QUAD
-WARP = 32
 ROW_ELEMS = VEC // 2  # of a vector, of each of its two rows
-assert MAX_PARTS <= 2 * WARP and WARP % SLOTS_AT_ONCE == 0
+assert MAX_PARTS <= 2 * LANES and LANES % SLOTS_AT_ONCE == 0
 
 
 class SlotStats(NamedTuple):
@@ -45,6 +44,14 @@ class SlotStats(NamedTuple):
 
     rows: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
     sums: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
+
+
+class VectorSums(NamedTuple):
+    """A lane's vector over all slots, of both rows."""
+
+    rO: cute.Tensor  # (2, ROW_ELEMS) float32, relative to row_max
+    row_max: cute.Tensor  # (2,) float32: the largest
+    row_sum: cute.Tensor  # (2,) float32
 
 
 class RowEnds(NamedTuple):
@@ -62,14 +69,14 @@ class PartShares:
     pack: PackGqa
 
     @cute.jit
-    def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, lane: Int32):
-        """Add up this warpgroup's share of its rows, or all of them, and write them. lane: thread of the warpgroup; nobody waits."""
-        warp, in_warp = lane // WARP, lane % WARP
+    def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, in_group: Int32):
+        """Add up this warpgroup's share of its rows, or all of them, and write them. in_group: thread of the warpgroup; nobody waits."""
+        warp, in_warp = in_group // LANES, in_group % LANES
         begin, end = Int32(0), Int32(PAIRS * self.row_units)
         if share == MINE:
             rank = part.slot - part.first_slot
             begin, end = (PAIRS * self.row_units * x // part.num_parts for x in (rank, rank + 1))
-        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // WARP, unroll=1):
+        for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // LANES, unroll=1):
             pair = unit // self.row_units
             v = unit % self.row_units * UNIT_VECTORS + in_warp // QUAD
             thread = pair * QUAD + in_warp % QUAD
@@ -78,17 +85,24 @@ class PartShares:
             vector = place + (cutlass.min(v, self.o_vectors - 1) * WARPGROUP_THREADS + thread) * VEC
             loaded = self._load(vector, part, Int32(0))
             stats = self._stats(place + (self.o_vectors * WARPGROUP_THREADS + pair * QUAD) * VEC, part, in_warp)
-            total = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
-            total.fill(0.0)
+            total = self._no_sums()
             for r in cutlass.range_constexpr(2):
-                total[2 * ROW_ELEMS + r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
-            weights = self._weights(stats, total)
+                total.row_max[r] = self._largest(cute.arch.fmax(stats.rows[0][r], stats.rows[1][r]))
+            weights = self._weights(stats, total.row_max)
             for first in cutlass.range(0, part.num_parts, SLOTS_AT_ONCE, unroll=1):
                 ahead = self._load(vector, part, first + SLOTS_AT_ONCE)
                 self._add(total, loaded, weights, part, first)
                 loaded.store(ahead.load())
             if v < self.o_vectors:
                 self._write(outputs, work, ends, total, v, thread, group)
+
+    def _no_sums(self) -> VectorSums:
+        """Sums before the first slot: views of one tensor of registers."""
+        numbers = cute.make_rmem_tensor(2 * ROW_ELEMS + 4, Float32)
+        numbers.fill(0.0)
+        rO = cute.make_tensor(numbers.iterator, cute.make_layout((2, ROW_ELEMS), stride=(ROW_ELEMS, 1)))
+        row_max, row_sum = (cute.make_tensor(numbers.iterator + 2 * ROW_ELEMS + 2 * i, cute.make_layout(2)) for i in (0, 1))
+        return VectorSums(rO, row_max, row_sum)
 
     def _slots(self, outputs: Outputs, part: TilePart, group: Int32) -> cute.Pointer:
         """Where this warpgroup's vectors begin in the tile's first slot."""
@@ -111,7 +125,7 @@ class PartShares:
         The first thread of a row has the sum of all.
         """
         rows, sums = [], []
-        for slot in (in_warp, in_warp + WARP):
+        for slot in (in_warp, in_warp + LANES):
             values = cute.make_rmem_tensor(VEC, Float32)
             source = place + cutlass.min(slot, part.num_parts - 1) * part_floats(self.config)
             cute.autovec_copy(cute.make_tensor(source.align(4 * VEC), cute.make_layout(VEC)), values)
@@ -126,33 +140,40 @@ class PartShares:
             value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset))
         return value
 
-    def _weights(self, stats: SlotStats, total: cute.Tensor) -> SlotStats:
+    def _weights(
+        self,
+        stats: SlotStats,
+        row_max: cute.Tensor,  # (2,) float32
+    ) -> SlotStats:
         """Weights in place of maxima."""
-        finite = []
-        for r in range(2):
-            row_max = total[2 * ROW_ELEMS + r]
-            finite.append(cutlass.select_(row_max == -Float32.inf, Float32(0.0), row_max))
+        finite = [cutlass.select_(x == -Float32.inf, Float32(0.0), x) for x in (row_max[0], row_max[1])]
         rows = [tuple(cute.math.exp2(row[r] - finite[r], fastmath=True) for r in range(2)) for row in stats.rows]
         return SlotStats(tuple(rows), stats.sums)
 
-    def _add(self, total: cute.Tensor, loaded: cute.Tensor, weights: SlotStats, part: TilePart, first: Int32) -> None:
+    def _add(
+        self,
+        total: VectorSums,
+        loaded: cute.Tensor,  # (SLOTS_AT_ONCE * VEC,) float32, from `_load`
+        weights: SlotStats,
+        part: TilePart,
+        first: Int32,
+    ) -> None:
         """Add slots from `first` on, one after the other."""
         for r in range(2):
-            weight, row_sum = (cutlass.select_(first < WARP, own[0][r], own[1][r]) for own in weights)
+            weight, row_sum = (cutlass.select_(first < LANES, own[0][r], own[1][r]) for own in weights)
             for i in range(SLOTS_AT_ONCE):
                 slot = first + i
-                w, s = (cute.arch.shuffle_sync(x, slot % WARP) for x in (weight, row_sum))
+                w, s = (cute.arch.shuffle_sync(x, slot % LANES) for x in (weight, row_sum))
                 for e in range(ROW_ELEMS):
                     o = cutlass.select_(slot < part.num_parts, loaded[i * VEC + ROW_ELEMS * r + e], Float32(0.0))
-                    total[ROW_ELEMS * r + e] = cute.math.fma(o, w, total[ROW_ELEMS * r + e])
-                at = 2 * ROW_ELEMS + 2 + r
-                total[at] = cute.math.fma(s, w, total[at])
+                    total.rO[r, e] = cute.math.fma(o, w, total.rO[r, e])
+                total.row_sum[r] = cute.math.fma(s, w, total.row_sum[r])
 
     @cute.jit
-    def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, sums: cute.Tensor, v: Int32, thread: Int32, group: Int32):
+    def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, total: VectorSums, v: Int32, thread: Int32, group: Int32):
         """Two columns of two rows."""
         c = self.config
-        column = 8 * v + 2 * (thread % 4)
+        column = 8 * v + 2 * (thread % QUAD)
         for r in cutlass.range_constexpr(2):
             packed = self.pack.row(group * WGMMA_ROWS + row_of_thread(thread, r), work.m_block, work.seqlen)
             if packed.is_valid:
@@ -160,9 +181,9 @@ class PartShares:
                 sink = None
                 if const_expr(c.mask.has_sinks):
                     sink = Float32(outputs.mSinks[head])
-                o, row_max = [sums[ROW_ELEMS * r + e] for e in range(ROW_ELEMS)], sums[2 * ROW_ELEMS + r]
+                o, row_max = [total.rO[r, e] for e in range(ROW_ELEMS)], total.row_max[r]
                 row_max = row_max if ends.scale is None else ends.scale.true_max(row_max)
-                result = finalize_row(row_max, sums[2 * ROW_ELEMS + 2 + r], sink)
+                result = finalize_row(row_max, total.row_sum[r], sink)
                 o_scale = result.o_scale if ends.factor is None else result.o_scale * ends.factor
                 token = work.seqlen.q_begin + packed.token
                 target = outputs.mO[token, head, None].iterator + column

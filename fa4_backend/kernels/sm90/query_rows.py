@@ -14,12 +14,11 @@ from cutlass import Float32, Int32, const_expr
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import scaled_to_float16
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, LANES
 from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
-CHUNK_BYTES = 16  # of a shared-memory access of a lane
-LANES = 32
 WARP_ROWS = 16  # of a warp's accumulators
 WORDS_AT_ONCE = 32  # registers of loads that are under way together
 
@@ -44,14 +43,14 @@ class QueryRows:
         """Convert in place. A row of a part is a line of chunks, in whatever order."""
         c = self.storage.config
         part = const_expr(c.part_elems(c.head_dim))
-        chunks = const_expr(2 * part // CHUNK_BYTES)
+        chunks = const_expr(2 * part // ACCESS_BYTES)
         rows = const_expr(LANES // chunks)  # at a time
         parts = const_expr(c.head_dim // part)
         work_slot = self.storage.work_slot(q)
         lane = thread % LANES
         row = first_row + thread // LANES * WARP_ROWS + lane // chunks
         if is_tile == 1:
-            line = buffers.toint() + q.slot * (2 * self.storage.q_elems) + row * (2 * part) + lane % chunks * CHUNK_BYTES
+            line = buffers.toint() + q.slot * (2 * self.storage.q_elems) + row * (2 * part) + lane % chunks * ACCESS_BYTES
             at_once = const_expr(max(1, WORDS_AT_ONCE // (4 * parts)))
             for begin in cutlass.range_constexpr(0, WARP_ROWS // rows, at_once):
                 groups = const_expr(range(begin, min(begin + at_once, WARP_ROWS // rows)))

@@ -8,9 +8,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 from fa4_backend.arch import ARCHS
+from fa4_backend.kernels.common.hardware import SWIZZLE_ALIGN
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 
-ALIGN_BYTES = 1024  # of every buffer
 MAX_STAGING = 4  # slots; more would hide a longer latency of memory than there is
 
 
@@ -41,7 +41,7 @@ def converts_query(config: PrefillConfig) -> bool:
 
 def header_bytes(config: PrefillConfig) -> int:
     """Bytes in front of the buffers: barriers, numbers of tiles, and where Q is converted a scale a row."""
-    return ALIGN_BYTES * (2 if converts_query(config) else 1)
+    return SWIZZLE_ALIGN * (2 if converts_query(config) else 1)
 
 
 def q_buffer_bytes(config: PrefillConfig) -> int:

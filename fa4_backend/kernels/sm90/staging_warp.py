@@ -37,7 +37,10 @@ class KvBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class StagingWarp:
-    """Role of warp 0. It alone loads: rows of a byte an element are half the boxes of K, and pages are looked up once for K and V."""
+    """Role of warp 0. It alone loads: rows of a byte an element are half the boxes of K, and pages are looked up once for K and V.
+
+    In shared memory, sWork: (WORK_INTS, WORK_STAGE) int32 (`tile_numbers.py`); sNotes: (STAGE_INTS, slots of staging) int32.
+    """
 
     load: LoadWarp
 
@@ -49,8 +52,8 @@ class StagingWarp:
         query: QueryOperand,
         operands: tuple[TmaOperand | RaggedOperand, ...],  # K, V
         barriers: Barriers,
-        sWork: cute.Tensor,  # (WORK_INTS, WORK_STAGE) int32 in shared memory
-        sNotes: cute.Tensor,  # (STAGE_INTS, slots of staging) int32 in shared memory
+        sWork: cute.Tensor,
+        sNotes: cute.Tensor,
     ):
         """Load Q, K and V of every tile of this CTA; K runs one block ahead of V, and behind the last tile stands an empty one."""
         load = self.load

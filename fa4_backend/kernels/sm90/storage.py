@@ -19,19 +19,13 @@ from cutlass.utils.hopper_helpers import get_smem_layout_atom
 
 from fa4_backend.arch import ARCHS
 from fa4_backend.kernels.common.edges import MBARRIER_BYTES, EdgeBarriers
+from fa4_backend.kernels.common.element_types import ELEMENT_TYPES
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES, SWIZZLE_ALIGN
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, RingSlots
 from fa4_backend.kernels.sm90.staging import STAGE_INTS, converts_query, header_bytes, q_buffer_bytes, staging_slots, tile_elems
+from fa4_backend.kernels.sm90.tile_numbers import WORK_INTS
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots, pipeline_edges
-
-ELEMENT_TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
-WORK_INTS = 20  # fields of a tile handed to the consumers, and what a consumer warpgroup tells its threads of it
-WORK_FLAGS = 10  # the first of those: one a consumer
-K_SCALE = 13  # bits of the scale of the tile's KV head, where K and V have scales
-O_FACTOR = 14  # bits of `fp8.result_factor`, where K and V have scales, or out is FP8
-
-IS_TILE = 15  # 1; 0: the empty tile behind the last one
-TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
 
 
 class Barriers(NamedTuple):
@@ -129,8 +123,8 @@ class Storage:
             class SharedStorage:
                 barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
                 work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
-                q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
-                kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], 1024]
+                q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], SWIZZLE_ALIGN]
+                kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], SWIZZLE_ALIGN]
 
             return SharedStorage
 
@@ -138,11 +132,11 @@ class Storage:
         class StagedStorage:
             barriers: cute.struct.MemRange[cutlass.Int64, self.edges.end_bytes // MBARRIER_BYTES]
             work: cute.struct.MemRange[cutlass.Int32, WORK_STAGE * WORK_INTS]
-            notes: cute.struct.Align[cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS], 16]  # read as vectors
+            notes: cute.struct.Align[cute.struct.MemRange[cutlass.Int32, staging_slots(c) * STAGE_INTS], ACCESS_BYTES]  # read as vectors
             row_scales: cute.struct.MemRange[cutlass.Float32, WORK_STAGE * c.tile.tile_m if converts_query(c) else 1]
-            q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], 1024]
-            kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], 1024]
-            fp8: cute.struct.Align[cute.struct.MemRange[cutlass.Float8E4M3FN, staging_slots(c) * self.slot_elems], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, c.tile.q_stage * self.q_elems], SWIZZLE_ALIGN]
+            kv: cute.struct.Align[cute.struct.MemRange[self.dtype, self.tile_slots.total_elems], SWIZZLE_ALIGN]
+            fp8: cute.struct.Align[cute.struct.MemRange[cutlass.Float8E4M3FN, staging_slots(c) * self.slot_elems], SWIZZLE_ALIGN]
 
         return StagedStorage
 

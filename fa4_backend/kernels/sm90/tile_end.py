@@ -8,19 +8,20 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fragment_store import store_fragment, store_fragment_fp8
+from fa4_backend.kernels.common.hardware import QUAD, SWIZZLE_ALIGN
 from fa4_backend.kernels.common.online_softmax import finalize_row
 from fa4_backend.kernels.common.output_store import OutputStore
 from fa4_backend.kernels.common.pack_gqa import PackGqa
 from fa4_backend.kernels.common.part_arrivals import NOTHING
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
-from fa4_backend.kernels.common.seqlen_info import SeqlenInfo
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, ScoreScale, quad_sum
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, ScoreScale, quad_sum
 from fa4_backend.kernels.sm90.arguments import Outputs
-from fa4_backend.kernels.sm90.consumer_state import Products, SharedTiles, row_of_tile
+from fa4_backend.kernels.sm90.consumer_state import Place, Products, SharedTiles, TileSums, row_of_tile
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
-from fa4_backend.kernels.sm90.storage import O_FACTOR, WORK_FLAGS, Storage, tensor_at
+from fa4_backend.kernels.sm90.storage import Storage, tensor_at
+from fa4_backend.kernels.sm90.tile_numbers import O_FACTOR, WORK_FLAGS, read_part, read_tile
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -40,66 +41,59 @@ class TileEnd:
     @cute.jit
     def finish_part(
         self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         q: RingPosition,
         is_last: Boolean,  # the CTA has no tile left
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """`finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
-        part = TilePart(*(tiles.sWork[i, work_slot] for i in range(7, 10)))
+        part = read_part(tiles.sWork, work_slot)
         if const_expr(self.config.converts_kv):
             # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
-            thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
+            place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
             is_whole = Int32(1)
             if part.slot >= 0:
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, thread)
+                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, place)
             if is_whole == 1:
-                self.finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+                self.finish(sums, tiles, outputs, q, place)
         else:
             if part.slot >= 0:
                 # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
-                part_thread = cute.arch.shuffle_sync(thread, cute.arch.lane_idx())
-                is_whole = self._join(part, products, stats, tiles, outputs, work, work_slot, is_last, group, part_thread)
+                part_place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
+                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, part_place)
                 if is_whole == 1:
-                    self.finish(products, stats, score_scales, tiles, outputs, work, q, group, part_thread)
+                    self.finish(sums, tiles, outputs, q, part_place)
             else:
                 # Apart, though the same: whole tiles pay for nothing that parts need.
-                self.finish(products, stats, score_scales, tiles, outputs, work, q, group, thread)
+                self.finish(sums, tiles, outputs, q, place)
 
     @cute.jit
     def _join(
         self,
         part: TilePart,
-        products: Products,
-        stats: RowStats,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         work_slot: Int32,
         is_last: Boolean,
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ) -> Int32:
-        """Lay down a part; 1 where `products.rO` and `stats` then are those of the whole tile. The last tile's part is left to
+        """Lay down a part; 1 where `sums` then are those of the whole tile. The last tile's part is left to
         `share_last` where all add up."""
-        is_whole = Int32(0)
+        is_whole, group, work = Int32(0), place.group, sums.work
         if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-            barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+            barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
             is_left = Boolean(False)
             if const_expr(self.config.share_parts > 0):
                 is_left = is_last & (part.num_parts >= self.config.share_parts)
             if is_left:
-                self.parts.lay_down(outputs.parts, part.slot, products.rO, stats, group, lane)
+                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, group, in_group)
             else:
                 flag = self._flag(tiles, work_slot, group)
-                is_whole = self.parts.join(outputs.parts, part, products.rO, stats, group, lane, barrier, flag)
+                is_whole = self.parts.join(outputs.parts, part, sums.products.rO, sums.stats, group, in_group, barrier, flag)
         return is_whole
 
     @cute.jit
@@ -109,24 +103,22 @@ class TileEnd:
         outputs: Outputs,
         scale: ScoreScale | None,  # of raw scores
         work_slot: Int32,  # of the CTA's last tile
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
         share."""
-        n = [tiles.sWork[i, work_slot] for i in range(10)]
-        work, part = WorkTile(Int32(0), n[0], n[1], n[2], n[3], SeqlenInfo(n[4], n[5], n[6])), TilePart(n[7], n[8], n[9])
+        work, part, group = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot), place.group
         if part.slot >= 0 and part.num_parts >= self.config.share_parts:
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
-                barrier, lane = self.roles.output_barrier + group, thread % WARPGROUP_THREADS
+                barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
-                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, lane, barrier, flag)
+                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, in_group, barrier, flag)
                 self.parts.leave(outputs.parts, part, group, stayers)
                 if share != NOTHING:
                     factor = None
                     if const_expr(self.storage.has_factors):
                         factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
-                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, lane)
+                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, in_group)
 
     def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
         """An int32 of shared memory that is this warpgroup's."""
@@ -135,19 +127,15 @@ class TileEnd:
     @cute.jit
     def finish(
         self,
-        products: Products,
-        stats: RowStats,
-        score_scales: tuple[ScoreScale, ScoreScale] | None,
+        sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
-        work: WorkTile,
         q: RingPosition,  # the tile's Q buffer, whose rows of this warpgroup nobody needs any more
-        group: Int32,
-        thread: Int32,
+        place: Place,
     ):
         """Divide O by its denominator, write O and the LSE of the rows that are valid."""
-        c = self.config
-        lane = thread % WARPGROUP_THREADS
+        c, (products, stats, score_scales, work), (group, thread) = self.config, sums, place
+        in_group = thread % WARPGROUP_THREADS
         scales = cute.make_rmem_tensor(2, Float32)
         for i in cutlass.range_constexpr(2):
             packed = self.pack.row(row_of_tile(group, thread, i), work.m_block, work.seqlen)
@@ -164,7 +152,7 @@ class TileEnd:
             if const_expr(self.storage.has_factors):
                 scales[i] = result.o_scale * ptx.bits_to_float(tiles.sWork[O_FACTOR, self.storage.work_slot(q)])
             if const_expr(c.has_lse):
-                if packed.is_valid and lane % 4 == 0:
+                if packed.is_valid and in_group % QUAD == 0:
                     outputs.mLse[head, work.seqlen.q_begin + packed.token] = result.lse
         RowFragment(c.head_dim_v, 0.0).rescale(products.rO, scales)
         if const_expr(c.has_out_scale):
@@ -174,7 +162,7 @@ class TileEnd:
             rO = cute.make_rmem_tensor_like(products.rO, self.storage.dtype)
             rO.store(products.rO.load().to(self.storage.dtype))
             if const_expr(self.storage.o_through_q):
-                self._store_through_q(products, rO, tiles, outputs, work, q, group, lane)
+                self._store_through_q(products, rO, tiles, outputs, work, q, group, in_group)
             else:
                 rows = tuple(self.pack.row(row_of_tile(group, thread, i), work.m_block, work.seqlen) for i in range(2))
                 store_fragment(outputs.mO, rO, rows, work.kv_head_idx * self.pack.q_per_kv, work.seqlen.q_begin)
@@ -183,28 +171,28 @@ class TileEnd:
     def _store_through_q(
         self,
         products: Products,
-        rO: cute.Tensor,  # finished rows in 16 bits
+        rO: cute.Tensor,  # (MMA, 1, column tiles) of 16 bits: finished rows
         tiles: SharedTiles,
         outputs: Outputs,
         work: WorkTile,
         q: RingPosition,
         group: Int32,
-        lane: Int32,
+        in_group: Int32,
     ):
         """Finished rows to `out` through their rows of Q's buffer."""
         c = self.config
         first_row = group * WGMMA_ROWS
-        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(1024)
+        sO_ptr = (tiles.q + q.slot * self.storage.q_elems + first_row * c.part_elems(c.head_dim_v)).align(SWIZZLE_ALIGN)
         sO = tensor_at(sO_ptr, self.storage.group_rows_layout(WGMMA_ROWS, c.head_dim_v))
         matrices = cute.nvgpu.warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4)
         copy = cute.make_tiled_copy_C(cute.make_copy_atom(matrices, self.storage.dtype), one_group(products.pv))
-        thread_copy = copy.get_slice(lane)
+        thread_copy = copy.get_slice(in_group)
         barrier = self.roles.output_barrier + group
         # Every warp has read its rows of Q.
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         cute.copy(thread_copy, thread_copy.retile(rO), thread_copy.partition_D(sO))
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
-        self.output.store(outputs.mO, sO_ptr, lane, first_row, work.kv_head_idx, work.m_block, work.seqlen)
+        self.output.store(outputs.mO, sO_ptr, in_group, first_row, work.kv_head_idx, work.m_block, work.seqlen)
 
 
 def one_group(mma: cute.TiledMma) -> cute.TiledMma:

@@ -22,12 +22,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common.hardware import QUAD, VEC
 from fa4_backend.kernels.common.part_arrivals import NOTHING, arrive, leave
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.tile_scheduler import PartTensors, TilePart
 from fa4_backend.kernels.common.wgmma_fragment import RowStats, flat, quad_sum
 from fa4_backend.kernels.schedule.work_list import PART_COUNTERS
-from fa4_backend.kernels.sm90.config import VEC, part_floats, part_vectors
+from fa4_backend.kernels.sm90.config import part_floats, part_vectors
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS
 
 VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O and the next tile's weights
@@ -35,7 +36,7 @@ VECTORS_AT_ONCE = 8  # of a part that a thread has under way: registers beside O
 
 @dataclass(frozen=True)
 class TileParts:
-    """Split KV of one kernel."""
+    """Split KV of one kernel. rO: (head_dim_v / 2,) float32, this thread's O relative to row_max, in any layout."""
 
     config: PrefillConfig
 
@@ -44,10 +45,10 @@ class TileParts:
         self,
         tensors: PartTensors,
         part: TilePart,
-        rO: cute.Tensor,  # this thread's O, relative to row_max; float32
+        rO: cute.Tensor,
         stats: RowStats,
         group: Int32,
-        lane: Int32,  # thread of the warpgroup
+        in_group: Int32,  # thread of the warpgroup
         barrier: Int32,  # named barrier of the warpgroup
         flag: cute.Pointer,  # int32 of shared memory that is this warpgroup's
     ) -> Int32:
@@ -55,23 +56,23 @@ class TileParts:
 
         One thread's atomic, between barriers that carry its release and its acquire to the warpgroup (`decode/merge.py`, `arrive`).
         """
-        self.lay_down(tensors, part.slot, rO, stats, group, lane)
-        share, _ = self.arrive(tensors, part, Int32(0), group, lane, barrier, flag)
+        self.lay_down(tensors, part.slot, rO, stats, group, in_group)
+        share, _ = self.arrive(tensors, part, Int32(0), group, in_group, barrier, flag)
         is_whole = Int32(0)
         if share != NOTHING:
             is_whole = Int32(1)
-            self._add_up(tensors, part, rO, stats, group, lane)
+            self._add_up(tensors, part, rO, stats, group, in_group)
         return is_whole
 
     @cute.jit
     def arrive(
-        self, tensors: PartTensors, part: TilePart, looks: Int32, group: Int32, lane: Int32, barrier: Int32, flag: cute.Pointer
+        self, tensors: PartTensors, part: TilePart, looks: Int32, group: Int32, in_group: Int32, barrier: Int32, flag: cute.Pointer
     ) -> tuple[Int32, Int32]:
         """Arrive with a part that was laid down: what this warpgroup adds up of the tile, and what the thread tells `leave`."""
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
         sFlag = cute.make_tensor(flag, cute.make_layout(1))
         stayers = Int32(0)
-        if lane == WARPGROUP_THREADS - 1:  # one of the last warp, which adds up least: it leaves while the others' loads fly
+        if in_group == WARPGROUP_THREADS - 1:  # one of the last warp, which adds up least: it leaves while the others' loads fly
             share, stayers = arrive(self._counter(tensors, part, group), Int32(1), part.num_parts, looks)
             sFlag[0] = share
         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP_THREADS)
@@ -86,23 +87,23 @@ class TileParts:
         return tensors.mArrivals.iterator + (part.first_slot * PART_COUNTERS + group)
 
     @cute.jit
-    def lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+    def lay_down(self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, group: Int32, in_group: Int32):
         """This thread's vectors to a slot. Where shares are added up a row's first lane holds the sum of all four."""
-        o, target = flat(rO), self._vectors(tensors, slot, group, lane)
+        o, target = flat(rO), self._vectors(tensors, slot, group, in_group)
         for v in cutlass.range_constexpr(self.o_vectors):
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
         sums = [stats.row_sum[i] for i in range(2)]
         if const_expr(self.config.share_parts > 0):
-            sums = [cutlass.select_(lane % 4 == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
+            sums = [cutlass.select_(in_group % QUAD == 0, quad_sum(row_sum), Float32(0.0)) for row_sum in sums]
         _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 
     @cute.jit
-    def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, lane: Int32):
+    def _add_up(self, tensors: PartTensors, part: TilePart, rO: cute.Tensor, stats: RowStats, group: Int32, in_group: Int32):
         """All parts of this thread's rows, in part order, to `rO` and `stats`."""
         for i in cutlass.range_constexpr(2):
             stats.row_max[i], stats.row_sum[i] = -Float32.inf, Float32(0.0)
         for p in cutlass.range(part.num_parts, unroll=4):
-            numbers = _load(self._vectors(tensors, part.first_slot + p, group, lane), self.o_vectors)
+            numbers = _load(self._vectors(tensors, part.first_slot + p, group, in_group), self.o_vectors)
             for i in cutlass.range_constexpr(2):
                 stats.row_max[i] = cute.arch.fmax(stats.row_max[i], numbers[i])
         rO.fill(0.0)
@@ -112,10 +113,11 @@ class TileParts:
             reference[i] = finite
         for first in cutlass.range_constexpr(0, self.o_vectors, VECTORS_AT_ONCE):
             for p in cutlass.range(part.num_parts, unroll=1):
-                self._add(rO, stats, reference, self._vectors(tensors, part.first_slot + p, group, lane), first)
+                self._add(rO, stats, reference, self._vectors(tensors, part.first_slot + p, group, in_group), first)
 
     def _add(self, rO: cute.Tensor, stats: RowStats, reference: cute.Tensor, source: cute.Tensor, first: int) -> None:
-        """Add VECTORS_AT_ONCE vectors of a part; 1 is the exact weight of a part that has the maximum over all, `reference`."""
+        """Add VECTORS_AT_ONCE vectors of a part; 1 is the exact weight of a part that has the maximum over all,
+        `reference`, (2,). source: `_vectors` of a part."""
         o, numbers = flat(rO), _load(source, self.o_vectors)
         weights = [cute.math.exp2(numbers[i] - reference[i], fastmath=True) for i in range(2)]
         if const_expr(first == 0):
@@ -132,21 +134,28 @@ class TileParts:
         """Vectors of O of a thread; maxima and sums stand behind them."""
         return part_vectors(self.config) - 1
 
-    def _vectors(self, tensors: PartTensors, slot: Int32, group: Int32, lane: Int32) -> cute.Tensor:
+    def _vectors(self, tensors: PartTensors, slot: Int32, group: Int32, in_group: Int32) -> cute.Tensor:
         """This thread's part of a slot: (VEC, part_vectors)."""
-        at = Int64(slot) * part_floats(self.config) + (group * (part_vectors(self.config) * WARPGROUP_THREADS) + lane) * VEC
+        at = Int64(slot) * part_floats(self.config) + (group * (part_vectors(self.config) * WARPGROUP_THREADS) + in_group) * VEC
         layout = cute.make_layout((VEC, part_vectors(self.config)), stride=(1, WARPGROUP_THREADS * VEC))
         return cute.make_tensor((tensors.mSlots.iterator + at).align(4 * VEC), layout)
 
 
-def _store(target: cute.Tensor, v: int, values: list) -> None:
+def _store(
+    target: cute.Tensor,  # (VEC, vectors) float32
+    v: int,
+    values: list[Float32],
+) -> None:
     r = cute.make_rmem_tensor(VEC, Float32)
     for e in range(VEC):
         r[e] = values[e]
     cute.autovec_copy(r, target[None, v])
 
 
-def _load(source: cute.Tensor, v: int) -> list[Float32]:
+def _load(
+    source: cute.Tensor,  # (VEC, vectors) float32
+    v: int,
+) -> list[Float32]:
     r = cute.make_rmem_tensor(VEC, Float32)
     cute.autovec_copy(source[None, v], r)
     return [r[e] for e in range(VEC)]

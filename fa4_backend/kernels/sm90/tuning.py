@@ -10,7 +10,7 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 #     tile_n 128 in turns 580 / 626 / 648, without turns 564 / 620 / 640; without turns 144: 543 / 597 / 624, 160: 550 / 596 / 621
 #     192 rows with tile_n 64 or 80 (three consumers), Q in registers, skipping the rescale by a vote: 3 to 10 % slower each
 #     threshold 8 against 0, without turns: 564 / 620 / 640 against 573 / 618 / 645; nothing is gained where the rescale is not skipped
-#   (then; with one stream over all tiles a vote gains, see below)
+#   (tile by tile; in one stream over all tiles a vote gains, see below)
 #   d64, 16/16 heads, FA3 379 / 465 (8 x 4K / 2 x 16K)
 #     192 rows in turns 404 / 467, without turns 381 / 448; 128 rows, tile_n 128: 363 / 399, tile_n 192: 354 / 406
 # On an H100 (page 16, causal, tiles from the queue, medians of 6 rounds in turns, TFLOP/s), FA3 beside it in the same run:

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from fa4_backend.kernels.common.block_info import BlockInfo
+from fa4_backend.kernels.common.hardware import ACCESS_BYTES
 from fa4_backend.kernels.common.mask import MaskValues
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition, advance
@@ -77,16 +78,16 @@ class ValueRows:
         """Zero rows `first .. end` of one box of the V tile in `slot`, by `threads` threads; a barrier then shows it to the products."""
         c = self.config
         part = c.part_elems(c.head_dim_v)
-        chunk = 16 // c.element_bytes
+        chunk = ACCESS_BYTES // c.element_bytes
         row_chunks = part // chunk
         zeros = cute.make_rmem_tensor(chunk, self.storage.dtype)
         zeros.fill(0.0)
-        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=128)
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.storage.dtype, num_bits_per_copy=8 * ACCESS_BYTES)
         box = tiles.kv + self.storage.tile_slots.offset(slot) + first // c.box_rows * c.box_rows * c.head_dim_v
         # A row is one line of its part whatever the swizzle, so whole lines may be cleared in any order.
         for part_idx in cutlass.range_constexpr(c.head_dim_v // part):
             line = box + (part_idx * c.box_rows + first % c.box_rows) * part
             for i in cutlass.range(thread, (end - first) * row_chunks, threads, unroll=1):
-                target = (line + i * chunk).align(16)
+                target = (line + i * chunk).align(ACCESS_BYTES)
                 cute.copy(copy, zeros, cute.make_tensor(target, cute.make_layout(chunk)))
         cute.arch.fence_proxy("async.shared", space="cta")

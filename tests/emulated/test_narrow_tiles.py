@@ -1,0 +1,36 @@
+"""Steps of decode rows alone on prefill tiles of their height: the operator, and the kernel alone with tiles cut along KV."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.emulated_prefill import Cuts, run_built
+from tests.support.paged_case import PagedCase
+from tests.support.slow_cases import with_slow
+
+pytestmark = pytest.mark.emulated
+
+# Rows at edges of a block of 128 keys and of pages, one without queries; 48 of 64 rows of a tile.
+ONE_QUERY = PagedCase(
+    (1, 1, 0, 1, 1), (300, 129, 40, 128, 1), num_q_heads=48, num_kv_heads=1, head_dim=128, arch="emulated-sm_90a", decode_alone=True
+)  # fmt: skip
+DRAFTS = PagedCase(
+    (8, 3, 0, 1, 8), (270, 128, 0, 17, 5), num_q_heads=12, num_kv_heads=2, head_dim=64, arch="emulated-sm_90a", decode_query_len=8,
+    decode_alone=True, sinks=True, window_left=200,
+)  # fmt: skip
+CASES = {"drafts": DRAFTS, "one query": ONE_QUERY, "71 of 128 rows": replace(ONE_QUERY, num_q_heads=71, head_dim=64)}
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, {"one query", "71 of 128 rows"}))
+def test_decode_rows_alone(name: str) -> None:
+    """Right through the operator, whose schedule cuts few long rows; and without a race, whoever adds the parts up."""
+    built = CASES[name].build()
+    plan = built.case.plan(num_sms=6)
+    assert plan.narrow is not None and plan.kernels is not None
+    narrow = plan.narrow.prefill
+    # Kernels of other steps are not launched, and so not compiled.
+    built.check(*built.run(replace(plan, kernels=replace(plan.kernels, decode=None, prefill=narrow))))
+    for cuts, seed in ((Cuts((3, 2, 1, 1, 1)), 1), (Cuts((2, 1, 1, 1, 1), is_reversed=True), 2)):
+        run_built(built, num_ctas=4, key=narrow, cuts=cuts, seed=seed).check()

@@ -1,0 +1,119 @@
+"""Steps of decode rows alone on narrow prefill tiles: which problems have them, which steps go there, and what is launched then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, paged_attention, plan_attention
+from fa4_backend.kernels import loading
+from fa4_backend.kernels.schedule.work_list import NO_WINDOW
+from fa4_backend.problem import FP8
+from tests.support.operations import Operations
+from tests.support.paged_case import BuiltCase, PagedCase
+from tests.support.problems import make_problem
+
+
+def plan_of(q_heads: int, kv_heads: int, head_dim: int, query_len: int = 1, **facts: Any) -> AttentionPlan:
+    problem = make_problem(q_heads, kv_heads, head_dim, head_dim, page_size=16, **{"dtype": "bfloat16", "arch": "sm_90a", **facts})
+    return plan_attention(problem, BatchLimits(64, 512, 4096, query_len))
+
+
+def tile_m(plan: AttentionPlan) -> int | None:
+    """Rows of the plan's narrow tiles; None where it has none."""
+    return None if plan.narrow is None else plan.narrow.prefill.kernel.tile.tile_m
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_len", "expected"),
+    [
+        ((32, 1, 64), 1, None), ((33, 1, 64), 1, 64), ((64, 1, 64), 1, 64), ((65, 1, 64), 1, 128), ((128, 1, 64), 1, 128),
+        ((32, 1, 128), 1, None), ((48, 1, 128), 1, 64), ((65, 1, 128), 1, None), ((64, 8, 128), 8, 64), ((64, 8, 128), 4, None),
+        ((64, 1, 256), 1, None),
+    ],
+)  # fmt: skip
+def test_tiles_have_the_rows_of_a_row_group(heads: tuple[int, int, int], query_len: int, expected: int | None) -> None:
+    """A tile of a prompt's height is no narrow one; few rows are the decode kernel's."""
+    plan = plan_of(*heads, query_len)
+    assert tile_m(plan) == expected
+    if expected is not None:
+        narrow = plan.narrow
+        assert narrow is not None and narrow.prefill in plan.keys and narrow.prefill.tokens_per_item >= query_len
+        assert narrow.work.decode_query_len == 0, "no decode list"
+
+
+@pytest.mark.parametrize(
+    "facts", [{"kv_dtype": FP8}, {"batch_invariant": True}, {"batch_invariant": True, "exact": True}, {"arch": "sm_100a"}], ids=str
+)
+def test_what_has_none(facts: dict[str, Any]) -> None:
+    assert tile_m(plan_of(64, 1, 64)) == 64
+    assert tile_m(plan_of(64, 1, 64, **facts)) is None
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
+    """(kernel, arguments) of every launch; no kernel is compiled or run."""
+    seen: list[tuple[str, tuple]] = []
+
+    def load(key: Any, *, emulated: bool) -> Callable[..., None]:
+        return lambda *arguments: seen.append((key.name, arguments))
+
+    monkeypatch.setattr(loading, "load", load)
+    return seen
+
+
+def built_step() -> tuple[BuiltCase, AttentionMetadata]:
+    """A step of 64/1 heads of 64 and what serves it."""
+    case = PagedCase((1, 1), (70, 20), num_q_heads=64, num_kv_heads=1, head_dim=64, arch="emulated-sm_90a")
+    return case.build(), AttentionMetadata.allocate(case.plan(), "cpu")
+
+
+def run(built: BuiltCase, metadata: AttentionMetadata, **bounds: Any) -> None:
+    a = built.arguments
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **{"max_seqlen_q": 1, "max_seqlen_k": 70, **bounds})
+    paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, out=a.out, lse=a.lse)
+
+
+@pytest.mark.parametrize("decode_alone", [True, False])
+def test_a_step_goes_there_where_the_host_says_so(decode_alone: bool, launches: list[tuple[str, tuple]]) -> None:
+    """The schedule and one kernel, nothing else; slots of parts are those of the plan's other steps."""
+    built, metadata = built_step()
+    assert metadata.work is not None and metadata.narrow is not None
+    for _ in range(2):
+        launches.clear()
+        with Operations() as operations:
+            run(built, metadata, decode_alone=decode_alone)
+        assert operations.names == []
+        (_, schedule), (name, arguments) = launches
+        work = metadata.narrow.work if decode_alone else metadata.work
+        assert ("m64" in name) == decode_alone and name.startswith("prefill" if decode_alone else "decode")
+        assert schedule[-1] == work.shape.params(NO_WINDOW, 0) and schedule[2] is work.prefill_tiles
+        assert all(any(x is tensor for x in arguments) for tensor in (built.arguments.k_cache, built.arguments.out))
+        assert any(x is (work.part_slots if decode_alone else work.slots) for x in arguments)
+    narrow, wide = metadata.narrow.work.part_slots, metadata.work.part_slots
+    assert narrow is not None and wide is not None and narrow.data_ptr() == wide.data_ptr() and narrow.is_contiguous()
+    assert narrow.shape == (len(wide), metadata.narrow.work.shape.part_floats)
+
+
+def test_a_bound_that_speaks_against_it_is_refused(launches: list[tuple[str, tuple]]) -> None:
+    built, metadata = built_step()
+    with pytest.raises(ValueError, match=r"decode_alone: expected max_seqlen_q of at most 1, .*got 2"):
+        run(built, metadata, decode_alone=True, max_seqlen_q=2)
+    assert launches == []
+
+
+def test_layers_that_write_fp8_share_the_step(launches: list[tuple[str, tuple]]) -> None:
+    built, metadata = built_step()
+    problem = metadata.plan.problem
+    fused = metadata.sharing(
+        plan_attention(make_problem(64, 1, 64, 64, "bfloat16", 16, problem.arch, has_lse=True, out_dtype=FP8), metadata.plan.limits)
+    )
+    run(built, metadata, decode_alone=True)
+    assert (
+        fused.bounds is metadata.bounds
+        and fused.bounds.is_narrow
+        and fused.narrow is not None
+        and fused.narrow.work.part_slots.data_ptr() == metadata.narrow.work.part_slots.data_ptr()
+    )
