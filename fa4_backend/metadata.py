@@ -151,8 +151,8 @@ class AttentionMetadata:
                 hold for each replay, and be given for each.
 
         Raises:
-            ValueError: the batch is larger than the plan's limits, or a tensor or bound is not what is expected. On CPU tensors also: a length is
-                outside a host bound.
+            ValueError: the batch is larger than the plan's limits, or a tensor or bound is not what is expected. On CPU tensors also: a
+                length is outside a host bound.
         """
         num_seqs = check_step(self.plan, self.device, self.passed, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         check_bounds(self.plan.limits, cu_seqlens_q, seqused_k, min_seqlen_q, max_seqlen_q, prefill_keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
@@ -65,7 +66,7 @@ def check_bounds(
     if cu_seqlens_q.device.type != "cpu":
         return
     starts = cu_seqlens_q.tolist()
-    lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - begin for begin, end in pairwise(starts)]
     shortest = min((n for n in lengths if n > 0), default=min_seqlen_q)
     if shortest < min_seqlen_q:
         raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
