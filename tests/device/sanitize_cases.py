@@ -1,6 +1,6 @@
 """One process of `tests.device.sanitize`: short poisoned batches, run once each under a tool of compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-name kns=fa4_backend python -m tests.device.sanitize_cases --kind prefill --kv-dtype fp8
+    compute-sanitizer --tool memcheck --kernel-name kns=kernel_cutlass python -m tests.device.sanitize_cases --kind prefill --kv-dtype fp8
 
 The tools make everything slow that they watch, so batches are drawn and judged on the CPU, and the filter leaves our kernels alone to be
 watched. Every tensor is an allocation of its own, or memcheck would not see an access behind its end. Each batch runs twice: as it is
