@@ -101,9 +101,9 @@ def test_fuzzed_batches() -> None:
     """README's row "right": batches, cut ones and failures of each kind, of every problem that is fuzzed."""
     parts = load("fuzz_h200.json")["parts"]
     assert {name: (sum(p["batches"] for p in part), sum(p["cut"] for p in part)) for name, part in parts.items()} == {
-        "prefill": (20034, 10496), "prefill, K and V in FP8": (20066, 10899),
-        "decode": (20010, 633), "decode, K and V in FP8": (20026, 560),
-        "mixed steps": (20010, 12138), "mixed steps, K and V in FP8": (20010, 12398),
+        "prefill": (20034, 10776), "prefill, K and V in FP8": (20066, 11019),
+        "decode": (19458, 2988), "decode, K and V in FP8": (20026, 485),
+        "mixed steps": (19542, 11221), "mixed steps, K and V in FP8": (19542, 11370),
     }  # fmt: skip
     for problem in (problem for part in parts.values() for problem in part):
         assert problem["failures"] == 0 and 0 < problem["worst_out"] <= 1 and 0 < problem["worst_lse"] <= 1, problem
@@ -158,10 +158,10 @@ def test_messages_as_decode_and_as_prefill() -> None:
 
 
 def test_shapes_beside_fa3() -> None:
-    """docs/benchmarks.md: 91 of 93 cells ahead."""
+    """docs/benchmarks.md: 98 of 101 cells ahead."""
     with (RESULTS.parents[2] / "docs" / "data" / "shapes_h200.csv").open() as file:
         ratios = [float(row["ratio_to_best_peer"]) for row in csv.DictReader(file) if row["kernel"] == "fa4"]
-    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (93, 91, 0.95)
+    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (101, 98, 0.87)
 
 
 def test_a_whole_engine_beside_flash_attn() -> None:
