@@ -8,7 +8,7 @@ export PROMPT
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: wheel help setup setup-sglang demo demo-emulated model test test-host test-engine test-beside-engine test-engines test-sglang
-.PHONY: test-slow lint types clean
+.PHONY: test-slow test-emulator-full lint types clean
 
 help:
 	@echo "make demo        serve SmolLM2-135M with vLLM on FA4, ask it something  (PROMPT=\"...\" PORT=8471)"

@@ -157,7 +157,13 @@ def run(
     step = metadata_of(problem, batch.q.device, num_seqs, max(batch.q.shape[0], batch.max_seqlen_q), batch.max_seqlen_k)
     seqused_k = batch.cu_seqlens_k.diff()
     step.window_left = window if problem.mask.is_causal else None
-    step.refresh(cu_seqlens_q=batch.cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=batch.max_seqlen_q, max_seqlen_k=batch.max_seqlen_k)
+    step.refresh(
+        cu_seqlens_q=batch.cu_seqlens_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=batch.max_seqlen_q,
+        max_seqlen_k=batch.max_seqlen_k,
+        decode_alone=batch.max_seqlen_q <= step.plan.limits.decode_query_len,
+    )
     out, _ = paged_attention(
         batch.q.contiguous(),
         k_cache.view(num_pages, PAGE_SIZE, *batch.k.shape[1:]),

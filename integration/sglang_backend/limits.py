@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fa4_backend import BatchLimits, envs
+from fa4_backend import BatchLimits
+from fa4_backend.problem import MAX_CONVERT_KEYS
 
 
 def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
@@ -27,12 +28,12 @@ def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
 
 
 def convert_keys() -> int:
-    """Keys of a step that there is room for where K and V in FP8 are brought to 16 bits.
+    """Keys of a step of which K and V in FP8 may be brought to 16 bits, if there is room (`bounded` in `fa4_backend/plan.py`).
 
-    `FA4_BACKEND_CONVERT_KEYS`, or all that `--max-running-requests` sequences of `--context-length` tokens have, if both are given. It
-    follows from what SGLang knows before it sizes its pools, so that plans ask for what was reserved then.
+    All that `--max-running-requests` sequences of `--context-length` tokens have, if both are given. It follows from what SGLang knows
+    before it sizes its pools, so that plans ask for what was reserved then.
     """
     from sglang.srt.runtime_context import get_model, get_schedule
 
     requests, context = get_schedule().max_running_requests, get_model().context_length
-    return envs.convert_keys() if requests is None or context is None else min(envs.convert_keys(), requests * context)
+    return MAX_CONVERT_KEYS if requests is None or context is None else min(MAX_CONVERT_KEYS, requests * context)

@@ -4,7 +4,7 @@
     python -m tests.device.measure_convert [--only "d128.*4K"] [--json FILE]
 
 What `CONVERT_VISITS` of `kernels/sm90/tuning.py` comes from: here steps convert however short their rows are. The last columns are the
-conversion alone, us and GB/s of bytes read and written, with one, two, four and eight CTAs an SM.
+conversion alone, us and GB/s of bytes read and written, by CTAs an SM.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def cells() -> list[PrefillBatch]:
         out += [PrefillBatch(*row, kv_dtype=FP8, **fields) for row in (rows if name in ("d128", "d256") else short)]
     out.append(replace(out[0], num_q_heads=64))
     out.append(replace(out[0], mask=Mask(window=1024)))
-    out.append(replace(out[0], rows=1, query_len=2048, kv_len=32768))
+    chunk = replace(out[0], rows=1, query_len=2048, kv_len=32768)
+    out += [chunk, replace(chunk, kv_len=65536), replace(chunk, kv_len=131072, num_q_heads=16, num_kv_heads=2, head_dim=256)]
     return out
 
 
@@ -138,7 +139,7 @@ def convert_alone(batch: PrefillBatch, t: BatchTensors) -> dict[str, float]:
         first = cache.view(torch.uint8)[pages].view(FP8_TORCH)[0].to(wide.dtype)
         if batch.mask.window_left is None:
             assert torch.equal(first, wide[: batch.page_size]), "converted keys: expected those of the first page"
-    launches = {str(n): capture(lambda n=n: launch(*given._replace(num_ctas=n * num_sms))) for n in (1, 2, 4, 8)}
+    launches = {str(n): capture(lambda n=n: launch(*given._replace(num_ctas=n * num_sms))) for n in (1, 2, 3, 4, 5, 6, 8)}
     us = cold_in_turns(launches, 3, Flush.READ)
     num_bytes = batch.rows * batch.kv_len * batch.num_kv_heads * (batch.head_dim + batch.value_dim) * 3
     return {f"{n}: {us[n]:.1f} us": round(num_bytes / us[n] / 1e3) for n in us}

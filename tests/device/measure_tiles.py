@@ -7,9 +7,9 @@
     python -m tests.device.measure_tiles --kinds full,heads --tiles "no pages"
     python -m tests.device.measure_tiles --kinds windows,mixed --other FOLDER
 
-Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" of one KV head, and with "fp8-" before a kind those with K
-and V in FP8; the first figure of a cell is of what is in use, narrow tiles included (`fa4_backend/narrow_tiles.py`), which
-no variant has. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
+Cells are those of `fa4 bench shapes` and of `fa4 bench prefill`, "packed-rows" and "packed-mixed" of one KV head, and with "fp8-" before a
+kind those with K and V in FP8; the first figure of a cell is of what is in use, narrow tiles included (`fa4_backend/narrow_tiles.py`),
+which no variant has. A variant is a list of fields of `TileShape` or `WorkShape`, and of words:
 
     prefill tiles          decode rows go to the prefill kernel, whose tiles are cut along KV
     invariant              batch-invariant mode
@@ -40,7 +40,7 @@ import torch
 
 from fa4_backend.bench import dense_peers
 from fa4_backend.bench.batch import BatchShape, BatchTensors
-from fa4_backend.bench.decode_batches import issue_batches, uniform
+from fa4_backend.bench.decode_batches import issue_batches, uniform, with_chunk
 from fa4_backend.bench.ours import Ours, asked, gpu_arch
 from fa4_backend.bench.peers import FA3, WIDE, prepare, ready
 from fa4_backend.bench.prefill_batches import named_batches
@@ -88,7 +88,8 @@ def changed(shape: Shape, changes: str) -> Shape:
 def cells(kind_names: str, pattern: str) -> list[BatchShape]:
     """The cells of the kinds and sets whose title matches; sets of `fa4 bench decode` are called decode-NAME."""
     every = {name: list(kind.batches) for name, kind in kinds().items()} | {name: list(b) for name, b in named_batches().items()}
-    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()} | {"packed-rows": packed_rows()}
+    every |= {f"decode-{name}": list(batches) for name, batches in issue_batches().items()}
+    every |= {"packed-rows": packed_rows(), "packed-mixed": packed_mixed()}
     every |= {f"fp8-{name}": [replace(b, kv_dtype=FP8) for b in batches] for name, batches in every.items()}
     return [b for name in kind_names.split(",") for b in every[name] if re.search(pattern, b.title)]
 
@@ -100,6 +101,12 @@ def packed_rows() -> list[BatchShape]:
     of_one = [replace(uniform(*size), num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in heads for size in sizes]
     drafts = [uniform(rows, 4096, queries) for queries in (5, 8) for rows in (1, 16, 64)]
     return of_one + [replace(batch, num_q_heads=16, num_kv_heads=2, head_dim=256) for batch in drafts]
+
+
+def packed_mixed() -> list[BatchShape]:
+    """Such heads' decode rows beside a message and beside a chunk, where the decode kernel serves them."""
+    steps = [with_chunk("32 x 4K + 64 tokens of 32K", 32, 4096, 64, 32768), with_chunk("32 x 4K + a 2K chunk of 6K", 32, 4096, 2048, 6144)]
+    return [replace(step, num_q_heads=n, num_kv_heads=1, head_dim=dim) for n, dim in ((48, 64), (64, 64), (48, 96)) for step in steps]
 
 
 def batch_of(variant: str, batch: BatchShape) -> BatchShape:

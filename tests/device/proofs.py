@@ -1,7 +1,7 @@
 """Which committed results are of other kernels than the tree's: `python -m tests.device.proofs` lists them, and so does every test run.
 
 A JSON result holds its stamp (`fa4_backend.kernel_stamp`) under "stamp", a CSV of figures beside it. Kernels may be ahead of the last run
-on a GPU, so an old result is reported and fails nothing; a result without a stamp fails `tests/host/test_device_results.py`.
+on a GPU, so an old result is reported and fails nothing; a result without a stamp fails `tests/host/test_result_stamps.py`.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ def kernel_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
     """The decode kernel's: every head shape, every feature and out in FP8 on some of them, many short rows and few long ones."""
     chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in HEADS]
     chosen += [(HEADS[4], features) for features in FEATURES[1:]] + [(heads, {"out_dtype": FP8}) for heads in (HEADS[0], HEADS[3])]
+    # V narrower than K, wide heads, and pages of hybrid models, which are no power of 2.
+    chosen += [((16, 2, 192, 1), {"head_dim_v": 128, "page_size": 48}), ((16, 2, 256, 2), {"page_size": 528})]
     if kv_dtype == FP8:
         chosen += [(heads, {"dtype": "float16"}) for heads in ((8, 2, 256, 1), (8, 2, 128, 2))]
     return of_heads(chosen, arch, kv_dtype)
@@ -60,8 +62,8 @@ def of_heads(chosen: Sequence[tuple[tuple[int, int, int, int], dict[str, Any]]],
     out = []
     for (q_heads, kv_heads, head_dim, query_len), features in chosen:
         problem = make_problem(
-            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, page_size=16, arch=arch,
-            kv_dtype=kv_dtype, has_lse=True, **{"dtype": "bfloat16", **features},
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, arch=arch, kv_dtype=kv_dtype, has_lse=True,
+            **{"dtype": "bfloat16", "head_dim_v": head_dim, "page_size": 16, **features},
         )  # fmt: skip
         name = f"{q_heads}/{kv_heads} d{head_dim} q{query_len} {' '.join(features)}"
         for shape, rows, kv_len in (("short", 64, 130), ("long", 6, 6000)):
@@ -94,12 +96,13 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         "8/2 d96 q2": ((8, 2, 96), 2, {}),
         "4/2 d256 q1": ((4, 2, 256), 1, {}),
         "8/2 d128 q2 out FP8": ((8, 2, 128), 2, {"out_dtype": FP8}),
+        "8/2 d192v128 q1": ((8, 2, 192), 1, {"head_dim_v": 128}),
     }
     out = []
     for name, ((q_heads, kv_heads, head_dim), query_len, features) in problems.items():
         problem = make_problem(
-            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, dtype="bfloat16", page_size=16, arch=arch,
-            kv_dtype=kv_dtype, has_lse=True, **features,
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16", page_size=16, arch=arch, kv_dtype=kv_dtype,
+            has_lse=True, **{"head_dim_v": head_dim, **features},
         )  # fmt: skip
         setup = FuzzSetup(
             f"mixed {name}", problem, max_seqs=16, max_query=100, max_kv=900, decode_query_len=query_len, decode_share=0.7

@@ -14,7 +14,9 @@ import torch
 from fa4_backend import AttentionMetadata, paged_attention
 from fa4_backend import metadata as metadata_module
 from fa4_backend.emulator.kernels import observed
+from fa4_backend.kernels.convert_kv.config import ConvertConfig
 from fa4_backend.kernels.launch_abi import schedule_arguments
+from fa4_backend.kernels.loading import load
 from fa4_backend.problem import FP8
 from tests.support import large_logits
 from tests.support.paged_case import BuiltCase, PagedCase, repage
@@ -114,6 +116,29 @@ def call(metadata: AttentionMetadata, built: BuiltCase) -> Any:
     a = built.arguments
     values = {name: getattr(a, name) for name in ("softmax_scale", "window_left", "k_scale", "v_scale", "out", "lse")}
     return paged_attention(*a[:6], plan=metadata.plan, metadata=metadata, **values)
+
+
+@pytest.mark.parametrize(("heads", "dims"), with_slow([(3, (128, 128)), (5, (192, 128))], [(5, (192, 128))]))
+def test_the_conversion_alone(heads: int, dims: tuple[int, int]) -> None:
+    """A number of heads and of keys that no unit of a warp divides, a seen page outside the pool, which gives zeros, and rows left of a
+    window, of which nothing is written and no page is looked up."""
+    dtype, lens, query_lens, window_left, page_size = torch.bfloat16, (39, 58), (5, 4), 30, 16
+    generator = torch.Generator().manual_seed(heads)
+    pools = [(30 * torch.randn(20, page_size, heads, dim, generator=generator)).to(torch.float8_e4m3fn) for dim in dims]
+    table = torch.randperm(20, generator=generator)[:16].reshape(2, 8).int()
+    table[0, 1], table[1, 0] = 999, -(2**31)
+    starts, bounds = (torch.tensor([0, *n]).cumsum(0).int() for n in (lens, query_lens))
+    rooms = [torch.full((100, heads, dim), 7.0, dtype=dtype) for dim in dims]
+    with observed(1, None, "never") as seen:
+        load(ConvertConfig("sm_90a", "bfloat16", *dims), emulated=True)(*pools, table, starts, bounds, *rooms, window_left, 2)
+    assert all(report.races == [] for report in seen.reports) and seen.reports
+    for pool, room in zip(pools, rooms, strict=True):
+        want = torch.full_like(room, 7.0)
+        for row, (length, query_len) in enumerate(zip(lens, query_lens, strict=True)):
+            for token in range(max(0, length - query_len - window_left), length):
+                page = int(table[row, token // page_size])
+                want[int(starts[row]) + token] = pool[page, token % page_size].to(dtype) if 0 <= page < 20 else 0
+        assert torch.equal(room, want)
 
 
 def test_where_keys_begin_in_a_batch_of_many_rows() -> None:

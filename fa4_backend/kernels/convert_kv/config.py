@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fa4_backend.problem import AttentionProblem
 
 THREADS = 256  # of a CTA
+# As many as are resident with 64 registers a thread. 1 to 6 and 8 took 68, 59, 58, 58, 62, 58 and 58 us for 32K keys of 8 heads d128
+# (H200, 2026-11-29): from two on memory is what limits, and five leave a round of one CTA behind four.
 CTAS_PER_SM = 4
 
 

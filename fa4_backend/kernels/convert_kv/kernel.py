@@ -1,9 +1,11 @@
 """K and V of a step's prefill rows from pages in e4m3 to a workspace in 16 bits, one sequence behind the other: (keys, kv_heads, head_dim).
 
-A warp takes 16 keys of one head at a time, K and then V: a lane reads 8 bytes and writes 16, so that both sides are whole lines whatever
-the strides. All of a group's loads are under way before its first store. Which sequence a key belongs to is searched on the device, so the
-grid depends on no length. Keys that no row sees (left of a window) are neither read nor written, and their page-table entries not followed;
-a key in a page outside the pool becomes zeros, as TMA would bring it.
+A warp takes neighbours in the workspace, some rows of a key and a head each, of K and of V: a lane reads 8 bytes and writes 16, so that
+both sides are whole lines whatever the strides. All of its loads are under way before its first store. Which sequence a key belongs to is
+searched on the device, so the grid depends on no length. Keys that no row sees (left of a window) are neither read nor written, and their
+page-table entries not followed; a key in a page outside the pool becomes zeros, as TMA would bring it.
+
+What limits is memory: docs/sm90.md, "Converted once a call", has other forms and the counters.
 """
 
 from dataclasses import dataclass
@@ -14,23 +16,35 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, const_expr
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T
 
 from fa4_backend.kernels.common import vector_ops as vectors
 from fa4_backend.kernels.common.fp8 import e4m3_to_16bit
+from fa4_backend.kernels.common.hardware import LANES
 from fa4_backend.kernels.common.search import upper_bound
 from fa4_backend.kernels.convert_kv.config import THREADS, ConvertConfig
 from fa4_backend.kernels.launch_abi import convert_fakes
 
-LANES = 32
-KEYS = 16  # of a warp's group
 VEC = 8  # elements that a lane converts at once
+UNIT_BYTES = 2048  # of K that a warp takes at once: with V's 16 loads a lane, which 64 registers hold
 
 
 class Place(NamedTuple):
-    """Where a lane's key lies in the pool; of lanes 0 .. KEYS."""
+    """Where a lane's row of the unit lies in the pool, and where it goes."""
 
     page: Int32  # negative: outside the pool
     row: Int32  # of the page; negative: nobody sees the key
+    key: Int32  # of the workspace
+    head: Int32
+
+
+class Loaded(NamedTuple):
+    """Eight elements that a lane has under way."""
+
+    pair: ir.Value
+    source: Int32  # the lane that knows their row's place
+    column: Int32
+    is_inside: Boolean
 
 
 class Sources(NamedTuple):
@@ -77,26 +91,28 @@ class ConvertKernel:
         mValues: cute.Tensor,
         window_left: Int32,
     ):
-        """Every warp takes each n-th group, n the warps of the grid."""
+        """Every warp takes each n-th unit, n the warps of the grid."""
         # A prefill kernel that waits for this one may come to the SMs that are free again; it waits before it reads.
         cute.arch.griddepcontrol_launch_dependents()
+        config, rows = self.config, const_expr(unit_rows(self.config))
         grid, bidx = cute.arch.grid_dim()[0], cute.arch.block_idx()[0]
         warps = const_expr(THREADS // LANES)
         warp = bidx * warps + cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         heads = Int32(mK.shape[2])
         total = cutlass.min(sources.mKeyStarts[cute.size(sources.mKeyStarts) - 1], Int32(mKeys.shape[0]))
-        groups = (total + KEYS - 1) // KEYS
-        for unit in cutlass.range(warp, groups * heads, grid * warps, unroll=1):
-            group = unit // heads
-            head, first = unit - group * heads, group * KEYS
-            place = self._find(sources, first + lane % KEYS, total, window_left)
-            _convert(mK, mKeys, place, head, first, self.config.head_dim, self.config.dtype)
-            _convert(mV, mValues, place, head, first, self.config.head_dim_v, self.config.dtype)
+        policy = _read_once()
+        for unit in cutlass.range(warp, (total * heads + rows - 1) // rows, grid * warps, unroll=1):
+            place = self._find(sources, unit * rows + lane % rows, heads, total, window_left)
+            keys = _loads(mK, place, config.head_dim, rows, policy)
+            values = _loads(mV, place, config.head_dim_v, rows, policy)
+            _write(mKeys, place, keys, config.dtype)
+            _write(mValues, place, values, config.dtype)
 
     @cute.jit
-    def _find(self, sources: Sources, key: Int32, total: Int32, window_left: Int32) -> Place:
-        """Place of a key of the workspace."""
+    def _find(self, sources: Sources, at: Int32, heads: Int32, total: Int32, window_left: Int32) -> Place:
+        """Place of row `at` of the workspace: its keys, each with all heads."""
+        key = at // heads
         starts = sources.mKeyStarts
         page, row = Int32(-1), Int32(-1)
         if key < total:
@@ -110,44 +126,62 @@ class ConvertKernel:
                 page = sources.mPageTable[seq_idx, page_idx]
                 if page >= sources.num_pages:
                     page = Int32(-1)
-        return Place(page, row)
+        return Place(page, row, key, at - key * heads)
+
+
+def unit_rows(config: ConvertConfig) -> int:
+    """Rows, of one key and head each, that a warp takes at once."""
+    return min(16, UNIT_BYTES // config.head_dim // 8 * 8)
+
+
+def _loads(mX: cute.Tensor, place: Place, head_dim: int, rows: int, policy: ir.Value) -> list[Loaded]:
+    """Begin to read a unit's rows of K or V, `mX`: (num_pages, page_size, num_kv_heads, head_dim) e4m3."""
+    per_row = head_dim // VEC
+    loaded = []
+    for i in range(rows * per_row // LANES):
+        at = cute.arch.lane_idx() + i * LANES
+        lane = at // per_row
+        column = (at - lane * per_row) * VEC
+        page, row, head = (cute.arch.shuffle_sync(value, lane) for value in (place.page, place.row, place.head))
+        # Loads without a branch: what is not to be read is read in the pool's first row, and thrown away.
+        pointer = mX[cutlass.max(page, 0), cutlass.select_(page < 0, Int32(0), row), head, None].iterator + column
+        loaded.append(Loaded(_load(pointer, policy), lane, column, page >= 0))
+    return loaded
 
 
 @cute.jit
-def _convert(
-    mX: cute.Tensor,  # (num_pages, page_size, num_kv_heads, head_dim) e4m3
+def _write(
     mOut: cute.Tensor,  # (max_keys, num_kv_heads, head_dim)
     place: Place,
-    head: Int32,
-    first: Int32,  # key of the workspace that lane 0 knows
-    head_dim: cutlass.Constexpr[int],
+    loaded: list[Loaded],
     dtype: cutlass.Constexpr[str],
 ):
-    """Convert the group's rows of one head."""
-    lane = cute.arch.lane_idx()
-    vectors_of_row = const_expr(head_dim // VEC)
-    loads = const_expr(KEYS * vectors_of_row // LANES)
-    loaded, targets = [], []
-    for i in cutlass.range_constexpr(loads):
-        at = lane + i * LANES
-        key = at // vectors_of_row
-        column = (at - key * vectors_of_row) * VEC
-        page, row = cute.arch.shuffle_sync(place.page, key), cute.arch.shuffle_sync(place.row, key)
-        # Loads without a branch: what is not to be read is read in the pool's first row, and thrown away.
-        source = mX[cutlass.max(page, 0), cutlass.select_(page < 0, Int32(0), row), head, None].iterator + column
-        loaded.append((_load(source), page >= 0))
-        targets.append((row >= 0, first + key, column))
-    for i in cutlass.range_constexpr(loads):
-        pair, is_inside = loaded[i]
-        is_seen, key, column = targets[i]
+    """Convert what was loaded, and write the rows that are seen."""
+    for i in cutlass.range_constexpr(len(loaded)):
+        pair, lane, column, is_inside = loaded[i]
+        row, key, head = (cute.arch.shuffle_sync(value, lane) for value in (place.row, place.key, place.head))
         words = [word for half in vectors.elements(pair) for word in e4m3_to_16bit(half, dtype)]
-        if is_seen:
+        if row >= 0:
             _store(mOut[key, head, None].iterator + column, words, is_inside)
 
 
-def _load(pointer: cute.Pointer) -> ir.Value:
-    """Eight bytes as two words."""
-    return llvm.load(vectors.int32s(2), pointer.to_llvm_ptr(), alignment=8)
+def _read_once() -> ir.Value:
+    """A cache policy for what nobody reads again: L2 keeps what is written instead, which the prefill kernel reads.
+
+    PTX ISA, "createpolicy". A call of 32 x 1K and of 4 x 512 of 8K takes 0.5 % less with it (32/8 heads d128, H200, 2026-11-29).
+    """
+    text = "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;"
+    return llvm.inline_asm(T.i64(), [], text, "=l", has_side_effects=False, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT)
+
+
+def _load(pointer: cute.Pointer, policy: ir.Value) -> ir.Value:
+    """Eight bytes as two words. PTX ISA, "ld.global.nc": no launch writes what it reads. In the order of the source, before the stores."""
+    text = "ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {$0, $1}, [$2], $3;"
+    pair = llvm.inline_asm(
+        llvm.StructType.get_literal([T.i32(), T.i32()]), [pointer.toint().ir_value(), policy], text, "=r,=r,l,l",
+        has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT,
+    )  # fmt: skip
+    return vectors.from_words([Int32(llvm.extractvalue(T.i32(), pair, [i])) for i in range(2)])
 
 
 def _store(pointer: cute.Pointer, words: list[ir.Value], is_inside: Boolean) -> None:
