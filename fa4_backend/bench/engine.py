@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -148,19 +148,36 @@ class Clock:
         print(f"[{time.monotonic() - self.begin:5.1f} s] {words}", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineRun:
+    """What a run is to measure."""
+
+    backends: list[str]  # vLLM's names
+    kv_cache_dtypes: list[str]  # likewise; every backend has an engine of each
+    context: int  # tokens of a decoding request
+    mode: str  # of MODES
+    rounds: int
+    starts: bool  # after the rounds, start FA4 with an empty cache of our kernels and with a full one
+    model: str = MODEL  # of MODELS
+    num_layers: int = NUM_LAYERS
+    groups: tuple[str, ...] = GROUPS
+    seconds: float = math.inf  # after these the run ends
+    logs: Path | None = None  # folder that keeps each engine's log
+
+
 class Engines:
     """Processes of one run: started, asked within its time, ended with it."""
 
-    def __init__(self, clock: Clock, folder: Path, context: int, mode: str, num_layers: int, model: str) -> None:
-        self.clock, self.folder, self.context, self.num_layers, self.model = clock, folder, context, num_layers, model
-        place = write_config(folder / "model", num_layers, model)
-        self.common = {"model": str(place), "context": context, "mode": mode, "fp8_words": MODELS[model].fp8_words}
+    def __init__(self, clock: Clock, folder: Path, asked: EngineRun) -> None:
+        self.clock, self.folder, self.asked = clock, folder, asked
+        place = write_config(folder / "model", asked.num_layers, asked.model)
+        self.common = {"model": str(place), "context": asked.context, "mode": asked.mode, "fp8_words": MODELS[asked.model].fp8_words}
         self.every: list[RunningEngine] = []
         self.failures: list[EngineBenchError] = []  # of FA4's
 
     def start(self, backend: str, kv_cache_dtype: str, where: str, **environment: str) -> RunningEngine:
         """An engine that begins to start; its files lie in the folder `where`."""
-        room = kv_cache_bytes(self.context, kv_cache_dtype, self.num_layers, self.model)
+        room = kv_cache_bytes(self.asked.context, kv_cache_dtype, self.asked.num_layers, self.asked.model)
         request = {**self.common, "backend": backend, "kv_cache_dtype": kv_cache_dtype, "kv_cache_bytes": room}
         engine = RunningEngine(request, self.folder / where, environment)
         self.every.append(engine)
@@ -185,40 +202,20 @@ class Engines:
             engine.end()
 
 
-def run(
-    backends: list[str],
-    *,
-    kv_cache_dtypes: list[str],
-    context: int,
-    mode: str,
-    rounds: int,
-    starts: bool,
-    model: str = MODEL,
-    num_layers: int = NUM_LAYERS,
-    groups: tuple[str, ...] = GROUPS,
-    seconds: float = math.inf,
-    logs: Path | None = None,
-) -> Iterator[list[EngineFigure]]:
+def run(asked: EngineRun) -> Iterator[list[EngineFigure]]:
     """Figures as engines give them.
-
-    Args:
-        kv_cache_dtypes: vLLM's names; every backend has an engine of each.
-        model: of `MODELS`.
-        starts: after the rounds, start FA4 with an empty cache of our kernels and with a full one.
-        seconds: after these the run ends.
-        logs: folder that keeps each engine's log.
 
     Raises:
         EngineBenchError: at the end, an engine of FA4 failed, or its kernels did not run. Another backend that fails is said, and left out.
     """
-    clock = Clock(seconds)
+    clock = Clock(asked.seconds)
     with tempfile.TemporaryDirectory() as name, ExitStack() as at_end:
-        engines = Engines(clock, logs or Path(name), context, mode, num_layers, model)
+        engines = Engines(clock, asked.logs or Path(name), asked)
         at_end.callback(engines.end)
-        for kv_cache_dtype, backend in product(kv_cache_dtypes, backends):
+        for kv_cache_dtype, backend in product(asked.kv_cache_dtypes, asked.backends):
             engines.start(backend, kv_cache_dtype, f"{backend}-{kv_cache_dtype}")
         yield from (engines.answer(engine, engine.next_answer, "its start") for engine in engines.every)
-        for round_idx, group, engine in product(range(rounds), groups, engines.every):
+        for round_idx, group, engine in product(range(asked.rounds), asked.groups, engines.every):
             if engine.process.poll() is not None:
                 continue
             if clock.left() <= 0:
@@ -226,11 +223,11 @@ def run(
                 break
             yield engines.answer(engine, partial(engine.ask, round_idx, group), f"round {round_idx}, group {group}")
         engines.end()
-        for which in ("cold", "warm") if starts else ():
+        for which in ("cold", "warm") if asked.starts else ():
             if clock.left() < LEAST_FOR_A_START:
                 clock.say(f"the time is over before the {which} start")
                 break
-            engine = engines.start("FA4", kv_cache_dtypes[0], which, FA4_BACKEND_CACHE_DIR=str(Path(name) / "cache"))
+            engine = engines.start("FA4", asked.kv_cache_dtypes[0], which, FA4_BACKEND_CACHE_DIR=str(Path(name) / "cache"))
             yield [replace(figure, case=f"{which} {figure.case}") for figure in engines.answer(engine, engine.next_answer, "its start")]
             engine.end()
     if engines.failures:

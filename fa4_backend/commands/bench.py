@@ -206,9 +206,11 @@ def engine(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     every: list[Any] = []
     try:
-        options: dict[str, Any] = {"kv_cache_dtypes": dtypes, "context": context, "mode": mode, "rounds": rounds, "starts": starts}
-        options |= {"seconds": seconds, "model": model, "num_layers": layers, "groups": chosen, "logs": logs}
-        for figures in module.run([*of_model.backends] if backends is None else backends.split(","), **options):
+        asked = module.EngineRun(
+            backends=[*of_model.backends] if backends is None else backends.split(","), kv_cache_dtypes=dtypes, context=context, mode=mode,
+            rounds=rounds, starts=starts, model=model, num_layers=layers, groups=chosen, seconds=seconds, logs=logs,
+        )  # fmt: skip
+        for figures in module.run(asked):
             every += figures
             if figures and not json_output:
                 print(module.format_line(figures), flush=True)

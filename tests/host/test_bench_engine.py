@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fa4_backend.bench import engine
-from fa4_backend.bench.engine import EngineBenchError
+from fa4_backend.bench.engine import EngineBenchError, EngineRun
 from fa4_backend.bench.engine_steps import ATTENTION_KERNELS, EngineFigure, Interval, device_times
 
 LINE = "FA4: sm90 kernels on sm_90a, 32/8 heads, head_dim 128, bfloat16, page 16 device=cuda:0"
@@ -61,7 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def figures_of(backends: list[str], **options: Any) -> list[EngineFigure]:
-    return [figure for some in engine.run(backends, **{**OPTIONS, "rounds": 1, **options}) for figure in some]
+    return [figure for some in engine.run(EngineRun(backends=backends, **{**OPTIONS, "rounds": 1, **options})) for figure in some]
 
 
 def test_engines_take_turns_in_each_group_of_cases(asked: Path) -> None:
@@ -103,7 +103,7 @@ def test_another_backend_that_fails_is_said_and_left_out(asked: Path, capsys: py
 def test_what_others_measured_is_kept_when_ours_fails(asked: Path) -> None:
     figures = []
     with pytest.raises(EngineBenchError, match=r"^FA4: exit status 1\nout of memory"):
-        for some in engine.run(["FA4", "FLASH_ATTN"], rounds=1, **{**OPTIONS, "groups": ("ragged", "1")}):
+        for some in engine.run(EngineRun(backends=["FA4", "FLASH_ATTN"], rounds=1, **{**OPTIONS, "groups": ("ragged", "1")})):
             figures += some
     assert [(f.backend, f.case) for f in figures if f.case.startswith("decode")] == [
         ("FLASH_ATTN", "decode step, ragged x 4096"),
