@@ -149,6 +149,8 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
     """The schedule and the latent decode kernel `key`, whose row groups are a cluster's tiles of a sequence's packed rows."""
     num_ctas = max(1, num_sms // key.cluster_size)
     tiles = key.tile_n // mla_family.TILE_N  # of 64 keys, in a block
+    # Row groups of a sequence see the same keys. Teams of as many CTAs leave some without work: an eighth at most.
+    has_teams = not problem.batch_invariant and num_ctas % key.num_groups * 8 <= num_ctas and key.num_groups <= num_ctas
     work = WorkShape(
         num_kv_heads=key.num_groups,
         decode_num_ctas=num_ctas,
@@ -162,6 +164,9 @@ def latent_kernels(key: MlaDecodeConfig, problem: AttentionProblem, limits: Batc
         decode_part_blocks=max(1, mla_family.MIN_PART_BLOCKS // tiles),
         decode_parts_ratio=mla_family.PARTS_RATIO * tiles,
         private_slots=num_ctas if problem.batch_invariant else 0,
+        decode_lines=key.num_groups if has_teams else 1,
+        decode_part_quarters=0 if problem.batch_invariant else mla_family.part_quarters(key),
+        lone_block_eighths=mla_family.lone_block_eighths(key),
         # No row is longer than `decode_query_len`: the other list stays empty.
         prefill_groups=1,
         tokens_per_item=limits.max_num_tokens,
@@ -215,4 +220,6 @@ def _work_shape(
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,
         decode_share_vectors=decode.share_vectors if decode else 0,
+        decode_part_quarters=decode_family.PART_QUARTERS if decode and not decode.has_pieces else 0,
+        lone_block_eighths=decode_family.LONE_BLOCK_EIGHTHS,
     )

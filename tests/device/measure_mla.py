@@ -2,8 +2,7 @@
 
 Short batches: one row of 0 keys (an empty list: launch, first look at the list), 64 (one block, nothing to add up), 128 (one block more),
 and longer ones, cut into several numbers of parts; L2 full of other lines, and warm. FP8 latents: q in bfloat16 and in float16
-beside 16-bit latents. Uneven rows: as many keys in rows of one length, and in rows that differ by a block or two, as an engine's do; those
-are cut to equal shares of the line wherever a share ends.
+beside 16-bit latents. Rows that differ in length: `tests.device.measure_cuts`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from typing import Any
 
 from fa4_backend.bench.timing import Flush, capture, cold_in_turns, in_turns
 from fa4_backend.kernel_stamp import gpu_stamp
-from fa4_backend.kernels.mla_decode.config import NARROW_ROWS, TILE_N
+from fa4_backend.kernels.mla_decode.config import NARROW_ROWS
 from fa4_backend.problem import FP8
 from tests.device.compiling import compile_lacking
 from tests.device.mla_batches import Shape, Step, draw, judge
 
 SHORT_KEYS = (0, 64, 128, 256, 512, 1024, 4096, 16384)
 PARTS_RATIOS = (1, 4, 8, 16, 32, 64)
-UNEVEN = ((128, 128, 2048), (128, 64, 4096), (16, 128, 2048), (16, 32, 2048))  # heads, batch, keys
 # (heads, queries, batch, keys) of FP8 latents
 STORED = ((16, 1, 64, 16384), (16, 1, 64, 4096), (128, 1, 64, 4096), (128, 4, 64, 4096), (16, 1, 8, 4096), (16, 1, 1, 4096))
 KINDS: dict[str, dict[str, Any]] = {"16 bits": {}, "e4m3": {"kv_dtype": FP8}, "e4m3, f16 q": {"kv_dtype": FP8, "dtype": "float16"}}
@@ -46,7 +44,7 @@ class Row:
 def prepared(shape: Shape, batch: int, keys: int, parts_ratio: int | None = None) -> Step:
     """A batch, its lists made, run once and judged."""
     a = draw(shape, [shape.query_len] * batch, [keys] * batch, 1)
-    step = Step(shape, a, max(keys, 64), parts_ratio=parts_ratio)
+    step = Step(shape, a, max(keys, 64), **({} if parts_ratio is None else {"decode_parts_ratio": parts_ratio}))
     step.refresh()
     step.run()
     if batch * keys <= 1 << 16:
@@ -72,19 +70,6 @@ def stored() -> Iterator[Row]:
         yield timed(f"h{heads} {batch} x {keys} q{queries}", steps)
 
 
-def uneven() -> Iterator[Row]:
-    """Rows of `keys` keys and a block, and rows of up to a block less or more."""
-    for heads, batch, keys in UNEVEN:
-        steps = {}
-        for name, spread in (("equal", 0), ("a block apart", 1), ("two blocks apart", 2)):
-            shape = Shape(heads)
-            lens = [keys + TILE_N + (i % (2 * spread + 1) - spread) * TILE_N // 2 for i in range(batch)]
-            steps[name] = Step(shape, draw(shape, [1] * batch, lens, 1), max(lens))
-            steps[name].refresh()
-            steps[name].run()
-        yield timed(f"h{heads} {batch} x {keys + TILE_N}", steps)
-
-
 def kinds(heads: int, queries: int) -> dict[str, Shape]:
     """Kernels to compare."""
     tuned = NARROW_KINDS if heads * queries <= NARROW_ROWS else WIDE_KINDS
@@ -102,7 +87,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--parts", default="short,stored,uneven", help="of them, comma-separated")
+    parser.add_argument("--parts", default="short,stored", help="of them, comma-separated")
     parser.add_argument("--compile-only", action="store_true", help="compile the kernels, and do no more; needs no GPU")
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -113,7 +98,7 @@ def main() -> None:
     if args.compile_only:
         return
     table = []
-    every = {"short": (short(128), short(16)), "stored": (stored(),), "uneven": (uneven(),)}
+    every = {"short": (short(128), short(16)), "stored": (stored(),)}
     for rows in (rows for part in parts for rows in every[part]):
         for row in rows:
             table.append({"name": row.name, "cold": row.cold, "warm": row.warm})

@@ -53,11 +53,11 @@ class Shape:
 class Step:
     """Lists and kernels of a batch: `refresh` makes the lists, `run` attends."""
 
-    def __init__(self, shape: Shape, arguments: Latent, max_seqlen_k: int, parts_ratio: int | None = None) -> None:
-        """parts_ratio: as `WorkShape` has it; None: as the kernel is tuned."""
+    def __init__(self, shape: Shape, arguments: Latent, max_seqlen_k: int, **work_fields: int) -> None:
+        """work_fields: of `WorkShape`; others are as the kernel is tuned."""
         self.arguments = arguments
         self.kernels, limits = shape.kernels(len(arguments.seqused_k), max_seqlen_k)
-        work = self.kernels.work if parts_ratio is None else replace(self.kernels.work, decode_parts_ratio=parts_ratio)
+        work = replace(self.kernels.work, **work_fields)  # type: ignore[arg-type]
         self.work = WorkLists.allocate(work, limits, DEVICE)
         self.work.slots.fill_(math.nan)
         self.schedule = load(self.kernels.schedule, emulated=False)

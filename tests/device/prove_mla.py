@@ -79,19 +79,20 @@ def fuzz(
 
     Args:
         device: that draws and judges; on a CPU nothing but copies and our kernels runs on the GPU.
-        parts_ratio: as `Step` has it.
+        parts_ratio: `WorkShape.decode_parts_ratio`; None: as the kernel is tuned.
 
     Raises:
         AssertionError: a batch is wrong; the message has all that makes it.
     """
     begin, worst, seen = time.monotonic(), [0.0, 0.0], Counter[str]()
+    work = {} if parts_ratio is None else {"decode_parts_ratio": parts_ratio}
     index = first
     while index < first + batches and time.monotonic() - begin < seconds:
         shape = FUZZ_SHAPES[index % len(FUZZ_SHAPES)]
         rng = random.Random(index)
         query_lens, kv_lens = lengths(shape, rng, rows_of)
         a = on(DEVICE, draw(shape, query_lens, kv_lens, index, peaked=rng.choice((1.0, 1.0, 20.0)), device=device))
-        step = Step(shape, a, max(*kv_lens, 1), parts_ratio)
+        step = Step(shape, a, max(*kv_lens, 1), **work)
         step.refresh()
         for _ in range(2):  # counters are back at 0
             a.out.fill_(math.nan)

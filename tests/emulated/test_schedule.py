@@ -7,6 +7,7 @@ the same source, so one of them is enough here; tests/emulated/test_decode.py ru
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,17 +17,22 @@ from fa4_backend.kernels.schedule.limits import table_size
 from fa4_backend.kernels.schedule.rows import COUNTED_ROWS
 from fa4_backend.kernels.schedule.work_list import (
     FIRST_SLOT,
+    KV_HEAD_IDX,
+    KV_LEN,
     N_BLOCK_BEGIN,
     N_BLOCK_END,
+    NEXT_ENTRY,
     NO_WINDOW,
     NUM_ENTRIES,
     NUM_PIECES,
     PARTIAL_SLOT,
     QUEUE_TOTAL,
+    SEQ_IDX,
     WorkShape,
 )
 from tests.support.emulated_decode import assert_same_lists, empty_lists, host_lists, run_schedule
-from tests.support.host_schedule import make_lists
+from tests.support.emulated_mla import MlaCase
+from tests.support.host_schedule import cut_time, line_cuts, make_lists
 
 pytestmark = pytest.mark.emulated
 
@@ -56,7 +62,12 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     rows = draw.choice((1, 2, 5, 40))
     query_lens = [draw.choice((0, 1, 1, 4, 5, draw.randint(1, 300))) for _ in range(rows)]
     kv_lens = [draw.choice(KV_EDGES)] * rows if draw.random() < 0.3 else [draw.choice(KV_EDGES) for _ in range(rows)]
-    return shape, query_lens, kv_lens, draw.choice((NO_WINDOW, 0, 100)), draw.choice((0, 5, NO_WINDOW))
+    windows = draw.choice((NO_WINDOW, 0, 100)), draw.choice((0, 5, NO_WINDOW))
+    shape = replace(
+        shape, decode_lines=draw.choice((1, shape.num_kv_heads if shape.num_kv_heads <= shape.decode_num_ctas else 1)),
+        decode_part_quarters=0 if shape.split_blocks else draw.choice((0, 5, 12)), lone_block_eighths=draw.choice((8, 5)),
+    )  # fmt: skip
+    return shape, query_lens, kv_lens, *windows
 
 
 def test_host_lists_hold_every_tile_once() -> None:
@@ -149,9 +160,10 @@ def test_sums_of_a_million_keys_a_row_do_not_wrap() -> None:
     """4,096 rows of a million keys on 64 KV heads are 2^32 tiles. The host's ints have no end."""
     shape = replace(BASE, num_kv_heads=64, max_seqlen_k=1 << 20, max_num_tokens=1 << 16)
     query_lens, kv_lens = [1] * 4096, [(1 << 20) - i for i in range(4096)]
-    work = empty_lists(shape, 4096)
+    weighed = replace(shape, decode_part_quarters=8)
+    work = empty_lists(weighed, 4096)
     run_schedule("sm_90a", ScheduleConfig("sm_90a", 4096), work, query_lens, kv_lens)
-    assert_same_lists(work, make_lists(shape, query_lens, kv_lens))
+    assert_same_lists(work, make_lists(weighed, query_lens, kv_lens))
     # Beside prompts: times are cut at their largest values, so another share than the host's may be chosen, but nothing is lost.
     query_lens[-6:] = [300] * 6
     work = empty_lists(shape, 4096)
@@ -206,6 +218,99 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
     assert (host_lists(shape, [1] * 32, [4096] * 32).decode_first[:, 11] > 0).sum() == 256
     alone = host_lists(shape, [2048], [6144])
     assert len(alone.prefill_tiles) == 512 and not alone.decode_first[:, 11].any()
+
+
+def latent_shape(num_heads: int, num_sms: int = 132) -> WorkShape:
+    """What latent decode asks of its lists on Hopper."""
+    return MlaCase((1,), (1 << 17,), num_heads=num_heads).kernels(num_sms).work
+
+
+def uneven_rows(rows: int, keys: int, spread: int, seed: int = 0) -> list[int]:
+    """KV lengths that differ by up to `spread` keys either way."""
+    draw = random.Random(seed)
+    return [keys + draw.randint(-spread, spread) for _ in range(rows)]
+
+
+# (heads, rows, keys, parts of each row group): what fills 132 CTAs, or 66 teams of two, but for a few.
+APART = {
+    "a tile a CTA": (128, 64, 4160, 1),
+    "two tiles a CTA": (128, 128, 2112, 1),
+    "a row a CTA": (16, 128, 2112, 1),
+    "two parts a row": (16, 64, 4160, 2),
+    "four parts a row": (16, 32, 2112, 4),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rows_a_block_apart_are_cut_as_equal_ones(name: str) -> None:
+    """As few parts as rows of one length have; where parts are not weighed, nearly every CTA begins and ends with one."""
+    num_heads, rows, keys, parts = APART[name]
+    shape = latent_shape(num_heads)
+    for seed in range(5):
+        kv_lens = uneven_rows(rows, keys, 32, seed)
+        assert len({-(-kv_len // 64) for kv_len in kv_lens}) > 1
+        lists = host_lists(shape, [1] * rows, kv_lens)
+        assert set(lists.decode_tiles[:, NUM_PIECES]) == {parts}
+        assert len(lists.decode_tiles) == rows * shape.num_kv_heads * parts
+        unweighed = host_lists(replace(shape, decode_part_quarters=0), [1] * rows, kv_lens)
+        assert (unweighed.decode_tiles[:, PARTIAL_SLOT] >= 0).sum() > 150
+
+
+def test_cuts_balance_what_whole_rows_do_not() -> None:
+    """One row longer than all others together is shared by many CTAs; ends that are near are taken, and no cut ends later by the model."""
+    for num_heads in (16, 128):
+        shape = latent_shape(num_heads)
+        teams = 132 // shape.decode_lines
+        lists = host_lists(shape, [1] * 64, [65536, *uneven_rows(63, 500, 32)])
+        assert lists.decode_tiles[lists.decode_tiles[:, 0] == 0, NUM_PIECES].min() > teams // 2
+        for seed in range(20):
+            cost = [-(-kv_len // 64) for kv_len in uneven_rows(40 + seed, 4096, 3000, seed)]
+            line = [(row, 0, 0, blocks) for row, blocks in enumerate(cost)]
+            unweighed = line_cuts(replace(shape, decode_part_quarters=0), line, teams, is_alone=True)
+            cuts = line_cuts(shape, line, teams, is_alone=True)
+            assert sum(block > 0 for _, block in cuts) < sum(block > 0 for _, block in unweighed)
+            assert cut_time(shape, cost, cuts) <= cut_time(shape, cost, unweighed)
+
+
+def test_tiles_of_a_row_run_side_by_side() -> None:
+    """CTAs of a team have the same blocks of the same rows, each of its own tile; row groups are cut alike."""
+    shape = latent_shape(128)
+    lists = host_lists(shape, [1] * 50, uneven_rows(50, 4096, 3000))
+    entries = []
+    for first in lists.decode_first:
+        begin, count = first[NEXT_ENTRY] - 1, first[NUM_ENTRIES]
+        entries.append(lists.decode_tiles[begin : begin + count])
+        assert (entries[-1][0, :KV_LEN] == first[:KV_LEN]).all()
+    for left, right in zip(entries[::2], entries[1::2], strict=True):
+        columns = [SEQ_IDX, N_BLOCK_BEGIN, N_BLOCK_END, NUM_PIECES]
+        assert (left[:, columns] == right[:, columns]).all()
+        assert not left[:, KV_HEAD_IDX].any() and (right[:, KV_HEAD_IDX] == 1).all()
+
+
+def test_the_devices_cuts_of_uneven_rows_are_the_hosts() -> None:
+    """Lines of one head and of several, teams, steps of both kinds, sums that pass what is compared; both ways to cut are taken."""
+    key, ways = ScheduleConfig("sm_90a", 256), Counter[str]()
+    for seed in range(14):
+        draw = random.Random(seed)
+        heads, num_ctas = draw.choice((1, 2, 3)), draw.choice((7, 33, 70))
+        shape = replace(
+            BASE, num_kv_heads=heads, decode_num_ctas=num_ctas, num_sms=num_ctas, prefill_groups=num_ctas,
+            decode_lines=draw.choice((1, heads)), decode_part_quarters=draw.choice((4, 10)), lone_block_eighths=draw.choice((5, 8)),
+            decode_part_blocks=1, decode_parts_ratio=16, decode_full_sms=draw.choice((3, 20)), max_seqlen_k=1 << 29,
+        )  # fmt: skip
+        rows, keys = draw.choice((3, 20, 70, 141)), draw.choice((100, 2000))
+        kv_lens = uneven_rows(rows, keys, draw.choice((40, keys)), seed)
+        query_lens = [1] * rows
+        if seed % 7 == 3:
+            query_lens[-1] = 200
+        if seed % 7 == 4:
+            kv_lens[0] = 1 << 29
+        want = host_lists(shape, query_lens, kv_lens)
+        work = empty_lists(shape, rows)
+        assert run_schedule("sm_90a", key, work, query_lens, kv_lens, seed=seed).races == []
+        assert_same_lists(work, want)
+        ways["whole" if (want.decode_tiles[:, PARTIAL_SLOT] < 0).all() else "cut"] += 1
+    assert min(ways["whole"], ways["cut"]) >= 3, ways
 
 
 H100 = WorkShape(8, 132, 264, 32, 128, 1, 64, 520, 0, 1, 49152, 132, 20, 53, 1 << 17, 8192, part_floats=17408, min_part_blocks=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,10 +53,10 @@ def make_lists(
     if tiles and not decode and set(cuts) == {1}:
         tiles = _cut_last_round(shape, tiles, max(s.longest for s in seen[:512]), parts is not None)
     blocks = sum(s.blocks for s in seen)
-    groups = _row_groups(shape, decode, window_left)
-    share = share_chip(shape, sum(_cost(shape, groups)), len(tiles), blocks) if tiles and groups else None
+    lines = _lines(shape, decode, window_left)
+    share = share_chip(shape, sum(sum(_cost(line)) for line in lines), len(tiles), blocks) if tiles and decode else None
     queue = np.array(tiles, dtype=np.int32).reshape(-1, TILE_INTS)
-    decode_tiles, decode_first = _decode(shape, decode, groups, q_begins, share)
+    decode_tiles, decode_first = _decode(shape, decode, lines, q_begins, share)
     own_entries = 0
     if prefill and not decode:  # prefill CTAs all start at once, and zero the rows behind the step's queries
         decode_first[:, TOTAL_Q], own_entries = ALL_ROWS, shape.prefill_groups
@@ -202,45 +202,38 @@ def _cut_last_round(shape: WorkShape, tiles: list[tuple], longest: int, is_told:
     return tiles[:-count] + cut
 
 
-def _row_groups(shape: WorkShape, rows: list, window_left: int) -> list[tuple[int, int, int, int]]:
-    groups = []  # (seq_idx, head, first n_block, end n_block)
-    for seq_idx, query_len, kv_len in rows:
-        begin = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
-        end = -(-kv_len // shape.decode_tile_n)
-        groups += [(seq_idx, head, begin, end) for head in range(shape.num_kv_heads)]
-    return groups
+Group = tuple[int, int, int, int]  # seq_idx, head, first n_block, end n_block
+Cut = tuple[int, int]  # row group, and n_blocks of it before the cut
 
 
-def _cost(shape: WorkShape, groups: list[tuple[int, int, int, int]]) -> list[int]:
+def _lines(shape: WorkShape, rows: list, window_left: int) -> list[list[Group]]:
+    """The lines of row groups, one behind the other."""
+    lines: list[list[Group]] = []
+    for heads in np.split(np.arange(shape.num_kv_heads), shape.decode_lines):
+        lines.append([])
+        for seq_idx, query_len, kv_len in rows:
+            begin = max(kv_len - query_len - window_left, 0) // shape.decode_tile_n
+            lines[-1] += [(seq_idx, int(head), begin, -(-kv_len // shape.decode_tile_n)) for head in heads]
+    return lines
+
+
+def _cost(groups: list[Group]) -> list[int]:
     return [max(end - begin, 1) for _, _, begin, end in groups]
 
 
 def _decode(
-    shape: WorkShape, rows: list, groups: list[tuple[int, int, int, int]], q_begins: np.ndarray, share: int | None
+    shape: WorkShape, rows: list, lines: list[list[Group]], q_begins: np.ndarray, share: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     lengths = {seq_idx: (int(q_begins[seq_idx]), query_len, kv_len) for seq_idx, query_len, kv_len in rows}
-    cost = _cost(shape, groups)
-    starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
-    total, ctas = int(starts[-1]), shape.decode_num_ctas
-    used = _usable_ctas(shape, cost) if share is None else share
-    cuts = []
-    for c in range(ctas + 1):
-        position = min(c, used) * (total // used) + min(c, used) * (total % used) // used
-        item = int(np.searchsorted(starts, position, side="right")) - 1
-        if item >= len(groups):
-            cuts.append((len(groups), 0))
-            continue
-        _, _, begin, end = groups[item]
-        block = position - int(starts[item])  # blocks of the item before the cut
-        if shape.split_blocks and block > 0:
-            starts_of = piece_starts(shape, end)
-            block = min(starts_of, key=lambda start: (abs(start - begin - block), -start)) - begin
-        if block <= 0:
-            cuts.append((item, 0))
-        elif block >= end - begin:
-            cuts.append((item + 1, 0))
-        else:
-            cuts.append((item, block))
+    ctas, num_lines, groups = shape.decode_num_ctas, len(lines), [group for line in lines for group in line]
+    teams = max((ctas if share is None else share) // num_lines, 1)
+    weighed = shape if share is None else replace(shape, decode_part_quarters=0)
+    of_line = line_cuts(weighed, lines[0], teams, is_alone=share is None)
+    # Place by place: line after line, a team each, and the CTAs that are in no team.
+    cuts = [(item + i * len(lines[0]), block) for i in range(num_lines) for item, block in of_line[:teams]]
+    cuts += [(len(groups), 0)] * (ctas + 1 - len(cuts))
+    cta_of = [team * num_lines + i for i in range(num_lines) for team in range(teams)]
+    cta_of += range(len(cta_of), ctas)
     if shape.split_blocks:  # CTAs without work behind the others
         distinct = list(dict.fromkeys(cuts))
         cuts = distinct + [(len(groups), 0)] * (len(cuts) - len(distinct))
@@ -272,7 +265,7 @@ def _decode(
     tiles = np.zeros((sum(map(len, lists)), DECODE_INTS), dtype=np.int32)
     first = np.zeros((ctas, DECODE_INTS), dtype=np.int32)
     at = 0
-    for c, entries in enumerate(lists):
+    for c, entries in zip(cta_of, lists, strict=True):
         for i, entry in enumerate(entries):
             tiles[at + i, : len(entry)] = entry
         if entries:
@@ -280,6 +273,75 @@ def _decode(
         first[c, TOTAL_Q] = q_begins[-1]
         at += len(entries)
     return tiles, first
+
+
+def line_cuts(shape: WorkShape, line: list[Group], teams: int, *, is_alone: bool) -> list[Cut]:
+    """Where a line is cut between teams, and its end.
+
+    Args:
+        is_alone: the step has no prefill rows that decode runs beside.
+    """
+    cost = _cost(line)
+    used = _usable_teams(shape, cost, teams) if is_alone else teams
+    by_blocks = _cut_by_blocks(shape, line, used) + [(len(line), 0)] * (teams - used)
+    if not cost or not shape.decode_part_quarters or sum(cost) > 1 << 24:
+        return by_blocks
+    by_rows = _cut_by_rows(shape, cost, teams)
+    return by_rows if cut_time(shape, cost, by_rows) <= cut_time(shape, cost, by_blocks) else by_blocks
+
+
+def _cut_by_blocks(shape: WorkShape, line: list[Group], parts: int) -> list[Cut]:
+    """Equal parts; a cut goes to a row group's end that is near."""
+    cost, cuts = _cost(line), []
+    heads = shape.num_kv_heads // shape.decode_lines
+    starts = np.concatenate([[0], np.cumsum(cost)]).astype(int)
+    total = int(starts[-1])
+    near = min(shape.decode_part_quarters // shape.lone_block_eighths, total // heads // parts * heads // 2)
+    for c in range(parts + 1):
+        position = c * (total // parts) + c * (total % parts) // parts
+        item = int(np.searchsorted(starts, position, side="right")) - 1
+        if item >= len(line):
+            cuts.append((len(line), 0))
+            continue
+        _, _, begin, end = line[item]
+        block = position - int(starts[item])  # blocks of the item before the cut
+        if shape.split_blocks and block > 0:
+            starts_of = piece_starts(shape, end)
+            block = min(starts_of, key=lambda start: (abs(start - begin - block), -start)) - begin
+        left = cost[item] - block
+        if block <= 0 or (block <= near and block <= left):
+            cuts.append((item, 0))
+        elif left <= near:
+            cuts.append((item + 1, 0))
+        else:
+            cuts.append((item, block))
+    return cuts
+
+
+def _cut_by_rows(shape: WorkShape, cost: list[int], teams: int) -> list[Cut]:
+    """Whole row groups, as many a team, or each in as many parts."""
+    items = len(cost)
+    if items > teams:
+        share = -(-items // teams)
+        return [(min(team * share, items), 0) for team in range(teams + 1)]
+    parts = min(teams // items, paying_parts(shape, cost))
+    cuts = [(item, part * cost[item] // parts) for item in range(items) for part in range(parts)]
+    return cuts + [(items, 0)] * (teams + 1 - len(cuts))
+
+
+def cut_time(shape: WorkShape, cost: list[int], cuts: list[Cut]) -> int:
+    """When the cuts let all teams end, in eighths of quarters of an n_block.
+
+    Args:
+        cost: n_blocks of a line's row groups.
+    """
+    starts, work = [0, *itertools.accumulate(cost)], []
+    for (item, block), (last, stop) in itertools.pairwise(cuts):
+        blocks = starts[last] + stop - starts[item] - block
+        cut_items = {at for at, inside in ((item, block), (last, stop)) if inside}
+        parts = len(cut_items) if blocks else 0
+        work.append(4 * blocks + parts * shape.decode_part_quarters)
+    return max(8 * sum(work) // len(work), shape.lone_block_eighths * max(work))
 
 
 def piece_starts(shape: WorkShape, end: int) -> list[int]:
@@ -296,25 +358,32 @@ def pieces_between(shape: WorkShape, begin: int, end: int) -> list[tuple[int, in
     return [(a, b) for a, b in itertools.pairwise(piece_starts(shape, end)) if max(a, begin) < min(b, end)]
 
 
-def _usable_ctas(shape: WorkShape, cost: list[int]) -> int:
-    """CTAs to cut for: fewer than all where equal row groups then need fewer splits and at most an eighth is lost, and no more
-    parts of a row group than pay."""
-    items, ctas = len(cost), shape.decode_num_ctas
-    if not items or len(set(cost)) > 1:
-        return ctas
-    used = ctas
-    if items <= ctas:
-        used = ctas - ctas % items
-    else:
-        share = -(-items // ctas)
-        if items % share == 0:
-            used = items // share
-    used = used if used * 8 >= ctas * 7 else ctas
-    if shape.split_blocks:
+def _usable_teams(shape: WorkShape, cost: list[int], teams: int) -> int:
+    """Teams to cut a line by blocks for: fewer than all where parts cost nothing and equal row groups then need fewer splits and at most
+    an eighth is lost, and no more parts of a row group than pay."""
+    items = len(cost)
+    if not items:
+        return teams
+    is_equal, used = len(set(cost)) == 1, teams
+    if is_equal and not shape.decode_part_quarters:
+        if items <= teams:
+            used = teams - teams % items
+        else:
+            share = -(-items // teams)
+            if items % share == 0:
+                used = items // share
+    used = used if used * 8 >= teams * 7 else teams
+    if shape.split_blocks or not (is_equal or shape.decode_part_quarters):
         return used
-    parts = math.isqrt(5 * cost[0] // shape.slot_vectors)
+    return min(used, items * paying_parts(shape, cost))
+
+
+def paying_parts(shape: WorkShape, cost: list[int]) -> int:
+    """Parts of an average row group that it pays to add up."""
+    blocks = sum(cost) // len(cost)
+    parts = math.isqrt(5 * blocks // shape.slot_vectors)
     if shape.decode_part_blocks and parts * shape.slot_vectors >= shape.decode_share_vectors:
-        parts = cost[0] // shape.decode_part_blocks
+        parts = blocks // shape.decode_part_blocks
         if shape.decode_parts_ratio:
-            parts = min(parts, math.isqrt(shape.decode_parts_ratio * cost[0]))
-    return min(used, items * max(1, parts))
+            parts = min(parts, math.isqrt(shape.decode_parts_ratio * blocks))
+    return max(1, parts)

@@ -30,6 +30,12 @@ SHARE_VECTORS = 64
 ARRIVAL_LOOKS = 512
 # Where row groups are equally long: KV tiles that a part has at least, and the square of a row group's parts over its tiles at most.
 MIN_PART_TILES, PARTS_RATIO = 2, 16
+# What a part of a row group costs its CTA, in quarters of a tile, and eighths of its usual time that a tile takes a CTA where others are
+# done: an eighth of the CTAs may be idle before whole row groups take longer. H200, us, cut by rows and into equal parts (2026-11-29,
+# `python -m tests.device.measure_cuts`; rows of 2,112 and 4,160 keys, up to 32 more or less); of 50 x 4160 equal parts are taken:
+#   32/8  128 x 2112 256.4, 256.9   64 x 4160 251.4, 252.6   32 x 2112 69.8, 74.1   8 x 4160 40.8, 42.1   50 x 4160 213.4, 200.7
+#   16/2  128 x 2112  70.7,  75.1   64 x 4160  71.4,  74.0   32 x 2112 27.5, 28.0   8 x 4160 20.4, 22.7   50 x 4160  62.7,  60.6
+PART_QUARTERS, LONE_BLOCK_EIGHTHS = 12, 7
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,14 @@ RESCALE_THRESHOLD = 8.0  # log2 units: weights reach 2^8 before O is rescaled
 #   16 heads,  512 keys 16.7 / 20.5 / 23.7    1K 14.3 / 20.5 / 22.6    4K 18.7 / 18.6 / 20.1    16K 29.4 / 29.3 / 25.4
 MIN_PART_BLOCKS = 1
 PARTS_RATIO = 16
+# What a part of a row group costs its CTA, in quarters of a block: some, and as many for each warp of its tile, whose rows of a slot are
+# written and as much is read. And eighths of its usual time that a block takes a CTA where others are done: with several tiles a row, whose
+# CTAs share latents, the memory is less of a limit. H200, us, cut by rows and into equal parts, in brackets by the model in blocks
+# (2026-11-29, `python -m tests.device.measure_cuts`; rows of 2,112 and 4,160 keys, up to 32 more or less):
+#   128 heads  128 x 2112 129.5, 151.2 (64.8, 77.1)   50 x 4160 115.7, 120.7 (57.8, 60.4)   100 x 4160 220.4, 206.7 (115.5, 111.5)
+#    16 heads  128 x 2112  83.5,  93.8 (32.4, 37.2)   50 x 4160  74.3,  74.8 (26.7, 28.2)   100 x 4160 127.2, 130.7 (49.6, 54.0)
+PART_QUARTERS, WARP_PART_QUARTERS = 5, 5
+LONE_BLOCK_EIGHTHS, SHARED_LONE_BLOCK_EIGHTHS = 6, 7
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,16 @@ def slot_floats(config: MlaDecodeConfig) -> int:
 def slot_vectors(config: MlaDecodeConfig) -> int:
     """Vectors of a tile's slot for each consumer thread: tells how long the pieces of batch-invariant mode are (`common/kv_pieces.py`)."""
     return config.tile_warps * WARP_VECTORS // CONSUMER_THREADS
+
+
+def part_quarters(config: MlaDecodeConfig) -> int:
+    """Quarters of a block that a part of a row group costs: `WorkShape.decode_part_quarters`."""
+    return (PART_QUARTERS + WARP_PART_QUARTERS * config.tile_warps) // (config.tile_n // TILE_N)
+
+
+def lone_block_eighths(config: MlaDecodeConfig) -> int:
+    """Eighths of its usual time that a block takes a CTA alone: `WorkShape.lone_block_eighths`."""
+    return LONE_BLOCK_EIGHTHS if config.num_groups == 1 else SHARED_LONE_BLOCK_EIGHTHS
 
 
 def most_parts(config: MlaDecodeConfig) -> int:

@@ -21,7 +21,12 @@ class ScheduleParams(NamedTuple):
     slot_vectors: Any
     decode_share_vectors: Any  # parts that pay, times `slot_vectors`, from which on the two below say how many there are
     decode_parts_ratio: Any  # with it: the square of a row group's parts over its n_blocks, at most; 0: no such bound
-    decode_part_blocks: Any  # n_blocks that a part of a decode row group has at least; 0: as few parts as pay (`kernel.LONE_PARTS_RATIO`)
+    decode_part_blocks: (
+        Any  # n_blocks that a part of a decode row group has at least; 0: as few parts as pay (`decode_cuts.LONE_PARTS_RATIO`)
+    )
+    decode_lines: Any  # KV heads whose row groups see the same keys; 1: each has keys of its own
+    decode_part_quarters: Any  # of a decode n_block that a part of a row group costs; 0: parts are not weighed
+    lone_block_eighths: Any  # of its usual time that a decode n_block takes a CTA where others are done
     num_sms: Any
     decode_tile_ticks: Any
     decode_full_sms: Any

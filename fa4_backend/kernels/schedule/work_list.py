@@ -1,6 +1,6 @@
 """Work lists: which CTA does which tile. Made on the device once a step (`kernel.py`), read by every layer's kernels.
 
-The decode list is CTA-major: CTA `c` has `decode_first[c, NUM_ENTRIES]` entries, one behind the other. The prefill list is a queue, in the
+In the decode list CTA `c` has `decode_first[c, NUM_ENTRIES]` entries, one behind the other. The prefill list is a queue, in the
 order in which its entries are taken, by whoever is free first. An entry of the prefill list is TILE_INTS int32, one of the decode list
 DECODE_INTS (the names below index both; what stands behind the slots is one list's alone):
 
@@ -93,8 +93,17 @@ class WorkShape:
     decode_part_blocks: int = 0  # decode n_blocks of the shortest part where all CTAs of a row group add up its parts; 0: one CTA does
     convert_keys: int = 0  # keys of a workspace where a step's K and V are converted before (`kernels/convert_kv`); 0: they are not
     private_slots: int = 0  # slots of the decode kernel's own, behind those that the schedule hands out
+    decode_lines: int = 1  # `num_kv_heads` where all see the same keys, which CTAs side by side then take together (`decode_cuts`)
+    decode_part_quarters: int = 0  # quarters of a decode n_block that a part of a row group costs; 0: parts are not weighed
+    lone_block_eighths: int = 8  # eighths of its usual time that a decode n_block takes a CTA where others are done
 
     def __post_init__(self) -> None:
+        assert self.decode_lines in (1, self.num_kv_heads), f"{self.decode_lines=}, expected 1 or {self.num_kv_heads=}"
+        assert self.decode_lines <= self.decode_num_ctas, f"{self.decode_lines=}, expected at most {self.decode_num_ctas=}"
+        assert not (self.split_blocks and self.decode_part_quarters), (
+            f"{self.split_blocks=}: cuts are the row's, {self.decode_part_quarters=}"
+        )
+        assert self.lone_block_eighths > 0, f"{self.lone_block_eighths=}, expected at least 1"
         assert self.decode_num_ctas <= MAX_DECODE_CTAS, f"{self.decode_num_ctas=}, expected at most {MAX_DECODE_CTAS}"
         assert self.max_parts() <= MOST_PARTS, f"parts of a row group: {self.max_parts()}, expected at most {MOST_PARTS}"
 
