@@ -7,6 +7,7 @@ from typing import Any
 
 from fa4_backend import BatchLimits
 from fa4_backend.problem import MAX_CONVERT_KEYS
+from fa4_integration.sglang_backend.names import served_names
 
 
 def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
@@ -24,7 +25,10 @@ def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
     # Without chunks a prompt comes whole. SGLang may let a chunk grow by a quarter, pads it to whole pages, and mixes decode rows in.
     prompt = max(schedule.max_prefill_tokens or 0, math.ceil(1.25 * max(schedule.chunked_prefill_size or 0, 0)), max_seqlen_k)
     rows = max_num_seqs * max(draft_tokens, 1)
-    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), convert_keys())
+    # Where prompts are another backend's nothing is converted, and no room was reserved. SGLang settles that before it makes backends.
+    serves_prompts = getattr(runner, "prefill_attention_backend_str", None) in (None, *served_names())
+    keys = convert_keys() if serves_prompts else 0
+    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), keys)
 
 
 def convert_keys() -> int:
