@@ -222,7 +222,7 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
 
 def latent_shape(num_heads: int, num_sms: int = 132) -> WorkShape:
     """What latent decode asks of its lists on Hopper."""
-    return MlaCase((1,), (1 << 17,), num_heads=num_heads).kernels(num_sms).work
+    return replace(MlaCase((1,), (1 << 17,), num_heads=num_heads).kernels(num_sms).work, max_num_tokens=1 << 14)
 
 
 def uneven_rows(rows: int, keys: int, spread: int, seed: int = 0) -> list[int]:
