@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fa4_backend.problem import MAX_CONVERT_KEYS
-
 # name -> (default, what it does); `fa4 doctor` prints this table.
 VARIABLES: dict[str, tuple[str, str]] = {
     "FA4_BACKEND_STRICT": ("0", "1: a compile after an engine's start is an error instead of a warning; the one degradation that there is"),
     "FA4_BACKEND_CPU": ("reference", "kernel on a machine without a GPU: reference, emulate-sm90 or emulate-sm100"),
     "FA4_BACKEND_EXACT": ("0", "1: with an engine's batch-invariant mode, a token's bits are those of its prefill too (slower decode)"),
     "FA4_BACKEND_FP8_QUERY": ("0", "1: beside K and V in FP8, vLLM quantises queries too (faster, less exact; Blackwell's kernels)"),
-    "FA4_BACKEND_CONVERT_KEYS": (
-        "32768",
-        "room for keys of a step whose K and V in FP8 Hopper's prefill converts once a call; 0: it never does",
+    "FA4_BACKEND_CONVERT_MIB": (
+        "256",
+        "MiB of room at most for K and V in FP8 that Hopper's prefill converts once a call; 0: it never does",
     ),
     "FA4_BACKEND_CACHE_DIR": ("$XDG_CACHE_HOME/fa4-backend", "folder of compiled kernels, the emulator's core and converted models"),
     "FA4_BACKEND_CACHE_GIB": ("4", "size in GiB that compiled kernels may take on disk; the least recently used go"),
@@ -32,6 +30,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
 }
 
 PREFIX = "FA4_BACKEND_"
+MAX_CONVERT_MIB = 1 << 16  # 64 GiB: more than any step needs, and a slip of the pen
 FLAGS = ("FA4_BACKEND_STRICT", "FA4_BACKEND_EXACT", "FA4_BACKEND_FP8_QUERY", "FA4_BACKEND_SGLANG_OVERRIDE_FA4")  # 0 or 1
 
 # FA4_BACKEND_CPU -> arch whose kernels the emulator runs; None: the torch reference.
@@ -64,7 +63,7 @@ def faults() -> dict[str, str]:
     found = {name: f"{name}: expected 0 or 1, got {value!r}" for name, value in flags if value not in ("", "0", "1")}
     for name, read in (
         ("FA4_BACKEND_CPU", cpu_kernel),
-        ("FA4_BACKEND_CONVERT_KEYS", convert_keys),
+        ("FA4_BACKEND_CONVERT_MIB", convert_bytes),
         ("FA4_BACKEND_CACHE_DIR", cache_dir),
         ("FA4_BACKEND_CACHE_GIB", cache_limit_bytes),
         ("FA4_BACKEND_TRACE_FILE", trace_file),
@@ -92,16 +91,16 @@ def fp8_query() -> bool:
     return _read("FA4_BACKEND_FP8_QUERY") == "1"
 
 
-def convert_keys() -> int:
-    """Keys of a step's prefill rows that there shall be room for to bring from FP8 to 16 bits once a call.
+def convert_bytes() -> int:
+    """Bytes that the room for K and V of a step's prefill rows, brought from FP8 to 16 bits once a call, may take.
 
     Raises:
-        ValueError: the variable holds no number of keys.
+        ValueError: the variable holds no number of MiB.
     """
-    text = _read("FA4_BACKEND_CONVERT_KEYS")
-    if not text.isdecimal() or int(text) > MAX_CONVERT_KEYS:
-        raise ValueError(f"FA4_BACKEND_CONVERT_KEYS: expected 0 to {MAX_CONVERT_KEYS}, got {text!r}")
-    return int(text)
+    text = _read("FA4_BACKEND_CONVERT_MIB")
+    if not text.isdecimal() or int(text) > MAX_CONVERT_MIB:
+        raise ValueError(f"FA4_BACKEND_CONVERT_MIB: expected 0 to {MAX_CONVERT_MIB}, got {text!r}")
+    return int(text) << 20
 
 
 def sglang_override_fa4() -> bool:

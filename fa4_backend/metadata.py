@@ -10,7 +10,7 @@ from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.narrow_tiles import NarrowSteps
 from fa4_backend.plan import AttentionPlan
 from fa4_backend.problem import RAGGED, SAME_AS_Q
-from fa4_backend.step_validation import Passed, check_plan_device, check_shortest_query, check_step
+from fa4_backend.step_validation import Passed, check_bounds, check_plan_device, check_step
 
 if TYPE_CHECKING:
     import torch
@@ -151,10 +151,11 @@ class AttentionMetadata:
                 hold for each replay, and be given for each.
 
         Raises:
-            ValueError: the batch is larger than the plan's limits, or a tensor or bound is not what is expected.
+            ValueError: the batch is larger than the plan's limits, or a tensor or bound is not what is expected. On CPU tensors also: a
+                length is outside a host bound.
         """
         num_seqs = check_step(self.plan, self.device, self.passed, cu_seqlens_q, seqused_k, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        check_shortest_query(cu_seqlens_q, min_seqlen_q, max_seqlen_q)
+        check_bounds(self.plan.limits, cu_seqlens_q, seqused_k, min_seqlen_q, max_seqlen_q, prefill_keys)
         converts = self._converts(max_seqlen_q, max_seqlen_k, prefill_keys)
         is_narrow = self._is_narrow(max_seqlen_q, decode_alone)
         self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts, is_narrow)

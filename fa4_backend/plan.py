@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fa4_backend import envs
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
@@ -84,6 +85,16 @@ class AttentionPlan:
 def aligned_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """Bytes of a tensor in the room, so that another may lie behind it."""
     return -(-math.prod(shape) * itemsize // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def bounded(limits: BatchLimits, problem: AttentionProblem) -> BatchLimits:
+    """`limits` with no more keys to convert than `FA4_BACKEND_CONVERT_MIB` has room for, of heads as `problem` has them.
+
+    Raises:
+        ValueError: the variable holds no number of MiB.
+    """
+    key_bytes = problem.num_kv_heads * (problem.head_dim + problem.head_dim_v) * DTYPE_BYTES[problem.dtype]
+    return replace(limits, convert_keys=min(limits.convert_keys, envs.convert_bytes() // key_bytes))
 
 
 def plan_attention(

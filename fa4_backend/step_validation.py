@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH, arch_of_capability
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from fa4_backend.plan import AttentionPlan
-    from fa4_backend.problem import AttentionProblem
+    from fa4_backend.problem import AttentionProblem, BatchLimits
 
 Passed = dict[Hashable, tuple[int, ...]]  # facts of steps and calls that were found to fit, and the bytes of a call's tensors
 MAX_PASSED = 1024  # remembered facts; layers and steps repeat theirs
@@ -42,20 +43,40 @@ def check_plan_device(plan: AttentionPlan, device: torch.device) -> None:
             raise ValueError(f"device: expected {arch} ({ARCHS[arch].chips}), which the plan was made for, got {got}")
 
 
-def check_shortest_query(cu_seqlens_q: torch.Tensor, min_seqlen_q: int, max_seqlen_q: int) -> None:
-    """Check the lower bound of a step's query lengths; against the lengths themselves where they are on the CPU.
+def check_bounds(
+    limits: BatchLimits,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    min_seqlen_q: int,
+    max_seqlen_q: int,
+    prefill_keys: int | None,
+) -> None:
+    """Check the host's bounds of a step's lengths: with each other, and where the lengths are on the CPU with those.
+
+    A kernel is not launched for rows that a bound rules out, and converts no more keys than it says: on a GPU, whose lengths the host
+    cannot read without waiting, a wrong bound leaves rows of `out` as they were.
 
     Raises:
-        ValueError: it is no whole number, below 1, above the upper bound of a step that has queries, or above a query.
+        ValueError: `min_seqlen_q` is no whole number, below 1 or above the upper bound of a step that has queries; a length on the CPU is
+            outside a bound, or keys of its long rows are more than `prefill_keys`.
     """
     expect_whole("min_seqlen_q", min_seqlen_q)
     if not 1 <= min_seqlen_q <= max(max_seqlen_q, 1):
         raise ValueError(f"min_seqlen_q: expected 1 to max_seqlen_q={max_seqlen_q}, got {min_seqlen_q}")
-    if min_seqlen_q > 1 and cu_seqlens_q.device.type == "cpu":
-        lengths = cu_seqlens_q.diff()
-        shortest = min((n for n in lengths.tolist() if n > 0), default=min_seqlen_q)
-        if shortest < min_seqlen_q:
-            raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
+    if cu_seqlens_q.device.type != "cpu":
+        return
+    starts = cu_seqlens_q.tolist()
+    lengths = [end - begin for begin, end in pairwise(starts)]
+    shortest = min((n for n in lengths if n > 0), default=min_seqlen_q)
+    if shortest < min_seqlen_q:
+        raise ValueError(f"min_seqlen_q: expected at most the shortest query, {shortest}, got {min_seqlen_q}")
+    longest = max(lengths, default=0)
+    if longest > max_seqlen_q:
+        raise ValueError(f"max_seqlen_q: expected at least the longest query, {longest}, got {max_seqlen_q}")
+    if prefill_keys is not None and seqused_k is not None:
+        keys = sum(k for n, k in zip(lengths, seqused_k.tolist(), strict=True) if n > limits.decode_query_len)
+        if keys > prefill_keys:
+            raise ValueError(f"prefill_keys: expected at least the keys of all long rows, {keys}, got {prefill_keys}")
 
 
 def check_step(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures, envs
+from fa4_backend import AttentionProblem, BatchLimits, MaskFeatures
 from fa4_backend.bench.engine_steps import BATCHES, CHUNK, MAX_LEN, PREFIX, VOCAB
-from fa4_backend.problem import FP8, LATENT, RAGGED, SAME_AS_Q
+from fa4_backend.plan import bounded
+from fa4_backend.problem import FP8, LATENT, MAX_CONVERT_KEYS, RAGGED, SAME_AS_Q
 from fa4_backend.split_rows import message_limits
 from fa4_backend.support import LATENT_PAGE
 
@@ -44,11 +45,12 @@ class EngineModel:
 
 
 def _limits(max_len: int = MAX_LEN) -> BatchLimits:
-    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len, convert_keys=envs.convert_keys())
+    return BatchLimits(max(BATCHES) + 1, CHUNK, max_len, convert_keys=MAX_CONVERT_KEYS)
 
 
 def _paged(heads: tuple[int, int], head_dim: int, kv_dtype: str, arch: str) -> Asked:
-    return [(AttentionProblem(*heads, head_dim, head_dim, "bfloat16", PAGE_SIZE, arch, kv_dtype=kv_dtype), _limits())]
+    problem = AttentionProblem(*heads, head_dim, head_dim, "bfloat16", PAGE_SIZE, arch, kv_dtype=kv_dtype)
+    return [(problem, bounded(_limits(), problem))]
 
 
 def _latent(num_heads: int, kv_dtype: str, arch: str) -> Asked:

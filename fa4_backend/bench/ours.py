@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, envs, paged_attention, plan_attention, ragged_attention
+from fa4_backend import AttentionMetadata, AttentionProblem, BatchLimits, paged_attention, plan_attention, ragged_attention
 from fa4_backend.arch import arch_of_capability
 from fa4_backend.bench.batch import BatchShape, BatchTensors
 from fa4_backend.bench.peers import Call
 from fa4_backend.compile import CompileKey
 from fa4_backend.compile_cache import ensure_objects
 from fa4_backend.device import plan_on
-from fa4_backend.plan import AttentionPlan
-from fa4_backend.problem import PAGED
+from fa4_backend.plan import AttentionPlan, bounded
+from fa4_backend.problem import MAX_CONVERT_KEYS, PAGED
 
 
 def asked(
@@ -35,8 +35,9 @@ def asked(
         sinks_dtype="bfloat16", batch_invariant=batch_invariant, exact=exact,
     )  # fmt: skip
     tokens = sum(query_len for query_len, _ in rows)
-    convert_keys = envs.convert_keys() if convert_keys is None else convert_keys
-    return problem, BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len, convert_keys)
+    asked_keys = MAX_CONVERT_KEYS if convert_keys is None else convert_keys
+    limits = BatchLimits(max(256, len(rows)), max(8192, tokens), 131072, batch.decode_query_len, asked_keys)
+    return problem, bounded(limits, problem) if convert_keys is None else limits
 
 
 def gpu_arch() -> str:

@@ -19,7 +19,7 @@ from fa4_backend.commands.shapes import check_chip, dims_of, heads_of
 from fa4_backend.compile import CompileError
 from fa4_backend.model_config import LayerGroup, attention_problems, layer_groups
 from fa4_backend.model_layers import ModelConfigError
-from fa4_backend.plan import AttentionPlan, plan_attention
+from fa4_backend.plan import AttentionPlan, bounded, plan_attention
 from fa4_backend.problem import FP8, LATENT, PAGED, RAGGED, SAME_AS_Q, AttentionProblem, BatchLimits, MaskFeatures, UnsupportedProblem
 from fa4_backend.support import LATENT_PAGE, PAGE_MULTIPLE
 
@@ -57,15 +57,16 @@ def compile(
         limits = options.batch_limits(max_num_seqs, speculative_tokens)
         if model is not None:
             groups = layer_groups(model, arch=arch, page_size=page_size, kv_dtype=kv_dtype, tp=tp, text_only=text_only, **modes)
-            plans = [plan_attention(problem, limits) for problem in attention_problems(groups)] + [*_latent_plans(groups, limits)]
+            plans = [plan_attention(problem, bounded(limits, problem)) for problem in attention_problems(groups)]
+            plans += _latent_plans(groups, limits)
         else:
             shape = AttentionProblem(
                 *heads_of(heads), *dims_of(head_dim), full_dtype(dtype), page_size or PAGES.get(kind, PAGE_MULTIPLE), arch,
                 mask=MaskFeatures(is_causal=causal), kv_dtype=kv_dtype or SAME_AS_Q, kv_source=kind, has_lse=lse, **modes,
             )  # fmt: skip
-            plans = [plan_attention(shape, limits)]
+            plans = [plan_attention(shape, bounded(limits, shape))]
         if fused_output:
-            plans += [plan_attention(replace(p.problem, out_dtype=FP8), limits) for p in plans if p.problem.kv_source == PAGED]
+            plans += [plan_attention(replace(p.problem, out_dtype=FP8), p.limits) for p in plans if p.problem.kv_source == PAGED]
     except (ModelConfigError, ValueError) as error:
         typer.echo(f"fa4 compile: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, UnsupportedProblem) else 2) from None

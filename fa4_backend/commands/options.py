@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fa4_backend import envs
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP
-from fa4_backend.problem import BatchLimits
+from fa4_backend.problem import MAX_CONVERT_KEYS, BatchLimits
 
 PageSize = Annotated[int | None, typer.Option(min=1, help="tokens a page; default: vLLM's, 16 and for latents 64; SGLang's is 64")]
 KvDtype = Annotated[str | None, typer.Option(help=f"{KV_DTYPE_HELP}; default: auto, fp8 if the model declares it")]
@@ -23,9 +22,9 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def batch_limits(max_num_seqs: int, speculative_tokens: int, max_num_tokens: int = 8192, max_seqlen_k: int = 32768) -> BatchLimits:
-    """The limits that an engine with these numbers plans for.
+    """The limits that an engine with these numbers plans for, but for the room of keys to convert (`plan.bounded`).
 
     Raises:
-        ValueError: one of them, or FA4_BACKEND_CONVERT_KEYS, is out of range.
+        ValueError: one of them is out of range.
     """
-    return BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens, envs.convert_keys())
+    return BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens, MAX_CONVERT_KEYS)

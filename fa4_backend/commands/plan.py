@@ -15,7 +15,7 @@ from fa4_backend.commands.dtypes import full_dtype
 from fa4_backend.commands.latent_steps import latent_steps
 from fa4_backend.model_config import LayerGroup, layer_groups
 from fa4_backend.model_layers import ATTENTION, ModelConfigError
-from fa4_backend.plan import plan_attention
+from fa4_backend.plan import bounded, plan_attention
 from fa4_backend.problem import AttentionProblem, BatchLimits, UnsupportedProblem
 
 
@@ -83,7 +83,7 @@ def _row(group: LayerGroup, limits: BatchLimits) -> dict[str, Any]:
 def _planned(problem: AttentionProblem, limits: BatchLimits) -> dict[str, Any]:
     """What serves a problem, or why nothing does."""
     try:
-        served = plan_attention(problem, limits)
+        served = plan_attention(problem, bounded(limits, problem))
     except UnsupportedProblem as error:
         return _not_planned(str(error))
     return {"plan": served.describe(), "kernels": list(served.kernel_names), "room_mib": served.room_bytes / 2**20, "refusal": None}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fa4_backend import AttentionMetadata, convert_room, envs
 from fa4_backend.compile_cache import reopen, seal
 from fa4_backend.device import plan_on
-from fa4_backend.plan import plan_attention
+from fa4_backend.plan import bounded, plan_attention
 from fa4_backend.problem import FP8
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def reserve(problem: AttentionProblem, limits: BatchLimits, device: torch.device
     Raises:
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
     """
-    return convert_room.reserve(plan_attention(problem, limits), device)
+    return convert_room.reserve(plan_attention(problem, bounded(limits, problem)), device)
 
 
 def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.device) -> AttentionMetadata:
@@ -62,7 +62,7 @@ def allocate(problem: AttentionProblem, limits: BatchLimits, device: torch.devic
         UnsupportedProblem: no kernel serves the problem, or none serves batches of these limits.
         CompileError, CacheError: as `AttentionMetadata.allocate`.
     """
-    return AttentionMetadata.allocate(plan_on(problem, limits, device), device)
+    return AttentionMetadata.allocate(plan_on(problem, bounded(limits, problem), device), device)
 
 
 def allocate_fused(step: AttentionMetadata, device: torch.device) -> AttentionMetadata:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fa4_backend import BatchLimits, envs
+from fa4_backend import BatchLimits
+from fa4_backend.problem import MAX_CONVERT_KEYS
+from fa4_integration.sglang_backend.names import served_names
 
 
 def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
@@ -23,16 +25,19 @@ def batch_limits(runner: Any, draft_tokens: int) -> BatchLimits:
     # Without chunks a prompt comes whole. SGLang may let a chunk grow by a quarter, pads it to whole pages, and mixes decode rows in.
     prompt = max(schedule.max_prefill_tokens or 0, math.ceil(1.25 * max(schedule.chunked_prefill_size or 0, 0)), max_seqlen_k)
     rows = max_num_seqs * max(draft_tokens, 1)
-    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), convert_keys())
+    # Where prompts are another backend's nothing is converted, and no room was reserved. SGLang settles that before it makes backends.
+    serves_prompts = getattr(runner, "prefill_attention_backend_str", None) in (None, *served_names())
+    keys = convert_keys() if serves_prompts else 0
+    return BatchLimits(max_num_seqs, prompt + rows + runner.page_size, max_seqlen_k, max(draft_tokens, 1), keys)
 
 
 def convert_keys() -> int:
-    """Keys of a step that there is room for where K and V in FP8 are brought to 16 bits.
+    """Keys of a step of which K and V in FP8 may be brought to 16 bits, if there is room (`bounded` in `fa4_backend/plan.py`).
 
-    `FA4_BACKEND_CONVERT_KEYS`, or all that `--max-running-requests` sequences of `--context-length` tokens have, if both are given. It
-    follows from what SGLang knows before it sizes its pools, so that plans ask for what was reserved then.
+    All that `--max-running-requests` sequences of `--context-length` tokens have, if both are given. It follows from what SGLang knows
+    before it sizes its pools, so that plans ask for what was reserved then.
     """
     from sglang.srt.runtime_context import get_model, get_schedule
 
     requests, context = get_schedule().max_running_requests, get_model().context_length
-    return envs.convert_keys() if requests is None or context is None else min(envs.convert_keys(), requests * context)
+    return MAX_CONVERT_KEYS if requests is None or context is None else min(MAX_CONVERT_KEYS, requests * context)

@@ -6,7 +6,8 @@ from typing import Any
 
 from vllm.config import CUDAGraphMode
 
-from fa4_backend import BatchLimits, envs
+from fa4_backend import BatchLimits
+from fa4_backend.problem import MAX_CONVERT_KEYS
 
 
 def batch_limits(vllm_config: Any, decode_query_len: int, chunk: int | None = None) -> BatchLimits:
@@ -25,7 +26,7 @@ def batch_limits(vllm_config: Any, decode_query_len: int, chunk: int | None = No
         scheduler.max_num_seqs * decode_query_len,
     )
     max_model_len = vllm_config.model_config.max_model_len
-    convert_keys = 0 if captures_prompts(vllm_config) else min(envs.convert_keys(), scheduler.max_num_seqs * max_model_len)
+    convert_keys = 0 if captures_prompts(vllm_config) else min(MAX_CONVERT_KEYS, scheduler.max_num_seqs * max_model_len)
     rows = scheduler.max_num_seqs if chunk is None else 2 * scheduler.max_num_seqs + max_num_tokens // chunk
     return BatchLimits(rows, max_num_tokens, max_model_len, decode_query_len, convert_keys)
 

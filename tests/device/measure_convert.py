@@ -53,7 +53,8 @@ def cells() -> list[PrefillBatch]:
         out += [PrefillBatch(*row, kv_dtype=FP8, **fields) for row in (rows if name in ("d128", "d256") else short)]
     out.append(replace(out[0], num_q_heads=64))
     out.append(replace(out[0], mask=Mask(window=1024)))
-    out.append(replace(out[0], rows=1, query_len=2048, kv_len=32768))
+    chunk = replace(out[0], rows=1, query_len=2048, kv_len=32768)
+    out += [chunk, replace(chunk, kv_len=65536), replace(chunk, kv_len=131072, num_q_heads=16, num_kv_heads=2, head_dim=256)]
     return out
 
 

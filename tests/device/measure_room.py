@@ -2,7 +2,7 @@
 
     python -m tests.device.measure_room
 
-Engines with K and V in FP8, one after the other: without room (FA4_BACKEND_CONVERT_KEYS=0), again without, and with it. The last one's
+Engines with K and V in FP8, one after the other: without room (FA4_BACKEND_CONVERT_MIB=0), again without, and with it. The last one's
 cache has to be smaller than the second one's by the room's bytes; what vLLM measures varies by some MiB. The first is there because a
 process pays for libraries' workspaces once (72 MiB on an H200). Exit status 1 where it is not smaller so, or a plan allocated room.
 """
@@ -20,7 +20,8 @@ from tests.engines.tiny_models import write_llama
 
 LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 2, 2, 64, 16  # of `write_llama`, so that `serve_fp8` has compiled the kernels
 BLOCK_BYTES = LAYERS * BLOCK * 2 * KV_HEADS * HEAD_DIM  # of K and V in FP8
-KEYS = 1 << 18  # 128 MiB
+ROOM_MIB = 128
+KEYS = (ROOM_MIB << 20) // (2 * KV_HEADS * HEAD_DIM * 2)  # of all sequences, so that they do not bound it
 # A small share of the GPU: vLLM makes an object a block, 5.5 million of them in 42 GiB, which takes a minute.
 ARGUMENTS = {
     **COMMON, "max_num_seqs": KEYS // COMMON["max_model_len"], "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.04,
@@ -29,12 +30,12 @@ ARGUMENTS = {
 WITHIN = 0.1  # of the room
 
 
-def cache_bytes(model: Path, keys: int) -> tuple[int, dict[str, int]]:
+def cache_bytes(model: Path, room_mib: int) -> tuple[int, dict[str, int]]:
     """Bytes of vLLM's KV cache in an engine that is started and stopped; what was seen of the room."""
     from vllm import LLM
 
     environment = {
-        "FA4_BACKEND_CONVERT_KEYS": str(keys),
+        "FA4_BACKEND_CONVERT_MIB": str(room_mib),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles for minutes at its first start
     }
@@ -52,7 +53,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as name:
         model = write_llama(Path(name), num_layers=LAYERS)
-        _, (without, nothing), (with_room, seen) = (cache_bytes(model, keys) for keys in (0, 0, KEYS))
+        _, (without, nothing), (with_room, seen) = (cache_bytes(model, room_mib) for room_mib in (0, 0, ROOM_MIB))
     for label, found, room in (("without room", without, nothing), ("with room", with_room, seen)):
         print(f"{label}: KV cache {found / 2**20:,.0f} MiB, room {room['room_bytes'] / 2**20:.0f} MiB, late {room['late_bytes']} bytes")
     difference, expected = without - with_room, seen["room_bytes"]

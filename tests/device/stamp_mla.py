@@ -46,7 +46,8 @@ WATCHED: tuple[tuple[type, str, str, str], ...] = (
     (Merge, "finish_piece", "products with V", "slot written"),
     (Merge, "join_parts", "", "end"),
     (Merge, "_add_up", "all parts have come", "share written"),
-    (PartWeights, "weigh", "share there", "parts weighed"),
+    (PartWeights, "weigh", "statistics there", "parts weighed"),
+    (Merge, "_await_vectors", "", "share there"),
 )
 PLACES = ("begin", "roles", *(name for _, _, *both in WATCHED for name in both if name))
 SHAPES = ((128, 0), (128, 64), (128, 1024), (128, 4096), (128, 16384), (16, 0), (16, 64), (16, 4096))
@@ -105,10 +106,10 @@ def change_kernels() -> None:
         STEPS.append(step)
         return look_up(self, step, *others)
 
-    def third(self: ConsumerWarpgroup, *arguments: Any) -> None:
+    def third(self: ConsumerWarpgroup, *arguments: Any) -> Int32:
         stamp("begin", CONSUMER, BEGIN[-1])
         stamp("roles", CONSUMER)
-        run(self, *arguments)
+        return run(self, *arguments)
 
     MlaStorage.allocate, LoadWarp.look_up, ConsumerWarpgroup.run = first, second, third  # type: ignore[method-assign, assignment]
     for watched in WATCHED:

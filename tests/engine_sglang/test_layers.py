@@ -16,6 +16,8 @@ from torch import nn
 from fa4_backend import UnsupportedProblem
 from fa4_integration.sglang_backend import backend
 from fa4_integration.sglang_backend.batch import describe_step
+from fa4_integration.sglang_backend.limits import batch_limits
+from fa4_integration.sglang_backend.names import NAME
 from fa4_integration.sglang_backend.page_tables import TokenSlots
 from fa4_integration.sglang_backend.steps import attention_layers
 from tests.engine_sglang.test_kit import CASES, FLOAT32, SKIPS, WINDOW_CASES
@@ -117,6 +119,14 @@ def test_limits_of_a_runner(fixture: Any) -> None:
     assert limits.max_seqlen_k == table.shape[1]
     assert limits.max_num_seqs >= fixture.runner.req_to_token_pool.size
     assert limits.max_num_tokens >= table.shape[1] + limits.max_num_seqs
+
+
+def test_no_room_where_prompts_are_another_backends(fixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {}
+    for prompts in (NAME, "triton"):
+        monkeypatch.setattr(fixture.runner, "prefill_attention_backend_str", prompts, raising=False)
+        keys[prompts] = batch_limits(fixture.runner, 0).convert_keys
+    assert keys[NAME] > 0 == keys["triton"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def settle(monkeypatch: pytest.MonkeyPatch) -> Any:
     """SGLang's step as a model runner calls it, with Hopper's kernels on a CPU and our backend for prompts."""
     load_plugins()
     monkeypatch.setenv("FA4_BACKEND_CPU", "emulate-sm90")
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", "32")  # 32,768 keys of 2 heads of 128
     monkeypatch.setattr(convert_room, "_rooms", weakref.WeakValueDictionary())
     schedule, server = SimpleNamespace(page_size=64, max_running_requests=None), SimpleNamespace(context_length=None)
     monkeypatch.setattr(runtime_context, "get_schedule", lambda: schedule)
@@ -65,7 +66,7 @@ def test_layers_share_room_that_the_model_holds(settle: Any) -> None:
 
 @pytest.mark.parametrize(("requests", "keys"), [(2, 2 * 4096), (8, 32768), (9, 32768)])
 def test_room_is_for_what_a_server_holds_at_most(settle: Any, requests: int, keys: int) -> None:
-    """In a context of 4096 tokens, of which 8 sequences fill the usual 32,768."""
+    """In a context of 4096 tokens, of which 8 sequences fill what there is room for."""
     model = TwoLayers()
     settle(model, requests=requests)
     assert model.fa4_convert_rooms[0].storage.numel() == 2 * keys * 2 * 128 * 2

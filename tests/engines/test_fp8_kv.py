@@ -238,7 +238,7 @@ def test_room_for_converted_keys_is_reserved_with_the_layers(monkeypatch: pytest
     assert layers[0].convert_room is None
     room = layers[1].convert_room
     assert room is not None and room is layers[2].convert_room
-    keys = 16 * 1024  # 16 sequences of the longest, less than FA4_BACKEND_CONVERT_KEYS
+    keys = 16 * 1024  # 16 sequences of the longest, less than FA4_BACKEND_CONVERT_MIB has room for
     assert room.storage.numel() == 2 * keys * 2 * 64 * 2
     storage = room.storage
     steps = [step for one in (fp8, windowed, wide) for step in one.build().builder.steps.values()]
@@ -246,10 +246,10 @@ def test_room_for_converted_keys_is_reserved_with_the_layers(monkeypatch: pytest
     assert room.storage is storage and {step.converted.keys.data_ptr() for step in steps[:2] if step.converted} == {storage.data_ptr()}
 
 
-@pytest.mark.parametrize(("variable", "mode"), [("0", CUDAGraphMode.NONE), ("32768", CUDAGraphMode.FULL)])
+@pytest.mark.parametrize(("variable", "mode"), [("0", CUDAGraphMode.NONE), ("256", CUDAGraphMode.FULL)])
 @pytest.mark.usefixtures("hopper")
 def test_no_room_where_no_step_converts(variable: str, mode: CUDAGraphMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FA4_BACKEND_CONVERT_KEYS", variable)
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", variable)
     step = VllmStep((1, 30), (40, 30), kv_cache_dtype="fp8", cudagraph_mode=mode)
     monkeypatch.setattr(impl, "get_current_vllm_config_or_none", lambda: step.config())
     built = step.build()

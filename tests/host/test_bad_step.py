@@ -66,6 +66,11 @@ BAD_STEPS: dict[str, tuple[Callable, str]] = {
     "half a token": (lambda a: {"max_seqlen_q": 4.5}, "max_seqlen_q: expected a whole number as a Python int, got 4.5"),
     "a shortest query of none": (lambda a: {"min_seqlen_q": 0}, "min_seqlen_q: expected 1 to max_seqlen_q=5, got 0"),
     "a shortest query above one": (lambda a: {"min_seqlen_q": 5}, "min_seqlen_q: expected at most the shortest query, 1, got 5"),
+    "a longest query below one": (lambda a: {"max_seqlen_q": 4}, "max_seqlen_q: expected at least the longest query, 5, got 4"),
+    "fewer keys than long rows have": (
+        lambda a: {"prefill_keys": 32},
+        "prefill_keys: expected at least the keys of all long rows, 33, got 32",
+    ),
     "a negative length": (lambda a: {"max_seqlen_q": -1}, "max_seqlen_q: expected 0 to 9, .*max_num_tokens, got -1"),
 }
 

@@ -59,7 +59,7 @@ def test_doctor_exits_1_on_an_unusable_setting(capsys: pytest.CaptureFixture[str
     [
         *((name, "true", "expected 0 or 1, got 'true'") for name in envs.FLAGS),
         ("FA4_BACKEND_CPU", "fastest", "expected one of reference, "),
-        ("FA4_BACKEND_CONVERT_KEYS", "32k", "expected 0 to "),
+        ("FA4_BACKEND_CONVERT_MIB", "32k", "expected 0 to "),
         ("FA4_BACKEND_CACHE_GIB", "-1", "expected a positive number of GiB, got '-1'"),
         ("FA4_BACKEND_TRACE_FILE", "/nowhere/trace", "expected a file in a folder that is there, got /nowhere/trace"),
         ("FA4_BACKEND_TRACE_FILE", "/", "expected a file in a folder"),

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
+from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, envs, plan_attention
 from fa4_backend.kernels.sm90.tuning import TILES
+from fa4_backend.plan import bounded
 from fa4_backend.problem import FP8, MAX_CONVERT_KEYS, RAGGED
 from tests.support.problems import make_problem
 
@@ -84,10 +85,29 @@ def test_room_out_of_range_is_refused(keys: int) -> None:
         replace(LIMITS, convert_keys=keys)
 
 
-@pytest.mark.parametrize("text", ["-1", "many", str(MAX_CONVERT_KEYS + 1)])
+@pytest.mark.parametrize("text", ["-1", "many", str(envs.MAX_CONVERT_MIB + 1)])
 def test_the_variable_is_checked(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fa4_backend import envs
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", text)
+    with pytest.raises(ValueError, match="FA4_BACKEND_CONVERT_MIB: expected 0 to"):
+        envs.convert_bytes()
 
-    monkeypatch.setenv("FA4_BACKEND_CONVERT_KEYS", text)
-    with pytest.raises(ValueError, match="FA4_BACKEND_CONVERT_KEYS: expected 0 to"):
-        envs.convert_keys()
+
+@pytest.mark.parametrize(
+    ("mib", "heads", "dims", "asked", "keys"),
+    [
+        ("256", 8, (128, 128), MAX_CONVERT_KEYS, 65536),
+        ("256", 2, (256, 256), MAX_CONVERT_KEYS, 131072),
+        ("256", 8, (128, 128), 1000, 1000),  # all that an engine's sequences have
+        ("1", 3, (192, 128), MAX_CONVERT_KEYS, 546),  # 1,920 bytes a key: what is left of the MiB holds none
+        ("0", 8, (128, 128), MAX_CONVERT_KEYS, 0),
+    ],
+)
+def test_room_is_bounded_in_mib(
+    mib: str, heads: int, dims: tuple[int, int], asked: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", mib)
+    problem = make_problem(4 * heads, heads, *dims, "bfloat16", 16, "sm_90a", kv_dtype=FP8)
+    limits = bounded(replace(LIMITS, convert_keys=asked), problem)
+    assert limits.convert_keys == keys
+    plan = plan_attention(problem, limits)
+    assert plan.room_bytes <= int(mib) << 20 and (plan.room_bytes > 0) == (keys > 0)

@@ -49,7 +49,8 @@ def test_a_key_of_another_sequence_is_noticed() -> None:
 def call(built: BuiltCase, **changes: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     a, plan = built.arguments, built.case.plan()
     metadata = AttentionMetadata.allocate(plan, "cpu")
-    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, max_seqlen_q=5, max_seqlen_k=1)
+    longest = max(built.case.query_lens)
+    metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, cu_seqlens_k=a.cu_seqlens_k, max_seqlen_q=longest, max_seqlen_k=1)
     tensors = {
         "q": a.q,
         "k": a.k_cache,

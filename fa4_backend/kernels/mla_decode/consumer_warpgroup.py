@@ -114,8 +114,8 @@ class ConsumerWarpgroup:
         values: MaskValues,
         results: ResultTensors,
         shared: SharedTensors,
-    ):
-        """Work off the CTA's entries, then add up this CTA's share of split row groups."""
+    ) -> Int32:
+        """Work off the CTA's entries; returns how many of them are parts of row groups, which `join_parts` adds up."""
         thread = cute.arch.thread_idx()[0] % SIDE_THREADS
         products = self._operands(side, mmas, shared, thread)
         stats = RowStats(cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32))
@@ -167,8 +167,13 @@ class ConsumerWarpgroup:
             if entry.partial_slot >= 0:
                 self.merge.postpone(entry, last_piece - first_piece, num_pending, shared)
                 num_pending += 1
+        return num_pending
+
+    @cute.jit
+    def join_parts(self, num_pending: Int32, step: StepTensors, values: MaskValues, results: ResultTensors, shared: SharedTensors):
+        """Add up this CTA's share of split row groups. One code for both sides: whoever comes to it first has it fetched for both."""
         if num_pending > 0:
-            self.merge.join_parts(num_pending, step, scales, shared, results)
+            self.merge.join_parts(num_pending, step, self._scales(values, results), shared, results)
 
     def _scales(self, values: MaskValues, results: ResultTensors) -> Scales:
         if const_expr(results.mScale is None):

@@ -136,9 +136,11 @@ class MlaDecodeKernel:
             if const_expr(self.config.is_narrow):
                 self.narrow_warps.run(step, values, results, shared)
             else:
+                num_pending = Int32(0)
                 for side in cutlass.range_constexpr(SIDES):
                     if warp // WARPGROUP_WARPS == 1 + side:
-                        self.consumers.run(side, mmas, step, values, results, shared)
+                        num_pending = self.consumers.run(side, mmas, step, values, results, shared)
+                self.consumers.join_parts(num_pending, step, values, results, shared)
         if const_expr(cluster > 1):
             # The other CTA may still copy into this one's shared memory, and arrive at its barriers.
             sync_cluster(cluster)

@@ -97,12 +97,14 @@ class Merge:
             total = quad_sum(stats.row_sum[i])
             if cute.arch.lane_idx() % 4 == 0:
                 shared.sRowSum[turn, fragment.sum_index(), fragment.row(i)] = total
+        if entry.partial_slot >= 0:
+            self._store_vectors(fragment, entry, entry.partial_slot + piece_in_entry, rO, results)
         self.meet()
         for i in cutlass.range_constexpr(2):
             sums = [shared.sRowSum[turn, k, fragment.row(i)] for k in range(fragment.num_sums)]
             stats.row_sum[i] = _sum(sums)
         if entry.partial_slot >= 0:
-            self._store_slot(fragment, entry, entry.partial_slot + piece_in_entry, rO, stats, results)
+            self._complete_slot(fragment, entry, entry.partial_slot + piece_in_entry, rO, stats, results)
         elif const_expr(self.config.has_pieces):
             self._fold_whole(fragment, entry, piece_in_entry, is_last, rO, stats, totals, scales, results)
         else:
@@ -138,7 +140,15 @@ class Merge:
         return rOut
 
     @cute.jit
-    def _store_slot(
+    def _store_vectors(self, fragment: cutlass.Constexpr[Fragment], entry: Entry, slot: Int32, rO: cute.Tensor, results: ResultTensors):
+        """A piece's O to its slot, of warps that have a row, before their rows' row_sum is known."""
+        if self._has_row(fragment, entry):
+            base, o = self._tile_slot(results, slot), flat(rO)
+            for k in cutlass.range_constexpr(fragment.num_values // VEC):
+                ptx.store_global_f32x4(base + fragment.place(k), [o[value].ir_value() for value in fragment.values(k)])
+
+    @cute.jit
+    def _complete_slot(
         self,
         fragment: cutlass.Constexpr[Fragment],
         entry: Entry,
@@ -147,21 +157,24 @@ class Merge:
         stats: RowStats,
         results: ResultTensors,
     ):
-        """A piece's rows to its slot, of warps that have a row."""
+        """A piece's reference and row_sum of each row to its slot, where O is."""
+        if self._has_row(fragment, entry):
+            self._store_statistics(fragment, self._tile_slot(results, slot), stats)
+
+    def _has_row(self, fragment: Fragment, entry: Entry) -> Boolean:
+        """Whether this thread's warp has a row."""
         first_row, row = self.work.first_row(entry), fragment.row(0)
-        if self.work.row(first_row + row // WARP_ROWS * WARP_ROWS, entry.seqlen).is_valid:
-            base, o = self._tile_slot(results, slot), flat(rO)
-            for k in cutlass.range_constexpr(fragment.num_values // VEC):
-                vector = cute.make_rmem_tensor(VEC, Float32)
-                for e, value in enumerate(fragment.values(k)):
-                    vector[e] = o[value]
-                cute.autovec_copy(vector, self._at(base, fragment, k))
-            if fragment.writes_statistics():
-                for i in cutlass.range_constexpr(2):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
-                    where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * fragment.row(i))
-                    cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
+        return self.work.row(first_row + row // WARP_ROWS * WARP_ROWS, entry.seqlen).is_valid
+
+    @cute.jit
+    def _store_statistics(self, fragment: cutlass.Constexpr[Fragment], base: cute.Pointer, stats: RowStats):
+        """Behind a tile's O in its slot, which begins at `base`."""
+        if fragment.writes_statistics():
+            for i in cutlass.range_constexpr(2):
+                pair = cute.make_rmem_tensor(2, Float32)
+                pair[0], pair[1] = stats.row_max[i], stats.row_sum[i]
+                where = base + (self.config.tile_warps * WARP_ROWS * LATENT_DIM + 2 * fragment.row(i))
+                cute.autovec_copy(pair, cute.make_tensor(where.align(8), cute.make_layout(2)))
 
     def _at(self, base: cute.Pointer, fragment: Fragment, vector: int) -> cute.Tensor:
         """A thread's vector of a tile's slot."""
@@ -287,40 +300,55 @@ class Merge:
             first = at - tile * tile_vectors
             count = cutlass.min(cutlass.min(chunk, end - at), tile_vectors - first)
             self._fetch(entry, tile, first, count, thread, shared, results)
-            cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
+            barriers = shared.barriers
+            if const_expr(barriers.statistics_full is None):
+                cute.arch.mbarrier_wait(barriers.slots_full, phase)
+            else:
+                cute.arch.mbarrier_wait(barriers.statistics_full, phase)
             phase ^= 1
             tile_row, memory = first_row + tile * TILE_M, shared.kv.toint()
             if const_expr(c.has_pieces):
+                self._await_vectors(phase ^ 1, shared)
                 for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     self._sum_vector(entry, tile_row, first, i, count, scales, shared, results)
             else:
                 weights = PartWeights(c, self.work)
                 weights.weigh(pieces, first, first + count, memory, thread, scales.true_max, scales.of_value)
                 self.meet()
+                self._await_vectors(phase ^ 1, shared)
                 for i in cutlass.range(thread, count, CONSUMER_THREADS, unroll=1):
                     weights.sum_vector(entry, tile_row, first, i, count, memory, results.mO, results.mLse)
             at += count
             self.meet()
         return phase
 
+    def _await_vectors(self, phase: Int32, shared: SharedTensors) -> None:
+        """The chunk's vectors, where they come apart from statistics, which were waited for."""
+        if shared.barriers.statistics_full is not None:
+            cute.arch.mbarrier_wait(shared.barriers.slots_full, phase)
+
     @cute.jit
     def _fetch(self, entry: Entry, tile: Int32, first: Int32, count: Int32, thread: Int32, shared: SharedTensors, results: ResultTensors):
         """Start the copies of every slot's statistics of a tile and of a chunk of its vectors, by the first warp, a slot a lane."""
         c = self.config
         if thread < 32:
-            num_bytes = count * (4 * VEC)
-            barrier, memory = shared.barriers.slots_full, shared.kv.toint()
+            num_bytes, stats_bytes = count * (4 * VEC), tile_stats_bytes(self.config)
+            barrier, statistics, memory = shared.barriers.slots_full, shared.barriers.statistics_full, shared.kv.toint()
             # Other CTAs' stores, seen since the arrival, come before what the copies read, and this CTA's reads before what they write.
             cute.arch.fence_proxy("async")
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + tile_stats_bytes(self.config)) * entry.num_pieces)
+                if const_expr(statistics is None):
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, (num_bytes + stats_bytes) * entry.num_pieces)
+                else:
+                    cute.arch.mbarrier_arrive_and_expect_tx(statistics, stats_bytes * entry.num_pieces)
+                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes * entry.num_pieces)
             cute.arch.sync_warp()
             for slot in cutlass.range(thread, entry.num_pieces, 32, unroll=1):
                 at = Int64(entry.first_slot + slot) * slot_floats(c) + tile * tile_slot_floats(c)
                 source = results.mSlots.iterator + at
                 stats = (source + c.tile_warps * WARP_ROWS * LATENT_DIM).align(16)
-                ptx.bulk_load(stats, memory + slot * tile_stats_bytes(self.config), barrier, Int32(tile_stats_bytes(self.config)))
-                where = memory + entry.num_pieces * tile_stats_bytes(self.config) + slot * num_bytes
+                ptx.bulk_load(stats, memory + slot * stats_bytes, barrier if statistics is None else statistics, Int32(stats_bytes))
+                where = memory + entry.num_pieces * stats_bytes + slot * num_bytes
                 ptx.bulk_load((source + first * VEC).align(16), where, barrier, num_bytes)
 
     @cute.jit

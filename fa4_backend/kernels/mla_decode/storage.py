@@ -56,6 +56,7 @@ class Barriers(NamedTuple):
     q_empty: cute.Pointer
     p_full: cute.Pointer | None  # weights of a pair's first block and of its second, and the reference of their rows; None: narrow
     slots_full: cute.Pointer  # parts of slots to add up
+    statistics_full: cute.Pointer | None  # references and row sums of their rows, which come first; None: with them
     raw_full: cute.Pointer | None  # a tile's e4m3 numbers have come, two stages; None where nothing is converted in shared memory
 
 
@@ -130,7 +131,10 @@ class MlaStorage:
         edges = (
             *groups,
             PipelineEdge("entry_load_to_consumers", 1, (load,), (consumers,), self.q_bytes),
-            PipelineEdge("slots_merge_to_consumers", 1, (Party("merge", Signal.TMA),), (), KV_STAGE * TILE_ELEMS * 2, AT_BARRIER),
+            *(
+                PipelineEdge(f"{name}_merge_to_consumers", 1, (Party("merge", Signal.TMA),), (), KV_STAGE * TILE_ELEMS * 2, AT_BARRIER)
+                for name in ("slots", "statistics")
+            ),
             *others,
         )
         return EdgeBarriers(edges, 0)
@@ -159,7 +163,7 @@ class MlaStorage:
             tuple(full(name) for name in self.group_edges), tuple(empty(name) for name in self.group_edges),
             full("entry_load_to_consumers"), empty("entry_load_to_consumers"),
             None if c.is_narrow else full("weights_scorer_to_other"), full("slots_merge_to_consumers"),
-            full("raw_load_to_convert") if c.is_converted else None,
+            full("statistics_merge_to_consumers"), full("raw_load_to_convert") if c.is_converted else None,
         )  # fmt: skip
         reference = (2, WARP_ROWS, NARROW_WARPS) if c.is_narrow else (2, TILE_M)
         sums = (2, NARROW_WARPS, WARP_ROWS) if c.is_narrow else (2, SIDES, TILE_M)

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Float32, Int32
 
+from fa4_backend.kernels.common.decode_entry import Entry
 from fa4_backend.kernels.common.fragment_store import store_fragment
 from fa4_backend.kernels.common.pack_gqa import PackedRow
-from fa4_backend.kernels.common.wgmma_fragment import RowFragment
+from fa4_backend.kernels.common.wgmma_fragment import RowFragment, RowStats, flat
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, VEC, WARP_ROWS, WARP_VECTORS
-from fa4_backend.kernels.mla_decode.fragments import GROUP_FLOATS
-from fa4_backend.kernels.mla_decode.merge import Merge, consumer_thread
+from fa4_backend.kernels.mla_decode.fragments import GROUP_FLOATS, Fragment
+from fa4_backend.kernels.mla_decode.merge import Merge, ResultTensors, consumer_thread
 from fa4_backend.kernels.mla_decode.sm100.storage import SIDES
 
 ROW_BARRIER = 4  # first of four named barriers: the two warps that have the same rows; 3 is `Merge`'s
@@ -83,6 +84,29 @@ class PairMerge(Merge):
     def meet_rows(self, fragment: LaneFragment) -> None:
         """The two warps of 16 rows."""
         cute.arch.barrier(barrier_id=ROW_BARRIER + fragment.row_block(), number_of_threads=ROW_THREADS)
+
+    def _store_vectors(self, *_: object) -> None:
+        """Nothing yet: O follows with its rows' statistics (`_complete_slot`)."""
+
+    @cute.jit
+    def _complete_slot(
+        self,
+        fragment: cutlass.Constexpr[Fragment],
+        entry: Entry,
+        slot: Int32,
+        rO: cute.Tensor,
+        stats: RowStats,
+        results: ResultTensors,
+    ):
+        """A piece's rows to its slot."""
+        if self._has_row(fragment, entry):
+            base, o = self._tile_slot(results, slot), flat(rO)
+            for k in cutlass.range_constexpr(fragment.num_values // VEC):
+                vector = cute.make_rmem_tensor(VEC, Float32)
+                for e, value in enumerate(fragment.values(k)):
+                    vector[e] = o[value]
+                cute.autovec_copy(vector, self._at(base, fragment, k))
+            self._store_statistics(fragment, base, stats)
 
     def _rounded(self, rO: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
         """Pair by pair: of a whole vector LLVM makes halves of 64-bit registers for sm_100a, whose other halves nobody has written."""

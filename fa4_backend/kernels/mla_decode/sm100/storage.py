@@ -70,6 +70,7 @@ class MergeBarriers(NamedTuple):
     """What `Merge` waits for."""
 
     slots_full: cute.Pointer
+    statistics_full: None = None  # with the slots
 
 
 class SharedTensors(NamedTuple):
