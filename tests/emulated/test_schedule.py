@@ -222,7 +222,7 @@ def test_a_step_of_both_kinds_shares_the_sms() -> None:
 
 def latent_shape(num_heads: int, num_sms: int = 132) -> WorkShape:
     """What latent decode asks of its lists on Hopper."""
-    return MlaCase((1,), (1 << 17,), num_heads=num_heads).kernels(num_sms).work
+    return replace(MlaCase((1,), (1 << 17,), num_heads=num_heads).kernels(num_sms).work, max_num_tokens=1 << 14)
 
 
 def uneven_rows(rows: int, keys: int, spread: int, seed: int = 0) -> list[int]:
@@ -270,6 +270,16 @@ def test_cuts_balance_what_whole_rows_do_not() -> None:
             cuts = line_cuts(shape, line, teams, is_alone=True)
             assert sum(block > 0 for _, block in cuts) < sum(block > 0 for _, block in unweighed)
             assert cut_time(shape, cost, cuts) <= cut_time(shape, cost, unweighed)
+
+
+@pytest.mark.parametrize(("num_heads", "rows", "is_cut"), [(128, 50, False), (128, 100, True), (16, 100, False)])
+def test_whole_rows_on_fewer_ctas_where_they_were_faster(num_heads: int, rows: int, is_cut: bool) -> None:
+    """On an H200 rows of 4,160 keys on 100 CTAs instead of 132, us: 115.7 (cut 120.7), 220.4 (206.7), 127.2 (130.7)."""
+    shape, kv_lens = latent_shape(num_heads), uneven_rows(rows, 4160, 32)
+    work, want = empty_lists(shape, rows), host_lists(shape, [1] * rows, kv_lens)
+    assert (want.decode_tiles[:, PARTIAL_SLOT] >= 0).any() == is_cut
+    assert run_schedule("sm_90a", ScheduleConfig("sm_90a", 256), work, [1] * rows, kv_lens, seed=rows).races == []
+    assert_same_lists(work, want)
 
 
 def test_tiles_of_a_row_run_side_by_side() -> None:

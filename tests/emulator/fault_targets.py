@@ -233,6 +233,9 @@ def own_schedule() -> Target:
         # Few tiles over long KV, of unlike lengths in an odd warp, are cut along it, beside equal decode rows.
         (parts, [17] + [1] * 36 + [40, 9], [9000] + [640] * 36 + [5000, 700]),
         (parts, [7 + i % 3 for i in range(70)], [200] * 45 + [8000] + [200] * 24),
+        # Two lines of row groups, where whole rows are weighed against equal parts, which are taken; and where whole rows are.
+        (replace(many, decode_lines=2, decode_part_quarters=10), [1] * 90, [900 + 61 * i % 1900 for i in range(90)]),
+        (replace(many, decode_lines=2, decode_part_quarters=10), [1] * 70, [1000 + 37 * i % 120 for i in range(70)]),
     ]
     key = ScheduleConfig("sm_90a", 1024)
     library = ensure_object(key)
