@@ -105,8 +105,9 @@ def plant(name: str, kind: str, case: PagedCase) -> None:
     drawn = case.build("cpu")
     a = AttentionArguments(*(move_strided(x, "cuda") if isinstance(x, torch.Tensor) else x for x in drawn.arguments))
     whole = getattr(a, name)
-    beyond = torch.as_tensor(BeyondItsEnd(whole.numel()), device="cuda").view(whole.shape)
-    built = BuiltCase(case, a._replace(**{name: beyond}), drawn.total_q)
+    beyond = BeyondItsEnd(whole.numel())
+    planted = torch.as_tensor(beyond, device="cuda").view(whole.shape)
+    built = BuiltCase(case, a._replace(**{name: planted}), drawn.total_q)
     if kind == "prefill":
         prepare_case(built)()
     else:
