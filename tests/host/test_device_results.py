@@ -232,6 +232,10 @@ def test_a_whole_engine_beside_flash_attn() -> None:
     assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == {(case, "auto"): ratio for case, ratio in behind.items()}
     case = "decode step, 128 x 2048"
     assert round(median[case, "fp8", "FA4"] / median[case, "auto", "FA4"], 3) == 0.548 <= FP8_SHARE_GOAL
+    with (RESULTS.parents[2] / "docs" / "data" / "engine_fp8_h200.csv").open() as file:
+        one = {(row["case"], row["kv_cache_dtype"]): float(row["attention_us"]) for row in csv.DictReader(file) if row["attention_us"]}
+    shares = [round(one[case, "fp8"] / one[case, "auto"], 3) for case in ("decode step, 128 x 2048", "prompt of 8192 beside 128 x 2048")]
+    assert shares == [0.556, 0.765]
 
 
 def test_ragged_and_mixed_steps_with_fp8() -> None:
