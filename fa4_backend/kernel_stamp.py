@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fa4_backend.compile_cache import fingerprinted_files
-from fa4_backend.kernels.families import PREFILL
+from fa4_backend.kernels.families import CONVERTED, PREFILL
 
 PACKAGE = Path(__file__).parent
 KERNELS = PACKAGE / "kernels"
@@ -28,6 +28,11 @@ DIGITS = 16
 def families_of(arch: str) -> tuple[str, str, str]:
     """The families that serve an arch: schedule, decode and its prefill kernel's."""
     return ("schedule", "decode", PREFILL[arch].__module__.split(".")[2])
+
+
+def all_families_of(arch: str) -> tuple[str, ...]:
+    """The same, and the conversion of FP8 K and V where steps may have one before the prefill kernel."""
+    return (*families_of(arch), *(("convert_kv",) if arch in CONVERTED else ()))
 
 
 def sources(family: str) -> list[Path]:
@@ -69,7 +74,7 @@ def gpu_stamp(families: Iterable[str] | None = None) -> dict[str, Any]:
     from fa4_backend.arch import arch_of_capability
 
     arch = arch_of_capability(*torch.cuda.get_device_capability()) or ""
-    return make_stamp(torch.cuda.get_device_name(), families_of(arch) if families is None else families)
+    return make_stamp(torch.cuda.get_device_name(), all_families_of(arch) if families is None else families)
 
 
 def stamp_path(figures: Path) -> Path:

@@ -150,7 +150,8 @@ def main() -> int:
             results[name]["ours"] = report(ours, shape)
         if shape.head_dim_v >= 128:
             results[name]["ours, CTA pairs"] = report(partial(ours, cta_group=2), shape)
-            results[name]["ours, FP8 K and V, CTA pairs"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape)
+            for arch, words in ((ARCH, ""), ("sm_103a", ", sm_103a")):
+                results[name][f"ours, FP8 K and V, CTA pairs{words}"] = report(partial(ours, cta_group=2, kv_dtype=FP8), shape, arch)
         if shape.head_dim == 128:
             results[name]["upstream, FP8"] = report(partial(upstream, dtype=torch.float8_e4m3fn), shape)
         if shape.head_dim <= 128:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fa4_backend import envs
 from fa4_backend.commands.dtypes import KV_DTYPE_HELP, Q_DTYPE_HELP
 from fa4_backend.problem import MAX_CONVERT_KEYS, BatchLimits
 
@@ -25,6 +26,7 @@ def batch_limits(max_num_seqs: int, speculative_tokens: int, max_num_tokens: int
     """The limits that an engine with these numbers plans for, but for the room of keys to convert (`plan.bounded`).
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: one of them, or FA4_BACKEND_CONVERT_MIB, is out of range.
     """
+    envs.convert_bytes()
     return BatchLimits(max_num_seqs, max_num_tokens, max_seqlen_k, 1 + speculative_tokens, MAX_CONVERT_KEYS)

@@ -238,6 +238,23 @@ def test_plan_of_a_mode(capsys: pytest.CaptureFixture[str], tmp_path: Path, flag
         assert [name.endswith("pieces") for name in row["kernels"] if name.startswith("decode")] == [bool(flags)] * ("decode" in kinds)
 
 
+@pytest.mark.parametrize(("mib", "room"), [("256", 256.0), ("8", 8.0), ("0", 0.0)])
+def test_plan_says_how_much_room_converted_keys_take(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, mib: str, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**GEMMA_2, "head_dim": 128}))
+    flags = ("--model", str(tmp_path), "--arch", "sm_90a", "--kv-dtype", "fp8")
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", mib)
+    code, out, _ = run(capsys, "plan", *flags, "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["room_mib"] for row in rows} == {room}
+    assert all(any(name.startswith("convert-") for name in row["kernels"]) == (room > 0) for row in rows)
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", "much")
+    for command in (("plan", *flags), ("compile", *flags)):
+        code, _, err = run(capsys, *command)
+        assert code == 2 and "FA4_BACKEND_CONVERT_MIB: expected 0 to" in err
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -99,6 +99,11 @@ def test_every_source_of_a_kernel_is_in_some_fingerprint(package: Path) -> None:
     assert folders == {*FAMILIES, "common"}, "a new family's folder ages every other family's results: name it in FAMILIES"
 
 
+def test_figures_of_hopper_speak_of_the_conversion_too() -> None:
+    assert kernel_stamp.all_families_of("sm_90a") == ("schedule", "decode", "sm90", "convert_kv")
+    assert kernel_stamp.all_families_of("sm_100a") == kernel_stamp.families_of("sm_100a")
+
+
 def test_the_families_of_an_arch() -> None:
     assert {arch: kernel_stamp.families_of(arch)[2] for arch in ("sm_90a", "sm_100a", "sm_103a")} == {
         "sm_90a": "sm90", "sm_100a": "sm100", "sm_103a": "sm100",
