@@ -7,8 +7,8 @@ row of up to 131,072 keys, one by one; `bits`, the same bits for every page size
 
 Shapes are dealt out to `--processes`, over all visible GPUs in turns: while one makes its graphs the others replay theirs.
 
-For compute-sanitizer, which makes everything slow that it watches: `compute-sanitizer --tool memcheck --kernel-name kns=fa4_backend python
--m tests.device.prove_mla --parts small --seconds 45`, and racecheck likewise (`racecheck_mla.py` says what of it is a false alarm);
+For compute-sanitizer, which makes everything slow that it watches: `compute-sanitizer --tool memcheck --kernel-name kns=kernel_cutlass
+python -m tests.device.prove_mla --parts small --seconds 45`, and racecheck likewise (`racecheck_mla.py` says what of it is a false alarm);
 `--first 11` begins with another shape. With the filter it watches our two kernels alone; batches have 1 to 3 rows and CTAs without work.
 """
 

@@ -2,7 +2,7 @@
 otherwise.
 
     python -m tests.device.racecheck_mla --compile-only
-    compute-sanitizer --tool racecheck --kernel-name kns=fa4_backend --print-limit 10000 python -m tests.device.racecheck_mla --forms lanes
+    compute-sanitizer --tool racecheck --kernel-name kns=kernel_cutlass --print-limit 999 python -m tests.device.racecheck_mla --forms lanes
 
 Two forms order accesses in the kernel as it is, and `racecheck` follows neither for all threads:
 

@@ -33,6 +33,7 @@ from tests.device.fuzz_all import compile_all
 from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
 
 TOOLS = ("memcheck", "racecheck")
+SYMBOL = "kernel_cutlass"  # stands in the symbol of every kernel that the DSL compiles, and of none of torch's
 SHARDS = {"prefill": 6, "decode": 2, "mixed": 2}  # processes of a kind
 # Kind, dtype of K and V, problems.
 LANES = (
@@ -55,7 +56,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """As it is run; exit status 0 says that every batch is right and that the tool saw nothing, 9 that it saw something."""
-        tool = ["compute-sanitizer", "--tool", self.tool, "--kernel-name", "kns=fa4_backend", "--error-exitcode", "9"]
+        tool = ["compute-sanitizer", "--tool", self.tool, "--kernel-name", f"kns={SYMBOL}", "--error-exitcode", "9"]
         return [*tool, "python", "-m", f"tests.device.{self.module}", *self.arguments]
 
     @property
@@ -86,7 +87,12 @@ def jobs() -> list[Job]:
                 for shard in range(SHARDS[kind]):
                     arguments = ("--kind", kind, "--kv-dtype", kv_dtype, "--shard", f"{shard}/{SHARDS[kind]}")
                     found.append(Job(f"{tool} {kind} {kv_dtype} {shard}", tool, arguments))
-    return [*found, Job("memcheck plant", "memcheck", ("--plant", "--only", "d128 page 16"))]
+    plants = (
+        ("schedule", ("--plant", "seqused_k", "--only", "d128 page 16")),
+        ("prefill", ("--plant", "page_table", "--only", "d128 page 16")),
+        ("decode", ("--plant", "page_table", "--kind", "decode", "--only", "32/8 d128 q1")),
+    )
+    return [*found, *(Job(f"memcheck plant {kernel}", "memcheck", arguments) for kernel, arguments in plants)]
 
 
 def ended(command: list[str], log: Path, environment: dict[str, str], limit_s: float) -> str:
@@ -137,13 +143,15 @@ def main() -> int:
     """Compile, then run the chosen jobs; exit status 1 when one was not as it has to be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sanitized"))
-    parser.add_argument("--only", default="", help="jobs whose name begins so; several apart by commas")
+    parser.add_argument("--only", default="", help="jobs whose name begins so, and planted faults; several apart by commas")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a process")
     parser.add_argument("--at-once", type=int, default=14, help="processes on the GPU")
     parser.add_argument("--processes", type=int, default=28, help="that compile kernels side by side")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs no GPU")
     options = parser.parse_args()
-    begin, chosen = time.perf_counter(), [job for job in jobs() if job.name.startswith(tuple(options.only.split(",")))]
+    only = tuple(options.only.split(","))
+    # What the tools do not watch they find clean: the planted faults are part of every run.
+    begin, chosen = time.perf_counter(), [job for job in jobs() if job.is_planted or job.name.startswith(only)]
     arch = options.compile_only or arch_of_capability(*torch.cuda.get_device_capability())
     assert arch is not None, torch.cuda.get_device_name()
     kinds = [

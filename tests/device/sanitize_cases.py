@@ -1,6 +1,6 @@
 """One process of `tests.device.sanitize`: short poisoned batches, run once each under a tool of compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-name kns=fa4_backend python -m tests.device.sanitize_cases --kind prefill --kv-dtype fp8
+    compute-sanitizer --tool memcheck --kernel-name kns=kernel_cutlass python -m tests.device.sanitize_cases --kind prefill --kv-dtype fp8
 
 The tools make everything slow that they watch, so batches are drawn and judged on the CPU, and the filter leaves our kernels alone to be
 watched. Every tensor is an allocation of its own, or memcheck would not see an access behind its end. Each batch runs twice: as it is
@@ -38,6 +38,7 @@ KINDS: dict[str, Callable[[str, str], list[FuzzSetup]]] = {
 }
 KV_DTYPES = {"auto": SAME_AS_Q, "fp8": FP8}
 LAYOUTS = ("nhd", "hnd", "separate")
+PLANTS = ("seqused_k", "page_table")
 FEW_SMS = 6
 
 
@@ -98,12 +99,19 @@ class BeyondItsEnd:
         self.__cuda_array_interface__ = {"shape": (length,), "typestr": "<i4", "data": (self.one.data_ptr(), False), "version": 3}
 
 
-def plant(setup: FuzzSetup, case: PagedCase) -> None:
-    """A batch whose KV lengths lie in an allocation for one of them: does the tool watch our kernels?"""
+def plant(name: str, kind: str, case: PagedCase) -> None:
+    """A batch one of whose tensors lies in an allocation for a single element: does the tool watch who reads it? KV lengths are read by the
+    schedule alone, the page table by the prefill kernel alone, or in a batch of decode rows by the decode kernel."""
     drawn = case.build("cpu")
     a = AttentionArguments(*(move_strided(x, "cuda") if isinstance(x, torch.Tensor) else x for x in drawn.arguments))
-    beyond = BeyondItsEnd(len(case.kv_lens))
-    prepare_case(BuiltCase(case, a._replace(seqused_k=torch.as_tensor(beyond, device="cuda")), drawn.total_q))()
+    whole = getattr(a, name)
+    beyond = BeyondItsEnd(whole.numel())
+    planted = torch.as_tensor(beyond, device="cuda").view(whole.shape)
+    built = BuiltCase(case, a._replace(**{name: planted}), drawn.total_q)
+    if kind == "prefill":
+        prepare_case(built)()
+    else:
+        built.run(case.plan(torch.cuda.get_device_properties(0).multi_processor_count))
 
 
 def main() -> int:
@@ -114,7 +122,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="setups whose name begins so; several apart by semicolons")
     parser.add_argument("--shard", default="0/1", help="every n-th setup from the i-th on: i/n")
     parser.add_argument("--compile", action="store_true", help="compile what they need and stop; nothing is launched")
-    parser.add_argument("--plant", action="store_true", help="read past the end of an allocation instead")
+    parser.add_argument("--plant", choices=PLANTS, help="read this tensor past the end of its allocation instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
@@ -126,7 +134,7 @@ def main() -> int:
     if options.compile:
         return 0
     if options.plant:
-        plant(*chosen[0])
+        plant(options.plant, options.kind, chosen[0][1])
         return 0
     begin, results = time.perf_counter(), []
     for setup, case in chosen:

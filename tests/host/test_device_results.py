@@ -158,9 +158,9 @@ def test_fuzzed_batches() -> None:
     """README's row "right": batches, cut ones and failures of each kind, of every problem that is fuzzed."""
     parts = load("fuzz_h200.json")["parts"]
     assert {name: (sum(p["batches"] for p in part), sum(p["cut"] for p in part)) for name, part in parts.items()} == {
-        "prefill": (20034, 10496), "prefill, K and V in FP8": (20066, 10899),
-        "decode": (20010, 633), "decode, K and V in FP8": (20026, 560),
-        "mixed steps": (20010, 12138), "mixed steps, K and V in FP8": (20010, 12398),
+        "prefill": (20034, 10776), "prefill, K and V in FP8": (20066, 11019),
+        "decode": (19458, 2988), "decode, K and V in FP8": (20026, 485),
+        "mixed steps": (19542, 11221), "mixed steps, K and V in FP8": (19542, 11370),
     }  # fmt: skip
     for problem in (problem for part in parts.values() for problem in part):
         assert problem["failures"] == 0 and 0 < problem["worst_out"] <= 1 and 0 < problem["worst_lse"] <= 1, problem
@@ -215,10 +215,10 @@ def test_messages_as_decode_and_as_prefill() -> None:
 
 
 def test_shapes_beside_fa3() -> None:
-    """docs/benchmarks.md: 91 of 93 cells ahead."""
+    """docs/benchmarks.md: 98 of 101 cells ahead."""
     with (RESULTS.parents[2] / "docs" / "data" / "shapes_h200.csv").open() as file:
         ratios = [float(row["ratio_to_best_peer"]) for row in csv.DictReader(file) if row["kernel"] == "fa4"]
-    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (93, 91, 0.95)
+    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (101, 98, 0.87)
 
 
 def test_a_whole_engine_beside_flash_attn() -> None:
@@ -236,6 +236,10 @@ def test_a_whole_engine_beside_flash_attn() -> None:
     assert {cell: ratio for cell, ratio in ratios.items() if ratio < 1} == {(case, "auto"): ratio for case, ratio in behind.items()}
     case = "decode step, 128 x 2048"
     assert round(median[case, "fp8", "FA4"] / median[case, "auto", "FA4"], 3) == 0.548 <= FP8_SHARE_GOAL
+    with (RESULTS.parents[2] / "docs" / "data" / "engine_fp8_h200.csv").open() as file:
+        one = {(row["case"], row["kv_cache_dtype"]): float(row["attention_us"]) for row in csv.DictReader(file) if row["attention_us"]}
+    shares = [round(one[case, "fp8"] / one[case, "auto"], 3) for case in ("decode step, 128 x 2048", "prompt of 8192 beside 128 x 2048")]
+    assert shares == [0.556, 0.765]
 
 
 def test_ragged_and_mixed_steps_with_fp8() -> None:
@@ -475,18 +479,28 @@ def test_engines_of_a_suite_have_their_yardsticks() -> None:
             assert set(runs) <= set(suite.runs) and not any(run.startswith("FA4") for run in runs[:2])
 
 
+# Fuzzed problems of a kind and a dtype of K and V that no tool has watched on a GPU: prefill's, whose kernels the filter did not name when
+# the run was made (docs/sm90.md, "Proof"), and those that came later.
+UNWATCHED = {
+    ("prefill", "auto"): 58, ("prefill", "fp8"): 79,
+    ("decode", "auto"): 4, ("decode", "fp8"): 4, ("mixed", "auto"): 2, ("mixed", "fp8"): 2,
+}  # fmt: skip
+
+
 def test_sanitizer() -> None:
-    """16 bits on an H100; on an H200 both dtypes of K and V, a batch of every fuzzed problem under either tool."""
+    """16 bits on an H100, without a filter; on an H200 decode kernels and the schedule under either tool, both dtypes of K and V. What no
+    tool has watched is named, so that the run that does has to take it off the list."""
     assert all("SUMMARY: 0 " in run["summary"] for run in load("sanitizer_h100.json")["runs"])
     runs = {run["name"]: run for run in load("sanitizer_h200.json")["runs"]}
     for kind, setups_of in KINDS.items():
         for kv_dtype, stored in KV_DTYPES.items():
             for tool in TOOLS:
                 batches = sum(run["batches"] for name, run in runs.items() if name.startswith(f"{tool} {kind} {kv_dtype} "))
-                assert batches == len(setups_of("sm_90a", stored)), (tool, kind, kv_dtype)
+                assert len(setups_of("sm_90a", stored)) - batches == UNWATCHED.get((kind, kv_dtype), 0), (tool, kind, kv_dtype)
     seen = {name for name, run in runs.items() if "SUMMARY: 0 " not in run["summary"]}
     # The planted fault, and what racecheck cannot follow in decode, where every lane arrives for itself: docs/decode.md.
     unclear = {f"racecheck {kind} {kv_dtype}" for kind in ("decode", "mixed") for kv_dtype in KV_DTYPES}
-    assert {name.rsplit(" ", 1)[0] for name in seen} == {"memcheck", *unclear} and "memcheck plant" in seen
-    assert len([run for name, run in runs.items() if name.startswith("racecheck lanes ")]) == len(LANES)
+    assert {name.rsplit(" ", 1)[0] for name in seen} == {"memcheck plant", *unclear}
+    lanes = {name for name in runs if name.startswith("racecheck lanes ")}
+    assert lanes == {f"racecheck lanes {kind} {kv_dtype} {only}" for kind, kv_dtype, only in LANES if kind != "prefill"}
     assert all(run["ended"] == "exit 0" for name, run in runs.items() if name not in seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fa4_backend.compile_cache import ensure_object
 from tests.device.prove_prefill import check_large_pool
-from tests.device.sanitize import SHARDS, SUMMARY, ended, is_as_it_has_to_be, jobs
+from tests.device.sanitize import SHARDS, SUMMARY, SYMBOL, ended, is_as_it_has_to_be, jobs
 from tests.device.sanitize_cases import FEW_SMS, KINDS, KV_DTYPES, chosen_cases, plans_of
 from tests.support.paged_case import BuiltCase, PagedCase
 
@@ -41,10 +43,27 @@ def test_a_short_batch_is_right_on_a_cpu() -> None:
 
 def test_jobs_are_told_apart_and_their_verdict_is_found() -> None:
     found = jobs()
-    assert len({job.name for job in found}) == len(found) and sum(job.is_planted for job in found) == 1
-    assert all("--kernel-name kns=fa4_backend" in " ".join(job.command) for job in found)
+    assert len({job.name for job in found}) == len(found) and sum(job.is_planted for job in found) == 3
+    assert all(f"--kernel-name kns={SYMBOL}" in " ".join(job.command) for job in found)
     seen = "x\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"
     assert SUMMARY.findall(seen) == ["RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_dtype", "only", "families"),
+    [
+        ("mixed", "auto", "mixed 8/2 d128 q4", {"schedule", "decode", "prefill"}),
+        ("prefill", "fp8", "once a call: d128 page 16", {"schedule", "decode", "prefill", "convert"}),
+    ],
+)
+def test_the_tools_filter_names_every_kernel(kind: str, kv_dtype: str, only: str, families: set[str]) -> None:
+    """A kernel whose symbol it does not name is not watched, and nothing says so: class names stand in some symbols, modules in others."""
+    (_, case), *_ = chosen_cases(kind, "sm_90a", kv_dtype, only=only)
+    keys = replace(case, arch="emulated-sm_90a").plan().keys
+    assert {key.name.split("-")[0] for key in keys} == families
+    for key in keys:
+        entries = re.findall(r"\.entry (\w+)\(", ensure_object(key).with_name("kernel.ptx").read_text())
+        assert entries and all(SYMBOL in entry for entry in entries), (key.name, entries)
 
 
 def test_a_verdict_needs_an_end_batches_and_a_summary() -> None:
