@@ -161,7 +161,7 @@ def test_no_alarm_on_the_right_kernel(target: fi.Target) -> None:
 RESULTS = Path(__file__).parent / "results"
 # Program -> faults caught, of those that change something in its case, and those whose values reach no output of it.
 SCORES = {
-    "schedule": (79, 84, 13),
+    "schedule": (89, 95, 6),
     "sm100_decode": (56, 57, 1),
     "sm100_fp8": (69, 71, 2),
     "sm100_mla": (70, 74, 0),
@@ -196,10 +196,10 @@ def test_recorded_scores(name: str) -> None:
 
 
 def test_every_kernel_has_a_score() -> None:
-    """Of each of ours and one of flash-attn-4's; 98.2 % of all real faults in ours are found."""
+    """Of each of ours and one of flash-attn-4's; 98.1 % of all real faults in ours are found."""
     assert {path.stem.removeprefix("faults_") for path in RESULTS.glob("faults_*.json")} == set(SCORES) == {*OWN_TARGETS, "upstream_causal"}
     caught, real = (sum(SCORES[name][i] for name in OWN_TARGETS) for i in (0, 1))
-    assert (caught, real) == (1983, 2020)
+    assert (caught, real) == (1993, 2031)
 
 
 def test_right_programs_on_file_raised_no_alarm() -> None:
