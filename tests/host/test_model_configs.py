@@ -193,7 +193,7 @@ def test_plan_says_fp8(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     for name in ("fp8", "fp8_e4m3", FP8):
         code, out, _ = plan(capsys, "--model", path, "--kv-dtype", name)
         assert code == 0 and f"(K and V {FP8})" in out, out
-    room = "room for converted K and V, one buffer for all layers: 128 MiB"
+    room = "room for converted K and V, one buffer for all layers: 256 MiB"
     for arguments, has_room in ((("--kv-dtype", "fp8"), True), ((), False), (("--kv-dtype", "fp8", "--batch-invariant"), False)):
         code, out, _ = plan(capsys, "--model", path, "--arch", "sm_90a", *arguments)
         assert code == 0 and (room in out) == has_room, out
