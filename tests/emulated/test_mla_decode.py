@@ -53,12 +53,15 @@ SLOW = ["128 heads", "128 heads, a cluster", "FP8, a cluster", "8 heads, 8 token
 
 @pytest.mark.parametrize("name", with_slow(CASES, SLOW))
 def test_edges(name: str) -> None:
-    run_mla(CASES[name], num_sms=6, seed=1).check()
+    run = run_mla(CASES[name], num_sms=6, seed=1)
+    run.check()
+    assert run.num_parts > 0 or name == "128 heads, 3 tokens, peaked"  # six tiles, a CTA each
 
 
 def test_bits_do_not_depend_on_page_size_or_schedule() -> None:
     first = run_mla(DRAFTS, seed=None)
     first.check()
+    assert first.num_parts > 0
     for page_size, seed in ((64, 3), (96, None)):
         again = run_mla(replace(DRAFTS, page_size=page_size), seed=seed)
         again.check()

@@ -42,6 +42,11 @@ class DecodeRun:
     reports: tuple[emulator.Report, ...]
 
     @property
+    def num_parts(self) -> int:
+        """Parts of row groups that are cut."""
+        return count_parts(self.work)
+
+    @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse of the tokens."""
         a, n = self.built.arguments, self.built.total_q
@@ -82,7 +87,7 @@ def run_decode(
     plan, a = case.plan(num_sms=num_ctas), built.arguments
     assert plan.kernels is not None and plan.kernels.decode is not None, case
     key = replace(plan.kernels.decode, **tuning)
-    work = WorkLists.allocate(plan.kernels.work, plan.limits, "cpu")
+    work = WorkLists.allocate(with_free_parts(plan.kernels.work), plan.limits, "cpu")
     fill_with_garbage(work)
     for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
@@ -95,6 +100,17 @@ def run_decode(
     with emulator.session(arch=arch, num_sms=num_ctas * key.ctas_per_sm, seed=seed, detect_races=True, contraction=contraction) as emu:
         emu.run(load_function(key), *decode_arguments(a, work))
     return DecodeRun(built, work, (scheduled, emu.report))
+
+
+def with_free_parts(shape: WorkShape) -> WorkShape:
+    """`shape` with parts that cost nothing: weighed, a case's short rows would stay whole, and nothing of what parts need would run."""
+    return replace(shape, decode_part_quarters=0)
+
+
+def count_parts(work: WorkLists) -> int:
+    """Parts of row groups in the decode list of a launch."""
+    num_entries = int(work.decode_first[:, NUM_ENTRIES].sum())
+    return int((work.decode_tiles[:num_entries, PARTIAL_SLOT] >= 0).sum())
 
 
 def fill_with_garbage(work: WorkLists) -> None:

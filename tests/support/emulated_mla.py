@@ -16,7 +16,7 @@ from fa4_backend.kernels.launch_abi import mla_decode_arguments
 from fa4_backend.kernels.mla_decode.config import LATENT_DIM, ROPE_DIM
 from fa4_backend.kernels.schedule.work_list import FIRST_SLOT, NUM_ENTRIES, PARTIAL_SLOT, WorkLists
 from fa4_backend.problem import LATENT, AttentionProblem, BatchLimits
-from tests.support.emulated_decode import fill_with_garbage, run_schedule
+from tests.support.emulated_decode import count_parts, fill_with_garbage, run_schedule, with_free_parts
 
 DIM = LATENT_DIM + ROPE_DIM
 
@@ -137,6 +137,11 @@ class MlaRun:
     reports: tuple[emulator.Report, ...]
 
     @property
+    def num_parts(self) -> int:
+        """Parts of row groups that are cut."""
+        return count_parts(self.work)
+
+    @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse of the tokens."""
         n = sum(self.case.query_lens)
@@ -171,7 +176,7 @@ def run_mla(case: MlaCase, *, num_sms: int = 4, seed: int | None = None, argumen
     kernels, a = case.kernels(num_sms), arguments or case.build()
     assert kernels.decode is not None and kernels.prefill is None
     limits = BatchLimits(len(case.query_lens), max(a.q.shape[0], case.decode_query_len), max(*case.kv_lens, 1), case.decode_query_len)
-    work = WorkLists.allocate(kernels.work, limits, "cpu")
+    work = WorkLists.allocate(with_free_parts(kernels.work), limits, "cpu")
     fill_with_garbage(work)
     for poisoned in (a.out, a.lse):
         poisoned.fill_(math.nan)
