@@ -172,7 +172,7 @@ SCORES = {
     "sm90_decode": (167, 167, 3),
     "sm90_decode_fp8": (56, 56, 2),
     "sm90_fp8": (65, 66, 0),
-    "sm90_mla": (64, 69, 0),
+    "sm90_mla": (65, 69, 0),
     "sm90_parts": (64, 66, 1),
     "sm90_prefill": (309, 311, 7),
     "step_decode": (53, 54, 1),
@@ -196,10 +196,10 @@ def test_recorded_scores(name: str) -> None:
 
 
 def test_every_kernel_has_a_score() -> None:
-    """Of each of ours and one of flash-attn-4's; 98.1 % of all real faults in ours are found."""
+    """Of each of ours and one of flash-attn-4's; 98.2 % of all real faults in ours are found."""
     assert {path.stem.removeprefix("faults_") for path in RESULTS.glob("faults_*.json")} == set(SCORES) == {*OWN_TARGETS, "upstream_causal"}
     caught, real = (sum(SCORES[name][i] for name in OWN_TARGETS) for i in (0, 1))
-    assert (caught, real) == (1993, 2031)
+    assert (caught, real) == (1994, 2031)
 
 
 def test_right_programs_on_file_raised_no_alarm() -> None:
