@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, paged_attention, plan_attention
-from fa4_backend.kernels import loading
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
 from fa4_backend.problem import FP8
 from tests.support.operations import Operations
@@ -50,18 +48,6 @@ def test_tiles_have_the_rows_of_a_row_group(heads: tuple[int, int, int], query_l
 def test_what_has_none(facts: dict[str, Any]) -> None:
     assert tile_m(plan_of(64, 1, 64)) == 64
     assert tile_m(plan_of(64, 1, 64, **facts)) is None
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
-    """(kernel, arguments) of every launch; no kernel is compiled or run."""
-    seen: list[tuple[str, tuple]] = []
-
-    def load(key: Any, *, emulated: bool) -> Callable[..., None]:
-        return lambda *arguments: seen.append((key.name, arguments))
-
-    monkeypatch.setattr(loading, "load", load)
-    return seen
 
 
 def built_step() -> tuple[BuiltCase, AttentionMetadata]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fa4_backend import AttentionMetadata, mla_decode, paged_attention
-from fa4_backend.kernels import loading
 from fa4_backend.problem import FP8
 from tests.support.latent_case import LatentCase
 from tests.support.operations import Operations
@@ -17,18 +15,6 @@ from tests.support.paged_case import PagedCase
 
 # Every feature whose tensor or number goes into a launch; a decode row beside a prefill row.
 CASE = PagedCase((1, 9), (70, 20), head_dim=128, window_left=40, sinks=True, alibi=True, softcap=20.0)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
-    """(kernel, arguments) of every launch; no kernel is compiled or run."""
-    seen: list[tuple[str, tuple]] = []
-
-    def load(key: Any, *, emulated: bool) -> Callable[..., None]:
-        return lambda *arguments: seen.append((key.name, arguments))
-
-    monkeypatch.setattr(loading, "load", load)
-    return seen
 
 
 @pytest.mark.parametrize("arch", ["emulated-sm_90a", "emulated-sm_100a"])
