@@ -1,12 +1,12 @@
-"""Are `racecheck`'s hazards in FP8 prefill and in decode false alarms? Batches of `sanitize_cases` by kernels whose lanes all arrive.
+"""Are `racecheck`'s hazards in prefill and in decode false alarms? Batches of `sanitize_cases` by kernels whose lanes all arrive.
 
-    python -m tests.device.sanitize --only "racecheck lanes,racecheck prefill fp8,racecheck mixed"
+    python -m tests.device.sanitize --only "racecheck lanes"
 
 In the kernels as they are, one lane arrives for a warp behind `bar.warp.sync`, which orders the accesses of all lanes before it.
 `racecheck` does not follow that where ptxas, which sees that a warp has not diverged, leaves a no-operation of it. Here convert and
-consumer warps of FP8 prefill and consumer warps of decode arrive lane by lane, and barriers count 32 times as many; all else is the same
-code. If there is no hazard here, those of the kernels as they are are of that form alone. Arguments are those of `sanitize_cases`; objects
-come from and go to `--cache`, since the kernels have the keys of the real ones.
+consumer warps of prefill, its warp that loads V, and consumer warps of decode arrive lane by lane, and barriers count 32 times as many;
+all else is the same code. If there is no hazard here, those of the kernels as they are are of that form alone. Arguments are those of
+`sanitize_cases`; objects come from and go to `--cache`, since the kernels have the keys of the real ones.
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ from types import ModuleType
 from typing import Any
 
 import cutlass.cute as cute
+from cutlass import Int32
 
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
+from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.decode import consumer_warps
 from fa4_backend.kernels.decode.storage import DecodeStorage
 from fa4_backend.kernels.sm90 import storage, warp_roles
 from fa4_backend.kernels.sm90.consumer_warpgroup import ConsumerWarpgroup
 from fa4_backend.kernels.sm90.convert_warps import ConvertWarps
+from fa4_backend.kernels.sm90.load_warp import LoadWarp
+from fa4_backend.kernels.sm90.storage import Barriers
+from fa4_backend.kernels.sm90.tile_numbers import TAKEN_TILE
 from tests.device import sanitize_cases
 
 LANES = 32
 DECODE_EDGES = DecodeStorage.edges.fget  # type: ignore[attr-defined]
-PREFILL_EDGES, RELEASE = warp_roles.pipeline_edges, ConsumerWarpgroup._release
+PREFILL_EDGES = warp_roles.pipeline_edges
+OF_ONE_LANE = "k"  # the party whose lane that writes is the one that arrives
 # What decode's consumers say of their arrivals, and what they say here.
 ONE_LANE = {
     """                    if lane == 0:
@@ -50,7 +56,7 @@ ONE_LANE = {
 
 def all_lanes(parties: tuple[Party, ...]) -> tuple[Party, ...]:
     """Warps' arrivals counted lane by lane."""
-    return tuple(replace(x, warps=x.warps * LANES) if x.signal is Signal.WARPS else x for x in parties)
+    return tuple(replace(x, warps=x.warps * LANES) if x.signal is Signal.WARPS and x.role != OF_ONE_LANE else x for x in parties)
 
 
 def of_lanes(edges: tuple[PipelineEdge, ...]) -> tuple[PipelineEdge, ...]:
@@ -59,9 +65,8 @@ def of_lanes(edges: tuple[PipelineEdge, ...]) -> tuple[PipelineEdge, ...]:
 
 
 def prefill_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
-    """Of the prefill kernel; with 16-bit K and V as they are, since TMA writes what its consumers read."""
-    edges = PREFILL_EDGES(config)
-    return of_lanes(edges) if config.has_kv_scales else edges
+    """Of the prefill kernel."""
+    return of_lanes(PREFILL_EDGES(config))
 
 
 def decode_edges(of: DecodeStorage) -> EdgeBarriers:
@@ -74,9 +79,12 @@ def arrive(_: Any, barrier: cute.Pointer) -> None:
     cute.arch.mbarrier_arrive(barrier)
 
 
-def release(self: ConsumerWarpgroup, barrier: cute.Pointer) -> None:
-    """The prefill kernel's consumers are done with a buffer."""
-    (arrive if self.storage.config.has_kv_scales else RELEASE)(self, barrier)
+def hear_tile(_: LoadWarp, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor) -> Int32:
+    """The tile that the other load warp took, read by each lane."""
+    cute.arch.mbarrier_wait(barriers.tile_full + feed.slot, feed.phase)
+    tile_idx = sWork[TAKEN_TILE, feed.slot]
+    cute.arch.mbarrier_arrive(barriers.tile_empty + feed.slot)
+    return tile_idx
 
 
 def changed(module: ModuleType, changes: dict[str, str], folder: Path) -> ModuleType:
@@ -100,7 +108,8 @@ def let_all_lanes_arrive(folder: Path) -> None:
     """Change the kernels that this process compiles; `folder` keeps the source."""
     storage.pipeline_edges = prefill_edges
     ConvertWarps._arrive = arrive  # type: ignore[method-assign]
-    ConsumerWarpgroup._release = release  # type: ignore[method-assign]
+    ConsumerWarpgroup._release = arrive  # type: ignore[method-assign]
+    LoadWarp._hear_tile = hear_tile  # type: ignore[method-assign]
     DecodeStorage.edges = property(decode_edges)  # type: ignore[assignment, method-assign]
     run: Callable[..., None] = changed(consumer_warps, ONE_LANE, folder).ConsumerWarps.run
     consumer_warps.ConsumerWarps.run = run  # type: ignore[method-assign]

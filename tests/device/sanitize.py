@@ -3,9 +3,9 @@
     python -m tests.device.sanitize --out FOLDER
 
 Every head dimension, dtype, ratio, page size, mask feature and kind of scale that is fuzzed, a short batch each, in processes side by side
-(`sanitize_cases`). "lanes" are kernels in which every lane arrives for itself (`racecheck_lanes`): they must be without a hazard, while
-`racecheck` may report some of decode as it is. "plant" is a read past the end of an allocation, which the tool has to see. Kernels are
-compiled first. Prints a line a process; logs and results are in FOLDER.
+(`sanitize_cases`). "lanes" are the same batches through kernels in which every lane arrives for itself (`racecheck_lanes`): they must be
+without a hazard, while `racecheck` may report some of kernels as they are. "plant" is a read past the end of an allocation, which the tool
+has to see. Kernels are compiled first. Prints a line a process; logs and results are in FOLDER.
 """
 
 from __future__ import annotations
@@ -32,15 +32,9 @@ from fa4_backend.kernel_stamp import gpu_stamp
 from tests.device.fuzz_all import compile_all
 from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
 
-TOOLS = ("memcheck", "racecheck")
 SYMBOL = "kernel_cutlass"  # stands in the symbol of every kernel that the DSL compiles, and of none of torch's
 SHARDS = {"prefill": 6, "decode": 2, "mixed": 2}  # processes of a kind
-# Kind, dtype of K and V, problems.
-LANES = (
-    ("prefill", "fp8", "d128 page 16"), ("prefill", "fp8", "d64 ratio 3 page 16;d256 page 784"),
-    ("mixed", "fp8", "mixed 32/8;mixed 8/2 d128 q4 w"), ("mixed", "auto", "mixed 32/8;mixed 9/3"),
-    ("decode", "fp8", "32/8;8/2 d96"), ("decode", "auto", "32/8;8/2 d128 q4  "),
-)  # fmt: skip
+LANE_SHARDS = {"prefill": 8, "decode": 3, "mixed": 3}  # of "lanes", each of which compiles its kernels itself
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 
 
@@ -67,7 +61,7 @@ class Job:
     @property
     def is_judged_by_lanes(self) -> bool:
         """Whether `racecheck` may report what no tool can follow in this kernel."""
-        return self.tool == "racecheck" and not self.has_own_kernel and "prefill" not in self.arguments
+        return self.tool == "racecheck" and not self.has_own_kernel
 
     @property
     def has_own_kernel(self) -> bool:
@@ -78,15 +72,14 @@ class Job:
 def jobs() -> list[Job]:
     """All of them, the longest first."""
     found = []
-    for kind, kv_dtype, only in LANES:
-        arguments = ("--kind", kind, "--kv-dtype", kv_dtype, "--only", only)
-        found.append(Job(f"racecheck lanes {kind} {kv_dtype} {only}", "racecheck", arguments, "racecheck_lanes"))
-    for tool in reversed(TOOLS):
+    for name, shards, module in (
+        ("racecheck lanes", LANE_SHARDS, "racecheck_lanes"), ("racecheck", SHARDS, "sanitize_cases"), ("memcheck", SHARDS, "sanitize_cases")
+    ):  # fmt: skip
         for kind in KINDS:
             for kv_dtype in KV_DTYPES:
-                for shard in range(SHARDS[kind]):
-                    arguments = ("--kind", kind, "--kv-dtype", kv_dtype, "--shard", f"{shard}/{SHARDS[kind]}")
-                    found.append(Job(f"{tool} {kind} {kv_dtype} {shard}", tool, arguments))
+                for shard in range(shards[kind]):
+                    arguments = ("--kind", kind, "--kv-dtype", kv_dtype, "--shard", f"{shard}/{shards[kind]}")
+                    found.append(Job(f"{name} {kind} {kv_dtype} {shard}", name.split()[0], arguments, module))
     plants = (
         ("schedule", ("--plant", "seqused_k", "--only", "d128 page 16")),
         ("prefill", ("--plant", "page_table", "--only", "d128 page 16")),
@@ -107,11 +100,13 @@ def ended(command: list[str], log: Path, environment: dict[str, str], limit_s: f
             return f"no end within {limit_s:.0f} s"
 
 
-def run(job: Job, folder: Path, limit_s: float) -> dict[str, Any]:
-    """One process to its end, or its limit."""
+def run(job: Job, gpu: int, folder: Path, limit_s: float) -> dict[str, Any]:
+    """One process on one of the visible GPUs, to its end or its limit."""
     stem = folder / re.sub(r"\W+", "_", job.name)
     log, of_run = Path(f"{stem}.log"), [] if job.is_planted else ["--json", f"{stem}.json"]
-    environment, begin = {**os.environ, "OMP_NUM_THREADS": "1"}, time.perf_counter()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[gpu] if visible[0] else str(gpu)}
+    begin = time.perf_counter()
     how = "exit 0"
     if job.has_own_kernel:
         of_run += ["--cache", f"{stem}.cache"]
@@ -131,7 +126,7 @@ def run(job: Job, folder: Path, limit_s: float) -> dict[str, Any]:
 
 
 def is_as_it_has_to_be(job: Job, row: dict[str, Any]) -> bool:
-    """Right batches and nothing seen; of a planted fault, that it was seen. What is seen of decode as it is, its lanes judge."""
+    """Right batches and nothing seen; of a planted fault, that it was seen. What is seen of kernels as they are, their lanes judge."""
     sees_nothing = "SUMMARY: 0 " in row["summary"]
     if job.is_planted:
         return "SUMMARY" in row["summary"] and not sees_nothing
@@ -145,7 +140,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("sanitized"))
     parser.add_argument("--only", default="", help="jobs whose name begins so, and planted faults; several apart by commas")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of a process")
-    parser.add_argument("--at-once", type=int, default=14, help="processes on the GPU")
+    parser.add_argument("--at-once", type=int, default=28, help="processes on all visible GPUs, which take turns")
     parser.add_argument("--processes", type=int, default=28, help="that compile kernels side by side")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs no GPU")
     options = parser.parse_args()
@@ -168,7 +163,8 @@ def main() -> int:
     assert shutil.which("compute-sanitizer"), "expected compute-sanitizer on the path"
     options.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
-        rows = list(pool.map(lambda job: run(job, options.out, options.limit), chosen))
+        gpus = [index % torch.cuda.device_count() for index in range(len(chosen))]
+        rows = list(pool.map(lambda job, gpu: run(job, gpu, options.out, options.limit), chosen, gpus))
     (options.out / "sanitizer.json").write_text(json.dumps({"stamp": gpu_stamp(), "runs": rows}, indent=1) + "\n")
     print(f"{sum(not row['ok'] for row in rows)} of {len(rows)} not as they have to be; {time.perf_counter() - begin:.0f} s", flush=True)
     return int(not all(row["ok"] for row in rows))

@@ -18,7 +18,7 @@ from tests.device.sanitize_cases import FEW_SMS, KINDS, KV_DTYPES, chosen_cases,
 from tests.support.paged_case import BuiltCase, PagedCase
 
 ELEMENTS = 2**20
-NAMES = ("racecheck lanes mixed", "memcheck plant", "racecheck mixed")
+NAMES = ("racecheck lanes mixed", "memcheck plant", "racecheck prefill")
 CASE = PagedCase((1, 40), (70, 45), kv_dtype="float8_e4m3fn")
 
 
@@ -67,14 +67,14 @@ def test_the_tools_filter_names_every_kernel(kind: str, kv_dtype: str, only: str
 
 
 def test_a_verdict_needs_an_end_batches_and_a_summary() -> None:
-    job, planted, of_decode = (next(job for job in jobs() if job.name.startswith(name)) for name in NAMES)
+    job, planted, as_it_is = (next(job for job in jobs() if job.name.startswith(name)) for name in NAMES)
     clean = {"ended": "exit 0", "batches": 2, "wrong": [], "summary": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"}
     assert is_as_it_has_to_be(job, clean) and not is_as_it_has_to_be(planted, clean)
     changes = ({"ended": "exit 9"}, {"batches": 0}, {"wrong": [{}]}, {"summary": "none"}, {"summary": "ERROR SUMMARY: 10 errors"})
     assert not any(is_as_it_has_to_be(job, {**clean, **change}) for change in changes)
     seen = {**clean, "ended": "exit 9", "summary": "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"}
-    assert is_as_it_has_to_be(of_decode, seen) and not is_as_it_has_to_be(job, seen)
-    assert not any(is_as_it_has_to_be(of_decode, {**seen, **change}) for change in ({"ended": "exit 1"}, {"batches": 0}, {"wrong": [{}]}))
+    assert is_as_it_has_to_be(as_it_is, seen) and not is_as_it_has_to_be(job, seen)
+    assert not any(is_as_it_has_to_be(as_it_is, {**seen, **change}) for change in ({"ended": "exit 1"}, {"batches": 0}, {"wrong": [{}]}))
     assert is_as_it_has_to_be(planted, {**clean, "summary": "ERROR SUMMARY: 10 errors"})
     assert not is_as_it_has_to_be(planted, {**clean, "summary": "none"})
 
