@@ -6,7 +6,7 @@ In the kernels as they are, one lane arrives for a warp behind `bar.warp.sync`, 
 `racecheck` does not follow that where ptxas, which sees that a warp has not diverged, leaves a no-operation of it. Here convert and
 consumer warps of prefill, its warp that loads V, and consumer warps of decode arrive lane by lane, and barriers count 32 times as many;
 all else is the same code. If there is no hazard here, those of the kernels as they are are of that form alone. Arguments are those of
-`sanitize_cases`; objects come from and go to `--cache`, since the kernels have the keys of the real ones.
+`sanitize_cases`; objects are in a cache of their own, since the kernels have the keys of the real ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Int32
 
+from fa4_backend import envs
 from fa4_backend.kernels.common.edges import EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
@@ -36,6 +38,8 @@ from fa4_backend.kernels.sm90.load_warp import LoadWarp
 from fa4_backend.kernels.sm90.storage import Barriers
 from fa4_backend.kernels.sm90.tile_numbers import TAKEN_TILE
 from tests.device import sanitize_cases
+from tests.device.compiling import compile_lacking
+from tests.device.sanitize_cases import chosen_cases
 
 LANES = 32
 DECODE_EDGES = DecodeStorage.edges.fget  # type: ignore[attr-defined]
@@ -87,15 +91,17 @@ def hear_tile(_: LoadWarp, feed: RingPosition, barriers: Barriers, sWork: cute.T
     return tile_idx
 
 
-def changed(module: ModuleType, changes: dict[str, str], folder: Path) -> ModuleType:
-    """A copy of a module, kept in `folder`, whose source says something else: each of `changes` once."""
+def changed(module: ModuleType, changes: dict[str, str]) -> ModuleType:
+    """A copy of a module, kept in the cache, whose source says something else: each of `changes` once."""
     assert module.__file__ is not None
     source = Path(module.__file__).read_text()
     for old, new in changes.items():
         assert source.count(old) == 1, f"{module.__name__}: expected once, found {source.count(old)} times: {old!r}"
         source = source.replace(old, new)
-    path = folder / f"{module.__name__.rsplit('.', 1)[-1]}_changed.py"
-    path.write_text(source)
+    path = envs.cache_dir() / f"{module.__name__.rsplit('.', 1)[-1]}_changed.py"
+    own = path.with_suffix(f".{os.getpid()}")  # processes side by side write the same
+    own.write_text(source)
+    own.replace(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
@@ -104,25 +110,35 @@ def changed(module: ModuleType, changes: dict[str, str], folder: Path) -> Module
     return copy
 
 
-def let_all_lanes_arrive(folder: Path) -> None:
-    """Change the kernels that this process compiles; `folder` keeps the source."""
+def change_kernels() -> None:
+    """Let this process compile and run those kernels; their objects go to a cache of their own."""
+    folder = f"racecheck-lanes-{sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+    if envs.cache_dir().name != folder:  # a process that this one starts inherits it
+        os.environ["FA4_BACKEND_CACHE_DIR"] = str(envs.cache_dir() / folder)
+    envs.cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
     storage.pipeline_edges = prefill_edges
     ConvertWarps._arrive = arrive  # type: ignore[method-assign]
-    ConsumerWarpgroup._release = arrive  # type: ignore[method-assign]
+    ConsumerWarpgroup._release = arrive  # type: ignore[method-assign, assignment]
     LoadWarp._hear_tile = hear_tile  # type: ignore[method-assign]
     DecodeStorage.edges = property(decode_edges)  # type: ignore[assignment, method-assign]
-    run: Callable[..., None] = changed(consumer_warps, ONE_LANE, folder).ConsumerWarps.run
+    run: Callable[..., None] = changed(consumer_warps, ONE_LANE).ConsumerWarps.run
     consumer_warps.ConsumerWarps.run = run  # type: ignore[method-assign]
 
 
 def main() -> int:
     """`sanitize_cases` with those kernels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder of these objects alone")
+    parser.add_argument("--compile-for", metavar="ARCH", help="compile for ARCH and stop; needs no GPU")
+    parser.add_argument("--batches", help='with --compile-for, of which: "prefill auto,mixed fp8"; default: all')
+    parser.add_argument("--processes", type=int, help="that compile side by side; default: as many as there are cores")
     options, rest = parser.parse_known_args()
-    options.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.environ["FA4_BACKEND_CACHE_DIR"] = str(options.cache.resolve())
-    let_all_lanes_arrive(options.cache)
+    change_kernels()
+    if options.compile_for:
+        every = [f"{kind} {kv_dtype}" for kind in sanitize_cases.KINDS for kv_dtype in sanitize_cases.KV_DTYPES]
+        chosen = [name.split() for name in (options.batches.split(",") if options.batches else every)]
+        plans = [x for kind, kv_dtype in chosen for x in sanitize_cases.plans_of(chosen_cases(kind, options.compile_for, kv_dtype))]
+        compile_lacking((key for plan in plans for key in plan.keys), change_kernels, options.processes)
+        return 0
     sys.argv = [sys.argv[0], *rest]
     return sanitize_cases.main()
 
