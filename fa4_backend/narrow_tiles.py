@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import TileShape
-from fa4_backend.kernels.families import PREFILL, PrefillKey
+from fa4_backend.kernels.families import PREFILL, KernelSet, PrefillKey
 from fa4_backend.kernels.schedule.work_list import WorkLists, WorkShape
 from fa4_backend.problem import PAGED, AttentionProblem, BatchLimits
 
 MOST_DECODE_ROWS = 32  # packed rows up to which the decode kernel is as fast
 
-# arch -> (head_dim, head_dim_v) -> tiles, narrowest first; heights that are a prompt's are left out. H200, one KV head, L2 clean, us of
+# arch -> (head_dim, head_dim_v) -> tiles, narrowest first; those as high as a prompt's are not taken. H200, one KV head, L2 clean, us of
 # 1 x 4K / 8 x 4K / 64 x 4K, FA3 in turns in the same process (2026-11-29, `python -m tests.device.measure_tiles --kinds packed-rows --tiles
 # "prefill tiles" "prefill tiles,ping_pong=0,tile_m=64,kv_stage=12,min_part_blocks=1"`):
 #   d64   64 rows, one warpgroup      14.0 / 14.8 / 28.5; decode kernel 19.3 / 20.0 / 40.4; prompts' tiles 16.7 / 17.1 / 35.1
@@ -40,7 +40,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[TileShape, ...]]] = {
             TileShape(tile_m=128, tile_n=128, kv_stage=12, ping_pong=True, asks_first=True),
         ),
         (96, 96): (TileShape(tile_m=64, tile_n=128, kv_stage=8, asks_first=True),),
-        (128, 128): (TileShape(tile_m=64, tile_n=128, kv_stage=6),),
+        (128, 128): (TileShape(tile_m=64, tile_n=128, kv_stage=6), TileShape(tile_m=128, tile_n=128, kv_stage=5, ping_pong=True)),
     }
 }
 
@@ -57,21 +57,21 @@ class NarrowPrefill:
     work: WorkShape
 
 
-def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, work: WorkShape) -> NarrowPrefill | None:
+def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, kernels: KernelSet) -> NarrowPrefill | None:
     """What serves steps of decode rows alone; None where no tile of the table is as low as their row groups and below a prompt's.
 
     Not for K and V in FP8, whose conversion a tile's warpgroups share, nor where a row's bits must not depend on the batch: tiles are not
     cut along KV there.
 
     Args:
-        work: of the plan's other steps, whose buffers these share.
+        kernels: of the plan's other steps, whose buffers these share.
     """
-    p, rows = problem, problem.q_per_kv * limits.decode_query_len
+    p, work, rows = problem, kernels.work, problem.q_per_kv * limits.decode_query_len
     if p.kv_source != PAGED or p.has_kv_scales or p.batch_invariant or p.exact or rows <= MOST_DECODE_ROWS:
         return None
     served = TILES.get(p.target_arch, {}).get((p.head_dim, p.head_dim_v), ())
     tile = next((tile for tile in served if rows <= tile.tile_m), None)
-    if tile is None:
+    if tile is None or kernels.prefill is None or tile.tile_m >= kernels.prefill.kernel.tile.tile_m:
         return None
     prefill = PREFILL[p.target_arch](problem, is_dependent=False, tile=tile)
     narrow = replace(

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from fa4_backend import envs
 from fa4_backend.arch import ARCHS, REFERENCE_ARCH
+from fa4_backend.decode_parts import with_more_parts
 from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
 from fa4_backend.narrow_tiles import NarrowPrefill, narrow_prefill
 from fa4_backend.problem import DTYPE_BYTES, LATENT, RAGGED, AttentionProblem, BatchLimits
+from fa4_backend.prompt_tiles import with_fuller_tiles
 from fa4_backend.support import check_limits, check_problem
 
 if TYPE_CHECKING:
@@ -115,5 +117,6 @@ def plan_attention(
         return AttentionPlan(problem, limits, 1, None)
     check_limits(problem, limits)
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
-    kernels = with_fp8_rates(resolve_kernels(problem, limits, num_sms, memory_gb), problem, num_sms, memory_gb)
-    return AttentionPlan(problem, limits, num_sms, kernels, narrow_prefill(problem, limits, kernels.work))
+    kernels = with_fuller_tiles(resolve_kernels(problem, limits, num_sms, memory_gb), problem)
+    kernels = with_more_parts(with_fp8_rates(kernels, problem, num_sms, memory_gb))
+    return AttentionPlan(problem, limits, num_sms, kernels, narrow_prefill(problem, limits, kernels))

@@ -51,7 +51,7 @@ PREFILL: dict[str, dict[str, int]] = {
 }
 # One row or few: in how many parts; of the lists alone, so that the kernel adds up as it is compiled.
 IN_USE = "in use"
-LONE: dict[str, dict[str, int]] = {IN_USE: {}} | {f"all from {n} vectors on": {"decode_share_vectors": n} for n in (32, 24, 16, 0)}
+LONE: dict[str, dict[str, int]] = {IN_USE: {}} | {f"all from {n} vectors on": {"decode_share_vectors": n} for n in (64, 32, 24, 16, 0)}
 LONE |= {
     "all, 1 tile": {"decode_share_vectors": 0, "decode_part_blocks": 1},
     "all, ratio 8": {"decode_share_vectors": 0, "decode_parts_ratio": 8},

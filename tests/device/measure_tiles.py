@@ -55,6 +55,7 @@ from fa4_backend.kernels.schedule.work_list import WorkShape
 from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
 from fa4_backend.plan import AttentionPlan, plan_attention
 from fa4_backend.problem import FP8, RAGGED, AttentionProblem, BatchLimits
+from fa4_backend.prompt_tiles import OTHER_TILES
 from tests.device.compare_versions import OTHER, borrow
 from tests.support.fuzz import prefill_plan
 
@@ -67,15 +68,18 @@ Shape = TypeVar("Shape", TileShape, WorkShape)
 
 @contextmanager
 def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
-    """Plans made inside have a tile with other fields: "tile_n=144,kv_stage=5"."""
+    """Plans made inside have the table's tile with other fields, "tile_n=144,kv_stage=5", whatever the heads; or what is in use."""
     dims = batch.head_dim, batch.value_dim
     table = WINDOW_TILES if batch.mask.window and dims in WINDOW_TILES else TILES
-    kept = table[dims]
+    kept, others = table[dims], dict(OTHER_TILES)
     table[dims] = changed(kept, changes)
+    if changes != IN_USE:
+        OTHER_TILES.clear()
     try:
         yield
     finally:
         table[dims] = kept
+        OTHER_TILES.update(others)
 
 
 def changed(shape: Shape, changes: str) -> Shape:

@@ -34,7 +34,7 @@ from tests.support.problems import make_problem
 
 HEADS = ((32, 8, 128, 1), (16, 2, 128, 1), (4, 4, 128, 2), (9, 3, 64, 1), (8, 2, 128, 4), (16, 2, 128, 4), (32, 2, 128, 4), (8, 2, 96, 2))
 # Whose steps of decode rows alone go to prefill tiles of their height (`fa4_backend/narrow_tiles.py`)
-NARROW = ((48, 1, 128, 1), (16, 2, 128, 8), (48, 1, 64, 1), (96, 1, 64, 1), (48, 1, 96, 1))
+NARROW = ((48, 1, 128, 1), (16, 2, 128, 8), (48, 1, 64, 1), (96, 1, 64, 1), (48, 1, 96, 1), (96, 1, 128, 1))
 FEATURES: tuple[dict[str, bool], ...] = (
     {}, {"has_window_left": True}, {"has_sinks": True}, {"has_softcap": True}, {"has_alibi": True}, {"batch_invariant": True},
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fa4_backend.error_budget import LSE_RELATIVE
+from fa4_backend.kernels.sm90.config import Sm90Config
 from fa4_backend.reference import attention_oracle
 from tests.support.emulated_prefill import run_built, run_prefill
 from tests.support.large_logits import Channel, crossing, fill
@@ -66,6 +67,13 @@ HEADS = {
 @pytest.mark.parametrize("name", with_slow(HEADS, ["128 to 1", "d256, 2 to 1"]))
 def test_heads_and_dtypes(name: str) -> None:
     run_prefill(HEADS[name]).check()
+
+
+def test_tokens_that_fill_a_tile_of_other_height() -> None:
+    """Two tokens of 48 heads leave a quarter of 128 rows idle, four fill 192 (`fa4_backend/prompt_tiles.py`)."""
+    drawn = case((6, 9, 1), (170, 85, 20), num_q_heads=48, num_kv_heads=1)
+    assert [key.kernel.tile.tile_m for key in drawn.plan().keys if isinstance(key, Sm90Config)] == [192, 64]
+    run_prefill(drawn).check()
 
 
 def jumping(keys: torch.Tensor) -> torch.Tensor:

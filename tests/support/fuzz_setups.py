@@ -61,6 +61,10 @@ def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
         # Whose weights are bounded for every V (`wgmma_fragment.py`, Note [Fixed references]).
         capped = next(s for s in setups if s.name == "d256 page 16 soft cap")
         setups.append(replace(capped, name="d256 page 16 soft cap, end to end", is_extreme=True))
+        # Tiles of other height, of which tokens fill more (`fa4_backend/prompt_tiles.py`).
+        setups.append(setup("d128 48 heads page 16", (48, 1), (128, 128), 16))
+        setups.append(setup("d128 48 heads page 64 fp16, cap, sinks", (48, 1), (128, 128), 64, "float16", has_softcap=True, has_sinks=True))
+        setups.append(setup("d128 96 heads left window", (96, 1), (128, 128), 16, has_window_left=True))
     # The same kernels where few tiles are cut along KV: into parts of single blocks, and as the plan cuts long rows.
     cut = [parts(s) for s in setups if not s.problem.batch_invariant]
     long = replace(setups[0], name="d128 page 16, long rows", max_seqs=3, max_query=60, max_kv=9000)
