@@ -141,16 +141,18 @@ def shapes(
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
     compile_for: CompileFor = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
+    more: Annotated[bool, typer.Option("--more", help="other kinds: cells by which no number was chosen")] = False,
     seconds: Annotated[
         float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
     ] = None,
 ) -> None:
     """Shapes where kernels have cliffs: microseconds, share of the roofline, ratio to the best peer; in turns, L2 clean."""
+    from fa4_backend.bench.more_cells import more_kinds
     from fa4_backend.bench.shape_cells import kinds as all_kinds
     from fa4_backend.bench.shape_cells import matching
 
     try:
-        chosen = matching(_chosen("--kinds", all_kinds(_stored(kv_dtype)), kinds), only)
+        chosen = matching(_chosen("--kinds", (more_kinds if more else all_kinds)(_stored(kv_dtype)), kinds), only)
     except (ValueError, re.error) as error:
         typer.echo(f"fa4 bench: --only: {error}", err=True)
         raise typer.Exit(2) from None

@@ -22,7 +22,7 @@ from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8
 from tests.device import measure_cuts, prove_all, prove_mla, serve_mla, serve_sglang
 from tests.device.engine_groups import GROUPS
-from tests.device.sanitize import LANES, TOOLS
+from tests.device.sanitize import jobs
 from tests.device.sanitize_cases import KINDS, KV_DTYPES
 from tests.device.serve_matrix import APART, METRICS, suite_of
 from tests.device.serve_tokens import SUITES, TOO_FAR, compare, judge
@@ -62,8 +62,8 @@ def test_latent_decode() -> None:
     assert proof["bits"]["page_sizes"] == 5 and proof["graphs"]["replays"] == 20
     memcheck, as_it_is, told = load("mla_sanitizer_h200.json")["runs"]
     assert "SUMMARY: 0 errors" in memcheck["summary"] and "SUMMARY: 0 hazards" in told["summary"]
-    assert as_it_is["batches"] == told["batches"] == len(prove_mla.FUZZ_SHAPES)
-    assert "SUMMARY: 240 hazards" in as_it_is["summary"], "the batches have what the other form ends"
+    assert memcheck["batches"] == as_it_is["batches"] == told["batches"] == len(prove_mla.FUZZ_SHAPES)
+    assert "SUMMARY: 257 hazards" in as_it_is["summary"], "the batches have what the other form ends"
     seen = load("mla_h100.json")
     cells = {(t["heads"], t["batch"], t["keys"], t["queries"]): t for t in seen["times"] if t["kv_dtype"] == "auto"}
     behind = [cell for cell, t in cells.items() if t.get("c1", t["fa4"]) > min(t["fa3"], t["flashmla"])]
@@ -479,28 +479,19 @@ def test_engines_of_a_suite_have_their_yardsticks() -> None:
             assert set(runs) <= set(suite.runs) and not any(run.startswith("FA4") for run in runs[:2])
 
 
-# Fuzzed problems of a kind and a dtype of K and V that no tool has watched on a GPU: prefill's, whose kernels the filter did not name when
-# the run was made (docs/sm90.md, "Proof"), and those that came later.
-UNWATCHED = {
-    ("prefill", "auto"): 58, ("prefill", "fp8"): 79,
-    ("decode", "auto"): 4, ("decode", "fp8"): 4, ("mixed", "auto"): 2, ("mixed", "fp8"): 2,
-}  # fmt: skip
-
-
 def test_sanitizer() -> None:
-    """16 bits on an H100, without a filter; on an H200 decode kernels and the schedule under either tool, both dtypes of K and V. What no
-    tool has watched is named, so that the run that does has to take it off the list."""
+    """16 bits on an H100 without a filter; on an H200 every fuzzed problem of either dtype of K and V under either tool, and all of them
+    again through kernels in which every lane arrives for itself, which have no hazard."""
     assert all("SUMMARY: 0 " in run["summary"] for run in load("sanitizer_h100.json")["runs"])
     runs = {run["name"]: run for run in load("sanitizer_h200.json")["runs"]}
+    assert set(runs) == {job.name for job in jobs()}
     for kind, setups_of in KINDS.items():
         for kv_dtype, stored in KV_DTYPES.items():
-            for tool in TOOLS:
+            for tool in ("memcheck", "racecheck", "racecheck lanes"):
                 batches = sum(run["batches"] for name, run in runs.items() if name.startswith(f"{tool} {kind} {kv_dtype} "))
-                assert len(setups_of("sm_90a", stored)) - batches == UNWATCHED.get((kind, kv_dtype), 0), (tool, kind, kv_dtype)
-    seen = {name for name, run in runs.items() if "SUMMARY: 0 " not in run["summary"]}
-    # The planted fault, and what racecheck cannot follow in decode, where every lane arrives for itself: docs/decode.md.
-    unclear = {f"racecheck {kind} {kv_dtype}" for kind in ("decode", "mixed") for kv_dtype in KV_DTYPES}
-    assert {name.rsplit(" ", 1)[0] for name in seen} == {"memcheck plant", *unclear}
-    lanes = {name for name in runs if name.startswith("racecheck lanes ")}
-    assert lanes == {f"racecheck lanes {kind} {kv_dtype} {only}" for kind, kv_dtype, only in LANES if kind != "prefill"}
-    assert all(run["ended"] == "exit 0" for name, run in runs.items() if name not in seen)
+                assert batches == len(setups_of("sm_90a", stored)), (tool, kind, kv_dtype)
+    # The planted faults, and what racecheck cannot follow in kernels as they are: docs/decode.md, docs/sm90.md.
+    as_they_are = {f"racecheck {kind} {kv_dtype}" for kind in KINDS for kv_dtype in KV_DTYPES}
+    seen = {name.rsplit(" ", 1)[0] for name, run in runs.items() if "SUMMARY: 0 " not in run["summary"]}
+    assert "memcheck plant" in seen and seen <= {"memcheck plant", *as_they_are}, seen
+    assert all(run["ended"] == "exit 0" for name, run in runs.items() if name.rsplit(" ", 1)[0] not in seen)
