@@ -44,6 +44,17 @@ TILES: dict[str, dict[tuple[int, int], tuple[TileShape, ...]]] = {
     }
 }
 
+# The same for K and V in e4m3. A prompt's tile has seven warps that convert beside two consumers; beside one there is room for eleven, and
+# seven at head dimension 256.
+TILES_FP8: dict[str, dict[tuple[int, int], tuple[TileShape, ...]]] = {
+    "sm_90a": {
+        (64, 64): (TileShape(tile_m=64, tile_n=128, kv_stage=8, rescale_threshold=0.0),),
+        (96, 96): (TileShape(tile_m=64, tile_n=128, kv_stage=5, rescale_threshold=0.0),),
+        (128, 128): (TileShape(tile_m=64, tile_n=128, kv_stage=4, rescale_threshold=0.0),),
+        (256, 256): (TileShape(tile_m=64, tile_n=64, kv_stage=4, q_stage=1, rescale_threshold=0.0),),
+    }
+}
+
 # n_blocks of the shortest part. 2, as prompts have, take 14.3, 14.0, 15.1 and 14.8 us for 1 x 4K of 64/1 d64, 48/1 d64, d96 and d128, where
 # 1 takes 14.0, 13.5, 14.8 and 14.4; with more rows both take the same.
 MIN_PART_BLOCKS = 1
@@ -60,16 +71,16 @@ class NarrowPrefill:
 def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, kernels: KernelSet) -> NarrowPrefill | None:
     """What serves steps of decode rows alone; None where no tile of the table is as low as their row groups and below a prompt's.
 
-    Not for K and V in FP8, whose conversion a tile's warpgroups share, nor where a row's bits must not depend on the batch: tiles are not
-    cut along KV there.
+    Not where a row's bits must not depend on the batch: tiles are not cut along KV there.
 
     Args:
         kernels: of the plan's other steps, whose buffers these share.
     """
     p, work, rows = problem, kernels.work, problem.q_per_kv * limits.decode_query_len
-    if p.kv_source != PAGED or p.has_kv_scales or p.batch_invariant or p.exact or rows <= MOST_DECODE_ROWS:
+    if p.kv_source != PAGED or p.batch_invariant or p.exact or rows <= MOST_DECODE_ROWS:
         return None
-    served = TILES.get(p.target_arch, {}).get((p.head_dim, p.head_dim_v), ())
+    table = TILES_FP8 if p.has_kv_scales else TILES
+    served = table.get(p.target_arch, {}).get((p.head_dim, p.head_dim_v), ())
     tile = next((tile for tile in served if rows <= tile.tile_m), None)
     if tile is None or kernels.prefill is None or tile.tile_m >= kernels.prefill.kernel.tile.tile_m:
         return None

@@ -80,8 +80,11 @@ def narrow_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
     chosen: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = [(heads, {}) for heads in NARROW]
     chosen += [(NARROW[0], {"has_window_left": True, "has_sinks": True}), (NARROW[0], {"has_softcap": True, "has_alibi": True})]
     chosen += [(NARROW[1], {"out_dtype": FP8})]
-    if not arch.endswith("sm_90a") or kv_dtype == FP8:
+    if not arch.endswith("sm_90a"):
         return []
+    if kv_dtype == FP8:
+        chosen = [(heads, features) for heads, features in chosen if heads[0] * heads[3] // heads[1] <= 64]
+        chosen += [((16, 2, 256, 5), {}), ((8, 1, 64, 5), {"dtype": "float16"})]
     return [replace(s, name=f"narrow {s.name}", is_narrow=True) for s in of_heads(chosen, arch, kv_dtype)]
 
 

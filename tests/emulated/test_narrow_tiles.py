@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fa4_backend.problem import FP8
 from tests.support.emulated_prefill import Cuts, run_built
 from tests.support.paged_case import PagedCase
 from tests.support.slow_cases import with_slow
@@ -20,10 +21,14 @@ DRAFTS = PagedCase(
     (8, 3, 0, 1, 8), (270, 128, 0, 17, 5), num_q_heads=12, num_kv_heads=2, head_dim=64, arch="emulated-sm_90a", decode_query_len=8,
     decode_alone=True, sinks=True, window_left=200,
 )  # fmt: skip
-CASES = {"drafts": DRAFTS, "one query": ONE_QUERY, "71 of 128 rows": replace(ONE_QUERY, num_q_heads=71, head_dim=64)}
+CASES = {
+    "drafts": DRAFTS, "one query": ONE_QUERY, "71 of 128 rows": replace(ONE_QUERY, num_q_heads=71, head_dim=64),
+    "drafts, FP8": replace(DRAFTS, kv_dtype=FP8), "one query, FP8": replace(ONE_QUERY, kv_dtype=FP8),
+    "drafts of d256, FP8": replace(DRAFTS, head_dim=256, num_q_heads=5, num_kv_heads=1, kv_dtype=FP8, dtype="float16"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", with_slow(CASES, {"one query", "71 of 128 rows"}))
+@pytest.mark.parametrize("name", with_slow(CASES, {"one query", "71 of 128 rows", "drafts of d256, FP8"}))
 def test_decode_rows_alone(name: str) -> None:
     """Right through the operator, whose schedule cuts few long rows; and without a race, whoever adds the parts up."""
     built = CASES[name].build()

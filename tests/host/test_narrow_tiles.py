@@ -8,6 +8,8 @@ import pytest
 
 from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, paged_attention, plan_attention
 from fa4_backend.kernels.schedule.work_list import NO_WINDOW
+from fa4_backend.kernels.sm90.config import Sm90Config
+from fa4_backend.kernels.sm90.warp_roles import WarpRoles
 from fa4_backend.problem import FP8
 from tests.support.operations import Operations
 from tests.support.paged_case import BuiltCase, PagedCase
@@ -42,12 +44,27 @@ def test_tiles_have_the_rows_of_a_row_group(heads: tuple[int, int, int], query_l
         assert narrow.work.decode_query_len == 0, "no decode list"
 
 
-@pytest.mark.parametrize(
-    "facts", [{"kv_dtype": FP8}, {"batch_invariant": True}, {"batch_invariant": True, "exact": True}, {"arch": "sm_100a"}], ids=str
-)
+@pytest.mark.parametrize("facts", [{"batch_invariant": True}, {"batch_invariant": True, "exact": True}, {"arch": "sm_100a"}], ids=str)
 def test_what_has_none(facts: dict[str, Any]) -> None:
     assert tile_m(plan_of(64, 1, 64)) == 64
     assert tile_m(plan_of(64, 1, 64, **facts)) is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_len", "expected"),
+    [
+        ((32, 8, 128), 8, None), ((64, 8, 128), 8, 64), ((48, 1, 96), 1, 64), ((16, 2, 256), 5, 64), ((64, 8, 64), 8, 64),
+        ((65, 1, 64), 1, None),
+    ],
+)  # fmt: skip
+def test_fp8_has_those_of_one_warpgroup(heads: tuple[int, int, int], query_len: int, expected: int | None) -> None:
+    """Beside one consumer there is room for more warps that convert than a prompt's tile has."""
+    plan = plan_of(*heads, query_len, kv_dtype=FP8)
+    assert tile_m(plan) == expected
+    if plan.narrow is not None and plan.kernels is not None and isinstance(plan.kernels.prefill, Sm90Config):
+        narrow, usual = (WarpRoles.of(key.kernel) for key in (plan.narrow.prefill, plan.kernels.prefill))
+        assert (narrow.num_consumers, narrow.threads) == (1, 512 if heads[2] < 256 else 384)
+        assert narrow.convert_warps > usual.convert_warps
 
 
 def built_step() -> tuple[BuiltCase, AttentionMetadata]:

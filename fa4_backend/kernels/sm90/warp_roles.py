@@ -18,8 +18,8 @@ WGMMA_ROWS = 64  # rows of a wgmma tile (PTX ISA, wgmma.mma_async: M is always 6
 
 # Registers a thread after setmaxnreg (multiples of 8), by number of convert and of consumer warpgroups:
 # 128 * ((1 + m) * load + n * consumer) <= 65536.
-LOAD_REGISTERS = {(0, 1): 56, (0, 2): 40, (0, 3): 32, (1, 2): 40}
-CONSUMER_REGISTERS = {(0, 1): 240, (0, 2): 232, (0, 3): 160, (1, 2): 216}
+LOAD_REGISTERS = {(0, 1): 56, (0, 2): 40, (0, 3): 32, (1, 1): 56, (1, 2): 40, (2, 1): 56}
+CONSUMER_REGISTERS = {(0, 1): 240, (0, 2): 232, (0, 3): 160, (1, 1): 240, (1, 2): 216, (2, 1): 240}
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class WarpRoles:
     def of(config: PrefillConfig) -> WarpRoles:
         """The roles of a kernel: a consumer warpgroup for each 64 rows of the tile.
 
-        With one that converts, 512 threads begin with 128 registers: too few for three consumers, and for a wgmma of 256 columns.
+        Where K and V are FP8, warpgroups that convert fill up 512 threads, which begin with 128 registers: too few for three consumers. A
+        wgmma of 256 columns wants more, which 384 threads begin with.
         """
         assert config.tile.tile_m % WGMMA_ROWS == 0, config.tile
         num_consumers = config.tile.tile_m // WGMMA_ROWS
-        return WarpRoles(
-            num_consumers, int(config.converts_kv and num_consumers == 2 and min(config.head_dim_v, config.tile.value_columns) < 256)
-        )
+        if not config.converts_kv or num_consumers > 2:
+            return WarpRoles(num_consumers)
+        is_wide = min(config.head_dim_v, config.tile.value_columns) >= 256
+        return WarpRoles(num_consumers, (2 if is_wide else 3) - num_consumers)
 
     @property
     def convert_warps(self) -> int:
