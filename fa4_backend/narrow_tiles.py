@@ -44,8 +44,12 @@ TILES: dict[str, dict[tuple[int, int], tuple[TileShape, ...]]] = {
     }
 }
 
-# The same for K and V in e4m3. A prompt's tile has seven warps that convert beside two consumers; beside one there is room for eleven, and
-# seven at head dimension 256.
+# The same for K and V in e4m3. A prompt's tile has seven warps that convert beside two consumers (three beside three, and at d256); beside
+# one there is room for eleven, and seven at d256. H200, us on these tiles, on what served the steps before, and of FA3 in FP8, in turns
+# (2026-11-29, `python -m tests.device.measure_tiles --kinds fp8-drafts,fp8-one-kv-head --tiles min_part_blocks=2`; more in docs/decode.md):
+#   d128  64/8, 8 queries, 16 x 4K, 64 x 2K, 1 x 4K 52.3, 70.8 (62.4), 100.5, 139.1 (124.4), 24.4, 26.2 (22.9)
+#         48/1 32 x 4K 26.6, 31.6 (29.1)
+#   d64   64/1 64 x 4K, 1 x 4K 27.1, 45.7 (28.4), 16.8, 13.9 (13.3)
 TILES_FP8: dict[str, dict[tuple[int, int], tuple[TileShape, ...]]] = {
     "sm_90a": {
         (64, 64): (TileShape(tile_m=64, tile_n=128, kv_stage=8, rescale_threshold=0.0),),

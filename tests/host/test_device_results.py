@@ -15,6 +15,7 @@ from fa4_backend import split_rows
 from fa4_backend.bench.batch import E4M3_PROMPT_ERROR, PROMPT_ERROR
 from fa4_backend.bench.decode_batches import issue_batches
 from fa4_backend.bench.engine import FP8_SHARE_GOAL
+from fa4_backend.bench.more_cells import more_kinds
 from fa4_backend.bench.ours import asked
 from fa4_backend.bench.shape_cells import kinds as shape_kinds
 from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
@@ -159,7 +160,7 @@ def test_fuzzed_batches() -> None:
     parts = load("fuzz_h200.json")["parts"]
     assert {name: (sum(p["batches"] for p in part), sum(p["cut"] for p in part)) for name, part in parts.items()} == {
         "prefill": (24534, 12890), "prefill, K and V in FP8": (20066, 11019),
-        "decode": (20020, 3161), "decode, K and V in FP8": (20017, 485),
+        "decode": (20020, 3161), "decode, K and V in FP8": (25633, 3007),
         "mixed steps": (19990, 11479), "mixed steps, K and V in FP8": (19990, 11637),
     }  # fmt: skip
     for problem in (problem for part in parts.values() for problem in part):
@@ -215,10 +216,22 @@ def test_messages_as_decode_and_as_prefill() -> None:
 
 
 def test_shapes_beside_fa3() -> None:
-    """docs/benchmarks.md: 98 of 101 cells ahead."""
+    """docs/benchmarks.md: 100 of 101 cells ahead, and those by which no number was chosen: all, and of FP8 97 and 86 of 106."""
     with (RESULTS.parents[2] / "docs" / "data" / "shapes_h200.csv").open() as file:
         ratios = [float(row["ratio_to_best_peer"]) for row in csv.DictReader(file) if row["kernel"] == "fa4"]
-    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (101, 98, 0.87)
+    assert (len(ratios), sum(round(ratio, 2) >= 1 for ratio in ratios), round(min(ratios), 2)) == (101, 100, 0.93)
+    more = {batch: us["fa3"] / us["fa4"] for batch, us in times_of("shapes_more_h200.csv").items()}
+    assert set(more) == {batch.title for kind in more_kinds().values() for batch in kind.batches}
+    assert (len(more), round(min(more.values()), 2), round(max(more.values()), 2)) == (106, 1.02, 1.69)
+    stored = times_of("shapes_more_fp8_h200.csv")
+    assert set(stored) == {batch.title for kind in more_kinds(FP8).values() for batch in kind.batches}
+    behind = [sum(min(us[peer] for peer in peers) < us["fa4"] for us in stored.values()) for peers in (("fa3",), ("fa3", "fa3 bf16"))]
+    assert behind == [106 - 97, 106 - 86]
+
+
+def times_of(name: str) -> dict[str, dict[str, float]]:
+    """batch -> kernel -> microseconds, of a file of docs/data."""
+    return {batch: {kernel: float(row["us"]) for kernel, row in kernels.items()} for batch, kernels in cells_of(name).items()}
 
 
 def test_a_whole_engine_beside_flash_attn() -> None:
@@ -237,9 +250,13 @@ def test_a_whole_engine_beside_flash_attn() -> None:
     case = "decode step, 128 x 2048"
     assert round(median[case, "fp8", "FA4"] / median[case, "auto", "FA4"], 3) == 0.548 <= FP8_SHARE_GOAL
     with (RESULTS.parents[2] / "docs" / "data" / "engine_fp8_h200.csv").open() as file:
-        one = {(row["case"], row["kv_cache_dtype"]): float(row["attention_us"]) for row in csv.DictReader(file) if row["attention_us"]}
+        rows = [row for row in csv.DictReader(file) if row["attention_us"]]
+    rounds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        rounds.setdefault((row["case"], row["kv_cache_dtype"]), []).append(float(row["attention_us"]))
+    one = {cell: statistics.median(us) for cell, us in rounds.items()}
     shares = [round(one[case, "fp8"] / one[case, "auto"], 3) for case in ("decode step, 128 x 2048", "prompt of 8192 beside 128 x 2048")]
-    assert shares == [0.556, 0.765]
+    assert shares == [0.545, 0.772] and shares[0] <= FP8_SHARE_GOAL
 
 
 def test_ragged_and_mixed_steps_with_fp8() -> None:
@@ -303,10 +320,10 @@ def test_engines_on_two_gpus() -> None:
 
 
 def test_engines_that_draft_with_one_kv_head() -> None:
-    """16/1 heads, 3 and 7 drafts, beside FLASH_ATTN in eager mode."""
+    """16/1 heads, 3 and 7 drafts, and 64/8 with 7, whose steps are on narrow tiles, beside FLASH_ATTN in eager mode."""
     runs = load("serve_drafts_h200.json")["runs"]
     assert judge(runs, suite_of(GROUPS)) == [] and not any(result["wrong"] for result in runs.values())
-    assert {run.split(": ")[0] for run in runs} == {"drafts_16_1_3", "drafts_16_1_7"} and len(runs) == 16
+    assert {run.split(": ")[0] for run in runs} == {"drafts_16_1_3", "drafts_16_1_7", "drafts_64_8_7"} and len(runs) == 24
     for result in (result for run, result in runs.items() if "n-grams" in run or "draft model" in run):
         assert 200 < result["acceptance"]["accepted_tokens"] < result["acceptance"]["draft_tokens"]
 
@@ -385,8 +402,7 @@ def test_latent_rows_that_differ_in_length() -> None:
 
 
 def test_rows_that_differ_in_length() -> None:
-    """docs/decode.md: each row of its table. When it was measured parts were not weighed; of its variants the one that cuts into as many
-    parts as the lists in use is what they take."""
+    """docs/decode.md: each row of its table, whose lists are still those in use; parts that are weighed are ahead of FA3."""
     text = (RESULTS.parents[2] / "docs" / "decode.md").read_text()
     cells = {cell["name"]: cell for cell in load("cuts_paged_h200.json")["cells"] if not cell["name"].startswith("latent")}
     batches = [measure_cuts.paged_batch(heads, name, lens) for name, lens in measure_cuts.lengths() for heads in measure_cuts.HEADS]
@@ -394,11 +410,11 @@ def test_rows_that_differ_in_length() -> None:
         cell, kernels = cells[batch.label], plan_attention(*asked(batch, "sm_90a")).kernels
         assert kernels is not None
         tiles = make_lists(kernels.work, [1] * len(batch.kv_lens), list(batch.kv_lens)).decode_tiles
-        parts = int((tiles[:, PARTIAL_SLOT] >= 0).sum())
-        weighed = next(label for label, count in cell["parts"].items() if count == parts)
-        us = [cell["us"][label] for label in ("in use", weighed, "fa3")]
+        labels = [cell["same"].get(label, label) for label in ("parts not weighed", "in use")]
+        us, parts = [cell["us"][label] for label in (*labels, "fa3")], [cell["parts"][label] for label in labels]
+        assert parts[1] == int((tiles[:, PARTIAL_SLOT] >= 0).sum()), batch.label
         name = batch.label.replace(" d128 page 16:", ",").replace("+- 32", "± 32")
-        line = f"| {name} | {cell['parts']['in use']} | {parts} | {' | '.join(f'{x:.1f}' for x in us)} | {us[2] / us[1]:.2f} |"
+        line = f"| {name} | {parts[0]} | {parts[1]} | {' | '.join(f'{x:.1f}' for x in us)} | {us[2] / us[1]:.2f} |"
         assert line in text, line
         assert us[1] <= 1.01 * us[0] and us[1] < us[2], line
     assert len(batches) == len(cells) == 24
