@@ -16,6 +16,7 @@ from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.families import PREFILL, KernelSet, PrefillKey
 from fa4_backend.kernels.schedule.work_list import WorkLists, WorkShape
 from fa4_backend.problem import PAGED, AttentionProblem, BatchLimits
+from fa4_backend.prompt_tiles import lists_of
 
 MOST_DECODE_ROWS = 32  # packed rows up to which the decode kernel is as fast
 
@@ -89,14 +90,7 @@ def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, kernels: Kern
     if tile is None or kernels.prefill is None or tile.tile_m >= kernels.prefill.kernel.tile.tile_m:
         return None
     prefill = PREFILL[p.target_arch](problem, is_dependent=False, tile=tile)
-    narrow = replace(
-        work,
-        decode_query_len=0,
-        tokens_per_item=prefill.tokens_per_item,
-        prefill_tile_n=tile.tile_n,
-        part_floats=prefill.part_floats,
-        min_part_blocks=MIN_PART_BLOCKS,
-    )
+    narrow = replace(lists_of(work, prefill, MIN_PART_BLOCKS), decode_query_len=0)
     assert narrow.part_floats <= work.part_floats and narrow.tokens_per_item >= limits.decode_query_len, f"{narrow=} {work=}"
     return NarrowPrefill(prefill, narrow)
 

@@ -35,6 +35,11 @@ def kinds(kv_dtype: str = "bfloat16") -> dict[str, Kind]:
         "groups-of-5": Kind("five query heads a KV head", tuple(_groups_of_five())),
         "windows": Kind("heads of 64 with sinks, every other layer with a window", tuple(_windows())),
     }
+    return stored_in(kv_dtype, every)
+
+
+def stored_in(kv_dtype: str, every: Mapping[str, Kind]) -> dict[str, Kind]:
+    """The same kinds, K and V in `kv_dtype`."""
     return {name: Kind(kind.what, tuple(replace(b, kv_dtype=kv_dtype) for b in kind.batches)) for name, kind in every.items()}
 
 

@@ -141,7 +141,7 @@ def shapes(
     list_only: Annotated[bool, typer.Option("--list", help="print the cells and time none; needs no GPU")] = False,
     compile_for: CompileFor = "",
     only: Annotated[str, typer.Option(help="cells whose title matches this regular expression; empty: all")] = "",
-    more: Annotated[bool, typer.Option("--more", help="other kinds: cells by which no number was chosen")] = False,
+    more: Annotated[bool, typer.Option("--more", help="other kinds, of cells that stand in no other list")] = False,
     seconds: Annotated[
         float | None, typer.Option(help="how long the run may take, compilation included; default: as long as it does")
     ] = None,

@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,13 +37,13 @@ from fa4_backend.kernels.sm90.load_warp import LoadWarp
 from fa4_backend.kernels.sm90.storage import Barriers
 from fa4_backend.kernels.sm90.tile_numbers import TAKEN_TILE
 from tests.device import sanitize_cases
-from tests.device.compiling import compile_lacking
+from tests.device.compiling import compile_lacking, use_own_cache
 from tests.device.sanitize_cases import chosen_cases
 
 LANES = 32
 DECODE_EDGES = DecodeStorage.edges.fget  # type: ignore[attr-defined]
 PREFILL_EDGES = warp_roles.pipeline_edges
-OF_ONE_LANE = "k"  # the party whose lane that writes is the one that arrives
+OF_ONE_LANE = "tile_k_to_v"  # filled by the lane that arrives
 # What decode's consumers say of their arrivals, and what they say here.
 ONE_LANE = {
     """                    if lane == 0:
@@ -60,7 +59,7 @@ ONE_LANE = {
 
 def all_lanes(parties: tuple[Party, ...]) -> tuple[Party, ...]:
     """Warps' arrivals counted lane by lane."""
-    return tuple(replace(x, warps=x.warps * LANES) if x.signal is Signal.WARPS and x.role != OF_ONE_LANE else x for x in parties)
+    return tuple(replace(x, warps=x.warps * LANES) if x.signal is Signal.WARPS else x for x in parties)
 
 
 def of_lanes(edges: tuple[PipelineEdge, ...]) -> tuple[PipelineEdge, ...]:
@@ -70,7 +69,9 @@ def of_lanes(edges: tuple[PipelineEdge, ...]) -> tuple[PipelineEdge, ...]:
 
 def prefill_edges(config: PrefillConfig) -> tuple[PipelineEdge, ...]:
     """Of the prefill kernel."""
-    return of_lanes(PREFILL_EDGES(config))
+    edges = PREFILL_EDGES(config)
+    pairs = zip(edges, of_lanes(edges), strict=True)
+    return tuple(replace(lanes, full_by=edge.full_by) if edge.name == OF_ONE_LANE else lanes for edge, lanes in pairs)
 
 
 def decode_edges(of: DecodeStorage) -> EdgeBarriers:
@@ -112,9 +113,7 @@ def changed(module: ModuleType, changes: dict[str, str]) -> ModuleType:
 
 def change_kernels() -> None:
     """Let this process compile and run those kernels; their objects go to a cache of their own."""
-    folder = f"racecheck-lanes-{sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
-    if envs.cache_dir().name != folder:  # a process that this one starts inherits it
-        os.environ["FA4_BACKEND_CACHE_DIR"] = str(envs.cache_dir() / folder)
+    use_own_cache("racecheck-lanes", Path(__file__))
     envs.cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
     storage.pipeline_edges = prefill_edges
     ConvertWarps._arrive = arrive  # type: ignore[method-assign]

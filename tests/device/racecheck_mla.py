@@ -16,17 +16,14 @@ All else is the same code, so hazards that a form's replacement ends are of that
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
 
-from fa4_backend import envs
 from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.edges import AT_BARRIER, MBARRIER_BYTES, EdgeBarriers, Party, PipelineEdge, Signal
 from fa4_backend.kernels.mla_decode.consumer_warpgroup import ConsumerWarpgroup
@@ -36,7 +33,7 @@ from fa4_backend.kernels.mla_decode.merge import Merge
 from fa4_backend.kernels.mla_decode.narrow_warps import NarrowWarps
 from fa4_backend.kernels.mla_decode.storage import SIDE_WARPS, SIDES, MlaStorage, SharedTensors
 from tests.device import prove_mla
-from tests.device.compiling import compile_lacking
+from tests.device.compiling import compile_lacking, use_own_cache
 from tests.device.racecheck_lanes import LANES, all_lanes
 
 FORMS = ("lanes", "meetings")
@@ -112,9 +109,7 @@ def meet(_: Merge) -> None:
 
 def change_kernels(forms: tuple[str, ...]) -> None:
     """Let this process compile and run those kernels; their objects go to a cache of their own."""
-    folder = f"racecheck-{'-'.join(forms)}-{sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
-    if envs.cache_dir().name != folder:  # a process that this one starts inherits it
-        os.environ["FA4_BACKEND_CACHE_DIR"] = str(envs.cache_dir() / folder)
+    use_own_cache(f"racecheck-{'-'.join(forms)}", Path(__file__))
     MlaStorage.edges = property(partial(edges, forms))  # type: ignore[assignment, arg-type]
     if "lanes" in forms:
         ConsumerWarpgroup._arrive = NarrowWarps._arrive = arrive  # type: ignore[method-assign, assignment]

@@ -33,6 +33,7 @@ from tests.device.fuzz_all import compile_all
 from tests.device.sanitize_cases import KINDS, KV_DTYPES, chosen_cases, plans_of
 
 SYMBOL = "kernel_cutlass"  # stands in the symbol of every kernel that the DSL compiles, and of none of torch's
+CORES = len(os.sched_getaffinity(0))
 SHARDS = {"prefill": 6, "decode": 2, "mixed": 2}  # processes of a kind
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 
@@ -130,9 +131,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sanitized"))
     parser.add_argument("--only", default="", help="jobs whose name begins so, and planted faults; several apart by commas")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds of a process")
-    parser.add_argument("--at-once", type=int, default=28, help="processes on all visible GPUs, which take turns")
-    parser.add_argument("--processes", type=int, default=28, help="that compile kernels side by side")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a process")
+    parser.add_argument("--at-once", type=int, default=CORES, help="processes on all visible GPUs, which take turns; they judge on the CPU")
+    parser.add_argument("--processes", type=int, default=CORES, help="that compile kernels side by side")
     parser.add_argument("--compile-only", metavar="ARCH", help="fill the cache for ARCH and stop; needs no GPU")
     options = parser.parse_args()
     only = tuple(options.only.split(","))

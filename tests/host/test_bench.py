@@ -16,12 +16,14 @@ from fa4_backend.bench import figures, ours, shapes
 from fa4_backend.bench.batch import BatchShape, BatchTensors, Mask
 from fa4_backend.bench.decode_batches import DecodeBatch, issue_batches, uniform
 from fa4_backend.bench.figures import write_csv
+from fa4_backend.bench.more_cells import more_kinds
 from fa4_backend.bench.ours import Ours, asked
 from fa4_backend.bench.peers import WIDE
 from fa4_backend.bench.prefill_batches import PrefillBatch, named_batches
 from fa4_backend.bench.shape_cells import kinds, matching
 from fa4_backend.cli import main
 from fa4_backend.problem import FP8
+from tests.device import measure_shares, measure_tiles
 
 CELLS = [(name, batch) for name, kind in kinds().items() for batch in kind.batches]
 # The cells of the issue that asked for them.
@@ -58,6 +60,15 @@ def test_every_kind_has_five_to_ten_cells_and_no_cell_stands_twice() -> None:
 def test_our_kernels_serve_every_cell(kv_dtype: str, batch: BatchShape) -> None:
     plan = plan_attention(*asked(dataclasses.replace(batch, kv_dtype=kv_dtype), "sm_90a"))
     assert plan.kernels is not None and plan.limits.max_seqlen_k >= batch.max_kv_len
+
+
+def test_more_cells_stand_in_no_other_list() -> None:
+    """A number that was chosen by one of them would make the comparison say less."""
+    more = [batch.title for kind in more_kinds().values() for batch in kind.batches]
+    tables = [*issue_batches().values(), *named_batches().values(), *(kind.batches for kind in kinds().values())]
+    tuned = [*measure_tiles.packed_rows(), *measure_tiles.packed_mixed(), *measure_shares.lone_cells(), *measure_shares.cells()]
+    others = {batch.title for batches in (*tables, tuned) for batch in batches}
+    assert len(more) == len(set(more)) and not set(more) & others, set(more) & others
 
 
 def test_cells_with_fp8_are_the_same_cells() -> None:
@@ -193,6 +204,9 @@ def test_the_command_lists_the_cells(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["bench", "shapes", "--list", "--kinds", "mixed", "--kv-dtype", "fp8"])
     assert "32/8 d128 e4m3 KV page 16: 32 x 4K + 64 tokens of 32K" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bench", "shapes", "--list", "--more", "--kinds", "pages"])
+    assert capsys.readouterr().out.splitlines()[0] == "pages: pages of 64, 128 and 256 tokens"
 
 
 def test_a_run_ends_in_its_time_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

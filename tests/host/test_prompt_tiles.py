@@ -21,13 +21,13 @@ def plan_of(q_heads: int, kv_heads: int, head_dim: int, **facts: Any) -> Attenti
 
 @pytest.mark.parametrize(
     ("q_heads", "rows", "tokens"),
-    # Of 128 rows 126, 84, 86, 96, 102, 112, 128, 65, 96 and 97 would be in use.
+    # Of 128 rows 126, 125, 104, 126, 86, 96, 98, 112, 128, 65, 96 and 97 would be in use.
     [
         (7, 128, 18),
         (42, 128, 3),
         (43, 192, 4),
         (48, 192, 4),
-        (51, 128, 2),
+        (49, 128, 2),
         (56, 128, 2),
         (64, 128, 2),
         (65, 192, 2),
@@ -51,7 +51,7 @@ def test_lists_know_the_tile() -> None:
     assert kernels.decode is None and not kernels.prefill.kernel.is_dependent  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("facts", [{"kv_dtype": FP8}, {"arch": "sm_100a"}, {"batch_invariant": True, "exact": True}], ids=str)
+@pytest.mark.parametrize("facts", [{"kv_dtype": FP8}, {"arch": "sm_100a"}, {"batch_invariant": True}], ids=str)
 def test_others_keep_theirs(facts: dict[str, Any]) -> None:
     plan = plan_of(48, 1, 128, **facts)
     assert plan.kernels == resolve_kernels(plan.problem, LIMITS, 132)
