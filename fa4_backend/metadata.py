@@ -29,6 +29,7 @@ class StepBounds(NamedTuple):
     min_seqlen_q: int  # shortest query of the step's rows that have any
     converts: bool = False  # K and V of its prefill rows are brought from FP8 to 16 bits once a call
     is_narrow: bool = False  # all its rows are decode rows, served by the plan's narrow tiles
+    has_messages: bool = False  # all its prefill rows are short, served by the plan's tiles for messages
 
 
 @dataclass
@@ -43,6 +44,7 @@ class AttentionMetadata:
     kernels: LoadedKernels | None = None  # None on the reference
     work: WorkLists | None = None  # device-made work lists and split-KV workspace; None on the reference
     narrow: NarrowSteps | None = None  # what serves steps of decode rows alone in their place; None where the plan has nothing
+    messages: NarrowSteps | None = None  # the same of steps whose prefill rows are all short
     bounds: StepBounds | None = None
     converted: ConvertedKv | None = None  # in the room of the process's plans on the device; None where no step converts
     kv_lens: torch.Tensor | None = None  # (max_num_seqs,) int32, KV tokens of the step where K and V have no pages
@@ -83,8 +85,8 @@ class AttentionMetadata:
         device = work.prefill_tiles.device  # "cuda" alone has become one GPU
         room = convert_room.reserve(plan, device)
         converted = None if room is None else room.views(plan)
-        narrow = None if plan.narrow is None else NarrowSteps.load(plan.narrow, work, emulated=plan.problem.is_emulated)
-        return cls(plan, device, kernels, work, narrow, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
+        narrow, messages = (NarrowSteps.load(own, work, emulated=plan.problem.is_emulated) for own in (plan.narrow, plan.messages))
+        return cls(plan, device, kernels, work, narrow, messages, converted=converted, kv_lens=kv_lens, unit_scale=unit_scale)
 
     def sharing(self, plan: AttentionPlan) -> AttentionMetadata:
         """The same steps for a plan of the same batches that differs in its dtype of out: kernels of its own, and these work lists.
@@ -94,19 +96,21 @@ class AttentionMetadata:
         ours, theirs = ((replace(p.problem, out_dtype=SAME_AS_Q), p.limits, p.num_sms) for p in (self.plan, plan))
         if ours != theirs:
             raise ValueError(f"plan: expected one that differs in out_dtype alone from {self.plan.describe()}, got {plan.describe()}")
-        kernels = narrow = None
+        kernels = narrow = messages = None
         if plan.kernels is not None:
             from fa4_backend.kernels.loading import load_kernels
 
             assert self.work is not None and self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
-            narrow = None if plan.narrow is None else NarrowSteps.load(plan.narrow, self.work, emulated=plan.problem.is_emulated)
+            emulated = plan.problem.is_emulated
+            narrow, messages = (NarrowSteps.load(own, self.work, emulated=emulated) for own in (plan.narrow, plan.messages))
         follower = AttentionMetadata(
             plan,
             self.device,
             kernels,
             self.work,
             narrow,
+            messages,
             converted=self.converted,
             kv_lens=self.kv_lens,
             unit_scale=self.unit_scale,
@@ -144,8 +148,9 @@ class AttentionMetadata:
                 kernel, which would find no row, is not launched (3 to 12 us on an H200). In a captured graph it must hold for every replay.
             prefill_keys: host upper bound of the KV tokens of all rows with more than `decode_query_len` queries, together. Where it is
                 within the plan's `convert_keys`, and rows are long enough, each call brings K and V in FP8 to 16 bits once, in place of
-                once a tile; page tables then hold `max_seqlen_k` tokens. Lists are made for one way only, and a graph keeps the way of its
-                capture: not to be given for a step that is captured or replayed.
+                once a tile; page tables then hold `max_seqlen_k` tokens. Where all such rows are short enough, tiles of their height serve
+                them. Lists are made for one way only, and a graph keeps the way of its capture: not to be given for a step that is captured
+                or replayed.
             decode_alone: the host knows that no row has more than the plan's `decode_query_len` queries, which prefill tiles of their own
                 height may then serve (`fa4_backend/narrow_tiles.py`). Lists are made for one way only: where the step is captured, it must
                 hold for each replay, and be given for each.
@@ -158,7 +163,8 @@ class AttentionMetadata:
         check_bounds(self.plan.limits, cu_seqlens_q, seqused_k, min_seqlen_q, max_seqlen_q, prefill_keys)
         converts = self._converts(max_seqlen_q, max_seqlen_k, prefill_keys)
         is_narrow = self._is_narrow(max_seqlen_q, decode_alone)
-        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts, is_narrow)
+        has_messages = not converts and self._has_messages(max_seqlen_q, prefill_keys)
+        self.bounds = StepBounds(num_seqs, max_seqlen_q, max_seqlen_k, min_seqlen_q, converts, is_narrow, has_messages)
         if self.kv_lens is not None and cu_seqlens_k is not None:
             import torch
 
@@ -168,7 +174,8 @@ class AttentionMetadata:
         if self.work is not None and self.kernels is not None:
             left = NO_WINDOW if self.window_left is None else int(min(self.window_left, NO_WINDOW))
             right = 0 if self.plan.problem.mask.is_causal else NO_WINDOW
-            work = self.narrow.work if is_narrow and self.narrow is not None else self.work
+            own = self.narrow if is_narrow else self.messages if has_messages else None
+            work = self.work if own is None else own.work
             shape = None
             if converts:
                 assert self.plan.kernels is not None and self.plan.kernels.converted is not None
@@ -181,6 +188,12 @@ class AttentionMetadata:
         if decode_alone and max_seqlen_q > most:
             raise ValueError(f"decode_alone: expected max_seqlen_q of at most {most}, the plan's decode_query_len, got {max_seqlen_q}")
         return decode_alone and self.narrow is not None
+
+    def _has_messages(self, max_seqlen_q: int, prefill_keys: int | None) -> bool:
+        """Whether tiles for messages serve the step's prefill rows: each fits one. Not in a step that may be captured or replayed."""
+        if self.messages is None or prefill_keys is None:
+            return False
+        return self.plan.limits.decode_query_len < max_seqlen_q <= self.messages.work.shape.tokens_per_item
 
     def _converts(self, max_seqlen_q: int, max_seqlen_k: int, prefill_keys: int | None) -> bool:
         """Whether the step's K and V are converted once a call: they fit, and enough query blocks see a key of the longest row."""

@@ -1,8 +1,10 @@
-"""Steps of decode rows alone on prefill tiles that are no taller than those rows: one warpgroup, or two, in place of two or three.
+"""Steps whose rows are short on prefill tiles that are no taller than those rows: one warpgroup, or two, in place of two or three.
 
 A row group of 33 to 128 packed rows fills a part of a prompt's tile, and all warpgroups of a tile take their turns at the tensor cores,
 rows or not. The decode kernel, whose warps take 16 keys of 16 rows at a time, has the more instructions the more rows there are. So where
 the host knows that a step has decode rows alone, tiles of their height serve it; other steps are served as plans without this file have it.
+
+With K and V in FP8 the lowest tile serves short messages too, beside decode rows or alone: all warps but five convert.
 
 What stands here is a plan's choice and no part of a kernel: a change leaves compiled kernels as they are.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.families import PREFILL, KernelSet, PrefillKey
+from fa4_backend.kernels.schedule.rates import MIN_PART_KEYS
 from fa4_backend.kernels.schedule.work_list import WorkLists, WorkShape
 from fa4_backend.problem import PAGED, AttentionProblem, BatchLimits
 from fa4_backend.prompt_tiles import lists_of
@@ -67,7 +70,7 @@ MIN_PART_BLOCKS = 1
 
 @dataclass(frozen=True)
 class NarrowPrefill:
-    """A prefill kernel that serves steps of decode rows alone, and what it asks of their lists."""
+    """A prefill kernel that serves some steps, and what it asks of their lists."""
 
     prefill: PrefillKey
     work: WorkShape
@@ -76,7 +79,7 @@ class NarrowPrefill:
 def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, kernels: KernelSet) -> NarrowPrefill | None:
     """What serves steps of decode rows alone; None where no tile of the table is as low as their row groups and below a prompt's.
 
-    Not where a row's bits must not depend on the batch: tiles are not cut along KV there.
+    Not where a row's bits must not depend on the batch, whose other rows decide between both.
 
     Args:
         kernels: of the plan's other steps, whose buffers these share.
@@ -95,6 +98,29 @@ def narrow_prefill(problem: AttentionProblem, limits: BatchLimits, kernels: Kern
     return NarrowPrefill(prefill, narrow)
 
 
+def message_prefill(problem: AttentionProblem, kernels: KernelSet) -> NarrowPrefill | None:
+    """What serves the prefill rows of steps in which none has more tokens than a tile holds; None where that would not be faster.
+
+    Not where a row's bits must not depend on the batch: it decides which steps those are.
+
+    Args:
+        kernels: of the plan's other steps, whose decode kernel, buffers and rates these share.
+    """
+    p, table = problem, TILES_FP8.get(problem.target_arch, {})
+    tile = next(iter(table.get((p.head_dim, p.head_dim_v), ())), None)
+    if tile is None or not p.has_kv_scales or p.kv_source != PAGED or p.batch_invariant or p.q_per_kv > tile.tile_m:
+        return None
+    if kernels.prefill is None or tile.tile_m >= kernels.prefill.kernel.tile.tile_m:
+        return None
+    prefill = PREFILL[p.target_arch](problem, is_dependent=kernels.prefill.kernel.is_dependent, tile=tile)
+    work = lists_of(kernels.work, prefill, -(-MIN_PART_KEYS // tile.tile_n))
+    assert work.part_floats <= kernels.work.part_floats, f"{work=} {kernels.work=}"
+    before = kernels.prefill.kernel.tile
+    # An n_block's time, by its products: the rows of a tile and its keys.
+    ticks = work.decode_tile_ticks * before.tile_m * before.tile_n // (tile.tile_m * tile.tile_n)
+    return NarrowPrefill(prefill, replace(work, decode_tile_ticks=max(1, ticks)))
+
+
 @dataclass(frozen=True)
 class NarrowSteps:
     """A `NarrowPrefill` on a device."""
@@ -103,14 +129,16 @@ class NarrowSteps:
     work: WorkLists  # the plan's buffers, in which slots for parts are shorter and lie one behind the other
 
     @classmethod
-    def load(cls, narrow: NarrowPrefill, work: WorkLists, *, emulated: bool) -> NarrowSteps:
-        """Load the kernel, compiling what the cache on disk lacks, for the buffers `work` of the plan's other steps.
+    def load(cls, narrow: NarrowPrefill | None, work: WorkLists, *, emulated: bool) -> NarrowSteps | None:
+        """Load the kernel, if there is one, compiling what the cache on disk lacks, for the buffers `work` of the plan's other steps.
 
         Raises:
             CompileError, RuntimeError: as `fa4_backend.kernels.loading.load_kernels`.
         """
         from fa4_backend.kernels import loading
 
+        if narrow is None:
+            return None
         assert work.part_slots is not None
         slots = work.part_slots.view(-1)[: narrow.work.max_part_slots() * narrow.work.part_floats]
         lists = replace(work, shape=narrow.work, part_slots=slots.view(-1, narrow.work.part_floats))

@@ -226,7 +226,10 @@ def _launch(metadata: AttentionMetadata, arguments: AttentionArguments) -> None:
     if kernels.decode is not None and (kernels.prefill is None or bounds.min_seqlen_q <= decode_query_len):
         kernels.decode(*decode_arguments(arguments, work))
     if kernels.decode is None or bounds.max_seqlen_q > decode_query_len:
-        if bounds.converts:
+        if bounds.has_messages:
+            assert metadata.messages is not None, metadata.plan
+            metadata.messages.launch(*prefill_arguments(arguments, metadata.messages.work))
+        elif bounds.converts:
             assert kernels.converted is not None and metadata.converted is not None, metadata.plan
             keys, values, _ = metadata.converted
             kernels.converted(*converted_arguments(arguments, work, keys, values))

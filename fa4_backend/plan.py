@@ -11,7 +11,7 @@ from fa4_backend.arch import ARCHS, REFERENCE_ARCH
 from fa4_backend.decode_parts import with_more_parts
 from fa4_backend.decode_rates import with_fp8_rates
 from fa4_backend.kernels.families import KernelSet, resolve_kernels
-from fa4_backend.narrow_tiles import NarrowPrefill, narrow_prefill
+from fa4_backend.narrow_tiles import NarrowPrefill, message_prefill, narrow_prefill
 from fa4_backend.problem import DTYPE_BYTES, LATENT, RAGGED, AttentionProblem, BatchLimits
 from fa4_backend.prompt_tiles import with_fuller_tiles
 from fa4_backend.support import check_limits, check_problem
@@ -31,12 +31,13 @@ class AttentionPlan:
     num_sms: int  # of the device; 1 on the reference
     kernels: KernelSet | None  # None: the torch reference
     narrow: NarrowPrefill | None = None  # serves steps of decode rows alone in their place; None: they do
+    messages: NarrowPrefill | None = None  # serves the prefill rows of steps in which all are short; None: they do
 
     @property
     def keys(self) -> tuple[CompileKey, ...]:
         """Compile keys of all kernels, in the order of their launches; what some steps have in their place or in addition comes last."""
-        narrow = () if self.narrow is None else (self.narrow.prefill,)
-        return () if self.kernels is None else (*self.kernels.keys, *narrow)
+        others = tuple(dict.fromkeys(own.prefill for own in (self.narrow, self.messages) if own is not None))
+        return () if self.kernels is None else (*self.kernels.keys, *others)
 
     @property
     def kernel_names(self) -> tuple[str, ...]:
@@ -119,4 +120,5 @@ def plan_attention(
     num_sms = num_sms or ARCHS[problem.target_arch].num_sms
     kernels = with_fuller_tiles(resolve_kernels(problem, limits, num_sms, memory_gb), problem)
     kernels = with_more_parts(with_fp8_rates(kernels, problem, num_sms, memory_gb))
-    return AttentionPlan(problem, limits, num_sms, kernels, narrow_prefill(problem, limits, kernels))
+    narrow, messages = narrow_prefill(problem, limits, kernels), message_prefill(problem, kernels)
+    return AttentionPlan(problem, limits, num_sms, kernels, narrow, messages)

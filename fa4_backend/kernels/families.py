@@ -119,7 +119,7 @@ def resolve_kernels(problem: AttentionProblem, limits: BatchLimits, num_sms: int
     if problem.kv_source == LATENT:
         return latent_kernels(LATENT_DECODE[problem.target_arch](problem, limits), problem, limits, num_sms)
     prefill = PREFILL[problem.target_arch](problem, is_dependent=True)
-    decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0)
+    decode = decode_family.resolve(problem, limits, prefill_has_parts=prefill.part_floats > 0 and not problem.batch_invariant)
     if decode is None:
         prefill = PREFILL[problem.target_arch](problem, is_dependent=False)
     schedule = schedule_config(problem.target_arch, limits.max_num_seqs)
@@ -216,6 +216,7 @@ def _work_shape(
         max_num_tokens=limits.max_num_tokens,
         part_floats=prefill.part_floats,
         min_part_blocks=-(-MIN_PART_KEYS // tile_n),
+        part_piece_blocks=prefill.kernel.piece_blocks,
         most_part_quarters=SHARED_QUARTERS if prefill.kernel.share_parts else 1 << 16,
         decode_part_blocks=decode_family.MIN_PART_TILES if decode and not decode.has_pieces else 0,
         decode_parts_ratio=decode_family.PARTS_RATIO,

@@ -63,7 +63,7 @@ class PrefillArguments(NamedTuple):
     mCuSeqlensQ: Any  # (batch + 1,) int32
     mTiles: Any  # (max_tiles, TILE_INTS) int32
     mQueue: Any  # (1, QUEUE_INTS) int32
-    mPartSlots: Any  # (max_part_slots, part_floats) float32; None where the config has no parts
+    mPartSlots: Any  # (max_part_slots + own_part_slots, part_floats) float32; None where the config has no parts
     mPartArrivals: Any  # (max_part_slots, PART_COUNTERS) int32; None where the config has no parts
     mO: Any  # (total_q, num_q_heads, head_dim_v)
     mLse: Any  # (num_q_heads, total_q) float32, natural log; None where the config has no lse

@@ -13,6 +13,8 @@ which no variant has. A variant is a list of fields of `TileShape` or `WorkShape
 
     prefill tiles          decode rows go to the prefill kernel, whose tiles are cut along KV
     invariant              batch-invariant mode
+    exact                  exact mode
+    piece_keys=1024        keys of a short piece in both
     no pages               the same batch over dense K and V
 
 FOLDER is as in `compare_versions`. Kernels that the cache lacks are compiled by several processes first.
@@ -52,6 +54,7 @@ from fa4_backend.device import plan_on
 from fa4_backend.kernel_stamp import gpu_stamp
 from fa4_backend.kernels.common.prefill_config import TileShape
 from fa4_backend.kernels.schedule.work_list import WorkShape
+from fa4_backend.kernels.sm90 import config as sm90_config
 from fa4_backend.kernels.sm90.tuning import TILES, WINDOW_TILES
 from fa4_backend.plan import AttentionPlan, plan_attention
 from fa4_backend.problem import FP8, RAGGED, AttentionProblem, BatchLimits
@@ -60,7 +63,9 @@ from tests.device.compare_versions import OTHER, borrow
 from tests.support.fuzz import prefill_plan
 
 IN_USE = "in use"
-PREFILL_TILES, INVARIANT, NO_PAGES = "prefill tiles", "invariant", "no pages"  # words of a variant
+PREFILL_TILES, INVARIANT, EXACT, NO_PAGES = "prefill tiles", "invariant", "exact", "no pages"  # words of a variant
+WORDS = (PREFILL_TILES, INVARIANT, EXACT, NO_PAGES)
+PIECE_KEYS = "piece_keys"
 PROCESSES = max(1, (os.cpu_count() or 2) - 2)  # that compile
 Planner = Callable[[AttentionProblem, BatchLimits], AttentionPlan]
 Shape = TypeVar("Shape", TileShape, WorkShape)
@@ -80,6 +85,19 @@ def tile_of(batch: BatchShape, changes: str) -> Iterator[None]:
     finally:
         table[dims] = kept
         OTHER_TILES.update(others)
+
+
+@contextmanager
+def pieces_of(words: list[str]) -> Iterator[None]:
+    """Plans made inside have pieces as "piece_keys=1024" among the words says, or as the table does."""
+    kept = sm90_config.PIECE_KEYS, sm90_config.DECODE_PIECE_KEYS
+    for word in words:
+        if word.startswith(f"{PIECE_KEYS}="):
+            sm90_config.PIECE_KEYS = sm90_config.DECODE_PIECE_KEYS = int(word.split("=")[1])
+    try:
+        yield
+    finally:
+        sm90_config.PIECE_KEYS, sm90_config.DECODE_PIECE_KEYS = kept
 
 
 def changed(shape: Shape, changes: str) -> Shape:
@@ -125,18 +143,19 @@ def plan_of(variant: str, batch: BatchShape, arch: str, planner: Planner) -> Att
         ValueError: a word is no field of a shape and none of the variants.
     """
     words = variant.split(",")
-    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PREFILL_TILES, INVARIANT, NO_PAGES}
+    known = {f.name for shape in (TileShape, WorkShape) for f in fields(shape)} | {IN_USE, PIECE_KEYS, *WORDS}
     if strange := [w for w in words if w.split("=")[0] not in known]:
         raise ValueError(f"variant: expected fields of TileShape or WorkShape, or words that are explained above, got {', '.join(strange)}")
-    with tile_of(batch, variant):
-        plan = planner(*asked(batch, arch, batch_invariant=INVARIANT in words))
+    is_exact = EXACT in words
+    with tile_of(batch, variant), pieces_of(words):
+        plan = planner(*asked(batch, arch, batch_invariant=is_exact or INVARIANT in words, exact=is_exact))
     plan = prefill_plan(plan) if PREFILL_TILES in words else plan
     assert plan.kernels is not None
     work = replace(plan.kernels.work, decode_query_len=0) if PREFILL_TILES in words else plan.kernels.work
     kernels = replace(plan.kernels, work=changed(work, variant))
     if kernels.converted is not None:
         kernels = replace(kernels, converted=replace(kernels.converted, work=changed(kernels.converted.work, variant)))
-    return replace(plan, kernels=kernels, narrow=plan.narrow if variant == IN_USE else None)
+    return plan if variant == IN_USE else replace(plan, kernels=kernels, narrow=None, messages=None)
 
 
 def call_of(variant: str, batch: BatchShape, tensors: BatchTensors) -> Callable[[], object] | None:

@@ -55,7 +55,7 @@ class Kind:
         return [self.module, "--kv-dtype", self.kv_dtype, "--processes", "1", "--parts", parts]
 
 
-PREFILL_CASES, DECODE_CASES = "cases,pages,pool", "lists,pool,bits,exact"
+PREFILL_CASES, DECODE_CASES = "cases,pages,pool,alone", "lists,pool,bits,exact"
 KINDS = (
     Kind("prefill", "prove_prefill", "fuzz", "--batches", prefill_setups, "auto", "auto", PREFILL_CASES, 6),
     Kind("prefill, K and V in FP8", "prove_prefill", "fuzz", "--batches", prefill_setups, "fp8", FP8, PREFILL_CASES, 6),

@@ -114,6 +114,31 @@ def mixed_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
         if not problem.batch_invariant:
             cut = replace(setup, name=f"{setup.name} in parts", max_seqs=6, decode_share=0.5, min_part_blocks=1, per_head_scales=False)
             out.append(cut)
+    return out + message_setups(arch, kv_dtype)
+
+
+def message_setups(arch: str, kv_dtype: str) -> list[FuzzSetup]:
+    """Short messages on tiles of their height, decode rows beside them: many rows, and few long ones whose tiles are cut; none where no
+    plan has such tiles."""
+    if not arch.endswith("sm_90a") or kv_dtype != FP8:
+        return []
+    chosen: list[tuple[tuple[int, int, int], dict[str, Any]]] = [
+        ((8, 2, 128), {}), ((8, 2, 128), {"has_window_left": True, "has_sinks": True}), ((8, 2, 128), {"out_dtype": FP8}),
+        ((16, 2, 64), {"dtype": "float16"}), ((4, 2, 96), {}), ((4, 2, 256), {"has_softcap": True}),
+    ]  # fmt: skip
+    out = []
+    for (q_heads, kv_heads, head_dim), features in chosen:
+        problem = make_problem(
+            num_q_heads=q_heads, num_kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim, page_size=16, arch=arch, kv_dtype=kv_dtype,
+            has_lse=True, **{"dtype": "bfloat16", **features},
+        )  # fmt: skip
+        name = f"messages {q_heads}/{kv_heads} d{head_dim} {' '.join(features)}"
+        for shape, rows, kv_len in (("short", 32, 300), ("long", 5, 6000)):
+            setup = FuzzSetup(
+                f"{name} {shape}", problem, max_seqs=rows, max_query=64 // problem.q_per_kv, max_kv=kv_len, decode_share=0.5,
+                has_messages=True, per_head_scales=shape == "short",
+            )  # fmt: skip
+            out.append(setup)
     return out
 
 
@@ -207,7 +232,7 @@ def check_pool(arch: str, kv_dtype: str) -> dict[str, Any]:
 def _check_exact(arch: str, kv_dtype: str, rounds: int, window_left: int | None) -> int:
     """Tokens compared."""
     draw = random.Random(0)
-    prompt, heads, kv_heads, dim = 3000, 8, 2, 128
+    prompt, heads, kv_heads, dim = 6000, 8, 2, 128  # of five pieces of 1,024 keys, or three of 2,048
     problem = make_problem(
         num_q_heads=heads, num_kv_heads=kv_heads, head_dim=dim, head_dim_v=dim, dtype="bfloat16", page_size=16, arch=arch, has_lse=True,
         kv_dtype=kv_dtype, batch_invariant=True, exact=True, has_window_left=window_left is not None,

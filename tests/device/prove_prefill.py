@@ -1,7 +1,8 @@
 """Proof of the prefill kernel on a GPU: `python -m tests.device.prove_prefill --batches 20000 --json FILE`.
 
-Prints one line a check and writes all of it as data. Parts: poisoned cases against the oracle and bits over repeats; bits over page sizes;
-pools above 2^32 elements; fuzzed ragged batches. compute-sanitizer has short cases of its own: `tests.device.sanitize`.
+Prints one line a check and writes all of it as data. Parts: poisoned cases against the oracle and bits over repeats;
+bits over page sizes; pools above 2^32 elements; rows alone and in a batch in batch-invariant mode; fuzzed ragged
+batches. compute-sanitizer has short cases of its own: `tests.device.sanitize`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -19,15 +21,18 @@ from typing import Any
 
 import torch
 
-from fa4_backend import AttentionMetadata, AttentionPlan
+from fa4_backend import AttentionMetadata, AttentionPlan, BatchLimits, plan_attention
 from fa4_backend.arch import arch_of_capability
+from fa4_backend.arguments import AttentionArguments
 from fa4_backend.kernel_stamp import families_of, gpu_stamp
 from fa4_backend.kernels.families import CONVERTED
+from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT, QUEUE_TOTAL
 from fa4_backend.problem import FP8, SAME_AS_Q
 from tests.device.fuzz_all import compile_all, fuzz_all, setup_plans
 from tests.support.fuzz import converting_plan, prefill_alone, prefill_plan
 from tests.support.fuzz_setups import case_of, prefill_setups
 from tests.support.paged_case import BuiltCase, PagedCase, repage
+from tests.support.problems import make_problem
 
 LENGTHS = (5, 128, 1, 0, 300, 33, 127), (133, 128, 77, 50, 700, 33, 129)  # of queries, of keys
 
@@ -164,10 +169,65 @@ def check_large_pool(
     return result
 
 
+def check_alone(arch: str, kv_dtype: str, rounds: int = 100) -> dict[str, Any]:
+    """Rows of a batch-invariant plan, short queries behind long prefixes among them, have the same bits alone and in a batch, whose tiles
+    are cut along KV or not."""
+    draw, rows, max_kv = random.Random(0), 24, 40000
+    problem = make_problem(8, 2, 128, 128, "bfloat16", 16, arch, kv_dtype=kv_dtype, has_lse=True, batch_invariant=True)
+    plan = prefill_plan(plan_attention(problem, BatchLimits(rows, 8192, max_kv, 1), num_sms=_num_sms()))
+    metadata = AttentionMetadata.allocate(plan, "cuda")
+    work = metadata.work
+    assert work is not None
+    work.shape = replace(work.shape, decode_query_len=0)
+    pages = -(-max_kv // 16)
+    dtype = getattr(torch, problem.kv_dtype)
+    k, v = torch.randn(2 * pages, 16, 2, 256, device="cuda", dtype=torch.bfloat16).to(dtype).split(128, dim=-1)
+    table = torch.stack([torch.randperm(2 * pages, device="cuda")[:pages].int() for _ in range(rows)])
+    scale = torch.ones(2, device="cuda") if problem.has_kv_scales else None
+
+    def attend(q: torch.Tensor, chosen: list[int], query_lens: list[int], kv_lens: list[int]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """O, the lse, and whether a tile was cut."""
+        cu_seqlens_q = torch.tensor([0, *query_lens], device="cuda").cumsum(0).int()
+        out, lse = torch.empty_like(q), torch.empty(8, len(q), device="cuda")
+        seqused_k = torch.tensor(kv_lens, device="cuda").int()
+        a = AttentionArguments(
+            q, k, v, table[chosen], cu_seqlens_q, seqused_k, out, lse, 128**-0.5, None, None, 0.0, None, None, scale, scale
+        )  # fmt: skip
+        prefill_alone(metadata, a)
+        tiles = work.prefill_tiles[: int(work.prefill_queue[0, QUEUE_TOTAL])]
+        return out, lse, bool((tiles[:, PARTIAL_SLOT] >= 0).any())
+
+    seen = {(a, b): 0 for a in (False, True) for b in (False, True)}
+    result: dict[str, Any] = {"ok": True, "rows": 0}
+    for _ in range(rounds):
+        count, is_full = draw.randint(1, rows), draw.random() < 0.3
+        if is_full:  # more tiles than CTAs
+            count = rows
+        query_lens = [300 if is_full else draw.choice((1, 1, 5, 40, draw.randint(1, 300))) for _ in range(count)]
+        kv_lens = [max(n, draw.choice((500, 2048, 16384, draw.randint(1, max_kv)))) for n in query_lens]
+        q = torch.randn(sum(query_lens), 8, 128, device="cuda", dtype=torch.bfloat16)
+        out, lse, is_cut = attend(q, list(range(count)), query_lens, kv_lens)
+        for row in draw.sample(range(count), min(count, 4)):
+            at = slice(sum(query_lens[:row]), sum(query_lens[: row + 1]))
+            alone, alone_lse, alone_is_cut = attend(q[at].contiguous(), [row], query_lens[row : row + 1], kv_lens[row : row + 1])
+            seen[is_cut, alone_is_cut] += 1
+            result["rows"] += 1
+            if not (torch.equal(alone, out[at]) and torch.equal(alone_lse, lse[:, at])):
+                result |= {"ok": False, "why": f"{query_lens=} {kv_lens=} {row=}"}
+    result["cut in the batch, and alone"] = {f"{a}, {b}": n for (a, b), n in seen.items()}
+    result["ok"] = result["ok"] and seen[False, True] > 0 and seen[True, True] > 0
+    print("alone", result, flush=True)
+    return result
+
+
+def _num_sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
 def main() -> None:
     """Run the parts asked for; exits 1 when a check failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", default="cases,pages,pool,fuzz")
+    parser.add_argument("--parts", default="cases,pages,pool,alone,fuzz")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="of K and V; auto: that of q")
     parser.add_argument("--batches", type=int, default=20000)
     parser.add_argument("--repeats", type=int, default=20, help="runs of each case that must give the same bits")
@@ -195,13 +255,15 @@ def main() -> None:
     if "pool" in parts:
         of_name = cases(arch, kv_dtype)
         report["large_pool"] = [check_large_pool(of_name[name], run_case) for name in LARGE_POOLS + ONCE if name in of_name]
+    alone = [check_alone(arch, kv_dtype)] if "alone" in parts else []
+    report |= {"alone": alone[0]} if alone else {}
     if "fuzz" in parts:
         report["fuzz"] = fuzz_all(
             setups, options.batches, options.seconds, options.seed, has_graphs=not options.eager, shard=options.shard
         )  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    failed = [r for r in report.get("cases", []) if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
+    failed = [r for r in [*report.get("cases", []), *alone] if not r["ok"]] + [r for r in report.get("fuzz", []) if r["failures"]]
     failed += [r for part in ("page_sizes", "large_pool") for r in report.get(part, []) if not r["ok"]]
     fuzzed = [sum(r[count] for r in report.get("fuzz", [])) for count in ("batches", "cut")]
     print(f"{len(failed)} failed checks; {fuzzed[0]} fuzzed batches, {fuzzed[1]} of them with tiles cut along KV", flush=True)

@@ -47,6 +47,8 @@ def short_case(kind: str, setup: FuzzSetup, layout: str) -> PagedCase:
     n = setup.decode_query_len
     if kind == "prefill" and not setup.is_narrow:
         lens = ((60,), (2100,)) if setup.max_kv > 2000 else LENGTHS
+    elif setup.has_messages:
+        lens = (1, setup.max_query, 0, n, 5), (900, 140, 7, 64, 33)
     elif kind == "mixed":
         lens = (1, 100, 0, n, 33), (900, 140, 7, 64, 33)
     elif setup.max_kv > 2000:

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from fa4_backend import AttentionMetadata, BatchLimits, UnsupportedProblem, paged_attention, plan_attention
+from fa4_backend.kernels import families
+from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT, QUEUE_TOTAL
+from fa4_backend.kernels.sm90 import config as sm90_config
 from fa4_backend.support import check_problem
 from tests.support.problems import make_problem
 from tests.support.slow_cases import with_slow
@@ -29,7 +32,15 @@ class Prompt:
     """One sequence in a pool; `attend` computes any ranges of its tokens in one batch, as an engine might cut them."""
 
     def __init__(
-        self, arch: str, *, head_dim: int = 64, window_left: int | None = None, softcap: float = 0.0, growing: bool = False, **flags: bool
+        self,
+        arch: str,
+        *,
+        head_dim: int = 64,
+        window_left: int | None = None,
+        softcap: float = 0.0,
+        growing: bool = False,
+        num_sms: int = 3,
+        **flags: bool,
     ) -> None:
         """`growing`: the first key's score is 10 (even tokens) or 20 (odd ones) log2 units above all others, which are seen before it."""
         generator = torch.Generator().manual_seed(0)
@@ -50,7 +61,8 @@ class Prompt:
         flags |= {"has_window_left": window_left is not None, "has_softcap": softcap > 0}
         dims = {"head_dim": head_dim, "head_dim_v": head_dim}
         problem = make_problem(arch=f"emulated-{arch}", **(PROBLEM | dims | flags))
-        self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=3)
+        self.plan = plan_attention(problem, BatchLimits(8, 1024, PROMPT), num_sms=num_sms)
+        self.is_cut = False  # whether the last batch had tiles that were cut along KV
 
     def attend(self, *ranges: tuple[int, int], known: int = PROMPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """O and lse of tokens `begin .. end` of each range, a row of the batch each. Keys from token `known` on are of another prompt."""
@@ -79,6 +91,9 @@ class Prompt:
             out=out,
             lse=lse,
         )
+        work = metadata.work
+        assert work is not None
+        self.is_cut = bool((work.prefill_tiles[: int(work.prefill_queue[0, QUEUE_TOTAL]), PARTIAL_SLOT] >= 0).any())
         return list(zip(out.split(lens), lse.split(lens, dim=1), strict=True))
 
 
@@ -103,6 +118,22 @@ def test_a_tokens_bits_do_not_depend_on_how_the_prompt_was_cut(name: str, arch: 
     alone = [prompt.attend(cut, known=cut[1])[0] for cut in cuts]
     for (begin, end), (out, lse) in zip([*cuts, *cuts], [*prompt.attend(*cuts), *alone], strict=True):
         assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), (begin, end)
+
+
+def test_nor_on_which_ctas_have_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pieces of a block, tiles of a token by itself are cut along KV; those of many rows and of the prompt are not."""
+    monkeypatch.setattr(sm90_config, "DECODE_PIECE_KEYS", 128)
+    monkeypatch.setattr(families, "MIN_PART_KEYS", 128)
+    prompt = Prompt("sm_90a", exact=True, head_dim=128, num_sms=8)
+    assert prompt.plan.kernels is not None and prompt.plan.kernels.work.part_piece_blocks == 1
+    ((whole, whole_lse),) = prompt.attend((0, PROMPT))
+    assert not prompt.is_cut
+    cut = []
+    for ranges in ([(PROMPT - 1, PROMPT)], [(260, 270), (128, 129)], [(255, 270)] * 6, [(100, 230), (PROMPT - 5, PROMPT)]):
+        for (begin, end), (out, lse) in zip(ranges, prompt.attend(*ranges), strict=True):
+            assert torch.equal(out, whole[begin:end]) and torch.equal(lse, whole_lse[:, begin:end]), (begin, end)
+        cut.append(prompt.is_cut)
+    assert True in cut and False in cut, cut
 
 
 def test_without_it_decode_and_prefill_differ() -> None:

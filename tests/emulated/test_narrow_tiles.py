@@ -28,6 +28,22 @@ CASES = {
 }  # fmt: skip
 
 
+# Messages of up to 16 tokens beside decode rows, and alone: a row that is cut, one without queries.
+MESSAGES = {
+    "beside decode rows": replace(ONE_QUERY, query_lens=(16, 1, 0, 2, 1), num_q_heads=8, num_kv_heads=2, kv_dtype=FP8, decode_alone=False),
+    "d64, window, sinks": replace(DRAFTS, query_lens=(9, 3, 0, 17, 8), decode_query_len=1, num_q_heads=6, kv_dtype=FP8, decode_alone=False),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_short_messages_in_fp8(name: str) -> None:
+    """Through the operator: decode rows by their kernel, messages on tiles of 64 rows, which the schedule cuts."""
+    built = replace(MESSAGES[name], counts_prefill_keys=True).build()
+    plan = built.case.plan(num_sms=12)
+    assert plan.messages is not None and plan.kernels is not None and plan.messages.prefill.kernel.tile.tile_m == 64
+    built.check(*built.run(replace(plan, kernels=replace(plan.kernels, prefill=plan.messages.prefill))))
+
+
 @pytest.mark.parametrize("name", with_slow(CASES, {"one query", "71 of 128 rows", "drafts of d256, FP8"}))
 def test_decode_rows_alone(name: str) -> None:
     """Right through the operator, whose schedule cuts few long rows; and without a race, whoever adds the parts up."""

@@ -66,6 +66,7 @@ def draw_step(seed: int) -> tuple[WorkShape, list[int], list[int], int, int]:
     shape = replace(
         shape, decode_lines=draw.choice((1, shape.num_kv_heads if shape.num_kv_heads <= shape.decode_num_ctas else 1)),
         decode_part_quarters=0 if shape.split_blocks else draw.choice((0, 5, 12)), lone_block_eighths=draw.choice((8, 5)),
+        part_piece_blocks=draw.choice((0, 1, 2, 4)),
     )  # fmt: skip
     return shape, query_lens, kv_lens, *windows
 
@@ -340,6 +341,11 @@ PARTS = {
     # Beside many short rows the long one alone is cut, into parts that take no longer than the others.
     "64 of 64K beside 32 x 300": ([64] + [300] * 32, [65536] + [300] * 32, 5),
 }
+# The same in batch-invariant mode: entries of a tile, and its slots.
+PIECES = {
+    "16 of 64K": (16, 16), "64 of 32K": (8, 8), "256 of 64K": (2, 9), "64 of 64K beside 32 x 300": (7, 15), "64 of 128K": (8, 23),
+    "16 of 1,900": (1, 1), "512 of 128K": (1, 1), "8 x 128 of 16K": (1, 1), "a prompt of 4K": (1, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -355,7 +361,16 @@ def test_few_tiles_over_long_kv_are_cut(name: str) -> None:
         assert (uncut.prefill_tiles == lists.prefill_tiles).all()
 
 
-def test_the_devices_cuts_are_the_hosts() -> None:
+@pytest.mark.parametrize("name", PIECES)
+def test_few_tiles_are_cut_where_pieces_end(name: str) -> None:
+    query_lens, kv_lens, _ = {**PARTS, "64 of 128K": ([64], [1 << 17], 0)}[name]
+    lists = host_lists(replace(H100, part_piece_blocks=32), query_lens, kv_lens)
+    of_tile = Counter(tuple(entry[:3]) for entry in lists.prefill_tiles.tolist())
+    assert (max(of_tile.values()), lists.prefill_tiles[:, NUM_PIECES].max()) == PIECES[name]
+
+
+@pytest.mark.parametrize("piece_blocks", [0, 8])
+def test_the_devices_cuts_are_the_hosts(piece_blocks: int) -> None:
     """Few rows over long KV, with windows and decode rows beside them; and a row among more rows than have a place in the table."""
     key, cut = ScheduleConfig("sm_90a", 256), 0
     for seed in (0, 2, 4, 5, 8, 9, 11, 13, 14):  # tiles of six of them are cut
@@ -363,6 +378,7 @@ def test_the_devices_cuts_are_the_hosts() -> None:
         shape = replace(
             H100, num_kv_heads=draw.choice((1, 2, 8)), prefill_groups=draw.choice((7, 33, 132)), max_seqlen_k=1 << 16,
             min_part_blocks=draw.choice((1, 8)), decode_query_len=draw.choice((0, 1)), l2_tokens=draw.choice((1000, 49152)),
+            part_piece_blocks=piece_blocks,
         )  # fmt: skip
         rows = draw.choice((1, 2, 3, 12))
         query_lens = [draw.choice((1, 16, 33, draw.randint(2, 300))) for _ in range(rows)]
@@ -376,7 +392,7 @@ def test_the_devices_cuts_are_the_hosts() -> None:
         assert not work.part_arrivals[tiles[:, FIRST_SLOT]].any()
         cut += len(tiles) > 0
     assert cut >= 6, cut
-    shape = replace(H100, num_kv_heads=1, decode_query_len=0)
+    shape = replace(H100, num_kv_heads=1, decode_query_len=0, part_piece_blocks=piece_blocks)
     query_lens, kv_lens = [1] * 600 + [20], [5] * 600 + [50000]
     work, want = empty_lists(shape, 601), host_lists(shape, query_lens, kv_lens)
     assert want.prefill_tiles[:, NUM_PIECES].max() > 1

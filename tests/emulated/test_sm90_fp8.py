@@ -68,6 +68,23 @@ def test_parts(name: str) -> None:
     run_prefill(drawn, cuts=Cuts(parts), num_ctas=3, seed=2).check()
 
 
+def test_shares_have_the_bits_of_the_last() -> None:
+    """Four parts that all CTAs add up, as atomics of those that leave tell; or whoever comes last, from memory and in registers.
+
+    A bfloat16 Q has a scale a row, which a share reads from the slot.
+    """
+    built = case((5,), (4096,), num_q_heads=4, num_kv_heads=1, sinks=True).build()
+    leaving, outs = [], []
+    for num_ctas, seed in ((4, 1), (4, 2), (4, 3), (3, None), (1, None)):  # fewer CTAs take entries from the queue, too
+        run = run_built(built, cuts=Cuts((4,)), num_ctas=num_ctas, seed=seed)
+        run.check()
+        leaving.append(sum(n for name, n in run.report.opcodes().items() if name.startswith("atom.global.acq_rel.add")) - 4)
+        outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
+    assert max(leaving[:3]) == 4, leaving
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
 def test_bits_do_not_depend_on_schedule_or_page_size() -> None:
     base = BASE.build()
     outs = []

@@ -100,6 +100,40 @@ def test_a_step_goes_there_where_the_host_says_so(decode_alone: bool, launches: 
     assert narrow.shape == (len(wide), metadata.narrow.work.shape.part_floats)
 
 
+MESSAGES = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "arch": "emulated-sm_90a", "kv_dtype": FP8}
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "prefill_keys", "expected"),
+    [((16, 1), 70, "m64"), ((16, 3), 140, "m64"), ((17, 1), 70, "m128"), ((16, 1), None, "m128"), ((1, 1), 0, None)],
+)
+def test_short_messages_in_fp8_have_tiles_of_their_height(
+    query_lens: tuple[int, int], prefill_keys: int | None, expected: str | None, launches: list[tuple[str, tuple]]
+) -> None:
+    """Where the host counts keys, as it does of steps that are not captured; decode rows have their own kernel."""
+    case = PagedCase(query_lens, (70, 70), **MESSAGES)
+    built, metadata = case.build(), AttentionMetadata.allocate(case.plan(), "cpu")
+    bounds = {"max_seqlen_q": max(query_lens), "min_seqlen_q": min(query_lens), "prefill_keys": prefill_keys}
+    for _ in range(2):
+        launches.clear()
+        run(built, metadata, **bounds)
+        (_, schedule), *kernels = launches
+        shape = schedule[-1]
+        names = [name.split("-")[0] for name, _ in kernels]
+        assert names == ["decode"] * (min(query_lens) == 1) + ["prefill"] * (expected is not None)
+        if expected is not None:
+            assert f"-{expected}n" in kernels[-1][0]
+        assert shape.tokens_per_item == (16 if expected == "m64" else 32) and shape.decode_query_len == 1
+
+
+def test_what_has_no_tiles_for_messages() -> None:
+    """16-bit K and V, whose tiles convert nothing; modes in which a row's bits must not depend on the batch; Blackwell; (192, 128)."""
+    assert plan_of(8, 2, 128, kv_dtype=FP8).messages is not None
+    for facts in ({}, {"kv_dtype": FP8, "batch_invariant": True}, {"kv_dtype": FP8, "arch": "sm_100a"}):
+        assert plan_of(8, 2, 128, **facts).messages is None
+    assert plan_of(128, 1, 128, kv_dtype=FP8).messages is None  # a token fills more than a tile
+
+
 def test_a_bound_that_speaks_against_it_is_refused(launches: list[tuple[str, tuple]]) -> None:
     built, metadata = built_step()
     with pytest.raises(ValueError, match=r"decode_alone: expected max_seqlen_q of at most 1, .*got 2"):

@@ -17,6 +17,7 @@ from fa4_backend.kernels.schedule.work_list import (
     N_BLOCK_BEGIN,
     N_BLOCK_END,
     NO_WINDOW,
+    NOTHING,
     NUM_ENTRIES,
     NUM_PIECES,
     PART_COUNTERS,
@@ -24,10 +25,11 @@ from fa4_backend.kernels.schedule.work_list import (
     QUEUE_INTS,
     TILE_INTS,
     TOTAL_Q,
+    WHOLE,
     WorkLists,
     WorkShape,
 )
-from tests.support.host_schedule import HostLists, make_lists, pieces_between
+from tests.support.host_schedule import HostLists, make_lists, piece_ends, pieces_between
 from tests.support.paged_case import BuiltCase, Errors, PagedCase
 
 UNWRITTEN = -7  # what every int of a list holds before the schedule
@@ -208,12 +210,17 @@ def host_lists(
 
 
 def _check_parts(shape: WorkShape, lists: HostLists) -> None:
-    """Parts of a prefill tile follow each other, differ by a block at most, and have slots of their own, one behind the other."""
+    """Parts of a prefill tile follow each other, differ by a block at most or are cut where pieces end, the last piece first, and have
+    slots of their own, one behind the other."""
     tiles: dict[tuple[int, ...], list[list[int]]] = {}
     for entry in lists.prefill_tiles.tolist():
         tiles.setdefault(tuple(entry[:3]), []).append(entry)
     slots: list[int] = []
     for entries in tiles.values():
+        if shape.part_piece_blocks and len(entries) > 1:
+            _check_pieces(shape, entries)
+            slots += range(entries[0][FIRST_SLOT], entries[0][FIRST_SLOT] + entries[0][NUM_PIECES])
+            continue
         entries.sort(key=lambda entry: entry[PARTIAL_SLOT])
         first = entries[0]
         assert all(entry[FIRST_SLOT] == first[FIRST_SLOT] and entry[NUM_PIECES] == len(entries) for entry in entries)
@@ -225,4 +232,21 @@ def _check_parts(shape: WorkShape, lists: HostLists) -> None:
         assert all(left[N_BLOCK_END] == right[N_BLOCK_BEGIN] for left, right in itertools.pairwise(entries))
         lengths = [entry[N_BLOCK_END] - entry[N_BLOCK_BEGIN] for entry in entries]
         assert max(lengths) - min(lengths) <= 1
-    assert sorted(slots) == list(range(len(slots))) and len(slots) <= shape.max_part_slots()
+    assert len(set(slots)) == len(slots) and max(slots, default=0) < max(1, shape.max_part_slots())
+    assert shape.part_piece_blocks or sorted(slots) == list(range(len(slots)))
+
+
+def _check_pieces(shape: WorkShape, entries: list[list[int]]) -> None:
+    """Entries of a tile that was cut: whole pieces from the last one down. The last ones have the first slot, each other one its own."""
+    ends, slots = piece_ends(shape, 1 << 14), entries[0][NUM_PIECES]
+    filled = [entry for entry in entries if entry[PARTIAL_SLOT] != NOTHING]
+    assert all(entry[N_BLOCK_BEGIN] == entry[N_BLOCK_END] for entry in entries if entry[PARTIAL_SLOT] == NOTHING)
+    ranges = [(entry[N_BLOCK_BEGIN], entry[N_BLOCK_END]) for entry in filled]
+    assert all(later[0] == earlier[1] for later, earlier in itertools.pairwise(ranges)), ranges
+    assert {begin for begin, _ in ranges[:-1]} <= set(ends), ranges
+    if slots == 1:
+        assert [entry[PARTIAL_SLOT] for entry in filled] == [WHOLE], filled
+        return
+    at = [entry[PARTIAL_SLOT] - entry[FIRST_SLOT] for entry in filled]
+    pieces = [1 + sum(begin < cut < end for cut in ends) for begin, end in ranges]
+    assert at == [0, *(1 + sum(pieces[1:i]) for i in range(1, len(pieces)))] and slots == 1 + sum(pieces[1:]), (ranges, at, slots)

@@ -15,7 +15,9 @@ from fa4_backend.emulator.recording import Recording
 from fa4_backend.kernels.families import PrefillKey
 from fa4_backend.kernels.launch_abi import prefill_arguments
 from fa4_backend.kernels.schedule.work_list import (
+    FIRST_SLOT,
     NO_WINDOW,
+    NUM_PIECES,
     PART_COUNTERS,
     PARTIAL_SLOT,
     QUEUE_LEFT,
@@ -130,6 +132,7 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         prefill_tile_n=tile_n, decode_query_len=ALL_PREFILL, decode_tile_n=tile_n, slot_floats=260, split_blocks=0, slot_vectors=1,
         l2_tokens=1 << 16, num_sms=num_ctas, decode_tile_ticks=20, decode_full_sms=num_ctas,
         max_seqlen_k=NO_WINDOW, max_num_tokens=2**31 - 1, part_floats=key.part_floats, min_part_blocks=min_blocks,
+        part_piece_blocks=key.kernel.piece_blocks,
     )  # fmt: skip
     window = case.window_left if cuts is None or cuts.window_left == -1 else cuts.window_left
     left = NO_WINDOW if window is None else window
@@ -143,13 +146,14 @@ def _work_lists(built: BuiltCase, num_ctas: int, key: PrefillKey, min_blocks: in
         parts=None if cuts is None else cuts.parts,
     )
     tiles = lists.prefill_tiles[:: -1 if cuts is not None and cuts.is_reversed else 1]
-    slots = int((lists.prefill_tiles[:, PARTIAL_SLOT] >= 0).sum()) if key.part_floats else 0
+    cut = lists.prefill_tiles[lists.prefill_tiles[:, PARTIAL_SLOT] >= 0]
+    slots = int((cut[:, FIRST_SLOT] + cut[:, NUM_PIECES]).max(initial=0)) if key.part_floats else 0
     own = lists.own_entries if cuts is None or not cuts.is_all_taken else 0
     return WorkLists(
         shape,
         prefill_tiles=torch.from_numpy(tiles.copy()),
         prefill_queue=torch.tensor([[0, len(lists.prefill_tiles), 0, own]], dtype=torch.int32),
         decode_tiles=torch.empty(0), decode_first=torch.empty(0), slots=torch.empty(0), arrivals=torch.empty(0),
-        part_slots=torch.full((max(1, slots), key.part_floats), math.nan) if key.part_floats else None,
+        part_slots=torch.full((max(1, slots) + shape.own_part_slots(), key.part_floats), math.nan) if key.part_floats else None,
         part_arrivals=torch.zeros(max(1, slots), PART_COUNTERS, dtype=torch.int32),
     )  # fmt: skip

@@ -47,6 +47,7 @@ class FuzzSetup:
     per_head_scales: bool = True  # of K and V in FP8: a scale a KV head, or one for all
     converts: bool = False  # K and V in FP8 are brought to 16 bits once a call; then rows of one token are decode rows
     is_narrow: bool = False  # batches are decode rows alone, on the plan's narrow tiles
+    has_messages: bool = False  # prefill rows are short enough for the plan's tiles for messages, decode rows beside them
     is_extreme: bool = False  # logits from one end of a soft cap of up to 300 to the other, V of up to 2^126
 
     def plan(self, num_sms: int | None) -> AttentionPlan:
@@ -57,6 +58,7 @@ class FuzzSetup:
         if self.converts:
             return converting_plan(plan, self.min_part_blocks)
         assert not self.is_narrow or plan.narrow is not None, plan.describe()
+        assert not self.has_messages or plan.messages is not None, plan.describe()
         return prefill_plan(plan) if self.prefill_only else plan
 
 
@@ -280,6 +282,8 @@ class Fuzzer:
             ragged_attention(*tensors, plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)
         else:
             prefill_keys = self.plan.limits.convert_keys if self.setup.converts else None
+            if self.setup.has_messages:
+                prefill_keys = self.setup.max_seqs * self.setup.max_kv
             lengths = {"cu_seqlens_q": a.cu_seqlens_q, "seqused_k": a.seqused_k}
             self.metadata.refresh(**lengths, prefill_keys=prefill_keys, decode_alone=self.setup.is_narrow, **bounds)
             paged_attention(*a[:6], plan=self.plan, metadata=self.metadata, out=a.out, lse=a.lse, **values)

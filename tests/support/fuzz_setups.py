@@ -9,6 +9,12 @@ from tests.support.fuzz import FuzzSetup
 from tests.support.paged_case import PagedCase
 from tests.support.problems import make_problem
 
+IN_PIECES = (
+    "d128 page 16", "d128 MHA page 32", "d128 both windows page 128", "d128 soft cap, sinks, ALiBi", "d128 left window, invariant",
+    "d64 ratio 3 page 16", "d96 page 16", "d192/128 page 64", "d256 page 16 soft cap", "d256 page 784", "d128 page 16, out FP8",
+    "d64 ratio 3 page 16 sinks, out FP8",
+)  # fmt: skip
+
 
 def case_of(setup: FuzzSetup, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], layout: str = "separate") -> PagedCase:
     """One poisoned case of a setup's problem, with the same compile keys."""
@@ -19,7 +25,7 @@ def case_of(setup: FuzzSetup, query_lens: tuple[int, ...], kv_lens: tuple[int, .
         arch=p.arch, is_causal=p.mask.is_causal, window_left=70 if p.mask.has_window_left else None,
         window_right=9 if p.mask.has_window_right else None, softcap=20.0 if p.mask.has_softcap else 0.0, sinks=p.mask.has_sinks,
         alibi=p.mask.has_alibi, layout=layout, batch_invariant=p.batch_invariant, decode_query_len=setup.decode_query_len,
-        converts=setup.converts, decode_alone=setup.is_narrow,
+        converts=setup.converts, decode_alone=setup.is_narrow, counts_prefill_keys=setup.has_messages,
     )  # fmt: skip
 
 
@@ -34,6 +40,9 @@ def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
 
     def parts(whole: FuzzSetup) -> FuzzSetup:
         return replace(whole, name=f"{whole.name} in parts", min_part_blocks=1, max_seqs=4, max_kv=1200)
+
+    def invariant(whole: FuzzSetup) -> FuzzSetup:
+        return replace(whole, name=f"{whole.name}, long rows, invariant", problem=replace(whole.problem, batch_invariant=True))
 
     setups = [
         setup("d128 page 16", (8, 2), (128, 128), 16),
@@ -67,8 +76,12 @@ def prefill_setups(arch: str, kv_dtype: str = SAME_AS_Q) -> list[FuzzSetup]:
         setups.append(setup("d128 96 heads left window", (96, 1), (128, 128), 16, has_window_left=True))
     # The same kernels where few tiles are cut along KV: into parts of single blocks, and as the plan cuts long rows.
     cut = [parts(s) for s in setups if not s.problem.batch_invariant]
-    long = replace(setups[0], name="d128 page 16, long rows", max_seqs=3, max_query=60, max_kv=9000)
-    drawn = [*setups, *cut, long]
+    long_rows = {"max_seqs": 3, "max_query": 60, "max_kv": 9000}
+    long = [replace(setups[0], name="d128 page 16, long rows", **long_rows)]
+    if arch.endswith("sm_90a"):
+        # Rows of several pieces (`sm90/tile_pieces.py`), in the CTA that has the tile or in others.
+        long += [replace(invariant(s), **long_rows) for s in setups if s.name in IN_PIECES]
+    drawn = [*setups, *cut, *long]
     if kv_dtype != FP8 or not arch.endswith("sm_90a"):
         return drawn
     once = [s for s in drawn if not s.problem.batch_invariant]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fa4_backend.kernels.schedule.rates import ALONE_THIRDS
-from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, TILE_INTS, TOTAL_Q, WorkShape
+from fa4_backend.kernels.schedule.work_list import ALL_ROWS, DECODE_INTS, NO_WINDOW, NOTHING, TILE_INTS, TOTAL_Q, WHOLE, WorkShape
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def make_lists(
     q_begins = np.concatenate([[0], np.cumsum(query_lens)]).astype(int)
     order = sorted(prefill, key=lambda row: -row[2])  # stable: longest KV first
     seen = [_seen(shape, row, window_left, window_right) for row in order]
-    best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen))
+    best = num_parts(shape, [s.m_blocks for s in seen], [s.longest for s in seen], sum(s.blocks for s in seen), window_left)
     cuts = best if parts is None else [parts[row[0]] for row in order]
     tiles = _prefill_tiles(shape, order, q_begins.tolist(), cuts, window_left, window_right)
     if tiles and not decode and set(cuts) == {1}:
@@ -118,7 +118,7 @@ def _seen(shape: WorkShape, row: tuple, window_left: int, window_right: int) -> 
     return RowSeen(m_blocks, max(first, last), m_blocks * (first + last) // 2)
 
 
-def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks: int) -> list[int]:
+def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks: int, window_left: int) -> list[int]:
     """Parts of each tile of every row: those of the length that ends soonest, none where all CTAs have work until the end anyway.
 
     Args:
@@ -134,17 +134,90 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     best, chosen = math.inf, whole
     for count in range(1, 65):
         length = -(-most // count)
-        parts = [max(1, -(-n // length)) if i < 512 else 1 for i, n in enumerate(longest)]
-        slots = sum(m * n for m, n in zip(m_blocks, parts, strict=True) if n > 1)
+        parts = [_parts_of(shape, n, length) if i < 512 else 1 for i, n in enumerate(longest)]
+        slots = sum(m * num_slots(shape, n, k, window_left) for m, n, k in zip(m_blocks, longest, parts, strict=True))
         if count > 1 and (slots > shape.max_part_slots() // heads or length < shape.min_part_blocks):
             continue
         entries = sum(m * n for m, n in zip(m_blocks, parts, strict=True))
         # In quarters of an n_block; an entry's beginning and end take one, adding up a part half of one, up to a limit.
         adding = min(2 * count, shape.most_part_quarters) if count > 1 else 0
-        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * length + 4) + adding
+        time = max(-(-entries * heads // ctas) * (4 * blocks // entries + 4), 4 * _longest_part(shape, most, length) + 4) + adding
         if time < best:
             best, chosen = time, parts
     return chosen
+
+
+def _parts_of(shape: WorkShape, blocks: int, length: int) -> int:
+    """Parts of a tile that sees `blocks` n_blocks, where they are to have `length` at most: no more than it has pieces."""
+    parts = max(1, -(-blocks // length))
+    return min(parts, len(piece_ends(shape, blocks))) if shape.part_piece_blocks else parts
+
+
+def _longest_part(shape: WorkShape, blocks: int, length: int) -> int:
+    """n_blocks that a part of such a tile has at most, about."""
+    if not shape.part_piece_blocks:
+        return length
+    ends = piece_ends(shape, blocks, is_whole=True)
+    size = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
+    return min(-(-length // size) * size, blocks)
+
+
+def num_slots(shape: WorkShape, blocks: int, count: int, window_left: int) -> int:
+    """Slots that a tile has room for: one a part, or one for the pieces of the last part and one for each piece before."""
+    if count == 1:
+        return 0
+    if not shape.part_piece_blocks:
+        return count
+    begin_of_last = sum(end <= blocks - blocks // count for end in piece_ends(shape, blocks, is_whole=True))
+    return 1 + min(begin_of_last + 1, len(piece_ends(shape, blocks)) - 1) + (window_left < NO_WINDOW)
+
+
+def piece_ends(shape: WorkShape, blocks: int, *, is_whole: bool = False) -> list[int]:
+    """Ends of the pieces of a sequence's first `blocks` n_blocks, at least one; is_whole: the last one's is its own."""
+    short, ends = shape.part_piece_blocks, [0]
+    while ends[-1] < max(blocks, 1):
+        ends.append(ends[-1] + short * (1 if ends[-1] < 16 * short else 2 if ends[-1] < 64 * short else 8))
+    return ends[1:] if is_whole else [*ends[1:-1], max(blocks, 0)]
+
+
+@dataclass(frozen=True)
+class HostPart:
+    """A part of a tile."""
+
+    begin: int
+    end: int
+    slot: int  # behind the tile's first; WHOLE, NOTHING
+    slots: int  # of the tile
+
+
+def _parts(shape: WorkShape, begin: int, end: int, count: int) -> list[HostPart]:
+    """The parts of a tile that sees `begin .. end`."""
+    if count == 1:
+        return [HostPart(begin, end, WHOLE, 1)]
+    if not shape.part_piece_blocks:
+        cuts = [begin]
+        for part in range(count):
+            cuts.append(cuts[-1] + (end - begin) // count + (part < (end - begin) % count))
+        return [HostPart(*cut, part, count) for part, cut in enumerate(itertools.pairwise(cuts))]
+    begins = [0, *piece_ends(shape, end)[:-1]]
+    further = [0, *piece_ends(shape, end, is_whole=True)]
+    cuts = [begin]
+    for index in range(1, count):
+        at = begin + index * ((end - begin) // count) + index * ((end - begin) % count) // count
+        before = max(b for b in further if b <= at)
+        behind = further[further.index(before) + 1]
+        near = behind if 2 * at >= before + behind else before
+        cuts.append(max(min(near, begins[-1]), begin))
+    cuts.append(end)
+    # Pieces before the last part, from the last one down, have the slots behind the first.
+    inner = [b for b in begins if begin < b <= cuts[-2]]
+    slots = 1 + len(inner)
+    of_end = {b: 1 + i for i, b in enumerate(reversed(inner))}
+    parts = [HostPart(cuts[-2], end, 0 if slots > 1 else WHOLE, slots)]
+    for part_begin, part_end in reversed(list(itertools.pairwise(cuts[:-1]))):
+        is_empty = part_begin == part_end
+        parts.append(HostPart(begin, begin, NOTHING, slots) if is_empty else HostPart(part_begin, part_end, of_end[part_end], slots))
+    return parts
 
 
 def _prefill_tiles(
@@ -159,6 +232,8 @@ def _prefill_tiles(
     tiles: list[tuple] = []
     row_slot = 0
     for row, count in zip(order, parts, strict=True):
+        longest = _seen(shape, row, window_left, window_right).longest
+        of_tile = num_slots(shape, longest, count, window_left)
         seq_idx, query_len, kv_len = row
         m_blocks = -(-query_len // shape.tokens_per_item)
         group = min(max(shape.l2_tokens // max(kv_len, 1), 1), shape.num_kv_heads)
@@ -166,15 +241,13 @@ def _prefill_tiles(
             heads = range(head_begin, min(head_begin + group, shape.num_kv_heads))
             for m_block in reversed(range(m_blocks)):
                 begin, end = _visible(shape, row, m_block, window_left, window_right)
-                cuts = [begin]
-                for part in range(count):
-                    cuts.append(cuts[-1] + (end - begin) // count + (part < (end - begin) % count))
-                for part, head in itertools.product(range(count), heads):
-                    first_slot = row_slot + (head * m_blocks + m_block) * count
-                    where = (first_slot + part, first_slot, count) if count > 1 else (-1, 0, 1)
+                cut = _parts(shape, begin, end, count)
+                for part, head in itertools.product(cut, heads):
+                    first_slot = row_slot + (head * m_blocks + m_block) * of_tile if count > 1 else 0
+                    slot = first_slot + part.slot if part.slot >= 0 else part.slot
                     lengths = kv_len, q_begins[seq_idx], query_len, 0
-                    tiles.append((seq_idx, head, m_block, cuts[part], cuts[part + 1], *where, *lengths))
-        row_slot += m_blocks * count * shape.num_kv_heads if count > 1 else 0
+                    tiles.append((seq_idx, head, m_block, part.begin, part.end, slot, first_slot, part.slots, *lengths))
+        row_slot += m_blocks * of_tile * shape.num_kv_heads
     return tiles
 
 
@@ -183,7 +256,7 @@ def _cut_last_round(shape: WorkShape, tiles: list[tuple], longest: int, is_told:
     ctas = shape.prefill_groups
     count, (begin, end) = len(tiles) % ctas, tiles[-1][3:5]
     shortest = end - begin
-    if is_told or len(tiles) <= ctas or count == 0 or longest - shortest > shortest // 8:
+    if is_told or shape.part_piece_blocks or len(tiles) <= ctas or count == 0 or longest - shortest > shortest // 8:
         return tiles
     best, parts = 4 * shortest + 4, 1
     for rounds in (1, 2):

@@ -54,6 +54,7 @@ class PagedCase:
     decode_query_len: int = 1
     converts: bool = False  # K and V in FP8 are converted once a call, however short rows are
     decode_alone: bool = False  # the host says that there are decode rows alone
+    counts_prefill_keys: bool = False  # the host says how many keys prefill rows have, as of steps that are not captured
     layout: str = "separate"  # "separate": two pools (NHD); "nhd": K and V adjacent, token-major; "hnd": adjacent, head-major
     kv_source: str = PAGED  # RAGGED: the same values without pages
     padding_rows: int = 3  # poisoned rows of q and out past cu_seqlens_q[-1], and of k and v without pages past cu_seqlens_k[-1]
@@ -258,7 +259,7 @@ class BuiltCase:
             metadata.work.shape = replace(metadata.work.shape, min_part_blocks=min_part_blocks)
         bounds: dict[str, Any] = {"max_seqlen_q": max(*self.case.query_lens, 1), "max_seqlen_k": max(*self.case.kv_lens, 1)}
         if self.case.kv_source == PAGED:
-            prefill_keys = self.case.prefill_keys if self.case.converts else None
+            prefill_keys = self.case.prefill_keys if self.case.converts or self.case.counts_prefill_keys else None
             bounds |= {"prefill_keys": prefill_keys, "decode_alone": self.case.decode_alone}
             metadata.refresh(cu_seqlens_q=a.cu_seqlens_q, seqused_k=a.seqused_k, **bounds)
             operator, tensors = paged_attention, a[:6]

@@ -3,11 +3,12 @@
 Pieces are short where a row is short of work for the GPU and long where a row is long, so that neither the parallelism of
 short rows nor the slots of long ones suffer:
 
-    tiles 0 .. 16      pieces of `short` tiles
-    tiles 16 .. 64     pieces of `2 * short` tiles
-    tiles 64 ..        pieces of `long` tiles
+                             decode rows    prefill tiles (`tile_rule`)
+    pieces of `short`        tiles 0 .. 16  blocks 0 .. 16 * short
+    pieces of `2 * short`    16 .. 64       16 * short .. 64 * short
+    pieces of `long`         64 ..          64 * short ..
 
-Both numbers are constants of a plan. The rule knows neither the row's length nor its batch, so a token's bits do not depend on
+The numbers are constants of a plan. The rule knows neither the row's length nor its batch, so a token's bits do not depend on
 tokens after it either. The functions work on ints of the host and, given the compiler's `minimum` and `maximum`, on those of the device.
 """
 
@@ -21,10 +22,12 @@ MAX_SHORT = 4  # tiles; 2 * MAX_SHORT divides both ends
 
 
 class PieceRule(NamedTuple):
-    """The two numbers of a plan."""
+    """The numbers of a plan. `2 * short` divides `short_end` and `middle_end`."""
 
-    short: Any  # tiles of a piece below SHORT_END: 2 or 4
-    long: Any  # tiles of a piece from MIDDLE_END on
+    short: Any  # tiles of a piece below `short_end`; of decode rows 2 or 4
+    long: Any  # tiles of a piece from `middle_end` on
+    short_end: Any = SHORT_END
+    middle_end: Any = MIDDLE_END
 
 
 def short_piece(slot_vectors: Any, minimum: Callable[..., Any] = min) -> Any:
@@ -32,15 +35,21 @@ def short_piece(slot_vectors: Any, minimum: Callable[..., Any] = min) -> Any:
     return minimum(2 * slot_vectors, MAX_SHORT)
 
 
+def tile_rule(short: Any) -> PieceRule:
+    """The rule of prefill tiles, in n_blocks: their pieces are a CTA's each where tiles are few, a message's over a cached prefix; a prompt
+    has many, and whoever has all pieces of a tile adds them up as it goes."""
+    return PieceRule(short, 8 * short, 16 * short, 64 * short)
+
+
 def piece_of(tile: Any, rule: PieceRule, minimum: Callable[..., Any] = min, maximum: Callable[..., Any] = max) -> Any:
     """Piece that holds `tile`."""
-    middle = (minimum(maximum(tile, SHORT_END), MIDDLE_END) - SHORT_END) // (2 * rule.short)
-    return minimum(tile, SHORT_END) // rule.short + middle + (maximum(tile, MIDDLE_END) - MIDDLE_END) // rule.long
+    middle = (minimum(maximum(tile, rule.short_end), rule.middle_end) - rule.short_end) // (2 * rule.short)
+    return minimum(tile, rule.short_end) // rule.short + middle + (maximum(tile, rule.middle_end) - rule.middle_end) // rule.long
 
 
 def piece_begin(piece: Any, rule: PieceRule, minimum: Callable[..., Any] = min, maximum: Callable[..., Any] = max) -> Any:
     """First tile of `piece`."""
-    middle_begin = SHORT_END // rule.short
-    long_begin = middle_begin + (MIDDLE_END - SHORT_END) // (2 * rule.short)
+    middle_begin = rule.short_end // rule.short
+    long_begin = middle_begin + (rule.middle_end - rule.short_end) // (2 * rule.short)
     middle = minimum(maximum(piece, middle_begin), long_begin) - middle_begin
     return rule.short * (minimum(piece, middle_begin) + 2 * middle) + (maximum(piece, long_begin) - long_begin) * rule.long

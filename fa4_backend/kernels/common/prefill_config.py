@@ -48,6 +48,7 @@ class PrefillConfig(OperandDtypes):
     sinks_dtype: str  # of the tensor of sinks, read as it is
     is_dependent: bool = False  # launched behind a decode kernel of the same call, and runs beside it
     has_parts: bool = False  # entries of the work list may be parts of a tile, cut along KV
+    piece_blocks: int = 0  # with it: n_blocks of a short piece (`kv_pieces.tile_rule`), at whose ends alone KV is cut; 0: anywhere
     kv_source: str = PAGED  # where K and V lie: PAGED or RAGGED
     is_converted: bool = False  # K and V were brought from FP8 to 16 bits before (`kernels/convert_kv`), and have scales as in FP8
     share_parts: int = 0  # parts of a tile from which on all CTAs that made them add them up; 0: always the one that comes last
@@ -57,6 +58,7 @@ class PrefillConfig(OperandDtypes):
         assert self.tile.tile_n % self.box_rows == 0 and self.box_rows % 8 == 0, f"{self.box_rows=} {self.tile=}"
         assert 1 <= self.q_per_kv <= self.tile.tile_m, f"{self.q_per_kv=} {self.tile=}"
         assert self.kv_source in (PAGED, RAGGED), f"{self.kv_source=}"
+        assert self.has_parts or not self.has_pieces, f"{self.piece_blocks=}"
         assert not (self.is_converted and self.converts_kv), f"{self.kv_dtype=}"
 
     @property
@@ -64,6 +66,7 @@ class PrefillConfig(OperandDtypes):
         """Short name for people and file names."""
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}v{self.head_dim_v}"
         features = self.mask.short_name + "-lse" * self.has_lse + "-dependent" * self.is_dependent + "-parts" * self.has_parts
+        features += f"-pieces{self.piece_blocks}" if self.has_pieces else ""
         tile = f"m{self.tile.tile_m}n{self.tile.tile_n}s{self.tile.kv_stage}r{self.tile.rescale_threshold:g}"
         tile += "-turns" if self.tile.ping_pong else ""
         tile += "-asks" if self.tile.asks_first else ""
@@ -83,6 +86,11 @@ class PrefillConfig(OperandDtypes):
     def has_kv_scales(self) -> bool:
         """Whether K and V stand for what is read times a scale, one of K and one of V a KV head."""
         return self.converts_kv or self.is_converted
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether a tile's KV is added up piece after piece, whoever has which: a row's bits do not depend on its batch."""
+        return self.piece_blocks > 0
 
     @property
     def may_fix_reference(self) -> bool:

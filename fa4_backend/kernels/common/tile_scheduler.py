@@ -100,16 +100,16 @@ def leave_queue(mQueue: cute.Tensor, cluster_size: cutlass.Constexpr[int] = 1):
 class PartTensors(NamedTuple):
     """The split-KV workspace of the prefill list."""
 
-    mSlots: cute.Tensor | None  # (max_part_slots, part_floats) float32; None: the list has whole tiles only
+    mSlots: cute.Tensor | None  # (max_part_slots + own_part_slots, part_floats) float32; None: the list has whole tiles only
     mArrivals: cute.Tensor | None  # (max_part_slots, PART_COUNTERS) int32
 
 
 class TilePart(NamedTuple):
     """Which part of its tile's KV an entry is."""
 
-    slot: Int32  # its slot; -1: the whole tile
+    slot: Int32  # the first that it fills; WHOLE: the whole tile; NOTHING
     first_slot: Int32  # of the tile's first part
-    num_parts: Int32
+    num_parts: Int32  # slots of the tile
 
 
 def read_entry(mTiles: cute.Tensor, tile_idx: Int32) -> Int32:

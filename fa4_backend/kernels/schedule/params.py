@@ -34,5 +34,6 @@ class ScheduleParams(NamedTuple):
     max_num_tokens: Any
     part_slots: Any  # `WorkShape.max_part_slots`; 0: prefill tiles are not cut along KV
     min_part_blocks: Any
+    part_piece_blocks: Any  # n_blocks of a short piece, at whose ends alone prefill tiles are cut (`kv_pieces.tile_rule`); 0: anywhere
     convert_keys: Any  # keys of the workspace for converted K and V, in a step that has any; else 0
     most_part_quarters: Any  # quarters of an n_block that adding up a prefill tile's parts takes at most

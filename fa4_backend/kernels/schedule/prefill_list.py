@@ -12,8 +12,19 @@ from fa4_backend.kernels.common.search import upper_bound
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, store_tile
 from fa4_backend.kernels.schedule.limits import NUM_THREADS
 from fa4_backend.kernels.schedule.params import ScheduleParams
-from fa4_backend.kernels.schedule.prefill_parts import MAX_SUM, LastRound, PartTables, PrefillSum, cut_rows, last_round, part_length
+from fa4_backend.kernels.schedule.prefill_parts import (
+    MAX_SUM,
+    LastRound,
+    PartTables,
+    PrefillSum,
+    cut_rows,
+    last_round,
+    num_slots,
+    part_length,
+    part_of_tile,
+)
 from fa4_backend.kernels.schedule.rows import Row, RowTables, StepLengths, read_row
+from fa4_backend.kernels.schedule.work_list import WHOLE
 
 
 class PrefillList(NamedTuple):
@@ -52,10 +63,9 @@ def sum_prefill(
         if at < rows.num_prefill:
             row = read_row(lengths, rows.prefill_seq[at], params)
             m_blocks = query_blocks(row, params)
-            first = visible_blocks(Int32(0), row, params)
-            last = visible_blocks(m_blocks - 1, row, params)
-            n_blocks = m_blocks * cutlass.min(first[1] - first[0] + last[1] - last[0], most) // 2
-            row_longest = cutlass.max(first[1] - first[0], last[1] - last[0])
+            first, last = seen_by_ends(m_blocks, row, params)
+            n_blocks = m_blocks * cutlass.min(first + last, most) // 2
+            row_longest = cutlass.max(first, last)
         before, all_blocks = block_scan(m_blocks, sums)
         _, all_seen = block_scan(n_blocks, sums)
         if at < rows.num_prefill:
@@ -75,7 +85,7 @@ def sum_prefill(
     done = cutlass.min(cutlass.max(done, 0), room // params.num_kv_heads)
     entries = done * params.num_kv_heads
     last = LastRound(entries, Int32(1), Int32(1))
-    if length == longest and rows.num_decode == 0:
+    if length == longest and rows.num_decode == 0 and params.part_piece_blocks == 0:
         begin, end = visible_blocks(Int32(0), read_row(lengths, rows.prefill_seq[rows.num_prefill - 1], params), params)
         last = last_round(entries, end - begin, longest, room, params)
     return done, seen, last
@@ -125,22 +135,27 @@ def write_prefill(
         part = within % (group * num_parts) // group
         head = head_begin + within % group
         begin, end = visible_blocks(m_block, row_lengths, params)
-        slot, first_slot = Int32(-1), Int32(0)
+        slot, first_slot = Int32(WHOLE), Int32(0)
         if in_last >= 0:
             part, num_parts = in_last // last.tiles, last.parts
             first_slot = in_last % last.tiles * num_parts
         elif num_parts > 1:
-            first_slot = parts.slot[row] + (head * m_blocks + m_block) * num_parts
+            of_tile = num_slots(cutlass.max(*seen_by_ends(m_blocks, row_lengths, params)), num_parts, params)
+            first_slot = parts.slot[row] + (head * m_blocks + m_block) * of_tile
         if num_parts > 1:
-            slot = first_slot + part
             if part < 2:
                 # A tile has two rows of counters: its first two slots'.
-                store_tile(out.part_arrivals, slot, (Int32(0), Int32(0), Int32(0), Int32(0)))
-            length, longer = (end - begin) // num_parts, (end - begin) % num_parts
-            begin += part * length + cutlass.min(part, longer)
-            end = begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
+                store_tile(out.part_arrivals, first_slot + part, (Int32(0), Int32(0), Int32(0), Int32(0)))
+            begin, end, slot, num_parts = part_of_tile(begin, end, part, num_parts, first_slot, params)
         tile = (seq_idx, head, m_block, begin, end, slot, first_slot, num_parts)
         store_tile(out.tiles, rank, (*tile, row_lengths.kv_len, row_lengths.q_begin, row_lengths.query_len, Int32(0)))
+
+
+def seen_by_ends(m_blocks: Int32, row: Row, params: ScheduleParams) -> tuple[Int32, Int32]:
+    """How many n_blocks a row's first tile sees, and its last."""
+    begins = [visible_blocks(m_block, row, params) for m_block in (Int32(0), m_blocks - 1)]
+    first, last = (end - begin for begin, end in begins)
+    return first, last
 
 
 def query_blocks(row: Row, params: ScheduleParams) -> Int32:

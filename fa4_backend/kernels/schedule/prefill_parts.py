@@ -3,6 +3,10 @@
 All tiles of a row are cut into the same number of parts, each tile into equal ones. So the places of a row's entries still follow from
 its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
 
+In batch-invariant mode parts end where pieces do, into which KV is cut at fixed blocks (`kv_pieces.tile_rule`). Parts are numbered from
+the last one down: the first, whose CTA adds up its pieces as it goes, has one slot, the others one for each piece; slots are added up in
+order.
+
 Where that is not worth it, tiles may be a few more than whole rounds of CTAs: 672 equal tiles take 132 CTAs as long as 792. Then the tiles
 of the last round alone are cut (`last_round`).
 """
@@ -15,11 +19,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from fa4_backend.kernels.common.kv_pieces import piece_begin, piece_of, tile_rule
 from fa4_backend.kernels.schedule.block_ops import block_min, block_scan, warp_scan
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, NUM_WARPS
 from fa4_backend.kernels.schedule.params import ScheduleParams
 from fa4_backend.kernels.schedule.rates import ENTRY_QUARTERS, PART_QUARTERS
-from fa4_backend.kernels.schedule.work_list import MAX_PARTS
+from fa4_backend.kernels.schedule.work_list import MAX_PARTS, NO_WINDOW, NOTHING, WHOLE
 
 CANDIDATES = MAX_PARTS // NUM_WARPS  # lengths that each warp tries
 MAX_SUM = 2**31 - 1
@@ -52,9 +57,93 @@ class LastRound(NamedTuple):
     parts: Int32  # of each
 
 
-def num_parts(longest: Int32, length: Int32) -> Int32:
-    """Parts of each tile of a row whose longest sees `longest` n_blocks, where parts are to have `length` at most."""
-    return cutlass.max((longest + length - 1) // length, 1)
+@cute.jit
+def num_parts(longest: Int32, length: Int32, params: ScheduleParams) -> Int32:
+    """Parts of each tile of a row whose longest sees `longest` n_blocks, where parts are to have `length` at most, or a piece."""
+    parts = cutlass.max((longest + length - 1) // length, 1)
+    if params.part_piece_blocks > 0:
+        last = piece_of(cutlass.max(longest - 1, 0), tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
+        parts = cutlass.min(parts, last + 1)
+    return parts
+
+
+@cute.jit
+def longest_part(longest: Int32, length: Int32, params: ScheduleParams) -> Int32:
+    """n_blocks that a part of such a tile has at most, or about."""
+    if params.part_piece_blocks > 0:
+        # In whole pieces of the size of the last, as if the tile began with its sequence.
+        last = piece_of(longest - 1, tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
+        begin, end = (_begin_of(last + i, params) for i in (0, 1))
+        length = cutlass.min((length + end - begin - 1) // (end - begin) * (end - begin), longest)
+    return length
+
+
+@cute.jit
+def num_slots(longest: Int32, parts: Int32, params: ScheduleParams) -> Int32:
+    """Slots that a tile of such a row wants for `parts` parts, at most."""
+    slots = parts
+    if (params.part_piece_blocks > 0) & (parts > 1):
+        rule = tile_rule(params.part_piece_blocks)
+        cut = longest - longest // parts  # where the first part begins, or at a piece's beginning that is near
+        slots = 1 + cutlass.min(
+            piece_of(cut, rule, cutlass.min, cutlass.max) + 1, piece_of(cutlass.max(longest - 1, 0), rule, cutlass.min, cutlass.max)
+        )
+        # A tile that does not begin with its sequence may touch a piece more.
+        slots += cutlass.select_(params.window_left < NO_WINDOW, Int32(1), Int32(0))
+    return cutlass.select_(parts > 1, slots, Int32(0))
+
+
+class Part(NamedTuple):
+    """A part of a tile, or all of it."""
+
+    begin: Int32  # its n_blocks, half-open
+    end: Int32
+    slot: Int32  # the first that it fills; WHOLE or NOTHING
+    slots: Int32  # of the tile
+
+
+@cute.jit
+def part_of_tile(begin: Int32, end: Int32, part: Int32, parts: Int32, first_slot: Int32, params: ScheduleParams) -> Part:
+    """Part `part` of a tile that sees n_blocks `begin .. end` and is cut into `parts`, 2 or more."""
+    slot, slots = first_slot + part, parts
+    length, longer = (end - begin) // parts, (end - begin) % parts
+    part_begin = begin + part * length + cutlass.min(part, longer)
+    part_end = part_begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
+    if params.part_piece_blocks > 0:
+        rule = tile_rule(params.part_piece_blocks)
+        part_begin, part_end = (_cut(begin, end, parts - part - i, parts, params) for i in (1, 0))
+        head = piece_of(_cut(begin, end, parts - 1, parts, params), rule, cutlass.min, cutlass.max)
+        slots = head - piece_of(begin, rule, cutlass.min, cutlass.max) + 1
+        slot = first_slot
+        if part > 0:
+            slot += head - piece_of(cutlass.max(part_end - 1, 0), rule, cutlass.min, cutlass.max)
+            if part_begin >= part_end:
+                slot, part_begin, part_end = Int32(NOTHING), begin, begin
+        elif slots == 1:
+            slot = Int32(WHOLE)
+    return Part(part_begin, part_end, slot, slots)
+
+
+@cute.jit
+def _cut(begin: Int32, end: Int32, index: Int32, parts: Int32, params: ScheduleParams) -> Int32:
+    """Cut `index` of `0 .. parts` of a tile: the beginning of a piece that is near, or an end of the tile."""
+    rule, cut = tile_rule(params.part_piece_blocks), begin
+    if index == parts:
+        cut = end
+    elif index > 0:
+        length = end - begin
+        at = begin + index * (length // parts) + index * (length % parts) // parts
+        last = piece_of(cutlass.max(end - 1, 0), rule, cutlass.min, cutlass.max)
+        piece = piece_of(at, rule, cutlass.min, cutlass.max)
+        before, behind = (_begin_of(piece + i, params) for i in (0, 1))
+        if 2 * at >= before + behind:
+            before = behind
+        cut = cutlass.max(cutlass.min(before, _begin_of(last, params)), begin)
+    return cut
+
+
+def _begin_of(piece: Int32, params: ScheduleParams) -> Int32:
+    return piece_begin(piece, tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
 
 
 @cute.jit
@@ -77,14 +166,14 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, para
             added, slots = Int32(0), Int32(0)
             for row in range(lane, NUM_THREADS, 32):
                 m_blocks = cutlass.min(tables.m_blocks[row], MOST_M_BLOCKS)
-                row_parts = num_parts(tables.longest[row], length)
+                row_parts = num_parts(tables.longest[row], length, params)
                 added += m_blocks * (row_parts - 1)
-                slots += cutlass.select_(row_parts > 1, m_blocks * row_parts, Int32(0))
+                slots += m_blocks * num_slots(tables.longest[row], row_parts, params)
             added, slots = warp_sum(added), warp_sum(slots)
             entries = prefill.tiles + added
             rounds = cutlass.min((entries * heads + num_groups - 1) // num_groups, MOST_ROUNDS)
             average = cutlass.min(4 * cutlass.min(prefill.blocks, MOST_BLOCKS) // entries, MOST_QUARTERS) + ENTRY_QUARTERS
-            time = cutlass.max(rounds * average, 4 * length + ENTRY_QUARTERS)
+            time = cutlass.max(rounds * average, 4 * longest_part(longest, length, params) + ENTRY_QUARTERS)
             if parts > 1:
                 time += cutlass.min(PART_QUARTERS * parts, params.most_part_quarters)
             fits = (slots <= params.part_slots // heads) & (length >= params.min_part_blocks)
@@ -104,9 +193,9 @@ def cut_rows(tables: PartTables, tile_sum: cute.Tensor, num_rows: Int32, length:
     Returns the entries of one head that come in addition.
     """
     tidx, _, _ = cute.arch.thread_idx()
-    m_blocks, parts = tables.m_blocks[tidx], num_parts(tables.longest[tidx], length)
+    m_blocks, parts = tables.m_blocks[tidx], num_parts(tables.longest[tidx], length, params)
     before, added = block_scan(m_blocks * (parts - 1), sums)
-    slot, _ = block_scan(cutlass.select_(parts > 1, m_blocks * parts * params.num_kv_heads, Int32(0)), sums)
+    slot, _ = block_scan(m_blocks * num_slots(tables.longest[tidx], parts, params) * params.num_kv_heads, sums)
     tables.slot[tidx] = slot
     for at in range(tidx, num_rows + 1, NUM_THREADS):
         tile_sum[at] += cutlass.select_(at < NUM_THREADS, before, added)

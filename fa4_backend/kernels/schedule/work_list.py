@@ -8,8 +8,8 @@ DECODE_INTS (the names below index both; what stands behind the slots is one lis
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
     n_block_begin, n_block_end   KV range in units of the kernel's tile_n; the kernel intersects it with what its mask needs
 
-    partial_slot             -1: the entry holds its whole row group and writes `out`; else the first slot of the
-                             split-KV workspace that it fills
+    partial_slot             WHOLE: the entry holds its whole row group and writes `out`; NOTHING: it does nothing; else the first slot of
+                             the split-KV workspace that it fills
     first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which are added up in slot order
                              when all have arrived at `arrivals[first_slot]` (`common/part_arrivals.py`); 0, 1 where partial_slot
                              is -1. The prefill list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
@@ -28,7 +28,8 @@ Lengths in a list are within the plan's limits, whatever `cu_seqlens_q` and `seq
 
 A *row group* is one (sequence, KV head, query block), of prefill rows also called a tile. With `split_blocks` > 0 (batch
 invariance) a decode row group's KV is cut at fixed tiles whatever the batch is (`common/kv_pieces.py`), and each such
-piece has a slot of its own; else an entry is one piece.
+piece has a slot of its own; else an entry is one piece. With `part_piece_blocks` > 0 a prefill tile's likewise, from the last piece down;
+there the first entry's pieces, which its CTA adds up, have one slot together.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ QUEUE_INTS = 4
 # That is an entry a CTA in a step of prefill rows alone, else 0: CTAs that start behind decode rows would hold up their entries.
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT, QUEUE_OWN = range(4)
 
-MAX_PARTS = 64  # of a prefill tile
+WHOLE, NOTHING = -1, -2  # in place of an entry's slot: it holds its whole row group; nothing (a prefill tile with fewer pieces than parts)
+MAX_PARTS = 64  # of a prefill tile, where it is cut anywhere, and what all that made them add up
+SLOTS_A_CTA = 2  # for parts of prefill tiles: tiles that are more than CTAs are hardly cut
+PIECE_SLOTS_A_CTA = 6  # in batch-invariant mode, where pieces have slots: 256 tokens of 64K of 32/8 heads have 640
 MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
 PART_COUNTERS = 4  # of a tile: one for each warpgroup that works on rows of its own, and one 16-byte store clears them
 
@@ -87,6 +91,7 @@ class WorkShape:
     max_num_tokens: int  # query tokens of a step: `cu_seqlens_q` likewise
     part_floats: int = 0  # float32 of a slot for a part of a prefill tile; 0: prefill tiles are not cut along KV
     min_part_blocks: int = 1  # prefill n_blocks of the shortest part that a cut aims at
+    part_piece_blocks: int = 0  # n_blocks of a short piece, at whose ends alone prefill tiles are cut (`kv_pieces.tile_rule`); 0: anywhere
     most_part_quarters: int = 1 << 16  # quarters of an n_block that adding up a prefill tile's parts takes at most (`schedule/rates.py`)
     decode_parts_ratio: int = 0  # with it: n n_blocks have at most the root of `decode_parts_ratio * n` parts; 0: no such bound
     decode_share_vectors: int = 0  # parts times `slot_vectors` from which on all CTAs of a row group add up its parts
@@ -120,9 +125,15 @@ class WorkShape:
     def max_part_slots(self) -> int:
         """Parts of all prefill tiles that are cut: the schedule cuts no more (`prefill_parts.part_length`).
 
-        Two a CTA: tiles that are more than CTAs are hardly cut. 264 slots of 68 KiB, 17.5 MiB, on 132 SMs at d128.
+        264 slots of 68 KiB, 17.5 MiB, on 132 SMs at d128, in batch-invariant mode 792.
         """
-        return 2 * self.prefill_groups if self.part_floats else 0
+        if not self.part_floats:
+            return 0
+        return (PIECE_SLOTS_A_CTA if self.part_piece_blocks else SLOTS_A_CTA) * self.prefill_groups
+
+    def own_part_slots(self) -> int:
+        """Slots behind those, one a CTA, in which it adds up the pieces of a tile that it has."""
+        return self.prefill_groups if self.part_piece_blocks else 0
 
     def max_decode_tiles(self, max_num_seqs: int) -> int:
         """Entries of the longest decode list: a row group each, and one more for each cut between two CTAs."""
@@ -155,7 +166,9 @@ class WorkLists:
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32: a row group's two counters in the places of its first two slots; 0 between launches
-    part_slots: torch.Tensor | None  # (max_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
+    part_slots: (
+        torch.Tensor | None
+    )  # (max_part_slots + own_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
     part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32: the same of a prefill tile, for each of its warpgroups
     key_starts: torch.Tensor | None = None  # (max_num_seqs + 1,) int32: where a prefill row's keys begin in the workspace of converted ones
 
@@ -176,7 +189,9 @@ class WorkLists:
             decode_first=ints(shape.decode_num_ctas, DECODE_INTS),
             slots=torch.empty(slots + shape.private_slots, shape.slot_floats, dtype=torch.float32, device=device),
             arrivals=ints(slots),
-            part_slots=torch.empty(part_slots, shape.part_floats, dtype=torch.float32, device=device) if part_slots else None,
+            part_slots=torch.empty(part_slots + shape.own_part_slots(), shape.part_floats, dtype=torch.float32, device=device)
+            if part_slots
+            else None,
             part_arrivals=ints(max(1, part_slots), PART_COUNTERS),
             key_starts=ints(limits.max_num_seqs + 1),
         )

@@ -6,9 +6,18 @@ from dataclasses import dataclass, replace
 
 from fa4_backend.kernels.common.hardware import QUAD, VEC
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, TileShape, prefill_config
-from fa4_backend.kernels.sm90.tuning import CONVERT_VISITS, CONVERTED_TILES, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
+from fa4_backend.kernels.sm90.tuning import (
+    CONVERT_VISITS,
+    CONVERTED_TILES,
+    DECODE_PIECE_KEYS,
+    PIECE_KEYS,
+    SHARE_PARTS,
+    TILES,
+    TILES_FP8,
+    WINDOW_TILES,
+)
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WarpRoles
-from fa4_backend.problem import RAGGED, AttentionProblem
+from fa4_backend.problem import PAGED, RAGGED, AttentionProblem
 
 CTAS_PER_ITEM = 1
 
@@ -75,13 +84,13 @@ def resolve_converted(problem: AttentionProblem, *, is_dependent: bool) -> Sm90C
 def resolve(problem: AttentionProblem, *, is_dependent: bool, tile: TileShape | None = None) -> Sm90Config:
     """The compile key of `problem`'s kernel, alone or behind a decode kernel; with a `tile` other than the tables'.
 
-    Tiles are cut along KV where balance asks for it, so not in batch-invariant mode.
+    Tiles are cut along KV where balance asks for it; in batch-invariant mode at the ends of pieces.
     """
     tile = tile or _tile(problem)
-    config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=not problem.batch_invariant)
-    # Where K and V are FP8 a row's reference depends on the scale of its Q, which only who works on the row has at hand.
-    share_parts = SHARE_PARTS if config.has_parts and not problem.has_kv_scales else 0
-    return Sm90Config(replace(config, share_parts=share_parts))
+    config = prefill_config(problem, tile, is_dependent=is_dependent, has_parts=True)
+    piece_keys = DECODE_PIECE_KEYS if problem.kv_source == PAGED and not is_dependent else PIECE_KEYS
+    piece_blocks = -(-piece_keys // tile.tile_n) if problem.batch_invariant else 0
+    return Sm90Config(replace(config, share_parts=SHARE_PARTS, piece_blocks=piece_blocks))
 
 
 def _tile(problem: AttentionProblem) -> TileShape:

@@ -341,11 +341,11 @@ class ConsumerWarpgroup:
         )
 
     def _last_scale(self, tiles: SharedTiles, work_slot: Int32, empty: TileState, values: MaskValues) -> ScoreScale | None:
-        """`score_scales` of the CTA's last tile, behind the empty one."""
+        """The scale of all rows of the CTA's last tile, behind the empty one; None where `score_scales` is, or a row has its own."""
         scales = self.weights.score_scales(empty)
-        if scales is None or not self.config.is_converted:
-            return None if scales is None else scales[0]
-        return self._tile_scale(tiles, work_slot, values)
+        if scales is None or self.config.converts_kv:
+            return None
+        return self._tile_scale(tiles, work_slot, values) if self.config.is_converted else scales[0]
 
     def _tile_scale(self, tiles: SharedTiles, work_slot: Int32, values: MaskValues) -> ScoreScale:
         """Of a tile whose keys have a scale, which is the same in all its rows."""

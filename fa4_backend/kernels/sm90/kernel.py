@@ -43,6 +43,7 @@ from fa4_backend.kernels.sm90.storage import Storage
 from fa4_backend.kernels.sm90.tile_end import TileEnd
 from fa4_backend.kernels.sm90.tile_numbers import WORK_INTS
 from fa4_backend.kernels.sm90.tile_parts import TileParts
+from fa4_backend.kernels.sm90.tile_pieces import TilePieces
 from fa4_backend.kernels.sm90.value_rows import ValueRows
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WORK_STAGE, WarpRoles
 from fa4_backend.problem import RAGGED
@@ -72,7 +73,7 @@ class PrefillKernel:
         mCuSeqlensQ: cute.Tensor,  # (batch + 1,) int32
         mTiles: cute.Tensor,  # (max_tiles, TILE_INTS) int32, see fa4_backend.kernels.schedule.work_list
         mQueue: cute.Tensor,  # (1, QUEUE_INTS) int32
-        mPartSlots: cute.Tensor | None,  # (max_part_slots, part_floats) float32
+        mPartSlots: cute.Tensor | None,  # (max_part_slots + own_part_slots, part_floats) float32
         mPartArrivals: cute.Tensor | None,  # (max_part_slots, PART_COUNTERS) int32
         mO: cute.Tensor,  # (total_q, num_q_heads, head_dim_v)
         mLse: cute.Tensor | None,  # (num_q_heads, total_q) float32
@@ -156,7 +157,7 @@ class PrefillKernel:
             cute.arch.setmaxregister_decrease(roles.load_registers)
             # K and V by a warp each: one warp that issues every 16-row box holds up the consumers of its scheduler
             # (H200, page 16, 1 x 32K: 605 to 623 TFLOP/s).
-            load = LoadWarp(storage, blocks, pack, k_boxes, v_boxes)
+            load = LoadWarp(storage, blocks, pack, k_boxes, v_boxes, TilePieces(c.piece_blocks))
             if const_expr(c.converts_kv):
                 sFp8 = shared.fp8.data_ptr()
                 sNotes = shared.notes.get_tensor(cute.make_layout((STAGE_INTS, staging_slots(c))))
@@ -180,7 +181,8 @@ class PrefillKernel:
             cute.arch.setmaxregister_increase(roles.consumer_registers)
             part = c.part_elems(c.head_dim_v)
             output = OutputStore(pack, WGMMA_ROWS, c.tile.tile_m, WARPGROUP_THREADS, c.head_dim_v, part, c.element_bytes)
-            tile_end = TileEnd(c, roles, storage, pack, output, TileParts(c), PartShares(c, pack))
+            parts = TileParts(c)
+            tile_end = TileEnd(c, roles, storage, pack, output, parts, PartShares(c, pack, parts))
             value_rows = ValueRows(c, roles, storage, blocks)
             weights = BlockWeights(c, blocks)
             consumer = ConsumerWarpgroup(c, roles, storage, blocks, pack, weights, value_rows, tile_end, QueryRows(storage))

@@ -31,7 +31,8 @@ from fa4_backend.kernels.common.tile_scheduler import (
 )
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
-from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, O_FACTOR, TAKEN_TILE, tile_numbers
+from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, LINK, O_FACTOR, TAKEN_TILE, tile_numbers
+from fa4_backend.kernels.sm90.tile_pieces import Piece, TilePieces
 from fa4_backend.kernels.sm90.warp_roles import WORK_STAGE, has_own_slots
 
 
@@ -43,6 +44,14 @@ class QueryOperand(NamedTuple):
     sQ_ptr: cute.Pointer  # q_stage buffers
 
 
+class LoadState(NamedTuple):
+    """Where a load warp is."""
+
+    position: RingPosition  # of the next tile of K or V
+    q_position: RingPosition
+    is_first: Boolean  # no tile of K or V was loaded
+
+
 @dataclass(frozen=True)
 class LoadWarp:
     """Role of warps 0 and 1 of warpgroup 0: Q and K, and V. sWork: (WORK_INTS, WORK_STAGE) int32 in shared memory (`tile_numbers.py`)."""
@@ -52,6 +61,7 @@ class LoadWarp:
     pack: PackGqa
     k_boxes: PagedKv | RaggedKv
     v_boxes: PagedKv | RaggedKv
+    pieces: TilePieces
 
     @cute.jit
     def run(
@@ -97,24 +107,18 @@ class LoadWarp:
             word = read_entry(step.mTiles, tile_idx)
         while tile_idx < queue.total:
             work = tile_of_entry(word, step.bounds)
-            blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
-            first_key = None
-            if const_expr(self.blocks.mask.has_left):
-                first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
-            boxes = tiles.find_boxes(step.pages, step.bounds, work.seq_idx, blocks.end - 1, first_key, work.seqlen.seqlen_k)
-            if const_expr(not loads_v):
-                part = part_of_entry(word) if const_expr(c.has_parts) else None
-                self.load_query(step, query, work, part, q_position, barriers, sWork)
-                q_position = advance(q_position, c.tile.q_stage)
-            num_blocks = blocks.end - blocks.begin
-            for i in cutlass.range(num_blocks, unroll=1):
-                ahead = tiles.find_boxes(
-                    step.pages, step.bounds, work.seq_idx, cutlass.max(blocks.end - 2 - i, blocks.begin), first_key, work.seqlen.seqlen_k
-                )
-                self._fill(operands[loads_v], tiles, boxes, work.kv_head_idx, position, barriers)
-                position = self._after(position, tiles.stages, loads_v, is_first)
-                is_first = Boolean(False)
-                boxes = ahead
+            state = LoadState(position, q_position, is_first)
+            if const_expr(c.has_pieces):
+                part = part_of_entry(word)
+                seen = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
+                walk = self.pieces.walk(work, part, seen)
+                while walk.end > walk.begin:
+                    piece, walk = self.pieces.next(work, part, walk)
+                    state = self._load_tile(step, values, query, operands, barriers, sWork, piece, word, state, loads_v)
+            else:
+                whole = Piece(work, None, Int32(0))
+                state = self._load_tile(step, values, query, operands, barriers, sWork, whole, word, state, loads_v)
+            position, q_position, is_first = state
             tile_idx = queue.total
             if queue.is_taken:
                 tile_idx = self._next_tile(step, queue, feed, barriers, sWork, loads_v)
@@ -124,6 +128,46 @@ class LoadWarp:
             self.hand_over_empty(q_position, barriers, sWork)
             if queue.is_taken:
                 leave_queue(step.mQueue)
+
+    @cute.jit
+    def _load_tile(
+        self,
+        step: Step,
+        values: MaskValues,
+        query: QueryOperand,
+        operands: tuple[TmaOperand | RaggedOperand, ...],
+        barriers: Barriers,
+        sWork: cute.Tensor,
+        tile: Piece,  # or a whole tile, which part of it is yet to be read
+        word: Int32,  # of the entry, this lane's
+        state: LoadState,
+        loads_v: cutlass.Constexpr[int],
+    ) -> LoadState:
+        """Q and K, or V, of a tile."""
+        c = self.storage.config
+        work, part, link = tile
+        position, q_position, is_first = state
+        tiles = self.v_boxes if const_expr(loads_v) else self.k_boxes
+        blocks = self.blocks.blocks(work.m_block, work.seqlen, values, work.n_block_begin, work.n_block_end)
+        first_key = None
+        if const_expr(self.blocks.mask.has_left):
+            first_key = self.blocks.first_key(work.m_block, work.seqlen, values)
+        boxes = tiles.find_boxes(step.pages, step.bounds, work.seq_idx, blocks.end - 1, first_key, work.seqlen.seqlen_k)
+        if const_expr(not loads_v):
+            if const_expr(c.has_parts and part is None):
+                part = part_of_entry(word)
+            self.load_query(step, query, work, part, link, q_position, barriers, sWork)
+            q_position = advance(q_position, c.tile.q_stage)
+        num_blocks = blocks.end - blocks.begin
+        for i in cutlass.range(num_blocks, unroll=1):
+            ahead = tiles.find_boxes(
+                step.pages, step.bounds, work.seq_idx, cutlass.max(blocks.end - 2 - i, blocks.begin), first_key, work.seqlen.seqlen_k
+            )
+            self._fill(operands[loads_v], tiles, boxes, work.kv_head_idx, position, barriers)
+            position = self._after(position, tiles.stages, loads_v, is_first)
+            is_first = Boolean(False)
+            boxes = ahead
+        return LoadState(position, q_position, is_first)
 
     def _next_tile(
         self, step: Step, queue: Queue, feed: RingPosition, barriers: Barriers, sWork: cute.Tensor, loads_v: cutlass.Constexpr[int]
@@ -168,16 +212,18 @@ class LoadWarp:
         query: QueryOperand,
         work: WorkTile,
         part: TilePart | None,  # None: tiles are whole
+        link: Int32,  # where tiles have pieces
         position: RingPosition,
         barriers: Barriers,
         sWork: cute.Tensor,
     ):
-        """Hand over a tile and load its Q."""
+        """Hand over a tile, or a piece of one, and load its Q."""
         scales = None
         factor = result_factor(step.mVScale, step.mOutScale, work.kv_head_idx)
         if const_expr(factor is not None):
             scales = (Float32(1.0) if const_expr(step.mKScale is None) else step.mKScale[work.kv_head_idx], factor)
-        self._hand_over(work, part, scales, position, barriers, sWork, self.pack.box_elems * self.storage.config.element_bytes)
+        q_bytes = const_expr(self.pack.box_elems * self.storage.config.element_bytes)
+        self._hand_over(work, part, link, scales, position, barriers, sWork, q_bytes)
         first_token = work.seqlen.q_begin + work.m_block * self.pack.tokens_per_tile
         sQ_ptr = (query.sQ_ptr + position.slot * self.storage.q_elems).align(SWIZZLE_ALIGN)
         self.pack.load(query.atom, query.mQ, sQ_ptr, work.kv_head_idx, first_token, barriers.q_full + position.slot)
@@ -189,13 +235,14 @@ class LoadWarp:
         empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
         whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
         scales = (Float32(1.0), Float32(1.0)) if const_expr(self.storage.has_factors) else None
-        self._hand_over(empty, whole, scales, position, barriers, sWork, 0, is_tile=False)
+        self._hand_over(empty, whole, nothing, scales, position, barriers, sWork, 0, is_tile=False)
 
     @cute.jit
     def _hand_over(
         self,
         work: WorkTile,
         part: TilePart | None,
+        link: Int32,
         scales: tuple[Float32, Float32] | None,  # of K, and what O is multiplied by; None: there are none
         position: RingPosition,
         barriers: Barriers,
@@ -213,6 +260,8 @@ class LoadWarp:
             if const_expr(scales is not None):
                 sWork[K_SCALE, work_slot] = ptx.float_to_bits(scales[0])
                 sWork[O_FACTOR, work_slot] = ptx.float_to_bits(scales[1])
+            if const_expr(self.storage.config.has_pieces):
+                sWork[LINK, work_slot] = link
             sWork[IS_TILE, work_slot] = Int32(int(is_tile))
             cute.arch.mbarrier_arrive_and_expect_tx(barriers.q_full + position.slot, q_bytes)
         cute.arch.sync_warp()

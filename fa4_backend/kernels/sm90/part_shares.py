@@ -8,8 +8,8 @@ Note [Short code]. This runs once a CTA, right after an L2 that a layer's weight
 memory, and each is fetched once: with all slots unrolled, 32 vectors a lane under way, adding up 16 slots took 7.3 us of 20 (71/1 d64
 8 x 4K, H200). Hence a loop over `SLOTS_AT_ONCE`, and the weights of a slot computed by one lane.
 
-The arithmetic is that of `TileParts._add_up`: weights relative to the largest maximum, parts one after the other. So the bits are the
-same whoever adds up.
+The arithmetic is that of `TileParts._add_up`: weights relative to the largest maximum or, where tiles have pieces, to the total so far,
+parts one after the other. So the bits are the same whoever adds up.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
+from fa4_backend.kernels.common import ptx_ops as ptx
 from fa4_backend.kernels.common.fp8 import float32_to_e4m3
 from fa4_backend.kernels.common.hardware import LANES, QUAD, VEC
 from fa4_backend.kernels.common.online_softmax import finalize_row
@@ -30,6 +31,7 @@ from fa4_backend.kernels.common.wgmma_fragment import ScoreScale, row_of_thread
 from fa4_backend.kernels.schedule.work_list import MAX_PARTS
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.config import part_floats, part_vectors
+from fa4_backend.kernels.sm90.tile_parts import SCALE_LANE, RowScales, TileParts, running_weights
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS
 
 SLOTS_AT_ONCE = 8  # vectors that a lane has under way, while as many are added up
@@ -44,6 +46,7 @@ class SlotStats(NamedTuple):
 
     rows: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
     sums: tuple[tuple[Float32, Float32], tuple[Float32, Float32]]
+    before: tuple[tuple[Float32, Float32], tuple[Float32, Float32]] | None = None  # weights of the total, where tiles have pieces
 
 
 class VectorSums(NamedTuple):
@@ -57,7 +60,7 @@ class VectorSums(NamedTuple):
 class RowEnds(NamedTuple):
     """What finished rows need."""
 
-    scale: ScoreScale | None  # of raw scores; None: they were in log2 units
+    scale: ScoreScale | None  # of raw scores; None: they were in log2 units, or their scales lie in slots
     factor: Float32 | None  # multiplies O beside its denominator; None: nothing
 
 
@@ -67,15 +70,23 @@ class PartShares:
 
     config: PrefillConfig
     pack: PackGqa
+    parts: TileParts  # which laid them down
 
     @cute.jit
-    def add_up(self, outputs: Outputs, part: TilePart, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, in_group: Int32):
-        """Add up this warpgroup's share of its rows, or all of them, and write them. in_group: thread of the warpgroup; nobody waits."""
+    def add_up(
+        self, outputs: Outputs, part: TilePart, here: Int32, share: Int32, work: WorkTile, ends: RowEnds, group: Int32, in_group: Int32
+    ):
+        """Add up this warpgroup's share of its rows, or all of them, and write them; nobody waits.
+
+        Args:
+            part: the last of the `here` parts that this entry of the list has filled.
+            in_group: thread of the warpgroup.
+        """
         warp, in_warp = in_group // LANES, in_group % LANES
         begin, end = Int32(0), Int32(PAIRS * self.row_units)
         if share == MINE:
             rank = part.slot - part.first_slot
-            begin, end = (PAIRS * self.row_units * x // part.num_parts for x in (rank, rank + 1))
+            begin, end = (PAIRS * self.row_units * x // part.num_parts for x in (rank + 1 - here, rank + 1))
         for unit in cutlass.range(begin + warp, end, WARPGROUP_THREADS // LANES, unroll=1):
             pair = unit // self.row_units
             v = unit % self.row_units * UNIT_VECTORS + in_warp // QUAD
@@ -94,7 +105,13 @@ class PartShares:
                 self._add(total, loaded, weights, part, first)
                 loaded.store(ahead.load())
             if v < self.o_vectors:
-                self._write(outputs, work, ends, total, v, thread, group)
+                scales = (ends.scale, ends.scale)
+                if const_expr(self.parts.has_row_scales):
+                    numbers = cute.make_rmem_tensor(VEC, Float32)
+                    source = place + (self.o_vectors * WARPGROUP_THREADS + pair * QUAD + SCALE_LANE) * VEC
+                    cute.autovec_copy(cute.make_tensor(source.align(4 * VEC), cute.make_layout(VEC)), numbers)
+                    scales = tuple(ScoreScale.of_row(numbers[2 + r]) for r in range(2))
+                self._write(outputs, work, ends, scales, total, v, thread, group)
 
     def _no_sums(self) -> VectorSums:
         """Sums before the first slot: views of one tensor of registers."""
@@ -146,9 +163,34 @@ class PartShares:
         row_max: cute.Tensor,  # (2,) float32
     ) -> SlotStats:
         """Weights in place of maxima."""
+        if self.config.has_pieces:
+            return self._weights_of_pieces(stats)
         finite = [cutlass.select_(x == -Float32.inf, Float32(0.0), x) for x in (row_max[0], row_max[1])]
         rows = [tuple(cute.math.exp2(row[r] - finite[r], fastmath=True) for r in range(2)) for row in stats.rows]
         return SlotStats(tuple(rows), stats.sums)
+
+    def _weights_of_pieces(self, stats: SlotStats) -> SlotStats:
+        """The same of pieces, each added to the total of those in slots before it."""
+        old, new = [], []
+        so_far = [-Float32.inf, -Float32.inf]  # over the slots before these
+        for row in stats.rows:
+            of_rows = []
+            for r in range(2):
+                totals = cute.arch.fmax(self._largest_up_to(row[r]), so_far[r])
+                total = cute.arch.shuffle_sync_up(totals, 1, mask_and_clamp=0)
+                total = cutlass.select_(cute.arch.lane_idx() == 0, so_far[r], total)
+                of_rows.append(running_weights(total, row[r]))
+                so_far[r] = cute.arch.shuffle_sync(totals, LANES - 1)
+            old.append(tuple(weights.old for weights in of_rows))
+            new.append(tuple(weights.new for weights in of_rows))
+        return SlotStats(tuple(new), stats.sums, tuple(old))
+
+    def _largest_up_to(self, value: Float32) -> Float32:
+        """The largest of this lane's value and those of the lanes before it."""
+        for step in (1, 2, 4, 8, 16):
+            below = cute.arch.shuffle_sync_up(value, step, mask_and_clamp=0)
+            value = cutlass.select_(cute.arch.lane_idx() >= step, cute.arch.fmax(value, below), value)
+        return value
 
     def _add(
         self,
@@ -160,17 +202,31 @@ class PartShares:
     ) -> None:
         """Add slots from `first` on, one after the other."""
         for r in range(2):
-            weight, row_sum = (cutlass.select_(first < LANES, own[0][r], own[1][r]) for own in weights)
+            of_slots = [cutlass.select_(first < LANES, own[0][r], own[1][r]) for own in weights if own is not None]
             for i in range(SLOTS_AT_ONCE):
                 slot = first + i
-                w, s = (cute.arch.shuffle_sync(x, slot % LANES) for x in (weight, row_sum))
+                w, s, *old = (cute.arch.shuffle_sync(x, slot % LANES) for x in of_slots)
+
+                def scaled(number: Float32, old: list[Float32] = old) -> Float32:
+                    return ptx.mul_rn(number, old[0]) if old else number
+
                 for e in range(ROW_ELEMS):
                     o = cutlass.select_(slot < part.num_parts, loaded[i * VEC + ROW_ELEMS * r + e], Float32(0.0))
-                    total.rO[r, e] = cute.math.fma(o, w, total.rO[r, e])
-                total.row_sum[r] = cute.math.fma(s, w, total.row_sum[r])
+                    total.rO[r, e] = cute.math.fma(o, w, scaled(total.rO[r, e]))
+                total.row_sum[r] = cute.math.fma(s, w, scaled(total.row_sum[r]))
 
     @cute.jit
-    def _write(self, outputs: Outputs, work: WorkTile, ends: RowEnds, total: VectorSums, v: Int32, thread: Int32, group: Int32):
+    def _write(
+        self,
+        outputs: Outputs,
+        work: WorkTile,
+        ends: RowEnds,
+        scales: RowScales | tuple[None, None],
+        total: VectorSums,
+        v: Int32,
+        thread: Int32,
+        group: Int32,
+    ):
         """Two columns of two rows."""
         c = self.config
         column = 8 * v + 2 * (thread % QUAD)
@@ -182,7 +238,7 @@ class PartShares:
                 if const_expr(c.mask.has_sinks):
                     sink = Float32(outputs.mSinks[head])
                 o, row_max = [total.rO[r, e] for e in range(ROW_ELEMS)], total.row_max[r]
-                row_max = row_max if ends.scale is None else ends.scale.true_max(row_max)
+                row_max = row_max if scales[r] is None else scales[r].true_max(row_max)
                 result = finalize_row(row_max, total.row_sum[r], sink)
                 o_scale = result.o_scale if ends.factor is None else result.o_scale * ends.factor
                 token = work.seqlen.q_begin + packed.token

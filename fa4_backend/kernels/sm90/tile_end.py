@@ -17,11 +17,12 @@ from fa4_backend.kernels.common.prefill_config import PrefillConfig
 from fa4_backend.kernels.common.ring import RingPosition
 from fa4_backend.kernels.common.tile_scheduler import TilePart, WorkTile
 from fa4_backend.kernels.common.wgmma_fragment import RowFragment, ScoreScale, quad_sum
+from fa4_backend.kernels.schedule.work_list import MAX_PARTS, WHOLE
 from fa4_backend.kernels.sm90.arguments import Outputs
 from fa4_backend.kernels.sm90.consumer_state import Place, Products, SharedTiles, TileSums, row_of_tile
 from fa4_backend.kernels.sm90.part_shares import PartShares, RowEnds
 from fa4_backend.kernels.sm90.storage import Storage, tensor_at
-from fa4_backend.kernels.sm90.tile_numbers import O_FACTOR, WORK_FLAGS, read_part, read_tile
+from fa4_backend.kernels.sm90.tile_numbers import HAS_BEGUN, IS_CONTINUED, LINK, O_FACTOR, PIECES_UNIT, WORK_FLAGS, read_part, read_tile
 from fa4_backend.kernels.sm90.tile_parts import TileParts
 from fa4_backend.kernels.sm90.warp_roles import WARPGROUP_THREADS, WGMMA_ROWS, WarpRoles
 
@@ -51,19 +52,27 @@ class TileEnd:
         """`finish` where the tile is whole, or its last part has come; a part of rows that are all idle is dropped."""
         work_slot = self.storage.work_slot(q)
         part = read_part(tiles.sWork, work_slot)
-        if const_expr(self.config.converts_kv):
+        if const_expr(self.config.has_pieces):
+            link = tiles.sWork[LINK, work_slot]
+            if (part.slot == WHOLE) & (link == PIECES_UNIT):
+                self.finish(sums, tiles, outputs, q, place)
+            else:
+                part_place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
+                if self._end_piece(part, link, sums, tiles, outputs, work_slot, is_last, part_place) == 1:
+                    self.finish(sums, tiles, outputs, q, part_place)
+        elif const_expr(self.config.converts_kv):
             # One end for both: registers are fewer (with two ends d64 keeps values in memory over its loop, d128 88 bytes outside).
             place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
             is_whole = Int32(1)
             if part.slot >= 0:
-                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, place)
+                is_whole = self._join(part, Int32(1), sums, tiles, outputs, work_slot, is_last, place)
             if is_whole == 1:
                 self.finish(sums, tiles, outputs, q, place)
         else:
             if part.slot >= 0:
                 # The same number, which compilers take for a new one: addresses are computed here, not held over the loops over KV.
                 part_place = place._replace(thread=cute.arch.shuffle_sync(place.thread, cute.arch.lane_idx()))
-                is_whole = self._join(part, sums, tiles, outputs, work_slot, is_last, part_place)
+                is_whole = self._join(part, Int32(1), sums, tiles, outputs, work_slot, is_last, part_place)
                 if is_whole == 1:
                     self.finish(sums, tiles, outputs, q, part_place)
             else:
@@ -71,9 +80,35 @@ class TileEnd:
                 self.finish(sums, tiles, outputs, q, place)
 
     @cute.jit
+    def _end_piece(
+        self,
+        part: TilePart,
+        link: Int32,
+        sums: TileSums,
+        tiles: SharedTiles,
+        outputs: Outputs,
+        work_slot: Int32,
+        is_last: Boolean,
+        place: Place,
+    ) -> Int32:
+        """Add a piece to what this CTA has of its tile, or lay it down; 1 where `sums` then are those of the whole tile."""
+        is_whole = cutlass.select_((link & IS_CONTINUED == 0) & (part.slot == WHOLE), Int32(1), Int32(0))
+        group, in_group = place.group, place.thread % WARPGROUP_THREADS
+        rO, stats = sums.products.rO, sums.stats
+        if self.pack.row(group * WGMMA_ROWS, sums.work.m_block, sums.work.seqlen).is_valid:
+            if link & HAS_BEGUN != 0:
+                self.parts.add_before(outputs.parts, rO, stats, group, in_group)
+            if link & IS_CONTINUED != 0:
+                self.parts.keep(outputs.parts, part, rO, stats, sums.scales, group, in_group)
+        if (link & IS_CONTINUED == 0) & (part.slot >= 0):
+            is_whole = self._join(part, link // PIECES_UNIT, sums, tiles, outputs, work_slot, is_last, place)
+        return is_whole
+
+    @cute.jit
     def _join(
         self,
         part: TilePart,
+        here: Int32,  # slots that this entry of the list has filled with it
         sums: TileSums,
         tiles: SharedTiles,
         outputs: Outputs,
@@ -88,12 +123,13 @@ class TileEnd:
             barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
             is_left = Boolean(False)
             if const_expr(self.config.share_parts > 0):
-                is_left = is_last & (part.num_parts >= self.config.share_parts)
+                is_left = is_last & self._is_shared(part)
             if is_left:
-                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, group, in_group)
+                self.parts.lay_down(outputs.parts, part.slot, sums.products.rO, sums.stats, sums.scales, group, in_group)
             else:
                 flag = self._flag(tiles, work_slot, group)
-                is_whole = self.parts.join(outputs.parts, part, sums.products.rO, sums.stats, group, in_group, barrier, flag)
+                rO, stats, scales = sums.products.rO, sums.stats, sums.scales
+                is_whole = self.parts.join(outputs.parts, part, here, rO, stats, scales, group, in_group, barrier, flag)
         return is_whole
 
     @cute.jit
@@ -101,24 +137,32 @@ class TileEnd:
         self,
         tiles: SharedTiles,
         outputs: Outputs,
-        scale: ScoreScale | None,  # of raw scores
+        scale: ScoreScale | None,  # of raw scores; None: they were in log2 units, or each row has its own
         work_slot: Int32,  # of the CTA's last tile
         place: Place,
     ):
         """Behind the loop over tiles, whose registers would suffer: if the last one was a part of many, wait for the others and add up a
         share."""
         work, part, group = read_tile(tiles.sWork, work_slot), read_part(tiles.sWork, work_slot), place.group
-        if part.slot >= 0 and part.num_parts >= self.config.share_parts:
+        here = Int32(1)
+        if const_expr(self.config.has_pieces):
+            here = tiles.sWork[LINK, work_slot] // PIECES_UNIT
+        if part.slot >= 0 and self._is_shared(part):
             if self.pack.row(group * WGMMA_ROWS, work.m_block, work.seqlen).is_valid:
                 barrier, in_group = self.roles.output_barrier + group, place.thread % WARPGROUP_THREADS
                 flag, looks = self._flag(tiles, work_slot, group), Int32(self.config.arrival_looks)
-                share, stayers = self.parts.arrive(outputs.parts, part, looks, group, in_group, barrier, flag)
-                self.parts.leave(outputs.parts, part, group, stayers)
+                share, stayers = self.parts.arrive(outputs.parts, part, here, looks, group, in_group, barrier, flag)
+                self.parts.leave(outputs.parts, part, here, group, stayers)
                 if share != NOTHING:
                     factor = None
                     if const_expr(self.storage.has_factors):
                         factor = ptx.bits_to_float(tiles.sWork[O_FACTOR, work_slot])
-                    self.shares.add_up(outputs, part, share, work, RowEnds(scale, factor), group, in_group)
+                    self.shares.add_up(outputs, part, here, share, work, RowEnds(scale, factor), group, in_group)
+
+    def _is_shared(self, part: TilePart) -> Boolean:
+        """Whether all that made a tile's parts add them up. The schedule makes more than `MAX_PARTS` of pieces alone."""
+        is_shared = part.num_parts >= self.config.share_parts
+        return is_shared & (part.num_parts <= MAX_PARTS) if const_expr(self.config.has_pieces) else is_shared
 
     def _flag(self, tiles: SharedTiles, work_slot: Int32, group: Int32) -> cute.Pointer:
         """An int32 of shared memory that is this warpgroup's."""

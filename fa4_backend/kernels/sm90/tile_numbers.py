@@ -14,6 +14,10 @@ K_SCALE = 13  # bits of the scale of the tile's KV head, where K and V have scal
 O_FACTOR = 14  # bits of `fp8.result_factor`, where K and V have scales, or out is FP8
 IS_TILE = 15  # 1; 0: the empty tile behind the last one
 TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
+LINK = 17  # of a piece, where tiles have pieces, to others of its entry: a sum of the below
+
+# The piece before it comes next; it is added to those behind it; slots that the entry has filled with it.
+IS_CONTINUED, HAS_BEGUN, PIECES_UNIT = 1, 2, 4
 
 
 def tile_numbers(work: WorkTile, part: TilePart | None) -> tuple[Int32, ...]:
