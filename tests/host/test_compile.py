@@ -218,16 +218,16 @@ def _facts_and_code(key: Sm90Config) -> tuple[KernelFacts, str, dict[str, int]]:
     return compile_cache.read_facts(key), library.with_suffix(".ptx").read_text(), sass_counts(library.with_suffix(".cubin"))
 
 
-@pytest.mark.parametrize("has_parts", [True, False])
-def test_the_hopper_kernel_is_what_it_claims(has_parts: bool) -> None:
+@pytest.mark.parametrize("has_pieces", [True, False])
+def test_the_hopper_kernel_is_what_it_claims(has_pieces: bool) -> None:
     """Registers, roles and instructions in the compiled code of the keys that serve Llama-like models."""
     from fa4_backend.kernels.sm90.storage import Storage
 
-    problem = AttentionProblem(8, 2, 128, 128, "bfloat16", 16, "sm_90a", has_lse=True, batch_invariant=not has_parts)
+    problem = AttentionProblem(8, 2, 128, 128, "bfloat16", 16, "sm_90a", has_lse=True, batch_invariant=has_pieces)
     plan = plan_attention(problem, BatchLimits(16, 256, 1024))
     assert plan.kernels is not None
     key = plan.kernels.prefill
-    assert isinstance(key, Sm90Config) and key.kernel.has_parts == has_parts
+    assert isinstance(key, Sm90Config) and key.kernel.has_parts and key.kernel.has_pieces == has_pieces
     facts, ptx, sass = _facts_and_code(key)
     assert facts.registers == 168 and facts.spills == 0  # 65536 registers / 384 threads, rounded down to 8
     # The storage leaves room for barriers and alignment, of which the struct takes what it needs.
