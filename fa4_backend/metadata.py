@@ -101,6 +101,8 @@ class AttentionMetadata:
             from fa4_backend.kernels.loading import load_kernels
 
             assert self.work is not None and self.plan.kernels is not None and self.plan.kernels.work == plan.kernels.work, f"{plan=}"
+            for ours_own, own in ((self.plan.narrow, plan.narrow), (self.plan.messages, plan.messages)):
+                assert (ours_own and ours_own.work) == (own and own.work), f"{plan=}"
             kernels = load_kernels(plan.kernels, emulated=plan.problem.is_emulated)
             emulated = plan.problem.is_emulated
             narrow, messages = (NarrowSteps.load(own, self.work, emulated=emulated) for own in (plan.narrow, plan.messages))
@@ -122,6 +124,7 @@ class AttentionMetadata:
     def expect_short_queries(self) -> None:
         """Take back `min_seqlen_q` of the last refresh: before calls that are captured, whose replays may have decode rows."""
         if self.bounds is not None:
+            assert not self.bounds.converts and not self.bounds.has_messages, f"{self.bounds=}: its lists are for one step"
             self.bounds = self.bounds._replace(min_seqlen_q=1)
 
     def refresh(

@@ -2,9 +2,10 @@
 
 A row group of 33 to 128 packed rows fills a part of a prompt's tile, and all warpgroups of a tile take their turns at the tensor cores,
 rows or not. The decode kernel, whose warps take 16 keys of 16 rows at a time, has the more instructions the more rows there are. So where
-the host knows that a step has decode rows alone, tiles of their height serve it; other steps are served as plans without this file have it.
+the host knows that a step has decode rows alone, tiles of their height serve it.
 
-With K and V in FP8 the lowest tile serves short messages too, beside decode rows or alone: all warps but five convert.
+With K and V in FP8 the lowest tile serves short messages too, beside decode rows or alone: all warps but five convert. Other steps are
+served as plans without this file have it.
 
 What stands here is a plan's choice and no part of a kernel: a change leaves compiled kernels as they are.
 """
@@ -139,7 +140,7 @@ class NarrowSteps:
 
         if narrow is None:
             return None
-        assert work.part_slots is not None
+        assert work.part_slots is not None and narrow.work.own_part_slots() == 0, f"{narrow.work=}"
         slots = work.part_slots.view(-1)[: narrow.work.max_part_slots() * narrow.work.part_floats]
         lists = replace(work, shape=narrow.work, part_slots=slots.view(-1, narrow.work.part_floats))
         return cls(loading.load(narrow.prefill, emulated=emulated), lists)

@@ -69,6 +69,7 @@ def lists_of(work: WorkShape, prefill: PrefillKey, min_part_blocks: int) -> Work
         prefill_tile_n=prefill.kernel.tile.tile_n,
         part_floats=prefill.part_floats,
         min_part_blocks=min_part_blocks,
+        part_piece_blocks=prefill.kernel.piece_blocks,
     )
 
 

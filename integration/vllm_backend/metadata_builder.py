@@ -74,7 +74,7 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         if vllm_config.compilation_config.pass_config.fuse_attn_quant:
             # Which layers write FP8 is seen at their first call, when nothing may be compiled any more.
             self.fused_steps = {kind: start.allocate_fused(step, device) for kind, step in self.steps.items()}
-        self.may_convert = any(step.converted is not None for step in self.steps.values())
+        self.counts_keys = any(step.converted is not None or step.messages is not None for step in self.steps.values())
         # A graph of a step with prompts is replayed for decode rows alone too, and keeps the kernels of its capture.
         self.captures_prompts = captures_prompts(vllm_config)
         self.slopes = share_slopes(impls, device)
@@ -136,14 +136,14 @@ class FA4MetadataBuilder(AttentionMetadataBuilder):
         self._refresh(metadata, 1)
 
     def _prompts(self, batch: Any) -> tuple[int, int | None]:
-        """`min_seqlen_q` and `prefill_keys` of a batch; its keys are added up only where a plan may convert them once a call."""
+        """`min_seqlen_q` and `prefill_keys` of a batch; its keys are added up only where that may choose a plan's kernels."""
         decode_query_len = self.reorder_batch_threshold or 1
         if batch.max_query_len <= decode_query_len:
             return 1, None
         lengths = np.diff(batch.query_start_loc_cpu.numpy())
         shortest = int(np.min(lengths, where=lengths > 0, initial=batch.max_query_len))
         bounds = batch.seq_lens_cpu_upper_bound
-        if not self.may_convert or bounds is None or self.captures_prompts:
+        if not self.counts_keys or bounds is None or self.captures_prompts:
             return shortest, None
         return shortest, int(bounds.numpy()[: len(lengths)].sum(where=lengths > decode_query_len))
 

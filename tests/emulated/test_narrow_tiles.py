@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from fa4_backend import AttentionMetadata
+from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT, QUEUE_TOTAL
 from fa4_backend.problem import FP8
 from tests.support.emulated_prefill import Cuts, run_built
 from tests.support.paged_case import PagedCase
@@ -30,18 +32,41 @@ CASES = {
 
 # Messages of up to 16 tokens beside decode rows, and alone: a row that is cut, one without queries.
 MESSAGES = {
-    "beside decode rows": replace(ONE_QUERY, query_lens=(16, 1, 0, 2, 1), num_q_heads=8, num_kv_heads=2, kv_dtype=FP8, decode_alone=False),
-    "d64, window, sinks": replace(DRAFTS, query_lens=(9, 3, 0, 17, 8), decode_query_len=1, num_q_heads=6, kv_dtype=FP8, decode_alone=False),
+    "beside decode rows": replace(
+        ONE_QUERY,
+        query_lens=(16, 1, 0, 2, 1),
+        kv_lens=(700, 129, 40, 128, 1),
+        num_q_heads=8,
+        num_kv_heads=2,
+        kv_dtype=FP8,
+        decode_alone=False,
+    ),
+    "d64, window, sinks": replace(
+        DRAFTS,
+        query_lens=(9, 3, 0, 17, 8),
+        kv_lens=(700, 128, 0, 17, 5),
+        decode_query_len=1,
+        num_q_heads=6,
+        kv_dtype=FP8,
+        decode_alone=False,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_short_messages_in_fp8(name: str) -> None:
+def test_short_messages_in_fp8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the operator: decode rows by their kernel, messages on tiles of 64 rows, which the schedule cuts."""
     built = replace(MESSAGES[name], counts_prefill_keys=True).build()
     plan = built.case.plan(num_sms=12)
     assert plan.messages is not None and plan.kernels is not None and plan.messages.prefill.kernel.tile.tile_m == 64
+    metadata: list[AttentionMetadata] = []
+    allocate = AttentionMetadata.allocate
+    monkeypatch.setattr(AttentionMetadata, "allocate", lambda *arguments: metadata.append(allocate(*arguments)) or metadata[-1])
+    # Kernels of other steps are not launched, and so not compiled.
     built.check(*built.run(replace(plan, kernels=replace(plan.kernels, prefill=plan.messages.prefill))))
+    work = metadata[0].work
+    assert work is not None and metadata[0].bounds is not None and metadata[0].bounds.has_messages
+    assert (work.prefill_tiles[: int(work.prefill_queue[0, QUEUE_TOTAL]), PARTIAL_SLOT] >= 0).any()
 
 
 @pytest.mark.parametrize("name", with_slow(CASES, {"one query", "71 of 128 rows", "drafts of d256, FP8"}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fa4_backend.kernels.common.kv_pieces import tile_rule
-from fa4_backend.kernels.schedule.work_list import PARTIAL_SLOT
+from fa4_backend.kernels.schedule.work_list import NUM_PIECES, PARTIAL_SLOT
 from tests.support import large_logits
 from tests.support.emulated_prefill import Cuts, EmulatedRun, run_built
 from tests.support.host_schedule import piece_ends
@@ -63,10 +63,25 @@ def test_bits_do_not_depend_on_the_cuts(name: str) -> None:
     assert (whole.work.prefill_tiles[:, PARTIAL_SLOT] == -1).all()
     want = whole.out[: built.total_q].clone(), whole.lse[:, : built.total_q].clone()
     for i, parts in enumerate(cuts):
-        for num_ctas, is_reversed in ((3, i % 2 == 1), (max(parts) * drawn.num_kv_heads, False)):
-            run = run_pieces(built, num_ctas=num_ctas, seed=i, cuts=Cuts(parts, is_reversed=is_reversed))
+        # One CTA adds up all but its last tile's parts in registers; as many as entries wait for each other and add up a share each. All
+        # entries are taken from the queue where decode rows run beside.
+        for num_ctas, is_all_taken in ((1, False), (3, True), (max(parts) * drawn.num_kv_heads, False)):
+            run = run_pieces(
+                built, num_ctas=num_ctas, seed=i, cuts=Cuts(parts, is_reversed=i % 2 == 1 and num_ctas > 1, is_all_taken=is_all_taken)
+            )
             assert (run.work.prefill_tiles[:, PARTIAL_SLOT] >= 0).any()
             assert torch.equal(run.out[: built.total_q], want[0]) and torch.equal(run.lse[:, : built.total_q], want[1]), (parts, num_ctas)
+
+
+def test_more_slots_than_lanes() -> None:
+    """40 slots, of which a lane of a share has two."""
+    built = case((1,), (64 * 128,), num_q_heads=1, num_kv_heads=1, head_dim=64).build()
+    outs = []
+    for parts, num_ctas in ((1, 1), (64, 3), (7, 7)):
+        run = run_pieces(built, cuts=Cuts((parts,)), num_ctas=num_ctas, seed=parts)
+        assert int(run.work.prefill_tiles[:, NUM_PIECES].max()) == {1: 1, 64: 40, 7: 36}[parts]
+        outs.append((run.out[: built.total_q].clone(), run.lse[:, : built.total_q].clone()))
+    assert all(torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1]) for out, lse in outs[1:])
 
 
 def test_bits_depend_on_where_pieces_end() -> None:

@@ -209,11 +209,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp8", CUDAGraphMode.FULL_DECODE_ONLY, 8, (1, 9, 40), 77),  # 9 tokens are a decode row
         ("fp8", CUDAGraphMode.NONE, 0, (1, 1, 1), None),
         ("fp8", CUDAGraphMode.FULL, 0, (1, 9, 40), None),  # graphs hold steps with prompts
-        ("auto", CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), None),  # nothing to convert
+        ("auto", CUDAGraphMode.FULL_AND_PIECEWISE, 0, (1, 9, 40), None),  # nothing to choose
     ],
 )
 @pytest.mark.usefixtures("hopper")
-def test_keys_of_prompts_are_told_where_a_step_may_convert_them(
+def test_keys_of_prompts_are_told_where_they_choose_kernels(
     name: str, mode: CUDAGraphMode, drafts: int, query_lens: tuple[int, ...], keys: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[int | None, int]] = []
@@ -224,6 +224,21 @@ def test_keys_of_prompts_are_told_where_a_step_may_convert_them(
     )
     built.builder.build(0, built.description)
     assert told == [(keys, 1)]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_they_are_told_without_room_to_convert_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short messages have tiles of their own, unless a graph holds the step."""
+    monkeypatch.setenv("FA4_BACKEND_CONVERT_MIB", "0")
+    built = VllmStep((1, 9, 4), (300, 40, 77), kv_cache_dtype="fp8").build()
+    (step,) = built.builder.steps.values()
+    assert step.converted is None and step.messages is not None
+    built.builder.build(0, built.description)
+    assert step.bounds is not None and step.bounds.has_messages
+    built = VllmStep((1, 9, 4), (300, 40, 77), kv_cache_dtype="fp8", cudagraph_mode=CUDAGraphMode.FULL).build()
+    (step,) = built.builder.steps.values()
+    built.builder.build(0, built.description)
+    assert step.bounds is not None and not step.bounds.has_messages
 
 
 @pytest.mark.usefixtures("hopper")

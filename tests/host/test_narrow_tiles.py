@@ -132,6 +132,8 @@ def test_what_has_no_tiles_for_messages() -> None:
     for facts in ({}, {"kv_dtype": FP8, "batch_invariant": True}, {"kv_dtype": FP8, "arch": "sm_100a"}):
         assert plan_of(8, 2, 128, **facts).messages is None
     assert plan_of(128, 1, 128, kv_dtype=FP8).messages is None  # a token fills more than a tile
+    wide = make_problem(8, 2, 192, 128, "bfloat16", 16, "sm_90a", kv_dtype=FP8)
+    assert plan_attention(wide, BatchLimits(64, 512, 4096, 1)).messages is None
 
 
 def test_a_bound_that_speaks_against_it_is_refused(launches: list[tuple[str, tuple]]) -> None:

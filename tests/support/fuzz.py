@@ -384,7 +384,7 @@ def prefill_plan(plan: AttentionPlan) -> AttentionPlan:
     kernels = plan.kernels
     assert kernels is not None and kernels.prefill is not None
     alone = replace(kernels.prefill, kernel=replace(kernels.prefill.kernel, is_dependent=False))
-    return replace(plan, kernels=replace(kernels, decode=None, prefill=alone), narrow=None)
+    return replace(plan, kernels=replace(kernels, decode=None, prefill=alone), narrow=None, messages=None)
 
 
 def prefill_alone(metadata: AttentionMetadata, a: AttentionArguments) -> None:

@@ -135,7 +135,8 @@ def num_parts(shape: WorkShape, m_blocks: list[int], longest: list[int], blocks:
     for count in range(1, 65):
         length = -(-most // count)
         parts = [_parts_of(shape, n, length) if i < 512 else 1 for i, n in enumerate(longest)]
-        slots = sum(m * num_slots(shape, n, k, window_left) for m, n, k in zip(m_blocks, longest, parts, strict=True))
+        over = shape.max_part_slots() + 1
+        slots = sum(min(m * num_slots(shape, n, k, window_left), over) for m, n, k in zip(m_blocks, longest, parts, strict=True))
         if count > 1 and (slots > shape.max_part_slots() // heads or length < shape.min_part_blocks):
             continue
         entries = sum(m * n for m, n in zip(m_blocks, parts, strict=True))
@@ -169,7 +170,8 @@ def num_slots(shape: WorkShape, blocks: int, count: int, window_left: int) -> in
     if not shape.part_piece_blocks:
         return count
     begin_of_last = sum(end <= blocks - blocks // count for end in piece_ends(shape, blocks, is_whole=True))
-    return 1 + min(begin_of_last + 1, len(piece_ends(shape, blocks)) - 1) + (window_left < NO_WINDOW)
+    further = shape.tokens_per_item // shape.prefill_tile_n + 2 if window_left < NO_WINDOW else 0
+    return 1 + min(begin_of_last + 1, len(piece_ends(shape, blocks)) - 1) + further
 
 
 def piece_ends(shape: WorkShape, blocks: int, *, is_whole: bool = False) -> list[int]:

@@ -201,7 +201,8 @@ def resolve(problem: AttentionProblem, limits: BatchLimits, *, prefill_has_parts
     so many rows of so wide heads that two KV tiles of 16-bit elements do not fit.
 
     Args:
-        prefill_has_parts: the prefill kernel cuts tiles along KV; then `MOST_ROWS_BESIDE_PARTS` in place of `MAX_ROWS`.
+        prefill_has_parts: the prefill kernel cuts tiles along KV, and anywhere: at fixed places rows keep this kernel; then
+            `MOST_ROWS_BESIDE_PARTS` in place of `MAX_ROWS`.
     """
     if problem.kv_source != PAGED or problem.exact:
         return None

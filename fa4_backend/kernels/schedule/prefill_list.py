@@ -153,8 +153,8 @@ def write_prefill(
 
 def seen_by_ends(m_blocks: Int32, row: Row, params: ScheduleParams) -> tuple[Int32, Int32]:
     """How many n_blocks a row's first tile sees, and its last."""
-    begins = [visible_blocks(m_block, row, params) for m_block in (Int32(0), m_blocks - 1)]
-    first, last = (end - begin for begin, end in begins)
+    ranges = [visible_blocks(m_block, row, params) for m_block in (Int32(0), m_blocks - 1)]
+    first, last = (end - begin for begin, end in ranges)
     return first, last
 
 

@@ -1,14 +1,14 @@
 """Split KV for prefill rows: into how many parts each tile is cut, so that few tiles over long KV fill the chip.
 
-All tiles of a row are cut into the same number of parts, each tile into equal ones. So the places of a row's entries still follow from
-its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
+All tiles of a row are cut into the same number of parts, each tile into about equal ones. So the places of a row's entries still follow
+from its query blocks alone, and tiles of one head walk the same keys side by side, which then come from L2.
 
 In batch-invariant mode parts end where pieces do, into which KV is cut at fixed blocks (`kv_pieces.tile_rule`). Parts are numbered from
 the last one down: the first, whose CTA adds up its pieces as it goes, has one slot, the others one for each piece; slots are added up in
 order.
 
 Where that is not worth it, tiles may be a few more than whole rounds of CTAs: 672 equal tiles take 132 CTAs as long as 792. Then the tiles
-of the last round alone are cut (`last_round`).
+of the last round alone are cut (`last_round`); not in batch-invariant mode.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def num_parts(longest: Int32, length: Int32, params: ScheduleParams) -> Int32:
     """Parts of each tile of a row whose longest sees `longest` n_blocks, where parts are to have `length` at most, or a piece."""
     parts = cutlass.max((longest + length - 1) // length, 1)
     if params.part_piece_blocks > 0:
-        last = piece_of(cutlass.max(longest - 1, 0), tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
-        parts = cutlass.min(parts, last + 1)
+        parts = cutlass.min(parts, _piece_at(cutlass.max(longest - 1, 0), params) + 1)
     return parts
 
 
@@ -72,7 +71,7 @@ def longest_part(longest: Int32, length: Int32, params: ScheduleParams) -> Int32
     """n_blocks that a part of such a tile has at most, or about."""
     if params.part_piece_blocks > 0:
         # In whole pieces of the size of the last, as if the tile began with its sequence.
-        last = piece_of(longest - 1, tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
+        last = _piece_at(longest - 1, params)
         begin, end = (_begin_of(last + i, params) for i in (0, 1))
         length = cutlass.min((length + end - begin - 1) // (end - begin) * (end - begin), longest)
     return length
@@ -83,13 +82,11 @@ def num_slots(longest: Int32, parts: Int32, params: ScheduleParams) -> Int32:
     """Slots that a tile of such a row wants for `parts` parts, at most."""
     slots = parts
     if (params.part_piece_blocks > 0) & (parts > 1):
-        rule = tile_rule(params.part_piece_blocks)
         cut = longest - longest // parts  # where the first part begins, or at a piece's beginning that is near
-        slots = 1 + cutlass.min(
-            piece_of(cut, rule, cutlass.min, cutlass.max) + 1, piece_of(cutlass.max(longest - 1, 0), rule, cutlass.min, cutlass.max)
-        )
-        # A tile that does not begin with its sequence may touch a piece more.
-        slots += cutlass.select_(params.window_left < NO_WINDOW, Int32(1), Int32(0))
+        slots = 1 + cutlass.min(_piece_at(cut, params) + 1, _piece_at(cutlass.max(longest - 1, 0), params))
+        # A tile that does not begin with its sequence may touch a piece more, and one between a row's ends, by which `longest` goes, see
+        # as many blocks more as a tile has of them.
+        slots += cutlass.select_(params.window_left < NO_WINDOW, params.tokens_per_item // params.prefill_tile_n + 2, 0)
     return cutlass.select_(parts > 1, slots, Int32(0))
 
 
@@ -110,13 +107,12 @@ def part_of_tile(begin: Int32, end: Int32, part: Int32, parts: Int32, first_slot
     part_begin = begin + part * length + cutlass.min(part, longer)
     part_end = part_begin + length + cutlass.select_(part < longer, Int32(1), Int32(0))
     if params.part_piece_blocks > 0:
-        rule = tile_rule(params.part_piece_blocks)
         part_begin, part_end = (_cut(begin, end, parts - part - i, parts, params) for i in (1, 0))
-        head = piece_of(_cut(begin, end, parts - 1, parts, params), rule, cutlass.min, cutlass.max)
-        slots = head - piece_of(begin, rule, cutlass.min, cutlass.max) + 1
+        head = _piece_at(_cut(begin, end, parts - 1, parts, params), params)
+        slots = head - _piece_at(begin, params) + 1
         slot = first_slot
         if part > 0:
-            slot += head - piece_of(cutlass.max(part_end - 1, 0), rule, cutlass.min, cutlass.max)
+            slot += head - _piece_at(cutlass.max(part_end - 1, 0), params)
             if part_begin >= part_end:
                 slot, part_begin, part_end = Int32(NOTHING), begin, begin
         elif slots == 1:
@@ -127,19 +123,22 @@ def part_of_tile(begin: Int32, end: Int32, part: Int32, parts: Int32, first_slot
 @cute.jit
 def _cut(begin: Int32, end: Int32, index: Int32, parts: Int32, params: ScheduleParams) -> Int32:
     """Cut `index` of `0 .. parts` of a tile: the beginning of a piece that is near, or an end of the tile."""
-    rule, cut = tile_rule(params.part_piece_blocks), begin
+    cut = begin
     if index == parts:
         cut = end
     elif index > 0:
         length = end - begin
         at = begin + index * (length // parts) + index * (length % parts) // parts
-        last = piece_of(cutlass.max(end - 1, 0), rule, cutlass.min, cutlass.max)
-        piece = piece_of(at, rule, cutlass.min, cutlass.max)
+        last, piece = _piece_at(cutlass.max(end - 1, 0), params), _piece_at(at, params)
         before, behind = (_begin_of(piece + i, params) for i in (0, 1))
         if 2 * at >= before + behind:
             before = behind
         cut = cutlass.max(cutlass.min(before, _begin_of(last, params)), begin)
     return cut
+
+
+def _piece_at(n_block: Int32, params: ScheduleParams) -> Int32:
+    return piece_of(n_block, tile_rule(params.part_piece_blocks), cutlass.min, cutlass.max)
 
 
 def _begin_of(piece: Int32, params: ScheduleParams) -> Int32:
@@ -168,7 +167,7 @@ def part_length(tables: PartTables, prefill: PrefillSum, sums: cute.Tensor, para
                 m_blocks = cutlass.min(tables.m_blocks[row], MOST_M_BLOCKS)
                 row_parts = num_parts(tables.longest[row], length, params)
                 added += m_blocks * (row_parts - 1)
-                slots += m_blocks * num_slots(tables.longest[row], row_parts, params)
+                slots += cutlass.min(m_blocks * num_slots(tables.longest[row], row_parts, params), params.part_slots + 1)
             added, slots = warp_sum(added), warp_sum(slots)
             entries = prefill.tiles + added
             rounds = cutlass.min((entries * heads + num_groups - 1) // num_groups, MOST_ROUNDS)

@@ -8,11 +8,12 @@ DECODE_INTS (the names below index both; what stands behind the slots is one lis
     m_block                  query block, in units of the kernel's tokens per tile; always 0 for decode
     n_block_begin, n_block_end   KV range in units of the kernel's tile_n; the kernel intersects it with what its mask needs
 
-    partial_slot             WHOLE: the entry holds its whole row group and writes `out`; NOTHING: it does nothing; else the first slot of
-                             the split-KV workspace that it fills
+    partial_slot             WHOLE: the entry holds its whole row group and writes `out`; NOTHING: it writes nothing; else the
+                             first slot of the split-KV workspace that it fills
     first_slot, num_pieces   the slots `first_slot .. first_slot + num_pieces` of the whole row group, which are added up in slot order
-                             when all have arrived at `arrivals[first_slot]` (`common/part_arrivals.py`); 0, 1 where partial_slot
-                             is -1. The prefill list's entries have slots and counters of their own: `part_slots`, `part_arrivals`
+                             when all have arrived at `arrivals[first_slot]` (`common/part_arrivals.py`); of no meaning where
+                             partial_slot is below 0. The prefill list's entries have slots and counters of their own: `part_slots`,
+                             `part_arrivals`
 
     tile_kv_len, tile_q_begin, tile_query_len   only in the prefill list, whose last int nobody reads: the sequence's KV tokens, its first
                              row in q and its query tokens: a kernel needs no second look-up
@@ -57,8 +58,8 @@ QUEUE_INTS = 4
 # That is an entry a CTA in a step of prefill rows alone, else 0: CTAs that start behind decode rows would hold up their entries.
 QUEUE_NEXT, QUEUE_TOTAL, QUEUE_LEFT, QUEUE_OWN = range(4)
 
-WHOLE, NOTHING = -1, -2  # in place of an entry's slot: it holds its whole row group; nothing (a prefill tile with fewer pieces than parts)
-MAX_PARTS = 64  # of a prefill tile, where it is cut anywhere, and what all that made them add up
+WHOLE, NOTHING = -1, -2  # in place of an entry's slot; NOTHING: its prefill tile has fewer pieces than its row's have parts
+MAX_PARTS = 64  # of a prefill tile that may be cut anywhere; more slots than these are added up by one CTA (`sm90/part_shares.py`)
 SLOTS_A_CTA = 2  # for parts of prefill tiles: tiles that are more than CTAs are hardly cut
 PIECE_SLOTS_A_CTA = 6  # in batch-invariant mode, where pieces have slots: 256 tokens of 64K of 32/8 heads have 640
 MOST_PARTS = (1 << 15) - 1  # of any row group: what its arrival counter can count (`common/part_arrivals.py`)
@@ -166,9 +167,8 @@ class WorkLists:
     decode_first: torch.Tensor  # (decode_num_ctas, DECODE_INTS) int32
     slots: torch.Tensor  # (max_slots + private_slots, slot_floats) float32: O of a piece, relative to its row_max, then row_max and row_sum
     arrivals: torch.Tensor  # (max_slots,) int32: a row group's two counters in the places of its first two slots; 0 between launches
-    part_slots: (
-        torch.Tensor | None
-    )  # (max_part_slots + own_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
+    # (max_part_slots + own_part_slots, part_floats) float32, as the prefill kernel lays them out; None: it takes no parts
+    part_slots: torch.Tensor | None
     part_arrivals: torch.Tensor  # (max(1, max_part_slots), PART_COUNTERS) int32: the same of a prefill tile, for each of its warpgroups
     key_starts: torch.Tensor | None = None  # (max_num_seqs + 1,) int32: where a prefill row's keys begin in the workspace of converted ones
 

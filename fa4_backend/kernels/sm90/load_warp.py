@@ -29,6 +29,7 @@ from fa4_backend.kernels.common.tile_scheduler import (
     tile_of_entry,
     wait_alone,
 )
+from fa4_backend.kernels.schedule.work_list import WHOLE
 from fa4_backend.kernels.sm90.arguments import Step
 from fa4_backend.kernels.sm90.storage import Barriers, Storage
 from fa4_backend.kernels.sm90.tile_numbers import IS_TILE, K_SCALE, LINK, O_FACTOR, TAKEN_TILE, tile_numbers
@@ -138,7 +139,7 @@ class LoadWarp:
         operands: tuple[TmaOperand | RaggedOperand, ...],
         barriers: Barriers,
         sWork: cute.Tensor,
-        tile: Piece,  # or a whole tile, which part of it is yet to be read
+        tile: Piece,  # or an entry's tile, whose part is read behind the look-up of its first boxes
         word: Int32,  # of the entry, this lane's
         state: LoadState,
         loads_v: cutlass.Constexpr[int],
@@ -233,7 +234,7 @@ class LoadWarp:
         """Hand over the tile behind the last one."""
         nothing = Int32(0)
         empty = WorkTile(nothing, nothing, nothing, nothing, nothing, SeqlenInfo(nothing, nothing, nothing))
-        whole = TilePart(Int32(-1), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
+        whole = TilePart(Int32(WHOLE), nothing, Int32(1)) if const_expr(self.storage.config.has_parts) else None
         scales = (Float32(1.0), Float32(1.0)) if const_expr(self.storage.has_factors) else None
         self._hand_over(empty, whole, nothing, scales, position, barriers, sWork, 0, is_tile=False)
 

@@ -16,7 +16,8 @@ IS_TILE = 15  # 1; 0: the empty tile behind the last one
 TAKEN_TILE = 16  # entry of the work list, from the warp that loads K to the one that loads V: a ring of its own
 LINK = 17  # of a piece, where tiles have pieces, to others of its entry: a sum of the below
 
-# The piece before it comes next; it is added to those behind it; slots that the entry has filled with it.
+# Flags: the entry has the piece before this one too, which comes next; this one is added to those behind it. And, as often as PIECES_UNIT
+# is in it, how many slots the entry has filled when this piece is in its own.
 IS_CONTINUED, HAS_BEGUN, PIECES_UNIT = 1, 2, 4
 
 

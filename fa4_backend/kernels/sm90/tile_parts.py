@@ -156,12 +156,12 @@ class TileParts:
     def lay_down(
         self, tensors: PartTensors, slot: Int32, rO: cute.Tensor, stats: RowStats, scales: RowScales, group: Int32, in_group: Int32
     ):
-        """This thread's vectors to a slot. scales: None: the slot is not read by shares."""
+        """This thread's vectors to a slot. scales: of raw scores; None: they were in log2 units."""
         o, target = flat(rO), self._vectors(tensors, slot, group, in_group)
         for v in cutlass.range_constexpr(self.o_vectors):
             _store(target, v, [o[VEC * v + e] for e in range(VEC)])
         sums = [self._row_sum(stats, in_group, i) for i in range(2)]
-        if const_expr(scales is not None and self.has_row_scales):
+        if const_expr(scales is not None and self.has_row_scales):  # the first says no more, but to the type checker
             sums = [cutlass.select_(in_group % QUAD == SCALE_LANE, scales[i].log2, sums[i]) for i in range(2)]
         _store(target, self.o_vectors, [stats.row_max[0], stats.row_max[1], *sums])
 

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     """A piece as a tile."""
 
     work: WorkTile
-    part: TilePart | None  # whose slot is the piece's
+    part: TilePart | None  # whose slot is the piece's; None: not read yet
     link: Int32  # `tile_numbers.LINK`
 
 
