@@ -215,7 +215,7 @@ def check_alone(arch: str, kv_dtype: str, rounds: int = 100) -> dict[str, Any]:
             if not (torch.equal(alone, out[at]) and torch.equal(alone_lse, lse[:, at])):
                 result |= {"ok": False, "why": f"{query_lens=} {kv_lens=} {row=}"}
     result["cut in the batch, and alone"] = {f"{a}, {b}": n for (a, b), n in seen.items()}
-    result["ok"] = result["ok"] and seen[False, True] > 0 and seen[True, True] > 0
+    result["ok"] = result["ok"] and min(seen.values()) > 0
     print("alone", result, flush=True)
     return result
 

@@ -169,6 +169,14 @@ def test_fuzzed_batches() -> None:
         assert {problem["name"] for problem in parts[kind.name]} == {setup.name for setup in kind.setups("sm_90a")}, kind.name
 
 
+def test_rows_alone_and_in_batches() -> None:
+    """README's row "deterministic": batch-invariant rows, tiles cut along KV in the batch, alone, in both, in neither."""
+    for kv_dtype in ("auto", "fp8"):
+        seen = load("pieces_h200.json")[kv_dtype]
+        assert seen["ok"] and seen["rows"] == 384 == sum(seen["cut in the batch, and alone"].values())
+        assert len(seen["cut in the batch, and alone"]) == 4 and min(seen["cut in the batch, and alone"].values()) >= 27
+
+
 def test_latent_decode_beside_peers() -> None:
     """What docs/mla.md and README say of fuzz and figures: every row of the table is the CSV's, and none of the CSV's is left out."""
     fuzz = load("mla_h200.json")["fuzz"]
