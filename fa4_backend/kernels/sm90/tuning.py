@@ -79,9 +79,7 @@ SHARE_PARTS = 4
 # tests.device.measure_tiles --kinds prefix,whole,chunked --tiles invariant "invariant,piece_keys=2048"`):
 #   1 x 16 of 64K 79.9, 73.2, 72.2   1 x 64 of 32K 76.9, 67.0, 64.1   1 x 256 of 64K 791, 462, 405   8 x 4K 1908, 1832, 1780
 #   2 x 16K 7560, 7303, 6850   1 x 32K 15358, 14781, 13696   4 x 512 of 8K 455, 437, 418   32 x 1K 540, 539, 543
-# Of 1,024, twice as long from 8K on (an earlier form, where 2,048 had 122, 113, 1927 and 7697 us): 179, 162, 2062 and 8061 of the first,
-# second, fourth and fifth.
-# Decode rows in exact mode, 2,048 (the earlier form) and 4,096: 1 x 4K 37.6, 55.1   1 x 16K 39.5, 65.4   8 x 4K 42.0, 56.4.
+# Decode rows in exact mode, 2,048 and 4,096, in two runs: 1 x 4K 38.5, 55.1   1 x 16K 41.1, 65.4   8 x 4K 42.6, 56.4   64 x 4K 266, 245.
 PIECE_KEYS, DECODE_PIECE_KEYS = 4096, 2048
 
 # Where K and V in FP8 are converted once a call, in place of a row of TILES: such steps share lists and slots of parts with those whose
