@@ -24,7 +24,7 @@ from fa4_backend.kernel_facts import KernelFacts, disassemble, launch_smem_bytes
 from fa4_backend.kernels.common.prefill_config import PrefillConfig, box_rows_of
 from fa4_backend.kernels.schedule.limits import NUM_THREADS, SEQ_BYTES
 from fa4_backend.kernels.sm90.config import Sm90Config
-from fa4_backend.kernels.sm90.tuning import CONVERTED_TILES, TILES, TILES_FP8, WINDOW_TILES
+from fa4_backend.kernels.sm90.tuning import CONVERTED_TILES, SHARE_PARTS, TILES, TILES_FP8, WINDOW_TILES
 from fa4_backend.plan import plan_attention
 from fa4_backend.problem import FP8, AttentionProblem, BatchLimits, MaskFeatures
 from tests.support.sass import product_loops
@@ -254,10 +254,12 @@ SPILL_CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("piece_blocks", [0, 32])
 @pytest.mark.parametrize("name", SPILL_CASES)
-def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str) -> None:
+def test_every_hopper_tile_compiles_without_spilling_in_its_loop(name: str, piece_blocks: int) -> None:
     kv_dtype, dims, tile, mask = SPILL_CASES[name]
-    key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile, mask=mask))
+    in_use = {"share_parts": SHARE_PARTS, "piece_blocks": piece_blocks}
+    key = Sm90Config(replace(KERNEL, kv_dtype=kv_dtype, head_dim=dims[0], head_dim_v=dims[1], tile=tile, mask=mask, **in_use))  # type: ignore[arg-type]
     facts, _, sass = _facts_and_code(key)
     assert facts.spills is not None and facts.spills <= 96, facts  # d256 keeps 88 bytes of per-tile values, d64 40, outside the loops
     assert sass, NO_DISASSEMBLY
